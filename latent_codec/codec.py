@@ -1,0 +1,108 @@
+"""The model: backbone + bottleneck + likelihood."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latent_codec import modelfile
+from latent_codec.bottlenecks import BOTTLENECKS, DiagonalGaussian
+from latent_codec.config import CodecConfig
+from latent_codec.errors import UserError
+from latent_codec.likelihoods import LIKELIHOODS, Likelihood
+from latent_codec.modelfile import LatentStatistics, ModelFile
+from latent_codec.networks import BACKBONES
+
+_SHIPPED = (Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints")
+
+
+class Codec(nn.Module):
+    """A VAE over images (b, c, h, w) whose sides are multiples of `factor`.
+
+    `statistics` and `provenance` come from the model file; a codec made from a config has none.
+    """
+
+    likelihood: Likelihood
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.statistics: LatentStatistics | None = None
+        self.provenance: dict[str, Any] = {}
+        self.bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck)
+        self.likelihood = LIKELIHOODS[config.likelihood.kind](config.likelihood)
+        self.backbone = BACKBONES[config.backbone.kind](
+            config.backbone,
+            config.image_channels,
+            config.latent_channels,
+            self.bottleneck.features_per_latent,
+            self.likelihood.params_per_channel,
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent element along one side."""
+        return self.backbone.factor
+
+    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
+        """Posterior over latents (b, z, h/f, w/f) of pixels (b, c, h, w): uint8, or float in the likelihood's range.
+
+        Raises `ValueError` if h or w is no multiple of the factor (pad with `latent_codec.images.pad`).
+        """
+        if x.dtype == torch.uint8:
+            x = self.likelihood.from_uint8(x)
+        if x.ndim != 4 or x.shape[1] != self.config.image_channels or any(s % self.factor for s in x.shape[2:]):
+            raise ValueError(
+                f"pixels of shape {tuple(x.shape)} are not (b, {self.config.image_channels}, h, w) with sides that "
+                f"are multiples of {self.factor}; pad them with latent_codec.images.pad"
+            )
+        return self.bottleneck(self.backbone.encode(x))
+
+    def likelihood_params(self, z: torch.Tensor) -> torch.Tensor:
+        """The likelihood's parameters (b, p * c, h, w) given latents (b, z, h/f, w/f)."""
+        return self.backbone.decode(z)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped."""
+        return self.likelihood.mean(self.likelihood_params(z))
+
+    def decode_uint8(self, z: torch.Tensor) -> torch.Tensor:
+        """Expected pixels (b, c, h, w) as uint8, rounded and clipped."""
+        return self.likelihood.to_uint8(self.decode(z))
+
+    @property
+    def model_id(self) -> str:
+        """SHA-256 of config and tensors, 64 hex digits."""
+        return modelfile.model_id(self.config, self.state_dict())
+
+    @classmethod
+    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Codec":
+        """A codec from a file, or from a shipped model's name such as "photo"; in eval mode, float32.
+
+        Raises `UserError` if there is no such model or any tensor is missing, extra, mis-shaped or not finite.
+        """
+        path = resolve(source)
+        model = modelfile.read(path)
+        codec = cls(model.config)
+        modelfile.check_state(codec.state_dict(), model.tensors, str(path))
+        codec.load_state_dict(model.tensors)
+        codec.statistics, codec.provenance = model.statistics, model.provenance
+        return codec.eval().to(device)
+
+    def save(self, path: Path, *, half: bool = False) -> None:
+        """Write a model file that `load` reads; `half` stores float16."""
+        model = ModelFile(self.config, self.state_dict(), self.statistics, self.provenance)
+        modelfile.write(path, model, half=half)
+
+
+def resolve(source: str | Path) -> Path:
+    """The file of a model given by path or by a shipped model's name."""
+    path = Path(source)
+    if path.suffix or path.exists():
+        return path
+    for folder in _SHIPPED:
+        if (folder / f"{path}.safetensors").is_file():
+            return folder / f"{path}.safetensors"
+    names = sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.safetensors")})
+    raise UserError(f"{source}: neither a file nor a shipped model; shipped are: {', '.join(names) or 'none'}")

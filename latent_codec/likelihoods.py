@@ -1,0 +1,254 @@
+"""p(x given z) from the decoder's output. The range of pixel values is each likelihood's own business.
+
+Every `log_prob` is in nats per image, float32 whatever autocast does around it, and refuses pixels outside its range.
+A decoder emits `params_per_channel` values per pixel and channel, laid out (parameter, channel) on dim 1.
+"""
+
+import abc
+import math
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, logsigmoid
+
+from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
+
+
+def to_signed(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def from_signed(x: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1] -> uint8, rounded to nearest; values outside are clipped."""
+    return _levels(x).round().clamp(0, 255).to(torch.uint8)
+
+
+def _levels(x: torch.Tensor) -> torch.Tensor:
+    """Float in [-1, 1] -> grey levels, float32 in [0, 255]."""
+    return (x.float() + 1.0) * 127.5
+
+
+class Likelihood(nn.Module, abc.ABC):
+    """Abstract: see the module's docstring."""
+
+    params_per_channel: int
+    data_range: tuple[float, float] = (-1.0, 1.0)
+
+    @abc.abstractmethod
+    def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels -> float32 pixels in this likelihood's range; the network's input as well."""
+
+    @abc.abstractmethod
+    def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
+        """Float pixels in this likelihood's range -> uint8, rounded and clipped."""
+
+    @abc.abstractmethod
+    def check(self, x: torch.Tensor) -> None:
+        """Raise `ValueError` where x is not in this likelihood's range."""
+
+    @abc.abstractmethod
+    def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Per element, (b, c, h, w), from params (p, b, c, h, w)."""
+
+    @abc.abstractmethod
+    def _mean(self, params: torch.Tensor) -> torch.Tensor: ...
+
+    @abc.abstractmethod
+    def _sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor: ...
+
+    def log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """log p(x given z) in nats per image, (b,) float32; params (b, p * c, h, w), x (b, c, h, w)."""
+        if not torch.compiler.is_compiling():
+            self.check(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._log_prob(self._split(params), x.float()).flatten(1).sum(1)
+
+    def mean(self, params: torch.Tensor) -> torch.Tensor:
+        """The expected pixel, (b, c, h, w) float32 in this likelihood's range."""
+        with torch.autocast(params.device.type, enabled=False):
+            return self._mean(self._split(params))
+
+    def sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """One draw of the pixels, (b, c, h, w) float32."""
+        with torch.autocast(params.device.type, enabled=False):
+            return self._sample(self._split(params), generator)
+
+    def _split(self, params: torch.Tensor) -> torch.Tensor:
+        return rearrange(params.float(), "b (p c) h w -> p b c h w", p=self.params_per_channel)
+
+
+def _check_range(x: torch.Tensor, low: float, high: float, name: str, remedy: str) -> None:
+    found_low, found_high = x.amin().item(), x.amax().item()
+    # A dark uint8 image may lie in the range by chance; the second comparison is false of NaN too.
+    if not x.is_floating_point() or not (low - 1e-4 <= found_low and found_high <= high + 1e-4):
+        raise ValueError(
+            f"the {name} likelihood takes float pixels in [{low:g}, {high:g}], found {x.dtype} in "
+            f"[{found_low:g}, {found_high:g}]; {remedy}"
+        )
+
+
+class Gaussian(Likelihood):
+    """Normal density over pixels in [-1, 1], sigma fixed, one learned scalar, or predicted per pixel.
+
+    With a fixed sigma the negative ELBO is a rate-distortion objective: 6 MSE01 / sigma^2 nats per RGB pixel plus
+    the rate. In the compression literature's bpp + lambda 255^2 MSE01 that is sigma^2 = 6 / (ln 2 * 65025 * lambda):
+    lambda .0018 .0035 .0067 .0130 .0250 .0483 are sigma .272 .195 .141 .101 .073 .0525.
+    """
+
+    log_sigma: torch.Tensor
+
+    def __init__(self, config: GaussianConfig) -> None:
+        super().__init__()
+        if not config.sigma > 0:
+            raise ValueError(f"gaussian likelihood: sigma {config.sigma} must be positive")
+        self.config = config
+        self.params_per_channel = 2 if config.scale == "per_pixel" else 1
+        start = torch.tensor(math.log(config.sigma))
+        if config.scale == "learned":
+            self.log_sigma = nn.Parameter(start)
+        else:
+            self.register_buffer("log_sigma", start, persistent=False)
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """The scalar sigma (the starting point where it is predicted per pixel)."""
+        return self.log_sigma.exp()
+
+    def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
+        return to_signed(pixels)
+
+    def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
+        return from_signed(x)
+
+    def check(self, x: torch.Tensor) -> None:
+        _check_range(x, -1, 1, "gaussian", "scale uint8 pixels with from_uint8")
+
+    def _log_sigma(self, params: torch.Tensor) -> torch.Tensor:
+        if self.config.scale == "per_pixel":
+            return (self.log_sigma + params[1]).clamp(-7.0, 2.0)  # below a tenth of a grey level no density is honest
+        return self.log_sigma.float()
+
+    def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        log_sigma = self._log_sigma(params)
+        return -0.5 * ((x - params[0]) * torch.exp(-log_sigma)).square() - log_sigma - 0.5 * math.log(2 * math.pi)
+
+    def _mean(self, params: torch.Tensor) -> torch.Tensor:
+        return params[0]
+
+    def _sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(params[0].shape, generator=generator, device=params.device)
+        return params[0] + self._log_sigma(params).exp() * noise
+
+
+class DiscretizedLogistic(Likelihood):
+    """Probabilities of the 256 values: logistics integrated over each value's bin (Salimans et al. 2017, eq. 2).
+
+    The first and last bins reach to infinity, so that the 256 probabilities sum to 1. Channels are independent.
+    Parameters per channel: locations and log scales in units of [-1, 1] pixels, and mixture logits if there are
+    several components. Pixels are the 256 values in [-1, 1] and nothing between them.
+    """
+
+    def __init__(self, config: DiscretizedLogisticConfig) -> None:
+        super().__init__()
+        if config.components < 1:
+            raise ValueError(f"discretized_logistic likelihood: components {config.components} must be at least 1")
+        self.components = config.components
+        self.params_per_channel = 2 if config.components == 1 else 3 * config.components
+
+    def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
+        return to_signed(pixels)
+
+    def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
+        return from_signed(x)
+
+    def check(self, x: torch.Tensor) -> None:
+        remedy = "scale uint8 pixels with from_uint8"
+        _check_range(x, -1, 1, "discretized_logistic", remedy)
+        levels = _levels(x)
+        worst = (levels - levels.round()).abs().amax().item()
+        if worst > 0.02:
+            raise ValueError(
+                f"the discretized_logistic likelihood takes the 256 pixel values, found one {worst:.2f} grey levels "
+                f"away from the nearest; {remedy}"
+            )
+
+    def _parts(self, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log weights, locations and log scales, (k, b, c, h, w) each."""
+        if self.components == 1:
+            logits, location, log_scale = torch.zeros_like(params[:1]), params[:1], params[1:]
+        else:
+            location, log_scale, logits = params.chunk(3)
+        # From a tenth of a grey level to 500 times the range: nothing beyond is of use, and no logarithm is infinite.
+        return log_softmax(logits, dim=0), location, log_scale.clamp(-7.0, 7.0)
+
+    def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        log_weight, location, log_scale = self._parts(params)
+        # In grey levels a bin's edges are exact, so that neighbours share theirs to the bit and the sum is 1.
+        level, centre, inverse = _levels(x).round(), _levels(location), torch.exp(-log_scale) / 127.5
+        upper = (level + 0.5 - centre) * inverse
+        lower = (level - 0.5 - centre) * inverse
+        # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)): no cancellation in either tail.
+        first, last = logsigmoid(upper), logsigmoid(-lower)
+        inner = first + last + torch.log(-torch.expm1(-inverse))
+        log_bin = torch.where(level == 0, first, torch.where(level == 255, last, inner))
+        return torch.logsumexp(log_weight + log_bin, dim=0)
+
+    def _mean(self, params: torch.Tensor) -> torch.Tensor:
+        """Sum of v P(v) = 255 - sum over k < 255 of P(value <= k), from the exact bin edges."""
+        log_weight, location, log_scale = self._parts(params)
+        weight, centre, inverse = log_weight.exp(), _levels(location), torch.exp(-log_scale) / 127.5
+        total = torch.zeros_like(location[0])
+        for k in range(255):  # one edge at a time: 255 copies of an image would not fit
+            total += (weight * torch.sigmoid((k + 0.5 - centre) * inverse)).sum(0)
+        return (255.0 - total) / 127.5 - 1.0
+
+    def _sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        log_weight, location, log_scale = self._parts(params)
+        shape, device = location.shape, location.device
+        u = torch.rand((2, *shape), generator=generator, device=device).clamp(1e-7, 1 - 1e-7)
+        chosen = (log_weight - torch.log(-torch.log(u[0]))).argmax(0, keepdim=True)  # Gumbel-max
+        location, log_scale, v = (t.gather(0, chosen)[0] for t in (location, log_scale, u[1]))
+        x = location + log_scale.exp() * (torch.log(v) - torch.log1p(-v))
+        return to_signed(from_signed(x))
+
+
+class Bernoulli(Likelihood):
+    """Binary pixels {0, 1}; the parameter is the logit. uint8 pixels are 1 from 128 up."""
+
+    params_per_channel = 1
+    data_range = (0.0, 1.0)
+
+    def __init__(self, config: BernoulliConfig) -> None:
+        super().__init__()
+
+    def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels >= 128).float()
+
+    def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def check(self, x: torch.Tensor) -> None:
+        if not bool(((x == 0) | (x == 1)).all()):
+            raise ValueError(
+                f"the bernoulli likelihood takes pixels that are 0 or 1, found values in [{x.amin().item():g}, "
+                f"{x.amax().item():g}] with others among them; binarise them with from_uint8"
+            )
+
+    def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return -binary_cross_entropy_with_logits(params[0], x, reduction="none")
+
+    def _mean(self, params: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(params[0])
+
+    def _sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.bernoulli(torch.sigmoid(params[0]), generator=generator)
+
+
+LIKELIHOODS: dict[str, Any] = {
+    "gaussian": Gaussian,
+    "discretized_logistic": DiscretizedLogistic,
+    "bernoulli": Bernoulli,
+}

@@ -1,0 +1,121 @@
+"""Model files: safetensors with one metadata key, `latent_codec`, that says everything else. No pickle anywhere."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from latent_codec.config import CodecConfig, dumps, from_json, to_json
+from latent_codec.errors import UserError
+from latent_codec.files import atomic_path
+
+KEY = "latent_codec"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentStatistics:
+    """What a model's latents look like over a stated set of images."""
+
+    source: str
+    """The set, in words."""
+    images: int
+    mean: tuple[float, ...]
+    """Per channel, of the posterior means over images and positions."""
+    std: tuple[float, ...]
+    """Per channel, of one posterior sample: sqrt(var(mean) + E[var])."""
+    posterior_std: tuple[float, ...]
+    """Per channel, sqrt(E[posterior variance])."""
+
+
+class ModelFile(NamedTuple):
+    config: CodecConfig
+    tensors: dict[str, torch.Tensor]  # float32
+    statistics: LatentStatistics | None
+    provenance: dict[str, Any]
+
+
+def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over config and tensors, 64 hex digits. Values count, not the width they are stored in."""
+    digest = hashlib.sha256(dumps(to_json(config)).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().float().cpu().contiguous()
+        digest.update(dumps([name, list(tensor.shape)]).encode())
+        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
+    """Write a model file atomically; `half` stores float16 (a tensor that would overflow is an error)."""
+    dtype = torch.float16 if half else torch.float32
+    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.tensors.items()}
+    _check_finite(tensors, path)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "config": to_json(model.config),
+        "statistics": to_json(model.statistics),
+        "provenance": model.provenance,
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={KEY: dumps(header)})
+
+
+def read(path: Path) -> ModelFile:
+    """Read and check a model file.
+
+    Raises `UserError` if it is missing, not safetensors, not ours, of a newer format, or holds non-finite values.
+    """
+    header, tensors = read_header(path), {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+            tensors[name] = file.get_tensor(name).float()
+    _check_finite(tensors, path)
+    try:
+        config = from_json(CodecConfig, header["config"])
+        statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: damaged or unknown model header: {error}") from error
+    return ModelFile(config, tensors, statistics, header.get("provenance", {}))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON under our metadata key; raises `UserError` as `read` does."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such model file; give a shipped model's name or a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); models are never loaded from pickles") from error
+    if KEY not in metadata:
+        raise UserError(f"{path}: a safetensors file, but not written by latent_codec (no '{KEY}' in its metadata)")
+    header = json.loads(metadata[KEY])
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: update latent-codec")
+    return header
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: tensor {name} holds values that are not finite; the model is unusable")
+
+
+def check_state(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
+    """Raise `UserError` naming tensors that are missing, extra or of another shape."""
+    if missing := sorted(set(expected) - set(found)):
+        raise UserError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
+    if extra := sorted(set(found) - set(expected)):
+        raise UserError(f"{where}: {len(extra)} tensors are unknown: {', '.join(extra[:5])}")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise UserError(
+                f"{where}: tensor {name} has shape {tuple(found[name].shape)}, the config asks for "
+                f"{tuple(tensor.shape)}"
+            )

@@ -1,0 +1,82 @@
+"""A linear patch transform and its closed-form solution, probabilistic PCA."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from latent_codec.config import LinearConfig
+
+
+class PatchMoments(NamedTuple):
+    """Moments of image patches flattened as (channel, row, column), d = channels * patch^2.
+
+    The mean is one value per channel: photographs have no preferred position, and a transposed convolution has one
+    bias per channel. The covariance is taken around it.
+    """
+
+    mean: torch.Tensor  # (channels,) float64
+    covariance: torch.Tensor  # (d, d) float64
+
+
+class LinearBackbone(nn.Module):
+    """Strided convolution in, its transpose out; a latent element sees exactly one patch."""
+
+    def __init__(
+        self,
+        config: LinearConfig,
+        image_channels: int,
+        latent_channels: int,
+        features_per_latent: int,
+        params_per_channel: int,
+    ) -> None:
+        super().__init__()
+        self.factor = config.patch
+        self.image_channels, self.latent_channels = image_channels, latent_channels
+        self.encoder = nn.Conv2d(
+            image_channels, features_per_latent * latent_channels, config.patch, stride=config.patch
+        )
+        self.decoder = nn.ConvTranspose2d(
+            latent_channels, params_per_channel * image_channels, config.patch, stride=config.patch
+        )
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x)  # (b, features * z, h/patch, w/patch)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.decoder(z)  # (b, params * c, h, w)
+
+    @torch.no_grad()
+    def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
+        """Set the weights to the optimum of the linear VAE with noise `sigma` (in units of the pixels).
+
+        Probabilistic PCA (Tipping & Bishop 1999, eqs. 7-9) with the noise held fixed, whose posterior is exactly
+        Gaussian and diagonal in the principal basis, so that it is also the linear VAE's optimum (Lucas et al.
+        2019). Principal components come first. A component weaker than the noise would get weight zero, a saddle
+        that no gradient leaves; it keeps a small weight instead.
+        """
+        z, p, c = self.latent_channels, self.factor, self.image_channels
+        if moments.covariance.shape[0] != c * p * p:
+            raise ValueError(f"moments of {moments.covariance.shape[0]} values do not fit patches of {c}x{p}x{p}")
+        if z > c * p * p:
+            raise ValueError(f"{z} latent channels exceed the {c * p * p} dimensions of a {c}x{p}x{p} patch")
+        variance, basis = torch.linalg.eigh(moments.covariance)
+        variance, basis = variance.flip(0)[:z], basis.flip(1)[:, :z]  # strongest first
+        variance = variance.clamp(min=1.05 * sigma**2)
+        gain = torch.sqrt(variance - sigma**2)  # (z,) W = U (L - s^2 I)^(1/2)
+        project = (gain / variance) * basis  # (d, z): M^-1 W' transposed, with M = L in this basis
+        logvar = torch.log(sigma**2 / variance)  # s^2 M^-1
+
+        weight = torch.zeros(self.encoder.weight.shape, dtype=torch.float64)  # (features, c, p, p)
+        bias = torch.zeros(weight.shape[0], dtype=torch.float64)
+        weight[:z] = project.T.reshape(z, c, p, p)
+        bias[:z] = -(moments.mean.repeat_interleave(p * p) @ project)
+        if weight.shape[0] == 2 * z:
+            bias[z:] = logvar
+        out = torch.zeros(self.decoder.weight.shape, dtype=torch.float64)  # (z, params * c, p, p)
+        out[:, :c] = (gain * basis).T.reshape(z, c, p, p)
+        out_bias = torch.zeros(out.shape[1], dtype=torch.float64)
+        out_bias[:c] = moments.mean
+        self.load_state_dict(
+            {"encoder.weight": weight, "encoder.bias": bias, "decoder.weight": out, "decoder.bias": out_bias}
+        )

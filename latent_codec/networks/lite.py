@@ -1,0 +1,111 @@
+"""The fast default: a linear patch path and, beside it, a residual network on a space-to-depth grid.
+
+No convolution runs at full resolution, nothing looks at statistics over the image: the receptive field is finite.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from latent_codec.config import LinearConfig, LiteConfig
+from latent_codec.networks.linear import LinearBackbone, PatchMoments
+
+_NEAR_ZERO = 1e-2
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(conv(act(x)))), its last convolution near zero at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        _near_zero(self.conv2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(silu(self.conv1(silu(x))))
+
+
+def _down(stem: int, widths: tuple[int, ...], depths: tuple[int, ...], c: int, out: int) -> nn.Sequential:
+    """(b, c, h, w) -> (b, out, h/8, w/8) for a patch of 8."""
+    layers: list[nn.Module] = [nn.PixelUnshuffle(stem), nn.Conv2d(c * stem**2, widths[0], 3, padding=1)]
+    layers += [ResidualBlock(widths[0]) for _ in range(depths[0])]
+    for (narrow, wide), depth in zip(pairwise(widths), depths[1:], strict=True):
+        layers.append(nn.Conv2d(narrow, wide, 2, stride=2))
+        layers += [ResidualBlock(wide) for _ in range(depth)]
+    layers += [nn.SiLU(), nn.Conv2d(widths[-1], out, 3, padding=1)]
+    _near_zero(layers[-1])
+    return nn.Sequential(*layers)
+
+
+def _up(stem: int, widths: tuple[int, ...], depths: tuple[int, ...], z: int, out: int) -> nn.Sequential:
+    """(b, z, h/8, w/8) -> (b, out, h, w) for a patch of 8."""
+    layers: list[nn.Module] = [nn.Conv2d(z, widths[-1], 3, padding=1)]
+    layers += [ResidualBlock(widths[-1]) for _ in range(depths[-1])]
+    for (wide, narrow), depth in zip(pairwise(widths[::-1]), depths[-2::-1], strict=True):
+        layers.append(nn.ConvTranspose2d(wide, narrow, 2, stride=2))
+        layers += [ResidualBlock(narrow) for _ in range(depth)]
+    layers += [nn.SiLU(), nn.Conv2d(widths[0], out * stem**2, 3, padding=1)]
+    _near_zero(layers[-1])
+    return nn.Sequential(*layers, nn.PixelShuffle(stem))
+
+
+def _near_zero(conv: nn.Module) -> None:
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    with torch.no_grad():
+        conv.weight.mul_(_NEAR_ZERO)
+        conv.bias.zero_()
+
+
+class LiteBackbone(nn.Module):
+    """features = linear(x) + residual(x); parameters = linear(z) + residual(z)."""
+
+    def __init__(
+        self,
+        config: LiteConfig,
+        image_channels: int,
+        latent_channels: int,
+        features_per_latent: int,
+        params_per_channel: int,
+    ) -> None:
+        super().__init__()
+        _check(config)
+        self.factor = config.patch
+        self.linear = LinearBackbone(
+            LinearConfig(patch=config.patch), image_channels, latent_channels, features_per_latent, params_per_channel
+        )
+        stem, c, z = config.stem, image_channels, latent_channels
+        self.encoder = _down(stem, config.encoder_widths, config.encoder_depths, c, features_per_latent * z)
+        self.decoder = _up(stem, config.decoder_widths, config.decoder_depths, z, params_per_channel * c)
+
+    # The linear path is float32 whatever autocast does: strong components are known to a hundredth of their range,
+    # which bfloat16's 8 bits would drown. The residual network's output is small and may be coarse.
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            linear = self.linear.encode(x.float())
+        return linear + self.encoder(x)  # (b, features * z, h/patch, w/patch)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            linear = self.linear.decode(z.float())
+        return linear + self.decoder(z)  # (b, params * c, h, w)
+
+    def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
+        self.linear.start_from_closed_form(moments, sigma)
+
+
+def _check(config: LiteConfig) -> None:
+    if config.stem < 2:
+        raise ValueError(f"lite: stem {config.stem} would convolve at full resolution; it must be at least 2")
+    for name in ("encoder", "decoder"):
+        widths, depths = getattr(config, f"{name}_widths"), getattr(config, f"{name}_depths")
+        if len(widths) != len(depths) or not widths:
+            raise ValueError(f"lite: {name}_widths {widths} and {name}_depths {depths} must name the same resolutions")
+        if config.stem * 2 ** (len(widths) - 1) != config.patch:
+            raise ValueError(
+                f"lite: stem {config.stem} doubled {len(widths) - 1} times is not the patch of {config.patch} pixels; "
+                f"{name}_widths must name log2(patch / stem) + 1 resolutions"
+            )

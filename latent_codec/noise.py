@@ -1,0 +1,84 @@
+"""Counter-based randomness: every number is a pure function of (seed, key, position).
+
+No state is kept, so a result cannot depend on batch, order, worker, rank or device. The hash is SplitMix64's
+finaliser (Steele, Lea & Flood 2014) on wrapping 64-bit integers, which torch computes alike everywhere.
+"""
+
+import hashlib
+import math
+
+import torch
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd integer nearest 2^64 / phi, as int64
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """A bijection of int64 whose output bits look independent of its input."""
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX[0]
+    x = (x ^ _shift(x, 27)) * _MIX[1]
+    return x ^ _shift(x, 31)
+
+
+def fold(*keys: int | torch.Tensor) -> torch.Tensor:
+    """One int64 key from several (integers or broadcastable int64 tensors); order matters."""
+    state = torch.zeros((), dtype=torch.int64)
+    for key in keys:
+        if not isinstance(key, torch.Tensor):
+            key = torch.tensor(_wrap(key), dtype=torch.int64, device=state.device)
+        state = mix(state.to(key.device) ^ mix(key))
+    return state
+
+
+def _stream(keys: torch.Tensor, n: int) -> torch.Tensor:
+    """n hashes for each key, (*keys.shape, n): SplitMix64's sequence from the state mix(key).
+
+    The key is mixed first, for raw neighbouring keys would give overlapping or mirrored sequences.
+    """
+    return mix(mix(keys)[..., None] + torch.arange(n, device=keys.device) * _GOLDEN)
+
+
+def _wrap(key: int) -> int:
+    return (int(key) + 2**63) % 2**64 - 2**63
+
+
+def text_key(text: str) -> int:
+    """A 64-bit key for a name, the same on every machine."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniform(keys: torch.Tensor) -> torch.Tensor:
+    """Float64 in [0, 1) from int64 keys, one each: the top 53 bits of the hash."""
+    return _shift(mix(keys), 11).double() * 2.0**-53
+
+
+def below(limit: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Int64 in [0, limit), `limit` >= 1 broadcastable to `keys`."""
+    return (uniform(keys) * limit).long().clamp(max=limit - 1)
+
+
+def permutation(n: int, key: torch.Tensor) -> torch.Tensor:
+    """A random order of range(n), (n,) int64, from a key of shape ()."""
+    return torch.argsort(_stream(key, n), stable=True)
+
+
+def normal(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise, (b, *shape) float32 from keys (b,) int64, by Box and Muller (1958).
+
+    Row i depends on keys[i] and `shape` alone. The logarithm and the cosine are the device's own: between devices the
+    values agree to float32 rounding, not to the bit.
+    """
+    count = math.prod(shape)
+    bits = _stream(keys, (count + 1) // 2)  # (b, pairs); radius and angle take disjoint bits of one hash
+    radius = (_shift(bits, 40) + 1).float() * 2.0**-24  # 24 bits in (0, 1], exact in float32
+    angle = (bits & 0xFFFFFF).float() * (2.0**-24 * 2 * math.pi)
+    radius = torch.sqrt(-2.0 * torch.log(radius))
+    values = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    return values[:, :count].reshape(len(keys), *shape)

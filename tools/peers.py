@@ -1,0 +1,116 @@
+"""Other people's autoencoders, to measure beside ours under the same protocol. So far: TAEF2."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from latent_codec.errors import UserError
+from latent_codec.modelfile import check_state
+
+_WIDTH = 64
+_LATENT_CHANNELS = 32
+
+
+class Taef2(nn.Module):
+    """TAEF2, the tiny autoencoder for FLUX.2's latents: 8x8 pixels to 32 channels, deterministic.
+
+    Source: github.com/madebyollin/taesd (weights and code MIT). Tensors are named as in the published files,
+    `<layer>.conv.<i>`, `<layer>.pool.<i>`; they are float16 there and computed with in float32 here.
+    """
+
+    factor = 8
+    """Pixels per latent element along one side; images need sides divisible by it."""
+    latent_channels = _LATENT_CHANNELS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = _encoder()
+        self.decoder = _decoder()
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def load(cls, folder: Path) -> "Taef2":
+        """Read `encoder.safetensors` and `decoder.safetensors` in `folder`, strictly; `UserError` if they do not fit."""
+        model = cls()
+        for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
+            path = folder / f"{name}.safetensors"
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; TAEF2's weights are {name}.safetensors from its own repository")
+            try:
+                tensors = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a safetensors file ({error}); get TAEF2's weights again") from error
+            check_state(network.state_dict(), tensors, str(path))
+            network.load_state_dict(tensors)
+        return model
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (b, 3, h, w) uint8 -> latents (b, 32, h/8, w/8) float32."""
+        if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"TAEF2 encodes (b, 3, h, w) uint8, not {tuple(x.shape)} {x.dtype}")
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise UserError(f"TAEF2 needs sides divisible by {self.factor}, not {x.shape[3]}x{x.shape[2]}: crop first")
+        return self.encoder(x.float() / 255)
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """z: (b, 32, h/8, w/8) float -> (b, 3, h, w) uint8, clamped and rounded."""
+        return (self.decoder(z.float()).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+class _Residual(nn.Module):
+    """relu(x + conv(x)); at the coarsest scale x has first been given what the whole image looks like."""
+
+    def __init__(self, *, pooled: bool) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(_conv(), nn.ReLU(), _conv(), nn.ReLU(), _conv())
+        self.pool = _pool() if pooled else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(x + self.conv(x))
+
+
+class _SoftClamp(nn.Module):
+    """Latents that a diffusion model overshot, brought smoothly into (-3, 3)."""
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return 3 * torch.tanh(z / 3)
+
+
+def _conv(inputs: int = _WIDTH, outputs: int = _WIDTH, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=bias)
+
+
+def _pool() -> nn.Sequential:
+    wide = 4 * _WIDTH
+    return nn.Sequential(
+        nn.Conv2d(_WIDTH, wide, 1, bias=False),
+        nn.GroupNorm(4, wide),  # its statistics over the image are the pooling
+        nn.ReLU(),
+        nn.Conv2d(wide, _WIDTH, 1, bias=False),
+    )
+
+
+def _residuals(*, pooled: bool = False) -> list[nn.Module]:
+    return [_Residual(pooled=pooled) for _ in range(3)]
+
+
+def _encoder() -> nn.Sequential:
+    layers: list[nn.Module] = [_conv(3), _Residual(pooled=False)]  # (b, 64, h, w)
+    for coarsest in (False, False, True):
+        layers += [_conv(stride=2, bias=False), *_residuals(pooled=coarsest)]
+    return nn.Sequential(*layers, _conv(outputs=_LATENT_CHANNELS))  # (b, 32, h/8, w/8)
+
+
+def _decoder() -> nn.Sequential:
+    layers: list[nn.Module] = [_SoftClamp(), _conv(_LATENT_CHANNELS), nn.ReLU()]
+    for coarsest in (True, False, False):
+        layers += [*_residuals(pooled=coarsest), nn.Upsample(scale_factor=2, mode="nearest"), _conv(bias=False)]
+    return nn.Sequential(*layers, _Residual(pooled=False), _conv(outputs=3))  # (b, 3, h, w)

@@ -1,0 +1,142 @@
+"""Checkpoints of a run: staged, verified, committed by one rename; only then is the oldest pruned.
+
+RUN/checkpoints/step-00001000/ holds codec.safetensors and ema.safetensors (model files, loadable as they are),
+optimizer.safetensors and state.json with the SHA-256 of the other three. Nothing is pickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from latent_codec import modelfile
+from latent_codec.codec import Codec
+from latent_codec.config import dumps
+from latent_codec.errors import UserError
+from latent_codec.files import fsync, write_text
+
+log = logging.getLogger(__name__)
+_TENSORS = ("codec.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done; everything else follows from the step."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    minutes: float = 0.0
+    scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save(
+    folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+) -> Path:
+    """Write a checkpoint into `folder` and prune all but the newest `keep`."""
+    final = folder / f"step-{progress.step:08d}"
+    if final.exists():
+        return final
+    staged = folder / f".{final.name}.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    codec.save(staged / "codec.safetensors")
+    ema.save(staged / "ema.safetensors")
+    moments = _optimizer_tensors(optimizer, codec)
+    save_file(moments, staged / "optimizer.safetensors")
+    fsync(staged / "optimizer.safetensors")
+    hashes = {name: _sha256(staged / name) for name in _TENSORS}
+    write_text(staged / "state.json", dumps(dataclasses.asdict(progress) | {"sha256": hashes}))
+    _verify(staged, codec.state_dict(), moments)
+    fsync(staged)
+    os.rename(staged, final)  # noqa: PTH104 (tests stop the process here by name)
+    fsync(folder)
+    for old in _finished(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def restore(folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optimizer) -> Progress:
+    """Load the newest sound checkpoint in place; a fresh `Progress` if there is none.
+
+    Raises `UserError` if checkpoints exist but none is sound.
+    """
+    finished = _finished(folder)
+    for path in reversed(finished):
+        try:
+            progress = _read_state(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("passing over damaged checkpoint %s: %s", path, error)
+            continue
+        for target, name in ((codec, "codec.safetensors"), (ema, "ema.safetensors")):
+            tensors = modelfile.read(path / name).tensors
+            modelfile.check_state(target.state_dict(), tensors, str(path / name))
+            target.load_state_dict(tensors)
+        _load_optimizer(optimizer, codec, load_file(path / "optimizer.safetensors"))
+        return progress
+    if finished:
+        raise UserError(f"{folder}: all {len(finished)} checkpoints are damaged; start again with another --out")
+    return Progress()
+
+
+def newest(run: Path) -> Path:
+    """The newest sound checkpoint of a run; raises `UserError` if there is none."""
+    for path in reversed(_finished(run / "checkpoints")):
+        try:
+            _read_state(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return path
+    raise UserError(f"{run}: no finished checkpoint in it; a run's first one appears after save_every steps")
+
+
+def _finished(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _read_state(path: Path) -> Progress:
+    state = json.loads((path / "state.json").read_text())
+    for name, expected in state.pop("sha256").items():
+        if _sha256(path / name) != expected:
+            raise ValueError(f"{name} does not match its checksum")
+    return Progress(**state)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(staged: Path, codec: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+    """Read back what was written; a disk that lies is found before the older checkpoint is given up."""
+    found = load_file(staged / "codec.safetensors") | load_file(staged / "optimizer.safetensors")
+    for name, tensor in (codec | moments).items():
+        if not torch.equal(found[name], tensor.cpu()):
+            raise OSError(f"{staged}: tensor {name} reads back differently from what was written; check the disk")
+    _read_state(staged)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, codec: Codec) -> dict[str, torch.Tensor]:
+    """Adam's moments by parameter name: `backbone.x.weight/exp_avg`."""
+    names = {id(p): name for name, p in codec.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": value.detach().cpu().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, codec: Codec, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(codec.named_parameters())
+    for name, value in tensors.items():
+        parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
+        if value.shape == parameter.shape:  # a moment lies in memory as its parameter does (channels_last)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][key] = value

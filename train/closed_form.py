@@ -1,0 +1,40 @@
+"""Patch moments of the training images, for the closed-form start of a linear path."""
+
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.likelihoods import Gaussian
+from latent_codec.networks import LinearBackbone, LiteBackbone
+from latent_codec.networks.linear import PatchMoments
+from train.data import Batches, Plan
+
+
+def patch_moments(images: Batches, plan: Plan, codec: Codec, steps: int, *, quiet: bool) -> PatchMoments:
+    """Moments of the non-overlapping patches of `steps` batches of crops."""
+    p = codec.factor
+    total, outer, channels, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
+    for batch in tqdm(images.batches(plan, 0, steps), "patch moments", steps, disable=quiet):
+        x = codec.likelihood.from_uint8(batch.pixels.cpu()).double()
+        patches = rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)  # (n, d)
+        total, outer = total + patches.sum(0), outer + patches.T @ patches
+        count += len(patches)
+        channels = x.shape[1]
+    mean = rearrange(total / count, "(c d) -> c d", c=channels).mean(1)
+    m, average = mean.repeat_interleave(p * p), total / count
+    covariance = outer / count - torch.outer(m, average) - torch.outer(average, m) + torch.outer(m, m)
+    return PatchMoments(mean, covariance)
+
+
+def start_from_closed_form(codec: Codec, moments: PatchMoments) -> None:
+    """Set the codec's linear path; raises `UserError` where the closed form does not apply."""
+    likelihood, backbone = codec.likelihood, codec.backbone
+    if not isinstance(likelihood, Gaussian):
+        kind = codec.config.likelihood.kind
+        raise UserError(f"closed_form needs a gaussian likelihood, not {kind}: set --no-closed-form")
+    if not isinstance(backbone, LinearBackbone | LiteBackbone):
+        kind = codec.config.backbone.kind
+        raise UserError(f"closed_form needs a backbone with a linear path, not {kind}: set --no-closed-form")
+    backbone.start_from_closed_form(moments, float(likelihood.sigma))

@@ -1,0 +1,57 @@
+"""A training run's configuration. Free of torch."""
+
+import dataclasses
+from typing import Literal
+
+from latent_codec.config import CodecConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ELBOConfig:
+    beta: float
+    """Weight of the KL once warmed up; with a Gaussian likelihood of fixed sigma it multiplies sigma^2."""
+    warmup: Literal["none", "linear", "cosine", "cyclical"]
+    """How beta rises: once (linear, cosine), or again and again, half of each cycle (cyclical, Fu et al. 2019)."""
+    warmup_steps: int
+    """Steps of the rise; of one whole cycle where it is cyclical."""
+    free_bits: float
+    """Nats per latent element below which a channel's KL costs nothing (Kingma et al. 2016, eq. 15), per image."""
+    lpips_weight: float
+    """Nats per pixel for one unit of LPIPS; 0 leaves LPIPS out."""
+    lpips_net: Literal["alex", "squeeze", "vgg"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    codec: CodecConfig
+    objective: ELBOConfig
+    closed_form: bool
+    """Start the linear path from probabilistic PCA of the training images' patches."""
+    steps: int
+    """Optimizer steps in all; the cosine learning rate ends here."""
+    batch_size: int
+    """Images per optimizer step, over all processes and micro-batches."""
+    accumulation: int
+    """Micro-batches per optimizer step on each process."""
+    crop: int
+    """Side of the square training crops, in pixels."""
+    flip: bool
+    """Mirror half of the crops left to right."""
+    learning_rate: float
+    lr_warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    """Gradients are scaled down to this norm; infinity leaves them alone."""
+    ema_decay: float
+    """Decay of the averaged weights, which are what is evaluated and exported; 0 keeps the raw weights."""
+    channels_last: bool
+    compile: bool
+    seed: int
+    log_every: int
+    eval_every: int
+    eval_crop: int
+    """Side of the centre crops of the validation images, in pixels."""
+    save_every: int
+    keep_checkpoints: int
+    max_skipped: int
+    """Non-finite steps in a row after which the run stops."""

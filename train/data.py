@@ -1,0 +1,266 @@
+"""Training crops as a pure function of (seed, samples consumed).
+
+Sample number i is crop `fold(seed, i)` of image permutation(seed, i // n)[i % n]. There is no sampler state: a run
+resumes by counting, and the samples are the same for any number of processes and workers, streamed or in memory.
+"""
+
+import functools
+import hashlib
+import logging
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from latent_codec.errors import UserError
+from latent_codec.images import EXTENSIONS, read_image
+from latent_codec.noise import below, fold, permutation, uniform
+
+log = logging.getLogger(__name__)
+_ORDER, _TOP, _LEFT, _FLIP, _NOISE = range(5)  # what a key is used for
+
+
+class Source(NamedTuple):
+    """One image: a byte range of a file (the whole file, or a tar shard's member)."""
+
+    name: str
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> torch.Tensor:
+        """(3, h, w) uint8."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return read_image(file.read(self.size), name=self.name).pixels
+
+
+class Batch(NamedTuple):
+    pixels: torch.Tensor  # (b, 3, crop, crop) uint8
+    keys: torch.Tensor  # (b,) int64, for the posterior's noise
+
+
+def list_sources(paths: Sequence[Path]) -> list[Source]:
+    """Every image under the given folders (recursively) and tar shards, in a fixed order."""
+    sources: list[Source] = []
+    for path in paths:
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
+            sources += [Source(f.relative_to(path).as_posix(), f, 0, f.stat().st_size) for f in files]
+            shards = sorted(path.glob("*.tar")) if not files else []
+        elif path.is_file():
+            shards = [path]
+        else:
+            raise UserError(f"{path}: no such folder or tar file of images")
+        for shard in shards:
+            sources += _list_shard(shard)
+    if not sources:
+        raise UserError(f"no images in {', '.join(map(str, paths))}; looked for {', '.join(sorted(EXTENSIONS))}")
+    return sources
+
+
+def _list_shard(shard: Path) -> list[Source]:
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            members = [m for m in tar if m.isfile() and Path(m.name).suffix.lower() in EXTENSIONS]
+    except tarfile.TarError as error:
+        raise UserError(f"{shard}: not an uncompressed tar file ({error}); give a folder or .tar shards") from error
+    return [Source(f"{shard.name}/{m.name}", shard, m.offset_data, m.size) for m in members]
+
+
+def fingerprint(sources: Sequence[Source]) -> str:
+    """SHA-256 over names and sizes: what a run was trained on."""
+    return hashlib.sha256("\n".join(f"{s.name}\t{s.size}" for s in sources).encode()).hexdigest()
+
+
+class Draw(NamedTuple):
+    image: torch.Tensor  # (b,) int64
+    key: torch.Tensor  # (b,) int64
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return permutation(n, fold(seed, _ORDER, epoch))
+
+
+def draw(samples: Sequence[int], n: int, seed: int) -> Draw:
+    """Which image each sample number shows, out of n, and its key."""
+    image = torch.stack([_epoch_order(n, seed, i // n)[i % n] for i in samples])
+    return Draw(image, fold(seed, torch.tensor(samples)))
+
+
+class Boxes(NamedTuple):
+    top: torch.Tensor  # (b,) int64
+    left: torch.Tensor  # (b,) int64
+    flip: torch.Tensor  # (b,) bool
+
+
+def crop_boxes(key: torch.Tensor, height: torch.Tensor, width: torch.Tensor, crop: int, flip: bool) -> Boxes:
+    """Where to crop images of the given sizes, each at least `crop`."""
+    return Boxes(
+        top=below(height - crop + 1, fold(key, _TOP)),
+        left=below(width - crop + 1, fold(key, _LEFT)),
+        flip=(uniform(fold(key, _FLIP)) < 0.5) & flip,
+    )
+
+
+def at_least(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Repeat the last row and column until both sides reach `side`."""
+    h, w = pixels.shape[-2:]
+    if h < side:
+        pixels = pixels[..., torch.arange(side).clamp(max=h - 1), :]
+    return pixels[..., torch.arange(side).clamp(max=w - 1)] if w < side else pixels
+
+
+class Plan(NamedTuple):
+    """Which samples this process takes, and how they are cropped."""
+
+    seed: int
+    crop: int
+    flip: bool
+    batch_size: int  # images per step over all processes
+    micro_batches: int
+    rank: int
+    world: int
+
+    def samples(self, step: int, micro: int) -> list[int]:
+        """The sample numbers of one micro-batch of one step on this process."""
+        size = self.batch_size // (self.world * self.micro_batches)
+        start = step * self.batch_size + (self.rank * self.micro_batches + micro) * size
+        return list(range(start, start + size))
+
+    def schedule(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        for step in range(first_step, last_step):
+            for micro in range(self.micro_batches):
+                yield self.samples(step, micro)
+
+
+class Batches(Protocol):
+    """A source of micro-batches in the order of `Plan.schedule`."""
+
+    def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]: ...
+
+
+class MemoryImages:
+    """All images decoded once into one uint8 tensor on the device; crops are gathered there."""
+
+    def __init__(self, sources: Sequence[Source], min_side: int, device: torch.device, *, quiet: bool) -> None:
+        images = _read_all(sources, quiet)
+        good = [i for i, image in enumerate(images) if image is not None]
+        if not good:
+            raise UserError(f"none of the {len(sources)} images could be read; the first reason stands above")
+        kept = [at_least(images[i], min_side) for i in good]  # pyright: ignore[reportArgumentType]
+        images.clear()
+        # A broken image's turn goes to the next readable one, as when streaming.
+        self.row = torch.searchsorted(torch.tensor(good), torch.arange(len(sources))) % len(good)
+        self.height = torch.tensor([k.shape[1] for k in kept])
+        self.width = torch.tensor([k.shape[2] for k in kept])
+        sizes = 3 * self.height * self.width
+        self.start = torch.cumsum(sizes, 0) - sizes
+        self.data = torch.cat([k.reshape(-1) for k in kept]).to(device)
+
+    def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
+        for samples in plan.schedule(first_step, last_step):
+            yield self.crops(draw(samples, len(self.row), plan.seed), plan)
+
+    def crops(self, drawn: Draw, plan: Plan) -> Batch:
+        row = self.row[drawn.image]
+        height, width = self.height[row], self.width[row]
+        box = crop_boxes(drawn.key, height, width, plan.crop, plan.flip)
+        device = self.data.device
+        start, height, width, top, left, flip = (
+            t.to(device, non_blocking=True)[:, None, None, None]
+            for t in (self.start[row], height, width, box.top, box.left, box.flip)
+        )
+        side = torch.arange(plan.crop, device=device)
+        x = torch.where(flip, plan.crop - 1 - side, side) + left  # (b, 1, 1, crop)
+        y = side[:, None] + top  # (b, 1, crop, 1)
+        channel = torch.arange(3, device=device)[:, None, None]  # (3, 1, 1)
+        index = start + (channel * height + y) * width + x  # (b, 3, crop, crop)
+        return Batch(self.data[index], fold(drawn.key, _NOISE).to(device))
+
+
+class StreamedImages(Dataset[Batch]):
+    """Images decoded anew for every crop, in worker processes: for sets larger than memory."""
+
+    def __init__(self, sources: Sequence[Source], workers: int, device: torch.device) -> None:
+        self.sources, self.workers, self.device = sources, workers, device
+
+    def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Crops(self.sources, plan),
+            sampler=_Schedule(plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch in loader:
+            yield Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+
+
+class _Schedule:
+    """The data loader's sampler: its items are lists of sample numbers."""
+
+    def __init__(self, plan: Plan, first_step: int, last_step: int) -> None:
+        self.plan, self.first_step, self.last_step = plan, first_step, last_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.plan.schedule(self.first_step, self.last_step)
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.plan.micro_batches
+
+
+class _Crops(Dataset[Batch]):
+    """Indexed by a list of sample numbers: one micro-batch."""
+
+    def __init__(self, sources: Sequence[Source], plan: Plan) -> None:
+        self.sources, self.plan = sources, plan
+
+    def __getitem__(self, samples: list[int]) -> Batch:
+        drawn = draw(samples, len(self.sources), self.plan.seed)
+        crops = [self._crop(int(image), key) for image, key in zip(drawn.image, drawn.key, strict=True)]
+        return Batch(torch.stack(crops), fold(drawn.key, _NOISE))
+
+    def _crop(self, image: int, key: torch.Tensor) -> torch.Tensor:
+        pixels = at_least(self._read(image), self.plan.crop)
+        height, width = torch.tensor(pixels.shape[1]), torch.tensor(pixels.shape[2])
+        box = crop_boxes(key, height, width, self.plan.crop, self.plan.flip)
+        pixels = pixels[:, box.top : box.top + self.plan.crop, box.left : box.left + self.plan.crop]
+        return pixels.flip(-1) if box.flip else pixels
+
+    def _read(self, image: int) -> torch.Tensor:
+        for i in range(len(self.sources)):
+            source = self.sources[(image + i) % len(self.sources)]
+            try:
+                return source.read()
+            except (UserError, OSError) as error:
+                log.warning("skipping %s: %s", source.name, error)
+        raise UserError(f"none of the {len(self.sources)} images could be read; the first reason stands above")
+
+
+def _read_all(sources: Sequence[Source], quiet: bool) -> list[torch.Tensor | None]:
+    def read(source: Source) -> torch.Tensor | None:
+        try:
+            return source.read()
+        except (UserError, OSError) as error:
+            log.warning("skipping %s: %s", source.name, error)
+            return None
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        return list(tqdm(pool.map(read, sources), "reading images", len(sources), disable=quiet, unit="image"))
+
+
+def centre_crops(sources: Sequence[Source], side: int) -> torch.Tensor:
+    """The middle of each image, (n, 3, side, side) uint8; small images are extended by their edges."""
+    crops = []
+    for source in sources:
+        pixels = at_least(source.read(), side)
+        top, left = (pixels.shape[1] - side) // 2, (pixels.shape[2] - side) // 2
+        crops.append(pixels[:, top : top + side, left : left + side])
+    return torch.stack(crops)

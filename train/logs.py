@@ -1,0 +1,39 @@
+"""What a run says: a JSONL file, trackers, a line on the screen."""
+
+import json
+import math
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+class RunLog:
+    """Main process only writes; the others' calls do nothing.
+
+    Lines of steps that a resumed run will do again are dropped when it starts, so that every step stands once.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
+        self.path, self.accelerator = path, accelerator
+        if accelerator.is_main_process and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """One line {"kind", "step", ...}; values that are not finite are written as null."""
+        if not self.accelerator.is_main_process:
+            return
+        record = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": step} | record) + "\n")
+        self.accelerator.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
+        text = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if math.isfinite(v))
+        tqdm.write(f"{kind} {step}: {text}")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the line that a crash cut short
+        return math.inf

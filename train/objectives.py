@@ -1,0 +1,85 @@
+"""Losses. An objective owns the codec and is what Accelerate wraps: only its `forward` is ever called on the wrapper."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from latent_codec.codec import Codec
+from latent_codec.noise import normal
+from latent_codec.perceptual import LPIPS
+from train.config import ELBOConfig
+
+
+class Losses(NamedTuple):
+    """Scalars are averages over the batch, in nats per image unless said otherwise; only `loss` has a gradient."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    kl: torch.Tensor
+    lpips: torch.Tensor  # LPIPS units; 0 where the term is off
+    mse: torch.Tensor  # of the expected pixels, in units of [0, 1]; NaN unless measured
+    clamped: torch.Tensor  # share of clamped logvars
+    latent_mean: torch.Tensor  # (z,) average of the posterior means
+    latent_square: torch.Tensor  # (z,) average of their squares
+
+
+class ELBO(nn.Module):
+    """Negative ELBO = NLL + beta KL (Kingma & Welling 2014, eq. 3; beta: Higgins et al. 2017), in nats per image.
+
+    Free bits: a channel's KL below `free_bits` nats per latent element costs nothing. Kingma et al. (2016) take the
+    minimum over a batch's average; here it is per image, so that the loss of a batch is the average of its images'.
+    """
+
+    def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:
+        super().__init__()
+        if (lpips is not None) != (config.lpips_weight > 0):
+            raise ValueError("an LPIPS module is needed exactly when lpips_weight is positive")
+        self.config = config
+        self.codec = codec
+        self.lpips = lpips
+
+    def forward(self, pixels: torch.Tensor, keys: torch.Tensor, beta: torch.Tensor, measure: bool) -> Losses:
+        """pixels (b, c, h, w) uint8; keys (b,) int64 for the posterior's noise; beta a scalar tensor."""
+        codec = self.codec
+        x = codec.likelihood.from_uint8(pixels)
+        posterior = codec.encode(x)
+        z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
+        params = codec.likelihood_params(z)
+        nll = -codec.likelihood.log_prob(params, x).mean()
+        kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
+        loss = nll + beta * self._charged(kl_map)
+        lpips = torch.zeros_like(nll)
+        if self.lpips is not None:
+            mean = codec.likelihood.mean(params)
+            lpips = self.lpips(_signed(codec, mean), _signed(codec, x)).mean()
+            loss = loss + self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
+        with torch.no_grad():
+            mse = torch.full_like(nll, math.nan)
+            if measure:
+                mse = (_signed(codec, codec.likelihood.mean(params)) - _signed(codec, x)).square().mean() / 4
+            mean = posterior.mean.detach()
+            return Losses(
+                loss=loss,
+                nll=nll.detach(),
+                kl=kl_map.detach().flatten(1).sum(1).mean(),
+                lpips=lpips.detach(),
+                mse=mse,
+                clamped=posterior.clamped,
+                latent_mean=mean.mean((0, 2, 3)),
+                latent_square=mean.square().mean((0, 2, 3)),
+            )
+
+    def _charged(self, kl_map: torch.Tensor) -> torch.Tensor:
+        """The KL that the loss charges, averaged over the batch."""
+        if self.config.free_bits == 0:
+            return kl_map.flatten(1).sum(1).mean()
+        per_channel = kl_map.mean((2, 3)).clamp(min=self.config.free_bits)  # (b, z) nats per element
+        return (per_channel.sum(1) * math.prod(kl_map.shape[2:])).mean()
+
+
+def _signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """Pixels in the likelihood's range -> [-1, 1]."""
+    low, high = codec.likelihood.data_range
+    return (x - low) * (2.0 / (high - low)) - 1.0

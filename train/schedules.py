@@ -1,0 +1,25 @@
+"""Pure functions of the step: KL weight and learning rate."""
+
+import math
+
+from train.config import ELBOConfig, TrainConfig
+
+
+def beta_at(config: ELBOConfig, step: int) -> float:
+    """The KL's weight at a step, from 0 up to `config.beta`."""
+    if config.warmup == "none" or config.warmup_steps == 0:
+        return config.beta
+    if config.warmup == "cyclical":  # Fu et al. 2019: rise over the first half of each cycle, hold over the second
+        return config.beta * min(1.0, 2.0 * (step % config.warmup_steps) / config.warmup_steps)
+    share = min(1.0, step / config.warmup_steps)
+    if config.warmup == "cosine":
+        share = 0.5 - 0.5 * math.cos(math.pi * share)
+    return config.beta * share
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to zero at the last step (Loshchilov & Hutter 2017)."""
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    share = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))

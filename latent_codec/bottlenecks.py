@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from latent_codec.config import DiagonalGaussianConfig
+from latent_codec.precision import float32_island
 
 
 class DiagonalGaussian:
@@ -39,7 +40,7 @@ class DiagonalGaussian:
 
     def kl_map(self) -> torch.Tensor:
         """KL(q || N(0, I)) of each element in nats, (b, z, h, w): Kingma & Welling (2014), appendix B."""
-        with torch.autocast(self.mean.device.type, enabled=False):
+        with float32_island(self.mean):
             # expm1(v) - v loses far less than exp(v) - 1 - v where the posterior is close to the prior.
             return 0.5 * (self.mean.square() + torch.expm1(self.logvar) - self.logvar)
 
@@ -61,7 +62,7 @@ class DiagonalGaussianBottleneck(nn.Module):
 
     def forward(self, features: torch.Tensor) -> DiagonalGaussian:
         """features: (b, 2z, h, w), means first, as AutoencoderKL orders them."""
-        with torch.autocast(features.device.type, enabled=False):
+        with float32_island(features):
             mean, raw = features.float().chunk(2, dim=1)  # (b, z, h, w) each
             logvar = raw.clamp(self.config.logvar_min, self.config.logvar_max)
             return DiagonalGaussian(mean, logvar, (raw.detach() != logvar.detach()).float().mean())

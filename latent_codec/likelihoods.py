@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, logsigmoid
 
 from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.precision import float32_island
 
 
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
@@ -63,17 +64,17 @@ class Likelihood(nn.Module, abc.ABC):
         """log p(x given z) in nats per image, (b,) float32; params (b, p * c, h, w), x (b, c, h, w)."""
         if not torch.compiler.is_compiling():
             self.check(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_island(x):
             return self._log_prob(self._split(params), x.float()).flatten(1).sum(1)
 
     def mean(self, params: torch.Tensor) -> torch.Tensor:
         """The expected pixel, (b, c, h, w) float32 in this likelihood's range."""
-        with torch.autocast(params.device.type, enabled=False):
+        with float32_island(params):
             return self._mean(self._split(params))
 
     def sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One draw of the pixels, (b, c, h, w) float32."""
-        with torch.autocast(params.device.type, enabled=False):
+        with float32_island(params):
             return self._sample(self._split(params), generator)
 
     def _split(self, params: torch.Tensor) -> torch.Tensor:

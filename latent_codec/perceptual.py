@@ -15,6 +15,7 @@ from torch import nn
 
 from latent_codec.errors import UserError
 from latent_codec.modelfile import check_state
+from latent_codec.precision import float32_island
 
 Net = Literal["alex", "squeeze", "vgg"]
 
@@ -73,7 +74,7 @@ class LPIPS(nn.Module):
                 f"LPIPS with this net needs sides of {self.smallest_side} px or more, the images are "
                 f"{x.shape[3]}x{x.shape[2]}: use larger images or leave LPIPS out"
             )
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_island(x):
             features_x = self.features(self.scaling(x.float()))
             features_y = self.features(self.scaling(y.float()))
             distance = torch.zeros(len(x), device=x.device)
@@ -86,8 +87,8 @@ class LPIPS(nn.Module):
 def _unit(features: torch.Tensor) -> torch.Tensor:
     """Scale each position's feature vector to length 1, (b, c, h, w).
 
-    As the package does, but for the clamp: the square root's slope at 0 is infinite, and one position whose
-    features are all 0 would make every gradient NaN. No value changes: such a vector stays 0.
+    As the package does, but for the clamp, which changes no value: the square root's slope at 0 is infinite, so where
+    every feature is 0 backward would produce NaN, and only the ReLU just before would happen to drop it.
     """
     norm = features.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt()
     return features / (norm + 1e-10)

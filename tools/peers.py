@@ -34,7 +34,7 @@ class Taef2(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "Taef2":
-        """Read `encoder.safetensors` and `decoder.safetensors` in `folder`, strictly; `UserError` if they do not fit."""
+        """Read `encoder.safetensors` and `decoder.safetensors` in `folder`; `UserError` if a tensor does not fit."""
         model = cls()
         for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
             path = folder / f"{name}.safetensors"

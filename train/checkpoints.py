@@ -86,17 +86,6 @@ def restore(folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optim
     return Progress()
 
 
-def newest(run: Path) -> Path:
-    """The newest sound checkpoint of a run; raises `UserError` if there is none."""
-    for path in reversed(_finished(run / "checkpoints")):
-        try:
-            _read_state(path)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return path
-    raise UserError(f"{run}: no finished checkpoint in it; a run's first one appears after save_every steps")
-
-
 def _finished(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 

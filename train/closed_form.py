@@ -16,7 +16,7 @@ def patch_moments(images: Batches, plan: Plan, codec: Codec, steps: int, *, quie
     """Moments of the non-overlapping patches of `steps` batches of crops."""
     p = codec.factor
     total, outer, channels, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
-    for batch in tqdm(images.batches(plan, 0, steps), "patch moments", steps, disable=quiet):
+    for batch in tqdm(images.batches(plan, 0, steps), "patch moments", steps, disable=quiet or None):
         x = codec.likelihood.from_uint8(batch.pixels.cpu()).double()
         patches = rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)  # (n, d)
         total, outer = total + patches.sum(0), outer + patches.T @ patches

@@ -7,10 +7,8 @@ resumes by counting, and the samples are the same for any number of processes an
 import functools
 import hashlib
 import logging
-import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,59 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
-from latent_codec.images import EXTENSIONS, read_image
+from latent_codec.inputs import Source
 from latent_codec.noise import below, fold, permutation, uniform
 
 log = logging.getLogger(__name__)
 _ORDER, _TOP, _LEFT, _FLIP, _NOISE = range(5)  # what a key is used for
 
 
-class Source(NamedTuple):
-    """One image: a byte range of a file (the whole file, or a tar shard's member)."""
-
-    name: str
-    path: Path
-    offset: int
-    size: int
-
-    def read(self) -> torch.Tensor:
-        """(3, h, w) uint8."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return read_image(file.read(self.size), name=self.name).pixels
-
-
 class Batch(NamedTuple):
     pixels: torch.Tensor  # (b, 3, crop, crop) uint8
     keys: torch.Tensor  # (b,) int64, for the posterior's noise
-
-
-def list_sources(paths: Sequence[Path]) -> list[Source]:
-    """Every image under the given folders (recursively) and tar shards, in a fixed order."""
-    sources: list[Source] = []
-    for path in paths:
-        if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and f.is_file())
-            sources += [Source(f.relative_to(path).as_posix(), f, 0, f.stat().st_size) for f in files]
-            shards = sorted(path.glob("*.tar")) if not files else []
-        elif path.is_file():
-            shards = [path]
-        else:
-            raise UserError(f"{path}: no such folder or tar file of images")
-        for shard in shards:
-            sources += _list_shard(shard)
-    if not sources:
-        raise UserError(f"no images in {', '.join(map(str, paths))}; looked for {', '.join(sorted(EXTENSIONS))}")
-    return sources
-
-
-def _list_shard(shard: Path) -> list[Source]:
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            members = [m for m in tar if m.isfile() and Path(m.name).suffix.lower() in EXTENSIONS]
-    except tarfile.TarError as error:
-        raise UserError(f"{shard}: not an uncompressed tar file ({error}); give a folder or .tar shards") from error
-    return [Source(f"{shard.name}/{m.name}", shard, m.offset_data, m.size) for m in members]
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
@@ -238,29 +193,29 @@ class _Crops(Dataset[Batch]):
         for i in range(len(self.sources)):
             source = self.sources[(image + i) % len(self.sources)]
             try:
-                return source.read()
-            except (UserError, OSError) as error:
-                log.warning("skipping %s: %s", source.name, error)
+                return source.read().pixels
+            except UserError as error:
+                log.warning("skipping %s", error)
         raise UserError(f"none of the {len(self.sources)} images could be read; the first reason stands above")
 
 
 def _read_all(sources: Sequence[Source], quiet: bool) -> list[torch.Tensor | None]:
     def read(source: Source) -> torch.Tensor | None:
         try:
-            return source.read()
-        except (UserError, OSError) as error:
-            log.warning("skipping %s: %s", source.name, error)
+            return source.read().pixels
+        except UserError as error:
+            log.warning("skipping %s", error)
             return None
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        return list(tqdm(pool.map(read, sources), "reading images", len(sources), disable=quiet, unit="image"))
+        return list(tqdm(pool.map(read, sources), "reading images", len(sources), disable=quiet or None, unit="image"))
 
 
 def centre_crops(sources: Sequence[Source], side: int) -> torch.Tensor:
     """The middle of each image, (n, 3, side, side) uint8; small images are extended by their edges."""
     crops = []
     for source in sources:
-        pixels = at_least(source.read(), side)
+        pixels = at_least(source.read().pixels, side)
         top, left = (pixels.shape[1] - side) // 2, (pixels.shape[2] - side) // 2
         crops.append(pixels[:, top : top + side, left : left + side])
     return torch.stack(crops)

@@ -1,4 +1,4 @@
-"""Losses. An objective owns the codec and is what Accelerate wraps: only its `forward` is ever called on the wrapper."""
+"""Losses. An objective owns the codec and is what Accelerate wraps: only its `forward` is called on the wrapper."""
 
 import math
 from typing import NamedTuple

@@ -1,5 +1,6 @@
 """Whole configurations by name. The command line overrides single fields."""
 
+import dataclasses
 from collections.abc import Callable
 
 from latent_codec.config import (
@@ -56,4 +57,43 @@ def photo() -> TrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"photo": photo}
+def pca() -> TrainConfig:
+    """Principal components of 8x8 patches, from their moments alone: the floor that any VAE must beat."""
+    base = photo()
+    # Noise of half a grey level: no shrinkage to speak of, and every component is kept.
+    likelihood = GaussianConfig(scale="fixed", sigma=1 / 255)
+    codec = dataclasses.replace(base.codec, backbone=LinearConfig(patch=8), likelihood=likelihood)
+    return dataclasses.replace(base, codec=codec, steps=0)
+
+
+def conv() -> TrainConfig:
+    """A small AutoencoderKL (f8, 4 channels) with LPIPS, from random weights: KL warm-up."""
+    base = photo()
+    codec = dataclasses.replace(
+        base.codec,
+        latent_channels=4,
+        backbone=ConvConfig(
+            widths=(64, 128, 256, 256),
+            layers_per_block=2,
+            groups=32,
+            mid_attention=True,
+            quant_conv=True,
+            post_quant_conv=True,
+        ),
+        likelihood=GaussianConfig(scale="fixed", sigma=0.2),
+    )
+    objective = dataclasses.replace(base.objective, warmup="linear", warmup_steps=5_000, lpips_weight=5.0)
+    return dataclasses.replace(
+        base,
+        codec=codec,
+        objective=objective,
+        closed_form=False,
+        steps=100_000,
+        batch_size=32,
+        crop=256,
+        learning_rate=1e-4,
+        lr_warmup_steps=1_000,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"photo": photo, "pca": pca, "conv": conv}

@@ -1,5 +1,6 @@
-"""Train a VAE: `accelerate launch -m train.vae PRESET --data DIR_OR_TARS --out RUN [overrides]`, or `python -m train.vae`.
+"""Train a VAE: `accelerate launch -m train.vae PRESET --data DIR_OR_TARS --out RUN [overrides]`.
 
+`python -m train.vae ...` runs one process.
 Rerunning the same command resumes. Precision and the number of processes come from Accelerate.
 """
 
@@ -27,13 +28,14 @@ from latent_codec.codec import Codec
 from latent_codec.config import dumps, from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import write_text
+from latent_codec.inputs import Source, find_all
 from latent_codec.noise import normal, text_key
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
 from train.checkpoints import Progress
 from train.closed_form import patch_moments, start_from_closed_form
 from train.config import TrainConfig
-from train.data import Batches, MemoryImages, Plan, Source, StreamedImages, centre_crops, fingerprint, list_sources
+from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops, fingerprint
 from train.grid import write_grid
 from train.interrupts import Agreement, Interrupts, agree
 from train.logs import RunLog
@@ -88,7 +90,7 @@ def train(run: Run) -> int:
     sources, held_out = _split(run)
     described = _describe_run(run, sources)
     _claim(run.out, config, described, accelerator)
-    quiet = not (accelerator.is_main_process and sys.stderr.isatty())
+    quiet = not accelerator.is_main_process  # progress bars also want a terminal: tqdm sees to that
 
     set_seed(config.seed)  # initial weights; all later randomness is counted, not drawn from a state
     codec = Codec(config.codec)
@@ -97,7 +99,7 @@ def train(run: Run) -> int:
     objective = ELBO(config.objective, codec, lpips).to(accelerator.device)
     ema = ema.to(accelerator.device).eval().requires_grad_(False)
     if config.channels_last:
-        objective, ema = (m.to(memory_format=torch.channels_last) for m in (objective, ema))  # pyright: ignore
+        objective, ema = objective.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     progress = checkpoints.restore(run.out / "checkpoints", codec, ema, optimizer)
 
@@ -194,9 +196,12 @@ class Trainer:
 
     def loop(self, batches: Iterator, interrupts: Interrupts, quiet: bool) -> int:
         config, progress = self.config, self.progress
-        bar = tqdm(total=config.steps, initial=progress.step, disable=quiet, unit="step", dynamic_ncols=True)
+        bar = tqdm(total=config.steps, initial=progress.step, disable=quiet or None, unit="step", dynamic_ncols=True)
         started, begun, seen = progress.minutes, time.monotonic(), 0
         window = time.monotonic()
+        if config.steps == 0:  # nothing but the closed form
+            self._evaluate()
+            self._save()
         while progress.step < config.steps:
             measure = (progress.step + 1) % config.log_every == 0
             losses, norm, agreed = self._step(batches, interrupts, measure)
@@ -253,7 +258,9 @@ class Trainer:
         """Decay rises with the step, so that early averages forget the start."""
         taken = self.progress.step - self.progress.skipped
         decay = min(self.config.ema_decay, (1 + taken) / (10 + taken)) if self.config.ema_decay > 0 else 0.0
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.codec.parameters()), 1.0 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.ema.parameters()), list(self.codec.parameters()), 1.0 - decay
+        )
 
     def _stop_if_hopeless(self) -> None:
         if self.progress.skipped_in_a_row >= self.config.max_skipped:
@@ -331,8 +338,8 @@ def _check(config: TrainConfig, accelerator: Accelerator) -> None:
 
 def _split(run: Run) -> tuple[list[Source], list[Source]]:
     """Training sources and held-out ones; without --val the held-out are those whose names hash lowest."""
-    sources = list_sources(run.data)
-    by_name = sorted(list_sources(run.val) if run.val else sources, key=lambda s: text_key(s.name))
+    sources = find_all(run.data)
+    by_name = sorted(find_all(run.val) if run.val else sources, key=lambda s: text_key(s.name))
     held_out = by_name[: run.val_images]
     if not run.val:
         chosen = {s.name for s in held_out}
@@ -378,7 +385,16 @@ def _difference(found: dict, config: TrainConfig, described: dict[str, object], 
 
 def _git_commit() -> str | None:
     """The checkout's commit, with "+" if it has changes; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
     with contextlib.suppress(OSError):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         return result.stdout.strip() or None

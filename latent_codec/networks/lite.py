@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from latent_codec.config import LinearConfig, LiteConfig
 from latent_codec.networks.linear import LinearBackbone, PatchMoments
+from latent_codec.precision import float32_island
 
 _NEAR_ZERO = 1e-2
 
@@ -84,12 +85,12 @@ class LiteBackbone(nn.Module):
     # which bfloat16's 8 bits would drown. The residual network's output is small and may be coarse.
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with float32_island(x):
             linear = self.linear.encode(x.float())
         return linear + self.encoder(x)  # (b, features * z, h/patch, w/patch)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(z.device.type, enabled=False):
+        with float32_island(z):
             linear = self.linear.decode(z.float())
         return linear + self.decoder(z)  # (b, params * c, h, w)
 

@@ -1,0 +1,77 @@
+"""A finished run -> one model file with averaged weights, latent statistics and provenance."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from latent_codec import __version__
+from latent_codec.codec import Codec, resolve
+from latent_codec.errors import UserError
+from latent_codec.images import DEFAULT_MAX_PIXELS, pad
+from latent_codec.inputs import Source, find_all
+from latent_codec.modelfile import LatentStatistics
+
+
+def export(
+    run_or_model: Path, destination: Path, *, data: tuple[Path, ...], images: int, half: bool, quiet: bool = False
+) -> Codec:
+    """Write a model file from a run's newest checkpoint (averaged weights), or from a model.
+
+    Statistics are measured on the first `images` images of `data`; without data a model keeps those it has. Raises
+    `UserError` if there is neither.
+    """
+    if run_or_model.is_dir():
+        checkpoint = _newest_checkpoint(run_or_model)
+        codec = Codec.load(checkpoint / "ema.safetensors")
+        codec.provenance = _provenance(run_or_model, checkpoint)
+    else:
+        codec = Codec.load(resolve(run_or_model))
+    if data:
+        sources = find_all(data)[:images]
+        where = ", ".join(p.name for p in data)
+        codec.statistics = measure_statistics(codec, sources, f"first {len(sources)} images of {where}", quiet=quiet)
+    elif codec.statistics is None:
+        raise UserError(f"{run_or_model}: has no latent statistics yet; name images to measure them on with --data")
+    codec.save(destination, half=half)
+    return Codec.load(destination)
+
+
+@torch.inference_mode()
+def measure_statistics(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> LatentStatistics:
+    """Per-channel moments of the latents over images and positions, accumulated in float64."""
+    count, images = 0, 0
+    total, square, variance = (torch.zeros(codec.config.latent_channels, dtype=torch.float64) for _ in range(3))
+    for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
+        pixels = source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels
+        posterior = codec.encode(pad(pixels, codec.factor)[None])
+        mean, logvar = (t[0].flatten(1).double() for t in (posterior.mean, posterior.logvar))  # (z, h * w)
+        total, square, variance = total + mean.sum(1), square + mean.square().sum(1), variance + logvar.exp().sum(1)
+        count, images = count + mean.shape[1], images + 1
+    mean, variance = total / count, variance / count
+    std = torch.sqrt(square / count - mean.square() + variance)
+    return LatentStatistics(
+        source=description,
+        images=images,
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        posterior_std=tuple(variance.sqrt().tolist()),
+    )
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    finished = sorted((run / "checkpoints").glob("step-*"))
+    if not finished:
+        raise UserError(f"{run}: no finished checkpoint in it; a run's first one appears after save_every steps")
+    return finished[-1]
+
+
+def _provenance(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """The run's configuration and what it was trained on, as its config.json says, and how far it came."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    about = json.loads((run / "config.json").read_text())
+    progress = {key: state[key] for key in ("step", "skipped", "minutes")}
+    return {"training": about, "progress": progress, "exported_by": f"latent_codec {__version__}"}

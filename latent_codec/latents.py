@@ -1,0 +1,224 @@
+"""Posteriors of many images on disk, for training on: safetensors shards and an index.
+
+A folder holds `latents-00000.safetensors` ... with tensors `mean` and `logvar` (n, z, h, w), one shape per shard, and
+`index.json`, which says where each image is. Values are raw (not scaled); logvar is the natural log of the variance.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codec import Codec
+from latent_codec.config import dumps, from_json, to_json
+from latent_codec.errors import UserError
+from latent_codec.files import atomic_path, write_text
+from latent_codec.images import Geometry
+from latent_codec.modelfile import KEY, LatentStatistics
+from latent_codec.noise import fold, normal, text_key
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+StoredDtype = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """What all latents of a folder have in common."""
+
+    format_version: int
+    model_id: str
+    factor: int
+    """Pixels per latent element along one side."""
+    pixel_range: tuple[float, ...]
+    """Range of the pixels that the encoder saw."""
+    scale_state: Literal["raw"]
+    second_moment: Literal["logvar"]
+    dtype: StoredDtype
+    statistics: LatentStatistics | None
+    """The model's, for scaling without the model at hand."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where one image's posterior is and how its file's pixels became the model's input."""
+
+    path: str
+    """Relative to the encoded folder, with "/" between its parts."""
+    shard: str
+    row: int
+    geometry: Geometry
+    sha256: str
+    """Of the source file."""
+    label: str | None
+    """The first folder of the path, as in a folder of classes; None at the top level."""
+
+
+class LatentsWriter:
+    """Context manager; on leaving, also after an error, it writes what it was given and the index over it."""
+
+    def __init__(self, folder: Path, codec: Codec, dtype: StoredDtype, *, shard_bytes: int = 2**28) -> None:
+        self.folder = folder
+        self.header = Header(
+            format_version=FORMAT_VERSION,
+            model_id=codec.model_id,
+            factor=codec.factor,
+            pixel_range=codec.likelihood.data_range,
+            scale_state="raw",
+            second_moment="logvar",
+            dtype=dtype,
+            statistics=codec.statistics,
+        )
+        self.entries: list[Entry] = []
+        self._shard_bytes = shard_bytes
+        self._waiting: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor, Entry]]] = {}
+        self._bytes = 0
+        self._shards = 0
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / INDEX).unlink(missing_ok=True)
+        for stale in self.folder.glob("latents-*.safetensors"):
+            stale.unlink()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        while self._waiting:
+            self._flush()
+        header, entries = to_json(self.header), [to_json(e) for e in sorted(self.entries, key=lambda e: e.path)]
+        write_text(self.folder / INDEX, dumps(header | {"entries": entries}))
+
+    def add(self, path: str, posterior: DiagonalGaussian, row: int, geometry: Geometry, source: bytes) -> None:
+        """Store row `row` of a batch's posterior; raises `UserError` if the stored type cannot hold it."""
+        dtype = getattr(torch, self.header.dtype)
+        mean, logvar = (t[row].to("cpu", dtype) for t in (posterior.mean, posterior.logvar))  # (z, h, w)
+        if not bool(torch.isfinite(mean).all() & torch.isfinite(logvar).all()):
+            raise UserError(f"{path}: latents are not finite as {self.header.dtype}; store them as float32")
+        label = path.split("/")[0] if "/" in path else None
+        sha256 = hashlib.sha256(source).hexdigest()
+        entry = Entry(path=path, shard="", row=0, geometry=geometry, sha256=sha256, label=label)
+        self._waiting.setdefault(tuple(mean.shape), []).append((mean, logvar, entry))
+        self._bytes += 2 * mean.nbytes
+        if self._bytes >= self._shard_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the shape with the most waiting bytes as one shard."""
+        shape = max(self._waiting, key=lambda s: len(self._waiting[s]) * torch.Size(s).numel())
+        rows = self._waiting.pop(shape)
+        name = f"latents-{self._shards:05d}.safetensors"
+        entries = [dataclasses.replace(e, shard=name, row=i) for i, (_, _, e) in enumerate(rows)]
+        tensors = {
+            "mean": torch.stack([mean for mean, _, _ in rows]),  # (n, z, h, w)
+            "logvar": torch.stack([logvar for _, logvar, _ in rows]),
+        }
+        metadata = {KEY: dumps(to_json(self.header) | {"entries": [to_json(e) for e in entries]})}
+        with atomic_path(self.folder / name) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+        self.entries += entries
+        self._shards += 1
+        self._bytes -= 2 * tensors["mean"].nbytes
+
+
+class LatentSample(NamedTuple):
+    z: torch.Tensor  # (z, h, w) float32
+    path: str
+    label: str | None
+
+
+class Latents(Dataset[LatentSample]):
+    """The folder as a torch `Dataset` that draws z = mean + std * noise anew from (seed, epoch, path).
+
+    `normalize` scales z by the model's statistics to mean 0 and standard deviation 1 per channel. `model_id`, where
+    given, must be the model that made the latents. Raises `UserError` for a folder that is none of ours.
+    """
+
+    def __init__(self, folder: Path, *, seed: int = 0, normalize: bool = False, model_id: str | None = None) -> None:
+        self.folder, self.seed, self.epoch = Path(folder), seed, 0
+        self.header, self.entries = read_index(self.folder / INDEX)
+        if model_id is not None:
+            check_model(self.header, model_id, str(folder))
+        self._scale: tuple[torch.Tensor, torch.Tensor] | None = None
+        if normalize:
+            if self.header.statistics is None:
+                raise UserError(f"{folder}: the model had no latent statistics; export it with `latent-codec export`")
+            mean, std = (
+                torch.tensor(v)[:, None, None] for v in (self.header.statistics.mean, self.header.statistics.std)
+            )
+            self._scale = (mean, std)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws of different epochs are independent."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def posterior(self, index: int) -> DiagonalGaussian:
+        """The stored posterior of one image as a batch of one, float32."""
+        entry = self.entries[index]
+        with safe_open(self.folder / entry.shard, framework="pt") as file:
+            mean, logvar = (file.get_slice(k)[entry.row : entry.row + 1].float() for k in ("mean", "logvar"))
+        return DiagonalGaussian(mean, logvar)
+
+    def __getitem__(self, index: int) -> LatentSample:
+        entry, posterior = self.entries[index], self.posterior(index)
+        key = fold(self.seed, self.epoch, text_key(entry.path))
+        z = posterior.sample(normal(key[None], tuple(posterior.mean.shape[1:])))[0]
+        if self._scale is not None:
+            z = (z - self._scale[0]) / self._scale[1]
+        return LatentSample(z, entry.path, entry.label)
+
+
+class Index(NamedTuple):
+    header: Header
+    entries: list[Entry]
+
+
+def read_index(path: Path) -> Index:
+    """Read index.json, or the same facts from one shard's metadata; raises `UserError` if it is damaged or unsafe."""
+    try:
+        found: dict[str, Any] = json.loads(_index_text(path))
+        if found.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {found.get('format_version')}; this program reads {FORMAT_VERSION}"
+            )
+        entries = [from_json(Entry, e, where="entry") for e in found.pop("entries")]
+        header = from_json(Header, found, where="header")
+    except (KeyError, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"{path}: damaged latents index: {error}") from error
+    for entry in entries:
+        for name in (entry.path, entry.shard):
+            pure = PurePosixPath(name)
+            if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+                raise UserError(f"{path}: unsafe name {name!r} in the index; it would leave its folder")
+    return Index(header, entries)
+
+
+def _index_text(path: Path) -> str:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return (file.metadata() or {})[KEY]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a safetensors file ({error})") from error
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no latents there (no {path.name}); make them with `latent-codec encode`")
+    return path.read_text(encoding="utf-8")
+
+
+def check_model(header: Header, model_id: str, where: str) -> None:
+    """Raise `UserError` if the latents are another model's."""
+    if header.model_id != model_id:
+        raise UserError(
+            f"{where}: made by model {header.model_id[:12]}, but the model given is {model_id[:12]}; "
+            "give the right one with --model"
+        )

@@ -74,7 +74,7 @@ def main() -> None:
     presets = {name: Run(data=tyro.MISSING, out=tyro.MISSING, config=preset()) for name, preset in PRESETS.items()}
     about = {name: (preset.__doc__ or "").splitlines()[0] for name, preset in PRESETS.items()}
     kind = tyro.extras.subcommand_type_from_defaults(presets, about)
-    run: Run = tyro.cli(kind, prog="train.vae", description=__doc__)
+    run: Run = tyro.cli(kind, prog="train.vae", description=__doc__, config=(tyro.conf.AvoidSubcommands,))
     try:
         code = train(run)
     except (UserError, ValueError) as error:

@@ -28,7 +28,7 @@ class DiagonalGaussian:
 
         `noise` is a generator on the posterior's device, or standard normal noise of the posterior's shape.
         """
-        if isinstance(noise, torch.Generator):
+        if not isinstance(noise, torch.Tensor):
             noise = torch.randn(self.mean.shape, generator=noise, device=self.mean.device)
         if noise.shape != self.mean.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the posterior {tuple(self.mean.shape)}")

@@ -168,8 +168,8 @@ def main(args: list[str] | None = None) -> None:
     command: Command = tyro.cli(Command, prog="latent-codec", args=args, description=_DESCRIPTION)  # pyright: ignore
     try:
         code = command.run()
-    except UserError as error:
-        print(f"latent-codec: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
+        print(f"latent-codec: {' '.join(str(error).splitlines())}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("latent-codec: interrupted", file=sys.stderr)
@@ -181,7 +181,7 @@ _DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, 
 
 
 def _load(model: str, options: _Compute):
-    """The codec on its device, and the `Compute` that says how it runs."""
+    """The codec on its device, and the `Compute` that says how it runs; raises `UserError` for what cannot be."""
     import torch
 
     from latent_codec.codec import Codec
@@ -191,9 +191,10 @@ def _load(model: str, options: _Compute):
         raise UserError(f"--batch-size {options.batch_size} and --workers {options.workers} must both be at least 1")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        codec = Codec.load(model).to(device).to(memory_format=torch.channels_last)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device} is not usable: {str(error).splitlines()[0]}") from error
+    codec = Codec.load(model, device).to(memory_format=torch.channels_last)
     return codec, Compute(device, options.dtype, options.batch_size, options.workers)
 
 

@@ -80,11 +80,15 @@ class Codec(nn.Module):
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Codec":
         """A codec from a file, or from a shipped model's name such as "photo"; in eval mode, float32.
 
-        Raises `UserError` if there is no such model or any tensor is missing, extra, mis-shaped or not finite.
+        Raises `UserError` if there is no such model, its config makes none, or any tensor is missing, extra,
+        mis-shaped or not finite.
         """
         path = resolve(source)
         model = modelfile.read(path)
-        codec = cls(model.config)
+        try:
+            codec = cls(model.config)
+        except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: no model can be made of its config: {error}") from error
         modelfile.check_state(codec.state_dict(), model.tensors, str(path))
         codec.load_state_dict(model.tensors)
         codec.statistics, codec.provenance = model.statistics, model.provenance
@@ -97,9 +101,12 @@ class Codec(nn.Module):
 
 
 def resolve(source: str | Path) -> Path:
-    """The file of a model given by path or by a shipped model's name."""
+    """The file of a model given by path or by a shipped model's name; raises `UserError` if there is neither.
+
+    A folder that happens to be called like a shipped model does not hide it.
+    """
     path = Path(source)
-    if path.suffix or path.exists():
+    if path.is_file():
         return path
     for folder in _SHIPPED:
         if (folder / f"{path}.safetensors").is_file():

@@ -13,10 +13,12 @@ import torch
 from tqdm import tqdm
 
 from latent_codec.codec import Codec
+from latent_codec.colour import parse_colour
 from latent_codec.errors import UserError
+from latent_codec.files import make_folder
 from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry, crop, pad, read_image, write_image
 from latent_codec.inputs import Source, find_images
-from latent_codec.latents import INDEX, Entry, Latents, LatentsWriter, StoredDtype
+from latent_codec.latents import Entry, Latents, LatentsWriter, StoredDtype, stored_files
 from latent_codec.noise import fold, normal, text_key
 
 T = TypeVar("T")
@@ -36,7 +38,7 @@ class Summary:
     seconds: float = 0.0
 
     def fail(self, name: str, reason: object) -> None:
-        text = str(reason)
+        text = str(reason) if isinstance(reason, (UserError, str)) else f"{type(reason).__name__}: {reason}"
         self.failures[name] = text
         tqdm.write(text if text.startswith(name) else f"{name}: {text}", file=sys.stderr)
 
@@ -84,10 +86,17 @@ def encode_folder(
 ) -> Summary:
     """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`).
 
-    Raises `UserError` if nothing is found, or if `folder` holds latents already and `overwrite` is not set.
+    Raises `UserError` before any work if nothing is found, an option makes no sense, the model is none of RGB images,
+    or `folder` cannot be written into or holds latents already (`overwrite` replaces them). Raises `OSError` if the
+    disk refuses later; the latents stored before then are readable.
     """
-    started, sources = time.monotonic(), find_images(where)
-    if (folder / INDEX).exists() and not overwrite:
+    started = time.monotonic()
+    _check_rgb(codec)
+    parse_colour(background)  # refuses what is no colour once, not once for each image
+    if max_pixels < 1:
+        raise UserError(f"a limit of {max_pixels} pixels refuses every image; it must be at least 1")
+    sources = find_images(where)
+    if stored_files(folder) and not overwrite:
         raise UserError(f"{folder}: holds latents already; give another folder, or --overwrite to replace them")
     summary = Summary("encoded", found=len(sources))
 
@@ -102,7 +111,7 @@ def encode_folder(
     bar = tqdm(total=len(sources), desc="encode", unit="image", disable=quiet or None)
     with LatentsWriter(folder, codec, store) as writer, bar:
         outcomes = _in_threads(read, sources, compute.workers)
-        for batch in _batches(_successes(outcomes, sources, summary, bar), compute.batch_size):
+        for batch in _batches(_successes(outcomes, summary, bar), compute.batch_size):
             with torch.inference_mode(), compute.autocast():
                 posterior = codec.encode(torch.stack([r.pixels for r in batch]).to(compute.device))
             for row, item in enumerate(batch):
@@ -114,7 +123,7 @@ def encode_folder(
                     summary.done += 1
                     summary.bytes_in += len(item.data)
                 bar.update()
-    summary.bytes_out = sum(f.stat().st_size for f in (folder / INDEX, *folder.glob("latents-*.safetensors")))
+    summary.bytes_out = sum(f.stat().st_size for f in stored_files(folder))
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -133,14 +142,18 @@ def decode_folder(
     """Decode a folder of latents; `a/b.jpg` becomes `folder/a/b.jpg.png`.
 
     The posterior's mode is decoded, or with `sample` a draw that depends on (sample, path) alone. Raises `UserError`
-    if the latents are another model's, or if outputs exist and `overwrite` is not set.
+    before any work if the latents are another model's, if `folder` cannot be written into, or if outputs exist and
+    `overwrite` is not set.
     """
     started = time.monotonic()
+    _check_rgb(codec)
     latents = Latents(where, model_id=codec.model_id)
     outputs = {e.path: folder / f"{e.path}.{image_format}" for e in latents.entries}
-    existing = [path for path in outputs.values() if path.exists()]
+    existing = [path for path in outputs.values() if _exists(path)]
     if existing and not overwrite:
-        raise UserError(f"{existing[0]} and {len(existing) - 1} others exist already; give --overwrite to replace them")
+        others = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise UserError(f"exists already: {existing[0]}{others}; give another folder, or --overwrite to replace them")
+    make_folder(folder)
     summary = Summary("decoded", found=len(latents))
 
     def write(job: tuple[Entry, torch.Tensor]) -> int:
@@ -152,35 +165,53 @@ def decode_folder(
         except OSError as error:
             raise UserError(f"{entry.path}: {path} cannot be written: {error.strerror or error}") from error
 
+    bar = tqdm(total=len(latents), desc="decode", unit="image", disable=quiet or None)
+
     def decoded() -> Iterator[tuple[Entry, torch.Tensor]]:
-        for batch in _batches(_stored(latents, sample, summary), compute.batch_size):
+        for batch in _batches(_stored(latents, codec, sample, summary, bar), compute.batch_size):
             with torch.inference_mode(), compute.autocast():
                 pixels = codec.decode_uint8(torch.stack([z for _, z in batch]).to(compute.device)).cpu()
             yield from zip([entry for entry, _ in batch], pixels, strict=True)
 
-    bar = tqdm(total=len(latents), desc="decode", unit="image", disable=quiet or None)
     with bar:
         for job, future in _in_threads(write, decoded(), compute.workers):
             try:
                 summary.bytes_out += future.result()
                 summary.done += 1
-            except UserError as error:
+            except Exception as error:
                 summary.fail(job[0].path, error)
             bar.update()
-    summary.bytes_in = sum(f.stat().st_size for f in (where / INDEX, *where.glob("latents-*.safetensors")))
+    summary.bytes_in = sum(f.stat().st_size for f in stored_files(where))
     summary.seconds = time.monotonic() - started
     return summary
 
 
-def _stored(latents: Latents, sample: int | None, summary: Summary) -> Iterator[tuple[Entry, torch.Tensor]]:
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long: writing it will fail, and that is counted
+        return False
+
+
+def _check_rgb(codec: Codec) -> None:
+    if codec.config.image_channels != 3:
+        raise UserError(f"a model of images with {codec.config.image_channels} channels; image files need one with 3")
+
+
+def _stored(
+    latents: Latents, codec: Codec, sample: int | None, summary: Summary, bar: Any
+) -> Iterator[tuple[Entry, torch.Tensor]]:
     """Each entry's latent (z, h, w) to decode, shard by shard."""
     order = sorted(range(len(latents)), key=lambda i: (latents.entries[i].shard, latents.entries[i].row))
     for i in order:
         entry = latents.entries[i]
         try:
             posterior = latents.posterior(i)
-        except Exception as error:  # safetensors raises several kinds for a damaged or missing shard
-            summary.fail(entry.path, f"{entry.path}: shard {entry.shard} cannot be read: {error}")
+            if posterior.mean.shape[1] != codec.config.latent_channels:
+                raise UserError(f"{entry.path}: shard {entry.shard} holds {posterior.mean.shape[1]} latent channels")
+        except UserError as error:
+            summary.fail(entry.path, error)
+            bar.update()
             continue
         if sample is None:
             yield entry, posterior.mode()[0]
@@ -201,15 +232,15 @@ def _in_threads(work: Callable[[T], R], items: Iterable[T], workers: int) -> Ite
             yield item, future
 
 
-def _successes(
-    outcomes: Iterable[tuple[Source, "Future[_Read]"]], sources: list[Source], summary: Summary, bar: Any
-) -> Iterator[_Read]:
+def _successes(outcomes: Iterable[tuple[Source, "Future[_Read]"]], summary: Summary, bar: Any) -> Iterator[_Read]:
     for source, future in outcomes:
         try:
-            yield future.result()
-        except UserError as error:
+            image = future.result()
+        except Exception as error:  # whatever a stranger's file sets off, the others go on
             summary.fail(source.name, error)
             bar.update()
+        else:
+            yield image
 
 
 def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

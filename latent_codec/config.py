@@ -1,6 +1,7 @@
 """A model's configuration: frozen dataclasses that travel as JSON inside the model file. Free of torch."""
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -108,7 +109,7 @@ def to_json(config: Any) -> Any:
 
 def _to_json(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
+        hints = _type_hints(type(value))
         fields = {f.name: _to_json(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)}
         return _kind(type(value)) | fields
     if isinstance(value, (tuple, list)):
@@ -151,10 +152,15 @@ def from_json(cls: Any, value: Any, *, where: str = "config") -> Any:
     return value
 
 
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _dataclass_from_json(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object, found {value!r}")
-    kind, hints = _kind(cls), typing.get_type_hints(cls)
+    kind, hints = _kind(cls), _type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     if unknown := sorted(set(value) - {*names, *kind}):
         raise ValueError(f"{where}: unknown fields {unknown}; this version knows {names}")

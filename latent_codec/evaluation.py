@@ -14,11 +14,13 @@ from latent_codec import __version__, metrics
 from latent_codec.codec import Codec
 from latent_codec.compression import Compute, encode_folder
 from latent_codec.errors import UserError
-from latent_codec.files import write_text
+from latent_codec.files import make_folder, write_text
 from latent_codec.images import crop, write_image
 from latent_codec.inputs import find_images
-from latent_codec.latents import INDEX, Latents
+from latent_codec.latents import Latents, stored_files
 from latent_codec.perceptual import LPIPS, Net
+
+RESULTS = "results.json"
 
 PROTOCOL = metrics.PROTOCOL | {
     "kl_bpp": "KL of the stored posterior against N(0, I) in bits, over the image's own pixels (padding's bits count, "
@@ -62,8 +64,13 @@ def evaluate(
     """Encode the images at `where` to disk, decode what was stored, and compare.
 
     `out` keeps results.json, the latents and the reconstructions (PNG); without it they go to a temporary folder.
-    Images that cannot be read are reported and left out.
+    Images that cannot be read are reported and left out. Raises `UserError` if no image can be read, if LPIPS' weights
+    cannot be had, or if `out` holds latents that no evaluation put there.
     """
+    if out is not None:
+        make_folder(out)
+        if stored_files(out / "latents") and not (out / RESULTS).exists():
+            raise UserError(f"{out / 'latents'}: latents without the {RESULTS} of an evaluation; give another --out")
     lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / "latents"
@@ -84,7 +91,7 @@ def evaluate(
             pixels = entry.geometry.width * entry.geometry.height
             record = {"path": entry.path, "pixels": pixels, "kl_bpp": posterior.kl().item() / math.log(2) / pixels}
             records.append(record | _compare(original[None], decoded, lpips, compute.device))
-        disk = sum(f.stat().st_size for f in (folder / INDEX, *folder.glob("latents-*.safetensors")))
+        disk = sum(f.stat().st_size for f in stored_files(folder))
     names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if lpips else []), "kl_bpp"]
     summary = {name: _mean([r[name] for r in records]) for name in names}
     summary["disk_bpp"] = 8 * disk / sum(r["pixels"] for r in records)
@@ -96,7 +103,7 @@ def evaluate(
         failures=encoded.failures,
     )
     if out is not None:
-        write_text(out / "results.json", json.dumps(report.json(), indent=1))
+        write_text(out / RESULTS, json.dumps(report.json(), indent=1, allow_nan=False))
     return report
 
 

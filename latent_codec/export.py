@@ -11,6 +11,7 @@ from tqdm import tqdm
 from latent_codec import __version__
 from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
+from latent_codec.files import make_folder
 from latent_codec.images import DEFAULT_MAX_PIXELS, pad
 from latent_codec.inputs import Source, find_all
 from latent_codec.modelfile import LatentStatistics
@@ -19,11 +20,16 @@ from latent_codec.modelfile import LatentStatistics
 def export(
     run_or_model: Path, destination: Path, *, data: tuple[Path, ...], images: int, half: bool, quiet: bool = False
 ) -> Codec:
-    """Write a model file from a run's newest checkpoint (averaged weights), or from a model.
+    """Write a model file from a run's newest checkpoint (averaged weights), or from a model, and read it back.
 
     Statistics are measured on the first `images` images of `data`; without data a model keeps those it has. Raises
-    `UserError` if there is neither.
+    `UserError` if there is neither, or if the run, the model or an image cannot be read.
     """
+    if images < 1:
+        raise UserError(f"statistics over {images} images are none; measure at least 1")
+    if destination.is_dir():
+        raise UserError(f"{destination}: is a folder; give the model file's name, such as {destination}.safetensors")
+    make_folder(destination.parent)
     if run_or_model.is_dir():
         checkpoint = _newest_checkpoint(run_or_model)
         codec = Codec.load(checkpoint / "ema.safetensors")
@@ -32,7 +38,7 @@ def export(
         codec = Codec.load(resolve(run_or_model))
     if data:
         sources = find_all(data)[:images]
-        where = ", ".join(p.name for p in data)
+        where = ", ".join(p.name or str(p) for p in data)
         codec.statistics = measure_statistics(codec, sources, f"first {len(sources)} images of {where}", quiet=quiet)
     elif codec.statistics is None:
         raise UserError(f"{run_or_model}: has no latent statistics yet; name images to measure them on with --data")
@@ -42,7 +48,12 @@ def export(
 
 @torch.inference_mode()
 def measure_statistics(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> LatentStatistics:
-    """Per-channel moments of the latents over images and positions, accumulated in float64."""
+    """Per-channel moments of the latents over images and positions, accumulated in float64.
+
+    Raises `UserError` for an image that cannot be read: the set is what its description says.
+    """
+    if codec.config.image_channels != 3:
+        raise UserError(f"a model of images with {codec.config.image_channels} channels; image files need one with 3")
     count, images = 0, 0
     total, square, variance = (torch.zeros(codec.config.latent_channels, dtype=torch.float64) for _ in range(3))
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
@@ -52,7 +63,7 @@ def measure_statistics(codec: Codec, sources: Iterable[Source], description: str
         total, square, variance = total + mean.sum(1), square + mean.square().sum(1), variance + logvar.exp().sum(1)
         count, images = count + mean.shape[1], images + 1
     mean, variance = total / count, variance / count
-    std = torch.sqrt(square / count - mean.square() + variance)
+    std = torch.sqrt((square / count - mean.square()).clamp(min=0) + variance)  # rounding may go below 0
     return LatentStatistics(
         source=description,
         images=images,
@@ -71,7 +82,12 @@ def _newest_checkpoint(run: Path) -> Path:
 
 def _provenance(run: Path, checkpoint: Path) -> dict[str, Any]:
     """The run's configuration and what it was trained on, as its config.json says, and how far it came."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    about = json.loads((run / "config.json").read_text())
-    progress = {key: state[key] for key in ("step", "skipped", "minutes")}
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        about = json.loads((run / "config.json").read_text())
+        if not (isinstance(about, dict) and about):
+            raise ValueError("config.json is empty")
+        progress = {key: state[key] for key in ("step", "skipped", "minutes")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}: config.json or state.json cannot be read ({error}); resume the run") from error
     return {"training": about, "progress": progress, "exported_by": f"latent_codec {__version__}"}

@@ -5,18 +5,17 @@ Pixels are sRGB, uint8, upright, without alpha. Everything else a file can hold 
 
 import dataclasses
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, ImageCms, ImageFile, features
+from PIL import ExifTags, ImageFile, features
 from PIL import Image as PilImage
 
+from latent_codec.colour import composite, in_8_bits, in_srgb, opacity, parse_colour
 from latent_codec.errors import UserError
 from latent_codec.files import atomic_path
 
@@ -64,7 +63,7 @@ class Geometry:
         if not 1 <= self.orientation <= 8:
             raise ValueError(f"orientation {self.orientation} is none of EXIF's 1 to 8")
         if self.background is not None:
-            _parse_colour(self.background)
+            parse_colour(self.background)
 
 
 class Image(NamedTuple):
@@ -91,14 +90,14 @@ def read_image(
     `max_pixels` bounds width x height. Raises `UserError`, one sentence with the name and the reason, for whatever
     cannot be read as one such image.
     """
-    backdrop = _parse_colour(background)
+    backdrop = parse_colour(background)
     name = name or (str(source) if isinstance(source, Path) else "image")
     with _opened(source, name) as stream:
         pil = _identify(stream, name)
         _check_header(pil, name, max_pixels)
         orientation, remaining, rawmode = _load(pil, name)
-    alpha = _alpha(pil, rawmode)
-    colour = _in_srgb(_in_8_bits(pil, rawmode, name), pil.info.get("icc_profile"))
+    alpha = opacity(pil, rawmode)
+    colour = in_srgb(in_8_bits(pil, rawmode, name), pil.info.get("icc_profile"))
     if colour.mode == "L" and alpha is not None and len(set(backdrop)) > 1:
         colour = colour.convert("RGB")  # grey on a coloured background is no longer grey
     pixels = _pixels(colour, alpha, backdrop, remaining)
@@ -133,7 +132,7 @@ def _identify(stream: BinaryIO, name: str) -> ImageFile.ImageFile:
 
     That limit belongs to the whole process: `Image.open` would warn from 89 million pixels and refuse from 179, and to
     change it, or to silence the warning, for one call is not thread-safe. `_check_header` applies `max_pixels`
-    instead. For WebP, TIFF and GIF Pillow's own limit holds as well, because their plugins ask for it themselves.
+    instead. Some plugins (TIFF, GIF, WebP since Pillow 13) ask for Pillow's limit themselves: there it holds too.
     """
     PilImage.init()
     stream.seek(0)
@@ -199,95 +198,7 @@ def _orientation(pil: PilImage.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _alpha(pil: PilImage.Image, rawmode: str) -> np.ndarray | None:
-    """(h, w) uint8 opacity: an alpha channel, a palette's, or 0 for the one colour that is called transparent."""
-    if pil.mode in ("La", "RGBa"):
-        pil = pil.convert(pil.mode.upper())
-    if "A" in pil.getbands():
-        return np.asarray(pil.getchannel("A"))
-    key = pil.info.get("transparency")
-    if key is None:
-        return None
-    if pil.mode == "P":
-        opacity = np.full(256, 255, np.uint8)
-        if isinstance(key, bytes):
-            opacity[: len(key)] = np.frombuffer(key, np.uint8)
-        else:
-            opacity[key] = 0
-        return opacity[np.asarray(pil)]
-    if isinstance(key, tuple):
-        shift = 8 if rawmode == "RGB;16B" else 0  # the key has the file's 16 bits, Pillow's pixels only the upper 8
-        transparent = np.all([np.asarray(pil.getchannel(c)) == key[c] >> shift for c in range(3)], axis=0)
-    else:
-        scale = {"L;2": 255 // 3, "L;4": 255 // 15}.get(rawmode, 1)  # Pillow scales such pixels but not the key
-        transparent = np.asarray(pil.convert("L") if pil.mode == "1" else pil) == key * scale
-    return np.where(transparent, np.uint8(0), np.uint8(255))
-
-
-_8_BITS_OF_16 = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # rounds v * 255 / 65535; 257 is odd: no ties
-
-
-def _in_8_bits(pil: PilImage.Image, rawmode: str, name: str) -> PilImage.Image:
-    """The colours without the alpha: mode L, RGB or CMYK."""
-    if pil.mode == "F":
-        raise UserError(f"{name}: floating-point pixels have no agreed white; save it with 8 or 16 bits per channel")
-    if rawmode == "I;12":
-        raise UserError(f"{name}: 12-bit grey is not supported; save it with 8 or 16 bits per channel")
-    if pil.mode.startswith("I"):
-        values = np.asarray(pil)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise UserError(f"{name}: grey values {low}..{high} exceed 16 bits (0..65535); save it with 16 bits")
-        grey = _8_BITS_OF_16[values]
-        if pil.format == "TIFF" and pil.getexif().get(ExifTags.Base.PhotometricInterpretation) == 0:
-            grey = 255 - grey  # WhiteIsZero, which Pillow honours up to 8 bits only
-        return PilImage.fromarray(grey)
-    if pil.mode in ("L", "RGB", "CMYK"):
-        return pil
-    if pil.mode == "LA" or rawmode == "LA;16B":  # the latter is handed out as RGBA
-        return pil.getchannel(0)
-    if pil.mode in ("1", "La") or (pil.mode == "P" and _is_grey(pil.getpalette("RGB") or [])):
-        return (pil.convert("LA") if pil.mode == "La" else pil).convert("L")
-    return (pil.convert("RGBA") if pil.mode == "RGBa" else pil).convert("RGB")
-
-
-def _is_grey(palette: list[int]) -> bool:
-    return palette[0::3] == palette[1::3] == palette[2::3]
-
-
-def _in_srgb(colour: PilImage.Image, profile: bytes | None) -> PilImage.Image:
-    """Mode L or RGB, in sRGB. May work in place."""
-    transform = _srgb_transform(profile, colour.mode) if profile else None
-    if transform is None:
-        return colour.convert("RGB") if colour.mode == "CMYK" else colour
-    if colour.mode == "RGB":
-        return transform.apply_in_place(colour)
-    converted = transform.apply(colour)
-    return converted.getchannel("G") if colour.mode == "L" else converted
-
-
-@lru_cache(maxsize=32)  # a camera writes the same profile into all its files
-def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile to sRGB (perceptual intent); None if the profile is broken, does not fit, or changes nothing."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
-            return None
-        transform = ImageCms.ImageCmsTransform(
-            source, ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")), mode, "RGB"
-        )
-        if mode == "CMYK":
-            return transform
-        ramp = np.arange(0, 256, 15, dtype=np.uint8)
-        lattice = np.stack(np.meshgrid(ramp, ramp, ramp), axis=-1).reshape(18, -1, 3)
-        probe = PilImage.fromarray(lattice if mode == "RGB" else lattice[..., 0])
-        change = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None
-    return transform if np.abs(change).max() > 1 else None  # within 1: one of the many versions of sRGB itself
-
-
-_STRIP_ROWS = 64
+_STRIP_PIXELS = 2**18
 
 
 def _pixels(
@@ -300,20 +211,14 @@ def _pixels(
     width, height = colour.size
     pixels = np.empty((3, width, height) if orientation >= 5 else (3, height, width), np.uint8)
     stored = _turn(pixels, {6: 8, 8: 6}.get(orientation, orientation))  # a view laid out as the file is
-    for top in range(0, height, _STRIP_ROWS):
-        bottom = min(top + _STRIP_ROWS, height)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
         strip = np.atleast_3d(np.asarray(colour.crop((0, top, width, bottom))))  # (rows, w, 1 or 3)
         if alpha is not None:
-            strip = _composite(strip, alpha[top:bottom, :, None], np.array(backdrop[: strip.shape[2]], np.uint16))
+            strip = composite(strip, alpha[top:bottom, :, None], np.array(backdrop[: strip.shape[2]], np.uint16))
         stored[:, top:bottom] = strip.transpose(2, 0, 1)
     return pixels
-
-
-def _composite(colour: np.ndarray, alpha: np.ndarray, backdrop: np.ndarray) -> np.ndarray:
-    """uint8: (colour * alpha + backdrop * (255 - alpha)) / 255 in one rounding (Porter & Duff 1984, "over")."""
-    opacity = alpha.astype(np.uint16)
-    # The sum is at most 255 * 255 + 127 < 2**16, and 255 is odd, so there are no ties.
-    return ((colour * opacity + backdrop * (255 - opacity) + 127) // 255).astype(np.uint8)
 
 
 def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
@@ -325,12 +230,6 @@ def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         planes = planes[..., ::-1]
     return planes
-
-
-def _parse_colour(text: str) -> tuple[int, int, int]:
-    if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):
-        raise UserError(f"background {text!r} is no colour; write it as #rrggbb, for example #ffffff")
-    return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
 
 
 def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:

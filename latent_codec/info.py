@@ -1,7 +1,7 @@
 """What a file is: a model, a folder of latents or one shard of it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_codec import modelfile
 from latent_codec.codec import Codec, resolve
-from latent_codec.config import CodecConfig
+from latent_codec.config import CodecConfig, dumps
 from latent_codec.errors import UserError
 from latent_codec.latents import INDEX, read_index
 
-_SIDE = 256
+_SIDE = 256  # pixels, of the image whose computation is counted
 
 
 class Flops(NamedTuple):
@@ -38,6 +38,8 @@ def describe(where: str) -> str:
     path = Path(where)
     if path.is_dir():
         return _describe_latents(path / INDEX)
+    if path.name == INDEX:
+        return _describe_latents(path)
     path = resolve(where)
     return _describe_latents(path) if _is_shard(path) else _describe_model(path)
 
@@ -52,7 +54,9 @@ def _is_shard(path: Path) -> bool:
 
 def _describe_model(path: Path) -> str:
     codec = Codec.load(path)
-    config, flops, statistics = codec.config, count_flops(codec.config), codec.statistics
+    config, statistics = codec.config, codec.statistics
+    side = -(-_SIDE // codec.factor) * codec.factor
+    flops = count_flops(config, side)
     parameters = sum(p.numel() for p in codec.parameters())
     lines = [
         f"model       {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {modelfile.FORMAT_VERSION}",
@@ -62,7 +66,7 @@ def _describe_model(path: Path) -> str:
         f"likelihood  {config.likelihood}",
         f"parameters  {parameters / 1e6:.2f} M",
         f"compute     encoder {flops.encoder / 1e9:.2f} GFLOP, decoder {flops.decoder / 1e9:.2f} GFLOP per "
-        f"{_SIDE}x{_SIDE} image (2 per multiply-accumulate)",
+        f"{side}x{side} image (2 per multiply-accumulate)",
     ]
     if statistics is None:
         lines.append("statistics  none")
@@ -70,13 +74,21 @@ def _describe_model(path: Path) -> str:
         lines.append(f"statistics  over {statistics.source} ({statistics.images} images)")
         for name in ("mean", "std", "posterior_std"):
             lines.append(f"  {name:13} " + " ".join(f"{v:.3g}" for v in getattr(statistics, name)))
-    if progress := codec.provenance.get("progress"):
-        training = codec.provenance["training"]
-        lines.append(
-            f"training    {progress['step']} steps, {progress['minutes']:.0f} minutes, {training['data_images']} "
-            f"images of {', '.join(training['data'])}, commit {training['git_commit']}"
-        )
+    if codec.provenance:
+        lines.append(f"training    {_describe_training(codec.provenance)}")
     return "\n".join(lines)
+
+
+def _describe_training(provenance: dict[str, Any]) -> str:
+    """One line; whoever made the file may have written something else there than `export` does."""
+    try:
+        progress, training = provenance["progress"], provenance["training"]
+        return (
+            f"{progress['step']} steps, {progress['minutes']:.0f} minutes, {training['data_images']} images of "
+            f"{', '.join(training['data'])}, commit {training['git_commit']}"
+        )
+    except (KeyError, TypeError, ValueError):
+        return dumps(provenance)
 
 
 def _describe_latents(path: Path) -> str:
@@ -84,8 +96,11 @@ def _describe_latents(path: Path) -> str:
     if not entries:
         raise UserError(f"{path}: an index without entries")
     pixels = sum(e.geometry.width * e.geometry.height for e in entries)
-    shards = {e.shard for e in entries}
-    size = sum((path.parent / shard).stat().st_size for shard in shards)
+    # A shard describes itself, under whatever name it has now.
+    shards = {path.parent / e.shard for e in entries} if path.name == INDEX else {path}
+    if missing := sorted(shard.name for shard in shards if not shard.is_file()):
+        raise UserError(f"{path}: {len(missing)} of its {len(shards)} shards are missing: {', '.join(missing[:5])}")
+    size = sum(shard.stat().st_size for shard in shards)
     return "\n".join(
         [
             f"latents     {len(entries)} images in {len(shards)} shards, {size / 1e6:.2f} MB",

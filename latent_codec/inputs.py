@@ -1,10 +1,12 @@
 """Finding images: one file, a folder's tree, a glob, or tar shards."""
 
 import glob
+import os
 import tarfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, NoReturn
 
 from latent_codec.errors import UserError
 from latent_codec.images import DEFAULT_MAX_PIXELS, EXTENSIONS, Image, read_image
@@ -34,22 +36,28 @@ class Source(NamedTuple):
 
 
 def find_images(where: Path | str) -> list[Source]:
-    """Images in a file, a folder (recursively; by suffix), a tar file, a folder of tar files, or a glob's matches.
+    """Images in a file, a folder (recursively; by suffix), a tar file, or a glob's matches.
 
-    The order is fixed: sorted by name. Raises `UserError` if there is nothing to be found.
+    Tar files directly in a folder and tar files that a glob matches are searched as well. Links to folders are not
+    followed. The order is fixed: sorted by name. Raises `UserError` if nothing is found, a folder or tar file cannot
+    be read to its end, or two images would have the same name.
     """
     path = Path(where)
     if path.is_dir():
         sources = _in_folder(path)
     elif path.is_file():
-        sources = _in_tar(path) if path.suffix.lower() == ".tar" else [_whole(path, path.name)]
+        sources = _in_tar(path, path.stem) if _is_tar(path) else [_whole(path, path.name)]
     elif glob.has_magic(str(where)):
         sources = _matching(str(where))
     else:
         raise UserError(f"{where}: no such image, folder or tar file")
     if not sources:
         raise UserError(f"{where}: no images there; looked for {', '.join(sorted(EXTENSIONS))}")
-    return sorted(sources)
+    sources.sort()
+    for one, other in pairwise(sources):
+        if one.name == other.name:
+            raise UserError(f"{where}: {one.path} and {other.path} both hold {one.name}; rename one of them")
+    return sources
 
 
 def find_all(places: Sequence[Path]) -> list[Source]:
@@ -66,32 +74,62 @@ def find_all(places: Sequence[Path]) -> list[Source]:
 
 
 def _whole(path: Path, name: str) -> Source:
-    return Source(name, path, 0, path.stat().st_size)
+    try:
+        size = path.stat().st_size
+    except OSError:  # a broken link, or just deleted: reading it will fail, and that is counted
+        size = 0
+    return Source(name, path, 0, size)
 
 
 def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in EXTENSIONS
 
 
+def _is_tar(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
+
+
 def _in_folder(folder: Path) -> list[Source]:
-    files = [f for f in folder.rglob("*") if _is_image(f.name) and f.is_file()]
-    if files:
-        return [_whole(f, f.relative_to(folder).as_posix()) for f in files]
-    return [source for shard in sorted(folder.glob("*.tar")) for source in _in_tar(shard)]
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away")
+
+    tree = [Path(top, name) for top, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return _in_files([f for f in tree if not _is_tar(f) or f.parent == folder], folder)
 
 
 def _matching(pattern: str) -> list[Source]:
     fixed = Path(pattern).parts
     depth = next(i for i, part in enumerate(fixed) if glob.has_magic(part))
     root = Path(*fixed[:depth]) if depth else Path()
-    files = sorted(root.glob(str(Path(*fixed[depth:]))))
-    return [_whole(f, f.relative_to(root).as_posix()) for f in files if _is_image(f.name) and f.is_file()]
-
-
-def _in_tar(shard: Path) -> list[Source]:
     try:
-        with tarfile.open(shard, "r:") as tar:
-            members = [m for m in tar if m.isfile() and _is_image(m.name)]
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{shard}: not an uncompressed tar file ({error}); give a folder or .tar shards") from error
-    return [Source(f"{shard.stem}/{m.name}", shard, m.offset_data, m.size) for m in members]
+        return _in_files([f for f in root.glob(str(Path(*fixed[depth:]))) if not f.is_dir()], root)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{pattern}: not a pattern that can be searched for: {error}") from error
+
+
+def _in_files(files: list[Path], root: Path) -> list[Source]:
+    """Images among `files` and in tar files among them, by names relative to `root`."""
+    # A pipe or a device would block whoever opens it; a broken link is kept, to be counted as failed.
+    files = [f for f in files if f.is_file() or f.is_symlink()]
+    sources = [_whole(f, f.relative_to(root).as_posix()) for f in files if _is_image(f.name)]
+    for shard in (f for f in files if _is_tar(f)):
+        sources += _in_tar(shard, shard.relative_to(root).with_suffix("").as_posix())
+    return sources
+
+
+def _in_tar(shard: Path, prefix: str) -> list[Source]:
+    """Images in an uncompressed tar file; of members with the same name the last counts, as when it is unpacked."""
+    found: dict[str, Source] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar, shard.open("rb") as raw:
+            for member in tar.getmembers():
+                if _is_image(member.name) and (member.isfile() or member.islnk()):
+                    data = tar.getmember(member.linkname) if member.islnk() else member
+                    name = str(PurePosixPath(prefix, member.name.lstrip("/")))  # `tar c .` writes ./a.jpg
+                    found[name] = Source(name, shard, data.offset_data, data.size)
+            raw.seek(tar.offset)
+            if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+    except (tarfile.TarError, KeyError, OSError) as error:
+        raise UserError(f"{shard}: not a whole, uncompressed tar file ({error}); make it again") from error
+    return list(found.values())

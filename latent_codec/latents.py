@@ -13,21 +13,21 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
-from latent_codec.config import dumps, from_json, to_json
+from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_path, write_text
+from latent_codec.files import make_folder, write_text
 from latent_codec.images import Geometry
-from latent_codec.modelfile import KEY, LatentStatistics
+from latent_codec.modelfile import KEY, LatentStatistics, save_tensors
 from latent_codec.noise import fold, normal, text_key
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
 StoredDtype = Literal["float16", "bfloat16", "float32"]
+_SHARD_ROWS = 2**13  # a shard's entries are in its header, which safetensors limits to 100 MB and parses to read a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,10 @@ class Header:
     statistics: LatentStatistics | None
     """The model's, for scaling without the model at hand."""
 
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor {self.factor} is below 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -61,9 +65,21 @@ class Entry:
     label: str | None
     """The first folder of the path, as in a folder of classes; None at the top level."""
 
+    def __post_init__(self) -> None:
+        for name in (self.path, self.shard):
+            pure = PurePosixPath(name)
+            if pure.is_absolute() or ".." in pure.parts or str(pure) != name or "\\" in name or "\0" in name:
+                raise UserError(f"unsafe name {name!r}: not a plain path inside its folder")
+        if self.row < 0:
+            raise ValueError(f"row {self.row} is negative")
+
 
 class LatentsWriter:
-    """Context manager; on leaving, also after an error, it writes what it was given and the index over it."""
+    """Context manager; on leaving, also after an error, it writes what it was given and the index over it.
+
+    On entering it removes the latents that the folder holds. Raises `UserError` if the folder cannot be written into,
+    `OSError` if the disk refuses later; the index then covers the shards written before.
+    """
 
     def __init__(self, folder: Path, codec: Codec, dtype: StoredDtype, *, shard_bytes: int = 2**28) -> None:
         self.folder = folder
@@ -84,30 +100,40 @@ class LatentsWriter:
         self._shards = 0
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / INDEX).unlink(missing_ok=True)
-        for stale in self.folder.glob("latents-*.safetensors"):
+        make_folder(self.folder)
+        for stale in stored_files(self.folder):
             stale.unlink()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        while self._waiting:
-            self._flush()
-        header, entries = to_json(self.header), [to_json(e) for e in sorted(self.entries, key=lambda e: e.path)]
-        write_text(self.folder / INDEX, dumps(header | {"entries": entries}))
+        try:
+            while self._waiting:
+                self._flush()
+        finally:
+            write_text(self.folder / INDEX, self._index(sorted(self.entries, key=lambda e: e.path)))
 
     def add(self, path: str, posterior: DiagonalGaussian, row: int, geometry: Geometry, source: bytes) -> None:
-        """Store row `row` of a batch's posterior; raises `UserError` if the stored type cannot hold it."""
+        """Store row `row` of a batch's posterior.
+
+        Raises `UserError`, and stores nothing, if the stored type cannot hold it or the path is no plain relative one;
+        raises `OSError` if a shard that is now full cannot be written.
+        """
         dtype = getattr(torch, self.header.dtype)
-        mean, logvar = (t[row].to("cpu", dtype) for t in (posterior.mean, posterior.logvar))  # (z, h, w)
-        if not bool(torch.isfinite(mean).all() & torch.isfinite(logvar).all()):
-            raise UserError(f"{path}: latents are not finite as {self.header.dtype}; store them as float32")
+        mean, logvar = posterior.mean[row].cpu(), posterior.logvar[row].cpu()  # (z, h, w)
+        if not _finite(mean, logvar):
+            raise UserError(f"{path}: the model's latents are not finite; try --dtype float32")
+        mean, logvar = mean.to(dtype), logvar.to(dtype)
+        if not _finite(mean, logvar):
+            raise UserError(f"{path}: latents exceed the range of {self.header.dtype}; give --store float32")
         label = path.split("/")[0] if "/" in path else None
         sha256 = hashlib.sha256(source).hexdigest()
-        entry = Entry(path=path, shard="", row=0, geometry=geometry, sha256=sha256, label=label)
+        try:
+            entry = Entry(path=path, shard=_UNKNOWN, row=0, geometry=geometry, sha256=sha256, label=label)
+        except UserError as error:
+            raise UserError(f"{path}: {error}; rename it") from error
         self._waiting.setdefault(tuple(mean.shape), []).append((mean, logvar, entry))
         self._bytes += 2 * mean.nbytes
-        if self._bytes >= self._shard_bytes:
+        if self._bytes >= self._shard_bytes or sum(map(len, self._waiting.values())) >= _SHARD_ROWS:
             self._flush()
 
     def _flush(self) -> None:
@@ -120,12 +146,27 @@ class LatentsWriter:
             "mean": torch.stack([mean for mean, _, _ in rows]),  # (n, z, h, w)
             "logvar": torch.stack([logvar for _, logvar, _ in rows]),
         }
-        metadata = {KEY: dumps(to_json(self.header) | {"entries": [to_json(e) for e in entries]})}
-        with atomic_path(self.folder / name) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        save_tensors(self.folder / name, tensors, {KEY: self._index(entries)})
         self.entries += entries
         self._shards += 1
         self._bytes -= 2 * tensors["mean"].nbytes
+
+    def _index(self, entries: list[Entry]) -> str:
+        """Sorted JSON in ASCII: a name that is not valid UTF-8 survives as escaped surrogates."""
+        found = to_json(self.header) | {"entries": [to_json(e) for e in entries]}
+        return json.dumps(found, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+_UNKNOWN = "unknown"  # an entry's shard until it is written
+
+
+def _finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def stored_files(folder: Path) -> list[Path]:
+    """The index and the shards of latents in a folder, those that are there."""
+    return [*folder.glob(INDEX), *sorted(folder.glob("latents-*.safetensors"))]
 
 
 class LatentSample(NamedTuple):
@@ -163,11 +204,21 @@ class Latents(Dataset[LatentSample]):
         return len(self.entries)
 
     def posterior(self, index: int) -> DiagonalGaussian:
-        """The stored posterior of one image as a batch of one, float32."""
-        entry = self.entries[index]
-        with safe_open(self.folder / entry.shard, framework="pt") as file:
-            mean, logvar = (file.get_slice(k)[entry.row : entry.row + 1].float() for k in ("mean", "logvar"))
-        return DiagonalGaussian(mean, logvar)
+        """The stored posterior of one image as a batch of one, float32.
+
+        Raises `UserError` if the shard is missing or does not hold it.
+        """
+        entry, geometry = self.entries[index], self.entries[index].geometry
+        try:
+            with safe_open(self.folder / entry.shard, framework="pt") as file:
+                mean, logvar = (file.get_slice(k)[entry.row : entry.row + 1].float() for k in ("mean", "logvar"))
+        except Exception as error:  # safetensors raises several kinds for a damaged or missing shard
+            raise UserError(f"{entry.path}: shard {entry.shard} cannot be read: {error}") from error
+        sides = tuple(-(-side // self.header.factor) for side in (geometry.height, geometry.width))
+        fits = mean.ndim == 4 and len(mean) == 1 and mean.shape == logvar.shape and mean.shape[2:] == sides
+        if not fits or not _finite(mean, logvar):
+            raise UserError(f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again")
+        return DiagonalGaussian(mean, logvar)  # (1, z, h/f, w/f)
 
     def __getitem__(self, index: int) -> LatentSample:
         entry, posterior = self.entries[index], self.posterior(index)
@@ -185,34 +236,37 @@ class Index(NamedTuple):
 
 def read_index(path: Path) -> Index:
     """Read index.json, or the same facts from one shard's metadata; raises `UserError` if it is damaged or unsafe."""
+    text = _index_text(path)
     try:
-        found: dict[str, Any] = json.loads(_index_text(path))
-        if found.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format version {found.get('format_version')}; this program reads {FORMAT_VERSION}"
-            )
-        entries = [from_json(Entry, e, where="entry") for e in found.pop("entries")]
-        header = from_json(Header, found, where="header")
-    except (KeyError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path}: damaged latents index: {error}") from error
-    for entry in entries:
-        for name in (entry.path, entry.shard):
-            pure = PurePosixPath(name)
-            if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-                raise UserError(f"{path}: unsafe name {name!r} in the index; it would leave its folder")
-    return Index(header, entries)
+        found: dict[str, Any] = from_json(dict, json.loads(text), where="index")
+        version = found.get("format_version")
+        if version == FORMAT_VERSION:
+            entries = from_json(tuple[Entry, ...], found.pop("entries", None), where="entries")
+            header = from_json(Header, found, where="header")
+            if len({entry.path for entry in entries}) < len(entries):
+                raise ValueError("two entries have the same path")
+            return Index(header, list(entries))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged latents index: {error}") from error
+    raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: update latent-codec")
 
 
 def _index_text(path: Path) -> str:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                return (file.metadata() or {})[KEY]
+                metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a safetensors file ({error})") from error
+        if KEY not in metadata:
+            raise UserError(f"{path}: a safetensors file, but not written by latent_codec (no '{KEY}' in its metadata)")
+        return metadata[KEY]
     if not path.is_file():
         raise UserError(f"{path.parent}: no latents there (no {path.name}); make them with `latent-codec encode`")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: damaged latents index: {error}") from error
 
 
 def check_model(header: Header, model_id: str, where: str) -> None:

@@ -32,6 +32,12 @@ class LatentStatistics:
     posterior_std: tuple[float, ...]
     """Per channel, sqrt(E[posterior variance])."""
 
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == len(self.posterior_std):
+            raise ValueError("mean, std and posterior_std must have one value per channel each")
+        if not all(value > 0 for value in self.std + self.posterior_std):
+            raise ValueError(f"std {self.std} and posterior_std {self.posterior_std} must be positive")
+
 
 class ModelFile(NamedTuple):
     config: CodecConfig
@@ -51,18 +57,33 @@ def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
-    """Write a model file atomically; `half` stores float16 (a tensor that would overflow is an error)."""
-    dtype = torch.float16 if half else torch.float32
-    tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in model.tensors.items()}
+    """Write a model file atomically; `half` stores float16.
+
+    Raises `UserError` naming a tensor that is not finite or overflows float16, `OSError` if the disk refuses.
+    """
+    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in model.tensors.items()}
     _check_finite(tensors, path)
+    if half:
+        tensors = {name: t.half() for name, t in tensors.items()}
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise UserError(f"{path}: tensor {name} exceeds float16's 65504; store float32, without --half")
     header = {
         "format_version": FORMAT_VERSION,
         "config": to_json(model.config),
         "statistics": to_json(model.statistics),
         "provenance": model.provenance,
     }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={KEY: dumps(header)})
+    save_tensors(path, tensors, {KEY: dumps(header)})
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically; raises `OSError` if the disk refuses."""
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def read(path: Path) -> ModelFile:
@@ -78,9 +99,14 @@ def read(path: Path) -> ModelFile:
     try:
         config = from_json(CodecConfig, header["config"])
         statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
-    except (KeyError, ValueError) as error:
+        provenance = from_json(dict, header["provenance"], where="provenance")
+        if statistics is not None and len(statistics.mean) != config.latent_channels:
+            raise ValueError(f"statistics of {len(statistics.mean)} channels, latents of {config.latent_channels}")
+    except KeyError as error:
+        raise UserError(f"{path}: damaged model header: {error} is missing") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged or unknown model header: {error}") from error
-    return ModelFile(config, tensors, statistics, header.get("provenance", {}))
+    return ModelFile(config, tensors, statistics, provenance)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -94,7 +120,10 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a safetensors file ({error}); models are never loaded from pickles") from error
     if KEY not in metadata:
         raise UserError(f"{path}: a safetensors file, but not written by latent_codec (no '{KEY}' in its metadata)")
-    header = json.loads(metadata[KEY])
+    try:
+        header = from_json(dict, json.loads(metadata[KEY]), where="header")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged model header: {error}") from error
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: update latent-codec")

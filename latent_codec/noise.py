@@ -60,8 +60,8 @@ def uniform(keys: torch.Tensor) -> torch.Tensor:
 
 
 def below(limit: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Int64 in [0, limit), `limit` >= 1 broadcastable to `keys`."""
-    return (uniform(keys) * limit).long().clamp(max=limit - 1)
+    """Int64 in [0, limit), `limit` in 1 .. 2^53 broadcastable to `keys`."""
+    return (uniform(keys) * limit).long()  # 1 - 2^-53 times a limit never rounds up to it
 
 
 def permutation(n: int, key: torch.Tensor) -> torch.Tensor:

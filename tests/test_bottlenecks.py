@@ -67,7 +67,7 @@ def test_kl_is_not_negative_and_keeps_its_digits_near_the_prior(mean: float, log
     m, v = torch.full((1, 1, 1, 1), mean), torch.full((1, 1, 1, 1), logvar)
     found = DiagonalGaussian(m, v).kl().double()
     expected = 0.5 * (mean**2 + math.expm1(logvar) - logvar)
-    assert abs(found.item() - expected) <= 1e-6 * expected + 1e-7 * abs(logvar)
+    assert abs(found.item() - expected) <= 1e-6 * expected + 1e-7 * abs(logvar) + 1e-37  # float32 ends there
     assert found.item() >= -1e-7 * abs(logvar)
 
 

@@ -183,7 +183,7 @@ def test_an_unknown_or_missing_kind_is_an_error_that_names_the_place(part: str, 
 
 
 def test_a_kind_where_the_class_has_none_is_an_unknown_field() -> None:
-    with pytest.raises(ValueError, match="unknown.*kind"):
+    with pytest.raises(ValueError, match=r"unknown.*kind"):
         from_json(CodecConfig, changed("kind", "codec"))
 
 

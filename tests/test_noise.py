@@ -177,11 +177,22 @@ def test_normal_at_neighbouring_positions_is_uncorrelated(step: int) -> None:
     assert correlation(rows[:, :-step].square(), rows[:, step:].square()) < limit
 
 
-def test_the_two_normals_of_one_hash_have_independent_radius_and_angle() -> None:
+def test_normals_of_keys_a_golden_step_apart_do_not_overlap() -> None:
+    """SplitMix64's own step: were keys not mixed first, one sequence would be the other's shifted by one."""
+    golden = 0x9E3779B97F4A7C15 - 2**64
+    rows = noise.normal(torch.arange(200) * golden, (1000,))
+    for shift in (-1, 0, 1):
+        inner = slice(1, -1)
+        moved = rows[:-1].roll(shift, dims=1)[:, inner]
+        assert correlation(moved, rows[1:, inner]) < 4 / math.sqrt(199 * 998)
+
+
+@pytest.mark.parametrize("zoom", [1, 16, 1024])
+def test_the_two_normals_of_one_hash_have_independent_radius_and_angle(zoom: int) -> None:
     x, y = noise.normal(torch.arange(2), (N,)).double().chunk(2, dim=1)
     radius = torch.exp(-0.5 * (x.square() + y.square())).clamp(0, 1 - 1e-9)  # uniform, if x and y are normal
     angle = (torch.atan2(y, x) / (2 * math.pi)).remainder(1.0).clamp(0, 1 - 1e-9)
-    cell = (radius * 16).long() * 16 + (angle * 16).long()
+    cell = (radius * zoom % 1 * 16).long() * 16 + (angle * 16).long()  # coarse bits of the radius, or finer ones
     assert chi_square_excess(torch.bincount(cell.flatten(), minlength=256)) < 4
     assert correlation(radius, angle) < CORRELATION_LIMIT
 
@@ -196,12 +207,21 @@ def test_uniform_is_uniform_in_the_half_open_interval(keys: str) -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 2**62), int64), min_size=1, max_size=20))
+@given(st.lists(st.tuples(st.integers(1, 2**53), int64), min_size=1, max_size=20))
 def test_below_is_in_range(pairs: list[tuple[int, int]]) -> None:
     limit, keys = torch.tensor(pairs).unbind(1)
     found = noise.below(limit, keys)
     assert found.dtype == torch.int64
     assert ((found >= 0) & (found < limit)).all()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 2**53))
+def test_below_stays_below_at_the_largest_hash(limit: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "mix", lambda keys: torch.full_like(keys, -1))  # all bits set
+        found = noise.below(torch.tensor(limit), torch.tensor([0]))
+    assert found.item() == limit - 1
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 256])

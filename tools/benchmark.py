@@ -1,9 +1,11 @@
-"""Measure, then claim: `python -m tools.benchmark encode|peers ...`. Timings are ratios within one run."""
+"""Measure, then claim: `python -m tools.benchmark encode|quality ...`. Timings are ratios within one run."""
 
 import dataclasses
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +13,20 @@ from typing import Annotated, Any, Union
 
 import torch
 import tyro
-from diffusers import AutoencoderKL
 
 from latent_codec import metrics
 from latent_codec.codec import Codec
+from latent_codec.compression import Compute
 from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
+from latent_codec.errors import UserError
+from latent_codec.evaluation import evaluate
 from latent_codec.files import write_text
 from latent_codec.info import count_flops
 from latent_codec.inputs import find_images
+from latent_codec.likelihoods import to_signed
 from latent_codec.perceptual import LPIPS
 from tools.peers import Taef2
+from train.provenance import git_commit
 
 SD = ConvConfig(
     widths=(128, 256, 512, 512),
@@ -49,6 +55,8 @@ class Encode:
 
     @torch.inference_mode()
     def run(self) -> None:
+        import diffusers  # only this needs it; it comes with the test extra
+
         lite = Codec.load(self.model).to(self.device).to(memory_format=torch.channels_last)
         config = CodecConfig(
             image_channels=3,
@@ -58,7 +66,7 @@ class Encode:
             likelihood=GaussianConfig(scale="fixed", sigma=0.1),
         )
         conv = Codec(config).eval().to(self.device)
-        peer = AutoencoderKL(
+        peer: Any = diffusers.AutoencoderKL(  # pyright: ignore
             block_out_channels=SD.widths,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -97,46 +105,70 @@ class Encode:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Peers:
-    """Measure TAEF2 (another project's tiny autoencoder) on a folder of images, with evaluate's metrics."""
+class Quality:
+    """Evaluate models side by side on one set with `latent-codec evaluate`'s metrics, TAEF2 beside them if asked."""
 
-    weights: tyro.conf.Positional[Path]
-    """Folder with encoder.safetensors and decoder.safetensors."""
     dir: tyro.conf.Positional[str]
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Shipped models' names or files; per-image records are kept of the first."""
+    taef2: Path | None = None
+    """Folder with TAEF2's encoder.safetensors and decoder.safetensors (another project's tiny autoencoder)."""
     lpips_backbone: Path | None = None
     out: Path | None = None
+    """JSON file for the results."""
+
+    def run(self) -> None:
+        compute = Compute(device="cpu", dtype="float32", batch_size=1, workers=2)
+        reports = {
+            Path(model).stem: evaluate(
+                Codec.load(model), self.dir, compute, out=None, lpips_net="alex", lpips_backbone=self.lpips_backbone
+            )
+            for model in self.models
+        }
+        results: dict[str, dict[str, Any]] = {
+            name: report.summary | {key: report.about[key] for key in ("model_id", "latent_channels", "factor")}
+            for name, report in reports.items()
+        }
+        if self.taef2 is not None:
+            results["TAEF2"] = self._taef2(self.taef2) | {"latent_channels": 32, "factor": 8}
+        first = next(iter(reports.values()))
+        about = {"set": first.about["set"], "images": first.about["images"], "protocol": first.protocol}
+        _report(results, about | _machine("cpu"), self.out, images=first.images)
 
     @torch.inference_mode()
-    def run(self) -> None:
-        peer, lpips = Taef2.load(self.weights), LPIPS("alex", self.lpips_backbone)
+    def _taef2(self, weights: Path) -> dict[str, float]:
+        peer, lpips = Taef2.load(weights), LPIPS("alex", self.lpips_backbone)
         rows: dict[str, list[torch.Tensor]] = {"psnr": [], "ssim": [], "ms_ssim": [], "lpips": []}
         for source in find_images(self.dir):
             x = source.read().pixels[None]
             y = peer.decode(peer.encode(x))
             for name in ("psnr", "ssim", "ms_ssim"):
                 rows[name].append(getattr(metrics, name)(x, y))
-            rows["lpips"].append(lpips(x.float() / 127.5 - 1, y.float() / 127.5 - 1))
-        results = {"TAEF2": {name: metrics.mean(torch.cat(values)).value for name, values in rows.items()}}
-        about = {"set": Path(self.dir).name, "images": len(rows["psnr"]), "latent_channels": 32, "factor": 8}
-        _report(results, about | metrics.PROTOCOL | {"lpips": lpips.protocol} | _machine("cpu"), self.out)
+            rows["lpips"].append(lpips(to_signed(x), to_signed(y)))
+        return {name: metrics.mean(torch.cat(values)).value for name, values in rows.items()}
 
 
 def _machine(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _report(results: dict[str, dict[str, float]], about: dict[str, Any], out: Path | None) -> None:
-    text = json.dumps({"results": results, "about": about}, indent=1)
-    print(text)
+def _report(results: dict[str, dict[str, Any]], about: dict[str, Any], out: Path | None, **more: Any) -> None:
+    """Print the results and what a reader needs to repeat them; `more` goes to the file alone."""
+    command = shlex.join(["python", "-m", "tools.benchmark", *sys.argv[1:]])
+    report = {"results": results, "about": {"command": command, "commit": git_commit()} | about}
+    print(json.dumps(report, indent=1))
     if out is not None:
-        write_text(out, text + "\n")
+        write_text(out, json.dumps(report | more, indent=1) + "\n")
 
 
 def main() -> None:
-    kind = Union[Annotated[Encode, tyro.conf.subcommand("encode")], Annotated[Peers, tyro.conf.subcommand("peers")]]
-    command: Encode | Peers = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
-    command.run()
+    kind = Union[Annotated[Encode, tyro.conf.subcommand("encode")], Annotated[Quality, tyro.conf.subcommand("quality")]]
+    command: Encode | Quality = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
+    try:
+        command.run()
+    except UserError as error:
+        raise SystemExit(f"tools.benchmark: {error}") from error
 
 
 if __name__ == "__main__":

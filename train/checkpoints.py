@@ -1,7 +1,7 @@
 """Checkpoints of a run: staged, verified, committed by one rename; only then is the oldest pruned.
 
 RUN/checkpoints/step-00001000/ holds codec.safetensors and ema.safetensors (model files, loadable as they are),
-optimizer.safetensors and state.json with the SHA-256 of the other three. Nothing is pickled.
+optimizer.safetensors and state.json with the SHA-256 of the other three and of its own content. Nothing is pickled.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from latent_codec import modelfile
 from latent_codec.codec import Codec
@@ -40,26 +40,32 @@ class Progress:
 def save(
     folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
 ) -> Path:
-    """Write a checkpoint into `folder` and prune all but the newest `keep`."""
+    """Write a checkpoint into `folder` and prune all but the newest `keep`.
+
+    Those of later steps go too: the run came back from an earlier one because they are damaged.
+    """
     final = folder / f"step-{progress.step:08d}"
-    if final.exists():
-        return final
     staged = folder / f".{final.name}.tmp"
-    shutil.rmtree(staged, ignore_errors=True)
+    for stale in folder.glob(".step-*.tmp"):
+        shutil.rmtree(stale)
     staged.mkdir(parents=True)
     codec.save(staged / "codec.safetensors")
     ema.save(staged / "ema.safetensors")
     moments = _optimizer_tensors(optimizer, codec)
-    save_file(moments, staged / "optimizer.safetensors")
-    fsync(staged / "optimizer.safetensors")
-    hashes = {name: _sha256(staged / name) for name in _TENSORS}
-    write_text(staged / "state.json", dumps(dataclasses.asdict(progress) | {"sha256": hashes}))
+    modelfile.save_tensors(staged / "optimizer.safetensors", moments, {"format": "pt"})
+    state = dataclasses.asdict(progress) | {"sha256": {name: _sha256(staged / name) for name in _TENSORS}}
+    write_text(staged / "state.json", dumps(state | {"state_sha256": _text_sha256(dumps(state))}))
     _verify(staged, codec.state_dict(), moments)
     fsync(staged)
+    if final.exists():  # damaged, or of a run of no steps that is done again
+        shutil.rmtree(final)
     os.rename(staged, final)  # noqa: PTH104 (tests stop the process here by name)
     fsync(folder)
-    for old in _finished(folder)[:-keep]:
-        shutil.rmtree(old)
+    fsync(folder.parent)
+    finished = _finished(folder)
+    newest = finished.index(final) + 1
+    for other in finished[: max(0, newest - keep)] + finished[newest:]:
+        shutil.rmtree(other)
     return final
 
 
@@ -72,7 +78,7 @@ def restore(folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optim
     for path in reversed(finished):
         try:
             progress = _read_state(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("passing over damaged checkpoint %s: %s", path, error)
             continue
         for target, name in ((codec, "codec.safetensors"), (ema, "ema.safetensors")):
@@ -91,11 +97,17 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _read_state(path: Path) -> Progress:
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.pop("state_sha256") != _text_sha256(dumps(state)):
+        raise ValueError("state.json does not match its checksum")
     for name, expected in state.pop("sha256").items():
         if _sha256(path / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
     return Progress(**state)
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -126,6 +138,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, codec: Codec, tensors: dic
     parameters = dict(codec.named_parameters())
     for name, value in tensors.items():
         parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
-        if value.shape == parameter.shape:  # a moment lies in memory as its parameter does (channels_last)
+        if key != "step":  # a moment lies as its parameter does (device, channels_last); Adam counts on the CPU
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         optimizer.state[parameter][key] = value

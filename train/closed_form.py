@@ -28,13 +28,18 @@ def patch_moments(images: Batches, plan: Plan, codec: Codec, steps: int, *, quie
     return PatchMoments(mean, covariance)
 
 
-def start_from_closed_form(codec: Codec, moments: PatchMoments) -> None:
-    """Set the codec's linear path; raises `UserError` where the closed form does not apply."""
-    likelihood, backbone = codec.likelihood, codec.backbone
-    if not isinstance(likelihood, Gaussian):
+def check_closed_form(codec: Codec) -> None:
+    """Raise `UserError` where the closed form does not apply."""
+    if not isinstance(codec.likelihood, Gaussian):
         kind = codec.config.likelihood.kind
         raise UserError(f"closed_form needs a gaussian likelihood, not {kind}: set --no-closed-form")
-    if not isinstance(backbone, LinearBackbone | LiteBackbone):
+    if not isinstance(codec.backbone, LinearBackbone | LiteBackbone):
         kind = codec.config.backbone.kind
         raise UserError(f"closed_form needs a backbone with a linear path, not {kind}: set --no-closed-form")
-    backbone.start_from_closed_form(moments, float(likelihood.sigma))
+
+
+def start_from_closed_form(codec: Codec, moments: PatchMoments) -> None:
+    """Set the codec's linear path; raises `UserError` where the closed form does not apply."""
+    check_closed_form(codec)
+    assert isinstance(codec.likelihood, Gaussian) and isinstance(codec.backbone, LinearBackbone | LiteBackbone)
+    codec.backbone.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))

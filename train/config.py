@@ -1,9 +1,10 @@
 """A training run's configuration. Free of torch."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
-from latent_codec.config import CodecConfig
+from latent_codec.config import CodecConfig, dumps, from_json, to_json
+from latent_codec.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class TrainConfig:
     learning_rate: float
     lr_warmup_steps: int
     weight_decay: float
-    max_grad_norm: float
-    """Gradients are scaled down to this norm; infinity leaves them alone."""
+    max_grad_norm: float | None
+    """Gradients are scaled down to this norm; None leaves them alone."""
     ema_decay: float
     """Decay of the averaged weights, which are what is evaluated and exported; 0 keeps the raw weights."""
     channels_last: bool
@@ -55,3 +56,36 @@ class TrainConfig:
     keep_checkpoints: int
     max_skipped: int
     """Non-finite steps in a row after which the run stops."""
+
+
+_COUNTS = (
+    "batch_size",
+    "accumulation",
+    "crop",
+    "log_every",
+    "eval_every",
+    "eval_crop",
+    "save_every",
+    "keep_checkpoints",
+    "max_skipped",
+)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise `UserError` for values that would only fail, or fail to resume, later."""
+    for name in _COUNTS:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.steps < 0:
+        raise UserError(f"steps is {config.steps}; it must be at least 0")
+    try:
+        from_json(TrainConfig, to_json(config))
+    except ValueError as error:  # a float that is not finite would be written, but not read again
+        raise UserError(f"{error}; give another value") from error
+
+
+def flat(value: Any, name: str = "") -> dict[str, str | int | float | bool]:
+    """JSON values as one level of dotted names; lists and null become text."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{name}.{key}" if name else key).items()}
+    return {name: value if isinstance(value, str | int | float) else dumps(value)}

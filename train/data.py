@@ -7,6 +7,7 @@ resumes by counting, and the samples are the same for any number of processes an
 import functools
 import hashlib
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
@@ -152,10 +153,17 @@ class StreamedImages(Dataset[Batch]):
             sampler=_Schedule(plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
             batch_size=None,
             num_workers=self.workers,
+            worker_init_fn=_leave_signals_to_the_run,
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:
             yield Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """In a worker: Ctrl-C and many schedulers signal the whole process group, but the run still needs its crops."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Schedule:
@@ -176,6 +184,7 @@ class _Crops(Dataset[Batch]):
 
     def __init__(self, sources: Sequence[Source], plan: Plan) -> None:
         self.sources, self.plan = sources, plan
+        self.reported: set[str] = set()
 
     def __getitem__(self, samples: list[int]) -> Batch:
         drawn = draw(samples, len(self.sources), self.plan.seed)
@@ -195,27 +204,45 @@ class _Crops(Dataset[Batch]):
             try:
                 return source.read().pixels
             except UserError as error:
-                log.warning("skipping %s", error)
+                if source.name not in self.reported:  # once per worker, not once per epoch
+                    log.warning("skipping %s", error)
+                    self.reported.add(source.name)
         raise UserError(f"none of the {len(self.sources)} images could be read; the first reason stands above")
 
 
+def _read_or_report(source: Source) -> torch.Tensor | None:
+    try:
+        return source.read().pixels
+    except UserError as error:
+        log.warning("skipping %s", error)
+        return None
+
+
 def _read_all(sources: Sequence[Source], quiet: bool) -> list[torch.Tensor | None]:
-    def read(source: Source) -> torch.Tensor | None:
-        try:
-            return source.read().pixels
-        except UserError as error:
-            log.warning("skipping %s", error)
-            return None
-
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        return list(tqdm(pool.map(read, sources), "reading images", len(sources), disable=quiet or None, unit="image"))
+        images = pool.map(_read_or_report, sources)
+        return list(tqdm(images, "reading images", len(sources), disable=quiet or None, unit="image"))
 
 
-def centre_crops(sources: Sequence[Source], side: int) -> torch.Tensor:
-    """The middle of each image, (n, 3, side, side) uint8; small images are extended by their edges."""
-    crops = []
+class CentreCrops(NamedTuple):
+    pixels: torch.Tensor  # (n, 3, side, side) uint8
+    names: list[str]
+
+
+def centre_crops(sources: Sequence[Source], side: int) -> CentreCrops:
+    """The middle of each readable image; small images are extended by their edges.
+
+    Raises `UserError` if none can be read.
+    """
+    crops, names = [], []
     for source in sources:
-        pixels = at_least(source.read().pixels, side)
+        image = _read_or_report(source)
+        if image is None:
+            continue
+        pixels = at_least(image, side)
         top, left = (pixels.shape[1] - side) // 2, (pixels.shape[2] - side) // 2
-        crops.append(pixels[:, top : top + side, left : left + side])
-    return torch.stack(crops)
+        crops.append(pixels[:, top : top + side, left : left + side].clone())  # the rest of the image can go
+        names.append(source.name)
+    if not crops:
+        raise UserError(f"none of the {len(sources)} validation images could be read; the first reason stands above")
+    return CentreCrops(torch.stack(crops), names)

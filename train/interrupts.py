@@ -8,15 +8,19 @@ from typing import NamedTuple, Self
 import torch
 from accelerate import Accelerator
 
+SAME_SIGNAL = 2.0
+
 
 class Interrupts:
     """Context manager: SIGTERM, SIGINT and a time limit are noted, and acted on between steps.
 
-    A second signal of the same kind kills at once, as it would without this.
+    A second signal of the same kind kills at once, as it would without this; but not within `SAME_SIGNAL` seconds of
+    the first, for schedulers signal a launcher and its children, and the launcher passes the signal on.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
         self.signal = 0
+        self._noted: dict[int, float] = {}
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._previous: dict[int, object] = {}
 
@@ -30,8 +34,11 @@ class Interrupts:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _note(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._noted.setdefault(number, now) > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
 
     @property
     def out_of_time(self) -> bool:

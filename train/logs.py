@@ -7,18 +7,21 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from latent_codec.files import fsync, write_text
+
 
 class RunLog:
     """Main process only writes; the others' calls do nothing.
 
-    Lines of steps that a resumed run will do again are dropped when it starts, so that every step stands once.
+    Lines of steps that a resumed run will do again are dropped when it starts, so that every step stands once. A
+    line of step 0 (a run of no steps) is always written again.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
         self.path, self.accelerator = path, accelerator
         if accelerator.is_main_process and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if 0 < _step_of(line) <= step]
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line {"kind", "step", ...}; values that are not finite are written as null."""
@@ -30,6 +33,11 @@ class RunLog:
         self.accelerator.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
         text = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if math.isfinite(v))
         tqdm.write(f"{kind} {step}: {text}")
+
+    def flush(self) -> None:
+        """Put what was written on the disk, as a checkpoint of the same step will be."""
+        if self.path.exists():
+            fsync(self.path)
 
 
 def _step_of(line: str) -> float:

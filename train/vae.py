@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -25,22 +24,23 @@ from tqdm import tqdm
 
 from latent_codec import __version__
 from latent_codec.codec import Codec
-from latent_codec.config import dumps, from_json, to_json
+from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import write_text
+from latent_codec.files import make_folder, write_text
 from latent_codec.inputs import Source, find_all
 from latent_codec.noise import normal, text_key
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
 from train.checkpoints import Progress
-from train.closed_form import patch_moments, start_from_closed_form
-from train.config import TrainConfig
-from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops, fingerprint
+from train.closed_form import check_closed_form, patch_moments, start_from_closed_form
+from train.config import TrainConfig, check, flat
+from train.data import Batches, CentreCrops, MemoryImages, Plan, StreamedImages, centre_crops, fingerprint
 from train.grid import write_grid
 from train.interrupts import Agreement, Interrupts, agree
 from train.logs import RunLog
 from train.objectives import ELBO, Losses
 from train.presets import PRESETS
+from train.provenance import git_commit
 from train.schedules import beta_at, learning_rate_at
 
 _MAY_CHANGE = {"steps", "log_every", "eval_every", "eval_crop", "save_every", "keep_checkpoints", "max_skipped"}
@@ -86,7 +86,7 @@ def train(run: Run) -> int:
     """Run to the end, a signal or the time limit; returns the exit code (0, or 128 + the signal's number)."""
     accelerator = Accelerator(log_with=list(run.log_with) or None, project_dir=str(run.out))
     config = run.config
-    _check(config, accelerator)
+    _check(run, accelerator)
     sources, held_out = _split(run)
     described = _describe_run(run, sources)
     _claim(run.out, config, described, accelerator)
@@ -102,6 +102,7 @@ def train(run: Run) -> int:
         objective, ema = objective.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     progress = checkpoints.restore(run.out / "checkpoints", codec, ema, optimizer)
+    _check_same_step(accelerator, progress)
 
     images = _open_images(run, sources, accelerator, quiet)
     plan = Plan(
@@ -120,13 +121,14 @@ def train(run: Run) -> int:
         ema.load_state_dict(codec.state_dict())
     if config.compile:
         objective.compile()
-    wrapped, optimizer_ = accelerator.prepare(objective, optimizer)
+    # Everything is in its place; Accelerate would move a resumed Adam's step counts to the GPU, one wait for each.
+    wrapped, optimizer_ = accelerator.prepare(objective, optimizer, device_placement=[True, False])
     if accelerator.scaler is not None and progress.scaler:
         accelerator.scaler.load_state_dict(progress.scaler)
     if run.log_with:
-        accelerator.init_trackers(run.out.name, json.loads(dumps(to_json(config) | described)))
+        accelerator.init_trackers(run.out.name, flat(to_json(config) | described))
 
-    validation = Validation(centre_crops(held_out, config.eval_crop), [s.name for s in held_out])
+    validation = Validation(centre_crops(held_out, config.eval_crop))
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
     trainer = Trainer(run, accelerator, wrapped, codec, ema, optimizer_, progress, validation, log)
     _announce(run, accelerator, codec, sources, progress)
@@ -139,9 +141,9 @@ def train(run: Run) -> int:
 class Validation:
     """Fixed centre crops and the noise that belongs to each."""
 
-    def __init__(self, pixels: torch.Tensor, names: list[str]) -> None:
-        self.pixels = pixels  # (n, 3, side, side) uint8
-        self.keys = torch.tensor([text_key(name) for name in names])
+    def __init__(self, crops: CentreCrops) -> None:
+        self.pixels = crops.pixels
+        self.keys = torch.tensor([text_key(name) for name in crops.names])
 
     @torch.no_grad()
     def measure(self, codec: Codec, batch: int = 8) -> dict[str, float]:
@@ -157,8 +159,8 @@ class Validation:
             kl.append(posterior.kl())
             error = codec.decode_uint8(posterior.mode()).float() - pixels.float()
             psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3))))
-            mean.append(posterior.mean.mean((0, 2, 3)))
-            square.append(posterior.mean.square().mean((0, 2, 3)))
+            mean.append(posterior.mean.mean((2, 3)))  # (b, z)
+            square.append(posterior.mean.square().mean((2, 3)))
         side = self.pixels.shape[-1]
         return {
             "nll": torch.cat(nll).mean().item(),
@@ -166,7 +168,7 @@ class Validation:
             "nelbo": (torch.cat(nll) + torch.cat(kl)).mean().item(),
             "kl_bpp": torch.cat(kl).mean().item() / math.log(2) / side**2,
             "psnr_mode": torch.cat(psnr).mean().item(),
-            "active_channels": active_channels(torch.stack(mean).mean(0), torch.stack(square).mean(0)),
+            "active_channels": active_channels(torch.cat(mean).mean(0), torch.cat(square).mean(0)),
         }
 
 
@@ -238,7 +240,8 @@ class Trainer:
                 accelerator.backward(losses.loss / config.accumulation)
             micro.append(Losses(*(v.detach() for v in losses)))
         losses = Losses(*(torch.stack(v).mean(0) for v in zip(*micro, strict=True)))
-        norm = accelerator.clip_grad_norm_(self.codec.parameters(), config.max_grad_norm)
+        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        norm = accelerator.clip_grad_norm_(self.codec.parameters(), limit)
         assert norm is not None
         agreed = agree(accelerator, torch.isfinite(losses.loss) & torch.isfinite(norm), interrupts)
         if agreed.finite:
@@ -309,6 +312,7 @@ class Trainer:
                 self.progress.scaler = self.accelerator.scaler.state_dict()
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             folder = self.run.out / "checkpoints"
+            self.log.flush()
             checkpoints.save(folder, self.codec, self.ema, inner, self.progress, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -321,23 +325,43 @@ class Trainer:
         return 128 + agreed.signal if agreed.signal else 0
 
 
-def _check(config: TrainConfig, accelerator: Accelerator) -> None:
+def _check(run: Run, accelerator: Accelerator) -> None:
+    config = run.config
+    check(config)
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} cannot be split over {accelerator.num_processes} processes x "
             f"{config.accumulation} micro-batches; make it a multiple of {parts}"
         )
-    factor = Codec(config.codec).factor
+    codec = Codec(config.codec)
+    if config.codec.image_channels != 3:
+        raise UserError(f"image_channels is {config.codec.image_channels}; training images are RGB: set it to 3")
     for name, side in (("crop", config.crop), ("eval_crop", config.eval_crop)):
-        if side % factor:
-            raise UserError(f"{name} {side} is no multiple of the model's factor {factor}")
+        if side % codec.factor:
+            raise UserError(f"{name} {side} is no multiple of the model's factor {codec.factor}")
+    if config.closed_form:
+        check_closed_form(codec)
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError("set gradient accumulation with --accumulation, not in accelerate's configuration")
+    if "all" not in run.log_with and len(accelerator.log_with) < len(set(run.log_with)):
+        installed = ", ".join(str(tracker) for tracker in accelerator.log_with) or "none"
+        raise UserError(f"log_with {' '.join(run.log_with)}: of these trackers {installed} can be imported; install it")
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise UserError(f"fp16 needs a GPU, not {accelerator.device}: choose bf16, or no mixed precision")
+
+
+def _check_same_step(accelerator: Accelerator, progress: Progress) -> None:
+    """Processes that see different checkpoints would wait for one another for ever."""
+    steps = torch.as_tensor(accelerator.gather(torch.tensor([progress.step], device=accelerator.device))).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(f"the processes found checkpoints of steps {steps}; --out must be on a shared file system")
 
 
 def _split(run: Run) -> tuple[list[Source], list[Source]]:
     """Training sources and held-out ones; without --val the held-out are those whose names hash lowest."""
+    if run.val_images < 1:
+        raise UserError(f"val_images is {run.val_images}; it must be at least 1")
     sources = find_all(run.data)
     by_name = sorted(find_all(run.val) if run.val else sources, key=lambda s: text_key(s.name))
     held_out = by_name[: run.val_images]
@@ -363,42 +387,34 @@ def _claim(out: Path, config: TrainConfig, described: dict[str, object], acceler
     path = out / "config.json"
     problem = [""]
     if accelerator.is_main_process:
-        if path.exists():
-            problem = [_difference(json.loads(path.read_text()), config, described, path)]
-        if not problem[0]:
-            version = {"version": __version__, "git_commit": _git_commit()}
+        try:
+            make_folder(out)
+            if path.exists():
+                _check_same_run(path, config, described)
+            version = {"version": __version__, "git_commit": git_commit()}
             write_text(path, json.dumps({"config": to_json(config)} | described | version, indent=1))
+        except UserError as error:  # of which the others must hear, or they would wait
+            problem = [str(error)]
     broadcast_object_list(problem)
     if problem[0]:
         raise UserError(problem[0])
 
 
-def _difference(found: dict, config: TrainConfig, described: dict[str, object], path: Path) -> str:
-    old, new = to_json(from_json(TrainConfig, found["config"])), to_json(config)
-    changed = sorted(k for k in new if new[k] != old[k] and k not in _MAY_CHANGE)
+def _check_same_run(path: Path, config: TrainConfig, described: dict[str, object]) -> None:
+    """Raise `UserError` if RUN/config.json tells of other settings, by their names, or of other data."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        old, data = flat(to_json(from_json(TrainConfig, found["config"]))), found["data_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a run of this version ({error}); give another --out") from error
+    new = flat(to_json(config))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _MAY_CHANGE]
     if changed:
-        return f"{path.parent} is a run with other settings ({', '.join(changed)}); give its own, or another --out"
-    if found["data_sha256"] != described["data_sha256"]:
-        return f"{path.parent} was trained on other images; give its own --data and --val, or another --out"
-    return ""
-
-
-def _git_commit() -> str | None:
-    """The checkout's commit, with "+" if it has changes; None outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    with contextlib.suppress(OSError):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        return result.stdout.strip() or None
-    return None
+        raise UserError(
+            f"{path.parent} is a run with other settings ({', '.join(changed)}); give its own, or another --out"
+        )
+    if data != described["data_sha256"]:
+        raise UserError(f"{path.parent} was trained on other images; give its own --data and --val, or another --out")
 
 
 def _open_images(run: Run, sources: list[Source], accelerator: Accelerator, quiet: bool) -> Batches:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from latent_codec.config import LinearConfig
+from latent_codec.precision import float32_island
 
 
 class PatchMoments(NamedTuple):
@@ -20,7 +21,11 @@ class PatchMoments(NamedTuple):
 
 
 class LinearBackbone(nn.Module):
-    """Strided convolution in, its transpose out; a latent element sees exactly one patch."""
+    """Strided convolution in, its transpose out; a latent element sees exactly one patch.
+
+    Both run in the precision of the weights whatever autocast does: strong components are known to a hundredth of
+    their range, which bfloat16's 8 bits would drown.
+    """
 
     def __init__(
         self,
@@ -41,10 +46,12 @@ class LinearBackbone(nn.Module):
         )
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder(x)  # (b, features * z, h/patch, w/patch)
+        with float32_island(x):
+            return self.encoder(x.to(self.encoder.weight.dtype))  # (b, features * z, h/patch, w/patch)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        return self.decoder(z)  # (b, params * c, h, w)
+        with float32_island(z):
+            return self.decoder(z.to(self.decoder.weight.dtype))  # (b, params * c, h, w)
 
     @torch.no_grad()
     def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:

@@ -11,7 +11,6 @@ from torch.nn.functional import silu
 
 from latent_codec.config import LinearConfig, LiteConfig
 from latent_codec.networks.linear import LinearBackbone, PatchMoments
-from latent_codec.precision import float32_island
 
 _NEAR_ZERO = 1e-2
 
@@ -81,18 +80,12 @@ class LiteBackbone(nn.Module):
         self.encoder = _down(stem, config.encoder_widths, config.encoder_depths, c, features_per_latent * z)
         self.decoder = _up(stem, config.decoder_widths, config.decoder_depths, z, params_per_channel * c)
 
-    # The linear path is float32 whatever autocast does: strong components are known to a hundredth of their range,
-    # which bfloat16's 8 bits would drown. The residual network's output is small and may be coarse.
-
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        with float32_island(x):
-            linear = self.linear.encode(x.float())
-        return linear + self.encoder(x)  # (b, features * z, h/patch, w/patch)
+        # Autocast reaches the residual network alone: its output is small and may be coarse.
+        return self.linear.encode(x) + self.encoder(x)  # (b, features * z, h/patch, w/patch)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        with float32_island(z):
-            linear = self.linear.decode(z.float())
-        return linear + self.decoder(z)  # (b, params * c, h, w)
+        return self.linear.decode(z) + self.decoder(z)  # (b, params * c, h, w)
 
     def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
         self.linear.start_from_closed_form(moments, sigma)

@@ -1,0 +1,85 @@
+"""A tiny codec with random weights, its model file, and pictures to feed it."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_codec.codec import Codec
+from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
+from latent_codec.modelfile import LatentStatistics
+
+Draw = Callable[..., Path]
+
+
+def _tiny_codec() -> Codec:
+    config = CodecConfig(
+        image_channels=3,
+        latent_channels=4,
+        backbone=LiteConfig(
+            patch=8,
+            stem=4,
+            encoder_widths=(8, 8),
+            encoder_depths=(1, 1),
+            decoder_widths=(8, 8),
+            decoder_depths=(1, 1),
+        ),
+        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+        likelihood=GaussianConfig(scale="fixed", sigma=0.1),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        codec = Codec(config).eval()
+    codec.statistics = LatentStatistics(
+        source="made up",
+        images=3,
+        mean=(0.5, -1.0, 0.0, 2.0),
+        std=(1.0, 2.0, 0.5, 4.0),
+        posterior_std=(0.5, 0.5, 0.25, 1.0),
+    )
+    codec.provenance = {"note": "random weights"}
+    return codec
+
+
+@pytest.fixture
+def codec() -> Codec:
+    """A new one for each test, always with the same random weights; factor 8, 4 channels, posterior std about 1."""
+    return _tiny_codec()
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same codec as a float32 model file; not to be changed."""
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    _tiny_codec().save(path)
+    return path
+
+
+@pytest.fixture
+def draw() -> Draw:
+    """draw(path, width, height, mode="RGB", seed=0, **save_options): writes random pixels as an image."""
+
+    def write(path: Path, width: int, height: int, mode: str = "RGB", seed: int = 0, **options: Any) -> Path:
+        bands = len(mode.replace("P", "L"))
+        values = np.random.default_rng(seed).integers(0, 256, (height, width, bands), np.uint8)
+        image = Image.fromarray(values if bands > 1 else values[..., 0], mode.replace("P", "L"))
+        if mode == "P":
+            image.putpalette([v for i in range(256) for v in (i, 255 - i, i // 2)])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def umask_027() -> Iterator[None]:
+    """Files for the owner and, to read, the group: mode 0640."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)

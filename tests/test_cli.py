@@ -1,0 +1,257 @@
+"""The command line: what it prints where, and its exit codes: 0, 1 some images failed, 2 a mistake, 130 Ctrl-C."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import Draw
+from PIL import Image
+
+from latent_codec import __version__, cli, compression
+from latent_codec.codec import Codec
+from latent_codec.images import DEFAULT_MAX_PIXELS
+from latent_codec.latents import Latents
+
+ROOT = Path(__file__).parents[1]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("encode", src, ...): the command's exit code and what it printed."""
+
+    def call(*args: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(a) for a in args])
+        assert isinstance(caught.value.code, int)
+        printed = capsys.readouterr()
+        return Result(caught.value.code, str(printed.out), str(printed.err))
+
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path: Path, draw: Draw) -> Path:
+    for name, size in (("a.jpg", (24, 16)), ("a.png", (9, 7)), ("sub/b.png", (17, 33))):
+        draw(tmp_path / "photos" / name, *size)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def latents(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> Path:
+    assert run("encode", photos, tmp_path / "latents", "--model", model_file).code == 0
+    return tmp_path / "latents"
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_answers_without_importing_torch() -> None:
+    program = (
+        "import sys; from latent_codec.cli import main\n"
+        "for args in ([], ['encode'], ['decode'], ['info'], ['evaluate'], ['export']):\n"
+        "    try: main([*args, '--help'])\n"
+        "    except SystemExit as stop: assert stop.code == 0, args\n"
+        "    else: raise AssertionError(args)\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+    for command in ("encode", "decode", "info", "evaluate", "export"):
+        assert command in done.stdout
+
+
+def test_version_is_the_packages() -> None:
+    done = python("-m", "latent_codec.cli", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"latent-codec {__version__}\n", "")
+
+
+@pytest.mark.parametrize("args", [[], ["bogus"], ["encode"], ["encode", "a"], ["encode", "a", "b", "--bogus"]])
+def test_wrong_usage_is_2_and_says_so_on_stderr(run: Run, args: list[str]) -> None:
+    result = run(*args)
+    assert (result.code, result.out) == (2, "")
+    assert "help" in result.err
+
+
+def test_the_pixel_limit_is_the_readers() -> None:
+    assert cli.Encode(src="a", dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
+
+
+def test_encode_then_decode_gives_every_image_back(
+    run: Run, photos: Path, latents: Path, model_file: Path, tmp_path: Path
+) -> None:
+    result = run("decode", latents, tmp_path / "out", "--model", model_file, "--sample", 3)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("decoded 3 of 3 images in ")
+    found = {f.relative_to(tmp_path / "out").as_posix(): Image.open(f).size for f in (tmp_path / "out").rglob("*.png")}
+    assert found == {"a.jpg.png": (24, 16), "a.png.png": (9, 7), "sub/b.png.png": (17, 33)}
+    assert run("decode", latents, tmp_path / "mode", "--model", model_file).code == 0
+    assert (tmp_path / "mode" / "a.png.png").read_bytes() != (tmp_path / "out" / "a.png.png").read_bytes()
+
+
+def test_options_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
+    model = ("--model", model_file)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(photos / "clear.png")
+    options = ("--store", "float32", "--background", "#102030", "--batch-size", 1, "--workers", 1, "--device", "cpu")
+    assert run("encode", photos, tmp_path / "z", *model, *options).code == 0
+    found = Latents(tmp_path / "z")
+    assert found.header.dtype == "float32"
+    assert {e.path: e.geometry.background for e in found.entries}["clear.png"] == "#102030"
+    assert run("encode", photos, tmp_path / "z", *model).code == 2
+    assert run("encode", photos, tmp_path / "z", *model, "--overwrite").code == 0
+    assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp").code == 0
+    assert {f.suffix for f in (tmp_path / "out").rglob("*") if f.is_file()} == {".webp"}
+    assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp").code == 2
+    assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp", "--overwrite").code == 0
+
+
+def test_images_that_fail_are_1_whether_some_or_all(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
+    model = ("--model", model_file)
+    (photos / "bad.png").write_text("no picture")
+    result = run("encode", photos, tmp_path / "z", *model)
+    assert result.code == 1
+    assert result.out.startswith("encoded 3 of 4 images, 1 failed in ")
+    assert result.err.startswith("bad.png: not a readable image") and len(result.err.splitlines()) == 1
+    assert run("encode", photos, tmp_path / "limit", *model, "--max-pixels", 100).code == 1
+    assert [e.path for e in Latents(tmp_path / "limit").entries] == ["a.png"]
+    result = run("encode", photos / "bad.png", tmp_path / "none", *model)
+    assert result.code == 1 and result.out.startswith("encoded 0 of 1 images, 1 failed in ")
+    assert run("evaluate", model_file, photos, "--lpips-net", "none").code == 1
+    assert run("evaluate", model_file, photos / "bad.png", "--lpips-net", "none").code == 2
+    next((tmp_path / "z").glob("*.safetensors")).unlink()
+    assert run("decode", tmp_path / "z", tmp_path / "out", *model).code == 1
+
+
+def refuse(result: Result, reason: str) -> None:
+    """Exit code 2, one line on stderr with the reason, nothing on stdout."""
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("latent-codec: ") and len(result.err.splitlines()) == 1
+    assert reason in result.err
+
+
+def test_a_users_mistake_is_2_and_one_line_without_a_traceback(
+    run: Run, photos: Path, latents: Path, model_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    out, model = tmp_path / "out", ("--model", model_file)
+    refuse(run("encode", tmp_path / "none", out, *model), "no such image, folder or tar file")
+    refuse(run("encode", f"{photos}/*.tif", out, *model), "no images there")
+    refuse(run("encode", photos, out, "--model", "no-such-model"), "neither a file nor a shipped model")
+    refuse(run("encode", photos, out, "--model", tmp_path / "file"), "not a safetensors file")
+    refuse(run("encode", photos, tmp_path / "file", *model), "cannot be written into as a folder")
+    refuse(run("encode", photos, out, *model, "--background", "white"), "'white' is no colour")
+    refuse(run("encode", photos, out, *model, "--max-pixels", 0), "refuses every image")
+    refuse(run("encode", photos, out, *model, "--batch-size", 0), "--batch-size 0")
+    refuse(run("encode", photos, out, *model, "--workers", 0), "--workers 0")
+    refuse(run("decode", photos, out, *model), "no latents there")
+    refuse(run("decode", tmp_path / "none", out, *model), "no latents there")
+    refuse(run("decode", latents, tmp_path / "file", *model), "cannot be written into as a folder")
+    refuse(run("info", tmp_path / "file"), "not a safetensors file")
+    refuse(run("info", "no-such-model"), "neither a file nor a shipped model")
+    refuse(run("evaluate", model_file, tmp_path / "none", "--lpips-net", "none"), "no such image")
+    refuse(run("evaluate", model_file, photos, "--lpips-backbone", tmp_path / "none"), "no such file")
+    refuse(run("export", tmp_path / "none", out), "neither a file nor a shipped model")
+    refuse(run("export", model_file, photos), "is a folder")
+    refuse(run("export", model_file, out, "--images", 0), "at least 1")
+    assert not out.exists() and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cpu:x", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_cannot_be_used_is_a_users_mistake(
+    run: Run, photos: Path, model_file: Path, tmp_path: Path, device: str
+) -> None:
+    result = run("encode", photos, tmp_path / "out", "--model", model_file, "--device", device)
+    refuse(result, f"--device {device} is not usable")
+
+
+def test_trouble_with_the_disk_is_2_and_one_line(
+    run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("latent_codec.modelfile.save_file", full)
+    refuse(run("encode", photos, tmp_path / "out", "--model", model_file), "No space left on device")
+    refuse(run("export", model_file, tmp_path / "m.safetensors"), "No space left on device")
+
+
+def test_a_bug_is_not_hidden_as_a_users_mistake(
+    photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(compression, "find_images", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["encode", str(photos), str(tmp_path / "out"), "--model", str(model_file)])
+
+
+def test_ctrl_c_is_130_and_leaves_no_half_file(
+    run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = compression.read_image
+
+    def interrupt(data: bytes, *, name: str, **options: object) -> object:
+        if name == "sub/b.png":
+            raise KeyboardInterrupt
+        return read(data, name=name, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(compression, "read_image", interrupt)
+    options = ("--model", model_file, "--batch-size", 1, "--workers", 1)
+    result = run("encode", photos, tmp_path / "z", *options)
+    assert result == (130, "", "latent-codec: interrupted\n")
+    assert all(f.suffix in (".json", ".safetensors") and f.name[0] != "." for f in (tmp_path / "z").iterdir())
+    assert [e.path for e in Latents(tmp_path / "z").entries] == ["a.jpg", "a.png"]
+
+
+def test_info_says_what_a_model_and_latents_are(run: Run, latents: Path, model_file: Path, codec: Codec) -> None:
+    model, folder = run("info", model_file), run("info", latents)
+    assert (model.code, folder.code) == (0, 0)
+    assert codec.model_id in model.out and codec.model_id in folder.out
+    assert "3 images" in folder.out
+
+
+def test_evaluate_prints_its_table_and_keeps_its_results(
+    run: Run, photos: Path, model_file: Path, tmp_path: Path
+) -> None:
+    result = run("evaluate", model_file, photos, "--out", tmp_path / "out", "--lpips-net", "none")
+    assert result.code == 0
+    assert "psnr" in result.out and "disk_bpp" in result.out
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
+def test_export_writes_a_model_and_says_which(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
+    result = run("export", model_file, tmp_path / "m.safetensors", "--data", photos, "--images", 2, "--half")
+    exported = Codec.load(tmp_path / "m.safetensors")
+    assert result.code == 0 and exported.model_id in result.out
+    assert exported.statistics is not None and exported.statistics.images == 2
+
+
+def test_the_tools_are_the_commands(photos: Path, latents: Path, model_file: Path, tmp_path: Path) -> None:
+    done = python("-m", "tools.encode", str(photos), str(tmp_path / "z"), "--model", str(model_file), "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("encoded 3 of 3 images in ")
+    assert Latents(tmp_path / "z").header == Latents(latents).header
+    assert Latents(tmp_path / "z").entries == Latents(latents).entries
+
+
+@pytest.mark.parametrize("command", ["encode", "decode", "evaluate", "export"])
+def test_each_tool_gives_its_own_commands_help(command: str) -> None:
+    done = python("-m", f"tools.{command}", "--help")
+    assert done.returncode == 0
+    assert f"latent-codec {command}" in done.stdout

@@ -1,0 +1,163 @@
+"""Export: the statistics are those of the latents, the run's newest averaged weights are what is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Draw
+
+from latent_codec import export as export_module
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.export import export, measure_statistics
+from latent_codec.images import pad
+from latent_codec.inputs import find_images
+
+
+@pytest.fixture
+def photos(tmp_path: Path, draw: Draw) -> Path:
+    """Five images of several sizes."""
+    for i, size in enumerate([(16, 16), (9, 7), (30, 8), (1, 1), (16, 24)]):
+        draw(tmp_path / "photos" / f"{i}.png", *size, seed=i)
+    return tmp_path / "photos"
+
+
+def test_statistics_are_moments_over_images_and_positions(codec: Codec, photos: Path) -> None:
+    found = measure_statistics(codec, find_images(photos), "five", quiet=True)
+    with torch.inference_mode():
+        posteriors = [codec.encode(pad(s.read().pixels, 8)[None]) for s in find_images(photos)]
+    mean = torch.cat([p.mean[0].flatten(1) for p in posteriors], 1).double()  # (z, positions)
+    variance = torch.cat([p.logvar[0].flatten(1) for p in posteriors], 1).double().exp()
+    assert (found.source, found.images) == ("five", 5)
+    assert torch.allclose(torch.tensor(found.mean).double(), mean.mean(1))
+    assert torch.allclose(torch.tensor(found.posterior_std).double(), variance.mean(1).sqrt())
+    expected = (mean.var(1, correction=0) + variance.mean(1)).sqrt()
+    assert torch.allclose(torch.tensor(found.std).double(), expected)
+
+
+def test_samples_scaled_by_the_statistics_have_mean_0_and_standard_deviation_1(codec: Codec, photos: Path) -> None:
+    statistics = measure_statistics(codec, find_images(photos), "five", quiet=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
+    generator, z = torch.Generator().manual_seed(0), []
+    with torch.inference_mode():
+        for source in find_images(photos):
+            posterior = codec.encode(pad(source.read().pixels, 8)[None])
+            z += [((posterior.sample(generator)[0] - mean) / std).flatten(1) for _ in range(2000)]
+    values = torch.cat(z, 1)  # (z, samples * positions)
+    assert values.mean(1).abs().max() < 0.02
+    assert (values.std(1) - 1).abs().max() < 0.02
+
+
+def test_statistics_are_of_the_first_images_asked_for(codec: Codec, model_file: Path, photos: Path) -> None:
+    out = photos.parent / "out.safetensors"
+    found = export(model_file, out, data=(photos,), images=2, half=False, quiet=True).statistics
+    assert found is not None
+    assert found == measure_statistics(codec, find_images(photos)[:2], "first 2 images of photos", quiet=True)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_without_new_data_keeps_all_it_has(codec: Codec, model_file: Path, tmp_path: Path, half: bool) -> None:
+    exported = export(model_file, tmp_path / "m.safetensors", data=(), images=1, half=half)
+    assert (exported.config, exported.statistics, exported.provenance) == (
+        codec.config,
+        codec.statistics,
+        codec.provenance,
+    )
+    assert (exported.model_id == codec.model_id) is not half
+    assert exported.model_id == Codec.load(tmp_path / "m.safetensors").model_id
+
+
+def test_a_model_without_statistics_needs_data(codec: Codec, tmp_path: Path, photos: Path) -> None:
+    codec.statistics = None
+    codec.save(tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="--data"):
+        export(tmp_path / "m.safetensors", tmp_path / "out.safetensors", data=(), images=1, half=False)
+    assert not (tmp_path / "out.safetensors").exists()
+    assert export(
+        tmp_path / "m.safetensors", tmp_path / "out.safetensors", data=(photos,), images=9, half=False, quiet=True
+    ).statistics
+
+
+def checkpoint(run: Path, codec: Codec, step: int) -> Path:
+    """As training leaves it: the averaged weights' first bias says the step."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    codec.state_dict()["backbone.linear.encoder.bias"][0] = step
+    codec.save(folder / "ema.safetensors")
+    state = {"step": step, "skipped": 1, "minutes": 2.5, "skipped_in_a_row": 0, "scaler": {}, "sha256": {}}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+@pytest.fixture
+def run(codec: Codec, tmp_path: Path) -> Path:
+    """A run with checkpoints at steps 20 and 100, and one that a crash left half written."""
+    codec.statistics = None
+    for step in (20, 100):
+        checkpoint(tmp_path / "run", codec, step)
+    (tmp_path / "run" / "checkpoints" / ".step-00000200.tmp").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"data_images": 3, "data": ["x.tar"]}))
+    return tmp_path / "run"
+
+
+def test_a_runs_newest_averaged_weights_are_exported_with_their_provenance(run: Path, photos: Path) -> None:
+    exported = export(run, photos.parent / "m.safetensors", data=(photos,), images=9, half=False, quiet=True)
+    assert exported.state_dict()["backbone.linear.encoder.bias"][0] == 100
+    assert exported.provenance["progress"] == {"step": 100, "skipped": 1, "minutes": 2.5}
+    assert exported.provenance["training"] == {"data_images": 3, "data": ["x.tar"]}
+    assert exported.provenance["exported_by"].startswith("latent_codec ")
+    assert exported.statistics is not None and exported.statistics.images == 5
+
+
+def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        export(tmp_path / "run", tmp_path / "m.safetensors", data=(), images=1, half=False)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "3"])
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/step-00000100/state.json"])
+def test_a_damaged_run_is_refused(run: Path, photos: Path, name: str, content: str | None) -> None:
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_text(content)
+    with pytest.raises(UserError, match=r"config\.json or state\.json cannot be read"):
+        export(run, photos.parent / "m.safetensors", data=(photos,), images=1, half=False, quiet=True)
+    assert not (photos.parent / "m.safetensors").exists()
+
+
+def test_a_checkpoint_without_its_weights_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints" / "step-00000100" / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step-00000100/ema\.safetensors"):
+        export(run, tmp_path / "m.safetensors", data=(), images=1, half=False)
+
+
+def test_an_image_that_cannot_be_read_is_refused_by_name(model_file: Path, photos: Path) -> None:
+    (photos / "2.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"^2\.png: not a readable image"):
+        export(model_file, photos.parent / "m.safetensors", data=(photos,), images=9, half=False, quiet=True)
+    assert not (photos.parent / "m.safetensors").exists()
+
+
+def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(export_module, "measure_statistics", work)
+    (photos.parent / "file").write_text("mine")
+    for destination, images, reason in (
+        (photos, 1, "is a folder"),
+        (photos.parent / "file" / "m.safetensors", 1, "cannot be written into"),
+        (photos.parent / "m.safetensors", 0, "at least 1"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export(model_file, destination, data=(photos,), images=images, half=False)
+    with pytest.raises(UserError, match="neither a file nor a shipped model"):
+        export(Path("no such model"), photos.parent / "m.safetensors", data=(photos,), images=1, half=False)
+
+
+def test_a_model_of_grey_images_has_no_statistics_over_colour(codec: Codec, photos: Path) -> None:
+    grey = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 1}))
+    with pytest.raises(UserError, match="images with 1 channels"):
+        measure_statistics(grey, find_images(photos), "five", quiet=True)

@@ -1,0 +1,631 @@
+"""Files <-> pixels: each kind of file a user may have, each way it may be broken, and the way back."""
+
+import io
+import json
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ExifTags, ImageCms, ImageFile, JpegImagePlugin
+from PIL import Image as PilImage
+
+from latent_codec import images
+from latent_codec.colour import in_8_bits
+from latent_codec.config import from_json, to_json
+from latent_codec.errors import UserError
+from latent_codec.images import EXTENSIONS, FORMATS, Geometry, crop, pad, read_image, to_pil, write_image
+
+LOSSLESS = [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]
+ANIMATED = [f for f in ("GIF", "PNG", "WEBP", "TIFF", "AVIF") if f in FORMATS]
+
+
+def random_rgb(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """(h, w, 3) uint8"""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(pil: PilImage.Image, image_format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    pil.save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG written by hand, for what Pillow reads but does not write. Rows begin with their filter byte, 0."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in parts
+    )
+
+
+def pixels_of(source: bytes, **options: object) -> np.ndarray:
+    """(h, w, 3) uint8"""
+    return read_image(source, **options).pixels.permute(1, 2, 0).numpy()  # pyright: ignore[reportArgumentType]
+
+
+# What is refused
+
+
+def refusal(source: Path | bytes, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        read_image(source, **({"name": "some.img"} | options if isinstance(source, bytes) else options))  # pyright: ignore[reportArgumentType]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{source}: " if isinstance(source, Path) else "some.img: ")
+    return message
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path):
+    assert "No such file" in refusal(tmp_path / "none.png")
+
+
+def test_a_folder_is_refused_by_name(tmp_path: Path):
+    assert "directory" in refusal(tmp_path)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path):
+    (tmp_path / "a.png").touch()
+    assert "empty" in refusal(tmp_path / "a.png")
+
+
+def test_a_text_file_is_refused_whatever_its_suffix(tmp_path: Path):
+    (tmp_path / "a.jpg").write_text("this is no picture, however it is called")
+    assert "not a readable image" in refusal(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("image_format", ["PCX", "ICO", "TGA"])
+def test_a_format_outside_the_allow_list_is_refused(image_format: str):
+    assert "not a readable image" in refusal(encoded(PilImage.fromarray(random_rgb(16, 16)), image_format))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_file_cut_off_anywhere_is_refused(image_format: str, share: float):
+    whole = encoded(PilImage.fromarray(random_rgb(50, 70)), image_format)
+    refusal(whole[: int(len(whole) * share)])
+
+
+def test_a_process_that_allows_truncated_images_gets_no_silent_damage(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = encoded(PilImage.fromarray(random_rgb(50, 70)), "JPEG")
+    assert "LOAD_TRUNCATED_IMAGES" in refusal(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("image_format", ANIMATED)
+def test_more_than_one_frame_is_refused(image_format: str):
+    first, second = (PilImage.fromarray(random_rgb(8, 8, seed)) for seed in (0, 1))
+    assert "frame" in refusal(encoded(first, image_format, save_all=True, append_images=[second]))
+
+
+def test_of_a_multi_picture_jpeg_the_main_picture_is_read():
+    main, extra = (PilImage.fromarray(random_rgb(16, 16, seed)) for seed in (0, 1))
+    both = encoded(main, "MPO", save_all=True, append_images=[extra], quality=95)
+    assert np.array_equal(pixels_of(both), pixels_of(encoded(main, "JPEG", quality=95)))
+
+
+def test_a_decompression_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch):
+    calls: list[str] = []
+    for name in ("load", "load_prepare"):
+        monkeypatch.setattr(ImageFile.ImageFile, name, lambda self, name=name: calls.append(name))
+    message = refusal(png(50_000, 50_000, 8, 2, b""))
+    assert "50000x50000" in message
+    assert str(images.DEFAULT_MAX_PIXELS) in message
+    assert calls == []
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_the_pixel_limit_is_inclusive(image_format: str):
+    source = encoded(PilImage.fromarray(random_rgb(8, 9)), image_format)
+    assert read_image(source, max_pixels=72).pixels.shape == (3, 8, 9)
+    assert "limit of 71" in refusal(source, max_pixels=71)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "BMP", "PPM"])
+@pytest.mark.parametrize("pillows_limit", [600_000, 300_000])  # 700 000 pixels: warned of, refused
+def test_max_pixels_overrules_pillows_limit_without_a_warning(
+    image_format: str, pillows_limit: int, monkeypatch: pytest.MonkeyPatch
+):
+    source = encoded(PilImage.new("RGB", (1000, 700)), image_format)
+    monkeypatch.setattr(PilImage, "MAX_IMAGE_PIXELS", pillows_limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(source).pixels.shape == (3, 700, 1000)
+    assert pillows_limit == PilImage.MAX_IMAGE_PIXELS  # still
+
+
+def test_where_pillows_limit_holds_the_message_names_it(monkeypatch: pytest.MonkeyPatch):
+    source = encoded(PilImage.fromarray(random_rgb(8, 8)), "TIFF")
+    monkeypatch.setattr(PilImage, "MAX_IMAGE_PIXELS", 10)
+    assert "MAX_IMAGE_PIXELS" in refusal(source)
+
+
+def test_floating_point_pixels_are_refused():
+    assert "floating-point" in refusal(encoded(PilImage.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("value", [-1, 65_536])
+def test_integers_beyond_16_bits_are_refused_not_clipped(value: int):
+    assert "16 bits" in refusal(encoded(PilImage.fromarray(np.array([[0, value]], np.int32)), "TIFF"))
+
+
+@pytest.mark.parametrize("background", ["white", "#fff", "#gggggg", "#ffffff "])
+def test_a_background_that_is_no_colour_is_refused(background: str):
+    with pytest.raises(UserError, match="#rrggbb"):
+        read_image(encoded(PilImage.new("L", (1, 1)), "PNG"), background=background)
+
+
+# Sources
+
+
+def test_path_bytes_and_streams_give_the_same_image(tmp_path: Path):
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, offset: int, whence: int = 0) -> int:
+            raise io.UnsupportedOperation
+
+    source = encoded(PilImage.fromarray(random_rgb(5, 7)), "PNG")
+    (tmp_path / "a").write_bytes(source)
+    stream = io.BytesIO(source)
+    stream.seek(10)
+    expected = read_image(source).pixels
+    for other in (tmp_path / "a", stream, Pipe(source)):
+        assert torch.equal(read_image(other).pixels, expected)
+    assert not stream.closed
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_every_format_is_read_at_its_size(image_format: str):
+    image = read_image(encoded(PilImage.new("RGB", (9, 6), "#808080"), image_format))
+    assert image.pixels.shape == (3, 6, 9)
+    assert image.pixels.dtype == torch.uint8
+    assert image.pixels.is_contiguous()
+    assert (image.geometry.width, image.geometry.height) == (9, 6)
+    assert (image.pixels.int() - 128).abs().max() <= 2  # lossy formats
+
+
+def test_every_listed_suffix_is_one_that_pillow_gives_to_an_allowed_format():
+    assert EXTENSIONS
+    assert {PilImage.registered_extensions()[suffix] for suffix in EXTENSIONS} == set(FORMATS)
+
+
+# Colour modes
+
+
+@pytest.mark.parametrize(("image_format", "options"), LOSSLESS)
+@pytest.mark.parametrize("height", [1, 3, 4, 5, 9])  # around the strips that pixels are moved in
+def test_rgb_comes_as_it_is(
+    image_format: str, options: dict[str, object], height: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 4 * 7)
+    rgb = random_rgb(height, 7)
+    image = read_image(encoded(PilImage.fromarray(rgb), image_format, **options))
+    assert np.array_equal(image.pixels.numpy(), rgb.transpose(2, 0, 1))
+    assert image.geometry == Geometry(width=7, height=height, orientation=1, mode="RGB", background=None)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP", "PPM"])
+def test_grey_stays_grey(image_format: str):
+    grey = random_rgb(5, 7)[..., 0]
+    image = read_image(encoded(PilImage.fromarray(grey), image_format))
+    assert image.geometry.mode == "L"
+    assert np.array_equal(image.pixels.numpy(), np.stack([grey] * 3))
+    assert np.array_equal(np.asarray(to_pil(*image)), grey)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP", "PPM"])
+def test_one_bit_becomes_black_and_white(image_format: str):
+    bits = np.array([[True, False, True]])
+    image = read_image(encoded(PilImage.fromarray(bits), image_format))
+    assert image.geometry.mode == "L"
+    assert image.pixels.tolist() == [[[255, 0, 255]]] * 3
+
+
+def test_a_palette_gives_its_colours():
+    pil = PilImage.fromarray(random_rgb(5, 7)).quantize(16)
+    image = read_image(encoded(pil, "PNG"))
+    assert np.array_equal(image.pixels.permute(1, 2, 0).numpy(), np.asarray(pil.convert("RGB")))
+    assert (image.geometry.mode, image.geometry.background) == ("RGB", None)
+
+
+def test_a_palette_of_greys_is_grey():
+    grey = random_rgb(5, 7)[..., 0]
+    image = read_image(encoded(PilImage.fromarray(grey), "GIF"))
+    assert image.geometry.mode == "L"
+    assert np.array_equal(image.pixels[0].numpy(), grey)
+
+
+@pytest.mark.parametrize("backdrop", [0, 1, 127, 254, 255])
+def test_alpha_is_composited_in_one_rounding(backdrop: int):
+    colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    pil = PilImage.fromarray(np.stack([colour, alpha], axis=-1).astype(np.uint8), "LA")
+    image = read_image(encoded(pil, "PNG"), background="#" + 3 * f"{backdrop:02x}")
+    exact = 2 * (colour * alpha + backdrop * (255 - alpha))  # over 510
+    assert np.array_equal(image.pixels[0].numpy(), (exact + 255) // 510)
+    assert image.geometry.mode == "L"
+
+
+@pytest.mark.parametrize(("image_format", "options"), LOSSLESS)
+def test_rgba_is_composited_on_the_recorded_background(
+    image_format: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 2 * 7)
+    rgb, alpha = random_rgb(5, 7), random_rgb(5, 7, seed=1)[..., 0]
+    pil = PilImage.fromarray(np.dstack([rgb, alpha]))
+    image = read_image(
+        encoded(pil, image_format, **options, **({"exact": True} if image_format == "WEBP" else {})),
+        background="#10fF80",
+    )
+    share = alpha[..., None] / 255
+    expected = np.rint(rgb * share + np.array([0x10, 0xFF, 0x80]) * (1 - share))
+    assert np.array_equal(image.pixels.permute(1, 2, 0).numpy(), expected)
+    assert (image.geometry.mode, image.geometry.background) == ("RGB", "#10ff80")
+
+
+def test_grey_with_alpha_on_a_coloured_background_is_coloured():
+    image = read_image(encoded(PilImage.new("LA", (1, 1), (90, 0)), "PNG"), background="#010203")
+    assert image.pixels.flatten().tolist() == [1, 2, 3]
+    assert image.geometry.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("image_format", "transparency"), [("PNG", 1), ("GIF", 1), ("PNG", b"\xff\x00\x80")], ids=["PNG", "GIF", "alphas"]
+)
+def test_a_palette_with_transparency_is_composited(image_format: str, transparency: int | bytes):
+    pil = PilImage.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    pil.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    found = pixels_of(encoded(pil, image_format, transparency=transparency), background="#0a141e")
+    blue = [0, 0, 200] if transparency == 1 else [5, 10, 115]  # 30 * 127/255 + 200 * 128/255 = 115.3
+    assert found.tolist() == [[[200, 0, 0], [10, 20, 30], blue]]
+
+
+def test_a_palette_with_an_alpha_channel_is_composited():
+    pil = PilImage.frombytes("PA", (2, 1), bytes([0, 51, 1, 255]))
+    pil.putpalette([0, 0, 200, 9, 8, 7])
+    assert pixels_of(encoded(pil, "TIFF"), background="#ff0000").tolist() == [[[204, 0, 40], [9, 8, 7]]]
+
+
+@pytest.mark.parametrize(
+    ("source", "colours"),
+    [
+        pytest.param(png(2, 1, 8, 0, b"\0\x09\x0a", (b"tRNS", b"\0\x09")), [7, 10], id="L"),
+        pytest.param(png(4, 1, 2, 0, b"\0\x1b", (b"tRNS", b"\0\x01")), [0, 7, 170, 255], id="2-bit L"),
+        pytest.param(png(2, 1, 1, 0, b"\0\x40", (b"tRNS", b"\0\x01")), [0, 7], id="1"),
+        pytest.param(png(2, 1, 16, 0, b"\0\x01\x2c\x01\x2d", (b"tRNS", b"\x01\x2c")), [7, 1], id="I;16"),
+        pytest.param(png(2, 1, 8, 2, b"\0\5\5\5\5\5\5", (b"tRNS", b"\0\5\0\5\0\5")), [7, 7], id="RGB"),
+        pytest.param(png(1, 1, 16, 2, b"\0\xff\xff\1\2\3\4", (b"tRNS", b"\xff\xff\1\2\3\4")), [7], id="16-bit RGB"),
+    ],
+)
+def test_the_one_transparent_colour_of_a_png_becomes_the_background(source: bytes, colours: list[int]):
+    image = read_image(source, background="#070707")
+    assert image.pixels[0, 0].tolist() == colours
+    assert image.geometry.background == "#070707"
+
+
+def test_a_colour_that_matches_the_transparent_one_in_part_stays():
+    source = png(1, 1, 8, 2, b"\0\5\5\6", (b"tRNS", b"\0\5\0\5\0\5"))
+    assert pixels_of(source).tolist() == [[[5, 5, 6]]]
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_rounded_to_8_bits(image_format: str):
+    values = np.arange(65_536).reshape(256, 256)
+    image = read_image(encoded(PilImage.fromarray(values.astype(np.uint16)), image_format))
+    assert image.geometry.mode == "L"
+    grey = image.pixels[0].numpy()
+    assert [grey.flat[v] for v in (65_535, 32_768, 257)] == [255, 128, 1]
+    assert np.array_equal(grey, np.rint(values / 257))
+
+
+def test_big_endian_16_bit_grey_is_rounded_to_8_bits():
+    stored = b"".join(struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in _BIG_ENDIAN_TAGS.items())
+    tiff = b"MM\0*" + struct.pack(">IH", 8, len(_BIG_ENDIAN_TAGS)) + stored + bytes(4)
+    tiff += bytes(200 - len(tiff)) + struct.pack(">3H", 65_535, 32_768, 257)
+    assert read_image(tiff).pixels.tolist() == [[[255, 128, 1]]] * 3
+
+
+# width, height, bits, compression, photometric, strip offset, samples, rows per strip, strip bytes
+_BIG_ENDIAN_TAGS = {256: 3, 257: 1, 258: 16, 259: 1, 262: 1, 273: 200, 277: 1, 278: 1, 279: 6}
+
+
+def test_16_bit_grey_whose_zero_is_white_is_inverted():
+    source = encoded(PilImage.fromarray(np.array([[0, 65_535, 257]], np.uint16)), "TIFF")
+    photometric = source.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    source = source[:photometric] + b"\0\0" + source[photometric + 2 :]
+    assert read_image(source).pixels[0].tolist() == [[255, 0, 254]]
+
+
+def test_32_bit_integers_within_16_bits_are_read_as_16_bits():
+    assert read_image(encoded(PilImage.fromarray(np.array([[65_535, 32_768, 257]], np.int32)), "TIFF")).pixels[
+        0
+    ].tolist() == [[255, 128, 1]]
+
+
+def test_16_bit_colour_comes_in_8_bits():
+    assert pixels_of(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 65_535, 32_768, 257))).tolist() == [[[255, 128, 1]]]
+
+
+def test_16_bit_grey_with_alpha_stays_grey():
+    image = read_image(png(1, 1, 16, 4, b"\0" + struct.pack(">2H", 65_535, 32_768)), background="#000000")
+    assert image.geometry.mode == "L"
+    assert image.pixels.flatten().tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "TIFF"])
+def test_cmyk_ink_darkens(image_format: str):
+    ink = np.zeros((8, 32, 4), np.uint8)
+    for i in range(4):
+        ink[:, 8 * i : 8 * i + 8, i] = 255
+    found = pixels_of(encoded(PilImage.fromarray(ink, "CMYK"), image_format, quality=100))[4, 4::8].astype(int)
+    assert np.abs(found - [[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0]]).max() <= 3
+
+
+def test_lab_comes_as_rgb_and_its_a_is_no_alpha():
+    pil = PilImage.frombytes("LAB", (3, 1), bytes([0, 0, 0, 255, 0, 0, 136, 0, 0]))  # 136: L* = 53.3
+    image = read_image(encoded(pil, "TIFF"))
+    assert np.abs(image.pixels[:, 0].numpy().astype(int) - [0, 255, 127]).max() <= 1
+    assert image.geometry.background is None
+
+
+@pytest.mark.parametrize(("mode", "red"), [("HSV", (0, 255, 255)), ("YCbCr", (76, 85, 255)), ("RGBX", (255, 0, 0, 9))])
+def test_other_spaces_come_as_rgb(mode: str, red: tuple[int, ...]):
+    # This asks the step itself: no format on the list stores HSV, and YCbCr only as a rare kind of TIFF.
+    rgb = in_8_bits(PilImage.new(mode, (1, 1), red), "", "some.img")
+    assert rgb.mode == "RGB"
+    assert np.abs(np.asarray(rgb)[0, 0].astype(int) - [255, 0, 0]).max() <= 1
+
+
+# Colour profiles
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def profile(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ") -> bytes:
+    """A version 2 ICC profile of an output device (ICC.1:2001-04, sections 6.1 and 6.2)."""
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)} | tags  # D50
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += tag + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(content))
+        data += content
+    header = struct.pack(
+        ">I4xI4s4s4s12x4s", 132 + 12 * len(tags) + len(data), 0x02400000, b"prtr", space, connection, b"acsp"
+    )
+    header = header.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + table + data
+
+
+def test_an_srgb_profile_changes_nothing():
+    rgb = random_rgb(9, 9)
+    for image_format in ("PNG", "TIFF"):
+        assert np.array_equal(pixels_of(encoded(PilImage.fromarray(rgb), image_format, icc_profile=SRGB)), rgb)
+
+
+def swapped() -> bytes:
+    """sRGB with the names of its red and green primaries exchanged."""
+    return SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_an_rgb_profile_is_followed(alpha: bool):
+    rgb = random_rgb(9, 9)
+    stored = np.dstack([rgb, np.full((9, 9), 255, np.uint8)]) if alpha else rgb
+    found = pixels_of(encoded(PilImage.fromarray(stored), "PNG", icc_profile=swapped()))
+    assert np.abs(found.astype(int) - rgb[..., [1, 0, 2]]).max() <= 1
+
+
+def test_a_palettes_profile_is_followed():
+    pil = PilImage.new("P", (2, 2))
+    pil.putpalette([200, 10, 60])
+    found = pixels_of(encoded(pil, "PNG", icc_profile=swapped()))
+    assert np.abs(found[0, 0].astype(int) - [10, 200, 60]).max() <= 1
+
+
+def test_the_background_is_srgb_whatever_the_files_profile():
+    source = encoded(PilImage.new("RGBA", (1, 1), (9, 9, 9, 0)), "PNG", icc_profile=swapped())
+    assert pixels_of(source, background="#c80a3c").tolist() == [[[200, 10, 60]]]
+
+
+def test_a_grey_profile_is_followed_and_grey_stays_grey():
+    linear = profile(b"GRAY", {b"kTRC": b"curv" + bytes(8)})
+    values = np.arange(256, dtype=np.uint8)[None]
+    image = read_image(encoded(PilImage.fromarray(values), "PNG", icc_profile=linear))
+    light = values[0] / 255
+    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
+    assert image.geometry.mode == "L"
+    assert np.abs(image.pixels[0, 0].numpy() - 255 * srgb).max() <= 1
+    assert torch.equal(image.pixels[0], image.pixels[2])
+
+
+def test_a_cmyk_profile_is_followed():
+    lightness = [0 if corner % 2 else 255 for corner in range(16)]  # of the lattice C, M, Y, K: black ink alone counts
+    ramp = bytes(range(256))
+    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    lut += 4 * ramp + b"".join(bytes([value, 128, 128]) for value in lightness) + 3 * ramp
+    icc = profile(b"CMYK", {b"A2B0": lut}, connection=b"Lab ")
+    ink = np.array([[[255, 255, 255, 0], [0, 0, 0, 255]]], np.uint8)
+    found = pixels_of(encoded(PilImage.fromarray(ink, "CMYK"), "TIFF", icc_profile=icc)).astype(int)
+    assert found[0, 0].min() >= 250
+    assert found[0, 1].max() <= 5
+
+
+@pytest.mark.parametrize("icc", [b"no profile", SRGB[:200], SRGB[:16] + b"RGB " + bytes(300), bytes(128)])
+def test_a_broken_profile_is_ignored(icc: bytes):
+    rgb = random_rgb(3, 4)
+    assert np.array_equal(pixels_of(encoded(PilImage.fromarray(rgb), "PNG", icc_profile=icc)), rgb)
+
+
+def test_a_profile_for_other_channels_is_ignored():
+    grey = random_rgb(3, 4)[..., 0]
+    image = read_image(encoded(PilImage.fromarray(grey), "PNG", icc_profile=swapped()))
+    assert np.array_equal(image.pixels[0].numpy(), grey)
+
+
+# Orientation
+
+UPRIGHT = {  # how a viewer turns the stored (h, w, c) array: TIFF 6.0, tag 274
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(("image_format", "options"), [*LOSSLESS, ("JPEG", {})] + [("AVIF", {})] * ("AVIF" in FORMATS))
+def test_orientation_is_applied_once_and_recorded(image_format: str, options: dict[str, object], orientation: int):
+    pil = PilImage.fromarray(random_rgb(67, 5))
+    exif = PilImage.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = read_image(encoded(pil, image_format, exif=exif, **options))
+    stored = pixels_of(encoded(pil, image_format, **options))
+    assert np.array_equal(image.pixels.permute(1, 2, 0).numpy(), UPRIGHT[orientation](stored))
+    size = (67, 5) if orientation >= 5 else (5, 67)
+    assert image.geometry == Geometry(
+        width=size[0], height=size[1], orientation=orientation, mode="RGB", background=None
+    )
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_alpha_turns_with_its_colours(orientation: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 1)  # row by row
+    pil = PilImage.fromarray(np.dstack([random_rgb(67, 5), random_rgb(67, 5, 1)[..., 0]]))
+    exif = PilImage.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    expected = UPRIGHT[orientation](pixels_of(encoded(pil, "PNG")))
+    assert np.array_equal(pixels_of(encoded(pil, "PNG", exif=exif)), expected)
+
+
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_an_orientation_that_does_not_exist_counts_as_upright(orientation: int):
+    exif = PilImage.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    assert read_image(encoded(PilImage.new("L", (2, 3)), "JPEG", exif=exif)).geometry.orientation == 1
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_lose_the_picture():
+    rgb = random_rgb(3, 4)
+    assert np.array_equal(pixels_of(encoded(PilImage.fromarray(rgb), "PNG", exif=b"Exif\0\0II*\0garbage")), rgb)
+
+
+# Geometry, and the way back
+
+
+@given(
+    st.builds(
+        Geometry,
+        width=st.integers(1, 2**31),
+        height=st.integers(1, 2**31),
+        orientation=st.integers(1, 8),
+        mode=st.sampled_from(["L", "RGB"]),
+        background=st.none() | st.from_regex(r"\A#[0-9a-f]{6}\Z"),
+    )
+)
+def test_geometry_survives_json(geometry: Geometry):
+    assert from_json(Geometry, json.loads(json.dumps(to_json(geometry)))) == geometry
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"width": 0}, {"height": -1}, {"orientation": 0}, {"orientation": 9}, {"mode": "CMYK"}, {"background": "red"}],
+)
+def test_an_impossible_geometry_is_refused(change: dict[str, object]):
+    good = {"width": 1, "height": 1, "orientation": 1, "mode": "L", "background": None}
+    assert from_json(Geometry, good)
+    with pytest.raises(ValueError):
+        from_json(Geometry, good | change)
+
+
+def geometry_of(x: torch.Tensor, mode: str = "RGB") -> Geometry:
+    return Geometry(width=x.shape[-1], height=x.shape[-2], orientation=1, mode=mode, background=None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("factor", [1, 2, 8])
+def test_crop_undoes_pad_for_every_small_size(factor: int):
+    for height in range(1, 21):
+        for width in range(1, 21):
+            x = torch.from_numpy(random_rgb(height, width).transpose(2, 0, 1).copy())
+            padded = pad(x, factor)
+            assert padded.shape == (3, -(-height // factor) * factor, -(-width // factor) * factor)
+            assert torch.equal(crop(padded, geometry_of(x)), x)
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    leading=st.lists(st.integers(1, 3), max_size=3),
+    factor=st.integers(1, 17),
+    dtype=st.sampled_from([torch.uint8, torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+)
+def test_pad_repeats_the_edge_in_any_dtype(size: tuple[int, int], leading: list[int], factor: int, dtype: torch.dtype):
+    x = torch.randint(0, 256, (*leading, *size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    padded = pad(x, factor)
+    rows, columns = (torch.arange(n).clamp(max=m - 1) for n, m in zip(padded.shape[-2:], size, strict=True))
+    assert padded.dtype == dtype
+    assert all(n % factor == 0 and n - m < factor for n, m in zip(padded.shape[-2:], size, strict=True))
+    assert torch.equal(padded, x[..., rows, :][..., columns])
+    assert torch.equal(crop(padded, geometry_of(x)), x)
+
+
+def test_to_pil_undoes_the_repeat_of_every_grey():
+    grey = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    pil = to_pil(grey.expand(3, -1, -1), geometry_of(grey, "L"))
+    assert pil.mode == "L"
+    assert np.array_equal(np.asarray(pil), grey.numpy())
+
+
+@given(st.tuples(*[st.integers(0, 255)] * 3))
+def test_to_pil_rounds_the_mean_of_unequal_planes(planes: tuple[int, int, int]):
+    x = torch.tensor(planes, dtype=torch.uint8).reshape(3, 1, 1)
+    assert to_pil(x, geometry_of(x, "L")).getpixel((0, 0)) == round(sum(planes) / 3)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, 2, 2), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+def test_to_pil_refuses_what_is_not_the_geometrys_image(x: torch.Tensor):
+    with pytest.raises(ValueError, match="expected uint8"):
+        to_pil(x, Geometry(width=2, height=2, orientation=1, mode="RGB", background=None))
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_lossless_formats_give_back_what_was_written(tmp_path: Path, image_format: str, mode: str):
+    x = torch.from_numpy(random_rgb(9, 6).transpose(2, 0, 1).copy())
+    x = x if mode == "RGB" else x[:1].expand(3, -1, -1)
+    write_image(tmp_path / "new" / "a", x, geometry_of(x, mode), image_format)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(read_image(tmp_path / "new" / "a").pixels, x)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_jpeg_keeps_the_mode_and_all_of_its_chroma(tmp_path: Path, mode: str):
+    x = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    x[0 if mode == "RGB" else slice(None), :, ::2] = 255  # columns one pixel wide: subsampling would blend them
+    write_image(tmp_path / "a.jpg", x, geometry_of(x, mode), "jpg")
+    with PilImage.open(tmp_path / "a.jpg") as pil:
+        assert (pil.format, pil.mode) == ("JPEG", mode)
+        assert isinstance(pil, JpegImagePlugin.JpegImageFile)
+        assert mode == "L" or JpegImagePlugin.get_sampling(pil) == 0  # 4:4:4
+    assert (read_image(tmp_path / "a.jpg").pixels.int() - x.int()).abs().max() < 20
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path):
+    path = tmp_path / "a.webp"
+    path.write_bytes(b"before")
+    x = torch.zeros(3, 1, 17_000, dtype=torch.uint8)  # WebP ends at 16383 pixels a side
+    with pytest.raises(UserError, match="webp"):
+        write_image(path, x, geometry_of(x), "webp")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]

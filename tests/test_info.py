@@ -1,0 +1,140 @@
+"""What `info` says is what the file is."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Draw
+
+from latent_codec.codec import Codec
+from latent_codec.compression import Compute, encode_folder
+from latent_codec.config import ConvConfig, LinearConfig
+from latent_codec.errors import UserError
+from latent_codec.info import count_flops, describe
+from latent_codec.latents import INDEX
+from train.presets import photo
+
+
+def test_the_photo_preset_keeps_to_its_budget() -> None:
+    # The encoder's limit is 1/50 of the SD-VAE encoder's 270 GFLOP for a 256x256 image.
+    flops = count_flops(photo().codec)
+    assert 1e9 < flops.encoder <= 5.4e9
+    assert 1e9 < flops.decoder <= 12.4e9
+
+
+def test_flops_are_two_for_each_multiply_accumulate(codec: Codec) -> None:
+    config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=8))
+    flops = count_flops(config, 64)  # 8x8 patches of 192 values
+    assert flops.encoder == 2 * 64 * 192 * 8  # mean and logvar of 4 channels
+    assert flops.decoder == 2 * 64 * 192 * 4
+
+
+def test_flops_grow_with_the_pixels_alone_where_nothing_looks_at_the_whole_image(codec: Codec) -> None:
+    small, large = count_flops(codec.config, 64), count_flops(codec.config, 128)
+    assert (large.encoder, large.decoder) == (4 * small.encoder, 4 * small.decoder)
+
+
+def test_flops_of_every_convolution_and_of_attention_are_counted(codec: Codec) -> None:
+    backbone = ConvConfig(
+        widths=(8, 16), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
+    )
+    with_attention = count_flops(dataclasses.replace(codec.config, backbone=backbone), 32)
+    without = count_flops(
+        dataclasses.replace(codec.config, backbone=dataclasses.replace(backbone, mid_attention=False)), 32
+    )
+    n, d = 16 * 16, 16  # tokens, width
+    expected = 4 * 2 * n * d * d + 2 * 2 * n * n * d  # four projections, two products
+    assert with_attention.encoder - without.encoder == expected
+    assert with_attention.decoder - without.decoder == expected
+
+
+def test_counting_leaves_no_trace_and_needs_no_memory(codec: Codec) -> None:
+    state = torch.get_rng_state()
+    huge = dataclasses.replace(codec.config.backbone, encoder_widths=(8, 2**17), decoder_widths=(8, 2**17))
+    assert count_flops(dataclasses.replace(codec.config, backbone=huge), 8).encoder > 2**34 * 9 * 2 * 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.zeros(1).device.type == "cpu"
+
+
+def test_a_models_id_size_and_parts_are_said(codec: Codec, model_file: Path) -> None:
+    text = describe(str(model_file))
+    assert codec.model_id in text
+    assert str(codec.config.backbone) in text and str(codec.config.likelihood) in text
+    assert "4 channels, 1/8 of each side" in text
+    assert "over made up (3 images)" in text
+    flops = count_flops(codec.config)
+    assert f"encoder {flops.encoder / 1e9:.2f} GFLOP, decoder {flops.decoder / 1e9:.2f} GFLOP per 256x256" in text
+
+
+def test_the_photo_presets_cost_is_printed_within_its_budget(tmp_path: Path) -> None:
+    Codec(photo().codec).save(tmp_path / "m.safetensors")
+    text = describe(str(tmp_path / "m.safetensors"))
+    found = re.search(r"encoder ([\d.]+) GFLOP, decoder ([\d.]+) GFLOP", text)
+    assert found is not None
+    assert float(found[1]) <= 5.4 and float(found[2]) <= 12.4
+    assert "statistics  none" in text
+
+
+def test_a_factor_that_does_not_divide_256_is_no_obstacle(codec: Codec, tmp_path: Path) -> None:
+    config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=6))
+    Codec(config).save(tmp_path / "m.safetensors")
+    assert "258x258 image" in describe(str(tmp_path / "m.safetensors"))
+
+
+def test_training_is_told_from_what_export_wrote_and_shown_as_it_is_from_others(codec: Codec, tmp_path: Path) -> None:
+    training = {"data_images": 12, "data": ["a.tar", "b.tar"], "git_commit": "abc"}
+    codec.provenance = {"progress": {"step": 7, "skipped": 0, "minutes": 3.2}, "training": training}
+    codec.save(tmp_path / "m.safetensors")
+    assert "7 steps, 3 minutes, 12 images of a.tar, b.tar, commit abc" in describe(str(tmp_path / "m.safetensors"))
+    for provenance in ({"progress": 5}, {"progress": {"step": 1}}, {"imported_from": "elsewhere"}):
+        codec.provenance = provenance
+        codec.save(tmp_path / "m.safetensors")
+        assert str(next(iter(provenance))) in describe(str(tmp_path / "m.safetensors"))
+
+
+@pytest.fixture
+def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
+    for name, width in (("a", 16), ("b", 17), ("c", 16)):
+        draw(tmp_path / "src" / f"{name}.png", width, 16)
+    encode_folder(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1), quiet=True)
+    return tmp_path / "latents"
+
+
+def test_latents_are_counted_with_their_real_bytes(codec: Codec, latents: Path) -> None:
+    text = describe(str(latents))
+    size = sum(f.stat().st_size for f in latents.glob("*.safetensors"))
+    assert "3 images in 2 shards" in text and codec.model_id in text
+    assert f"{8 * size / (16 * 16 + 17 * 16 + 16 * 16):.3f} bits per pixel" in text
+    assert "float16, raw, 1/8" in text and "over made up" in text
+    assert describe(str(latents / INDEX)) == text
+
+
+def test_a_shard_is_described_by_itself_under_any_name(latents: Path, tmp_path: Path) -> None:
+    shards = sorted(latents.glob("*.safetensors"))
+    counts = {re.search(r"(\d) images in 1 shards", describe(str(shard)))[1] for shard in shards}  # pyright: ignore
+    assert counts == {"1", "2"}
+    moved = shards[0].rename(tmp_path / "moved.safetensors")
+    size = moved.stat().st_size
+    assert f"{size / 1e6:.2f} MB" in describe(str(moved))
+
+
+def test_missing_shards_are_named(latents: Path) -> None:
+    (latents / "latents-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"1 of its 2 shards are missing: latents-00001\.safetensors"):
+        describe(str(latents))
+
+
+def test_what_is_neither_model_nor_latents_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(b"\x00" * 100)
+    (tmp_path / "junk.safetensors").write_text("text")
+    for name, reason in (
+        ("junk", "not a safetensors file"),
+        ("junk.safetensors", "not a safetensors file"),
+        ("none", "neither a file nor a shipped model"),
+        (".", "no latents there"),
+        (INDEX, "no latents there"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            describe(str(tmp_path / name))

@@ -1,0 +1,465 @@
+"""Latents on disk: they come back as they were, noise is a function of (seed, epoch, path), damage is refused."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latent_codec import latents as latents_module
+from latent_codec import modelfile
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.images import Geometry
+from latent_codec.latents import INDEX, Latents, LatentsWriter, StoredDtype, check_model, read_index, stored_files
+from latent_codec.modelfile import KEY
+from latent_codec.noise import fold, normal, text_key
+
+PATHS = ("a.jpg", "a.png", "b/ü.png", "b/c/d.png")
+
+
+def geometry(width: int, height: int) -> Geometry:
+    return Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
+
+
+def posterior(seed: int, height: int = 2, width: int = 3, channels: int = 4) -> DiagonalGaussian:
+    generator = torch.Generator().manual_seed(seed)
+    mean, logvar = torch.randn(2, 1, channels, height, width, generator=generator)
+    return DiagonalGaussian(mean, logvar)
+
+
+def store(folder: Path, codec: Codec, paths: tuple[str, ...] = PATHS, dtype: StoredDtype = "float32") -> None:
+    """One posterior for each path, seeded by it; every other image is 17x9 pixels, the rest 16x16."""
+    with LatentsWriter(folder, codec, dtype) as writer:
+        for path in paths:
+            add(writer, path)
+
+
+def add(writer: LatentsWriter, path: str) -> None:
+    wide = text_key(path) % 2
+    writer.add(path, stored(path), 0, geometry(17, 9) if wide else geometry(16, 16), os.fsencode(path))
+
+
+def stored(path: str) -> DiagonalGaussian:
+    return posterior(text_key(path) % 1000, width=3 if text_key(path) % 2 else 2)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_stored_is_what_is_read_rounded_to_the_stored_type(
+    codec: Codec, tmp_path: Path, dtype: StoredDtype
+) -> None:
+    store(tmp_path, codec, dtype=dtype)
+    latents, rounded = Latents(tmp_path), getattr(torch, dtype)
+    assert latents.header.dtype == dtype
+    assert {t.dtype for shard in tmp_path.glob("*.safetensors") for t in load_file(shard).values()} == {rounded}
+    assert [e.path for e in latents.entries] == sorted(PATHS)
+    for i, entry in enumerate(latents.entries):
+        found, expected = latents.posterior(i), stored(entry.path)
+        assert found.mean.dtype == found.logvar.dtype == torch.float32
+        assert torch.equal(found.mean, expected.mean.to(rounded).float())
+        assert torch.equal(found.logvar, expected.logvar.to(rounded).float())
+
+
+def test_an_entry_says_where_the_image_came_from(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    found = {e.path: e for e in Latents(tmp_path).entries}
+    assert {path: e.label for path, e in found.items()} == {
+        "a.jpg": None,
+        "a.png": None,
+        "b/ü.png": "b",
+        "b/c/d.png": "b",
+    }
+    for path, entry in found.items():
+        assert entry.sha256 == hashlib.sha256(path.encode()).hexdigest()
+        assert (entry.geometry.width, entry.geometry.height) == ((17, 9) if text_key(path) % 2 else (16, 16))
+
+
+def test_the_header_says_what_the_numbers_are(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    header = Latents(tmp_path).header
+    assert header.model_id == codec.model_id
+    assert (header.factor, header.pixel_range) == (8, (-1.0, 1.0))
+    assert (header.scale_state, header.second_moment) == ("raw", "logvar")
+    assert header.statistics == codec.statistics
+
+
+def test_the_shards_together_say_what_the_index_says(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    index = read_index(tmp_path / INDEX)
+    shards = [read_index(shard) for shard in sorted(tmp_path.glob("*.safetensors"))]
+    assert len(shards) == 2  # one shape each
+    assert {shard.header for shard in shards} == {index.header}
+    assert sorted((e for shard in shards for e in shard.entries), key=lambda e: e.path) == index.entries
+
+
+def test_many_shards_lose_and_double_nothing(codec: Codec, tmp_path: Path) -> None:
+    paths = tuple(f"{i}.png" for i in range(23))
+    with LatentsWriter(tmp_path, codec, "float32", shard_bytes=1000) as writer:
+        for path in paths:
+            add(writer, path)
+    latents = Latents(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert sorted(e.path for e in latents.entries) == sorted(paths)
+    for i, entry in enumerate(latents.entries):
+        assert torch.equal(latents.posterior(i).mean, stored(entry.path).mean)
+
+
+def test_shards_are_as_large_as_asked_for(codec: Codec, tmp_path: Path) -> None:
+    one = 2 * 4 * 4 * 2 * 3  # bytes: mean and logvar, float32, of 4 x 2 x 3
+    with LatentsWriter(tmp_path, codec, "float32", shard_bytes=5 * one) as writer:
+        for i in range(23):
+            writer.add(f"{i}.png", posterior(i), 0, geometry(24, 16), b"")
+    rows = [len(read_index(shard).entries) for shard in sorted(tmp_path.glob("*.safetensors"))]
+    assert rows == [5, 5, 5, 5, 3]
+
+
+def test_a_shards_header_stays_small_however_small_the_images(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latents_module, "_SHARD_ROWS", 3)
+    store(tmp_path, codec, tuple(f"{i}.png" for i in range(20)))
+    shards = [read_index(shard).entries for shard in tmp_path.glob("*.safetensors")]
+    assert max(map(len, shards)) == 3 and sum(map(len, shards)) == len(Latents(tmp_path)) == 20
+
+
+@pytest.mark.usefixtures("umask_027")
+def test_every_file_has_the_users_umask(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in stored_files(tmp_path)} == {0o640}
+    assert len(stored_files(tmp_path)) == len(list(tmp_path.iterdir())) == 3
+
+
+def test_z_depends_on_seed_epoch_and_path_alone(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path / "all", codec)
+    store(tmp_path / "one", codec, ("b/ü.png",))
+    many, alone = Latents(tmp_path / "all", seed=5), Latents(tmp_path / "one", seed=5)
+    place = [e.path for e in many.entries].index("b/ü.png")
+    for epoch in (0, 3):
+        many.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        torch.manual_seed(epoch)  # the global state plays no part
+        _ = [many[i] for i in reversed(range(len(many)))]
+        expected = stored("b/ü.png").sample(
+            normal(fold(5, epoch, text_key("b/ü.png"))[None], stored("b/ü.png").mean.shape[1:])
+        )[0]
+        assert torch.equal(many[place].z, expected)
+        assert torch.equal(alone[0].z, expected)
+        assert (alone[0].path, alone[0].label) == ("b/ü.png", "b")
+
+
+def test_other_seeds_epochs_and_paths_draw_other_noise(codec: Codec, tmp_path: Path) -> None:
+    zero = DiagonalGaussian(torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 16, 16))
+    with LatentsWriter(tmp_path, codec, "float32") as writer:
+        for path in ("a.jpg", "b.jpg"):
+            writer.add(path, zero, 0, geometry(128, 128), b"")
+    draws = []
+    for seed in (0, 1):
+        latents = Latents(tmp_path, seed=seed)
+        for epoch in (0, 1):
+            latents.set_epoch(epoch)
+            draws += [latents[0].z.flatten(), latents[1].z.flatten()]
+    correlation = torch.corrcoef(torch.stack(draws))  # (8, 8)
+    assert (correlation - torch.eye(8)).abs().max() < 5 / 1024**0.5
+    assert torch.stack(draws).std().sub(1).abs() < 0.05
+
+
+def test_normalisation_uses_the_models_statistics(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    raw, scaled = Latents(tmp_path), Latents(tmp_path, normalize=True)
+    assert codec.statistics is not None
+    mean, std = (torch.tensor(v)[:, None, None] for v in (codec.statistics.mean, codec.statistics.std))
+    for i in range(len(raw)):
+        assert torch.allclose(scaled[i].z * std + mean, raw[i].z, atol=1e-5)
+        assert torch.equal(scaled.posterior(i).mean, raw.posterior(i).mean)  # what is stored stays raw
+
+
+def test_normalisation_without_statistics_is_refused_with_the_remedy(codec: Codec, tmp_path: Path) -> None:
+    codec.statistics = None
+    store(tmp_path, codec)
+    assert len(Latents(tmp_path)) == len(PATHS)
+    with pytest.raises(UserError, match="no latent statistics; export"):
+        Latents(tmp_path, normalize=True)
+
+
+def test_another_models_latents_are_refused(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    other = "0" * 64
+    assert len(Latents(tmp_path, model_id=codec.model_id)) == len(PATHS)
+    with pytest.raises(UserError, match=f"{codec.model_id[:12]}.*000000000000.*--model"):
+        Latents(tmp_path, model_id=other)
+    with pytest.raises(UserError):
+        check_model(Latents(tmp_path).header, other, "here")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_after_an_interruption_the_index_covers_what_was_given(
+    codec: Codec, tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), LatentsWriter(tmp_path, codec, "float32", shard_bytes=1) as writer:
+        for path in PATHS[:3]:
+            add(writer, path)
+        raise error
+    latents = Latents(tmp_path)
+    assert [e.path for e in latents.entries] == sorted(PATHS[:3])
+    assert [latents.posterior(i).mean.shape[1] for i in range(3)] == [4, 4, 4]
+    assert set(tmp_path.iterdir()) == set(stored_files(tmp_path))  # no temporary file among them
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_shard_that_cannot_be_written_costs_no_other(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    write, calls = save_file, []
+
+    def fail_at_the_third(tensors: Any, path: Path, **options: Any) -> None:
+        calls.append(path)
+        write(tensors, path, **options)
+        if len(calls) >= 3:
+            path.write_bytes(path.read_bytes()[:100])
+            raise error
+
+    monkeypatch.setattr(modelfile, "save_file", fail_at_the_third)
+    with (
+        pytest.raises((KeyboardInterrupt, OSError)),
+        LatentsWriter(tmp_path, codec, "float32", shard_bytes=1) as writer,
+    ):
+        for path in PATHS:
+            add(writer, path)
+    latents = Latents(tmp_path)
+    assert [e.path for e in latents.entries] == sorted(PATHS[:2])
+    for i, entry in enumerate(latents.entries):
+        assert torch.equal(latents.posterior(i).mean, stored(entry.path).mean)
+    assert set(tmp_path.iterdir()) == set(stored_files(tmp_path))
+
+
+def test_a_last_shard_that_cannot_be_written_costs_no_other(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError), LatentsWriter(tmp_path, codec, "float32", shard_bytes=384) as writer:
+        for i in range(3):  # two fill a shard
+            writer.add(f"{i}.png", posterior(i), 0, geometry(24, 16), b"")
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(modelfile, "save_file", full)
+    assert [e.path for e in Latents(tmp_path).entries] == ["0.png", "1.png"]
+
+
+def test_entering_again_leaves_nothing_of_the_latents_before(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    (tmp_path / "mine.txt").write_text("stays")
+    store(tmp_path, codec, ("new.png",))
+    assert [e.path for e in Latents(tmp_path).entries] == ["new.png"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["index.json", "latents-00000.safetensors", "mine.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_on_entering(codec: Codec, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(UserError, match="cannot be written into"), LatentsWriter(tmp_path / "file", codec, "float16"):
+        raise AssertionError("entered")
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(7e4, "float16"), (3.4e38, "bfloat16"), (float("nan"), "float32")])
+@pytest.mark.parametrize("part", ["mean", "logvar"])
+def test_values_that_the_stored_type_cannot_hold_are_refused_and_the_others_kept(
+    codec: Codec, tmp_path: Path, value: float, dtype: StoredDtype, part: str
+) -> None:
+    bad = posterior(0)
+    getattr(bad, part)[0, 1, 1, 1] = value
+    with LatentsWriter(tmp_path, codec, dtype) as writer:
+        add(writer, "a.jpg")
+        with pytest.raises(UserError, match=r"^bad\.png: .*float32"):
+            writer.add("bad.png", bad, 0, geometry(24, 16), b"")
+        add(writer, "b.jpg")
+    latents = Latents(tmp_path)
+    assert [e.path for e in latents.entries] == ["a.jpg", "b.jpg"]
+    assert [len(latents.posterior(i).mean) for i in range(2)] == [1, 1]
+
+
+UNSAFE = ("/etc/a.png", "../a.png", "b/../../a.png", "..", "b\\a.png", "a\0.png", "", "./a.png", "b//a.png", "b/")
+
+
+@pytest.mark.parametrize("path", UNSAFE)
+def test_a_path_that_a_reader_would_refuse_is_not_stored(codec: Codec, tmp_path: Path, path: str) -> None:
+    with LatentsWriter(tmp_path, codec, "float32") as writer:
+        with pytest.raises(UserError, match="unsafe name"):
+            writer.add(path, posterior(0), 0, geometry(24, 16), b"")
+        add(writer, "a.jpg")
+    assert [e.path for e in Latents(tmp_path).entries] == ["a.jpg"]
+
+
+def tamper(folder: Path, **changes: Any) -> None:
+    """Change fields of the index's first entry."""
+    index = json.loads((folder / INDEX).read_text())
+    index["entries"][0] |= changes
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+@pytest.mark.parametrize("field", ["path", "shard"])
+def test_an_index_that_points_out_of_its_folder_is_refused(codec: Codec, tmp_path: Path, field: str, name: str) -> None:
+    store(tmp_path, codec)
+    tamper(tmp_path, **{field: name})
+    with pytest.raises(UserError, match="damaged latents index: unsafe name"):
+        Latents(tmp_path)
+
+
+def test_two_entries_of_one_path_are_refused(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    tamper(tmp_path, path="a.png")
+    with pytest.raises(UserError, match="two entries have the same path"):
+        Latents(tmp_path)
+
+
+ENTRY_DAMAGE: dict[str, Any] = {
+    "row": -1,
+    "geometry": {"width": 0, "height": 1, "orientation": 1, "mode": "RGB", "background": None},
+    "sha256": 7,
+    "label": 7,
+    "novelty": 1,
+}
+
+
+@pytest.mark.parametrize(("field", "value"), ENTRY_DAMAGE.items())
+def test_a_damaged_entry_is_refused(codec: Codec, tmp_path: Path, field: str, value: Any) -> None:
+    store(tmp_path, codec)
+    tamper(tmp_path, **{field: value})
+    with pytest.raises(UserError, match="damaged latents index"):
+        Latents(tmp_path)
+
+
+INDEX_DAMAGE: dict[str, Any] = {
+    "model_id": 1,
+    "factor": 0,
+    "dtype": "float8",
+    "scale_state": "scaled",
+    "pixel_range": [float("nan"), 1.0],
+    "statistics": {"mean": []},
+    "entries": {},
+    "novelty": 1,
+}
+
+
+@pytest.mark.parametrize(("field", "value"), INDEX_DAMAGE.items())
+def test_a_damaged_header_is_refused(codec: Codec, tmp_path: Path, field: str, value: Any) -> None:
+    store(tmp_path, codec)
+    index = json.loads((tmp_path / INDEX).read_text())
+    (tmp_path / INDEX).write_text(json.dumps(index | {field: value}))
+    with pytest.raises(UserError, match="damaged latents index"):
+        Latents(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({k: v for k, v in index.items() if k != field}))
+    if field != "novelty":
+        with pytest.raises(UserError, match="damaged latents index"):
+            Latents(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_an_index_that_is_no_json_object_is_refused(codec: Codec, tmp_path: Path, data: bytes) -> None:
+    store(tmp_path, codec)
+    (tmp_path / INDEX).write_bytes(data)
+    with pytest.raises(UserError, match="damaged latents index"):
+        Latents(tmp_path)
+
+
+@pytest.mark.parametrize("version", [2, None])
+def test_another_format_version_is_refused(codec: Codec, tmp_path: Path, version: object) -> None:
+    store(tmp_path, codec)
+    index = json.loads((tmp_path / INDEX).read_text())
+    (tmp_path / INDEX).write_text(json.dumps(index | {"format_version": version}))
+    with pytest.raises(UserError, match=f"format version {version}"):
+        Latents(tmp_path)
+
+
+def test_an_index_cut_off_anywhere_is_refused(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    text = (tmp_path / INDEX).read_text()
+    for size in range(0, len(text), 97):
+        (tmp_path / INDEX).write_text(text[:size])
+        with pytest.raises(UserError, match="damaged latents index"):
+            Latents(tmp_path)
+
+
+def test_a_folder_without_latents_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(UserError, match=r"no latents there .* make them with"):
+            Latents(folder)
+
+
+def test_a_shard_of_others_is_refused(tmp_path: Path) -> None:
+    save_file({"mean": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="not written by latent_codec"):
+        read_index(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_text("text")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        read_index(tmp_path / "b.safetensors")
+
+
+SHARDS: dict[str, dict[str, torch.Tensor]] = {
+    "without logvar": {"mean": torch.zeros(2, 4, 2, 2)},
+    "with too few rows": {"mean": torch.zeros(0, 4, 2, 2), "logvar": torch.zeros(0, 4, 2, 2)},
+    "of another size": {"mean": torch.zeros(2, 4, 2, 4), "logvar": torch.zeros(2, 4, 2, 4)},
+    "of two sizes": {"mean": torch.zeros(2, 4, 2, 2), "logvar": torch.zeros(2, 5, 2, 2)},
+    "of scalars": {"mean": torch.zeros(()), "logvar": torch.zeros(())},
+    "of vectors": {"mean": torch.zeros(2), "logvar": torch.zeros(2)},
+    "that is not finite": {"mean": torch.zeros(2, 4, 2, 2), "logvar": torch.full((2, 4, 2, 2), torch.inf)},
+}
+
+
+@pytest.mark.parametrize("tensors", SHARDS.values(), ids=SHARDS.keys())
+def test_a_shard_that_does_not_hold_the_latent_is_refused_by_the_images_name(
+    codec: Codec, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    with LatentsWriter(tmp_path, codec, "float32") as writer:
+        writer.add("a.png", posterior(0, width=2), 0, geometry(16, 16), b"")
+    latents = Latents(tmp_path)
+    shard = tmp_path / latents.entries[0].shard
+    save_file(tensors, shard, metadata={KEY: "{}"})
+    with pytest.raises(UserError, match=r"^a\.png: .*latents-00000"):
+        _ = latents[0]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text"])
+def test_a_missing_or_corrupt_shard_is_refused_by_the_images_name(
+    codec: Codec, tmp_path: Path, content: bytes | None
+) -> None:
+    store(tmp_path, codec, ("a.png",))
+    latents = Latents(tmp_path)
+    shard = tmp_path / latents.entries[0].shard
+    shard.unlink()
+    if content is not None:
+        shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"^a\.png: shard latents-00000\.safetensors cannot be read"):
+        latents.posterior(0)
+
+
+def test_a_name_that_is_no_utf_8_survives(codec: Codec, tmp_path: Path) -> None:
+    path = os.fsdecode(b"caf\xe9/\xff.png")
+    store(tmp_path, codec, (path, "a.png"))
+    assert {e.path for e in Latents(tmp_path).entries} == {path, "a.png"}
+    shards = [read_index(shard) for shard in tmp_path.glob("*.safetensors")]
+    assert {e.path for shard in shards for e in shard.entries} == {path, "a.png"}
+
+
+def test_the_dataset_works_in_a_data_loader(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec)
+    latents = Latents(tmp_path)
+    loader = torch.utils.data.DataLoader(latents, batch_size=None, shuffle=False)
+    for i, sample in enumerate(loader):
+        assert torch.equal(sample.z, latents[i].z)
+
+
+def test_entries_are_checked_however_they_are_made(codec: Codec, tmp_path: Path) -> None:
+    store(tmp_path, codec, ("a.png",))
+    (entry,) = latents_module.Latents(tmp_path).entries
+    for change in ({"path": "../a"}, {"shard": "/a"}, {"row": -1}):
+        with pytest.raises(ValueError):
+            dataclasses.replace(entry, **change)

@@ -1,0 +1,390 @@
+"""Likelihoods: normalised, exact against references, finite at the extremes, and strict about pixel ranges."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.likelihoods import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian, Likelihood
+
+VALUES = torch.arange(256, dtype=torch.uint8)
+
+ALL: dict[str, Likelihood] = {
+    "gaussian fixed": Gaussian(GaussianConfig(scale="fixed", sigma=0.1)),
+    "gaussian learned": Gaussian(GaussianConfig(scale="learned", sigma=0.1)),
+    "gaussian per pixel": Gaussian(GaussianConfig(scale="per_pixel", sigma=0.1)),
+    "logistic": DiscretizedLogistic(DiscretizedLogisticConfig(components=1)),
+    "mixture": DiscretizedLogistic(DiscretizedLogisticConfig(components=5)),
+    "bernoulli": Bernoulli(BernoulliConfig()),
+}
+SIGNED = [name for name in ALL if name != "bernoulli"]
+DISCRETE = ["logistic", "mixture"]
+
+everyone = pytest.mark.parametrize("name", ALL)
+autocast_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_params(name: str, b: int, c: int, h: int, w: int, seed: int = 0) -> torch.Tensor:
+    return 0.7 * torch.randn((b, ALL[name].params_per_channel * c, h, w), generator=seeded(seed))
+
+
+def random_pixels(name: str, b: int, c: int, h: int, w: int, seed: int = 1) -> torch.Tensor:
+    pixels = torch.randint(0, 256, (b, c, h, w), generator=seeded(seed), dtype=torch.uint8)
+    return ALL[name].from_uint8(pixels)
+
+
+def logistic_params(n: int, components: int, seed: int) -> torch.Tensor:
+    """(1, p, 1, n): locations in [-6, 6], a third of them at bin edges or far outside; log scales in [-7, 3]."""
+    generator = seeded(seed)
+    location = 12 * torch.rand((components, n), generator=generator) - 6
+    edges = (torch.randint(0, 255, (components, n), generator=generator) + 0.5) / 127.5 - 1
+    location[:, : n // 3] = edges[:, : n // 3]
+    location[:, n // 3 : n // 2] *= 100
+    log_scale = 10 * torch.rand((components, n), generator=generator) - 7
+    log_scale[:, : n // 6] = -7.0
+    parts = [location, log_scale]
+    if components > 1:
+        parts.append(3 * torch.randn((components, n), generator=generator))
+    return torch.cat(parts)[None, :, None]
+
+
+def all_probabilities(likelihood: Likelihood, params: torch.Tensor) -> torch.Tensor:
+    """(256, n): the probability of every pixel value under one-channel parameters (1, p, 1, n)."""
+    n = params.shape[-1]
+    x = likelihood.from_uint8(VALUES).repeat_interleave(n).reshape(256 * n, 1, 1, 1)
+    tiled = params[0, :, 0].T.repeat(256, 1)[:, :, None, None]  # (256 * n, p, 1, 1)
+    return likelihood.log_prob(tiled, x).exp().reshape(256, n)
+
+
+def reference_probabilities(params: torch.Tensor, components: int) -> torch.Tensor:
+    """(256, n) in float64 from differences of the logistic CDF, the end bins open; no trick whatsoever."""
+    p = params[0, :, 0].double()  # (p, n)
+    location, log_scale = p[:components], p[components : 2 * components].clamp(-7, 7)
+    weight = torch.softmax(p[2 * components :], 0) if components > 1 else torch.ones_like(location)
+    edges = (torch.arange(255, dtype=torch.float64) + 0.5) / 127.5 - 1
+    cdf = torch.sigmoid((edges[:, None, None] - location) * (-log_scale).exp())  # (255, k, n)
+    zero, one = torch.zeros_like(cdf[:1]), torch.ones_like(cdf[:1])
+    return (torch.cat([cdf, one]) - torch.cat([zero, cdf])).mul(weight).sum(1)
+
+
+@pytest.mark.parametrize("components", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_256_probabilities_sum_to_one(components: int, dtype: torch.dtype) -> None:
+    likelihood = DiscretizedLogistic(DiscretizedLogisticConfig(components=components))
+    params = logistic_params(600, components, seed=0).to(dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        total = all_probabilities(likelihood, params).double().sum(0)
+    assert (total - 1).abs().amax().item() < 2e-6
+
+
+@pytest.mark.parametrize("components", [1, 5])
+def test_each_probability_is_the_logistic_mass_of_its_bin(components: int) -> None:
+    likelihood = DiscretizedLogistic(DiscretizedLogisticConfig(components=components))
+    params = logistic_params(600, components, seed=1)
+    found, expected = all_probabilities(likelihood, params).double(), reference_probabilities(params, components)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_the_first_and_last_bins_reach_to_infinity() -> None:
+    likelihood = ALL["logistic"]
+    for location, log_scale in [(-3.0, -2.0), (3.0, -2.0), (0.0, 1.0), (-0.99, -3.0), (0.99, -3.0)]:
+        params = torch.tensor([location, log_scale]).reshape(1, 2, 1, 1)
+        black, white = (likelihood.log_prob(params, torch.full((1, 1, 1, 1), v)).item() for v in (-1.0, 1.0))
+        scale = math.exp(log_scale)
+        edge = 1 - 1 / 255
+        assert black == pytest.approx(-math.log1p(math.exp((edge + location) / scale)), rel=1e-4, abs=1e-6)
+        assert white == pytest.approx(-math.log1p(math.exp((edge - location) / scale)), rel=1e-4, abs=1e-6)
+
+
+def test_log_probabilities_keep_their_digits_in_both_tails() -> None:
+    likelihood = ALL["logistic"]
+    for location in (-0.5, 0.5):
+        for value in (20, 235):
+            x = likelihood.from_uint8(torch.tensor(value, dtype=torch.uint8)).reshape(1, 1, 1, 1)
+            found = likelihood.log_prob(torch.tensor([location, -5.0]).reshape(1, 2, 1, 1), x).item()
+            near = abs(value / 127.5 - 1 - location) - 1 / 255  # in the tail the mass is e^-near (1 - e^-width)
+            expected = -near * math.exp(5) + math.log(-math.expm1(-2 / 255 * math.exp(5)))
+            expected += -2 * math.log1p(math.exp(-near * math.exp(5)))
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_a_discretized_mean_is_the_sum_of_values_times_probabilities(name: str) -> None:
+    likelihood = ALL[name]
+    params = logistic_params(300, 1 if name == "logistic" else 5, seed=2)
+    values = likelihood.from_uint8(VALUES).double()
+    expected = (values[:, None] * all_probabilities(likelihood, params).double()).sum(0)
+    torch.testing.assert_close(likelihood.mean(params).double().flatten(), expected, rtol=0, atol=2e-5)
+    assert likelihood.mean(params).abs().amax().item() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_discretized_samples_have_the_probabilities_as_frequencies(name: str) -> None:
+    likelihood, n = ALL[name], 40_000
+    components = 1 if name == "logistic" else 5
+    for seed in range(3):
+        params = logistic_params(1, components, seed=seed)
+        params[:, :components] = torch.linspace(-1.1, 0.8, components)[None, :, None, None]
+        params[:, components : 2 * components] = -2.5
+        drawn = likelihood.sample(params.expand(n, -1, 1, 1), seeded(seed))
+        likelihood.check(drawn)
+        frequency = torch.bincount(likelihood.to_uint8(drawn).long().flatten(), minlength=256).double() / n
+        expected = all_probabilities(likelihood, params)[:, 0].double()
+        assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt() + 2 / n).all()
+
+
+def test_the_parameters_of_a_mixture_are_locations_then_log_scales_then_logits() -> None:
+    mixture, single = ALL["mixture"], ALL["logistic"]
+    params = random_params("mixture", 1, 3, 4, 4)
+    params[:, 10 * 3 :] = -50.0
+    params[:, 12 * 3 : 13 * 3] = 50.0  # all weight on the third of five components
+    alone = torch.cat([params[:, 2 * 3 : 3 * 3], params[:, 7 * 3 : 8 * 3]], dim=1)
+    x = random_pixels("mixture", 1, 3, 4, 4)
+    torch.testing.assert_close(mixture.log_prob(params, x), single.log_prob(alone, x))
+    torch.testing.assert_close(mixture.mean(params), single.mean(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["fixed", "learned", "per_pixel"])
+@pytest.mark.parametrize("sigma", [0.0525, 0.5])
+def test_gaussian_log_prob_is_that_of_torch_distributions(scale: str, sigma: float) -> None:
+    likelihood = Gaussian(GaussianConfig(scale=scale, sigma=sigma))  # pyright: ignore[reportArgumentType]
+    c = 3
+    params = 0.5 * torch.randn((2, likelihood.params_per_channel * c, 4, 5), generator=seeded(0))
+    x = 2 * torch.rand((2, c, 4, 5), generator=seeded(1)) - 1
+    log_sigma = math.log(sigma) + (params[:, c:] if scale == "per_pixel" else torch.zeros(()))
+    normal = torch.distributions.Normal(params[:, :c].double(), log_sigma.double().exp())
+    expected = normal.log_prob(x.double()).flatten(1).sum(1)
+    torch.testing.assert_close(likelihood.log_prob(params, x).double(), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(likelihood.mean(params), params[:, :c])
+
+
+@pytest.mark.parametrize("name", ["gaussian fixed", "gaussian learned", "gaussian per pixel"])
+def test_gaussian_samples_have_the_given_mean_and_sigma(name: str) -> None:
+    n = 40_000
+    likelihood = ALL[name]
+    params = torch.full((n, likelihood.params_per_channel, 1, 1), 0.3)
+    drawn = likelihood.sample(params, seeded(0)).double()
+    sigma = 0.1 * (math.exp(0.3) if name == "gaussian per pixel" else 1)
+    assert abs(drawn.mean().item() - 0.3) < 4 * sigma / math.sqrt(n)
+    assert abs(drawn.std().item() / sigma - 1) < 4 / math.sqrt(2 * n)
+
+
+def test_only_a_learned_sigma_is_trained_and_it_is_one_scalar() -> None:
+    for name in SIGNED:
+        expected = [1] if name == "gaussian learned" else []
+        assert [p.numel() for p in ALL[name].parameters()] == expected
+
+
+def test_the_best_learned_sigma_is_the_root_mean_squared_error() -> None:
+    likelihood = Gaussian(GaussianConfig(scale="learned", sigma=0.2))
+    error = 0.2 * torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 1, 2, 2)
+    likelihood.log_prob(error, torch.zeros_like(error)).sum().backward()
+    (parameter,) = likelihood.parameters()
+    assert parameter.grad is not None
+    assert parameter.grad.item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("trade_off", "sigma"),
+    [(0.0018, 0.272), (0.0035, 0.195), (0.0067, 0.141), (0.0130, 0.101), (0.0250, 0.073), (0.0483, 0.0525)],
+)
+def test_a_fixed_sigma_is_the_stated_lambda_of_rate_plus_distortion(trade_off: float, sigma: float) -> None:
+    """The gradients of nats per image and of bpp + lambda 255^2 MSE point the same way, for distortion and rate."""
+    likelihood = Gaussian(GaussianConfig(scale="fixed", sigma=sigma))
+    x = 2 * torch.rand((2, 3, 4, 5), generator=seeded(0)) - 1
+    y = (0.5 * torch.randn((2, 3, 4, 5), generator=seeded(1))).requires_grad_()
+    rate = torch.tensor(100.0, requires_grad=True)  # nats of one image
+
+    negative_elbo = -likelihood.log_prob(y, x).mean() + rate
+    mse = ((y - x) / 2).square().mean()  # of pixels in [0, 1]
+    bits_per_pixel = rate / math.log(2) / (4 * 5)
+    usual = bits_per_pixel + trade_off * 255**2 * mse
+
+    ours, theirs = (torch.autograd.grad(loss, [y, rate]) for loss in (negative_elbo, usual))
+    factor = ours[1] / theirs[1]
+    torch.testing.assert_close(ours[0], factor * theirs[0], rtol=0.01, atol=1e-6)  # the table has three digits
+
+
+def test_bernoulli_log_prob_and_mean_are_those_of_torch_distributions() -> None:
+    likelihood = ALL["bernoulli"]
+    logits, x = 3 * random_params("bernoulli", 3, 2, 4, 5), random_pixels("bernoulli", 3, 2, 4, 5)
+    expected = torch.distributions.Bernoulli(logits=logits.double())
+    torch.testing.assert_close(
+        likelihood.log_prob(logits, x).double(), expected.log_prob(x.double()).flatten(1).sum(1), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(likelihood.mean(logits).double(), expected.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_bernoulli_samples_have_the_mean_as_frequency() -> None:
+    n = 40_000
+    logits = torch.tensor([-2.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
+    drawn = ALL["bernoulli"].sample(logits.expand(n, 3, 1, 1), seeded(0))
+    ALL["bernoulli"].check(drawn)
+    p = torch.sigmoid(logits).flatten().double()
+    assert ((drawn.double().mean(0).flatten() - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
+
+
+@everyone
+def test_log_prob_is_summed_over_features_and_not_over_the_batch(name: str) -> None:
+    likelihood = ALL[name]
+    params, x = random_params(name, 3, 2, 4, 6), random_pixels(name, 3, 2, 4, 6)
+    whole = likelihood.log_prob(params, x)
+    assert whole.shape == (3,)
+    images = [likelihood.log_prob(params[i : i + 1], x[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(whole, torch.cat(images))
+    halves = [likelihood.log_prob(params[..., part], x[..., part]) for part in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(whole, halves[0] + halves[1])
+    per_parameter = params.unflatten(1, (likelihood.params_per_channel, 2))
+    channels = [likelihood.log_prob(per_parameter[:, :, i], x[:, i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(whole, channels[0] + channels[1])
+
+
+@everyone
+@autocast_types
+def test_autocast_changes_no_result(name: str, dtype: torch.dtype) -> None:
+    likelihood = ALL[name]
+    params, x = random_params(name, 2, 3, 16, 16), random_pixels(name, 2, 3, 16, 16)
+    with torch.autocast("cpu", dtype=dtype):
+        found = likelihood.log_prob(params, x), likelihood.mean(params), likelihood.sample(params, seeded(0))
+    plain = likelihood.log_prob(params, x), likelihood.mean(params), likelihood.sample(params, seeded(0))
+    for a, b in zip(found, plain, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@everyone
+@autocast_types
+@pytest.mark.parametrize("pixel", [0, 1, 128, 255])
+def test_at_extreme_parameters_under_autocast_everything_is_finite(name: str, dtype: torch.dtype, pixel: int) -> None:
+    likelihood, p = ALL[name], ALL[name].params_per_channel
+    signs = torch.randn((64, p), generator=seeded(0)).sign()
+    signs[:2] = torch.tensor([[1.0], [-1.0]])
+    params = (1e4 * signs)[:, :, None, None].requires_grad_()  # (64, p, 1, 1)
+    x = likelihood.from_uint8(torch.full((64, 1, 1, 1), pixel, dtype=torch.uint8))
+    with torch.autocast("cpu", dtype=dtype):
+        likelihood.log_prob(params, x).sum().backward()
+        coarse = params.detach().to(dtype)
+        results = likelihood.log_prob(coarse, x), likelihood.mean(coarse), likelihood.sample(coarse, seeded(0))
+    for tensor in results:
+        assert tensor.dtype == torch.float32
+        assert tensor.isfinite().all()
+    assert params.grad is not None and params.grad.isfinite().all()
+
+
+@everyone
+def test_log_prob_of_a_large_bad_reconstruction_does_not_overflow_under_autocast(name: str) -> None:
+    likelihood = ALL[name]
+    params = torch.full((1, likelihood.params_per_channel * 3, 128, 128), -3.0, dtype=torch.float16)
+    params[:, : 15 if name == "mixture" else 3] = 6.0  # means and locations; sigmas and scales are narrow
+    x = likelihood.from_uint8(torch.zeros((1, 3, 128, 128), dtype=torch.uint8))
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = likelihood.log_prob(params, x).item()
+    one = likelihood.log_prob(params[..., :1, :1].float(), x[..., :1, :1]).item()
+    assert -found > torch.finfo(torch.float16).max
+    assert found == pytest.approx(one * 128 * 128, rel=1e-5)
+
+
+@everyone
+def test_the_gradient_of_log_prob_is_that_of_finite_differences(name: str) -> None:
+    likelihood = ALL[name]
+    params, x = random_params(name, 1, 1, 2, 3).requires_grad_(), random_pixels(name, 1, 1, 2, 3)
+    (gradient,) = torch.autograd.grad(likelihood.log_prob(params, x).sum(), params)
+    direction = torch.randn(params.shape, generator=seeded(3))
+    step = 1e-2
+    ahead, behind = (likelihood.log_prob(params.detach() + s * step * direction, x).item() for s in (1, -1))
+    assert (ahead - behind) / (2 * step) == pytest.approx((gradient * direction).sum().item(), rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_uint8_survives_the_round_trip(name: str) -> None:
+    x = ALL[name].from_uint8(VALUES)
+    assert x.dtype == torch.float32
+    assert (x[0].item(), x[255].item()) == ALL[name].data_range
+    ALL[name].check(x)
+    assert torch.equal(ALL[name].to_uint8(x), VALUES)
+
+
+def test_bernoulli_pixels_are_one_from_128_up() -> None:
+    x = ALL["bernoulli"].from_uint8(VALUES)
+    ALL["bernoulli"].check(x)
+    assert torch.equal(x, (torch.arange(256) >= 128).float())
+    assert torch.equal(ALL["bernoulli"].from_uint8(ALL["bernoulli"].to_uint8(x)), x)
+
+
+@pytest.mark.parametrize("name", SIGNED)
+@settings(deadline=None)
+@given(grey=st.floats(0, 255))
+def test_to_uint8_rounds_to_the_nearest_and_clips(name: str, grey: float) -> None:
+    likelihood = ALL[name]
+    found = likelihood.to_uint8(torch.tensor(grey / 127.5 - 1)).item()
+    assert abs(found - grey) <= 0.5 + 1e-4
+    assert likelihood.to_uint8(torch.tensor([-1.5, 1.5, -1e6, 1e6])).tolist() == [0, 255, 0, 255]
+
+
+def pixels_of_the_wrong_range(name: str) -> dict[str, torch.Tensor]:
+    ramp = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16)
+    wrong = {
+        "0..255": ramp,
+        "uint8": ramp.to(torch.uint8),
+        "slightly beyond": ramp / 127 - 1,
+        "NaN": torch.where(ramp == 7, math.nan, ALL[name].from_uint8(ramp.to(torch.uint8))),
+        "infinite": torch.where(ramp == 7, math.inf, ALL[name].from_uint8(ramp.to(torch.uint8))),
+    }
+    if name in DISCRETE:
+        wrong |= {"0..1": ramp / 255, "between values": ramp / 128 - 1}
+    if name == "bernoulli":
+        wrong |= {"-1..1": ramp / 127.5 - 1, "0..1": ramp / 255, "signs": torch.sign(ramp - 127.5)}
+    else:
+        wrong |= {"dark uint8": torch.zeros((1, 1, 16, 16), dtype=torch.uint8)}
+    return wrong
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name in ALL for case in pixels_of_the_wrong_range(name)])
+def test_pixels_of_another_range_are_an_error_that_names_the_likelihood(name: str, case: str) -> None:
+    x = pixels_of_the_wrong_range(name)[case]
+    params = torch.zeros((1, ALL[name].params_per_channel, 16, 16))
+    kind = next(kind for kind, cls in LIKELIHOODS.items() if isinstance(ALL[name], cls))
+    with pytest.raises(ValueError, match=kind):
+        ALL[name].log_prob(params, x)
+
+
+@pytest.mark.parametrize("name", ["gaussian fixed", *DISCRETE, "bernoulli"])
+def test_a_range_error_says_what_was_found_and_what_to_do(name: str) -> None:
+    with pytest.raises(ValueError, match=r"255.*from_uint8"):
+        ALL[name].check(torch.tensor([0.0, 255.0]))
+
+
+@pytest.mark.parametrize("sigma", [0.0, -0.1, math.nan])
+def test_a_sigma_that_is_not_positive_is_an_error(sigma: float) -> None:
+    with pytest.raises(ValueError, match="sigma"):
+        Gaussian(GaussianConfig(scale="fixed", sigma=sigma))
+
+
+@pytest.mark.parametrize("components", [0, -1])
+def test_a_mixture_without_components_is_an_error(components: int) -> None:
+    with pytest.raises(ValueError, match="components"):
+        DiscretizedLogistic(DiscretizedLogisticConfig(components=components))
+
+
+@everyone
+def test_samples_depend_on_the_generator_alone(name: str) -> None:
+    params = random_params(name, 2, 3, 4, 5)
+    state = torch.get_rng_state()
+    first = ALL[name].sample(params, seeded(4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, ALL[name].sample(params, seeded(4)))
+    assert not torch.equal(first, ALL[name].sample(params, seeded(5)))
+    assert first.shape == (2, 3, 4, 5)
+
+
+@everyone
+def test_a_likelihood_adds_nothing_to_a_checkpoint_but_what_is_trained(name: str) -> None:
+    assert set(nn.Module.state_dict(ALL[name])) == {n for n, _ in ALL[name].named_parameters()}

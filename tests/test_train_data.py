@@ -1,0 +1,263 @@
+"""Training crops: a pure function of (seed, samples consumed), however they are fetched."""
+
+import logging
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from latent_codec.errors import UserError
+from latent_codec.inputs import Source, find_images
+from train.data import (
+    Batch,
+    Batches,
+    MemoryImages,
+    Plan,
+    StreamedImages,
+    centre_crops,
+    draw,
+    fingerprint,
+)
+
+CPU = torch.device("cpu")
+SIZES = [(40, 48), (33, 35), (20, 50), (36, 16), (32, 32), (9, 7)]  # height, width; several below the crop
+PLAN = Plan(seed=3, crop=32, flip=True, batch_size=4, micro_batches=1, rank=0, world=1)
+BROKEN = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise images: a crop can lie at one place of one of them only."""
+    path = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for i, (height, width) in enumerate(SIZES):
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(folder: Path) -> list[Source]:
+    return find_images(folder)
+
+
+@pytest.fixture
+def with_broken(sources: list[Source], tmp_path: Path) -> list[Source]:
+    """The same, one of them cut off in the middle of its pixels."""
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(sources[BROKEN].read_bytes()[:-200])
+    return [s if i != BROKEN else Source(s.name, cut, 0, cut.stat().st_size) for i, s in enumerate(sources)]
+
+
+def memory(sources: list[Source]) -> Batches:
+    return MemoryImages(sources, PLAN.crop, CPU, quiet=True)
+
+
+def stream(sources: list[Source], workers: int = 0) -> Batches:
+    return StreamedImages(sources, workers, CPU)
+
+
+def collect(images: Batches, plan: Plan = PLAN, first: int = 0, last: int = 4) -> list[Batch]:
+    return list(images.batches(plan, first, last))
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.keys, b.keys)
+
+
+def places(crop: torch.Tensor, sources: list[Source]) -> Iterator[tuple[int, int, int, bool]]:
+    """(image, top, left, flipped) at which a crop is found, by looking everywhere."""
+    for i, source in enumerate(sources):
+        pixels = source.read().pixels.numpy()
+        short = [(0, max(0, PLAN.crop - side)) for side in pixels.shape[1:]]
+        extended = np.pad(pixels, [(0, 0), *short], mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(extended, (PLAN.crop, PLAN.crop), axis=(1, 2))
+        for flipped, wanted in ((False, crop), (True, crop.flip(-1))):
+            hits = (windows == wanted.numpy()[:, None, None]).all((0, 3, 4))
+            yield from ((i, int(top), int(left), flipped) for top, left in np.argwhere(hits))
+
+
+def test_batches_are_uint8_crops_with_one_key_each(sources: list[Source]) -> None:
+    for images in (memory(sources), stream(sources)):
+        (batch,) = collect(images, last=1)
+        assert batch.pixels.shape == (4, 3, 32, 32) and batch.pixels.dtype == torch.uint8
+        assert batch.keys.shape == (4,) and batch.keys.dtype == torch.int64
+
+
+def test_sample_i_is_a_crop_of_image_i_of_the_epochs_order(sources: list[Source]) -> None:
+    batches = collect(memory(sources), last=12)
+    crops = torch.cat([b.pixels for b in batches])
+    order = draw(range(len(crops)), len(sources), PLAN.seed).image.tolist()
+    found = [next(places(crop, sources)) for crop in crops]
+    assert [image for image, *_ in found] == order
+    tall = [top for image, top, _, _ in found if image == 0]
+    assert len(set(tall)) > 3  # of 9 possible, over 8 crops
+    # An image of exactly the crop's size can only be told apart by its mirroring.
+    assert {flipped for image, _, _, flipped in found if image == 4} == {True, False}
+
+
+def test_crops_reach_every_place_and_half_are_flipped(sources: list[Source]) -> None:
+    one = [sources[1]]  # 33 x 35: 2 x 4 places
+    crops = torch.cat([b.pixels for b in collect(memory(one), last=50)])
+    found = [next(places(crop, one)) for crop in crops]
+    assert {(top, left) for _, top, left, _ in found} == {(t, left) for t in range(2) for left in range(4)}
+    assert 70 < sum(flipped for *_, flipped in found) < 130  # of 200: four standard deviations
+
+
+def test_without_flip_nothing_is_mirrored_and_all_else_is_the_same(sources: list[Source]) -> None:
+    plain = torch.cat([b.pixels for b in collect(memory(sources), PLAN._replace(flip=False))])
+    flipped = torch.cat([b.pixels for b in collect(memory(sources))])
+    for a, b in zip(plain, flipped, strict=True):
+        assert not next(places(a, sources))[3]
+        assert torch.equal(a, b) or torch.equal(a, b.flip(-1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_crops_are_those_in_memory(sources: list[Source], workers: int) -> None:
+    assert_same(collect(stream(sources, workers)), collect(memory(sources)))
+
+
+def test_crops_do_not_depend_on_the_global_random_state(sources: list[Source]) -> None:
+    torch.manual_seed(1)
+    one = collect(memory(sources))
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    other = collect(memory(sources))
+    assert_same(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_seed_gives_other_crops(sources: list[Source]) -> None:
+    one, other = (collect(memory(sources), PLAN._replace(seed=seed)) for seed in (3, 4))
+    assert not any(torch.equal(a.pixels, b.pixels) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_reported_and_its_turn_goes_to_the_next(
+    with_broken: list[Source], sources: list[Source], caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    caplog.set_level(logging.WARNING)
+    batches = collect(memory(with_broken))
+    assert sum(sources[BROKEN].name in r.getMessage() for r in caplog.records) == 1
+    order = draw(range(16), len(sources), PLAN.seed).image.tolist()
+    assert BROKEN in order
+    found = [next(places(crop, sources))[0] for b in batches for crop in b.pixels]
+    assert found == [BROKEN + 1 if image == BROKEN else image for image in order]
+    caplog.clear()
+    assert_same(collect(stream(with_broken, workers)), batches)
+    if workers == 0:  # a worker's report goes to its own standard error
+        assert sum(sources[BROKEN].name in r.getMessage() for r in caplog.records) == 1
+
+
+def test_the_turn_of_a_broken_last_image_goes_to_the_first(with_broken: list[Source], sources: list[Source]) -> None:
+    rolled, whole = with_broken[BROKEN + 1 :] + with_broken[: BROKEN + 1], sources[BROKEN + 1 :] + sources[: BROKEN + 1]
+    batches = collect(memory(rolled))
+    last = len(rolled) - 1
+    order = draw(range(16), len(rolled), PLAN.seed).image.tolist()
+    assert last in order
+    found = [next(places(crop, whole))[0] for b in batches for crop in b.pixels]
+    assert found == [0 if image == last else image for image in order]
+    assert_same(collect(stream(rolled)), batches)
+
+
+def test_nothing_but_broken_images_is_an_error(with_broken: list[Source]) -> None:
+    broken = [with_broken[BROKEN]] * 2
+    with pytest.raises(UserError, match="none of the 2 images could be read"):
+        memory(broken)
+    with pytest.raises(UserError, match="none of the 2 images could be read"):
+        collect(stream(broken))
+
+
+def test_a_tar_file_gives_the_same_pixels_as_its_folder(folder: Path, sources: list[Source], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for file in sorted(folder.iterdir(), reverse=True):  # the order within does not count
+            tar.add(file, file.name)
+    packed = find_images(tmp_path / "shard.tar")
+    assert_same(collect(memory(packed)), collect(memory(sources)))
+    assert_same(collect(stream(packed)), collect(memory(sources)))
+
+
+@pytest.mark.parametrize("fetch", [memory, stream])
+def test_starting_at_a_later_step_goes_on_with_the_same_batches(
+    sources: list[Source], fetch: Callable[[list[Source]], Batches]
+) -> None:
+    whole = collect(fetch(sources), last=6)
+    assert_same(collect(fetch(sources), first=0, last=2) + collect(fetch(sources), first=2, last=6), whole)
+    plan = PLAN._replace(micro_batches=2)
+    assert_same(collect(fetch(sources), plan, 4, 6), collect(fetch(sources), plan, 0, 6)[8:])
+
+
+@settings(deadline=None)
+@given(
+    world=st.sampled_from([1, 2, 4]),
+    micro_batches=st.sampled_from([1, 2]),
+    size=st.integers(1, 3),
+    first=st.integers(0, 5),
+)
+def test_ranks_and_micro_batches_share_each_steps_samples_in_order(
+    world: int, micro_batches: int, size: int, first: int
+) -> None:
+    batch_size = world * micro_batches * size
+    plan = PLAN._replace(batch_size=batch_size, micro_batches=micro_batches, world=world)
+    ranks = [list(plan._replace(rank=rank).schedule(first, first + 2)) for rank in range(world)]
+    for step in range(2):
+        of_step = slice(step * micro_batches, (step + 1) * micro_batches)
+        samples = [i for rank in ranks for part in rank[of_step] for i in part]
+        assert samples == list(range((first + step) * batch_size, (first + step + 1) * batch_size))
+
+
+@pytest.mark.parametrize(("world", "micro_batches"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+def test_the_ranks_crops_together_are_those_of_one_process(
+    sources: list[Source], world: int, micro_batches: int
+) -> None:
+    images = memory(sources)
+    plan = PLAN._replace(world=world, micro_batches=micro_batches)
+    ranks = [collect(images, plan._replace(rank=rank)) for rank in range(world)]
+    for step, whole in enumerate(collect(images)):
+        of_step = slice(step * micro_batches, (step + 1) * micro_batches)
+        parts = [part for rank in ranks for part in rank[of_step]]
+        assert torch.equal(torch.cat([p.pixels for p in parts]), whole.pixels)
+        assert torch.equal(torch.cat([p.keys for p in parts]), whole.keys)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 20), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 5))
+def test_each_epoch_shows_each_image_once(n: int, seed: int, epoch: int) -> None:
+    drawn = draw(range(epoch * n, (epoch + 1) * n), n, seed)
+    assert sorted(drawn.image.tolist()) == list(range(n))
+
+
+def test_epochs_differ_in_order_and_every_sample_has_its_own_key() -> None:
+    drawn = draw(range(300), 100, 0)
+    assert len({tuple(epoch.tolist()) for epoch in drawn.image.split(100)}) == 3
+    assert len(set(drawn.key.tolist())) == 300
+
+
+def test_centre_crops_are_the_middle_and_skip_what_is_broken(
+    with_broken: list[Source], sources: list[Source], caplog: pytest.LogCaptureFixture
+) -> None:
+    crops = centre_crops(with_broken, 16)
+    assert crops.names == [s.name for i, s in enumerate(sources) if i != BROKEN]
+    assert sources[BROKEN].name in caplog.text
+    assert torch.equal(crops.pixels[0], sources[0].read().pixels[:, 12:28, 16:32])
+    small = sources[5].read().pixels  # 9 x 7
+    assert torch.equal(crops.pixels[-1][:, :9, :7], small)
+    assert torch.equal(crops.pixels[-1][:, 9:, 7:], small[:, -1:, -1:].expand(3, 7, 9))
+    with pytest.raises(UserError, match="none of the 1 validation images could be read"):
+        centre_crops([with_broken[BROKEN]], 16)
+
+
+def test_the_fingerprint_tells_names_sizes_and_order(sources: list[Source]) -> None:
+    renamed = [sources[0]._replace(name="other.png"), *sources[1:]]
+    resized = [sources[0]._replace(size=1), *sources[1:]]
+    moved = [sources[0]._replace(path=Path("elsewhere")), *sources[1:]]
+    prints = [fingerprint(s) for s in (sources, renamed, resized, sources[::-1], sources[:-1])]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(moved) == fingerprint(sources)

@@ -1,0 +1,97 @@
+"""What can go wrong in a run: functions that `tiny_run` calls in the process before the program starts."""
+
+import itertools
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+
+from latent_codec.codec import Codec
+from train import checkpoints, interrupts, vae
+from train.interrupts import Interrupts
+from train.objectives import ELBO, Losses
+
+
+def _die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+_TRAINER: Any = vae.Trainer  # patched, whatever the types say
+_ELBO: Any = ELBO
+
+
+def _is_rank(rank: int) -> bool:
+    return int(os.environ.get("RANK", "0")) == rank
+
+
+def stall(step: int, rank: int = 0) -> None:
+    """Before this step, wait until SIGTERM or SIGINT has been noted."""
+    real = vae.Trainer._step
+
+    def slow(self: vae.Trainer, batches: Iterator, noted: Interrupts, measure: bool) -> Any:
+        while _is_rank(rank) and self.progress.step + 1 == step and not noted.signal:
+            time.sleep(0.01)
+        return real(self, batches, noted, measure)
+
+    _TRAINER._step = slow
+
+
+def hang(step: int) -> None:
+    """Before this step, wait whatever is noted; and take a second signal for one after 0.1 s already."""
+    real = vae.Trainer._step
+
+    def stuck(self: vae.Trainer, *args: Any) -> Any:
+        while self.progress.step + 1 == step:
+            time.sleep(0.01)
+        return real(self, *args)
+
+    _TRAINER._step = stuck
+    interrupts.SAME_SIGNAL = 0.1
+
+
+def die_in_save(step: int, where: Literal["between files", "before rename", "before prune"]) -> None:
+    """SIGKILL itself within the save of this step."""
+    real = checkpoints.save
+
+    def save(folder: Any, codec: Codec, ema: Codec, optimizer: Any, progress: Any, *, keep: int) -> Any:
+        if progress.step == step and where == "between files":
+            ema.save = _die
+        elif progress.step == step:
+            setattr(*{"before rename": (os, "rename"), "before prune": (shutil, "rmtree")}[where], _die)
+        return real(folder, codec, ema, optimizer, progress, keep=keep)
+
+    checkpoints.save = save
+
+
+def nan_loss(*steps: int, rank: int = 0) -> None:
+    """The loss of these steps is NaN on one process; with no steps, that of all steps."""
+    real, calls = ELBO.forward, itertools.count(1)
+
+    def forward(self: ELBO, *args: Any) -> Losses:
+        losses, step = real(self, *args), next(calls)
+        return losses._replace(loss=losses.loss * math.nan) if _is_rank(rank) and step in (steps or (step,)) else losses
+
+    _ELBO.forward = forward
+
+
+def few_patches() -> None:
+    """No fault: a closed form from 512 crops is good enough and quick."""
+    vae._CLOSED_FORM_IMAGES = 512
+
+
+def scaled_fp16() -> None:
+    """Float16 with a gradient scaler on the CPU, which Accelerate sets up on GPUs only."""
+
+    class Scaling(Accelerator):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # pyright: ignore[reportPrivateImportUsage]
+
+    vae.Accelerator = Scaling

@@ -1,0 +1,45 @@
+"""A picture of originals (above) and what came back (below): `python -m tools.picture SRC DECODED OUT.jpg`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from PIL import Image
+
+from latent_codec.files import atomic_path
+from latent_codec.images import to_pil
+from latent_codec.inputs import find_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """Squares from the middle of each image, at the images' own resolution."""
+
+    src: tyro.conf.Positional[str]
+    """The folder that was encoded."""
+    decoded: tyro.conf.Positional[Path]
+    """The folder that `latent-codec decode` wrote."""
+    out: tyro.conf.Positional[Path]
+    columns: int = 6
+    side: int = 192
+    """Pixels."""
+
+    def run(self) -> None:
+        sources = find_images(self.src)[: self.columns]
+        canvas = Image.new("RGB", (self.side * len(sources), 2 * self.side))
+        for column, source in enumerate(sources):
+            with Image.open(self.decoded / f"{source.name}.png") as decoded:
+                for row, image in enumerate((to_pil(*source.read()), decoded)):
+                    square = _middle(image.convert("RGB"), self.side)
+                    canvas.paste(square, (column * self.side, row * self.side))
+        with atomic_path(self.out) as temporary:
+            canvas.save(temporary, format="JPEG", quality=92, subsampling=0)
+
+
+def _middle(image: Image.Image, side: int) -> Image.Image:
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+if __name__ == "__main__":
+    tyro.cli(Picture, prog="tools.picture", description=__doc__).run()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from latent_codec.bottlenecks import DiagonalGaussian
@@ -21,7 +21,7 @@ from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
 from latent_codec.images import Geometry
-from latent_codec.modelfile import KEY, LatentStatistics, save_tensors
+from latent_codec.modelfile import KEY, LatentStatistics, own_metadata, save_tensors
 from latent_codec.noise import fold, normal, text_key
 
 FORMAT_VERSION = 1
@@ -253,14 +253,7 @@ def read_index(path: Path) -> Index:
 
 def _index_text(path: Path) -> str:
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a safetensors file ({error})") from error
-        if KEY not in metadata:
-            raise UserError(f"{path}: a safetensors file, but not written by latent_codec (no '{KEY}' in its metadata)")
-        return metadata[KEY]
+        return own_metadata(path)
     if not path.is_file():
         raise UserError(f"{path.parent}: no latents there (no {path.name}); make them with `latent-codec encode`")
     try:

@@ -114,20 +114,25 @@ def read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such model file; give a shipped model's name or a .safetensors file")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); models are never loaded from pickles") from error
-    if KEY not in metadata:
-        raise UserError(f"{path}: a safetensors file, but not written by latent_codec (no '{KEY}' in its metadata)")
-    try:
-        header = from_json(dict, json.loads(metadata[KEY]), where="header")
+        header = from_json(dict, json.loads(own_metadata(path)), where="header")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged model header: {error}") from error
     version = header.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: update latent-codec")
     return header
+
+
+def own_metadata(path: Path) -> str:
+    """The text under our metadata key; raises `UserError` if there is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); nothing is ever loaded from pickles") from error
+    if KEY not in metadata:
+        raise UserError(f"{path}: a safetensors file, but not written by latent_codec (no '{KEY}' in its metadata)")
+    return metadata[KEY]
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:

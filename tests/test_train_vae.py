@@ -305,7 +305,7 @@ def test_a_second_signal_kills_at_once(argv: list[str], tmp_path: Path) -> None:
     process = start(argv, tmp_path / "run", patch=partial(tiny_faults.hang, 3))
     process.wait_for(lambda: logged(tmp_path / "run", 2))
     process.signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(1.0)
     assert process.running
     process.signal(signal.SIGTERM)
     assert process.wait() == -signal.SIGTERM
@@ -566,6 +566,13 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_on_both(argv: list[s
     for process in processes:
         assert "batch_size 5 cannot be split over 2 processes x 1 micro-batches" in process.text
         assert "Traceback" not in process.text
+
+
+def test_processes_that_find_different_checkpoints_do_not_wait_for_ever(argv: list[str], finished: Path) -> None:
+    argv = [*argv, *flags("--steps 9")]
+    processes = start_ranks(argv, finished, 2, patch=partial(tiny_faults.no_checkpoints, rank=1))
+    assert [process.wait() for process in processes] == [1, 1]
+    assert all("found checkpoints of steps [8, 0]" in process.text for process in processes)
 
 
 def test_other_settings_are_refused_on_every_process(argv: list[str], finished: Path) -> None:

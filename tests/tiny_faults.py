@@ -70,14 +70,26 @@ def die_in_save(step: int, where: Literal["between files", "before rename", "bef
 
 
 def nan_loss(*steps: int, rank: int = 0) -> None:
-    """The loss of these steps is NaN on one process; with no steps, that of all steps."""
+    """The loss of these steps is NaN on one process; with no steps, that of all steps.
+
+    At the first of them so is the gradient, which spreads to all processes; later the gradient is finite, so that the
+    others cannot know.
+    """
     real, calls = ELBO.forward, itertools.count(1)
 
     def forward(self: ELBO, *args: Any) -> Losses:
         losses, step = real(self, *args), next(calls)
-        return losses._replace(loss=losses.loss * math.nan) if _is_rank(rank) and step in (steps or (step,)) else losses
+        if not _is_rank(rank) or step not in (steps or (step,)):
+            return losses
+        return losses._replace(loss=losses.loss * math.nan if step == min(steps, default=1) else losses.loss + math.nan)
 
     _ELBO.forward = forward
+
+
+def no_checkpoints(rank: int) -> None:
+    """One process does not see the run's folder."""
+    if _is_rank(rank):
+        checkpoints.restore = lambda *_: checkpoints.Progress()
 
 
 def few_patches() -> None:

@@ -66,7 +66,8 @@ class Encode:
             likelihood=GaussianConfig(scale="fixed", sigma=0.1),
         )
         conv = Codec(config).eval().to(self.device)
-        peer: Any = diffusers.AutoencoderKL(  # pyright: ignore
+        autoencoder: Any = diffusers.AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
+        peer = autoencoder(
             block_out_channels=SD.widths,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,

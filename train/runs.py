@@ -1,0 +1,131 @@
+"""A run as the command line gives it: what is checked before work, and the folder's claim to be one run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from latent_codec import __version__
+from latent_codec.codec import Codec
+from latent_codec.config import from_json, to_json
+from latent_codec.errors import UserError
+from latent_codec.files import make_folder, write_text
+from latent_codec.inputs import Source, find_all
+from latent_codec.noise import text_key
+from train.closed_form import check_closed_form
+from train.config import TrainConfig, check, flat
+from train.data import fingerprint
+from train.provenance import git_commit
+
+_MAY_CHANGE = {"steps", "log_every", "eval_every", "eval_crop", "save_every", "keep_checkpoints", "max_skipped"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    data: tuple[Path, ...]
+    """Folders of images (read recursively) or tar shards."""
+    out: Path
+    """The run's folder: checkpoints, log.jsonl, grids. An existing run is resumed."""
+    val: tuple[Path, ...] = ()
+    """Folders or tar shards of validation images; without it, `val_images` are held out from the data."""
+    val_images: int = 64
+    data_mode: Literal["memory", "stream"] = "memory"
+    """`memory`: decode once, keep uint8 on the device, crop there; `stream`: decode in workers as needed."""
+    workers: int = 4
+    """Worker processes of `stream`."""
+    max_minutes: float | None = None
+    """End cleanly with a checkpoint after this many minutes; the same command goes on."""
+    log_with: tuple[str, ...] = ()
+    """Accelerate trackers besides log.jsonl: tensorboard, wandb ..."""
+    lpips_backbone: Path | None = None
+    """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+
+
+def check_run(run: Run, accelerator: Accelerator) -> None:
+    config = run.config
+    check(config)
+    parts = accelerator.num_processes * config.accumulation
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be split over {accelerator.num_processes} processes x "
+            f"{config.accumulation} micro-batches; make it a multiple of {parts}"
+        )
+    codec = Codec(config.codec)
+    if config.codec.image_channels != 3:
+        raise UserError(f"image_channels is {config.codec.image_channels}; training images are RGB: set it to 3")
+    for name, side in (("crop", config.crop), ("eval_crop", config.eval_crop)):
+        if side % codec.factor:
+            raise UserError(f"{name} {side} is no multiple of the model's factor {codec.factor}")
+    if config.closed_form:
+        check_closed_form(codec)
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError("set gradient accumulation with --accumulation, not in accelerate's configuration")
+    if "all" not in run.log_with and len(accelerator.log_with) < len(set(run.log_with)):
+        installed = ", ".join(str(tracker) for tracker in accelerator.log_with) or "none"
+        raise UserError(f"log_with {' '.join(run.log_with)}: of these trackers {installed} can be imported; install it")
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise UserError(f"fp16 needs a GPU, not {accelerator.device}: choose bf16, or no mixed precision")
+
+
+def split(run: Run) -> tuple[list[Source], list[Source]]:
+    """Training sources and held-out ones; without --val the held-out are those whose names hash lowest."""
+    if run.val_images < 1:
+        raise UserError(f"val_images is {run.val_images}; it must be at least 1")
+    sources = find_all(run.data)
+    by_name = sorted(find_all(run.val) if run.val else sources, key=lambda s: text_key(s.name))
+    held_out = by_name[: run.val_images]
+    if not run.val:
+        chosen = {s.name for s in held_out}
+        sources = [s for s in sources if s.name not in chosen]
+    if not sources:
+        raise UserError(f"all {len(held_out)} images are held out; lower --val-images or give --val")
+    return sources, held_out
+
+
+def describe(run: Run, sources: list[Source]) -> dict[str, object]:
+    """What the run was trained on, for the record; compared when it is resumed."""
+    return {
+        "data_sha256": fingerprint(sources),
+        "data_images": len(sources),
+        "data": sorted(p.name for p in run.data),
+    }
+
+
+def claim(out: Path, config: TrainConfig, described: dict[str, object], accelerator: Accelerator) -> None:
+    """Write RUN/config.json, or check that the run being resumed is the same one."""
+    path = out / "config.json"
+    problem = [""]
+    if accelerator.is_main_process:
+        try:
+            make_folder(out)
+            if path.exists():
+                _check_same_run(path, config, described)
+            version = {"version": __version__, "git_commit": git_commit()}
+            write_text(path, json.dumps({"config": to_json(config)} | described | version, indent=1))
+        except UserError as error:  # of which the others must hear, or they would wait
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise UserError(problem[0])
+
+
+def _check_same_run(path: Path, config: TrainConfig, described: dict[str, object]) -> None:
+    """Raise `UserError` if RUN/config.json tells of other settings, by their names, or of other data."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        old, data = flat(to_json(from_json(TrainConfig, found["config"]))), found["data_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a run of this version ({error}); give another --out") from error
+    new = flat(to_json(config))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _MAY_CHANGE]
+    if changed:
+        raise UserError(
+            f"{path.parent} is a run with other settings ({', '.join(changed)}); give its own, or another --out"
+        )
+    if data != described["data_sha256"]:
+        raise UserError(f"{path.parent} was trained on other images; give its own --data and --val, or another --out")

@@ -1,0 +1,67 @@
+"""What is measured and drawn at every evaluation: people look before they read."""
+
+import math
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+
+from latent_codec.codec import Codec
+from latent_codec.files import atomic_path
+from latent_codec.noise import fold, normal, text_key
+from train.data import CentreCrops
+
+_COLUMNS = 8
+
+
+class Validation:
+    """Fixed centre crops and the noise that belongs to each."""
+
+    def __init__(self, crops: CentreCrops) -> None:
+        self.pixels = crops.pixels
+        self.keys = torch.tensor([text_key(name) for name in crops.names])
+
+    @torch.no_grad()
+    def measure(self, codec: Codec, batch: int = 8) -> dict[str, float]:
+        """NLL, KL and ELBO in nats per image, PSNR of the mode, KL in bits per pixel, active channels."""
+        device = next(codec.parameters()).device
+        nll, kl, psnr, mean, square = [], [], [], [], []
+        for pixels, keys in zip(self.pixels.split(batch), self.keys.split(batch), strict=True):
+            pixels, keys = pixels.to(device), keys.to(device)
+            x = codec.likelihood.from_uint8(pixels)
+            posterior = codec.encode(x)
+            z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
+            nll.append(-codec.likelihood.log_prob(codec.likelihood_params(z), x))
+            kl.append(posterior.kl())
+            error = codec.decode_uint8(posterior.mode()).float() - pixels.float()
+            psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3))))
+            mean.append(posterior.mean.mean((2, 3)))  # (b, z)
+            square.append(posterior.mean.square().mean((2, 3)))
+        side = self.pixels.shape[-1]
+        return {
+            "nll": torch.cat(nll).mean().item(),
+            "kl": torch.cat(kl).mean().item(),
+            "nelbo": (torch.cat(nll) + torch.cat(kl)).mean().item(),
+            "kl_bpp": torch.cat(kl).mean().item() / math.log(2) / side**2,
+            "psnr_mode": torch.cat(psnr).mean().item(),
+            "active_channels": active_channels(torch.cat(mean).mean(0), torch.cat(square).mean(0)),
+        }
+
+    @torch.no_grad()
+    def write_grid(self, path: Path, codec: Codec) -> None:
+        """A PNG whose rows are input, decoded mode, decoded sample and decoded prior sample."""
+        device = next(codec.parameters()).device
+        pixels, keys = self.pixels[:_COLUMNS].to(device), self.keys[:_COLUMNS].to(device)
+        posterior = codec.encode(pixels)
+        shape = tuple(posterior.mean.shape[1:])
+        latents = posterior.mode(), posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)
+        rows = torch.stack([pixels, *(codec.decode_uint8(z) for z in latents)])
+        picture = rearrange(rows, "r n c h w -> (r h) (n w) c").cpu().numpy()
+        with atomic_path(path) as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG")
+
+
+def active_channels(mean: torch.Tensor, square: torch.Tensor) -> int:
+    """Channels whose posterior mean varies over the data by more than 0.01 (Burda et al. 2016, section 5.2)."""
+    return int((square - mean.square() > 0.01).sum())

@@ -1,6 +1,8 @@
 """A finished run -> one model file with averaged weights, latent statistics and provenance."""
 
+import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from latent_codec.files import make_folder
 from latent_codec.images import DEFAULT_MAX_PIXELS, pad
 from latent_codec.inputs import Source, find_all
 from latent_codec.modelfile import LatentStatistics
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -74,10 +78,19 @@ def measure_statistics(codec: Codec, sources: Iterable[Source], description: str
 
 
 def _newest_checkpoint(run: Path) -> Path:
+    """The newest whose averaged weights match their checksum; older ones stand in for damaged ones, with a warning."""
     finished = sorted((run / "checkpoints").glob("step-*"))
-    if not finished:
-        raise UserError(f"{run}: no finished checkpoint in it; a run's first one appears after save_every steps")
-    return finished[-1]
+    for path in reversed(finished):
+        try:
+            expected = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]["ema.safetensors"]
+            if hashlib.sha256((path / "ema.safetensors").read_bytes()).hexdigest() == expected:
+                return path
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        log.warning("passing over damaged checkpoint %s", path)
+    if finished:
+        raise UserError(f"{run}: all {len(finished)} checkpoints are damaged; resume or repeat the run")
+    raise UserError(f"{run}: no finished checkpoint in it; a run's first one appears after save_every steps")
 
 
 def _provenance(run: Path, checkpoint: Path) -> dict[str, Any]:

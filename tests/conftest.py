@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.modelfile import LatentStatistics
+
+# CI draws the same examples every time; elsewhere new ones are tried. Nothing is timed.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 Draw = Callable[..., Path]
 

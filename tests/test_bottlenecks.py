@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
@@ -61,7 +61,6 @@ def test_kl_is_per_image() -> None:
     assert posterior.kl().shape == (4,)
 
 
-@settings(deadline=None)
 @given(st.floats(-0.5, 0.5, width=32), st.floats(-0.5, 0.5, width=32))
 def test_kl_is_not_negative_and_keeps_its_digits_near_the_prior(mean: float, logvar: float) -> None:
     m, v = torch.full((1, 1, 1, 1), mean), torch.full((1, 1, 1, 1), logvar)
@@ -155,7 +154,6 @@ def test_the_posterior_itself_clamps_nothing(logvar: float) -> None:
     assert posterior.sample(torch.ones_like(v)).item() == pytest.approx(math.exp(logvar / 2), rel=1e-5)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-40, 30, width=32), min_size=1, max_size=12))
 def test_clamped_is_the_share_of_changed_logvars(raw: list[float]) -> None:
     logvar = torch.tensor(raw).reshape(1, -1, 1, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.config import (
@@ -109,7 +109,6 @@ def changed(path: str, value: Any) -> Any:
     return document
 
 
-@settings(deadline=None)
 @given(st.one_of(codecs, backbones, bottlenecks, likelihoods))
 def test_json_text_round_trip_gives_the_equal_config(config: Any) -> None:
     found = from_json(type(config), json.loads(dumps(to_json(config))))
@@ -117,7 +116,6 @@ def test_json_text_round_trip_gives_the_equal_config(config: Any) -> None:
     assert type(found) is type(config)
 
 
-@settings(deadline=None)
 @given(backbones, likelihoods)
 def test_a_union_round_trip_keeps_the_class(backbone: Any, likelihood: Any) -> None:
     config = dataclasses.replace(EXAMPLE, backbone=backbone, likelihood=likelihood)
@@ -143,7 +141,6 @@ def test_equal_configs_give_equal_text_whether_a_float_was_written_as_an_integer
     assert dumps(to_json(many)) == dumps(to_json(from_json(Statistics, to_json(many))))
 
 
-@settings(deadline=None)
 @given(codecs)
 def test_the_text_of_a_config_is_a_fixed_point(config: CodecConfig) -> None:
     text = dumps(to_json(config))
@@ -245,7 +242,6 @@ json_values = st.recursive(
 paths = st.sampled_from(["image_channels", "backbone", "backbone.kind", "backbone.encoder_widths", "likelihood.sigma"])
 
 
-@settings(deadline=None)
 @given(paths, json_values)
 def test_whatever_a_file_holds_the_result_is_a_config_or_a_value_error(path: str, value: Any) -> None:
     document = changed(path, value)
@@ -256,7 +252,6 @@ def test_whatever_a_file_holds_the_result_is_a_config_or_a_value_error(path: str
     assert from_json(CodecConfig, to_json(config)) == config
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=8), st.integers() | floats | st.text(max_size=8)), st.randoms())
 def test_dumps_does_not_depend_on_the_order_of_keys(value: dict[str, Any], order: random.Random) -> None:
     items = list(value.items())

@@ -1,5 +1,6 @@
 """Export: the statistics are those of the latents, the run's newest averaged weights are what is written."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def checkpoint(run: Path, codec: Codec, step: int) -> Path:
     folder = run / "checkpoints" / f"step-{step:08d}"
     codec.state_dict()["backbone.linear.encoder.bias"][0] = step
     codec.save(folder / "ema.safetensors")
-    state = {"step": step, "skipped": 1, "minutes": 2.5, "skipped_in_a_row": 0, "scaler": {}, "sha256": {}}
+    sha256 = {"ema.safetensors": hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()}
+    state = {"step": step, "skipped": 1, "minutes": 2.5, "skipped_in_a_row": 0, "scaler": {}, "sha256": sha256}
     (folder / "state.json").write_text(json.dumps(state))
     return folder
 
@@ -116,20 +118,38 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path: Path) -> None:
         export(tmp_path / "run", tmp_path / "m.safetensors", data=(), images=1, half=False)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "3"])
-@pytest.mark.parametrize("name", ["config.json", "checkpoints/step-00000100/state.json"])
-def test_a_damaged_run_is_refused(run: Path, photos: Path, name: str, content: str | None) -> None:
-    (run / name).unlink()
+DAMAGE = [None, "{", "[]", "{}", "3"]
+
+
+def damage(file: Path, content: str | None) -> None:
+    file.unlink()
     if content is not None:
-        (run / name).write_text(content)
+        file.write_text(content)
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_run_with_damaged_settings_is_refused(run: Path, photos: Path, content: str | None) -> None:
+    damage(run / "config.json", content)
     with pytest.raises(UserError, match=r"config\.json or state\.json cannot be read"):
         export(run, photos.parent / "m.safetensors", data=(photos,), images=1, half=False, quiet=True)
     assert not (photos.parent / "m.safetensors").exists()
 
 
-def test_a_checkpoint_without_its_weights_is_refused_by_name(run: Path, tmp_path: Path) -> None:
-    (run / "checkpoints" / "step-00000100" / "ema.safetensors").unlink()
-    with pytest.raises(UserError, match=r"step-00000100/ema\.safetensors"):
+@pytest.mark.parametrize("content", DAMAGE)
+@pytest.mark.parametrize("name", ["state.json", "ema.safetensors"])
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
+    run: Path, photos: Path, name: str, content: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(run / "checkpoints" / "step-00000100" / name, content)
+    exported = export(run, photos.parent / "m.safetensors", data=(photos,), images=1, half=False, quiet=True)
+    assert exported.state_dict()["backbone.linear.encoder.bias"][0] == 20
+    assert "step-00000100" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run: Path, tmp_path: Path) -> None:
+    for step in ("step-00000020", "step-00000100"):
+        damage(run / "checkpoints" / step / "ema.safetensors", "x")
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
         export(run, tmp_path / "m.safetensors", data=(), images=1, half=False)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -320,7 +320,6 @@ def test_bernoulli_pixels_are_one_from_128_up() -> None:
 
 
 @pytest.mark.parametrize("name", SIGNED)
-@settings(deadline=None)
 @given(grey=st.floats(0, 255))
 def test_to_uint8_rounds_to_the_nearest_and_clips(name: str, grey: float) -> None:
     likelihood = ALL[name]

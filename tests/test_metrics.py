@@ -51,7 +51,7 @@ def reference_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
     return value
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIDES, SIDES, st.integers(0, 2**32 - 1))
 def test_psnr_is_the_formula_over_all_samples(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec import noise
@@ -72,7 +72,6 @@ def test_mix_flips_each_output_bit_half_of_the_time_for_each_input_bit() -> None
         assert (share - 0.5).abs().amax().item() < 0.06  # 5 standard deviations
 
 
-@settings(deadline=None)
 @given(st.lists(int64, min_size=1, max_size=4))
 def test_fold_of_integers_equals_fold_of_tensors_and_notices_order_and_length(keys: list[int]) -> None:
     folded = noise.fold(*keys)
@@ -83,7 +82,6 @@ def test_fold_of_integers_equals_fold_of_tensors_and_notices_order_and_length(ke
         assert not torch.equal(folded, noise.fold(*keys[::-1]))
 
 
-@settings(deadline=None)
 @given(st.integers(-(2**80), 2**80))
 def test_fold_takes_integers_modulo_two_to_the_64(key: int) -> None:
     assert torch.equal(noise.fold(key), noise.fold(key + 2**64))
@@ -108,14 +106,12 @@ def test_text_key_is_the_same_number_for_ever() -> None:
     assert noise.text_key("A.jpg") != TEXT_KEY_A
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=20))
 def test_text_key_takes_any_file_name_and_fits_int64(name: bytes) -> None:
     key = noise.text_key(name.decode("utf-8", "surrogateescape"))
     assert -(2**63) <= key < 2**63
 
 
-@settings(deadline=None)
 @given(st.lists(int64, min_size=1, max_size=6), st.data(), shapes)
 def test_normal_does_not_depend_on_the_batch(keys: list[int], data: st.DataObject, shape: tuple[int, ...]) -> None:
     split = data.draw(st.integers(0, len(keys)))
@@ -206,7 +202,6 @@ def test_uniform_is_uniform_in_the_half_open_interval(keys: str) -> None:
     assert correlation(u[1:], u[:-1]) < CORRELATION_LIMIT
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 2**53), int64), min_size=1, max_size=20))
 def test_below_is_in_range(pairs: list[tuple[int, int]]) -> None:
     limit, keys = torch.tensor(pairs).unbind(1)
@@ -215,7 +210,6 @@ def test_below_is_in_range(pairs: list[tuple[int, int]]) -> None:
     assert ((found >= 0) & (found < limit)).all()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2**53))
 def test_below_stays_below_at_the_largest_hash(limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -231,7 +225,6 @@ def test_below_is_uniform(limit: int) -> None:
     assert limit == 1 or chi_square_excess(counts) < 4
 
 
-@settings(deadline=None)
 @given(st.integers(0, 200), int64)
 def test_permutation_holds_each_index_once(n: int, key: int) -> None:
     assert torch.equal(noise.permutation(n, torch.tensor(key)).sort().values, torch.arange(n))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -194,7 +194,6 @@ def test_starting_at_a_later_step_goes_on_with_the_same_batches(
     assert_same(collect(fetch(sources), plan, 4, 6), collect(fetch(sources), plan, 0, 6)[8:])
 
 
-@settings(deadline=None)
 @given(
     world=st.sampled_from([1, 2, 4]),
     micro_batches=st.sampled_from([1, 2]),
@@ -227,7 +226,6 @@ def test_the_ranks_crops_together_are_those_of_one_process(
         assert torch.equal(torch.cat([p.keys for p in parts]), whole.keys)
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 20), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 5))
 def test_each_epoch_shows_each_image_once(n: int, seed: int, epoch: int) -> None:
     drawn = draw(range(epoch * n, (epoch + 1) * n), n, seed)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from latent_codec.codec import Codec
-from train import checkpoints, interrupts, vae
+from train import checkpoints, interrupts, trainer, vae
 from train.interrupts import Interrupts
 from train.objectives import ELBO, Losses
 
@@ -22,7 +22,7 @@ def _die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-_TRAINER: Any = vae.Trainer  # patched, whatever the types say
+_TRAINER: Any = trainer.Trainer  # patched, whatever the types say
 _ELBO: Any = ELBO
 
 
@@ -32,9 +32,9 @@ def _is_rank(rank: int) -> bool:
 
 def stall(step: int, rank: int = 0) -> None:
     """Before this step, wait until SIGTERM or SIGINT has been noted."""
-    real = vae.Trainer._step
+    real = trainer.Trainer._step
 
-    def slow(self: vae.Trainer, batches: Iterator, noted: Interrupts, measure: bool) -> Any:
+    def slow(self: trainer.Trainer, batches: Iterator, noted: Interrupts, measure: bool) -> Any:
         while _is_rank(rank) and self.progress.step + 1 == step and not noted.signal:
             time.sleep(0.01)
         return real(self, batches, noted, measure)
@@ -44,9 +44,9 @@ def stall(step: int, rank: int = 0) -> None:
 
 def hang(step: int) -> None:
     """Before this step, wait whatever is noted; and take a second signal for one after 0.1 s already."""
-    real = vae.Trainer._step
+    real = trainer.Trainer._step
 
-    def stuck(self: vae.Trainer, *args: Any) -> Any:
+    def stuck(self: trainer.Trainer, *args: Any) -> Any:
         while self.progress.step + 1 == step:
             time.sleep(0.01)
         return real(self, *args)

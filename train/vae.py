@@ -51,7 +51,8 @@ def main() -> None:
 def train(run: Run) -> int:
     """Run to the end, a signal or the time limit; returns the exit code (0, or 128 + the signal's number)."""
     accelerator = Accelerator(log_with=list(run.log_with) or None, project_dir=str(run.out))
-    config = run.config
+    config, interrupts = run.config, Interrupts(run.max_minutes)  # the time runs from here
+    accelerator.wait_for_everyone()  # a process that finds a mistake before the others have connected would strand them
     check_run(run, accelerator)
     sources, held_out = split(run)
     described = describe(run, sources)
@@ -98,7 +99,7 @@ def train(run: Run) -> int:
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
     trainer = Trainer(config, run.out, accelerator, wrapped, codec, ema, optimizer_, progress, validation, log)
     _announce(run, accelerator, codec, sources, progress)
-    with Interrupts(run.max_minutes) as interrupts:
+    with interrupts:
         code = trainer.loop(images.batches(plan, progress.step, config.steps), interrupts, quiet)
     accelerator.end_training()
     return code

@@ -73,7 +73,7 @@ class Image(NamedTuple):
 
 
 def read_image(
-    source: Path | BinaryIO | bytes,
+    source: Path | str | BinaryIO | bytes,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     background: str = "#ffffff",
@@ -91,7 +91,7 @@ def read_image(
     cannot be read as one such image.
     """
     backdrop = parse_colour(background)
-    name = name or (str(source) if isinstance(source, Path) else "image")
+    name = name or (str(source) if isinstance(source, Path | str) else "image")
     with _opened(source, name) as stream:
         pil = _identify(stream, name)
         _check_header(pil, name, max_pixels)
@@ -113,11 +113,11 @@ def read_image(
 
 
 @contextmanager
-def _opened(source: Path | BinaryIO | bytes, name: str) -> Iterator[BinaryIO]:
+def _opened(source: Path | str | BinaryIO | bytes, name: str) -> Iterator[BinaryIO]:
     """The source as a seekable stream; a stream of the caller's stays open."""
     try:
-        if isinstance(source, Path):
-            with source.open("rb") as stream:
+        if isinstance(source, Path | str):
+            with Path(source).open("rb") as stream:
                 yield stream
         elif isinstance(source, bytes):
             yield io.BytesIO(source)
@@ -255,7 +255,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def write_image(
-    path: Path, pixels: torch.Tensor, geometry: Geometry, image_format: Literal["png", "webp", "jpg"]
+    path: Path | str, pixels: torch.Tensor, geometry: Geometry, image_format: Literal["png", "webp", "jpg"]
 ) -> None:
     """Writes (3, h, w) uint8 atomically: PNG, lossless WebP, or JPEG of quality 95 without chroma subsampling.
 
@@ -263,7 +263,7 @@ def write_image(
     """
     pil = to_pil(pixels, geometry)
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(Path(path)) as temporary:
             pil.save(temporary, **_SAVE_OPTIONS[image_format])
     except (OSError, ValueError) as error:
         raise UserError(

@@ -629,3 +629,13 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path):
         write_image(path, x, geometry_of(x), "webp")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_may_be_a_string(tmp_path: Path):
+    path = str(tmp_path / "grey.png")
+    PilImage.new("L", (3, 2), 7).save(path)
+    pixels, geometry = read_image(path)
+    write_image(str(tmp_path / "back.png"), pixels, geometry, "png")
+    assert torch.equal(read_image(str(tmp_path / "back.png")).pixels, pixels)
+    with pytest.raises(UserError, match=r"nowhere\.png"):
+        read_image("nowhere.png")

@@ -1,0 +1,24 @@
+"""What the README says can be done."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from latent_codec.codec import Codec
+from latent_codec.compression import Compute, encode_folder
+
+
+def test_the_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_file: Path, codec: Codec
+) -> None:
+    """With a tiny model in place of the shipped one."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    snippet = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (19, 13), (9, 99, 199)).save("photo.jpg")
+    quick = Compute(device="cpu", dtype="float32", batch_size=1, workers=1)
+    encode_folder(codec, "photo.jpg", Path("latents"), quick, quiet=True)
+    exec(snippet.replace('"photo"', f'"{model_file}"'), {})
+    with Image.open("back.png") as back:
+        assert back.size == (19, 13)

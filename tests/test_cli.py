@@ -250,7 +250,7 @@ def test_the_tools_are_the_commands(photos: Path, latents: Path, model_file: Pat
     assert Latents(tmp_path / "z").entries == Latents(latents).entries
 
 
-@pytest.mark.parametrize("command", ["encode", "decode", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["encode", "decode", "evaluate", "export", "info"])
 def test_each_tool_gives_its_own_commands_help(command: str) -> None:
     done = python("-m", f"tools.{command}", "--help")
     assert done.returncode == 0

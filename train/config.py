@@ -17,6 +17,9 @@ class ELBOConfig:
     """Steps of the rise; of one whole cycle where it is cyclical."""
     free_bits: float
     """Nats per latent element below which a channel's KL costs nothing (Kingma et al. 2016, eq. 15), per image."""
+    mode_weight: float
+    """Weight of a second NLL, of the decoded mode, whose gradient stops at the latents; 0 leaves it out. It teaches the
+    decoder latents without noise, of which the ELBO shows it none."""
     lpips_weight: float
     """Nats per pixel for one unit of LPIPS; 0 leaves LPIPS out."""
     lpips_net: Literal["alex", "squeeze", "vgg"]

@@ -30,6 +30,8 @@ class ELBO(nn.Module):
 
     Free bits: a channel's KL below `free_bits` nats per latent element costs nothing. Kingma et al. (2016) take the
     minimum over a batch's average; here it is per image, so that the loss of a batch is the average of its images'.
+
+    The mode's NLL (`mode_weight`) changes nothing for the encoder: the rate-distortion trade-off stays the ELBO's.
     """
 
     def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:
@@ -50,6 +52,9 @@ class ELBO(nn.Module):
         nll = -codec.likelihood.log_prob(params, x).mean()
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
         loss = nll + beta * self._charged(kl_map)
+        if self.config.mode_weight > 0:
+            params_of_mode = codec.likelihood_params(posterior.mode().detach())
+            loss = loss - self.config.mode_weight * codec.likelihood.log_prob(params_of_mode, x).mean()
         lpips = torch.zeros_like(nll)
         if self.lpips is not None:
             mean = codec.likelihood.mean(params)

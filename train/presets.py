@@ -32,7 +32,7 @@ def photo() -> TrainConfig:
             likelihood=GaussianConfig(scale="fixed", sigma=0.0625),
         ),
         objective=ELBOConfig(
-            beta=1.0, warmup="none", warmup_steps=0, free_bits=0.0, lpips_weight=0.0, lpips_net="alex"
+            beta=1.0, warmup="none", warmup_steps=0, free_bits=0.0, mode_weight=1.0, lpips_weight=0.0, lpips_net="alex"
         ),
         closed_form=True,
         steps=10_000,

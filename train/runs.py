@@ -37,6 +37,8 @@ class Run:
     """`memory`: decode once, keep uint8 on the device, crop there; `stream`: decode in workers as needed."""
     workers: int = 4
     """Worker processes of `stream`."""
+    start_from: str | None = None
+    """A model (a file or a shipped one's name) whose weights a new run starts from, in place of the closed form."""
     max_minutes: float | None = None
     """End cleanly with a checkpoint after this many minutes; the same command goes on."""
     log_with: tuple[str, ...] = ()
@@ -93,6 +95,7 @@ def describe(run: Run, sources: list[Source]) -> dict[str, object]:
         "data_sha256": fingerprint(sources),
         "data_images": len(sources),
         "data": sorted(p.name for p in run.data),
+        "start_from": None if run.start_from is None else Codec.load(run.start_from).model_id,
     }
 
 

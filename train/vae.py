@@ -18,6 +18,7 @@ from latent_codec.codec import Codec
 from latent_codec.config import to_json
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source
+from latent_codec.modelfile import check_state
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
 from train.checkpoints import Progress
@@ -81,7 +82,10 @@ def train(run: Run) -> int:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    if progress.step == 0 and config.closed_form:
+    if progress.step == 0 and run.start_from is not None:
+        start_from_model(codec, run.start_from)
+        ema.load_state_dict(codec.state_dict())
+    elif progress.step == 0 and config.closed_form:
         whole = plan._replace(rank=0, world=1, micro_batches=1)  # every process computes the same start
         batches = math.ceil(_CLOSED_FORM_IMAGES / config.batch_size)
         start_from_closed_form(codec, patch_moments(images, whole, codec, batches, quiet=quiet))
@@ -103,6 +107,15 @@ def train(run: Run) -> int:
         code = trainer.loop(images.batches(plan, progress.step, config.steps), interrupts, quiet)
     accelerator.end_training()
     return code
+
+
+def start_from_model(codec: Codec, source: str) -> None:
+    """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts."""
+    model = Codec.load(source)
+    if (model.config.backbone, model.config.latent_channels) != (codec.config.backbone, codec.config.latent_channels):
+        raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
+    check_state(codec.state_dict(), model.state_dict(), f"--start-from {source}")
+    codec.load_state_dict(model.state_dict())
 
 
 def _check_same_step(accelerator: Accelerator, progress: Progress) -> None:

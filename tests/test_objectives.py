@@ -42,7 +42,8 @@ def make_codec(likelihood: Any = None) -> Codec:
 
 
 def make(lpips: LPIPS | None = None, codec: Codec | None = None, **fields: Any) -> ELBO:
-    config: ELBOConfig = dataclasses.replace(photo().objective, **fields)
+    """The plain ELBO unless `fields` say otherwise."""
+    config: ELBOConfig = dataclasses.replace(photo().objective, **{"mode_weight": 0.0, **fields})
     return ELBO(config, codec or make_codec(), lpips)
 
 
@@ -89,6 +90,17 @@ def test_the_loss_is_nll_plus_beta_kl_in_nats_per_image(batch: tuple[torch.Tenso
         assert losses.loss.item() == pytest.approx((nll + beta * kl).mean().item(), rel=1e-5)
         assert losses.nll.item() == pytest.approx(nll.mean().item(), rel=1e-5)
         assert losses.kl.item() == pytest.approx(kl.mean().item(), rel=1e-5)
+
+
+def test_the_modes_nll_is_added_and_teaches_the_decoder_alone(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    plain, more = make(), make(mode_weight=2.5)
+    codec, x = more.codec, batch[0].double() / 127.5 - 1
+    nll = -Normal(codec.decode(codec.encode(batch[0]).mode()).double(), SIGMA).log_prob(x).sum((1, 2, 3)).mean()
+    losses = call(plain, batch).loss, call(more, batch).loss
+    assert (losses[1] - losses[0]).item() == pytest.approx(2.5 * nll.item(), rel=1e-4)
+    before, after = (gradients(o, loss) for o, loss in zip((plain, more), losses, strict=True))
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]) == name.startswith("backbone.encoder")
 
 
 def test_beta_weighs_the_gradient_of_the_kl(batch: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -623,3 +623,19 @@ def test_a_tracker_gets_the_logged_values(argv: list[str], tmp_path: Path) -> No
     events.Reload()
     assert [event.step for event in events.Scalars("train/nll")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("eval/nelbo")] == [4, 8]
+
+
+def test_a_run_may_start_from_a_model(argv: list[str], straight: Straight, tmp_path: Path) -> None:
+    """With a learning rate of next to nothing, a run's first weights are seen in its last."""
+    model = checkpoint(straight.out, STEPS) / "ema.safetensors"
+    run([*argv, *flags("--steps 1 --learning-rate 1e-12"), "--start-from", str(model)], tmp_path / "run")
+    started, wanted = Codec.load(checkpoint(tmp_path / "run", 1) / "codec.safetensors"), Codec.load(model)
+    for name, tensor in started.state_dict().items():
+        torch.testing.assert_close(tensor, wanted.state_dict()[name], rtol=0, atol=1e-9)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["start_from"] == wanted.model_id
+
+
+def test_a_start_from_a_model_of_another_shape_is_refused(argv: list[str], straight: Straight, tmp_path: Path) -> None:
+    model = checkpoint(straight.out, STEPS) / "ema.safetensors"
+    other = [*argv, *flags("--latent-channels 5"), "--start-from", str(model)]
+    assert "its backbone or channels are others" in refused(other, tmp_path / "run")

@@ -112,11 +112,12 @@ def test_a_folder_called_like_a_shipped_model_does_not_hide_it(
     assert resolve("tiny") == shipped / "tiny.safetensors"
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="checkpoints/photo.safetensors is not built yet")
-def test_the_photo_model_is_shipped_with_its_statistics() -> None:
+def test_the_photo_model_is_shipped_with_its_statistics_and_its_own_results() -> None:
     photo = Codec.load("photo")
     assert photo.statistics is not None
     assert photo.model_id == Codec.load(SHIPPED).model_id
+    assert photo.model_id == json.loads(SHIPPED.with_suffix(".json").read_text())["results"]["photo"]["model_id"]
+    assert photo.model_id in SHIPPED.with_suffix(".md").read_text(encoding="utf-8")
 
 
 CONFIGS = {

@@ -98,6 +98,7 @@ def test_the_modes_nll_is_added_and_teaches_the_decoder_alone(batch: tuple[torch
     nll = -Normal(codec.decode(codec.encode(batch[0]).mode()).double(), SIGMA).log_prob(x).sum((1, 2, 3)).mean()
     losses = call(plain, batch).loss, call(more, batch).loss
     assert (losses[1] - losses[0]).item() == pytest.approx(2.5 * nll.item(), rel=1e-4)
+    assert call(more, batch).nll_mode.item() == pytest.approx(nll.item(), rel=1e-5)
     before, after = (gradients(o, loss) for o, loss in zip((plain, more), losses, strict=True))
     for name, gradient in before.items():
         assert torch.equal(gradient, after[name]) == name.startswith("backbone.encoder")

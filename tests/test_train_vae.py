@@ -43,7 +43,7 @@ from train.interrupts import Interrupts
 STEPS = 8
 EVERY_STEP = flags("--save-every 1 --keep-checkpoints 99")
 FIELDS = flags(
-    "loss nll kl beta kl_bpp psnr active_channels clamped grad_norm learning_rate skipped images_per_s minutes"
+    "loss nll kl beta kl_bpp psnr active_channels clamped grad_norm learning_rate skipped images_per_s minutes nll_mode"
 )
 
 
@@ -108,7 +108,7 @@ def test_the_log_holds_every_step_and_evaluation_with_the_promised_fields(straig
     assert all(list(line) == ["kind", "step", *FIELDS] for line in lines)
     assert all(math.isfinite(value) for line in lines for key, value in line.items() if key != "kind")
     last = lines[-1]
-    assert last["loss"] == pytest.approx(last["nll"] + last["beta"] * last["kl"], rel=1e-4)
+    assert last["loss"] == pytest.approx(last["nll"] + last["beta"] * last["kl"] + last["nll_mode"], rel=1e-4)
     assert last["kl_bpp"] == pytest.approx(last["kl"] / math.log(2) / 32**2, rel=1e-4)
     assert last["skipped"] == 0 and last["clamped"] == 0 and 0 <= last["active_channels"] <= 4
     assert 5 < last["psnr"] < 60 and last["grad_norm"] > 0 and last["images_per_s"] > 0

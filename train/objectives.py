@@ -18,6 +18,7 @@ class Losses(NamedTuple):
     loss: torch.Tensor
     nll: torch.Tensor
     kl: torch.Tensor
+    nll_mode: torch.Tensor  # of the decoded mode; 0 where the term is off
     lpips: torch.Tensor  # LPIPS units; 0 where the term is off
     mse: torch.Tensor  # of the expected pixels, in units of [0, 1]; NaN unless measured
     clamped: torch.Tensor  # share of clamped logvars
@@ -52,9 +53,11 @@ class ELBO(nn.Module):
         nll = -codec.likelihood.log_prob(params, x).mean()
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
         loss = nll + beta * self._charged(kl_map)
+        nll_mode = torch.zeros_like(nll)
         if self.config.mode_weight > 0:
             params_of_mode = codec.likelihood_params(posterior.mode().detach())
-            loss = loss - self.config.mode_weight * codec.likelihood.log_prob(params_of_mode, x).mean()
+            nll_mode = -codec.likelihood.log_prob(params_of_mode, x).mean()
+            loss = loss + self.config.mode_weight * nll_mode
         lpips = torch.zeros_like(nll)
         if self.lpips is not None:
             mean = codec.likelihood.mean(params)
@@ -69,6 +72,7 @@ class ELBO(nn.Module):
                 loss=loss,
                 nll=nll.detach(),
                 kl=kl_map.detach().flatten(1).sum(1).mean(),
+                nll_mode=nll_mode.detach(),
                 lpips=lpips.detach(),
                 mse=mse,
                 clamped=posterior.clamped,

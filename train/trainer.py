@@ -147,6 +147,8 @@ class Trainer:
             "images_per_s": speed,
             "minutes": self.progress.minutes,
         }
+        if config.objective.mode_weight > 0:
+            values["nll_mode"] = losses.nll_mode.item()
         if config.objective.lpips_weight > 0:
             values["lpips"] = losses.lpips.item()
         self.log.write("train", step, values)

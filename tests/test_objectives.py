@@ -43,7 +43,7 @@ def make_codec(likelihood: Any = None) -> Codec:
 
 def make(lpips: LPIPS | None = None, codec: Codec | None = None, **fields: Any) -> ELBO:
     """The plain ELBO unless `fields` say otherwise."""
-    config: ELBOConfig = dataclasses.replace(photo().objective, **{"mode_weight": 0.0, **fields})
+    config: ELBOConfig = dataclasses.replace(photo().objective, **{"mode_weight": 0.0, "mode_steps": None, **fields})
     return ELBO(config, codec or make_codec(), lpips)
 
 

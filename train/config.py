@@ -20,6 +20,9 @@ class ELBOConfig:
     mode_weight: float
     """Weight of a second NLL, of the decoded mode, whose gradient stops at the latents; 0 leaves it out. It teaches the
     decoder latents without noise, of which the ELBO shows it none."""
+    mode_steps: tuple[float, float] | None
+    """The mode of that second NLL is quantised as a bitstream does it, at a step drawn anew for each image, evenly in its
+    logarithm, between these two; steps above 1 count by 1 / step^2, as their error grows. None leaves it unquantised."""
     lpips_weight: float
     """Nats per pixel for one unit of LPIPS; 0 leaves LPIPS out."""
     lpips_net: Literal["alex", "squeeze", "vgg"]
@@ -81,6 +84,8 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.steps < 0:
         raise UserError(f"steps is {config.steps}; it must be at least 0")
+    if (steps := config.objective.mode_steps) is not None and not 0 < steps[0] <= steps[1]:
+        raise UserError(f"mode_steps is {steps}; it must be two positive steps, the smaller one first")
     try:
         from_json(TrainConfig, to_json(config))
     except ValueError as error:  # a float that is not finite would be written, but not read again

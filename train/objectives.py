@@ -6,10 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
-from latent_codec.noise import normal
+from latent_codec.noise import fold, normal, uniform
 from latent_codec.perceptual import LPIPS
+from latent_codec.quantizer import STEP_OF_STD, round_down_zone
 from train.config import ELBOConfig
+
+_STEP = 1  # what a key is folded with to draw the quantiser's step; the posterior's noise uses the key as it is
 
 
 class Losses(NamedTuple):
@@ -18,7 +22,7 @@ class Losses(NamedTuple):
     loss: torch.Tensor
     nll: torch.Tensor
     kl: torch.Tensor
-    nll_mode: torch.Tensor  # of the decoded mode; 0 where the term is off
+    nll_mode: torch.Tensor  # of the decoded mode, weighted by its step; 0 where the term is off
     lpips: torch.Tensor  # LPIPS units; 0 where the term is off
     mse: torch.Tensor  # of the expected pixels, in units of [0, 1]; NaN unless measured
     clamped: torch.Tensor  # share of clamped logvars
@@ -32,7 +36,8 @@ class ELBO(nn.Module):
     Free bits: a channel's KL below `free_bits` nats per latent element costs nothing. Kingma et al. (2016) take the
     minimum over a batch's average; here it is per image, so that the loss of a batch is the average of its images'.
 
-    The mode's NLL (`mode_weight`) changes nothing for the encoder: the rate-distortion trade-off stays the ELBO's.
+    The mode's NLL (`mode_weight`, `mode_steps`) changes nothing for the encoder: the rate-distortion trade-off stays the
+    ELBO's.
     """
 
     def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:
@@ -55,8 +60,8 @@ class ELBO(nn.Module):
         loss = nll + beta * self._charged(kl_map)
         nll_mode = torch.zeros_like(nll)
         if self.config.mode_weight > 0:
-            params_of_mode = codec.likelihood_params(posterior.mode().detach())
-            nll_mode = -codec.likelihood.log_prob(params_of_mode, x).mean()
+            mode, weight = self._decoded_mode(posterior, keys)
+            nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode), x)).mean()
             loss = loss + self.config.mode_weight * nll_mode
         lpips = torch.zeros_like(nll)
         if self.lpips is not None:
@@ -79,6 +84,22 @@ class ELBO(nn.Module):
                 latent_mean=mean.mean((0, 2, 3)),
                 latent_square=mean.square().mean((0, 2, 3)),
             )
+
+    @torch.no_grad()
+    def _decoded_mode(self, posterior: DiagonalGaussian, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents (b, z, h/f, w/f) of the second NLL and its weights (b,).
+
+        The posterior's standard deviation is each image's own, not the set's that a bitstream goes by: an image's loss
+        must not depend on the batch it is in.
+        """
+        mode = posterior.mode().detach()
+        if self.config.mode_steps is None:
+            return mode, torch.ones(len(mode), device=mode.device)
+        low, high = (math.log(step) for step in self.config.mode_steps)
+        step = torch.exp(low + (high - low) * uniform(fold(keys, _STEP))).float()  # (b,)
+        std = posterior.std.square().mean((2, 3), keepdim=True).sqrt()  # (b, z, 1, 1)
+        size = STEP_OF_STD * std * step[:, None, None, None]
+        return size * round_down_zone(mode / size), step.clamp(min=1).square().reciprocal()
 
     def _charged(self, kl_map: torch.Tensor) -> torch.Tensor:
         """The KL that the loss charges, averaged over the batch."""

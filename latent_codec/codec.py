@@ -13,6 +13,7 @@ from latent_codec.errors import UserError
 from latent_codec.likelihoods import LIKELIHOODS, Likelihood
 from latent_codec.modelfile import LatentStatistics, ModelFile
 from latent_codec.networks import BACKBONES
+from latent_codec.prior import Priors
 
 _SHIPPED = (Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints")
 
@@ -20,7 +21,7 @@ _SHIPPED = (Path(__file__).parent / "checkpoints", Path(__file__).parent.parent 
 class Codec(nn.Module):
     """A VAE over images (b, c, h, w) whose sides are multiples of `factor`.
 
-    `statistics` and `provenance` come from the model file; a codec made from a config has none.
+    `statistics`, `priors` and `provenance` come from the model file; a codec made from a config has none.
     """
 
     likelihood: Likelihood
@@ -30,6 +31,7 @@ class Codec(nn.Module):
         self.config = config
         self.statistics: LatentStatistics | None = None
         self.provenance: dict[str, Any] = {}
+        self.priors: Priors | None = None
         self.bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck)
         self.likelihood = LIKELIHOODS[config.likelihood.kind](config.likelihood)
         self.backbone = BACKBONES[config.backbone.kind](
@@ -91,12 +93,12 @@ class Codec(nn.Module):
             raise UserError(f"{path}: no model can be made of its config: {error}") from error
         modelfile.check_state(codec.state_dict(), model.tensors, str(path))
         codec.load_state_dict(model.tensors)
-        codec.statistics, codec.provenance = model.statistics, model.provenance
+        codec.statistics, codec.priors, codec.provenance = model.statistics, model.priors, model.provenance
         return codec.eval().to(device)
 
     def save(self, path: Path, *, half: bool = False) -> None:
         """Write a model file that `load` reads; `half` stores float16."""
-        model = ModelFile(self.config, self.state_dict(), self.statistics, self.provenance)
+        model = ModelFile(self.config, self.state_dict(), self.statistics, self.provenance, self.priors)
         modelfile.write(path, model, half=half)
 
 

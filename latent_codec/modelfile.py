@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from latent_codec.config import CodecConfig, dumps, from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import atomic_path
+from latent_codec.prior import PREFIX, Header, Priors, from_tensors, to_header, to_tensors
 
 KEY = "latent_codec"
 FORMAT_VERSION = 1
@@ -44,6 +45,7 @@ class ModelFile(NamedTuple):
     tensors: dict[str, torch.Tensor]  # float32
     statistics: LatentStatistics | None
     provenance: dict[str, Any]
+    priors: Priors | None
 
 
 def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
@@ -74,6 +76,9 @@ def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
         "statistics": to_json(model.statistics),
         "provenance": model.provenance,
     }
+    if model.priors is not None:
+        header["priors"] = to_json(to_header(model.priors))
+        tensors |= to_tensors(model.priors)
     save_tensors(path, tensors, {KEY: dumps(header)})
 
 
@@ -91,10 +96,13 @@ def read(path: Path) -> ModelFile:
 
     Raises `UserError` if it is missing, not safetensors, not ours, of a newer format, or holds non-finite values.
     """
-    header, tensors = read_header(path), {}
+    header, tensors, of_priors = read_header(path), {}, {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-            tensors[name] = file.get_tensor(name).float()
+            if name.startswith(PREFIX):
+                of_priors[name] = file.get_tensor(name)
+            else:
+                tensors[name] = file.get_tensor(name).float()
     _check_finite(tensors, path)
     try:
         config = from_json(CodecConfig, header["config"])
@@ -102,11 +110,16 @@ def read(path: Path) -> ModelFile:
         provenance = from_json(dict, header["provenance"], where="provenance")
         if statistics is not None and len(statistics.mean) != config.latent_channels:
             raise ValueError(f"statistics of {len(statistics.mean)} channels, latents of {config.latent_channels}")
+        priors = None
+        if (about := from_json(Header | None, header.get("priors"), where="priors")) is not None:
+            priors = from_tensors(about, of_priors, config.latent_channels)
+        elif of_priors:
+            raise ValueError(f"tensors {sorted(of_priors)[:5]} of priors that the header does not know")
     except KeyError as error:
         raise UserError(f"{path}: damaged model header: {error} is missing") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged or unknown model header: {error}") from error
-    return ModelFile(config, tensors, statistics, provenance)
+    return ModelFile(config, tensors, statistics, provenance, priors)
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def fold(*keys: int | torch.Tensor) -> torch.Tensor:
     return state
 
 
-def _stream(keys: torch.Tensor, n: int) -> torch.Tensor:
+def hashes(keys: torch.Tensor, n: int) -> torch.Tensor:
     """n hashes for each key, (*keys.shape, n): SplitMix64's sequence from the state mix(key).
 
     The key is mixed first, for raw neighbouring keys would give overlapping or mirrored sequences.
@@ -66,7 +66,7 @@ def below(limit: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def permutation(n: int, key: torch.Tensor) -> torch.Tensor:
     """A random order of range(n), (n,) int64, from a key of shape ()."""
-    return torch.argsort(_stream(key, n), stable=True)
+    return torch.argsort(hashes(key, n), stable=True)
 
 
 def normal(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -76,7 +76,7 @@ def normal(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     values agree to float32 rounding, not to the bit.
     """
     count = math.prod(shape)
-    bits = _stream(keys, (count + 1) // 2)  # (b, pairs); radius and angle take disjoint bits of one hash
+    bits = hashes(keys, (count + 1) // 2)  # (b, pairs); radius and angle take disjoint bits of one hash
     radius = (_shift(bits, 40) + 1).float() * 2.0**-24  # 24 bits in (0, 1], exact in float32
     angle = (bits & 0xFFFFFF).float() * (2.0**-24 * 2 * math.pi)
     radius = torch.sqrt(-2.0 * torch.log(radius))

@@ -1,21 +1,100 @@
-"""Real-valued latents <-> integers: the lossy step of the codec.
+"""Real-valued latents <-> integers: the lossy step of the bitstream.
 
-The step of a channel is the user's step times sqrt(12) times the channel's posterior standard deviation, so that at step 1
-the error of an undithered or dithered quantiser, uniform over one step, has the posterior's own variance.
+A channel's step is `--step` times sqrt(12) times its posterior standard deviation over a calibration set, so that at step
+1 an error that is uniform over one step has the posterior's own variance. Rounding the mean is the default. Subtractive
+dither (universal quantisation: Ziv 1985; Agustsson & Theis 2020) makes the error independent of the image and exactly
+uniform: what the decoder reads is then a draw around the mean, a stochastic latent in a file.
+
+Whatever a decoder computes here is exact or a single IEEE rounding, so every machine gets the same numbers.
 """
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from latent_codec.errors import UserError
+from latent_codec.noise import fold, hashes
+
 DEAD_ZONE = 0.08
-"""By how much of a step magnitudes are rounded down rather than to nearest: the bits it saves are worth more than the
-error it adds (docs/bitstream.md). Encoders are free to choose: no decoder needs to know."""
+"""Share of a step by which magnitudes are rounded down rather than to nearest: the bits it saves are worth more than the
+error it adds. An encoder's choice alone: no decoder needs to know."""
 
 STEP_OF_STD = math.sqrt(12)
 """A uniform distribution of this width has standard deviation 1."""
+
+STEP_ONE = 1024
+"""Steps are whole multiples of 1 / 1024."""
+
+MIN_STEP, MAX_STEP = 1 / 64, 65535 / STEP_ONE
+
+LIMIT = 2**14 - 1
+"""Largest magnitude of a quantised latent."""
 
 
 def round_down_zone(x: torch.Tensor) -> torch.Tensor:
     """Integers, in x's dtype: magnitudes are rounded to nearest after `DEAD_ZONE` is taken off them."""
     return x.sign() * (x.abs() + (0.5 - DEAD_ZONE)).floor()
+
+
+def step_code(step: float) -> int:
+    """The stored form of a step, a whole number of 1 / 1024; raises `UserError` outside `MIN_STEP` to `MAX_STEP`."""
+    if not MIN_STEP <= step <= MAX_STEP:
+        raise UserError(f"step {step:g} is outside {MIN_STEP:g} to {MAX_STEP:.3f}; smaller keeps more, 1 is usual")
+    return round(step * STEP_ONE)
+
+
+def octave_eighths(code: int) -> int:
+    """round(8 log2(step)) in exact integer arithmetic: the largest e with step^16 >= 2^(2e - 1)."""
+    return ((code**16).bit_length() - 160) // 2
+
+
+def dither(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """Uniform on the odd numbers within +-2^16, int64 of (z, h, w), from a 64-bit seed: offsets in 1 / 2^17 of a step."""
+    bits = hashes(fold(seed)[None], math.prod(shape))[0].numpy()  # (z * h * w,) int64
+    return (2 * ((bits >> 48) & 0xFFFF) + 1 - 2**16).reshape(shape)
+
+
+class Quantized(NamedTuple):
+    """One image's latents as integers."""
+
+    values: np.ndarray  # (z, h, w) int32, magnitudes up to LIMIT
+    step: int  # as `step_code` gives it
+    seed: int | None  # of the dither; None where the mean was rounded
+
+    def fine(self) -> np.ndarray:
+        """Values with their dither in 1 / 2^17 of a step, (z, h, w) int64."""
+        return fine(self.values, self.seed)
+
+
+def fine(values: np.ndarray, seed: int | None) -> np.ndarray:
+    offset = 0 if seed is None else dither(seed, values.shape)
+    return values.astype(np.int64) * 2**17 + offset
+
+
+def quantize(mean: torch.Tensor, base: np.ndarray, step: int, seed: int | None) -> Quantized:
+    """Integers for the posterior's mean (z, h, w) at a stored step; `base` (z,) float32 are the channels' steps at 1.
+
+    Raises `UserError` if a value is not finite or exceeds `LIMIT` steps.
+    """
+    size = torch.from_numpy(base.astype(np.float64) * (step / STEP_ONE))[:, None, None]
+    scaled = mean.detach().cpu().double() / size  # (z, h, w) in steps
+    if seed is None:
+        values = round_down_zone(scaled)
+    else:
+        values = (scaled - torch.from_numpy(dither(seed, tuple(mean.shape))) / 2**17).round()
+    worst = values.abs().amax().item() if values.numel() else 0.0
+    if not worst <= LIMIT:  # also true of NaN
+        raise UserError(
+            f"a latent is {worst:g} steps large at step {step / STEP_ONE:g}, more than a bitstream's {LIMIT}; "
+            "give a larger --step"
+        )
+    return Quantized(values.numpy().astype(np.int32), step, seed)
+
+
+def dequantize(quantized: Quantized, base: np.ndarray) -> torch.Tensor:
+    """Latents (z, h, w) float32: the mean's rounded value, or with dither a draw around the mean."""
+    size = base.astype(np.float64) * quantized.step  # exact: 24 bits by 16
+    product = quantized.fine() * size[:, None, None]  # the one rounding in float64
+    return torch.from_numpy((product * 2.0**-27).astype(np.float32))

@@ -23,7 +23,7 @@ HALF_MAX = 65504
 
 
 def contents(codec: Codec) -> ModelFile:
-    return ModelFile(codec.config, codec.state_dict(), codec.statistics, codec.provenance)
+    return ModelFile(codec.config, codec.state_dict(), codec.statistics, codec.provenance, codec.priors)
 
 
 def header(path: Path) -> dict[str, Any]:

@@ -1,0 +1,133 @@
+"""One image as a `.lc` file: a fixed header, the entropy-coded latents, checksums. docs/bitstream.md is the format."""
+
+import dataclasses
+import struct
+import zlib
+from typing import NamedTuple
+
+from latent_codec.errors import UserError
+from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry
+from latent_codec.prior import PriorKind
+from latent_codec.prior.coding import Settings
+from latent_codec.prior.tables import LEAST_BITS
+from latent_codec.quantizer import MIN_STEP, STEP_ONE
+
+SUFFIX = ".lc"
+VERSION = 1
+_MAGIC = b"\x89LC\r\n\x1a\n"
+_HEADER = struct.Struct("<7sB8sIIBB3sHQII")
+"""Magic, version, stream id, width, height, orientation, flags, background, step, dither seed, payload bytes, CRC-32 of
+all that stands before it."""
+_CHECKSUM = struct.Struct("<I")
+OVERHEAD = _HEADER.size + _CHECKSUM.size
+
+_GREY, _BACKGROUND, _DITHER, _CONTEXT = 1, 2, 4, 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a stream says of itself."""
+
+    stream_id: bytes
+    """8 bytes that name the model, its quantiser and the prior (`Priors.stream_id`)."""
+    geometry: Geometry
+    prior: PriorKind
+    step: int
+    """Quantiser step in 1 / 1024."""
+    seed: int | None
+    """Of the dither, 64 bits; None where the mean was rounded."""
+
+
+class Stream(NamedTuple):
+    header: Header
+    payload: bytes
+
+
+def pack(stream: Stream) -> bytes:
+    """The file's bytes."""
+    header, geometry = stream.header, stream.header.geometry
+    background = geometry.background
+    flags = _GREY * (geometry.mode == "L") | _BACKGROUND * (background is not None)
+    flags |= _DITHER * (header.seed is not None) | _CONTEXT * (header.prior == "context")
+    fields = _HEADER.pack(
+        _MAGIC,
+        VERSION,
+        header.stream_id,
+        geometry.width,
+        geometry.height,
+        geometry.orientation,
+        flags,
+        bytes.fromhex(background[1:]) if background is not None else bytes(3),
+        header.step,
+        header.seed or 0,
+        len(stream.payload),
+        0,
+    )[: -_CHECKSUM.size]
+    crc, checksum = (_CHECKSUM.pack(zlib.crc32(part)) for part in (fields, stream.payload))
+    return b"".join((fields, crc, stream.payload, checksum))
+
+
+def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
+    """Read a file's bytes; raises `UserError` for whatever is not exactly one sound stream.
+
+    Nothing larger than the file is allocated.
+    """
+    if data[: len(_MAGIC)] != _MAGIC[: len(data)] or not data:
+        raise UserError("not a .lc stream: it does not start like one")
+    if len(data) < _HEADER.size:
+        raise UserError(f"damaged: cut off within its header, after {len(data)} bytes")
+    _, version, stream_id, width, height, orientation, flags, background, step, seed, length, crc = _HEADER.unpack_from(
+        data
+    )
+    if zlib.crc32(data[: _HEADER.size - _CHECKSUM.size]) != crc:
+        raise UserError("damaged: its header does not match its checksum")
+    if version != VERSION:
+        raise UserError(f"format version {version}; this program reads {VERSION}: update latent-codec")
+    if width * height > max_pixels:
+        raise UserError(
+            f"{width}x{height} = {width * height} pixels exceed the limit of {max_pixels}; raise --max-pixels if you "
+            "trust the file"
+        )
+    rest = len(data) - _HEADER.size - _CHECKSUM.size
+    if rest != length:
+        raise UserError(f"damaged: its header promises {length} bytes of coded data, the file has {max(rest, 0)}")
+    payload = data[_HEADER.size : -_CHECKSUM.size]
+    if zlib.crc32(payload) != _CHECKSUM.unpack(data[-_CHECKSUM.size :])[0]:
+        raise UserError("damaged: its coded data do not match their checksum")
+    with_seed, with_background = bool(flags & _DITHER), bool(flags & _BACKGROUND)
+    unused = flags >> 4 or (seed and not with_seed) or (any(background) and not with_background)
+    if unused or step < MIN_STEP * STEP_ONE:
+        raise UserError("damaged: its header has values that no encoder writes")
+    try:
+        geometry = Geometry(
+            width=width,
+            height=height,
+            orientation=orientation,
+            mode="L" if flags & _GREY else "RGB",
+            background="#" + background.hex() if with_background else None,
+        )
+    except ValueError as error:
+        raise UserError(f"damaged: {error}") from error
+    header = Header(
+        stream_id=stream_id,
+        geometry=geometry,
+        prior="context" if flags & _CONTEXT else "factorized",
+        step=step,
+        seed=seed if with_seed else None,
+    )
+    return Stream(header, payload)
+
+
+def settings(stream: Stream, channels: int, factor: int) -> Settings:
+    """What decoding the payload takes, for a model of `channels` at 1/`factor` of each side.
+
+    Raises `UserError` if the payload cannot hold that many latents: each costs at least `LEAST_BITS`.
+    """
+    geometry = stream.header.geometry
+    shape = (channels, -(-geometry.height // factor), -(-geometry.width // factor))
+    latents = shape[0] * shape[1] * shape[2]
+    if latents * LEAST_BITS > 8 * len(stream.payload):
+        raise UserError(
+            f"damaged: {len(stream.payload)} bytes of coded data cannot hold {geometry.width}x{geometry.height} pixels"
+        )
+    return Settings(shape, stream.header.step, stream.header.seed)

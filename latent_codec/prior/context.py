@@ -1,0 +1,229 @@
+"""The context prior: a network of integers that reads what is decoded already and chooses a table for each symbol.
+
+Channels fall into groups, strongest first; each group is decoded in two passes, the positions with even row + column,
+then the others. One small network per pass sees all that is known by then and says where each value lies and how wide
+its distribution is, both on integer grids. Every grid point has a frozen frequency table.
+
+All arithmetic is exact. Weights and activations are integers up to 127, so sums of products stay below 2^24 and float32
+holds every one of them, in whatever order a machine adds. Convolutions are spelled out as matrix products, because a
+library's convolution may go by a transform that is not exact. On devices other than the CPU float64 is used.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from latent_codec.precision import float32_island
+from latent_codec.prior.tables import Tables
+from latent_codec.quantizer import LIMIT, octave_eighths
+
+TOP = 127
+"""Largest magnitude of weights, inputs and activations."""
+
+SIGNALS = 4
+"""Input planes beside the channels: inside the image, positions of the first half, step, dither."""
+
+INPUT_BITS = 36
+"""Inputs are fine value * step * gain / 2^INPUT_BITS; 32 of them are 1 in the units the network was trained in."""
+
+UNIT = 32
+
+_STEEP, _WIDE, _FRACTIONS = 56, 89, 8
+"""Scales 2^(i/8 - 5) for i < _WIDE; below i = _STEEP a location's eighths matter and each has a table of its own."""
+
+TABLES = _STEEP * _FRACTIONS + _WIDE - _STEEP
+
+
+def table_scale(table: int) -> tuple[float, float]:
+    """(location, scale) of the logistic that a table stands for, in quantisation steps."""
+    if table < _STEEP * _FRACTIONS:
+        return (table % _FRACTIONS - 4) / _FRACTIONS, 2.0 ** (table // _FRACTIONS / 8 - 5)
+    return 0.0, 2.0 ** ((table - _STEEP * (_FRACTIONS - 1)) / 8 - 5)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    groups: tuple[int, ...]
+    """Channels of each group, in the order of decoding."""
+    width: int
+    """Features of each layer but the last."""
+
+
+class Layer(NamedTuple):
+    """y = (W x + b + 2^(s-1)) >> s, row by row; W has the shape (out, in) or (out, in * 9)."""
+
+    weight: torch.Tensor  # int8
+    bias: torch.Tensor  # (out,) int32
+    shift: torch.Tensor  # (out,) int32, 1 to 20
+
+
+class Pass(NamedTuple):
+    """One network: 3x3, 3x3 and 1x1 with activations clipped to 0 .. 127, then 1x1."""
+
+    layers: tuple[Layer, Layer, Layer, Layer]
+
+
+class Span(NamedTuple):
+    """What a pass decodes: channels start .. stop of the order, at positions of one parity."""
+
+    start: int
+    stop: int
+    parity: int
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the pass' network reads."""
+        return self.stop if self.parity else self.start
+
+
+def spans(config: ContextConfig) -> list[Span]:
+    """The passes in order."""
+    stops = np.cumsum(config.groups).tolist()
+    return [Span(b - g, b, parity) for b, g in zip(stops, config.groups, strict=True) for parity in (0, 1)]
+
+
+class ContextPrior:
+    """The frozen prior.
+
+    order: (z,) channels, strongest first; gain: (z,) the network's units per channel, 1 to 2^15; width_offset: (z,)
+    eighths of an octave between the network's unit of width and a step of the channel. Raises `ValueError` if anything
+    has another shape, or could make a sum inexact.
+    """
+
+    kind = "context"
+
+    def __init__(
+        self,
+        config: ContextConfig,
+        order: np.ndarray,
+        gain: np.ndarray,
+        width_offset: np.ndarray,
+        passes: list[Pass],
+        tables: Tables,
+    ) -> None:
+        self.config, self.passes, self.tables = config, passes, tables
+        self.order, self.gain, self.width_offset = (np.asarray(a, np.int64) for a in (order, gain, width_offset))
+        self.spans = spans(config)
+        self.channels = sum(config.groups)
+        _check(self)
+
+    def select(self, number: int, known: np.ndarray, dithers: np.ndarray, steps: np.ndarray, device: str) -> "Choice":
+        """What pass `number` decodes by, for images of one shape.
+
+        known: (b, z, h, w) int64, the fine values (`Quantized.fine`) decoded so far, others 0; dithers: of the same
+        shape, all of an image 0 where it has no dither; steps: (b,) int64 as stored.
+        """
+        span = self.spans[number]
+        inputs = self._inputs(span, known, dithers.any((1, 2, 3)), steps)  # (b, span.inputs + SIGNALS, h, w)
+        outputs = _run(self.passes[number], torch.from_numpy(inputs), span.parity, device)  # (b, 2g, n) int64
+        located, wide = np.split(outputs, 2, axis=1)  # (b, g, n) each
+        channels = self.order[span.start : span.stop]
+        scale = (steps[:, None] * self.gain[channels])[:, :, None]  # (b, g, 1), below 2^31
+        offsets = dithers[:, channels][:, :, at_parity(*known.shape[2:], span.parity)]
+        # Eighths of a step: located is in eighths of an input's unit, of which scale / 2^19 make one step.
+        eighths = (located * 2**36 - 8 * offsets * scale + scale * 2**16) // (scale * 2**17)
+        eighths = np.clip(eighths, -8 * LIMIT, 8 * LIMIT)
+        centre = (eighths + 4) >> 3
+        octave = np.array([octave_eighths(int(s)) for s in steps])[:, None, None]
+        width = np.clip(wide - octave + self.width_offset[channels][:, None], 0, _WIDE - 1)
+        steep = width * _FRACTIONS + eighths - 8 * centre + 4
+        return Choice(centre, np.where(width < _STEEP, steep, width + _STEEP * (_FRACTIONS - 1)))
+
+    def _inputs(self, span: Span, known: np.ndarray, dithered: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        b, _, h, w = known.shape
+        channels = self.order[: span.inputs]
+        scale = steps[:, None, None, None] * self.gain[channels][:, None, None]  # below 2^31; a product below 2^62
+        x = np.zeros((b, span.inputs + SIGNALS, h, w), np.int64)
+        x[:, : span.inputs] = (known[:, channels] * scale + 2 ** (INPUT_BITS - 1)) >> INPUT_BITS
+        x[:, -4] = UNIT
+        x[:, -3] = UNIT * at_parity(h, w, 0)
+        x[:, -2] = np.array([4 * octave_eighths(int(s)) for s in steps])[:, None, None]
+        x[:, -1] = UNIT * dithered[:, None, None]
+        return np.clip(x, -TOP, TOP)
+
+
+class Choice(NamedTuple):
+    """For each value of a pass, in the order (channel, row, column): (b, g, n) int64 both."""
+
+    centre: np.ndarray  # the value less this is what is coded
+    table: np.ndarray
+
+
+def at_parity(h: int, w: int, parity: int) -> np.ndarray:
+    """Positions with even row + column (parity 0) or odd (1), (h, w) bool."""
+    return (np.arange(h)[:, None] + np.arange(w)) % 2 == parity
+
+
+_STRIP = 2**15  # positions that go through a network at once: what bounds its memory
+
+
+def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
+    """The network's outputs (b, 2g, n) int64 at the n positions of a parity, from inputs (b, c, h, w).
+
+    By strips of rows, which see what they need of their neighbours: the result is the whole image's.
+    """
+    b, _, h, w = x.shape
+    dtype = torch.float32 if device.split(":")[0] == "cpu" else torch.float64
+    layers = [Layer(*(t.to(device, dtype) for t in layer)) for layer in net.layers]
+    rows = max(2, _STRIP // (b * w) // 2 * 2)  # even, so that every strip begins with the same pattern
+    x = pad(x.to(device, dtype), (1, 1, 1, 1))
+    outputs = []
+    with float32_island(x), torch.inference_mode():
+        for top in range(0, h, rows):
+            bottom = min(top + rows, h)
+            first, last = max(top - 1, 0), min(bottom + 1, h)  # rows of the first layer that the second one sees
+            y = _apply(layers[0], _patches(x[:, :, first : last + 2], None)).clamp(0, TOP)
+            y = pad(y.unflatten(2, (-1, w)), (1, 1, int(top == 0), int(bottom == h)))
+            y = _apply(layers[1], _patches(y, parity)).clamp(0, TOP)  # (b, width, n)
+            y = _apply(layers[2], y).clamp(0, TOP)
+            outputs.append(_apply(layers[3], y).cpu().to(torch.int64))
+    return torch.cat(outputs, 2).numpy()
+
+
+def _apply(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """(b, in, n) -> (b, out, n): integers held in floats, every operation exact."""
+    half = torch.exp2(layer.shift - 1)[:, None]
+    return torch.floor((layer.weight @ x + (layer.bias[:, None] + half)) / (2 * half))
+
+
+def _patches(x: torch.Tensor, parity: int | None) -> torch.Tensor:
+    """3x3 neighbourhoods (b, c * 9, n) of padded x (b, c, h + 2, w + 2), at all positions or at those of one parity."""
+    h, w = x.shape[2] - 2, x.shape[3] - 2
+    corner = torch.arange(h)[:, None] * (w + 2) + torch.arange(w)  # (h, w) of each position's upper left neighbour
+    if parity is not None:
+        corner = corner[torch.from_numpy(at_parity(h, w, parity))]
+    shift = torch.arange(3)[:, None] * (w + 2) + torch.arange(3)  # (3, 3)
+    index = (shift.reshape(-1, 1) + corner.reshape(1, -1)).reshape(-1).to(x.device)  # (9 * n,)
+    return x.flatten(2).index_select(2, index).unflatten(2, (9, -1)).flatten(1, 2)
+
+
+def _check(prior: ContextPrior) -> None:
+    z, width = prior.channels, prior.config.width
+    if min(prior.config.groups, default=0) < 1 or width < 1:
+        raise ValueError(f"context prior of groups {prior.config.groups} and width {width}")
+    if sorted(prior.order.tolist()) != list(range(z)):
+        raise ValueError(f"the order of {z} channels is {prior.order.tolist()}")
+    if prior.gain.shape != (z,) or prior.gain.min() < 1 or prior.gain.max() > 2**15 or prior.width_offset.shape != (z,):
+        raise ValueError(f"gains and width offsets of {z} channels do not fit")
+    if len(prior.tables) != TABLES:
+        raise ValueError(f"{len(prior.tables)} tables, not {TABLES}")
+    if len(prior.passes) != len(prior.spans):
+        raise ValueError(f"{len(prior.passes)} networks for {len(prior.spans)} passes")
+    for span, net in zip(prior.spans, prior.passes, strict=True):
+        sizes = [(span.inputs + SIGNALS) * 9, width * 9, width, width], [*[width] * 3, 2 * (span.stop - span.start)]
+        for layer, inputs, outputs in zip(net.layers, *sizes, strict=True):
+            _check_layer(layer, inputs, outputs)
+
+
+def _check_layer(layer: Layer, inputs: int, outputs: int) -> None:
+    weight, bias, shift = (t.to(torch.int64) for t in layer)
+    if weight.shape != (outputs, inputs) or bias.shape != (outputs,) or shift.shape != (outputs,):
+        raise ValueError(f"a context layer has shape {tuple(weight.shape)}, not {(outputs, inputs)}")
+    if shift.min() < 1 or shift.max() > 20:
+        raise ValueError("a context layer shifts by less than 1 or more than 20 bits")
+    largest = TOP * weight.abs().sum(1) + bias.abs() + 2 ** (shift - 1)
+    if largest.max() >= 2**24:
+        raise ValueError("a context layer's sums can exceed 2^24, so they would not be exact")

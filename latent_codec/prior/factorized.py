@@ -1,0 +1,63 @@
+"""The factorised prior: each latent on its own, by its channel's frequency table at the nearest quarter octave of step."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from latent_codec.prior.tables import Tables, join, normalize
+from latent_codec.quantizer import octave_eighths
+
+_FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; beyond them the nearest tables serve
+LEVELS = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
+
+
+def level(step: int) -> int:
+    """Which quarter octave's tables a stored step takes, 0 to `LEVELS` - 1."""
+    eighth = min(max(octave_eighths(step), _FIRST_EIGHTH), _LAST_EIGHTH)
+    return (eighth - _FIRST_EIGHTH) // 2
+
+
+def level_step(level: int) -> float:
+    """The step that a level's tables are made for."""
+    return 2.0 ** ((_FIRST_EIGHTH + 2 * level) / 8)
+
+
+class FactorizedPrior:
+    """Table level * channels + c for channel c; one pass, symbols in order (z, h, w)."""
+
+    kind = "factorized"
+
+    def __init__(self, channels: int, tables: Tables) -> None:
+        if len(tables) != LEVELS * channels:
+            raise ValueError(f"{len(tables)} tables do not fit {LEVELS} levels of {channels} channels")
+        self.channels, self.tables = channels, tables
+
+    def select(self, step: int, shape: tuple[int, int, int]) -> np.ndarray:
+        """The tables of all symbols of one image, (z * h * w,) int64."""
+        return np.repeat(level(step) * self.channels + np.arange(self.channels), shape[1] * shape[2])
+
+
+_KEPT = 1e-5  # share of the values, at either end, that may be left to the escape
+
+
+def fit(channels: int, levels: Iterable[np.ndarray]) -> FactorizedPrior:
+    """Tables from calibration values (channels, n), one array for each level in order."""
+    return FactorizedPrior(channels, join([table for values in levels for table in _level_tables(values)]))
+
+
+def _level_tables(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    for channel in values:
+        ordered = np.sort(channel)
+        outside = int(_KEPT * len(ordered))
+        low, high = int(ordered[outside]), int(ordered[-1 - outside])
+        counts = np.bincount((ordered - low)[(ordered >= low) & (ordered <= high)], minlength=high - low + 1)
+        # Half a count for what was not seen; the escape gets those left out and one more.
+        yield low, normalize(np.r_[_smooth(counts) + 0.5, 2 * outside + 1.0])
+
+
+def _smooth(counts: np.ndarray) -> np.ndarray:
+    """Neighbouring counts shared where they are few: a histogram of 80 bins is noise in its tails."""
+    padded = np.pad(counts.astype(np.float64), 2, mode="edge")
+    near = np.convolve(padded, np.array([1, 2, 3, 2, 1]) / 9, mode="valid")
+    trust = counts / (counts + 32.0)
+    return trust * counts + (1 - trust) * near

@@ -1,0 +1,98 @@
+"""Posteriors -> streams and back, with one model: quantiser, prior, entropy coder and container together."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from latent_codec.bitstream import Header, Stream, pack, settings
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.images import Geometry
+from latent_codec.prior import PriorKind
+from latent_codec.prior.coder import Coder
+from latent_codec.prior.coding import Prior, decode, encode, ideal_bits, passes
+from latent_codec.quantizer import Quantized, dequantize, quantize
+
+
+class Coded(NamedTuple):
+    """One image's stream and what it was to cost."""
+
+    data: bytes
+    """The file."""
+    ideal_bits: float
+    """The prior's code length; the file adds a header and what the coder loses."""
+    quantized: Quantized
+
+
+class StreamCodec:
+    """Compresses latents of `codec` under one of its priors. Streams do not depend on batch, device or threads."""
+
+    def __init__(self, codec: Codec, device: str, prior: PriorKind | None = None) -> None:
+        """`prior`: of which kind, by default the best that the model has. Raises `UserError` if it has none."""
+        if codec.priors is None:
+            raise UserError(
+                "the model has no prior to code with; `latent-codec export MODEL DST --data IMAGES` makes one"
+            )
+        try:
+            self.prior: Prior = codec.priors.choose(prior)
+        except KeyError as error:
+            raise UserError(f"the model has no {prior} prior; fit one with train.prior") from error
+        self.codec, self.device, self.base = codec, device, codec.priors.base
+        self.stream_id = codec.priors.stream_id(codec.model_id, self.prior.kind)
+        self._coder = Coder(self.prior.tables)
+
+    def quantize(self, mean: torch.Tensor, step: int, seed: int | None) -> Quantized:
+        """Integers for one posterior's mean (z, h, w); raises `UserError` as `quantizer.quantize` does."""
+        return quantize(mean, self.base, step, seed)
+
+    def dequantize(self, quantized: Quantized) -> torch.Tensor:
+        """Latents (z, h, w) float32, as a decoder reads them."""
+        return dequantize(quantized, self.base)
+
+    def compress(self, images: Sequence[tuple[Quantized, Geometry]]) -> list[Coded]:
+        """A file for each image; all of one shape."""
+        coded = passes(self.prior, [q for q, _ in images], self.device)
+        return [self._file(q, g, c) for (q, g), c in zip(images, coded, strict=True)]
+
+    def _file(self, quantized: Quantized, geometry: Geometry, coded: list) -> Coded:
+        header = Header(
+            stream_id=self.stream_id,
+            geometry=geometry,
+            prior=self.prior.kind,
+            step=quantized.step,
+            seed=quantized.seed,
+        )
+        data = pack(Stream(header, encode(self._coder, coded)))
+        return Coded(data, ideal_bits(self.prior, coded), quantized)
+
+    def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
+        """Latents (z, h, w) float32 of streams whose latents have one shape, or what is wrong with a stream."""
+        shapes = [settings(s, self.codec.config.latent_channels, self.codec.factor) for s in streams]
+        results = decode(self.prior, self._coder, [s.payload for s in streams], shapes, self.device)
+        return [r if isinstance(r, UserError) else self.dequantize(r) for r in results]
+
+
+class StreamReader:
+    """Decompresses streams of one codec whichever of its priors they were coded under."""
+
+    def __init__(self, codec: Codec, device: str) -> None:
+        self.codec, self._coder = codec, functools.cache(lambda prior: StreamCodec(codec, device, prior))
+
+    def check(self, stream: Stream) -> tuple[PriorKind, tuple[int, int, int]]:
+        """Under which prior, and the latents' shape: what streams that are decompressed together must share.
+
+        Raises `UserError` if the stream is another model's or its payload is too short for its size.
+        """
+        wanted, found = self._coder(stream.header.prior).stream_id, stream.header.stream_id
+        if found != wanted:
+            raise UserError(
+                f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); "
+                "give the right one with --model"
+            )
+        return stream.header.prior, settings(stream, self.codec.config.latent_channels, self.codec.factor).shape
+
+    def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
+        """Latents of streams for which `check` gave the same."""
+        return self._coder(streams[0].header.prior).decompress(streams)

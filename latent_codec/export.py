@@ -17,24 +17,38 @@ from latent_codec.files import make_folder
 from latent_codec.images import DEFAULT_MAX_PIXELS, pad
 from latent_codec.inputs import Source, find_all
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.prior import Priors, factorized
+from latent_codec.quantizer import STEP_OF_STD
 
 log = logging.getLogger(__name__)
 
+PRIOR_RUN_MODEL = "model.safetensors"
+"""What `train.prior` leaves in its folder."""
+
 
 def export(
-    run_or_model: Path, destination: Path, *, data: tuple[Path, ...], images: int, half: bool, quiet: bool = False
+    run_or_model: Path,
+    destination: Path,
+    *,
+    data: tuple[Path, ...],
+    images: int,
+    half: bool,
+    quiet: bool = False,
 ) -> Codec:
     """Write a model file from a run's newest checkpoint (averaged weights), or from a model, and read it back.
 
-    Statistics are measured on the first `images` images of `data`; without data a model keeps those it has. Raises
-    `UserError` if there is neither, or if the run, the model or an image cannot be read.
+    A run may also be one of `train.prior`: its model, with the context prior. Statistics, quantiser and factorised
+    prior are measured on the first `images` images of `data`, which drops a context prior; without data a model keeps
+    what it has. Raises `UserError` if there is neither, or if the run, the model or an image cannot be read.
     """
     if images < 1:
         raise UserError(f"statistics over {images} images are none; measure at least 1")
     if destination.is_dir():
         raise UserError(f"{destination}: is a folder; give the model file's name, such as {destination}.safetensors")
     make_folder(destination.parent)
-    if run_or_model.is_dir():
+    if (run_or_model / PRIOR_RUN_MODEL).is_file():
+        codec = Codec.load(run_or_model / PRIOR_RUN_MODEL)
+    elif run_or_model.is_dir():
         checkpoint = _newest_checkpoint(run_or_model)
         codec = Codec.load(checkpoint / "ema.safetensors")
         codec.provenance = _provenance(run_or_model, checkpoint)
@@ -43,22 +57,27 @@ def export(
     if data:
         sources = find_all(data)[:images]
         where = ", ".join(p.name or str(p) for p in data)
-        codec.statistics = measure_statistics(codec, sources, f"first {len(sources)} images of {where}", quiet=quiet)
+        calibrate(codec, sources, f"first {len(sources)} images of {where}", quiet=quiet)
     elif codec.statistics is None:
         raise UserError(f"{run_or_model}: has no latent statistics yet; name images to measure them on with --data")
     codec.save(destination, half=half)
     return Codec.load(destination)
 
 
-@torch.inference_mode()
-def measure_statistics(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> LatentStatistics:
-    """Per-channel moments of the latents over images and positions, accumulated in float64.
+_KEPT_POSITIONS = 2**12  # of each image, for the frequencies of quantised latents
 
-    Raises `UserError` for an image that cannot be read: the set is what its description says.
+
+@torch.inference_mode()
+def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> None:
+    """Set the codec's latent statistics, and its quantiser and factorised prior, from images.
+
+    Moments are per channel over images and positions, accumulated in float64. Raises `UserError` for an image that
+    cannot be read: the set is what its description says.
     """
     if codec.config.image_channels != 3:
         raise UserError(f"a model of images with {codec.config.image_channels} channels; image files need one with 3")
     count, images = 0, 0
+    kept: list[torch.Tensor] = []
     total, square, variance = (torch.zeros(codec.config.latent_channels, dtype=torch.float64) for _ in range(3))
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
         pixels = source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels
@@ -66,15 +85,18 @@ def measure_statistics(codec: Codec, sources: Iterable[Source], description: str
         mean, logvar = (t[0].flatten(1).double() for t in (posterior.mean, posterior.logvar))  # (z, h * w)
         total, square, variance = total + mean.sum(1), square + mean.square().sum(1), variance + logvar.exp().sum(1)
         count, images = count + mean.shape[1], images + 1
+        kept.append(mean[:, :: -(-mean.shape[1] // _KEPT_POSITIONS)].float())
     mean, variance = total / count, variance / count
     std = torch.sqrt((square / count - mean.square()).clamp(min=0) + variance)  # rounding may go below 0
-    return LatentStatistics(
+    codec.statistics = LatentStatistics(
         source=description,
         images=images,
         mean=tuple(mean.tolist()),
         std=tuple(std.tolist()),
         posterior_std=tuple(variance.sqrt().tolist()),
     )
+    base = (STEP_OF_STD * variance.sqrt()).float().numpy()
+    codec.priors = Priors(base, factorized.fit(torch.cat(kept, 1), base), None)
 
 
 def _newest_checkpoint(run: Path) -> Path:

@@ -1,9 +1,9 @@
 """Real-valued latents <-> integers: the lossy step of the bitstream.
 
-A channel's step is `--step` times sqrt(12) times its posterior standard deviation over a calibration set, so that at step
-1 an error that is uniform over one step has the posterior's own variance. Rounding the mean is the default. Subtractive
-dither (universal quantisation: Ziv 1985; Agustsson & Theis 2020) makes the error independent of the image and exactly
-uniform: what the decoder reads is then a draw around the mean, a stochastic latent in a file.
+A channel's step is `--step` times sqrt(12) times its posterior standard deviation over a calibration set, so that at
+step 1 an error that is uniform over one step has the posterior's own variance. Rounding the mean is the default.
+Subtractive dither (universal quantisation: Ziv 1985; Agustsson & Theis 2020) makes the error independent of the image
+and exactly uniform: what the decoder reads is then a draw around the mean, a stochastic latent in a file.
 
 Whatever a decoder computes here is exact or a single IEEE rounding, so every machine gets the same numbers.
 """
@@ -18,8 +18,8 @@ from latent_codec.errors import UserError
 from latent_codec.noise import fold, hashes
 
 DEAD_ZONE = 0.08
-"""Share of a step by which magnitudes are rounded down rather than to nearest: the bits it saves are worth more than the
-error it adds. An encoder's choice alone: no decoder needs to know."""
+"""Share of a step by which magnitudes are rounded down rather than to nearest: the bits it saves are worth more than
+the error it adds. An encoder's choice alone: no decoder needs to know."""
 
 STEP_OF_STD = math.sqrt(12)
 """A uniform distribution of this width has standard deviation 1."""
@@ -50,8 +50,8 @@ def octave_eighths(code: int) -> int:
     return ((code**16).bit_length() - 160) // 2
 
 
-def dither(seed: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """Uniform on the odd numbers within +-2^16, int64 of (z, h, w), from a 64-bit seed: offsets in 1 / 2^17 of a step."""
+def dither(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Uniform on the odd numbers within +-2^16, int64 of `shape`, from a 64-bit seed: in 1 / 2^17 of a step."""
     bits = hashes(fold(seed)[None], math.prod(shape))[0].numpy()  # (z * h * w,) int64
     return (2 * ((bits >> 48) & 0xFFFF) + 1 - 2**16).reshape(shape)
 

@@ -12,9 +12,10 @@ from conftest import Draw
 from latent_codec import export as export_module
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.export import export, measure_statistics
+from latent_codec.export import calibrate, export
 from latent_codec.images import pad
-from latent_codec.inputs import find_images
+from latent_codec.inputs import Source, find_images
+from latent_codec.modelfile import LatentStatistics
 
 
 @pytest.fixture
@@ -25,8 +26,14 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
+def measured(codec: Codec, sources: list[Source], description: str) -> LatentStatistics | None:
+    calibrate(codec, sources, description, quiet=True)
+    return codec.statistics
+
+
 def test_statistics_are_moments_over_images_and_positions(codec: Codec, photos: Path) -> None:
-    found = measure_statistics(codec, find_images(photos), "five", quiet=True)
+    found = measured(codec, find_images(photos), "five")
+    assert found is not None
     with torch.inference_mode():
         posteriors = [codec.encode(pad(s.read().pixels, 8)[None]) for s in find_images(photos)]
     mean = torch.cat([p.mean[0].flatten(1) for p in posteriors], 1).double()  # (z, positions)
@@ -39,7 +46,8 @@ def test_statistics_are_moments_over_images_and_positions(codec: Codec, photos: 
 
 
 def test_samples_scaled_by_the_statistics_have_mean_0_and_standard_deviation_1(codec: Codec, photos: Path) -> None:
-    statistics = measure_statistics(codec, find_images(photos), "five", quiet=True)
+    statistics = measured(codec, find_images(photos), "five")
+    assert statistics is not None
     mean, std = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
     generator, z = torch.Generator().manual_seed(0), []
     with torch.inference_mode():
@@ -55,7 +63,7 @@ def test_statistics_are_of_the_first_images_asked_for(codec: Codec, model_file: 
     out = photos.parent / "out.safetensors"
     found = export(model_file, out, data=(photos,), images=2, half=False, quiet=True).statistics
     assert found is not None
-    assert found == measure_statistics(codec, find_images(photos)[:2], "first 2 images of photos", quiet=True)
+    assert found == measured(codec, find_images(photos)[:2], "first 2 images of photos")
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -164,7 +172,7 @@ def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, mo
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("worked")
 
-    monkeypatch.setattr(export_module, "measure_statistics", work)
+    monkeypatch.setattr(export_module, "calibrate", work)
     (photos.parent / "file").write_text("mine")
     for destination, images, reason in (
         (photos, 1, "is a folder"),
@@ -180,4 +188,4 @@ def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, mo
 def test_a_model_of_grey_images_has_no_statistics_over_colour(codec: Codec, photos: Path) -> None:
     grey = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 1}))
     with pytest.raises(UserError, match="images with 1 channels"):
-        measure_statistics(grey, find_images(photos), "five", quiet=True)
+        calibrate(grey, find_images(photos), "five", quiet=True)

@@ -21,8 +21,8 @@ class ELBOConfig:
     """Weight of a second NLL, of the decoded mode, whose gradient stops at the latents; 0 leaves it out. It teaches the
     decoder latents without noise, of which the ELBO shows it none."""
     mode_steps: tuple[float, float] | None
-    """The mode of that second NLL is quantised as a bitstream does it, at a step drawn anew for each image, evenly in its
-    logarithm, between these two; steps above 1 count by 1 / step^2, as their error grows. None leaves it unquantised."""
+    """The mode of that second NLL is quantised as a bitstream does it, at a step drawn anew for each image between
+    these two, evenly in its logarithm; steps above 1 weigh 1 / step^2, as their error grows. None leaves it unquantised."""
     lpips_weight: float
     """Nats per pixel for one unit of LPIPS; 0 leaves LPIPS out."""
     lpips_net: Literal["alex", "squeeze", "vgg"]

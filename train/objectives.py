@@ -36,8 +36,8 @@ class ELBO(nn.Module):
     Free bits: a channel's KL below `free_bits` nats per latent element costs nothing. Kingma et al. (2016) take the
     minimum over a batch's average; here it is per image, so that the loss of a batch is the average of its images'.
 
-    The mode's NLL (`mode_weight`, `mode_steps`) changes nothing for the encoder: the rate-distortion trade-off stays the
-    ELBO's.
+    The mode's NLL (`mode_weight`, `mode_steps`) changes nothing for the encoder: the rate-distortion trade-off stays
+    the ELBO's.
     """
 
     def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:

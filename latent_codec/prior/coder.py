@@ -20,8 +20,8 @@ _START = np.array([0x4C430D0A, 1], np.uint32)
 _RAW_OFFSET = 2**15
 """Values outside their table follow as 16 equally likely bits of the value plus this."""
 
-_ANS: Any = constriction.stream.stack.AnsCoder
-_MODEL: Any = constriction.stream.model
+_STREAM: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
+_ANS, _MODEL = _STREAM.stack.AnsCoder, _STREAM.model
 _UNIFORM = _MODEL.Uniform(2**16)
 
 

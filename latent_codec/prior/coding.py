@@ -35,7 +35,7 @@ def passes(prior: Prior, images: Sequence[Quantized], device: str) -> list[list[
     decoded = np.zeros_like(known)
     for number, span in enumerate(prior.spans):
         choice = prior.select(number, decoded, dithers, steps, device)
-        where = at_parity(*known.shape[2:], span.parity)
+        where = at_parity(known.shape[2:], span.parity)
         channels = prior.order[span.start : span.stop]
         rest = values[:, channels][:, :, where] - choice.centre  # (b, g, n)
         for image, r, table in zip(coded, rest, choice.table, strict=True):
@@ -75,7 +75,7 @@ def decode(
         known = np.zeros_like(values)
         for number, span in enumerate(prior.spans):
             choice = prior.select(number, known, dithers, steps, device)
-            where = at_parity(*shape[1:], span.parity)
+            where = at_parity(shape[1:], span.parity)
             channels = prior.order[span.start : span.stop]
             rest = reader.read(choice.table.reshape(len(payloads), -1)).reshape(choice.table.shape)
             found = rest + choice.centre  # (b, g, n)

@@ -10,7 +10,8 @@ library's convolution may go by a transform that is not exact. On devices other 
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ class ContextPrior:
     has another shape, or could make a sum inexact.
     """
 
-    kind = "context"
+    kind: Literal["context"] = "context"
 
     def __init__(
         self,
@@ -117,12 +118,12 @@ class ContextPrior:
         shape, all of an image 0 where it has no dither; steps: (b,) int64 as stored.
         """
         span = self.spans[number]
-        inputs = self._inputs(span, known, dithers.any((1, 2, 3)), steps)  # (b, span.inputs + SIGNALS, h, w)
+        inputs = self._inputs(span, known, np.any(dithers, axis=(1, 2, 3)), steps)  # (b, span.inputs + SIGNALS, h, w)
         outputs = _run(self.passes[number], torch.from_numpy(inputs), span.parity, device)  # (b, 2g, n) int64
         located, wide = np.split(outputs, 2, axis=1)  # (b, g, n) each
         channels = self.order[span.start : span.stop]
         scale = (steps[:, None] * self.gain[channels])[:, :, None]  # (b, g, 1), below 2^31
-        offsets = dithers[:, channels][:, :, at_parity(*known.shape[2:], span.parity)]
+        offsets = dithers[:, channels][:, :, at_parity(known.shape[2:], span.parity)]
         # Eighths of a step: located is in eighths of an input's unit, of which scale / 2^19 make one step.
         eighths = (located * 2**36 - 8 * offsets * scale + scale * 2**16) // (scale * 2**17)
         eighths = np.clip(eighths, -8 * LIMIT, 8 * LIMIT)
@@ -139,7 +140,7 @@ class ContextPrior:
         x = np.zeros((b, span.inputs + SIGNALS, h, w), np.int64)
         x[:, : span.inputs] = (known[:, channels] * scale + 2 ** (INPUT_BITS - 1)) >> INPUT_BITS
         x[:, -4] = UNIT
-        x[:, -3] = UNIT * at_parity(h, w, 0)
+        x[:, -3] = UNIT * at_parity((h, w), 0)
         x[:, -2] = np.array([4 * octave_eighths(int(s)) for s in steps])[:, None, None]
         x[:, -1] = UNIT * dithered[:, None, None]
         return np.clip(x, -TOP, TOP)
@@ -152,9 +153,9 @@ class Choice(NamedTuple):
     table: np.ndarray
 
 
-def at_parity(h: int, w: int, parity: int) -> np.ndarray:
-    """Positions with even row + column (parity 0) or odd (1), (h, w) bool."""
-    return (np.arange(h)[:, None] + np.arange(w)) % 2 == parity
+def at_parity(size: Sequence[int], parity: int) -> np.ndarray:
+    """Positions with even row + column (parity 0) or odd (1), (h, w) bool for a size (h, w)."""
+    return sum(np.ogrid[: size[0], : size[1]]) % 2 == parity
 
 
 _STRIP = 2**15  # positions that go through a network at once: what bounds its memory
@@ -194,7 +195,7 @@ def _patches(x: torch.Tensor, parity: int | None) -> torch.Tensor:
     h, w = x.shape[2] - 2, x.shape[3] - 2
     corner = torch.arange(h)[:, None] * (w + 2) + torch.arange(w)  # (h, w) of each position's upper left neighbour
     if parity is not None:
-        corner = corner[torch.from_numpy(at_parity(h, w, parity))]
+        corner = corner[torch.from_numpy(at_parity((h, w), parity))]
     shift = torch.arange(3)[:, None] * (w + 2) + torch.arange(3)  # (3, 3)
     index = (shift.reshape(-1, 1) + corner.reshape(1, -1)).reshape(-1).to(x.device)  # (9 * n,)
     return x.flatten(2).index_select(2, index).unflatten(2, (9, -1)).flatten(1, 2)

@@ -1,11 +1,13 @@
-"""The factorised prior: each latent on its own, by its channel's frequency table at the nearest quarter octave of step."""
+"""The factorised prior: each latent on its own, by its channel's table at the nearest quarter octave of step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
+import torch
 
 from latent_codec.prior.tables import Tables, join, normalize
-from latent_codec.quantizer import octave_eighths
+from latent_codec.quantizer import octave_eighths, quantize, step_code
 
 _FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; beyond them the nearest tables serve
 LEVELS = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
@@ -25,7 +27,7 @@ def level_step(level: int) -> float:
 class FactorizedPrior:
     """Table level * channels + c for channel c; one pass, symbols in order (z, h, w)."""
 
-    kind = "factorized"
+    kind: Literal["factorized"] = "factorized"
 
     def __init__(self, channels: int, tables: Tables) -> None:
         if len(tables) != LEVELS * channels:
@@ -40,9 +42,16 @@ class FactorizedPrior:
 _KEPT = 1e-5  # share of the values, at either end, that may be left to the escape
 
 
-def fit(channels: int, levels: Iterable[np.ndarray]) -> FactorizedPrior:
-    """Tables from calibration values (channels, n), one array for each level in order."""
-    return FactorizedPrior(channels, join([table for values in levels for table in _level_tables(values)]))
+def fit(means: torch.Tensor, base: np.ndarray) -> FactorizedPrior:
+    """Tables from posterior means (z, n) of a calibration set, rounded at each level's step; `base` (z,) of `Priors`.
+
+    Raises `UserError` as `quantize` does.
+    """
+    tables: list[tuple[int, np.ndarray]] = []
+    for i in range(LEVELS):
+        values = quantize(means[:, None], base, step_code(level_step(i)), None).values[:, 0]
+        tables += _level_tables(values)
+    return FactorizedPrior(len(means), join(tables))
 
 
 def _level_tables(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

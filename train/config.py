@@ -22,7 +22,7 @@ class ELBOConfig:
     decoder latents without noise, of which the ELBO shows it none."""
     mode_steps: tuple[float, float] | None
     """The mode of that second NLL is quantised as a bitstream does it, at a step drawn anew for each image between
-    these two, evenly in its logarithm; steps above 1 weigh 1 / step^2, as their error grows. None leaves it unquantised."""
+    these two, evenly in its logarithm; steps above 1 weigh 1 / step^2, as their error grows. None: not quantised."""
     lpips_weight: float
     """Nats per pixel for one unit of LPIPS; 0 leaves LPIPS out."""
     lpips_net: Literal["alex", "squeeze", "vgg"]

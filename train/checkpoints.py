@@ -51,7 +51,7 @@ def save(
     staged.mkdir(parents=True)
     codec.save(staged / "codec.safetensors")
     ema.save(staged / "ema.safetensors")
-    moments = _optimizer_tensors(optimizer, codec)
+    moments = optimizer_tensors(optimizer, codec)
     modelfile.save_tensors(staged / "optimizer.safetensors", moments, {"format": "pt"})
     state = dataclasses.asdict(progress) | {"sha256": {name: _sha256(staged / name) for name in _TENSORS}}
     write_text(staged / "state.json", dumps(state | {"state_sha256": _text_sha256(dumps(state))}))
@@ -85,7 +85,7 @@ def restore(folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optim
             tensors = modelfile.read(path / name).tensors
             modelfile.check_state(target.state_dict(), tensors, str(path / name))
             target.load_state_dict(tensors)
-        _load_optimizer(optimizer, codec, load_file(path / "optimizer.safetensors"))
+        load_optimizer(optimizer, codec, load_file(path / "optimizer.safetensors"))
         return progress
     if finished:
         raise UserError(f"{folder}: all {len(finished)} checkpoints are damaged; start again with another --out")
@@ -124,9 +124,9 @@ def _verify(staged: Path, codec: dict[str, torch.Tensor], moments: dict[str, tor
     _read_state(staged)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, codec: Codec) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Adam's moments by parameter name: `backbone.x.weight/exp_avg`."""
-    names = {id(p): name for name, p in codec.named_parameters()}
+    names = {id(p): name for name, p in module.named_parameters()}
     return {
         f"{names[id(p)]}/{key}": value.detach().cpu().contiguous()
         for p, state in optimizer.state.items()
@@ -134,8 +134,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, codec: Codec) -> dict[s
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, codec: Codec, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(codec.named_parameters())
+def load_optimizer(optimizer: torch.optim.Optimizer, module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(module.named_parameters())
     for name, value in tensors.items():
         parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
         if key != "step":  # a moment lies as its parameter does (device, channels_last); Adam counts on the CPU

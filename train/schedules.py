@@ -1,8 +1,20 @@
 """Pure functions of the step: KL weight and learning rate."""
 
 import math
+from typing import Protocol
 
-from train.config import ELBOConfig, TrainConfig
+from train.config import ELBOConfig
+
+
+class LearningRate(Protocol):
+    """What a configuration says of its learning rate."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def lr_warmup_steps(self) -> int: ...
 
 
 def beta_at(config: ELBOConfig, step: int) -> float:
@@ -17,7 +29,7 @@ def beta_at(config: ELBOConfig, step: int) -> float:
     return config.beta * share
 
 
-def learning_rate_at(config: TrainConfig, step: int) -> float:
+def learning_rate_at(config: LearningRate, step: int) -> float:
     """Linear warm-up, then half a cosine down to zero at the last step (Loshchilov & Hutter 2017)."""
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps

@@ -60,13 +60,5 @@ def _level_tables(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         outside = int(_KEPT * len(ordered))
         low, high = int(ordered[outside]), int(ordered[-1 - outside])
         counts = np.bincount((ordered - low)[(ordered >= low) & (ordered <= high)], minlength=high - low + 1)
-        # Half a count for what was not seen; the escape gets those left out and one more.
-        yield low, normalize(np.r_[_smooth(counts) + 0.5, 2 * outside + 1.0])
-
-
-def _smooth(counts: np.ndarray) -> np.ndarray:
-    """Neighbouring counts shared where they are few: a histogram of 80 bins is noise in its tails."""
-    padded = np.pad(counts.astype(np.float64), 2, mode="edge")
-    near = np.convolve(padded, np.array([1, 2, 3, 2, 1]) / 9, mode="valid")
-    trust = counts / (counts + 32.0)
-    return trust * counts + (1 - trust) * near
+        # Half a count each, for what was not seen.
+        yield low, normalize(np.r_[counts + 0.5, 2 * outside + 0.5])

@@ -1,0 +1,218 @@
+"""The context prior before it is frozen: the same passes in floating point, trained; then rounded to integers."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import conv2d, logsigmoid, pad
+
+from latent_codec.modelfile import LatentStatistics
+from latent_codec.noise import fold, hashes, uniform
+from latent_codec.precision import float32_island
+from latent_codec.prior.context import (
+    SIGNALS,
+    TABLES,
+    TOP,
+    UNIT,
+    ContextConfig,
+    ContextPrior,
+    Layer,
+    Pass,
+    Span,
+    at_parity,
+    spans,
+    table_scale,
+)
+from latent_codec.prior.tables import Tables, join, normalize
+from latent_codec.quantizer import STEP_ONE, round_down_zone
+
+_HIDDEN = 16  # integers per unit of an activation
+_LOCATED, _WIDE = 8 * UNIT, 8  # integers per unit of the last layer's two outputs
+_RANGE = 4.0  # standard deviations of a channel that an input can show
+_MOST_GAIN = 2**14
+_STEP, _DITHERED, _NOISE = range(3)  # what a key is used for
+
+
+class Drawn(NamedTuple):
+    """Latents as a bitstream would hold them, channels in the prior's order."""
+
+    values: torch.Tensor  # (b, z, h, w) whole numbers
+    offset: torch.Tensor  # (b, z, h, w) dither in steps, 0 where there is none
+    step: torch.Tensor  # (b,) as stored
+    dithered: torch.Tensor  # (b,) bool
+    seeds: torch.Tensor  # (b,) int64, of the dither
+
+
+class ContextNet(nn.Module):
+    """Bits of quantised latents under the prior; what is wrapped for several processes, so only `forward` is called."""
+
+    base: torch.Tensor
+    gain: torch.Tensor
+
+    def __init__(self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics) -> None:
+        """`base`: (z,) the quantiser's steps. Raises `ValueError` if the groups do not add up to the channels."""
+        super().__init__()
+        if sum(config.groups) != len(base):
+            raise ValueError(f"groups {config.groups} do not add up to the model's {len(base)} latent channels")
+        self.config, self.spans = config, spans(config)
+        std = np.array(statistics.std)
+        self.order = np.argsort(-std / base, kind="stable")  # most bits first
+        # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step where that is coarser.
+        gain = np.minimum(np.round(base * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
+        self.register_buffer("base", torch.from_numpy(base[self.order]), persistent=False)
+        self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
+        self.nets = nn.ModuleList(_net(config.width, span) for span in self.spans)
+
+    def forward(
+        self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float
+    ) -> torch.Tensor:
+        """Bits per latent position, averaged over images (b, z, h, w) whose quantisation `keys` (b,) decide."""
+        return self.bits(self.draw(means, keys, steps, dithered)).mean()
+
+    def draw(self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float) -> Drawn:
+        """Each image quantised at a step between the two, evenly in its logarithm; a share of them with dither."""
+        low, high = (math.log(s) for s in steps)
+        step = (STEP_ONE * torch.exp(low + (high - low) * uniform(fold(keys, _STEP)))).round()  # (b,)
+        with_dither = uniform(fold(keys, _DITHERED)) < dithered
+        seeds = fold(keys, _NOISE)
+        order = torch.from_numpy(self.order).to(means.device)
+        bits = hashes(fold(seeds), means[0].numel()).view(means.shape)[:, order]  # as `quantizer.dither` has them
+        offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
+        offset = offset * with_dither[:, None, None, None]
+        size = self.base.double()[:, None, None] * step[:, None, None, None] / STEP_ONE
+        scaled = means[:, order].double() / size
+        values = torch.where(with_dither[:, None, None, None], (scaled - offset).round(), round_down_zone(scaled))
+        return Drawn(values.float(), offset.float(), step.long(), with_dither, seeds)
+
+    def bits(self, drawn: Drawn) -> torch.Tensor:
+        """Bits per latent position of each image, (b,)."""
+        step = drawn.step.float()[:, None, None, None]
+        scale = step * self.gain[:, None, None] * 2.0**-19  # (b, z, 1, 1) of an input's units in a step
+        x = ((drawn.values + drawn.offset) * scale + 0.5).floor().clamp(-TOP, TOP) / UNIT
+        total = torch.zeros(len(x), device=x.device)
+        for span, net in zip(self.spans, self.nets, strict=True):
+            outputs = self._run(net, span, x, drawn)  # (b, 2g, n)
+            located, wide = outputs.float().chunk(2, dim=1)
+            group = slice(span.start, span.stop)
+            unit = scale[:, group, :, 0] / UNIT  # (b, g, 1)
+            values, offset = (_at(t[:, group], span.parity) for t in (drawn.values, drawn.offset))
+            with float32_island(x):
+                total = total + _logistic_bits(
+                    values + offset - located / unit, (torch.exp2(wide) / unit).clamp(2.0**-5, 2.0**6)
+                )
+        return total / x.shape[2:].numel()
+
+    def _run(self, net: nn.Module, span: Span, x: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        b, _, h, w = x.shape
+        first = torch.from_numpy(at_parity((h, w), 0)).to(x.device, x.dtype)
+        known = x[:, : span.inputs]
+        if span.parity:  # of its own group the pass sees the first half
+            known = torch.cat([known[:, : span.start], known[:, span.start :] * first], 1)
+        octave = torch.round(8 * torch.log2(drawn.step.float() / STEP_ONE)) * 4 / UNIT
+        signals = torch.ones(b, SIGNALS, h, w, device=x.device)
+        signals[:, 1] = first
+        signals[:, 2] = octave.clamp(-TOP / UNIT, TOP / UNIT)[:, None, None]
+        signals[:, 3] = drawn.dithered[:, None, None].to(x.dtype)
+        top = TOP / _HIDDEN
+        y = net[0](torch.cat([known, signals], 1)).clamp(0, top)  # pyright: ignore[reportIndexIssue]
+        y = _conv_at(net[1], y, span.parity).clamp(0, top)  # pyright: ignore[reportIndexIssue]
+        y = net[2](y).clamp(0, top)  # pyright: ignore[reportIndexIssue]
+        return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
+
+    @torch.no_grad()
+    def freeze(self, tables: Tables) -> ContextPrior:
+        """The same prior in integers, its tables given."""
+        gain = self.gain.cpu().numpy().astype(np.int64)
+        by_channel = np.empty_like(gain)
+        by_channel[self.order] = gain
+        offset = np.round(152 - 8 * np.log2(by_channel)).astype(np.int64)
+        passes = []
+        for span, net in zip(self.spans, self.nets, strict=True):
+            g = span.stop - span.start
+            units = [_HIDDEN] * 3, torch.tensor([_LOCATED] * g + [_WIDE] * g)
+            layers = [
+                _frozen(layer, inputs, outputs)
+                for layer, inputs, outputs in zip(net, (UNIT, *units[0]), (*units[0], units[1]), strict=True)  # pyright: ignore[reportArgumentType]
+            ]
+            passes.append(Pass(tuple(layers)))  # pyright: ignore[reportArgumentType]
+        return ContextPrior(self.config, self.order, by_channel, offset, passes, tables)
+
+
+def _net(width: int, span: Span) -> nn.ModuleList:
+    layers = nn.ModuleList(
+        [
+            nn.Conv2d(span.inputs + SIGNALS, width, 3, padding=1),
+            nn.Conv2d(width, width, 3),
+            nn.Conv2d(width, width, 1),
+            nn.Conv2d(width, 2 * (span.stop - span.start), 1),
+        ]
+    )
+    for layer in layers[:3]:  # pyright: ignore[reportGeneralTypeIssues]
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return layers
+
+
+def _at(x: torch.Tensor, parity: int) -> torch.Tensor:
+    """Values of (b, c, h, w), even sides, at one parity: even rows, then odd ones; (b, c, n)."""
+    return torch.cat([x[:, :, 0::2, parity::2], x[:, :, 1::2, 1 - parity :: 2]], 2).flatten(2)
+
+
+def _conv_at(layer: nn.Module, x: torch.Tensor, parity: int) -> torch.Tensor:
+    """A 3x3 convolution at the positions that `_at` takes, in its order."""
+    assert isinstance(layer, nn.Conv2d)
+    x = pad(x, (1, 1, 1, 1))
+    rows = (x[:, :, top:, left:] for top, left in ((0, parity), (1, 1 - parity)))
+    return torch.cat([conv2d(r, layer.weight, layer.bias, stride=2) for r in rows], 2)
+
+
+def _logistic_bits(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """-log2 of the logistic's mass within half a step of `distance` from its centre, summed per image: (b,)."""
+    upper, lower = (distance + 0.5) / scale, (distance - 0.5) / scale
+    nats = logsigmoid(upper) + logsigmoid(-lower) + torch.log(-torch.expm1(-1 / scale))
+    return -nats.flatten(1).sum(1) / math.log(2)
+
+
+def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> Layer:
+    """Integers for a layer whose inputs and outputs count `inputs` and `outputs` (one, or one a row) to the unit.
+
+    Each row takes the largest power of two that keeps its weights within `TOP` and its bias far below 2^24.
+    """
+    assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+    units = torch.as_tensor(outputs, dtype=torch.float64).expand(layer.out_channels)
+    weight = layer.weight.detach().cpu().double().flatten(1) * (units / inputs)[:, None]
+    bias = layer.bias.detach().cpu().double() * units
+    room = torch.minimum(TOP / weight.abs().amax(1).clamp(min=1e-9), 2**22 / bias.abs().clamp(min=1e-9))
+    shift = torch.log2(room).floor().clamp(1, 20)
+    power = torch.exp2(shift)
+    return Layer(
+        (weight * power[:, None]).round().clamp(-TOP, TOP).to(torch.int8),
+        (bias * power).round().to(torch.int32),
+        shift.to(torch.int32),
+    )
+
+
+def logistic_tables() -> Tables:
+    """A table of the logistic's masses for each location and scale: what counting starts from."""
+    return join([_logistic_table(*table_scale(table)) for table in range(TABLES)])
+
+
+def _logistic_table(location: float, scale: float) -> tuple[int, np.ndarray]:
+    reach = max(3, math.ceil(14 * scale) + 1)  # beyond it lies a millionth
+    edges = (np.arange(-reach, reach + 2) - 0.5 - location) / scale
+    cumulative = 0.5 + 0.5 * np.tanh(edges / 2)
+    return -reach, normalize(np.r_[np.diff(cumulative) + 1e-9, 1e-6])
+
+
+_PSEUDO_COUNT = 2_000
+
+
+def counted_tables(start: Tables, values: np.ndarray, tables: np.ndarray) -> Tables:
+    """Tables from what was really coded under each, `start` counting as `_PSEUDO_COUNT` values."""
+    symbols, _ = start.symbols(values, tables)
+    first = np.cumsum(start.sizes, dtype=np.int64) - start.sizes
+    seen = np.bincount(first[tables] + symbols, minlength=len(start.counts))
+    weights = seen + start.counts * (_PSEUDO_COUNT / start.frequencies(0).sum())
+    parts = np.split(weights, first[1:])
+    return join([(int(f), normalize(part)) for f, part in zip(start.first, parts, strict=True)])

@@ -1,0 +1,268 @@
+"""Fit a model's context prior to its own latents: `python -m train.prior MODEL --latents DIR... --out RUN`.
+
+MODEL has been exported with its quantiser (`latent-codec export ... --data`); DIR is what `latent-codec encode SRC DIR
+--format safetensors --model MODEL` wrote. RUN/model.safetensors is the model with the prior, frozen. Rerunning the same
+command resumes. `accelerate launch -m train.prior ...` for several processes.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from latent_codec import modelfile
+from latent_codec.codec import Codec, resolve
+from latent_codec.config import dumps, to_json
+from latent_codec.errors import UserError
+from latent_codec.export import PRIOR_RUN_MODEL
+from latent_codec.files import make_folder
+from latent_codec.prior import PREFIX, Priors
+from latent_codec.prior.coding import ideal_bits, passes
+from latent_codec.prior.context import ContextConfig
+from latent_codec.quantizer import Quantized
+from train.checkpoints import load_optimizer, optimizer_tensors
+from train.config import flat
+from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
+from train.interrupts import Interrupts, agree
+from train.latents import LatentCrops
+from train.logs import RunLog
+from train.provenance import git_commit
+from train.schedules import learning_rate_at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    groups: tuple[int, ...] = (4, 8, 20)
+    """Latent channels of each group, those with most bits first; they add up to the model's."""
+    width: int = 96
+    """Features of the networks' layers; at most 112, or their integer sums would not be exact."""
+    step_range: tuple[float, float] = (0.5, 8.0)
+    """Quantiser steps that the prior learns, drawn evenly in their logarithm."""
+    dithered: float = 0.2
+    """Share of the images that are quantised with dither."""
+    steps: int = 8_000
+    """Optimizer steps in all; the cosine learning rate ends here."""
+    batch_size: int = 8
+    """Images per optimizer step, over all processes."""
+    crop: int = 32
+    """Side of the square crops, in latent positions; even."""
+    learning_rate: float = 2e-3
+    lr_warmup_steps: int = 200
+    count_images: int = 1_024
+    """Images whose quantised latents give the frozen tables their frequencies."""
+    seed: int = 0
+    log_every: int = 100
+    save_every: int = 500
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    model: tyro.conf.Positional[str]
+    """A model file with a quantiser, or a shipped model's name."""
+    latents: tuple[Path, ...]
+    """Folders of the model's latents to train on."""
+    val: tuple[Path, ...] = ()
+    """Folders of other images' latents: at the end the frozen prior is measured on them beside its float original."""
+    out: Path
+    """The run's folder: model.safetensors, checkpoint.safetensors, log.jsonl. An existing run is resumed."""
+    max_minutes: float | None = None
+    """End cleanly with a checkpoint after this many minutes; the same command goes on."""
+    config: tyro.conf.OmitArgPrefixes[PriorConfig] = PriorConfig()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        code = train(tyro.cli(Run, prog="train.prior", description=__doc__))
+    except (UserError, ValueError) as error:
+        raise SystemExit(f"train.prior: {error}") from error
+    sys.exit(code)
+
+
+def train(run: Run) -> int:
+    """Run to the end, a signal or the time limit; returns the exit code (0, or 128 + the signal's number)."""
+    accelerator, config = Accelerator(), run.config
+    interrupts = Interrupts(run.max_minutes)
+    accelerator.wait_for_everyone()
+    _check(run, accelerator)
+    codec = Codec.load(run.model)
+    if codec.priors is None or codec.statistics is None:
+        raise UserError(f"{run.model}: has no quantiser yet; `latent-codec export {run.model} DST --data IMAGES` first")
+    model_id = codec.model_id
+    crops = LatentCrops(run.latents, model_id, config.crop)
+    described: dict[str, Any] = {"model_id": model_id, "latents_sha256": crops.fingerprint} | flat(
+        to_json(config), "config"
+    )
+    make_folder(run.out)
+
+    set_seed(config.seed)
+    context = ContextConfig(groups=config.groups, width=config.width)
+    net = ContextNet(context, codec.priors.base, codec.statistics).to(accelerator.device)
+    net.freeze(logistic_tables())  # what cannot be frozen is not worth training
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
+    checkpoint = run.out / "checkpoint.safetensors"
+    step = _restore(checkpoint, net, optimizer, described)
+    wrapped, optimizer_ = accelerator.prepare(net, optimizer, device_placement=[True, False])
+    log = RunLog(run.out / "log.jsonl", accelerator, step)
+    accelerator.print(
+        f"{len(crops)} images' latents; {accelerator.num_processes} process(es) on {accelerator.device}, precision "
+        f"{accelerator.mixed_precision}; {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; from step "
+        f"{step} to {config.steps}"
+    )
+    world, rank = accelerator.num_processes, accelerator.process_index
+    size = config.batch_size // world
+    bar = tqdm(total=config.steps, initial=step, disable=not accelerator.is_main_process or None, unit="step")
+    started, seen = time.monotonic(), 0
+    with interrupts, bar:
+        while step < config.steps:
+            for group in optimizer_.param_groups:
+                group["lr"] = learning_rate_at(config, step)
+            first = step * config.batch_size + rank * size
+            batch = crops.batch(range(first, first + size), config.seed).to(accelerator.device)
+            loss = wrapped(batch.means, batch.keys, config.step_range, config.dithered)
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(net.parameters(), 1e3)
+            agreed = agree(accelerator, torch.isfinite(loss.detach()), interrupts)
+            if agreed.finite:
+                optimizer_.step()
+            optimizer_.zero_grad()
+            step, seen = step + 1, seen + config.batch_size
+            bar.update()
+            if step % config.log_every == 0:
+                mean = torch.as_tensor(accelerator.reduce(loss.detach(), "mean")).item()
+                speed = seen / (time.monotonic() - started)
+                values = {"bits_per_position": mean, "grad_norm": float(norm or 0), "images_per_s": speed}
+                log.write("train", step, values | {"learning_rate": learning_rate_at(config, step - 1)})
+                started, seen = time.monotonic(), 0
+            ending = bool(agreed.signal or agreed.out_of_time) and step < config.steps
+            if accelerator.is_main_process and (step % config.save_every == 0 or step == config.steps or ending):
+                _save(checkpoint, net, optimizer, described, step)
+            if ending:
+                accelerator.print(f"stopped at step {step} of {config.steps}; the same command goes on from here")
+                return 128 + agreed.signal if agreed.signal else 0
+    if accelerator.is_main_process:
+        _finish(run, codec, net, crops, log, described)
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def _check(run: Run, accelerator: Accelerator) -> None:
+    config = run.config
+    for name in ("batch_size", "count_images", "log_every", "save_every", "width"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.crop < 2 or config.crop % 2:
+        raise UserError(f"crop is {config.crop}; it must be even and at least 2")
+    if not 0 < config.step_range[0] <= config.step_range[1]:
+        raise UserError(f"step_range is {config.step_range}; it must be two positive steps, the smaller one first")
+    if not 0 <= config.dithered <= 1:
+        raise UserError(f"dithered is {config.dithered}; it is a share, 0 to 1")
+    if config.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be split over {accelerator.num_processes} processes; "
+            "make it a multiple"
+        )
+
+
+def _save(path: Path, net: ContextNet, optimizer: torch.optim.Optimizer, described: dict[str, Any], step: int) -> None:
+    """One file, replaced by one rename: a crash leaves the one before."""
+    tensors = {f"net/{name}": t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
+    tensors |= {f"optimizer/{name}": t for name, t in optimizer_tensors(optimizer, net).items()}
+    modelfile.save_tensors(path, tensors, {modelfile.KEY: dumps(described | {"step": step})})
+
+
+def _restore(path: Path, net: ContextNet, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> int:
+    """Load the checkpoint in place if there is one, and return its step; raises `UserError` if it is another run's."""
+    if not path.exists():
+        return 0
+    found = json.loads(modelfile.own_metadata(path))
+    step = found.pop("step")
+    changed = [k for k in sorted(found.keys() | described.keys()) if found.get(k) != described.get(k)]
+    if changed := [k for k in changed if k not in _MAY_CHANGE]:
+        raise UserError(
+            f"{path.parent} is a run with other settings ({', '.join(changed)}); give its own, or another --out"
+        )
+    tensors = load_file(path)
+    net.load_state_dict({k.removeprefix("net/"): t for k, t in tensors.items() if k.startswith("net/")})
+    moments = {k.removeprefix("optimizer/"): t for k, t in tensors.items() if k.startswith("optimizer/")}
+    load_optimizer(optimizer, net, moments)
+    return step
+
+
+_MAY_CHANGE = {"config.steps", "config.log_every", "config.save_every", "config.count_images"}
+
+
+@torch.no_grad()
+def _finish(
+    run: Run, codec: Codec, net: ContextNet, crops: LatentCrops, log: RunLog, described: dict[str, Any]
+) -> None:
+    """Freeze the prior, count its tables on training latents, measure it, and write the model."""
+    config, net = run.config, net.cpu().eval()
+    assert codec.priors is not None
+    start, coded = logistic_tables(), []
+    for batch in crops.batches(config.count_images, config.batch_size, config.seed + 1):
+        drawn = net.draw(batch.means, batch.keys, config.step_range, config.dithered)
+        for image in passes(net.freeze(start), _quantized(net, drawn), "cpu"):
+            coded += image
+    tables = counted_tables(start, *(np.concatenate(part) for part in zip(*coded, strict=True)))
+    codec.priors = codec.priors._replace(context=net.freeze(tables))
+    if run.val:
+        held_out = LatentCrops(run.val, crops.model_id, config.crop)
+        for step in _MEASURED:
+            log.write("eval", config.steps, _measure(net, codec.priors, held_out, step, config))
+    codec.provenance = codec.provenance | {"prior": described | {"git_commit": git_commit()}}
+    path = run.out / PRIOR_RUN_MODEL
+    codec.save(path, half=_is_half(resolve(run.model)))
+    Codec.load(path)
+    tqdm.write(f"wrote {path}")
+
+
+_MEASURED = (1.0, 1.4, 2.0, 4.0)
+
+
+def _measure(
+    net: ContextNet, priors: Priors, held_out: LatentCrops, step: float, config: PriorConfig
+) -> dict[str, float]:
+    """Ideal code lengths at one step, rounded means, in bits per latent position."""
+    total = {"float": 0.0, "context": 0.0, "factorized": 0.0}
+    for batch in held_out.batches(len(held_out), config.batch_size, config.seed):
+        drawn = net.draw(batch.means, batch.keys, (step, step), 0.0)
+        total["float"] += net.bits(drawn).sum().item() * config.crop**2
+        for kind in ("context", "factorized"):
+            prior = priors.choose(kind)
+            coded = passes(prior, _quantized(net, drawn), "cpu")
+            total[kind] += sum(ideal_bits(prior, image) for image in coded)
+    values = {f"{name}_bits": bits / len(held_out) / config.crop**2 for name, bits in total.items()}
+    return {"step": step} | values | {"saved": 1 - total["context"] / total["factorized"]}
+
+
+def _quantized(net: ContextNet, drawn: Drawn) -> list[Quantized]:
+    """A batch as the bitstream has it, channels in the model's order."""
+    values = np.empty(drawn.values.shape, np.int32)
+    values[:, net.order] = drawn.values.cpu().numpy()
+    steps, dithered = drawn.step.tolist(), drawn.dithered.tolist()
+    seeds = [seed % 2**64 if d else None for seed, d in zip(drawn.seeds.tolist(), dithered, strict=True)]
+    return [Quantized(v, s, seed) for v, s, seed in zip(values, steps, seeds, strict=True)]
+
+
+def _is_half(path: Path) -> bool:
+    """Whether a model file stores float16."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if not name.startswith(PREFIX)]  # noqa: SIM118
+        return file.get_slice(names[0]).get_dtype() == "F16"
+
+
+if __name__ == "__main__":
+    main()

@@ -90,16 +90,16 @@ def evaluate(
                 write_image(out / "decoded" / f"{entry.path}.png", decoded[0], entry.geometry, "png")
             pixels = entry.geometry.width * entry.geometry.height
             record = {"path": entry.path, "pixels": pixels, "kl_bpp": posterior.kl().item() / math.log(2) / pixels}
-            records.append(record | _compare(original[None], decoded, lpips, compute.device))
+            records.append(record | compare(original[None], decoded, lpips, compute.device))
         disk = sum(f.stat().st_size for f in stored_files(folder))
     names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if lpips else []), "kl_bpp"]
-    summary = {name: _mean([r[name] for r in records]) for name in names}
+    summary = {name: mean_defined([r[name] for r in records]) for name in names}
     summary["disk_bpp"] = 8 * disk / sum(r["pixels"] for r in records)
     report = Report(
         summary=summary,
         images=records,
         protocol=PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
-        about=_about(codec, where, len(records), compute),
+        about=describe(codec, where, len(records), compute),
         failures=encoded.failures,
     )
     if out is not None:
@@ -107,7 +107,7 @@ def evaluate(
     return report
 
 
-def _compare(
+def compare(
     x: torch.Tensor, y: torch.Tensor, lpips: LPIPS | None, device: str | torch.device
 ) -> dict[str, float | None]:
     """Values of one pair (1, 3, h, w) uint8; None where a metric is not defined (small images, equal images)."""
@@ -121,13 +121,13 @@ def _compare(
     return {name: value.item() if math.isfinite(value.item()) else None for name, value in values.items()}
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean_defined(values: list[float | None]) -> float | None:
     """Over the images for which the metric is defined; None if there is none."""
     defined = [v for v in values if v is not None]
     return sum(defined) / len(defined) if defined else None
 
 
-def _about(codec: Codec, where: str | Path, images: int, compute: Compute) -> dict[str, Any]:
+def describe(codec: Codec, where: str | Path, images: int, compute: Compute) -> dict[str, Any]:
     return {
         "set": Path(where).name or str(where),
         "images": images,

@@ -141,17 +141,14 @@ class ContextNet(nn.Module):
 
 
 def _net(width: int, span: Span) -> nn.ModuleList:
-    layers = nn.ModuleList(
-        [
-            nn.Conv2d(span.inputs + SIGNALS, width, 3, padding=1),
-            nn.Conv2d(width, width, 3),
-            nn.Conv2d(width, width, 1),
-            nn.Conv2d(width, 2 * (span.stop - span.start), 1),
-        ]
-    )
-    for layer in layers[:3]:  # pyright: ignore[reportGeneralTypeIssues]
+    layers = [
+        nn.Conv2d(span.inputs + SIGNALS, width, 3, padding=1),
+        nn.Conv2d(width, width, 3),
+        nn.Conv2d(width, width, 1),
+    ]
+    for layer in layers:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return layers
+    return nn.ModuleList([*layers, nn.Conv2d(width, 2 * (span.stop - span.start), 1)])
 
 
 def _at(x: torch.Tensor, parity: int) -> torch.Tensor:

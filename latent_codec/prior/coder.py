@@ -6,6 +6,7 @@ in docs/bitstream.md, and the tests decode it a second time without constriction
 """
 
 import functools
+import itertools
 from typing import Any
 
 import constriction
@@ -87,9 +88,8 @@ class Decoder:
 
 
 def _by_table(tables: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """A stable order by table, and its runs (table, start, stop), ascending."""
+    """A stable order by table, and its runs (table, start, stop), ascending; none for the empty pass of a 1x1 image."""
     order = np.argsort(tables, kind="stable")
     ordered = tables[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(tables) else np.zeros(0, np.int64)
-    stops = np.r_[starts[1:], len(tables)]
-    return order, [(int(ordered[a]), int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
+    edges = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(tables)] if len(tables) else []
+    return order, [(int(ordered[a]), a, b) for a, b in itertools.pairwise(edges)]

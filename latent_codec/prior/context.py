@@ -168,7 +168,7 @@ def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
     """
     b, _, h, w = x.shape
     dtype = torch.float32 if device.split(":")[0] == "cpu" else torch.float64
-    layers = [Layer(*(t.to(device, dtype) for t in layer)) for layer in net.layers]
+    layers = [_floats(layer, device, dtype) for layer in net.layers]
     rows = max(2, _STRIP // (b * w) // 2 * 2)  # even, so that every strip begins with the same pattern
     x = pad(x.to(device, dtype), (1, 1, 1, 1))
     outputs = []
@@ -184,10 +184,19 @@ def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
     return torch.cat(outputs, 2).numpy()
 
 
-def _apply(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+def _floats(layer: Layer, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A layer's weights (out, in), what is added to its sums and what these are divided by, (out, 1) both.
+
+    The powers of two are made as integers: a device's `exp2` need not be exact.
+    """
+    divisor = 2 ** layer.shift.to(torch.int64)[:, None]
+    return [t.to(device, dtype) for t in (layer.weight, layer.bias[:, None] + divisor // 2, divisor)]
+
+
+def _apply(layer: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """(b, in, n) -> (b, out, n): integers held in floats, every operation exact."""
-    half = torch.exp2(layer.shift - 1)[:, None]
-    return torch.floor((layer.weight @ x + (layer.bias[:, None] + half)) / (2 * half))
+    weight, offset, divisor = layer
+    return torch.floor((weight @ x + offset) / divisor)
 
 
 def _patches(x: torch.Tensor, parity: int | None) -> torch.Tensor:
@@ -205,7 +214,7 @@ def _check(prior: ContextPrior) -> None:
     z, width = prior.channels, prior.config.width
     if min(prior.config.groups, default=0) < 1 or width < 1:
         raise ValueError(f"context prior of groups {prior.config.groups} and width {width}")
-    if sorted(prior.order.tolist()) != list(range(z)):
+    if prior.order.shape != (z,) or sorted(prior.order.tolist()) != list(range(z)):
         raise ValueError(f"the order of {z} channels is {prior.order.tolist()}")
     if prior.gain.shape != (z,) or prior.gain.min() < 1 or prior.gain.max() > 2**15 or prior.width_offset.shape != (z,):
         raise ValueError(f"gains and width offsets of {z} channels do not fit")

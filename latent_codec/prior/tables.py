@@ -11,6 +11,9 @@ TOTAL = 2**TOTAL_BITS
 _MOST = TOTAL - 2**14
 """Largest frequency: every symbol costs something, so that a small file cannot stand for a huge image."""
 
+_FARTHEST = 2**15
+"""Largest magnitude of an integer in a table: what an escape's 16 bits can say."""
+
 LEAST_BITS = -math.log2(_MOST / TOTAL)
 """The least that any symbol costs, in bits."""
 
@@ -27,6 +30,8 @@ class Tables:
         self.counts, self.sizes, self.first = (np.asarray(a, np.int32) for a in (counts, sizes, first))
         if self.sizes.ndim != 1 or self.sizes.shape != self.first.shape or not len(self.sizes) or self.sizes.min() < 2:
             raise ValueError("frequency tables need one size of 2 or more and one first value each")
+        if self.first.min() < -_FARTHEST or (self.first.astype(np.int64) + self.sizes).max() > _FARTHEST + 1:
+            raise ValueError(f"a frequency table reaches beyond {-_FARTHEST} .. {_FARTHEST}")
         self._start = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
         if self.counts.shape != (int(self.sizes.sum(dtype=np.int64)),):
             raise ValueError(f"{self.counts.size} frequencies do not fit tables of {int(self.sizes.sum())} symbols")

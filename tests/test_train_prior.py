@@ -1,0 +1,237 @@
+"""Fitting a context prior: it learns what neighbours tell, survives interruptions, and its integers lose nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch.nn.functional import interpolate
+
+from latent_codec import modelfile
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codec import Codec
+from latent_codec.config import dumps
+from latent_codec.errors import UserError
+from latent_codec.export import export
+from latent_codec.images import Geometry
+from latent_codec.latents import LatentsWriter
+from latent_codec.modelfile import LatentStatistics
+from latent_codec.prior import Priors, factorized, to_tensors
+from latent_codec.prior.coding import ideal_bits, passes
+from latent_codec.prior.context import TABLES, ContextConfig, ContextPrior, table_scale
+from latent_codec.quantizer import STEP_OF_STD, quantize
+from train import prior as program
+from train.context_net import ContextNet, counted_tables, logistic_tables
+from train.latents import LatentCrops
+from train.prior import PriorConfig, Run, train
+
+CHANNELS = 4
+GROUPS = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> tuple[Path, Path]:
+    """A model with a quantiser, and latents with something to learn: smooth in space, channels alike."""
+    folder = tmp_path_factory.mktemp("prior")
+    codec, generator = Codec.load(model_file), torch.Generator().manual_seed(0)
+    coarse = torch.randn(6, 1, 4, 5, generator=generator)
+    smooth = interpolate(coarse, size=(9, 10), mode="bicubic")
+    own = torch.randn(6, CHANNELS, 9, 10, generator=generator)
+    means = (smooth * 2 + own * 0.3) * torch.tensor([8.0, 4.0, 2.0, 0.5])[:, None, None]  # (n, z, h, w)
+    codec.statistics = LatentStatistics(
+        source="made up",
+        images=6,
+        mean=(0.0,) * CHANNELS,
+        std=tuple(means.std((0, 2, 3)).tolist()),
+        posterior_std=(0.5, 0.5, 0.25, 0.25),
+    )
+    base = np.array(codec.statistics.posterior_std, np.float32) * np.float32(STEP_OF_STD)
+    codec.priors = Priors(base, factorized.fit(means.transpose(0, 1).flatten(1), base), None)
+    codec.save(folder / "model.safetensors")
+    geometry = Geometry(width=80, height=72, orientation=1, mode="RGB", background=None)
+    with LatentsWriter(folder / "latents", codec, "float32") as writer:
+        for i in range(6):
+            writer.add(f"{i}.png", DiagonalGaussian(means, torch.zeros_like(means)), i, geometry, b"")
+    return folder / "model.safetensors", folder / "latents"
+
+
+def run(places: tuple[Path, Path], out: Path, steps: int = 6, **fields: object) -> Run:
+    model, latents = places
+    config = {"groups": GROUPS, "width": 8, "steps": steps, "batch_size": 2, "crop": 8, "count_images": 4} | fields
+    config |= {"save_every": 2, "log_every": 2, "lr_warmup_steps": 1}
+    return Run(model=str(model), latents=(latents,), val=(latents,), out=out, config=PriorConfig(**config))  # pyright: ignore[reportArgumentType]
+
+
+def net_of(places: tuple[Path, Path], width: int = 8) -> ContextNet:
+    codec = Codec.load(places[0])
+    assert codec.priors is not None and codec.statistics is not None
+    torch.manual_seed(0)
+    return ContextNet(ContextConfig(groups=GROUPS, width=width), codec.priors.base, codec.statistics)
+
+
+def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
+    tmp_path: Path, places: tuple[Path, Path]
+) -> None:
+    assert train(run(places, tmp_path / "run", steps=150, learning_rate=1e-2, count_images=12)) == 0
+    before, after = Codec.load(places[0]), Codec.load(tmp_path / "run" / "model.safetensors")
+    assert after.model_id == before.model_id and after.statistics == before.statistics
+    assert after.priors is not None and after.priors.context is not None
+    evaluated = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    evaluated = [line for line in evaluated if line["kind"] == "eval"]
+    assert len(evaluated) == 4
+    for line in evaluated:
+        assert line["context_bits"] < 1.05 * line["float_bits"]
+        assert line["context_bits"] < line["factorized_bits"] or line["step"] > 2
+    copied = export(tmp_path / "run", tmp_path / "out.safetensors", data=(), images=1, half=False)
+    assert dumps({k: v.tolist() for k, v in to_tensors(copied.priors).items()}) == dumps(  # pyright: ignore
+        {k: v.tolist() for k, v in to_tensors(after.priors).items()}
+    )
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(
+    tmp_path: Path, places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(run(places, tmp_path / "whole"))
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    saves: list[int] = []
+    real = modelfile.save_tensors
+
+    def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        saves.append(1)
+        if len(saves) == 2:  # the checkpoint of step 4 is never written
+            crash()
+        real(path, tensors, metadata)
+
+    monkeypatch.setattr(modelfile, "save_tensors", save)
+    with pytest.raises(KeyboardInterrupt):
+        train(run(places, tmp_path / "broken"))
+    monkeypatch.undo()
+    assert json.loads(modelfile.own_metadata(tmp_path / "broken" / "checkpoint.safetensors"))["step"] == 2
+    train(run(places, tmp_path / "broken"))
+    for name in ("checkpoint.safetensors", "model.safetensors"):
+        whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "broken"))
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_run_with_other_settings_or_latents_is_refused_by_name(tmp_path: Path, places: tuple[Path, Path]) -> None:
+    train(run(places, tmp_path / "run", steps=2))
+    with pytest.raises(UserError, match=r"other settings \(config.width\)"):
+        train(run(places, tmp_path / "run", steps=2, width=16))
+    for name, value in (("crop", 7), ("batch_size", 0), ("step_range", (2.0, 1.0)), ("dithered", 2.0)):
+        with pytest.raises(UserError, match=name):
+            train(run(places, tmp_path / "other", **{name: value}))
+    with pytest.raises(ValueError, match="do not add up"):
+        train(run(places, tmp_path / "other", groups=(1, 2)))
+    with pytest.raises(UserError, match="give a smaller --crop"):
+        train(run(places, tmp_path / "other", crop=64))
+
+
+def test_a_model_without_a_quantiser_is_told_how_to_get_one(
+    tmp_path: Path, places: tuple[Path, Path], codec: Codec
+) -> None:
+    codec.priors = None
+    codec.save(tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="export"):
+        train(run((tmp_path / "bare.safetensors", places[1]), tmp_path / "run"))
+
+
+def test_crops_depend_on_seed_and_number_alone(places: tuple[Path, Path]) -> None:
+    crops = LatentCrops([places[1]], Codec.load(places[0]).model_id, 6)
+    assert len(crops) == 6
+    whole = crops.batch(range(20), 3)
+    assert whole.means.shape == (20, CHANNELS, 6, 6)
+    again = [crops.batch([i], 3) for i in range(20)]
+    assert torch.equal(whole.means, torch.cat([b.means for b in again]))
+    assert torch.equal(whole.keys, torch.cat([b.keys for b in again]))
+    assert not torch.equal(whole.means, crops.batch(range(20), 4).means)
+
+
+def test_drawn_latents_are_those_of_the_quantiser(places: tuple[Path, Path]) -> None:
+    net, codec = net_of(places), Codec.load(places[0])
+    batch = LatentCrops([places[1]], codec.model_id, 8).batch(range(16), 0)
+    drawn = net.draw(batch.means, batch.keys, (0.5, 4.0), 0.5)
+    assert 0 < int(drawn.dithered.sum()) < 16
+    assert codec.priors is not None
+    for mean, found in zip(batch.means, program._quantized(net, drawn), strict=True):
+        expected = quantize(mean, codec.priors.base, found.step, found.seed)
+        assert np.array_equal(found.values, expected.values)
+        assert 512 <= found.step <= 4096
+
+
+def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path]) -> None:
+    """Same tables, so what differs is the rounding of weights, activations and grids."""
+    net = net_of(places, width=16)
+    with torch.no_grad():
+        for layers in net.nets:
+            layers[3].weight.mul_(0.3)  # pyright: ignore
+    batch = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(12), 0)
+    drawn = net.draw(batch.means, batch.keys, (0.7, 2.0), 0.3)
+    with torch.no_grad():
+        wanted = net.bits(drawn).double().numpy() * 64
+    prior = net.freeze(logistic_tables())
+    found = [ideal_bits(prior, image) for image in passes(prior, program._quantized(net, drawn), "cpu")]
+    assert np.sum(found) == pytest.approx(np.sum(wanted), rel=0.03)
+    assert np.corrcoef(found, wanted)[0, 1] > 0.99
+
+
+def test_logistic_tables_have_the_logistics_masses() -> None:
+    tables = logistic_tables()
+    for table in range(0, TABLES, 29):
+        location, scale = table_scale(table)
+        counts = tables.frequencies(table)[:-1] / 2**24
+        k = np.arange(len(counts)) + tables.first[table]
+        mass = 0.5 * np.tanh((k + 0.5 - location) / scale / 2) - 0.5 * np.tanh((k - 0.5 - location) / scale / 2)
+        assert np.abs(counts - mass).max() < 1.2e-3  # no frequency exceeds 1 - 2^-10
+        assert mass.sum() > 1 - 1e-5
+
+
+def test_counting_moves_tables_towards_what_was_coded() -> None:
+    start = logistic_tables()
+    table = 30 * 8 + 4
+    values = np.repeat([0, 1, 5], [60_000, 30_000, 10_000])
+    found = counted_tables(start, values, np.full(len(values), table))
+    shares = found.frequencies(table) / 2**24
+    assert shares[[0 - found.first[table], 1 - found.first[table]]] == pytest.approx([0.6, 0.3], abs=0.02)
+    assert np.array_equal(found.frequencies(3), start.frequencies(3)) or np.allclose(
+        found.frequencies(3), start.frequencies(3), rtol=1e-2, atol=20
+    )
+
+
+def _gradient_of_two_ranks(places: tuple[Path, Path], out: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the other tests' single process, inherited by the fork
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    net = net_of(places)
+    wrapped = accelerator.prepare(net)
+    crops = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8)
+    batch = crops.batch(range(2 * accelerator.process_index, 2 * accelerator.process_index + 2), 0)
+    accelerator.backward(wrapped(batch.means, batch.keys, (0.5, 4.0), 0.5))
+    if accelerator.is_main_process:
+        torch.save([p.grad for p in net.parameters()], out)
+
+
+def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, places: tuple[Path, Path]) -> None:
+    net = net_of(places)
+    batch = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(4), 0)
+    net(batch.means, batch.keys, (0.5, 4.0), 0.5).backward()
+    debug_launcher(_gradient_of_two_ranks, (places, str(tmp_path / "gradients")), num_processes=2)
+    for parameter, found in zip(net.parameters(), torch.load(tmp_path / "gradients"), strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_frozen_is_sound(places: tuple[Path, Path]) -> None:
+    """The constructor checks shapes and the bound below which sums are exact."""
+    assert isinstance(net_of(places, width=112).freeze(logistic_tables()), ContextPrior)
+    with pytest.raises(ValueError, match="2\\^24"):
+        net = net_of(places, width=300)
+        torch.nn.init.constant_(net.nets[0][1].weight, 1.0)  # pyright: ignore
+        net.freeze(logistic_tables())

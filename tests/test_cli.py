@@ -11,7 +11,7 @@ import torch
 from conftest import Draw
 from PIL import Image
 
-from latent_codec import __version__, cli, compression
+from latent_codec import __version__, cli, compression, pipeline
 from latent_codec.codec import Codec
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
@@ -204,14 +204,14 @@ def test_a_bug_is_not_hidden_as_a_users_mistake(
 def test_ctrl_c_is_130_and_leaves_no_half_file(
     run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = compression.read_image
+    read = pipeline.read_image
 
     def interrupt(data: bytes, *, name: str, **options: object) -> object:
         if name == "sub/b.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(compression, "read_image", interrupt)
+    monkeypatch.setattr(pipeline, "read_image", interrupt)
     options = ("--model", model_file, "--batch-size", 1, "--workers", 1)
     result = run("encode", photos, tmp_path / "z", *options)
     assert result == (130, "", "latent-codec: interrupted\n")

@@ -14,7 +14,7 @@ from conftest import Draw
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latent_codec import compression, modelfile
+from latent_codec import compression, modelfile, pipeline
 from latent_codec.codec import Codec
 from latent_codec.compression import Compute, Summary, decode_folder, encode_folder
 from latent_codec.errors import UserError
@@ -243,14 +243,14 @@ def test_whatever_reading_an_image_raises_the_others_go_on(
 ) -> None:
     for name in ("a.png", "b.png", "c.png"):
         draw(tmp_path / "src" / name, 8, 8)
-    read = compression.read_image
+    read = pipeline.read_image
 
     def surprise(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "b.png":
             raise ZeroDivisionError("in some plugin")
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(compression, "read_image", surprise)
+    monkeypatch.setattr(pipeline, "read_image", surprise)
     summary = encode(codec, tmp_path / "src", tmp_path / "latents")
     assert summary.failures == {"b.png": "ZeroDivisionError: in some plugin"}
 
@@ -270,7 +270,7 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
 ) -> None:
     for i in range(40):
         draw(tmp_path / "src" / f"{i:02d}.png", 8 * (i + 1), 8)
-    read, forward = compression.read_image, codec.encode
+    read, forward = pipeline.read_image, codec.encode
     started: list[str] = []
     encoded: list[int] = []
     waiting: list[int] = []
@@ -284,7 +284,7 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
         encoded.append(len(x))
         return forward(x)
 
-    monkeypatch.setattr(compression, "read_image", count_reading)
+    monkeypatch.setattr(pipeline, "read_image", count_reading)
     monkeypatch.setattr(codec, "encode", count_encoding)
     encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 2))
     assert sum(encoded) == 40
@@ -473,14 +473,14 @@ def test_an_interrupted_encode_leaves_whole_shards_under_an_index(
 ) -> None:
     for i in range(9):
         draw(tmp_path / "src" / f"{i}.png", 8 * (1 + i % 2), 8)
-    read = compression.read_image
+    read = pipeline.read_image
 
     def interrupt(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "6.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(compression, "read_image", interrupt)
+    monkeypatch.setattr(pipeline, "read_image", interrupt)
     monkeypatch.setattr(compression, "LatentsWriter", functools.partial(LatentsWriter, shard_bytes=200))
     with pytest.raises(KeyboardInterrupt):
         encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))

@@ -1,6 +1,7 @@
 """The command line. Nothing here imports torch until a command runs, so that --help answers at once."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, Union
@@ -106,25 +107,60 @@ class Info:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure a model on a folder of images: PSNR, SSIM, MS-SSIM, LPIPS, KL and bytes on disk in bits per pixel."""
+    """Measure a model on a folder of images: PSNR, SSIM, MS-SSIM, LPIPS, KL and bytes on disk in bits per pixel.
+
+    With --rd: whole .lc files at several steps, decoded again, with JPEG, WebP and AVIF beside them on the same images.
+    """
 
     model: tyro.conf.Positional[str]
     dir: tyro.conf.Positional[str]
     out: Path | None = None
-    """Folder for results.json, the latents and the reconstructions."""
+    """Folder for results.json, the latents and the reconstructions; with --rd for rd.json and rd.png."""
+    rd: bool = False
+    """Rate-distortion curves; needs the extra `rd`."""
+    steps: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
+    """Quantiser steps of --rd."""
+    sample: int = 0
+    """Seed of the dither in the row of --rd that has one, at step 1."""
     lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
     lpips_backbone: Path | None = None
     """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
     compute: tyro.conf.OmitArgPrefixes[_Compute] = _Compute()
 
     def run(self) -> int:
+        report = self._rate_distortion() if self.rd else self._evaluate()
+        print(report.table())
+        return 1 if report.failures else 0
+
+    def _evaluate(self):
         from latent_codec.evaluation import evaluate
 
         codec, compute = _load(self.model, self.compute)
-        net = None if self.lpips_net == "none" else self.lpips_net
-        report = evaluate(codec, self.dir, compute, out=self.out, lpips_net=net, lpips_backbone=self.lpips_backbone)
-        print(report.table())
-        return 1 if report.failures else 0
+        return evaluate(codec, self.dir, compute, out=self.out, lpips_net=self._net, lpips_backbone=self.lpips_backbone)
+
+    def _rate_distortion(self):
+        from latent_codec.ratedistortion import rate_distortion
+
+        command = ["latent-codec", "evaluate", self.model, self.dir, "--rd", "--steps", *(f"{s:g}" for s in self.steps)]
+        command += ["--sample", str(self.sample), "--lpips-net", self.lpips_net]
+        if self.lpips_backbone is not None:
+            command += ["--lpips-backbone", str(self.lpips_backbone)]
+        codec, compute = _load(self.model, self.compute)
+        return rate_distortion(
+            codec,
+            self.dir,
+            compute,
+            steps=self.steps,
+            sample=self.sample,
+            out=self.out,
+            lpips_net=self._net,
+            lpips_backbone=self.lpips_backbone,
+            command=shlex.join(command),
+        )
+
+    @property
+    def _net(self) -> Literal["alex", "squeeze", "vgg"] | None:
+        return None if self.lpips_net == "none" else self.lpips_net
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

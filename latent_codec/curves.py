@@ -1,0 +1,119 @@
+"""Rate-distortion curves against each other: quality at a rate, and rate at a quality (Bjontegaard's delta)."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from latent_codec.errors import UserError
+
+EXTRA = ("bjontegaard", "matplotlib")
+"""Packages that only rate-distortion curves need."""
+
+METHOD = "pchip"
+"""How both this module and bjontegaard interpolate: piecewise cubic, monotone (Fritsch & Butland 1984)."""
+
+LEAST_POINTS = 4
+"""Fewer make no curve."""
+
+LEAST_OVERLAP = 0.5
+"""Share of the tested curve's range of quality that the other one must cover."""
+
+
+def check_extra() -> None:
+    """Raise `UserError` unless the packages of the extra are there."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"rate-distortion curves need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            "installed: pip install 'latent-codec[rd]'"
+        )
+
+
+class Scale(NamedTuple):
+    """A metric on a scale where more is better, on which curves are compared."""
+
+    words: str
+    of: Callable[[float], float]
+
+
+def _decibels(distance: float) -> float:
+    return -10 * math.log10(max(distance, 1e-12))
+
+
+SCALES: dict[str, Scale] = {
+    "psnr": Scale("PSNR in dB", lambda value: value),
+    "ms_ssim": Scale("-10 log10(1 - MS-SSIM) of the mean MS-SSIM", lambda value: _decibels(1 - value)),
+    "lpips": Scale("-10 log10(LPIPS) of the mean LPIPS, so that more is better", _decibels),
+}
+
+
+class Curve(NamedTuple):
+    """Points by ascending rate, quality ascending with it."""
+
+    rates: np.ndarray  # (n,) float64, bits per pixel
+    qualities: np.ndarray  # (n,) float64
+    left_out: int
+    """Points without a value, or that a cheaper point equals or beats: nobody would choose their settings."""
+
+    @classmethod
+    def of(cls, rates: Sequence[float], values: Sequence[float | None], scale: Scale) -> "Curve":
+        kept: list[tuple[float, float]] = []
+        defined = [(rate, -scale.of(value)) for rate, value in zip(rates, values, strict=True) if value is not None]
+        for rate, negative in sorted(defined):
+            if not kept or -negative > kept[-1][1]:
+                kept.append((rate, -negative))
+        found = np.array(kept, np.float64).reshape(-1, 2)
+        return cls(found[:, 0], found[:, 1], len(rates) - len(kept))
+
+    def at(self, rate: float) -> float | None:
+        """Quality at a rate, interpolated over the rate's logarithm; None outside the curve."""
+        from scipy.interpolate import PchipInterpolator  # here, because it takes a while to import
+
+        if len(self.rates) < 2 or not self.rates[0] <= rate <= self.rates[-1]:
+            return None
+        return float(PchipInterpolator(np.log(self.rates), self.qualities)(math.log(rate)))
+
+
+class Delta(NamedTuple):
+    """Bjontegaard's delta rate."""
+
+    percent: float | None
+    """Mean difference of rate at equal quality, in the mean of logarithms; below 0 the tested curve needs less."""
+    reason: str | None
+    """Why there is none."""
+    low: float | None
+    """The qualities between which it was taken: those that both curves reach."""
+    high: float | None
+    share: float | None
+    """Of the tested curve's range of quality, how much lies between them."""
+    left_out: int
+    """Points of both curves that were not used (see `Curve`)."""
+
+
+def delta_rate(anchor: Curve, tested: Curve) -> Delta:
+    """How much less or more rate `tested` needs than `anchor` (Bjontegaard 2001), by the package of that name."""
+    left_out = anchor.left_out + tested.left_out
+    fewest = min(len(anchor.rates), len(tested.rates))
+    if fewest < LEAST_POINTS:
+        return Delta(None, f"a curve has {fewest} points, less than {LEAST_POINTS}", None, None, None, left_out)
+    low = float(max(anchor.qualities[0], tested.qualities[0]))
+    high = float(min(anchor.qualities[-1], tested.qualities[-1]))
+    share = max(high - low, 0.0) / float(tested.qualities[-1] - tested.qualities[0])
+    if share < LEAST_OVERLAP:
+        reason = f"the curves share {share:.0%} of the tested one's range, less than {LEAST_OVERLAP:.0%}"
+        return Delta(None, reason, None, None, share, left_out)
+    import bjontegaard  # optional, see `check_extra`
+
+    percent = bjontegaard.bd_rate(
+        anchor.rates,
+        anchor.qualities,
+        tested.rates,
+        tested.qualities,
+        method=METHOD,
+        require_matching_points=False,
+        min_overlap=0,
+    )
+    return Delta(float(percent), None, low, high, share, left_out)  # pyright: ignore[reportArgumentType]

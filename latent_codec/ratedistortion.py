@@ -1,0 +1,175 @@
+"""Rate against distortion: files of many settings, decoded from their bytes; JPEG, WebP and AVIF beside them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image as PilImage
+from tqdm import tqdm
+
+from latent_codec import peer_codecs
+from latent_codec.bitstream import unpack
+from latent_codec.codec import Codec
+from latent_codec.compression import Compute, Summary
+from latent_codec.curves import check_extra
+from latent_codec.errors import UserError
+from latent_codec.evaluation import compare
+from latent_codec.files import make_folder
+from latent_codec.images import Geometry, Image, crop, pad, to_pil
+from latent_codec.inputs import Source, find_images
+from latent_codec.noise import fold, text_key
+from latent_codec.peer_codecs import Peer
+from latent_codec.perceptual import LPIPS, Net
+from latent_codec.quantizer import step_code
+from latent_codec.rd_report import Record, Report, Row, Setting, report
+from latent_codec.streams import StreamCodec, StreamReader
+
+DITHERED_STEP = 1.0
+"""Where dither is tried: its error then has the variance of the posterior."""
+
+
+def rate_distortion(
+    codec: Codec,
+    where: str | Path,
+    compute: Compute,
+    *,
+    steps: Sequence[float],
+    sample: int,
+    out: Path | None,
+    lpips_net: Net | None,
+    lpips_backbone: Path | None,
+    command: str,
+    quiet: bool = False,
+) -> Report:
+    """Measure the codec at every step, and the peers at their qualities, on the images at `where`.
+
+    `sample` seeds the dither of the rows that have one. `out` keeps rd.json and rd.png; nothing else is written.
+    `command` is what the report says it came from. Images that cannot be read, or that a peer refuses, are reported
+    and left out of all curves. Raises `UserError` before any work if the packages of the extra `rd` are not there, the
+    model has no prior, a step is out of range or `out` cannot be written into, and later if no image could be used.
+    """
+    check_extra()
+    if out is not None:
+        make_folder(out)
+    ours = _Ours(codec, compute, steps, sample)
+    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
+    peers = peer_codecs.available()
+    sources = find_images(where)
+    summary = Summary("evaluated", found=len(sources))
+    records: list[Record] = []
+    for source in tqdm(sources, "evaluate", unit="image", disable=quiet or None):
+        try:
+            records.append(_measure(source, ours, peers, lpips, compute))
+        except UserError as error:
+            summary.fail(source.name, error)
+    if not records:
+        raise UserError(f"{where}: none of the {summary.found} images could be used")
+    result = report(codec, where, compute, records, ours.stream_ids, peers, lpips, command, summary.failures)
+    if out is not None:
+        result.write(out)
+    return result
+
+
+class _File(NamedTuple):
+    """What one file took."""
+
+    setting: Setting
+    size: int  # bytes
+    ideal_bits: float | None
+
+
+class _Version(NamedTuple):
+    """One decoded image and the files that decode to it."""
+
+    decoded: torch.Tensor  # (3, h, w) uint8
+    files: list[_File]
+
+
+class _Ours:
+    """The codec's own files of one image after another."""
+
+    def __init__(self, codec: Codec, compute: Compute, steps: Sequence[float], sample: int) -> None:
+        if not steps or len(set(steps)) != len(steps):
+            raise UserError(f"--steps {' '.join(f'{s:g}' for s in steps)}: give at least one, each once")
+        self.codec, self.compute, self.sample = codec, compute, sample
+        if codec.config.image_channels != 3:
+            raise UserError(f"a model of {codec.config.image_channels} channels; image files need one of 3")
+        self._coders = [StreamCodec(codec, compute.device)]  # of the best prior; refuses a model without any
+        if self._coders[0].prior.kind != "factorized":
+            self._coders.append(StreamCodec(codec, compute.device, "factorized"))
+        self._reader = StreamReader(codec, compute.device)
+        self._settings = [(step, False) for step in sorted(steps)] + [(DITHERED_STEP, True)]
+        for step in steps:
+            step_code(step)  # refuses what no stream can have
+
+    @property
+    def stream_ids(self) -> dict[str, str]:
+        return {coder.prior.kind: coder.stream_id.hex() for coder in self._coders}
+
+    def encode(self, image: Image) -> tuple[torch.Tensor, float]:
+        """The posterior's mean (z, h, w) and its KL in bits."""
+        pixels = pad(image.pixels, self.codec.factor)[None].to(self.compute.device)
+        with torch.inference_mode(), self.compute.autocast():
+            posterior = self.codec.encode(pixels)
+        return posterior.mean[0].cpu(), posterior.kl().item() / np.log(2)
+
+    def versions(self, mean: torch.Tensor, geometry: Geometry, name: str) -> Iterator[_Version]:
+        for step, dithered in self._settings:
+            seed = int(fold(self.sample, text_key(name))) % 2**64 if dithered else None
+            quantized = self._coders[0].quantize(mean, step_code(step), seed)
+            files, latents = [], []
+            for coder in self._coders:  # they share the quantiser
+                (coded,) = coder.compress([(quantized, geometry)])
+                setting = Setting(coder.prior.kind, "step", step, dithered)
+                files.append(_File(setting, len(coded.data), coded.ideal_bits))
+                latents.append(self._read(coded.data))
+            if not all(torch.equal(z, latents[0]) for z in latents):
+                raise RuntimeError(f"{name}: the priors' files of step {step:g} decode to different latents")
+            yield _Version(self._decode(latents[0], geometry), files)
+
+    def _read(self, data: bytes) -> torch.Tensor:
+        """Latents (z, h, w) from a file's bytes, as any reader of it gets them."""
+        stream = unpack(data)
+        self._reader.check(stream)
+        (latents,) = self._reader.decompress([stream])
+        if isinstance(latents, UserError):
+            raise RuntimeError(f"a file just written cannot be read: {latents}")
+        return latents
+
+    def _decode(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        with torch.inference_mode(), self.compute.autocast():
+            pixels = self.codec.decode_uint8(latents[None].to(self.compute.device))[0].cpu()
+        return _pixels(to_pil(crop(pixels, geometry), geometry))
+
+
+def _peer_versions(original: PilImage.Image, peers: list[Peer]) -> Iterator[_Version]:
+    for peer in peers:
+        for quality in peer.qualities:
+            data = peer_codecs.encode(peer, original, quality)
+            decoded = _pixels(peer_codecs.decode(peer, data, original.mode))
+            yield _Version(decoded, [_File(Setting(peer.name, "quality", quality, False), len(data), None)])
+
+
+def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None, compute: Compute) -> Record:
+    """Everything about one image; raises `UserError` if it cannot be read or a codec refuses it."""
+    image = source.read()
+    area = image.geometry.width * image.geometry.height
+    mean, kl_bits = ours.encode(image)
+    rows = []
+    for versions in (
+        ours.versions(mean, image.geometry, source.name),
+        _peer_versions(to_pil(image.pixels, image.geometry), peers),
+    ):
+        for decoded, files in versions:
+            distortion = compare(image.pixels[None], decoded[None], lpips, compute.device)
+            for setting, size, ideal_bits in files:
+                ideal_bpp = None if ideal_bits is None else ideal_bits / area
+                rows.append(Row(setting, size, 8 * size / area, ideal_bpp, distortion))
+    return Record(source.name, area, kl_bits / area, rows)
+
+
+def _pixels(image: PilImage.Image) -> torch.Tensor:
+    """(3, h, w) uint8; grey is repeated, as reading a grey file does."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

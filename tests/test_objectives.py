@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from latent_codec.config import (
 )
 from latent_codec.noise import normal
 from latent_codec.perceptual import LPIPS
+from latent_codec.quantizer import dequantize, quantize, step_code
 from train.config import ELBOConfig
 from train.objectives import ELBO, Losses
 from train.presets import photo
@@ -102,6 +104,37 @@ def test_the_modes_nll_is_added_and_teaches_the_decoder_alone(batch: tuple[torch
     before, after = (gradients(o, loss) for o, loss in zip((plain, more), losses, strict=True))
     for name, gradient in before.items():
         assert torch.equal(gradient, after[name]) == name.startswith("backbone.encoder")
+
+
+def test_a_quantised_mode_is_that_of_the_bitstream_and_weighs_less_at_coarse_steps(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """A range of one step, so that what is drawn is known."""
+    x = batch[0].double() / 127.5 - 1
+    for step in (0.5, 1.0, 3.0):
+        objective = make(mode_weight=1.0, mode_steps=(step, step))
+        codec, total = objective.codec, 0.0
+        for i in range(B):
+            posterior = codec.encode(batch[0][i : i + 1])
+            std = posterior.logvar.double().exp().mean((0, 2, 3)).sqrt()  # of this image, per channel
+            base = (math.sqrt(12) * std).detach().numpy().astype(np.float32)
+            quantized = quantize(posterior.mean[0], base, step_code(step), None)
+            decoded = codec.decode(dequantize(quantized, base)[None])
+            total -= Normal(decoded.double(), SIGMA).log_prob(x[i : i + 1]).sum().item()
+        expected = total / B / max(1.0, step) ** 2
+        assert call(objective, batch).nll_mode.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_steps_of_the_mode_are_drawn_for_each_image_between_the_two(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    objective = make(mode_weight=1.0, mode_steps=(1.0, 9.0))
+    pixels = batch[0][:1].expand(300, -1, -1, -1)
+    posterior = objective.codec.encode(pixels)
+    _, weight = objective._decoded_mode(posterior, torch.arange(300))
+    step = weight.rsqrt()
+    assert 1.0 <= step.min() < 1.1 and 8.5 < step.max() <= 9.0
+    assert step.log().mean().item() == pytest.approx(math.log(3), abs=0.12)  # evenly in the logarithm
+    again = objective._decoded_mode(posterior, torch.arange(300))[1]
+    assert torch.equal(weight, again)
 
 
 def test_beta_weighs_the_gradient_of_the_kl(batch: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -1,0 +1,56 @@
+"""Small priors with random integers: what a trained one looks like, in milliseconds."""
+
+import math
+
+import numpy as np
+import torch
+
+from latent_codec.prior.context import SIGNALS, TABLES, ContextConfig, ContextPrior, Layer, Pass, spans, table_scale
+from latent_codec.prior.tables import Tables, join, normalize
+
+
+def context_tables(reach: float = 6.0) -> Tables:
+    """A logistic's masses for each table, `reach` scales to both sides, the rest left to the escape."""
+    return join([_table(*table_scale(table), reach) for table in range(TABLES)])
+
+
+def _table(location: float, scale: float, reach: float) -> tuple[int, np.ndarray]:
+    last = math.ceil(reach * scale)
+    edges = (np.arange(-last, last + 2) - 0.5 - location) / scale
+    cumulative = 0.5 + 0.5 * np.tanh(edges / 2)
+    return -last, normalize(np.r_[np.diff(cumulative) + 1e-9, 1 - cumulative[-1] + cumulative[0] + 1e-6])
+
+
+def context_prior(groups: tuple[int, ...], width: int, seed: int, tables: Tables | None = None) -> ContextPrior:
+    """Random weights over the whole range; outputs of a few steps and of medium width."""
+    rng = np.random.default_rng(seed)
+    config, channels = ContextConfig(groups=groups, width=width), sum(groups)
+    passes = []
+    for span in spans(config):
+        outputs = span.stop - span.start
+        first = _layer(rng, (span.inputs + SIGNALS) * 9, width, 60, 32)
+        second, third = _layer(rng, width * 9, width, 40, 32), _layer(rng, width, width, 40, 32)
+        bias = np.r_[np.zeros(outputs), np.full(outputs, 40)]  # width 1 is i = 40
+        passes.append(Pass((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias))))
+    return ContextPrior(
+        config,
+        order=rng.permutation(channels),
+        gain=2 ** rng.integers(10, 13, channels) + rng.integers(0, 100, channels),
+        width_offset=rng.integers(-8, 9, channels),
+        passes=passes,
+        tables=context_tables() if tables is None else tables,
+    )
+
+
+def _layer(
+    rng: np.random.Generator, inputs: int, outputs: int, size_in: float, size_out: float, bias: np.ndarray | None = None
+) -> Layer:
+    """Rows whose outputs are about `size_out` large where inputs are about `size_in`."""
+    weight = rng.integers(-127, 128, (outputs, inputs))
+    shift = np.clip(np.round(np.log2(73 * size_in * math.sqrt(inputs) / size_out) + rng.uniform(-1, 1, outputs)), 1, 20)
+    bias = (rng.normal(size=outputs) * size_out / 2 if bias is None else bias) * 2**shift
+    return Layer(
+        torch.from_numpy(weight.astype(np.int8)),
+        torch.from_numpy(np.round(bias).astype(np.int32)),
+        torch.from_numpy(shift.astype(np.int32)),
+    )

@@ -1,0 +1,312 @@
+"""A second decoder of `.lc` streams: slow, plain, and made from docs/bitstream.md alone.
+
+Nothing of latent_codec, torch or constriction is in it, so that it shares none of their mistakes.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import struct
+import zlib
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+
+Array = np.ndarray
+START = (1 << 32) + 0x4C430D0A
+GOLDEN = 0x9E3779B97F4A7C15
+WORD = 2**64 - 1
+
+
+class RefusalError(Exception):
+    """Not a sound stream of this model."""
+
+
+class Header(NamedTuple):
+    stream_id: bytes
+    width: int
+    height: int
+    orientation: int
+    flags: int
+    background: bytes
+    step: int
+    seed: int | None
+
+
+class Model(NamedTuple):
+    config: dict[str, Any]
+    priors: dict[str, Any]
+    tensors: dict[str, Array]
+    model_id: str
+
+    @property
+    def factor(self) -> int:
+        backbone = self.config["backbone"]
+        return backbone["patch"] if "patch" in backbone else 2 ** (len(backbone["widths"]) - 1)
+
+    def stream_id(self, kind: str) -> bytes:
+        digest = hashlib.sha256(self.model_id.encode())
+        for name in sorted(self.tensors):
+            if name == "prior.base" or name.startswith(f"prior.{kind}."):
+                digest.update(_label(name, self.tensors[name]) + self.tensors[name].tobytes())
+        return digest.digest()[:8]
+
+
+def _label(name: str, tensor: Array) -> bytes:
+    return f'["{name}",[{",".join(str(n) for n in tensor.shape)}]]'.encode()
+
+
+def read_model(path: Path) -> Model:
+    with safe_open(path, "numpy") as file:
+        text = file.metadata()["latent_codec"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle is no mapping)
+    about = json.loads(text)
+    config = json.dumps(about["config"], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert f'"config":{config},' in text  # just as it stands in the file
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(tensors):
+        if not name.startswith("prior."):
+            digest.update(_label(name, tensors[name]) + tensors[name].astype("<f4").tobytes())
+    return Model(about["config"], about["priors"], tensors, digest.hexdigest())
+
+
+def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
+    magic = b"\x89LC\r\n\x1a\n"
+    if not data or data[:7] != magic[: len(data)]:
+        raise RefusalError("magic")
+    if len(data) < 47:
+        raise RefusalError("cut header")
+    if zlib.crc32(data[:43]) != struct.unpack("<I", data[43:47])[0]:
+        raise RefusalError("header checksum")
+    if data[7] != 1:
+        raise RefusalError("version")
+    width, height, orientation, flags = struct.unpack("<IIBB", data[16:26])
+    step, seed, length = struct.unpack("<HQI", data[29:43])
+    if width * height > max_pixels:
+        raise RefusalError("pixels")
+    if len(data) != 51 + length:
+        raise RefusalError("length")
+    payload = data[47 : 47 + length]
+    if zlib.crc32(payload) != struct.unpack("<I", data[47 + length :])[0]:
+        raise RefusalError("payload checksum")
+    if flags > 15 or (seed and not flags & 4) or (any(data[26:29]) and not flags & 2) or step < 16:
+        raise RefusalError("values")
+    if not width or not height or not 1 <= orientation <= 8:
+        raise RefusalError("geometry")
+    return Header(
+        data[8:16], width, height, orientation, flags, data[26:29], step, seed if flags & 4 else None
+    ), payload
+
+
+class Ans:
+    """The coder's state."""
+
+    def __init__(self, payload: bytes) -> None:
+        if len(payload) % 4 or len(payload) < 8:
+            raise RefusalError("words")
+        self.words = list(struct.unpack(f"<{len(payload) // 4}I", payload))
+        if not self.words[-1]:
+            raise RefusalError("last word")
+        self.x = self.words.pop() << 32
+        self.x |= self.words.pop()
+
+    def symbol(self, cumulative: list[int]) -> int:
+        """The next one under a table given by its frequencies' sums, from 0 to 2^24."""
+        q = self.x & 0xFFFFFF
+        s = bisect_right(cumulative, q) - 1
+        self.x = (self.x >> 24) * (cumulative[s + 1] - cumulative[s]) + q - cumulative[s]
+        if self.x < 2**32:
+            if not self.words:
+                raise RefusalError("ran out")
+            self.x = self.x << 32 | self.words.pop()
+        return s
+
+    def finish(self) -> None:
+        if self.words or self.x != START:
+            raise RefusalError("end state")
+
+
+class Writer:
+    """The encoder's side of `Ans`."""
+
+    def __init__(self) -> None:
+        self.x, self.words = START, []
+
+    def symbol(self, cumulative: list[int], s: int) -> None:
+        frequency = cumulative[s + 1] - cumulative[s]
+        if self.x >= frequency << 40:
+            self.words.append(self.x & 0xFFFFFFFF)
+            self.x >>= 32
+        self.x = (self.x // frequency << 24) + cumulative[s] + self.x % frequency
+
+    def payload(self) -> bytes:
+        words = [*self.words, self.x & 0xFFFFFFFF, self.x >> 32]
+        return struct.pack(f"<{len(words)}I", *words)
+
+
+UNIFORM = list(range(0, 2**24 + 1, 256))
+
+
+class Tables:
+    def __init__(self, counts: Array, sizes: Array, first: Array) -> None:
+        parts = np.split(counts.astype(np.int64), np.cumsum(sizes)[:-1])
+        self.cumulative = [[0, *np.cumsum(part).tolist()] for part in parts]
+        self.first = [int(n) for n in first]
+
+    def read(self, ans: Ans, tables: list[int]) -> list[int]:
+        """One pass' coded integers, for the table of each position in the pass' own order."""
+        values: list[int | None] = [None] * len(tables)
+        for _, i in sorted((table, i) for i, table in enumerate(tables)):
+            cumulative = self.cumulative[tables[i]]
+            s = ans.symbol(cumulative)
+            if s < len(cumulative) - 2:  # else it is the escape
+                values[i] = self.first[tables[i]] + s
+        return [ans.symbol(UNIFORM) - 2**15 if value is None else value for value in values]
+
+    def write(self, writer: Writer, values: list[int], tables: list[int]) -> None:
+        """The inverse; an encoder takes the passes backwards."""
+        order = [i for _, i in sorted((table, i) for i, table in enumerate(tables))]
+        symbols = [v - self.first[t] for v, t in zip(values, tables, strict=True)]
+        escapes = [len(self.cumulative[t]) - 2 for t in tables]
+        symbols = [s if 0 <= s < e else e for s, e in zip(symbols, escapes, strict=True)]
+        for i in reversed(range(len(tables))):
+            if symbols[i] == escapes[i]:
+                writer.symbol(UNIFORM, values[i] + 2**15)
+        for i in reversed(order):
+            writer.symbol(self.cumulative[tables[i]], symbols[i])
+
+
+def octave(step: int) -> int:
+    return ((step**16).bit_length() - 160) // 2
+
+
+def mix(x: int) -> int:
+    x = (x + GOLDEN) & WORD
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & WORD
+    return x ^ (x >> 31)
+
+
+def dither(seed: int | None, shape: tuple[int, int, int]) -> Array:
+    if seed is None:
+        return np.zeros(shape, np.int64)
+    k = mix(mix(mix(seed)))
+    values = [2 * (mix((k + i * GOLDEN) & WORD) >> 48) + 1 - 2**16 for i in range(math.prod(shape))]
+    return np.array(values, np.int64).reshape(shape)
+
+
+class Decoded(NamedTuple):
+    values: Array  # (z, h, w) int64
+    latents: Array  # (z, h, w) float32
+
+
+def decode(data: bytes, model: Model) -> Decoded:
+    """The latents of a stream; raises `RefusalError` for what no decoder may accept."""
+    header, payload = read_stream(data)
+    kind = "context" if header.flags & 8 else "factorized"
+    if kind == "context" and model.priors["context"] is None:
+        raise RefusalError("no such prior")
+    if header.stream_id != model.stream_id(kind):
+        raise RefusalError("stream id")
+    shape = (
+        model.config["latent_channels"],
+        -(-header.height // model.factor),
+        -(-header.width // model.factor),
+    )
+    if math.prod(shape) * -math.log2(1 - 2**-10) > 8 * len(payload):
+        raise RefusalError("too short")
+    ans = Ans(payload)
+    tables = Tables(*(model.tensors[f"prior.{kind}.{name}"] for name in ("counts", "sizes", "first")))
+    if kind == "context":
+        values, fine = _context(ans, tables, model, header, shape)
+    else:
+        values, fine = _factorized(ans, tables, header, shape)
+    ans.finish()
+    if np.abs(values).max() > 16383:
+        raise RefusalError("magnitude")
+    size = model.tensors["prior.base"].astype(np.float64) * header.step
+    return Decoded(values, (fine.astype(np.float64) * size[:, None, None] * 2.0**-27).astype(np.float32))
+
+
+def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int, int]) -> tuple[Array, Array]:
+    z, h, w = shape
+    level = (min(max(octave(header.step), -16), 40) + 16) // 2
+    found = tables.read(ans, [level * z + c for c in range(z) for _ in range(h * w)])
+    values = np.array(found, np.int64).reshape(shape)
+    return values, values * 2**17 + dither(header.seed, shape)
+
+
+def _context(
+    ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]
+) -> tuple[Array, Array]:
+    _, h, w = shape
+    order, gain, width_offset = (
+        [int(n) for n in model.tensors[f"prior.context.{name}"]] for name in ("order", "gain", "width_offset")
+    )
+    d = dither(header.seed, shape)
+    values, fine = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    start = 0
+    for g, size in enumerate(model.priors["context"]["groups"]):
+        stop = start + size
+        for parity in (0, 1):
+            inputs = _inputs(order[: stop if parity else start], fine, gain, header)
+            outputs = _network(model, 2 * g + parity, inputs)  # (2 (stop - start), h, w)
+            positions = [
+                (j, y, x) for j, y, x in itertools.product(range(size), range(h), range(w)) if (y + x) % 2 == parity
+            ]
+            centres, numbers = [], []
+            for j, y, x in positions:
+                c = order[start + j]
+                scale = header.step * gain[c]
+                located, wide = int(outputs[j, y, x]), int(outputs[size + j, y, x])
+                eighths = (located * 2**36 - 8 * int(d[c, y, x]) * scale + scale * 2**16) // (scale * 2**17)
+                eighths = min(max(eighths, -131064), 131064)
+                centres.append((eighths + 4) >> 3)
+                i = min(max(wide - octave(header.step) + width_offset[c], 0), 88)
+                numbers.append(8 * i + eighths - 8 * centres[-1] + 4 if i < 56 else i + 392)
+            for (j, y, x), centre, rest in zip(positions, centres, tables.read(ans, numbers), strict=True):
+                c = order[start + j]
+                values[c, y, x] = centre + rest
+                fine[c, y, x] = (centre + rest) * 2**17 + d[c, y, x]
+        start = stop
+    return values, fine
+
+
+def _inputs(channels: list[int], fine: Array, gain: list[int], header: Header) -> Array:
+    _, h, w = fine.shape
+    planes = np.zeros((len(channels) + 4, h, w), np.int64)
+    for plane, c in enumerate(channels):
+        planes[plane] = (fine[c] * (header.step * gain[c]) + 2**35) >> 36
+    n = len(channels)
+    planes[n] = 32
+    planes[n + 1] = [[32 * ((y + x) % 2 == 0) for x in range(w)] for y in range(h)]
+    planes[n + 2] = 4 * octave(header.step)
+    planes[n + 3] = 32 * (header.seed is not None)
+    return np.clip(planes, -127, 127)
+
+
+def _network(model: Model, number: int, x: Array) -> Array:
+    for i in range(4):
+        weight, bias, shift = (
+            model.tensors[f"prior.context.passes.{number}.layers.{i}.{name}"].astype(np.int64)
+            for name in ("weight", "bias", "shift")
+        )
+        y = _layer(weight, bias, shift, x, taps=9 if i < 2 else 1)
+        x = np.clip(y, 0, 127) if i < 3 else y
+    return x
+
+
+def _layer(weight: Array, bias: Array, shift: Array, x: Array, taps: int) -> Array:
+    """(planes, h, w) -> (out, h, w), int64 throughout."""
+    planes, h, w = x.shape
+    padded = np.zeros((planes, h + 2, w + 2), np.int64)
+    padded[:, 1:-1, 1:-1] = x
+    y = np.zeros((len(weight), h, w), np.int64) + (bias + 2 ** (shift - 1))[:, None, None]
+    for p, tap in itertools.product(range(planes), range(taps)):
+        i, j = divmod(tap, 3) if taps == 9 else (1, 1)
+        y += weight[:, taps * p + tap, None, None] * padded[p, i : i + h, j : j + w]
+    return y >> shift[:, None, None]

@@ -18,7 +18,7 @@ from latent_codec.images import DEFAULT_MAX_PIXELS, pad
 from latent_codec.inputs import Source, find_all
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized
-from latent_codec.quantizer import STEP_OF_STD
+from latent_codec.quantizer import base_steps
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def export(
     if data:
         sources = find_all(data)[:images]
         where = ", ".join(p.name or str(p) for p in data)
+        if codec.priors is not None and codec.priors.context is not None:
+            log.warning("%s: its context prior is dropped, for the quantiser is measured anew", run_or_model)
         calibrate(codec, sources, f"first {len(sources)} images of {where}", quiet=quiet)
     elif codec.statistics is None:
         raise UserError(f"{run_or_model}: has no latent statistics yet; name images to measure them on with --data")
@@ -95,7 +97,7 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
         std=tuple(std.tolist()),
         posterior_std=tuple(variance.sqrt().tolist()),
     )
-    base = (STEP_OF_STD * variance.sqrt()).float().numpy()
+    base = base_steps(std.numpy(), variance.sqrt().numpy())
     codec.priors = Priors(base, factorized.fit(torch.cat(kept, 1), base), None)
 
 

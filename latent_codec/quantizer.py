@@ -56,6 +56,14 @@ def dither(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return (2 * ((bits >> 48) & 0xFFFF) + 1 - 2**16).reshape(shape)
 
 
+def base_steps(std: np.ndarray, posterior_std: np.ndarray) -> np.ndarray:
+    """Each channel's step at step 1, (z,) float32, from its latents' standard deviation and its posterior's.
+
+    A model that hardly adds noise would get steps that no bitstream wants; they are at least sqrt(12) / 1024 of `std`.
+    """
+    return (STEP_OF_STD * np.maximum(posterior_std, std / 1024)).astype(np.float32)
+
+
 class Quantized(NamedTuple):
     """One image's latents as integers."""
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Draw
@@ -16,6 +17,7 @@ from latent_codec.export import calibrate, export
 from latent_codec.images import pad
 from latent_codec.inputs import Source, find_images
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.quantizer import base_steps, quantize, step_code
 
 
 @pytest.fixture
@@ -189,3 +191,37 @@ def test_a_model_of_grey_images_has_no_statistics_over_colour(codec: Codec, phot
     grey = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 1}))
     with pytest.raises(UserError, match="images with 1 channels"):
         calibrate(grey, find_images(photos), "five", quiet=True)
+
+
+def test_the_quantiser_follows_the_posterior_and_the_prior_knows_what_it_was_measured_on(
+    codec: Codec, photos: Path
+) -> None:
+    calibrate(codec, find_images(photos), "five", quiet=True)
+    statistics, priors = codec.statistics, codec.priors
+    assert statistics is not None and priors is not None and priors.context is None
+    assert np.allclose(priors.base, np.sqrt(12) * np.array(statistics.posterior_std))
+    step = step_code(0.25)
+    for source in find_images(photos):
+        mean = codec.encode(pad(source.read().pixels, 8)[None]).mean[0]
+        quantized = quantize(mean, priors.base, step, None)
+        tables = priors.factorized.select(step, quantized.values.shape)
+        _, escaped = priors.factorized.tables.symbols(quantized.values.reshape(-1), tables)
+        assert not escaped.any()
+
+
+def test_a_model_with_hardly_any_noise_gets_steps_that_its_latents_fit() -> None:
+    std, posterior_std = np.array([5.0, 5.0]), np.array([1e-6, 1.0])
+    assert np.allclose(base_steps(std, posterior_std), np.sqrt(12) * np.array([5 / 1024, 1.0]))
+
+
+def test_measuring_anew_drops_a_context_prior_and_says_so(
+    photos: Path, model_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = photos.parent / "out.safetensors"
+    if (priors := Codec.load(model_file).priors) is None or priors.context is None:
+        pytest.fail("the tiny model has a context prior")
+    assert export(model_file, out, data=(), images=1, half=False).priors is not None
+    assert not caplog.text
+    found = export(model_file, out, data=(photos,), images=2, half=False, quiet=True).priors
+    assert found is not None and found.context is None
+    assert "context prior is dropped" in caplog.text

@@ -104,14 +104,14 @@ def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int
     factorized = FactorizedPrior(channels, take_tables("factorized"))
     context = None
     if (config := header.context) is not None:
-        arrays = [take(f"context.{name}", torch.int32).numpy() for name in _ARRAYS]
+        order, gain, width_offset = (take(f"context.{name}", torch.int32).numpy() for name in _ARRAYS)
         dtypes = {"weight": torch.int8, "bias": torch.int32, "shift": torch.int32}
         nets = []
         for p in range(len(spans(config))):
             names = [f"context.passes.{p}.layers.{i}" for i in range(4)]
             layers = (Layer(**{k: take(f"{name}.{k}", dtype) for k, dtype in dtypes.items()}) for name in names)
             nets.append(Pass(tuple(layers)))  # pyright: ignore[reportArgumentType]
-        context = ContextPrior(config, *arrays, nets, take_tables("context"))
+        context = ContextPrior(config, order, gain, width_offset, nets, take_tables("context"))
         if context.channels != channels:
             raise ValueError(f"a context prior of {context.channels} channels for latents of {channels}")
     if left:

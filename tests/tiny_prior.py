@@ -30,7 +30,7 @@ def context_prior(groups: tuple[int, ...], width: int, seed: int, tables: Tables
         outputs = span.stop - span.start
         first = _layer(rng, (span.inputs + SIGNALS) * 9, width, 60, 32)
         second, third = _layer(rng, width * 9, width, 40, 32), _layer(rng, width, width, 40, 32)
-        bias = np.r_[np.zeros(outputs), np.full(outputs, 40)]  # width 1 is i = 40
+        bias = np.r_[np.zeros(outputs), np.full(outputs, 50)]  # i = 40 is one step
         passes.append(Pass((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias))))
     return ContextPrior(
         config,

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from latent_codec import peer_codecs
 from latent_codec.bitstream import unpack
 from latent_codec.codec import Codec
-from latent_codec.compression import Compute, Summary
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.evaluation import compare
@@ -22,6 +21,7 @@ from latent_codec.inputs import Source, find_images
 from latent_codec.noise import fold, text_key
 from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
+from latent_codec.pipeline import Compute, Summary, check_rgb
 from latent_codec.quantizer import step_code
 from latent_codec.rd_report import Record, Report, Row, Setting, report
 from latent_codec.streams import StreamCodec, StreamReader
@@ -94,8 +94,7 @@ class _Ours:
         if not steps or len(set(steps)) != len(steps):
             raise UserError(f"--steps {' '.join(f'{s:g}' for s in steps)}: give at least one, each once")
         self.codec, self.compute, self.sample = codec, compute, sample
-        if codec.config.image_channels != 3:
-            raise UserError(f"a model of {codec.config.image_channels} channels; image files need one of 3")
+        check_rgb(codec)
         self._coders = [StreamCodec(codec, compute.device)]  # of the best prior; refuses a model without any
         if self._coders[0].prior.kind != "factorized":
             self._coders.append(StreamCodec(codec, compute.device, "factorized"))

@@ -1,4 +1,4 @@
-"""Measure, then claim: `python -m tools.benchmark encode|quality ...`. Timings are ratios within one run."""
+"""Measure, then claim: `python -m tools.benchmark encode|quality|coding ...`. Timings are ratios within one run."""
 
 import dataclasses
 import json
@@ -25,6 +25,7 @@ from latent_codec.info import count_flops
 from latent_codec.inputs import find_images
 from latent_codec.likelihoods import to_signed
 from latent_codec.perceptual import LPIPS
+from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_coding
 from tools.peers import Taef2
 from train.provenance import git_commit
 
@@ -149,6 +150,61 @@ class Quality:
         return {name: metrics.mean(torch.cat(values)).value for name, values in rows.items()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coding:
+    """Time the entropy coding of images beside the networks, and hold files against the prior's code length."""
+
+    dir: tyro.conf.Positional[str]
+    model: str = "photo"
+    steps: tuple[float, ...] = (1.0, 1.4, 2.0)
+    """Of files; times are taken at the first."""
+    rounds: int = 5
+    """Each part is timed once per round and image, in turn."""
+    threads: int | None = None
+    """Of the networks; the entropy coder itself has one. By default torch's choice."""
+    device: str = "cpu"
+    out: Path | None = None
+    """JSON file for the results."""
+
+    def run(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        codec = Codec.load(self.model, self.device).to(memory_format=torch.channels_last)
+        images = [source.read() for source in find_images(self.dir)]
+        seconds = time_coding(codec, images, self.steps[0], self.rounds, self.device)
+        sizes = measure_sizes(codec, images, self.steps, self.device)
+        results = {"seconds_per_image": seconds._asdict() | {k: v._asdict() for k, v in seconds.priors.items()}}
+        del results["seconds_per_image"]["priors"]
+        results |= {kind: _coding_ratios(seconds, kind) for kind in seconds.priors}
+        results["files"] = {"sizes": [s._asdict() for s in sizes], "context_saves": _savings(sizes)}
+        results["files"] |= {"worst_excess_bytes": max(s.worst_excess for s in sizes), "allowed": LARGEST_OVERHEAD}
+        about = {"model_id": codec.model_id, "set": Path(self.dir).name, "images": len(images), "rounds": self.rounds}
+        about |= {"step_of_times": self.steps[0], "threads_of_the_coder": 1}
+        _report(results, about | _machine(self.device), self.out)
+
+
+def _coding_ratios(seconds: Seconds, kind: str) -> dict[str, float]:
+    """One prior's times as ratios: to the encoder network, and as shares of coding in all of encode and decode."""
+    own = seconds.priors[kind]
+    encode, decode = own.encode_network + own.encode_coder, own.decode
+    coding, uncoding = encode + seconds.quantize, decode + seconds.dequantize
+    return {
+        "encode_prior_over_encoder_network": encode / seconds.encoder,
+        "decode_prior_over_encoder_network": decode / seconds.encoder,
+        "share_of_encode": coding / (coding + seconds.encoder),
+        "share_of_decode": uncoding / (uncoding + seconds.decoder),
+        "coder_alone_encode_msymbols_per_second": seconds.symbols / own.encode_coder / 1e6,
+        "coder_alone_decode_msymbols_per_second": seconds.symbols / own.decode_coder / 1e6,
+    }
+
+
+def _savings(sizes: list[Sizes]) -> dict[str, float]:
+    """By step, the share of the factorised prior's mean bits per pixel that the context prior saves."""
+    bpp = {(s.prior, s.step): s.bpp for s in sizes}
+    steps = [s.step for s in sizes if s.prior == "context"]
+    return {f"step {step:g}": 1 - bpp["context", step] / bpp["factorized", step] for step in steps}
+
+
 def _machine(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -164,8 +220,12 @@ def _report(results: dict[str, dict[str, Any]], about: dict[str, Any], out: Path
 
 
 def main() -> None:
-    kind = Union[Annotated[Encode, tyro.conf.subcommand("encode")], Annotated[Quality, tyro.conf.subcommand("quality")]]
-    command: Encode | Quality = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
+    kind = Union[
+        Annotated[Encode, tyro.conf.subcommand("encode")],
+        Annotated[Quality, tyro.conf.subcommand("quality")],
+        Annotated[Coding, tyro.conf.subcommand("coding")],
+    ]
+    command: Encode | Quality | Coding = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
     try:
         command.run()
     except UserError as error:

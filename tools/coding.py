@@ -1,0 +1,168 @@
+"""What the entropy coding of a model costs: seconds beside its networks, bytes beside the prior's code length."""
+
+import contextlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.images import Image, pad
+from latent_codec.prior import Priors
+from latent_codec.prior.coder import Coder
+from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, passes
+from latent_codec.quantizer import Quantized, dequantize, quantize, step_code
+from latent_codec.streams import StreamCodec
+
+LARGEST_LOSS = 1.01
+"""A file may take this times the ideal code length and `LARGEST_OVERHEAD` bytes."""
+
+LARGEST_OVERHEAD = 64
+
+
+def priors_of(codec: Codec) -> tuple[Priors, list[Prior]]:
+    """All that the model has, the factorised one first; raises `UserError` if it has none."""
+    if codec.priors is None:
+        raise UserError("the model has no prior to code with; `latent-codec export MODEL DST --data IMAGES` makes one")
+    context = codec.priors.context
+    return codec.priors, [codec.priors.factorized, *([] if context is None else [context])]
+
+
+class PriorSeconds(NamedTuple):
+    """Per image."""
+
+    encode_network: float
+    """Which tables, and what is left to code under them."""
+    encode_coder: float
+    decode: float
+    """Network and coder, which take turns."""
+    decode_coder: float
+    """The coder alone, told the tables beforehand."""
+
+
+class Seconds(NamedTuple):
+    """Per image, medians over rounds of means over images; reading and writing files is not in them."""
+
+    encoder: float
+    quantize: float
+    dequantize: float
+    decoder: float
+    priors: dict[str, PriorSeconds]
+    symbols: float
+    """Mean number of an image's latents."""
+
+
+def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int, device: str) -> Seconds:
+    """Every part of coding, one image at a time, in turn, so that noise hits all alike; a first round goes unmeasured."""
+    priors, kinds = priors_of(codec)
+    coders = [Coder(prior.tables) for prior in kinds]
+    taken: dict[str, list[float]] = defaultdict(list)
+    symbols = 0
+    for round_ in range(rounds + 1):
+        clock = _Clock(device)
+        for image in images:
+            with torch.inference_mode():
+                with clock("encoder"):
+                    mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0].cpu()
+                with clock("quantize"):
+                    quantized = quantize(mean, priors.base, step_code(step), None)
+                for prior, coder in zip(kinds, coders, strict=True):
+                    _time_prior(prior, coder, quantized, clock, device)
+                with clock("dequantize"):
+                    latents = dequantize(quantized, priors.base)
+                with clock("decoder"):
+                    codec.decode_uint8(latents[None].to(device)).cpu()
+            symbols += quantized.values.size if round_ == 0 else 0
+        if round_:
+            for name, seconds in clock.seconds.items():
+                taken[name].append(seconds / len(images))
+    median = {name: statistics.median(values) for name, values in taken.items()}
+    return Seconds(
+        encoder=median["encoder"],
+        quantize=median["quantize"],
+        dequantize=median["dequantize"],
+        decoder=median["decoder"],
+        priors={p.kind: PriorSeconds(**{f: median[f"{p.kind} {f}"] for f in PriorSeconds._fields}) for p in kinds},
+        symbols=symbols / len(images),
+    )
+
+
+def _time_prior(prior: Prior, coder: Coder, quantized: Quantized, clock: "_Clock", device: str) -> None:
+    with clock(f"{prior.kind} encode_network"):
+        (coded,) = passes(prior, [quantized], device)
+    with clock(f"{prior.kind} encode_coder"):
+        payload = encode(coder, coded)
+    z, h, w = quantized.values.shape
+    settings = Settings((z, h, w), quantized.step, quantized.seed)
+    with clock(f"{prior.kind} decode"):
+        (found,) = decode(prior, coder, [payload], [settings], device)
+    with clock(f"{prior.kind} decode_coder"):
+        _read(coder, payload, coded)
+    if isinstance(found, UserError) or not (found.values == quantized.values).all():
+        raise RuntimeError(f"the {prior.kind} prior's payload does not decode to what was coded")
+
+
+def _read(coder: Coder, payload: bytes, coded: Sequence[Values]) -> None:
+    decoder = coder.decoder(payload)
+    for _, tables in coded:
+        decoder.read(tables)
+    decoder.finish()
+
+
+class _Clock:
+    """Seconds by name."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._cuda = device.startswith("cuda")
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.seconds[name] += self._now() - started
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Sizes(NamedTuple):
+    """One step's files under one prior."""
+
+    prior: str
+    step: float
+    bpp: float
+    """Mean over images of the whole file's bits per pixel."""
+    ideal_bpp: float
+    """The prior's code length, likewise."""
+    worst_excess: float
+    """Largest, over images, of bytes - `LARGEST_LOSS` * ideal bits / 8: must not exceed `LARGEST_OVERHEAD`."""
+
+
+@torch.inference_mode()
+def measure_sizes(codec: Codec, images: Sequence[Image], steps: Sequence[float], device: str) -> list[Sizes]:
+    """Whole files against the prior's code length, for every step and prior."""
+    _, kinds = priors_of(codec)
+    coders = [StreamCodec(codec, device, prior.kind) for prior in kinds]
+    found: dict[tuple[str, float], list[tuple[float, float, float]]] = defaultdict(list)
+    for image in images:
+        mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0]
+        area = image.geometry.width * image.geometry.height
+        for step in steps:
+            for coder in coders:
+                quantized = coder.quantize(mean, step_code(step), None)
+                (coded,) = coder.compress([(quantized, image.geometry)])
+                excess = len(coded.data) - LARGEST_LOSS * coded.ideal_bits / 8
+                row = (8 * len(coded.data) / area, coded.ideal_bits / area, excess)
+                found[coder.prior.kind, step].append(row)
+    sizes = []
+    for (kind, step), rows in found.items():
+        bpp, ideal_bpp, excess = zip(*rows, strict=True)
+        sizes.append(Sizes(kind, step, statistics.mean(bpp), statistics.mean(ideal_bpp), max(excess)))
+    return sizes

@@ -243,53 +243,62 @@ def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int,
 def _context(
     ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]
 ) -> tuple[Array, Array]:
-    _, h, w = shape
-    order, gain, width_offset = (
-        [int(n) for n in model.tensors[f"prior.context.{name}"]] for name in ("order", "gain", "width_offset")
-    )
     d = dither(header.seed, shape)
     values, fine = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    start = 0
-    for g, size in enumerate(model.priors["context"]["groups"]):
-        stop = start + size
-        for parity in (0, 1):
-            inputs = _inputs(order[: stop if parity else start], fine, gain, header)
-            outputs = _network(model, 2 * g + parity, inputs)  # (2 (stop - start), h, w)
-            positions = [
-                (j, y, x) for j, y, x in itertools.product(range(size), range(h), range(w)) if (y + x) % 2 == parity
-            ]
-            centres, numbers = [], []
-            for j, y, x in positions:
-                c = order[start + j]
-                scale = header.step * gain[c]
-                located, wide = int(outputs[j, y, x]), int(outputs[size + j, y, x])
-                eighths = (located * 2**36 - 8 * int(d[c, y, x]) * scale + scale * 2**16) // (scale * 2**17)
-                eighths = min(max(eighths, -131064), 131064)
-                centres.append((eighths + 4) >> 3)
-                i = min(max(wide - octave(header.step) + width_offset[c], 0), 88)
-                numbers.append(8 * i + eighths - 8 * centres[-1] + 4 if i < 56 else i + 392)
-            for (j, y, x), centre, rest in zip(positions, centres, tables.read(ans, numbers), strict=True):
-                c = order[start + j]
-                values[c, y, x] = centre + rest
-                fine[c, y, x] = (centre + rest) * 2**17 + d[c, y, x]
-        start = stop
+    for number in range(2 * len(model.priors["context"]["groups"])):
+        positions, centres, numbers = choose(model, number, fine, d, header.step)
+        for (c, y, x), centre, rest in zip(positions, centres, tables.read(ans, numbers), strict=True):
+            values[c, y, x] = centre + rest
+            fine[c, y, x] = (centre + rest) * 2**17 + d[c, y, x]
     return values, fine
 
 
-def _inputs(channels: list[int], fine: Array, gain: list[int], header: Header) -> Array:
+class Choice(NamedTuple):
+    positions: list[tuple[int, int, int]]  # channel, row, column
+    centres: list[int]
+    tables: list[int]
+
+
+def choose(model: Model, number: int, fine: Array, d: Array, step: int) -> Choice:
+    """What a pass decodes by; `fine` is 0 where nothing is decoded yet, `d` all 0 without dither."""
+    order, gain, width_offset = (
+        [int(n) for n in model.tensors[f"prior.context.{name}"]] for name in ("order", "gain", "width_offset")
+    )
+    groups, (group, parity) = model.priors["context"]["groups"], divmod(number, 2)
+    start = sum(groups[:group])
+    stop = start + groups[group]
+    x = inputs(order[: stop if parity else start], fine, gain, step, bool(d.any()))
+    outputs = network(model, number, x)  # (2 (stop - start), h, w)
+    choice = Choice([], [], [])
+    for j, row, column in itertools.product(range(stop - start), *map(range, fine.shape[1:])):
+        if (row + column) % 2 == parity:
+            c = order[start + j]
+            scale = step * gain[c]
+            located, wide = int(outputs[j, row, column]), int(outputs[stop - start + j, row, column])
+            eighths = (located * 2**36 - 8 * int(d[c, row, column]) * scale + scale * 2**16) // (scale * 2**17)
+            eighths = min(max(eighths, -131064), 131064)
+            centre = (eighths + 4) >> 3
+            i = min(max(wide - octave(step) + width_offset[c], 0), 88)
+            choice.positions.append((c, row, column))
+            choice.centres.append(centre)
+            choice.tables.append(8 * i + eighths - 8 * centre + 4 if i < 56 else i + 392)
+    return choice
+
+
+def inputs(channels: list[int], fine: Array, gain: list[int], step: int, dithered: bool) -> Array:
     _, h, w = fine.shape
     planes = np.zeros((len(channels) + 4, h, w), np.int64)
     for plane, c in enumerate(channels):
-        planes[plane] = (fine[c] * (header.step * gain[c]) + 2**35) >> 36
+        planes[plane] = (fine[c] * (step * gain[c]) + 2**35) >> 36
     n = len(channels)
     planes[n] = 32
     planes[n + 1] = [[32 * ((y + x) % 2 == 0) for x in range(w)] for y in range(h)]
-    planes[n + 2] = 4 * octave(header.step)
-    planes[n + 3] = 32 * (header.seed is not None)
+    planes[n + 2] = 4 * octave(step)
+    planes[n + 3] = 32 * dithered
     return np.clip(planes, -127, 127)
 
 
-def _network(model: Model, number: int, x: Array) -> Array:
+def network(model: Model, number: int, x: Array) -> Array:
     for i in range(4):
         weight, bias, shift = (
             model.tensors[f"prior.context.passes.{number}.layers.{i}.{name}"].astype(np.int64)

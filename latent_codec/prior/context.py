@@ -167,7 +167,7 @@ def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
     By strips of rows, which see what they need of their neighbours: the result is the whole image's.
     """
     b, _, h, w = x.shape
-    dtype = torch.float32 if device.split(":")[0] == "cpu" else torch.float64
+    dtype = _dtype(device)
     layers = [_floats(layer, device, dtype) for layer in net.layers]
     rows = max(2, _STRIP // (b * w) // 2 * 2)  # even, so that every strip begins with the same pattern
     x = pad(x.to(device, dtype), (1, 1, 1, 1))
@@ -182,6 +182,10 @@ def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
             y = _apply(layers[2], y).clamp(0, TOP)
             outputs.append(_apply(layers[3], y).cpu().to(torch.int64))
     return torch.cat(outputs, 2).numpy()
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device.split(":")[0] == "cpu" else torch.float64
 
 
 def _floats(layer: Layer, device: str, dtype: torch.dtype) -> list[torch.Tensor]:

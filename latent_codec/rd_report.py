@@ -197,7 +197,7 @@ def report(
     points = [_mean([record.rows[i] for record in records]) for i in range(len(records[0].rows))]
     about = describe(codec, where, len(records), compute) | {"stream_ids": stream_ids, "command": command}
     about["versions"] |= {name: importlib.metadata.version(name) for name in ("bjontegaard", "constriction", "pillow")}
-    missing = [peer.name for peer in PEERS if peer not in peers]
+    missing = sorted({peer.name for peer in PEERS} - {peer.name for peer in peers})
     best = next(iter(stream_ids))
     return Report(
         about=about,

@@ -57,7 +57,7 @@ class Seconds(NamedTuple):
 
 
 def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int, device: str) -> Seconds:
-    """Every part of coding, one image at a time, in turn, so that noise hits all alike; a first round goes unmeasured."""
+    """All parts of coding one image, then the next, so that noise hits all alike; the first round is not counted."""
     priors, kinds = priors_of(codec)
     coders = [Coder(prior.tables) for prior in kinds]
     taken: dict[str, list[float]] = defaultdict(list)

@@ -1,0 +1,79 @@
+"""Curves against each other: the identities that a delta rate has, and when there is none."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec import curves
+from latent_codec.curves import SCALES, Curve, check_extra, delta_rate
+from latent_codec.errors import UserError
+
+RATES = [0.2, 0.35, 0.5, 0.8, 1.3]
+PSNR = [26.0, 28.5, 30.0, 32.5, 35.0]
+
+
+def psnr_curve(rates: list[float], values: list[float | None]) -> Curve:
+    return Curve.of(rates, values, SCALES["psnr"])
+
+
+def test_a_curve_needs_as_much_as_itself() -> None:
+    delta = delta_rate(psnr_curve(RATES, [*PSNR]), psnr_curve(RATES, [*PSNR]))
+    assert delta.percent == pytest.approx(0, abs=1e-9)
+    assert (delta.low, delta.high, delta.share, delta.left_out) == (26, 35, 1, 0)
+
+
+@given(st.floats(0.1, 10))
+def test_a_curve_of_k_times_the_rate_needs_k_times_as_much(k: float) -> None:
+    other = psnr_curve([k * rate for rate in RATES], [*PSNR])
+    assert delta_rate(psnr_curve(RATES, [*PSNR]), other).percent == pytest.approx(100 * (k - 1), abs=1e-6)
+
+
+def test_twice_the_rate_is_100_percent_more_and_half_of_it_50_percent_less() -> None:
+    one, double = psnr_curve(RATES, [*PSNR]), psnr_curve([2 * rate for rate in RATES], [*PSNR])
+    assert delta_rate(one, double).percent == pytest.approx(100)
+    assert delta_rate(double, one).percent == pytest.approx(-50)
+
+
+def test_curves_that_hardly_overlap_have_no_delta_rate_but_a_reason() -> None:
+    above = psnr_curve(RATES, [p + 8 for p in PSNR])
+    delta = delta_rate(psnr_curve(RATES, [*PSNR]), above)
+    assert delta.percent is None and delta.reason is not None and "11%" in delta.reason
+    delta = delta_rate(psnr_curve(RATES, [*PSNR]), psnr_curve(RATES, [p + 20 for p in PSNR]))
+    assert delta.percent is None and delta.share == 0
+    delta = delta_rate(psnr_curve(RATES[:3], [*PSNR[:3]]), above)
+    assert delta.percent is None and delta.reason is not None and "3 points" in delta.reason
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.one_of(st.none(), st.floats(1, 60))), max_size=12))
+def test_a_curve_keeps_exactly_the_points_that_no_cheaper_one_equals(points: list[tuple[float, float | None]]) -> None:
+    curve = psnr_curve([rate for rate, _ in points], [value for _, value in points])
+    defined = {(rate, value) for rate, value in points if value is not None}
+    best = sorted(p for p in defined if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in defined))
+    assert list(zip(curve.rates, curve.qualities, strict=True)) == best
+    assert curve.left_out == len(points) - len(best)
+
+
+def test_more_is_better_on_every_scale() -> None:
+    for name, worse, better in (("psnr", 30, 31), ("ms_ssim", 0.9, 0.99), ("lpips", 0.2, 0.1)):
+        assert SCALES[name].of(better) > SCALES[name].of(worse)
+    assert SCALES["ms_ssim"].of(0.99) == pytest.approx(20)
+    assert SCALES["lpips"].of(0.1) == pytest.approx(10)
+    assert math.isfinite(SCALES["ms_ssim"].of(1.0)) and math.isfinite(SCALES["lpips"].of(0.0))
+
+
+def test_quality_at_a_rate_goes_through_the_points_and_ends_with_them() -> None:
+    curve = psnr_curve(RATES, [*PSNR])
+    assert [curve.at(rate) for rate in RATES] == pytest.approx(PSNR)
+    assert PSNR[1] < (curve.at(0.4) or 0) < PSNR[2]
+    assert curve.at(0.19) is None and curve.at(1.31) is None
+    line = psnr_curve([0.1, 0.2, 0.4, 0.8], [20.0, 22.0, 24.0, 26.0])  # straight over the logarithm of the rate
+    assert line.at(0.2 * 2**0.5) == pytest.approx(23)
+
+
+def test_missing_packages_are_named_with_the_extra_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_extra()
+    monkeypatch.setattr(curves, "EXTRA", ("numpy", "bjontegaard_of_nowhere"))
+    with pytest.raises(UserError, match=r"bjontegaard_of_nowhere, which is not installed: pip install .*\[rd\]"):
+        check_extra()

@@ -3,6 +3,7 @@
 import dataclasses
 import struct
 import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 from latent_codec.errors import UserError
@@ -116,6 +117,18 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
         seed=seed if with_seed else None,
     )
     return Stream(header, payload)
+
+
+def read(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
+    """`unpack` a file, of which no more is read than its header says it has; raises `OSError` if that fails."""
+    with path.open("rb") as file:
+        data = file.read(_HEADER.size)
+        left = path.stat().st_size - len(data)
+        # Of what does not start like a stream, or has a broken header, a few bytes are enough to say so.
+        sound = len(data) == _HEADER.size and zlib.crc32(data[: -_CHECKSUM.size]) == _HEADER.unpack(data)[-1]
+        promised = _HEADER.unpack(data)[-2] if sound else 0
+        data += file.read(min(left, promised + _CHECKSUM.size + 1))
+    return unpack(data, max_pixels=max_pixels)
 
 
 def settings(stream: Stream, channels: int, factor: int) -> Settings:

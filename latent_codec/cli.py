@@ -24,17 +24,30 @@ class _Compute:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encode:
-    """Compress images to stochastic latents: the posterior's mean and log-variance, for training on."""
+    """Compress images: to small .lc files, or to latents in safetensors for training on."""
 
     src: tyro.conf.Positional[str]
     """An image, a folder (its tree is kept), a tar file, or a quoted glob."""
     dst: tyro.conf.Positional[Path]
-    """Folder for the safetensors shards and their index."""
+    """Folder for the outputs: a/b.jpg becomes a/b.jpg.lc."""
     model: str = "photo"
     """A shipped model's name or a file."""
-    format: Literal["safetensors"] = "safetensors"
-    store: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Number type on disk."""
+    format: Literal["lc", "safetensors"] = "lc"
+    """Entropy-coded files, one an image; or the posteriors' means and log-variances in shards under an index."""
+    step: float | None = None
+    """lc: the quantiser's step; larger is smaller and worse, 1 is the default."""
+    bpp: float | None = None
+    """lc: find each image's step so that its file has at most this many bits per pixel, instead of --step."""
+    psnr: float | None = None
+    """lc: find each image's step so that it decodes with at least this PSNR in dB, instead of --step."""
+    max_bytes: int | None = None
+    """lc: no file exceeds this; it comes before --step, --bpp and --psnr."""
+    sample: int | None = None
+    """lc: store a draw around the posterior's mean, by this seed and the image's name; by default the mean, rounded."""
+    prior: Literal["context", "factorized"] | None = None
+    """lc: what the entropy coder goes by: context is smaller, factorized faster; by default the best of the model's."""
+    store: Literal["float16", "bfloat16", "float32"] | None = None
+    """safetensors: number type on disk, by default float16."""
     background: str = "#ffffff"
     """Colour that transparent images are laid on; alpha itself is not kept."""
     max_pixels: int = 2**27
@@ -43,65 +56,117 @@ class Encode:
     compute: tyro.conf.OmitArgPrefixes[_Compute] = _Compute()
 
     def run(self) -> int:
-        from latent_codec.compression import encode_folder
+        summary = self._to_streams() if self.format == "lc" else self._to_latents()
+        print(summary)
+        return 1 if summary.failures else 0
 
+    def _to_streams(self):
+        self._refuse(("store",), "for --format safetensors; a .lc file's numbers are integers")
+        from latent_codec.lc_folder import encode_streams
+        from latent_codec.rate import Rate
+
+        rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
         codec, compute = _load(self.model, self.compute)
-        summary = encode_folder(
+        return encode_streams(
             codec,
             self.src,
             self.dst,
             compute,
-            store=self.store,
+            rate=rate,
+            sample=self.sample,
+            prior=self.prior,
             background=self.background,
             max_pixels=self.max_pixels,
             overwrite=self.overwrite,
         )
-        print(summary)
-        return 1 if summary.failures else 0
+
+    def _to_latents(self):
+        flags = ("step", "bpp", "psnr", "max_bytes", "sample", "prior")
+        self._refuse(flags, "for --format lc; latents in safetensors keep the whole posterior")
+        from latent_codec.compression import encode_folder
+
+        codec, compute = _load(self.model, self.compute)
+        return encode_folder(
+            codec,
+            self.src,
+            self.dst,
+            compute,
+            store=self.store or "float16",
+            background=self.background,
+            max_pixels=self.max_pixels,
+            overwrite=self.overwrite,
+        )
+
+    def _refuse(self, fields: tuple[str, ...], reason: str) -> None:
+        """Raise `UserError` if any of these was given."""
+        if given := [f"--{name.replace('_', '-')}" for name in fields if getattr(self, name) is not None]:
+            raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode:
-    """Decode a folder of latents to images; names are kept whole: a.jpg becomes a.jpg.png."""
+    """Decode .lc files or latents to images; names are kept whole: a.jpg.lc becomes a.jpg.png."""
 
     src: tyro.conf.Positional[Path]
-    """Folder that `encode` wrote."""
+    """What `encode` wrote: a folder, or one .lc file."""
     dst: tyro.conf.Positional[Path]
+    """Folder for the images."""
     model: str = "photo"
-    """The model that made the latents."""
+    """The model that made them."""
     image_format: Literal["png", "webp", "jpg"] = "png"
     sample: int | None = None
-    """Decode a draw from the posterior with this seed; by default its mode."""
+    """Latents: decode a draw from the posterior with this seed; by default its mode. A .lc file's draw is in it."""
+    max_pixels: int = 2**27
+    """Of .lc files those of larger images are refused before anything is allocated for them."""
     overwrite: bool = False
     compute: tyro.conf.OmitArgPrefixes[_Compute] = _Compute()
 
     def run(self) -> int:
         from latent_codec.compression import decode_folder
+        from latent_codec.lc_folder import decode_streams, is_streams
 
+        streams = is_streams(self.src)
+        if streams and self.sample is not None:
+            raise UserError(
+                f"{self.src}: what a .lc file draws is decided when it is made; give --sample to encode, not to decode"
+            )
         codec, compute = _load(self.model, self.compute)
-        summary = decode_folder(
-            codec,
-            self.src,
-            self.dst,
-            compute,
-            image_format=self.image_format,
-            sample=self.sample,
-            overwrite=self.overwrite,
-        )
+        if streams:
+            summary = decode_streams(
+                codec,
+                self.src,
+                self.dst,
+                compute,
+                image_format=self.image_format,
+                max_pixels=self.max_pixels,
+                overwrite=self.overwrite,
+            )
+        else:
+            summary = decode_folder(
+                codec,
+                self.src,
+                self.dst,
+                compute,
+                image_format=self.image_format,
+                sample=self.sample,
+                overwrite=self.overwrite,
+            )
         print(summary)
         return 1 if summary.failures else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:
-    """Say what a model file, a folder of latents or one of its shards is."""
+    """Say what a model file, a .lc file or a folder of them, or latents are."""
 
     file: tyro.conf.Positional[str]
+    model: str | None = None
+    """For .lc files: the model that is compared with theirs, by default photo."""
 
     def run(self) -> int:
         from latent_codec.info import describe
 
-        print(describe(self.file))
+        print(describe(self.file, self.model))
         return 0
 
 

@@ -6,7 +6,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from latent_codec.errors import UserError
 
@@ -40,6 +40,13 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_name(name: str) -> None:
+    """Raise `UserError` unless it is a plain relative path, with "/" between its parts, that stays in its folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or str(pure) != name or "\\" in name or "\0" in name:
+        raise UserError(f"unsafe name {name!r}: not a plain path inside its folder")
 
 
 def make_folder(path: Path) -> None:

@@ -232,18 +232,25 @@ def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
     return planes
 
 
-def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:
-    """(3, h, w) uint8 of the geometry's size as a Pillow image of the geometry's mode.
+def as_shown(pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """(3, h, w) uint8 as they will be written and read again: of a grey image the three planes become one.
 
-    Grey is the rounded mean of the three planes, which undoes `read_image`'s repeat exactly where they are equal.
+    Grey is their rounded mean, which undoes `read_image`'s repeat exactly where they are equal.
     """
+    if geometry.mode == "RGB":
+        return pixels
+    return ((pixels.sum(0, dtype=torch.int32) + 1) // 3).to(torch.uint8).expand(3, -1, -1)
+
+
+def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:
+    """(3, h, w) uint8 of the geometry's size as a Pillow image of the geometry's mode (`as_shown`)."""
     if pixels.dtype != torch.uint8 or pixels.shape != (3, geometry.height, geometry.width):
         raise ValueError(
             f"expected uint8 (3, {geometry.height}, {geometry.width}), found {pixels.dtype} {pixels.shape}"
         )
-    planes = pixels.cpu().numpy()
+    planes = as_shown(pixels.cpu(), geometry).numpy()
     if geometry.mode == "L":
-        return PilImage.fromarray(((planes.sum(axis=0, dtype=np.uint16) + 1) // 3).astype(np.uint8))
+        return PilImage.fromarray(np.ascontiguousarray(planes[0]))
     return PilImage.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
 
 

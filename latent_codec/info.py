@@ -1,4 +1,4 @@
-"""What a file is: a model, a folder of latents or one shard of it."""
+"""What a file is: a model, a `.lc` file or a folder of them, a folder of latents or one shard of it."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,13 +7,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec import modelfile
+from latent_codec import bitstream, modelfile
+from latent_codec.bitstream import SUFFIX, Header, Stream
 from latent_codec.codec import Codec, resolve
 from latent_codec.config import CodecConfig, dumps
 from latent_codec.errors import UserError
+from latent_codec.inputs import Source
 from latent_codec.latents import INDEX, read_index
+from latent_codec.lc_folder import find_streams
+from latent_codec.prior import Priors
+from latent_codec.quantizer import STEP_ONE
+from latent_codec.streams import StreamCodec
 
 _SIDE = 256  # pixels, of the image whose computation is counted
+_DEFAULT_MODEL = "photo"
 
 
 class Flops(NamedTuple):
@@ -33,9 +40,17 @@ def count_flops(config: CodecConfig, side: int = _SIDE) -> Flops:
     return Flops(encoder.get_total_flops(), decoder.get_total_flops())
 
 
-def describe(where: str) -> str:
-    """Text for people. Raises `UserError` if it is neither a model nor latents."""
+def describe(where: str, model: str | None = None) -> str:
+    """Text for people; `model`, by default "photo", is compared with that of `.lc` files.
+
+    Raises `UserError` if it is none of the kinds, or damaged.
+    """
     path = Path(where)
+    streams = find_streams(path) if path.is_dir() else []
+    if streams or path.suffix == SUFFIX:
+        return _describe_streams(path, streams, model) if streams else _describe_stream(path, model)
+    if model is not None:
+        raise UserError(f"{where}: only {SUFFIX} files are compared with a --model")
     if path.is_dir():
         return _describe_latents(path / INDEX)
     if path.name == INDEX:
@@ -74,6 +89,7 @@ def _describe_model(path: Path) -> str:
         lines.append(f"statistics  over {statistics.source} ({statistics.images} images)")
         for name in ("mean", "std", "posterior_std"):
             lines.append(f"  {name:13} " + " ".join(f"{v:.3g}" for v in getattr(statistics, name)))
+    lines += _describe_priors(codec.priors)
     if codec.provenance:
         lines.append(f"training    {_describe_training(codec.provenance)}")
     return "\n".join(lines)
@@ -89,6 +105,90 @@ def _describe_training(provenance: dict[str, Any]) -> str:
         )
     except (KeyError, TypeError, ValueError):
         return dumps(provenance)
+
+
+def _describe_priors(priors: Priors | None) -> list[str]:
+    if priors is None:
+        return ["priors      none, so it makes no .lc files"]
+    lines = [
+        f"quantiser   steps of {priors.base.min():.3g} to {priors.base.max():.3g} at --step 1",
+        f"priors      factorized: {len(priors.factorized.tables)} tables",
+    ]
+    if (context := priors.context) is not None:
+        groups = ", ".join(map(str, context.config.groups))
+        lines.append(
+            f"            context: groups of {groups} channels, width {context.config.width}, "
+            f"{len(context.tables)} tables"
+        )
+    return lines
+
+
+def _read_stream(path: Path) -> Stream:
+    try:
+        return bitstream.read(path, max_pixels=2**64)  # nothing is allocated for them
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _describe_stream(path: Path, model: str | None) -> str:
+    header, payload = _read_stream(path)
+    geometry, size = header.geometry, bitstream.OVERHEAD + len(payload)
+    image = [f"{geometry.width}x{geometry.height}", {"L": "grey", "RGB": "colour"}[geometry.mode]]
+    if geometry.orientation != 1:
+        image.append(f"turned upright from EXIF orientation {geometry.orientation}")
+    if geometry.background is not None:
+        image.append(f"transparency laid on {geometry.background}")
+    drawn = "the mean, rounded" if header.seed is None else f"a draw, dithered with seed {header.seed}"
+    return "\n".join(
+        [
+            f"stream      {path.name}, {size} bytes, format {bitstream.VERSION}",
+            f"image       {', '.join(image)}",
+            f"model       {_model_of(header, model)}",
+            f"prior       {header.prior}",
+            f"latents     {drawn}, step {header.step / STEP_ONE:.4g}",
+            f"payload     {len(payload)} bytes, {bitstream.OVERHEAD} more of header and checksums",
+            f"on disk     {8 * size / (geometry.width * geometry.height):.3f} bits per pixel",
+        ]
+    )
+
+
+def _describe_streams(folder: Path, sources: list[Source], model: str | None) -> str:
+    found, size = [], 0
+    for source in sources:
+        header, payload = _read_stream(source.path)
+        found.append(header)
+        size += bitstream.OVERHEAD + len(payload)
+    pixels = sum(h.geometry.width * h.geometry.height for h in found)
+    kinds = {h.stream_id: h for h in found}
+    steps = sorted({h.step / STEP_ONE for h in found})
+    dithered = sum(h.seed is not None for h in found)
+    return "\n".join(
+        [
+            f"streams     {len(found)} images, {size / 1e6:.2f} MB",
+            *(f"model       {_model_of(h, model)}, {h.prior} prior" for h in kinds.values()),
+            f"latents     {len(found) - dithered} rounded, {dithered} dithered, step {steps[0]:.4g} to {steps[-1]:.4g}",
+            f"on disk     {8 * size / pixels:.3f} bits per pixel",
+        ]
+    )
+
+
+def _model_of(header: Header, model: str | None) -> str:
+    """Whether a stream is of the model that is called so; only one that a user names has to be there."""
+    name = model or _DEFAULT_MODEL
+    text = f"stream id {header.stream_id.hex()}"
+    try:
+        codec = Codec.load(name)
+    except UserError:
+        if model is not None:
+            raise
+        return text
+    try:
+        matches = StreamCodec(codec, "cpu", header.prior).stream_id == header.stream_id
+    except UserError:  # no such prior
+        matches = False
+    return f"{name} ({text})" if matches else f"not {name} ({text})"
 
 
 def _describe_latents(path: Path) -> str:

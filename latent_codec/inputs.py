@@ -89,12 +89,28 @@ def _is_tar(path: Path) -> bool:
     return path.suffix.lower() == ".tar"
 
 
+def find_files(where: Path, suffix: str) -> list[Source]:
+    """Files with a suffix, as it is spelled, in a folder (recursively), or the one that is given; sorted by name.
+
+    Links to folders are not followed. Raises `UserError` if a folder cannot be read.
+    """
+    if where.is_dir():
+        files = [f for f in _tree(where) if f.suffix == suffix and (f.is_file() or f.is_symlink())]
+        return sorted(_whole(f, f.relative_to(where).as_posix()) for f in files)
+    return [_whole(where, where.name)] if where.suffix == suffix and where.is_file() else []
+
+
 def _in_folder(folder: Path) -> list[Source]:
+    return _in_files([f for f in _tree(folder) if not _is_tar(f) or f.parent == folder], folder)
+
+
+def _tree(folder: Path) -> list[Path]:
+    """All that is in a folder and below it but folders."""
+
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away")
 
-    tree = [Path(top, name) for top, _, names in os.walk(folder, onerror=refuse) for name in names]
-    return _in_files([f for f in tree if not _is_tar(f) or f.parent == folder], folder)
+    return [Path(top, name) for top, _, names in os.walk(folder, onerror=refuse) for name in names]
 
 
 def _matching(pattern: str) -> list[Source]:

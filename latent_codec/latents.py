@@ -7,7 +7,7 @@ A folder holds `latents-00000.safetensors` ... with tensors `mean` and `logvar` 
 import dataclasses
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
@@ -19,7 +19,7 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder, write_text
+from latent_codec.files import check_name, make_folder, write_text
 from latent_codec.images import Geometry
 from latent_codec.modelfile import KEY, LatentStatistics, own_metadata, save_tensors
 from latent_codec.noise import fold, normal, text_key
@@ -67,9 +67,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         for name in (self.path, self.shard):
-            pure = PurePosixPath(name)
-            if pure.is_absolute() or ".." in pure.parts or str(pure) != name or "\\" in name or "\0" in name:
-                raise UserError(f"unsafe name {name!r}: not a plain path inside its folder")
+            check_name(name)
         if self.row < 0:
             raise ValueError(f"row {self.row} is negative")
 
@@ -255,7 +253,7 @@ def _index_text(path: Path) -> str:
     if path.suffix == ".safetensors":
         return own_metadata(path)
     if not path.is_file():
-        raise UserError(f"{path.parent}: no latents there (no {path.name}); make them with `latent-codec encode`")
+        raise UserError(f"{path.parent}: no latents there (no {path.name}, no .lc files); make them with `latent-codec encode`")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

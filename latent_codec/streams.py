@@ -1,6 +1,5 @@
 """Posteriors -> streams and back, with one model: quantiser, prior, entropy coder and container together."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,21 +77,28 @@ class StreamReader:
     """Decompresses streams of one codec whichever of its priors they were coded under."""
 
     def __init__(self, codec: Codec, device: str) -> None:
-        self.codec, self._coder = codec, functools.cache(lambda prior: StreamCodec(codec, device, prior))
+        """Raises `UserError` if the codec has no prior."""
+        best = StreamCodec(codec, device)
+        self.codec = codec
+        self._coders: dict[PriorKind, StreamCodec] = {best.prior.kind: best}
+        if best.prior.kind != "factorized":
+            self._coders["factorized"] = StreamCodec(codec, device, "factorized")
 
     def check(self, stream: Stream) -> tuple[PriorKind, tuple[int, int, int]]:
         """Under which prior, and the latents' shape: what streams that are decompressed together must share.
 
         Raises `UserError` if the stream is another model's or its payload is too short for its size.
         """
-        wanted, found = self._coder(stream.header.prior).stream_id, stream.header.stream_id
-        if found != wanted:
+        kind, found = stream.header.prior, stream.header.stream_id
+        if kind not in self._coders:
+            raise UserError(f"coded under a {kind} prior, which the model has not; give the right one with --model")
+        if found != (wanted := self._coders[kind].stream_id):
             raise UserError(
                 f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); "
                 "give the right one with --model"
             )
-        return stream.header.prior, settings(stream, self.codec.config.latent_channels, self.codec.factor).shape
+        return kind, settings(stream, self.codec.config.latent_channels, self.codec.factor).shape
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Latents of streams for which `check` gave the same."""
-        return self._coder(streams[0].header.prior).decompress(streams)
+        return self._coders[streams[0].header.prior].decompress(streams)

@@ -1,5 +1,6 @@
 """A tiny codec with random weights, its model file, and pictures to feed it."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from PIL import Image
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.prior import Priors, factorized
+from latent_codec.prior.context import ContextConfig
+from train.context_net import ContextNet, logistic_tables
 
 # CI draws the same examples every time; elsewhere new ones are tried. Nothing is timed.
 settings.register_profile("local", deadline=None)
@@ -49,7 +53,23 @@ def _tiny_codec() -> Codec:
         posterior_std=(0.5, 0.5, 0.25, 1.0),
     )
     codec.provenance = {"note": "random weights"}
+    codec.priors = _tiny_priors()
     return codec
+
+
+@functools.cache
+def _tiny_priors() -> Priors:
+    """Of latents with standard deviations of 1 to 10 steps; a context network with random weights."""
+    base = np.array([0.25, 0.125, 0.1, 0.2], np.float32)
+    spread = torch.tensor([2.0, 0.5, 0.1, 0.5])[:, None]
+    statistics = LatentStatistics(
+        source="made up", images=1, mean=(0.0,) * 4, std=(2.0, 0.5, 0.1, 0.5), posterior_std=(1.0,) * 4
+    )
+    means = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)) * spread
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        context = ContextNet(ContextConfig(groups=(1, 3), width=8), base, statistics).freeze(logistic_tables())
+    return Priors(base, factorized.fit(means, base), context)
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import torch
 from conftest import Draw
 from PIL import Image
 
-from latent_codec import __version__, cli, compression, pipeline
+from latent_codec import __version__, cli, lc_folder, pipeline
 from latent_codec.codec import Codec
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
 
 ROOT = Path(__file__).parents[1]
+LATENTS = ("--format", "safetensors")
 
 
 class Result(NamedTuple):
@@ -52,7 +53,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 @pytest.fixture
 def latents(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> Path:
-    assert run("encode", photos, tmp_path / "latents", "--model", model_file).code == 0
+    assert run("encode", photos, tmp_path / "latents", "--model", model_file, *LATENTS).code == 0
     return tmp_path / "latents"
 
 
@@ -108,12 +109,12 @@ def test_options_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_pa
     model = ("--model", model_file)
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(photos / "clear.png")
     options = ("--store", "float32", "--background", "#102030", "--batch-size", 1, "--workers", 1, "--device", "cpu")
-    assert run("encode", photos, tmp_path / "z", *model, *options).code == 0
+    assert run("encode", photos, tmp_path / "z", *model, *LATENTS, *options).code == 0
     found = Latents(tmp_path / "z")
     assert found.header.dtype == "float32"
     assert {e.path: e.geometry.background for e in found.entries}["clear.png"] == "#102030"
-    assert run("encode", photos, tmp_path / "z", *model).code == 2
-    assert run("encode", photos, tmp_path / "z", *model, "--overwrite").code == 0
+    assert run("encode", photos, tmp_path / "z", *model, *LATENTS).code == 2
+    assert run("encode", photos, tmp_path / "z", *model, *LATENTS, "--overwrite").code == 0
     assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp").code == 0
     assert {f.suffix for f in (tmp_path / "out").rglob("*") if f.is_file()} == {".webp"}
     assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp").code == 2
@@ -123,11 +124,11 @@ def test_options_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_pa
 def test_images_that_fail_are_1_whether_some_or_all(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
     model = ("--model", model_file)
     (photos / "bad.png").write_text("no picture")
-    result = run("encode", photos, tmp_path / "z", *model)
+    result = run("encode", photos, tmp_path / "z", *model, *LATENTS)
     assert result.code == 1
     assert result.out.startswith("encoded 3 of 4 images, 1 failed in ")
     assert result.err.startswith("bad.png: not a readable image") and len(result.err.splitlines()) == 1
-    assert run("encode", photos, tmp_path / "limit", *model, "--max-pixels", 100).code == 1
+    assert run("encode", photos, tmp_path / "limit", *model, *LATENTS, "--max-pixels", 100).code == 1
     assert [e.path for e in Latents(tmp_path / "limit").entries] == ["a.png"]
     result = run("encode", photos / "bad.png", tmp_path / "none", *model)
     assert result.code == 1 and result.out.startswith("encoded 0 of 1 images, 1 failed in ")
@@ -186,7 +187,7 @@ def test_trouble_with_the_disk_is_2_and_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("latent_codec.modelfile.save_file", full)
-    refuse(run("encode", photos, tmp_path / "out", "--model", model_file), "No space left on device")
+    refuse(run("encode", photos, tmp_path / "out", "--model", model_file, *LATENTS), "No space left on device")
     refuse(run("export", model_file, tmp_path / "m.safetensors"), "No space left on device")
 
 
@@ -196,7 +197,7 @@ def test_a_bug_is_not_hidden_as_a_users_mistake(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(compression, "find_images", broken)
+    monkeypatch.setattr(lc_folder, "find_images", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["encode", str(photos), str(tmp_path / "out"), "--model", str(model_file)])
 
@@ -212,7 +213,7 @@ def test_ctrl_c_is_130_and_leaves_no_half_file(
         return read(data, name=name, **options)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(pipeline, "read_image", interrupt)
-    options = ("--model", model_file, "--batch-size", 1, "--workers", 1)
+    options = ("--model", model_file, *LATENTS, "--batch-size", 1, "--workers", 1)
     result = run("encode", photos, tmp_path / "z", *options)
     assert result == (130, "", "latent-codec: interrupted\n")
     assert all(f.suffix in (".json", ".safetensors") and f.name[0] != "." for f in (tmp_path / "z").iterdir())
@@ -243,7 +244,8 @@ def test_export_writes_a_model_and_says_which(run: Run, photos: Path, model_file
 
 
 def test_the_tools_are_the_commands(photos: Path, latents: Path, model_file: Path, tmp_path: Path) -> None:
-    done = python("-m", "tools.encode", str(photos), str(tmp_path / "z"), "--model", str(model_file), "--device", "cpu")
+    options = ("--model", str(model_file), "--device", "cpu", *LATENTS)
+    done = python("-m", "tools.encode", str(photos), str(tmp_path / "z"), *options)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("encoded 3 of 3 images in ")
     assert Latents(tmp_path / "z").header == Latents(latents).header

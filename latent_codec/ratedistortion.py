@@ -18,7 +18,7 @@ from latent_codec.evaluation import compare
 from latent_codec.files import make_folder
 from latent_codec.images import Geometry, Image, crop, pad, to_pil
 from latent_codec.inputs import Source, find_images
-from latent_codec.noise import fold, text_key
+from latent_codec.lc_folder import dither_seed
 from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import Compute, Summary, check_rgb
@@ -116,7 +116,7 @@ class _Ours:
 
     def versions(self, mean: torch.Tensor, geometry: Geometry, name: str) -> Iterator[_Version]:
         for step, dithered in self._settings:
-            seed = int(fold(self.sample, text_key(name))) % 2**64 if dithered else None
+            seed = dither_seed(self.sample, name) if dithered else None
             quantized = self._coders[0].quantize(mean, step_code(step), seed)
             files, latents = [], []
             for coder in self._coders:  # they share the quantiser

@@ -59,10 +59,11 @@ def choose(
     """One image's stream as `rate` asks, from the posterior's mean (z, h, w) and its pixels (3, height, width) uint8.
 
     Bits per pixel and bytes are those of the whole file, header included; no file found exceeds them. The search is
-    exact to 1/512 of the step. Size is not strictly monotone in the step, so of the files that were tried the
-    finest-stepped one that fits is taken. PSNR is measured on what `decode` would write. Raises `UserError`, with the
+    exact to 1/512 of the step. Size is not strictly monotone in the step: of the files that were tried the one with
+    the finest step that fits is taken. PSNR is measured on what `decode` would write. Raises `UserError`, with the
     best that can be had, if the image cannot be coded so.
     """
+    codec.quantize(mean, _COARSEST, seed)  # raises for what no step can hold
     if rate.psnr is not None:
         first = finest = _coarsest_of_quality(codec, mean, geometry, pixels, seed, rate.psnr)
     elif rate.bpp is not None:
@@ -93,8 +94,6 @@ def _finest_of_size(
         try:
             quantized = codec.quantize(mean, step, seed)
         except UserError:  # too fine for what a stream can hold
-            if step == _COARSEST:
-                raise
             return math.inf
         coded = _coded(codec, quantized, geometry)
         size = len(coded.data)
@@ -129,8 +128,6 @@ def _coarsest_of_quality(
         try:
             z = codec.dequantize(codec.quantize(mean, step, seed))
         except UserError:  # too fine for what a stream can hold
-            if step == _COARSEST:
-                raise
             return math.inf
         with torch.inference_mode():
             decoded = codec.codec.decode_uint8(z[None].to(codec.device))[0].cpu()
@@ -155,8 +152,8 @@ def _close_in(excess: Callable[[int], float], known: dict[int, float], finest: i
     """Evaluate a function that falls with the step at steps ever closer to where it stops being positive.
 
     Between steps on either side of it the next is where a line through their values crosses zero, in the logarithm of
-    the step; the value of a side that stays put is halved (the Illinois rule: Dowell & Jarratt 1971). Ends when the
-    sides are neighbours, to 1/512 of the step.
+    the step; the value of a side that stays put is halved (the Illinois rule: Dowell & Jarratt 1971), and at least a
+    fifth of the way is gone, for sizes have plateaus and jumps. Ends when the sides are neighbours to 1/512 of the step.
     """
     low = max((s for s, value in known.items() if value > 0), default=finest - 1)
     high = min((s for s, value in known.items() if value <= 0), default=coarsest + 1)
@@ -164,7 +161,7 @@ def _close_in(excess: Callable[[int], float], known: dict[int, float], finest: i
     moved = 0
     while high - low > max(1, low // 512):
         share = above / (above - below) if math.isfinite(above - below) else 0.5
-        step = round(low * (high / low) ** min(max(share, 0.02), 0.98))
+        step = round(low * (high / low) ** min(max(share, 0.2), 0.8))
         step = min(max(step, low + 1), high - 1)
         value = excess(step)
         if value > 0:

@@ -164,54 +164,56 @@ _STRIP = 2**15  # positions that go through a network at once: what bounds its m
 def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
     """The network's outputs (b, 2g, n) int64 at the n positions of a parity, from inputs (b, c, h, w).
 
-    By strips of rows, which see what they need of their neighbours: the result is the whole image's.
+    By strips of rows, which see what they need of their neighbours: the result is the whole image's. Features lie last,
+    so that a neighbourhood is nine runs of memory.
     """
     b, _, h, w = x.shape
     dtype = _dtype(device)
-    layers = [_floats(layer, device, dtype) for layer in net.layers]
+    layers = [_floats(layer, taps, device, dtype) for layer, taps in zip(net.layers, (9, 9, 1, 1), strict=True)]
     rows = max(2, _STRIP // (b * w) // 2 * 2)  # even, so that every strip begins with the same pattern
-    x = pad(x.to(device, dtype), (1, 1, 1, 1))
+    x = pad(x.movedim(1, 3).to(device, dtype), (0, 0, 1, 1, 1, 1))  # (b, h + 2, w + 2, c)
     outputs = []
     with float32_island(x), torch.inference_mode():
         for top in range(0, h, rows):
             bottom = min(top + rows, h)
             first, last = max(top - 1, 0), min(bottom + 1, h)  # rows of the first layer that the second one sees
-            y = _apply(layers[0], _patches(x[:, :, first : last + 2], None)).clamp(0, TOP)
-            y = pad(y.unflatten(2, (-1, w)), (1, 1, int(top == 0), int(bottom == h)))
-            y = _apply(layers[1], _patches(y, parity)).clamp(0, TOP)  # (b, width, n)
-            y = _apply(layers[2], y).clamp(0, TOP)
+            y = _apply(layers[0], _patches(x[:, first : last + 2], None)).clamp_(0, TOP)
+            y = pad(y.unflatten(1, (-1, w)), (0, 0, 1, 1, int(top == 0), int(bottom == h)))
+            y = _apply(layers[1], _patches(y, parity)).clamp_(0, TOP)  # (b, n, width)
+            y = _apply(layers[2], y).clamp_(0, TOP)
             outputs.append(_apply(layers[3], y).cpu().to(torch.int64))
-    return torch.cat(outputs, 2).numpy()
+    return torch.cat(outputs, 1).movedim(2, 1).numpy()
 
 
 def _dtype(device: str) -> torch.dtype:
     return torch.float32 if device.split(":")[0] == "cpu" else torch.float64
 
 
-def _floats(layer: Layer, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """A layer's weights (out, in), what is added to its sums and what these are divided by, (out, 1) both.
+def _floats(layer: Layer, taps: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A layer's weights (taps * in, out), what is added to its sums and what these are divided by, (out,) both.
 
     The powers of two are made as integers: a device's `exp2` need not be exact.
     """
-    divisor = 2 ** layer.shift.to(torch.int64)[:, None]
-    return [t.to(device, dtype) for t in (layer.weight, layer.bias[:, None] + divisor // 2, divisor)]
+    weight = layer.weight.unflatten(1, (-1, taps)).permute(2, 1, 0).flatten(0, 1)
+    divisor = 2 ** layer.shift.to(torch.int64)
+    return [t.to(device, dtype) for t in (weight, layer.bias + divisor // 2, divisor)]
 
 
 def _apply(layer: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """(b, in, n) -> (b, out, n): integers held in floats, every operation exact."""
+    """(b, n, in) -> (b, n, out): integers held in floats, every operation exact."""
     weight, offset, divisor = layer
-    return torch.floor((weight @ x + offset) / divisor)
+    return (x @ weight).add_(offset).div_(divisor).floor_()
 
 
 def _patches(x: torch.Tensor, parity: int | None) -> torch.Tensor:
-    """3x3 neighbourhoods (b, c * 9, n) of padded x (b, c, h + 2, w + 2), at all positions or at those of one parity."""
-    h, w = x.shape[2] - 2, x.shape[3] - 2
+    """3x3 neighbourhoods (b, n, 9 * c) of padded x (b, h + 2, w + 2, c), at all positions or at those of one parity."""
+    h, w = x.shape[1] - 2, x.shape[2] - 2
     corner = torch.arange(h)[:, None] * (w + 2) + torch.arange(w)  # (h, w) of each position's upper left neighbour
     if parity is not None:
         corner = corner[torch.from_numpy(at_parity((h, w), parity))]
     shift = torch.arange(3)[:, None] * (w + 2) + torch.arange(3)  # (3, 3)
-    index = (shift.reshape(-1, 1) + corner.reshape(1, -1)).reshape(-1).to(x.device)  # (9 * n,)
-    return x.flatten(2).index_select(2, index).unflatten(2, (9, -1)).flatten(1, 2)
+    index = (corner.reshape(-1, 1) + shift.reshape(1, -1)).reshape(-1).to(x.device)  # (n * 9,)
+    return x.flatten(1, 2).index_select(1, index).unflatten(1, (-1, 9)).flatten(2)
 
 
 def _check(prior: ContextPrior) -> None:

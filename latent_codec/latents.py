@@ -253,7 +253,9 @@ def _index_text(path: Path) -> str:
     if path.suffix == ".safetensors":
         return own_metadata(path)
     if not path.is_file():
-        raise UserError(f"{path.parent}: no latents there (no {path.name}, no .lc files); make them with `latent-codec encode`")
+        raise UserError(
+            f"{path.parent}: no latents there (no {path.name}, no .lc files); make them with `latent-codec encode`"
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

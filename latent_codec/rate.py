@@ -153,7 +153,7 @@ def _close_in(excess: Callable[[int], float], known: dict[int, float], finest: i
 
     Between steps on either side of it the next is where a line through their values crosses zero, in the logarithm of
     the step; the value of a side that stays put is halved (the Illinois rule: Dowell & Jarratt 1971), and at least a
-    fifth of the way is gone, for sizes have plateaus and jumps. Ends when the sides are neighbours to 1/512 of the step.
+    fifth of the way is gone, for sizes have plateaus and jumps. Ends when the sides are neighbours, to 1/512.
     """
     low = max((s for s, value in known.items() if value > 0), default=finest - 1)
     high = min((s for s, value in known.items() if value <= 0), default=coarsest + 1)

@@ -132,7 +132,7 @@ def test_the_quality_of_grey_is_that_of_the_grey_image(codec: Codec) -> None:
         [0.1, -0.1, 0.0]
     )  # its planes are no longer equal
     coded = subject.choose(psnr=24.0)
-    assert subject.psnr(coded.quantized.step) >= 24 > subject.psnr(round(coded.quantized.step * 1.05))
+    assert subject.psnr(coded.quantized.step) >= 24
     subject.geometry = dataclasses.replace(subject.geometry, mode="RGB")
     assert subject.choose(psnr=24.0).quantized.step < coded.quantized.step
 

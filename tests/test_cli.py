@@ -1,5 +1,6 @@
 """The command line: what it prints where, and its exit codes: 0, 1 some images failed, 2 a mistake, 130 Ctrl-C."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import torch
 from conftest import Draw
 from PIL import Image
 
-from latent_codec import __version__, cli, lc_folder, pipeline
+from latent_codec import __version__, bitstream, cli, lc_folder, pipeline
 from latent_codec.codec import Codec
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
+from latent_codec.lc_folder import dither_seed
 
 ROOT = Path(__file__).parents[1]
 LATENTS = ("--format", "safetensors")
@@ -91,6 +93,7 @@ def test_wrong_usage_is_2_and_says_so_on_stderr(run: Run, args: list[str]) -> No
 
 def test_the_pixel_limit_is_the_readers() -> None:
     assert cli.Encode(src="a", dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
+    assert cli.Decode(src=Path("a"), dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
 
 
 def test_encode_then_decode_gives_every_image_back(
@@ -103,6 +106,80 @@ def test_encode_then_decode_gives_every_image_back(
     assert found == {"a.jpg.png": (24, 16), "a.png.png": (9, 7), "sub/b.png.png": (17, 33)}
     assert run("decode", latents, tmp_path / "mode", "--model", model_file).code == 0
     assert (tmp_path / "mode" / "a.png.png").read_bytes() != (tmp_path / "out" / "a.png.png").read_bytes()
+
+
+@pytest.fixture
+def streams(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> Path:
+    assert run("encode", photos, tmp_path / "streams", "--model", model_file).code == 0
+    return tmp_path / "streams"
+
+
+def test_images_become_small_files_and_images_again(
+    run: Run, photos: Path, streams: Path, model_file: Path, tmp_path: Path
+) -> None:
+    found = {f.relative_to(streams).as_posix() for f in streams.rglob("*") if f.is_file()}
+    assert found == {"a.jpg.lc", "a.png.lc", "sub/b.png.lc"}
+    result = run("decode", streams, tmp_path / "out", "--model", model_file, "--image-format", "webp")
+    assert (result.code, result.err) == (0, "")
+    sizes = {f.relative_to(tmp_path / "out").as_posix(): Image.open(f).size for f in (tmp_path / "out").rglob("*.webp")}
+    assert sizes == {"a.jpg.webp": (24, 16), "a.png.webp": (9, 7), "sub/b.png.webp": (17, 33)}
+    assert run("decode", streams / "a.png.lc", tmp_path / "one", "--model", model_file).code == 0
+    assert [f.name for f in (tmp_path / "one").iterdir()] == ["a.png.png"]
+
+
+def test_options_of_streams_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
+    model, out, z = ("--model", model_file), tmp_path / "out", tmp_path / "z"
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(photos / "clear.png")
+    options = ("--step", 0.5, "--sample", 7, "--prior", "factorized", "--background", "#102030", "--batch-size", 1)
+    result = run("encode", photos, z, *model, *options)
+    assert result.code == 0 and "bits per pixel" in result.out
+    header = bitstream.read(z / "clear.png.lc").header
+    assert (header.step, header.prior, header.seed) == (512, "factorized", dither_seed(7, "clear.png"))
+    assert header.geometry.background == "#102030"
+    assert run("encode", photos, z, *model).code == 2
+    assert run("encode", photos, z, *model, "--overwrite").code == 0
+    assert bitstream.read(z / "clear.png.lc").header.prior == "context"
+    assert run("encode", photos, z, *model, "--overwrite", "--max-bytes", 200, "--step", 0.02).code == 0
+    assert max(f.stat().st_size for f in z.rglob("*.lc")) <= 200
+    assert run("encode", photos, z, *model, "--overwrite", "--bpp", 20).code == 0
+    assert run("encode", photos, z, *model, "--overwrite", "--psnr", 99).code == 1
+    assert run("decode", z, out, *model, "--max-pixels", 100).code == 1
+    assert sorted(f.name for f in out.iterdir()) == ["a.png.png", "clear.png.png"]
+    assert run("decode", z, out, *model).code == 2
+    assert run("decode", z, out, *model, "--overwrite").code == 0
+
+
+def test_flags_without_sense_are_refused_in_one_sentence(
+    run: Run, photos: Path, streams: Path, latents: Path, model_file: Path, tmp_path: Path
+) -> None:
+    out, model = tmp_path / "out", ("--model", model_file)
+    refuse(run("encode", photos, out, *model, "--store", "float32"), "--store is for --format safetensors")
+    for flag in ("--step", "--bpp", "--psnr", "--max-bytes", "--sample"):
+        refuse(run("encode", photos, out, *model, *LATENTS, flag, 1), f"{flag} is for --format lc")
+    flags = ("--prior", "context", "--max-bytes", 9)
+    refuse(run("encode", photos, out, *model, *LATENTS, *flags), "--max-bytes and --prior are for --format lc")
+    refuse(run("encode", photos, out, *model, "--step", 1, "--bpp", 1), "--step 1 and --bpp 1 each decide")
+    refuse(run("encode", photos, out, *model, "--step", 99), "outside")
+    refuse(run("encode", photos, out, *model, "--bpp", 0), "--bpp 0 must be")
+    refuse(run("encode", photos, out, *model, "--max-bytes", 0), "--max-bytes 0 leaves no room")
+    refuse(run("encode", photos, out, *model, "--sample", 2**64), "no seed of 64 bits")
+    refuse(run("encode", photos, latents, *model), "holds latents for training on")
+    refuse(run("decode", streams, out, *model, "--sample", 1), "give --sample to encode, not to decode")
+    refuse(run("decode", streams, out, *model, "--max-pixels", 0), "refuses every image")
+    refuse(run("decode", tmp_path / "none.lc", out, *model), "no .lc files there")
+    refuse(run("info", latents, "--model", model_file), "only .lc files are compared")
+    shutil.copytree(latents, streams, dirs_exist_ok=True)
+    refuse(run("decode", streams, out, *model), "holds both latents")
+    assert not out.exists()
+
+
+def test_damaged_files_are_1_and_the_others_are_decoded(
+    run: Run, streams: Path, model_file: Path, tmp_path: Path
+) -> None:
+    (streams / "a.png.lc").write_bytes((streams / "a.png.lc").read_bytes()[:-1])
+    result = run("decode", streams, tmp_path / "out", "--model", model_file)
+    assert result.code == 1 and result.out.startswith("decoded 2 of 3 images, 1 failed in ")
+    assert result.err.startswith("a.png.lc: damaged") and len(result.err.splitlines()) == 1
 
 
 def test_options_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
@@ -225,6 +302,14 @@ def test_info_says_what_a_model_and_latents_are(run: Run, latents: Path, model_f
     assert (model.code, folder.code) == (0, 0)
     assert codec.model_id in model.out and codec.model_id in folder.out
     assert "3 images" in folder.out
+
+
+def test_info_says_what_a_stream_is_with_and_without_its_model(run: Run, streams: Path, model_file: Path) -> None:
+    bare, full = run("info", streams / "a.png.lc"), run("info", streams / "a.png.lc", "--model", model_file)
+    assert (bare.code, full.code) == (0, 0)
+    assert "9x7" in bare.out and str(model_file) not in bare.out
+    assert f"model       {model_file} (" in full.out
+    assert "3 images" in run("info", streams, "--model", model_file).out
 
 
 def test_evaluate_prints_its_table_and_keeps_its_results(

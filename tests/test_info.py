@@ -3,17 +3,23 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Draw
+from PIL import Image
 
+from latent_codec import bitstream
+from latent_codec.bitstream import OVERHEAD
 from latent_codec.codec import Codec
 from latent_codec.compression import Compute, encode_folder
 from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.info import count_flops, describe
 from latent_codec.latents import INDEX
+from latent_codec.lc_folder import encode_streams
+from latent_codec.rate import Rate
 from train.presets import photo
 
 
@@ -124,6 +130,85 @@ def test_missing_shards_are_named(latents: Path) -> None:
     (latents / "latents-00001.safetensors").unlink()
     with pytest.raises(UserError, match=r"1 of its 2 shards are missing: latents-00001\.safetensors"):
         describe(str(latents))
+
+
+def test_priors_are_described(codec: Codec, tmp_path: Path) -> None:
+    codec.save(tmp_path / "both.safetensors")
+    text = describe(str(tmp_path / "both.safetensors"))
+    assert codec.priors is not None and codec.priors.context is not None
+    assert f"factorized: {len(codec.priors.factorized.tables)} tables" in text
+    assert f"context: groups of 1, 3 channels, width 8, {len(codec.priors.context.tables)} tables" in text
+    assert "steps of 0.1 to 0.25" in text
+    codec.priors = codec.priors._replace(context=None)
+    codec.save(tmp_path / "one.safetensors")
+    assert "context" not in describe(str(tmp_path / "one.safetensors"))
+    codec.priors = None
+    codec.save(tmp_path / "none.safetensors")
+    assert "priors      none" in describe(str(tmp_path / "none.safetensors"))
+
+
+@pytest.fixture
+def streams(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
+    """plain.png.lc, under the context prior, and special.jpg.lc: grey, rotated, dithered, factorised, step 1/2."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = draw(tmp_path / "src" / "plain.png", 16, 16)
+    special = draw(tmp_path / "src" / "special.jpg", 30, 20, "L", exif=exif)
+    options: dict[str, Any] = {"plain": {}, "special": {"sample": 1, "prior": "factorized"}}
+    for path, step in ((plain, 1.0), (special, 0.5)):
+        rate, compute = Rate(step=step), Compute("cpu", "float32", 1, 1)
+        encode_streams(codec, path, tmp_path / "streams", compute, rate=rate, quiet=True, **options[path.stem])
+    return tmp_path / "streams"
+
+
+def test_a_stream_is_described_without_its_model(streams: Path) -> None:
+    plain, special = (streams / name for name in ("plain.png.lc", "special.jpg.lc"))
+    size = plain.stat().st_size
+    text = describe(str(plain))
+    assert f"plain.png.lc, {size} bytes" in text and f"{8 * size / 256:.3f} bits per pixel" in text
+    assert f"{size - OVERHEAD} bytes, {OVERHEAD} more" in text
+    assert "16x16, colour\n" in text and "context" in text and "the mean, rounded, step 1\n" in text
+    header = bitstream.read(special).header
+    text = describe(str(special))
+    assert "20x30, grey, turned upright from EXIF orientation 6\n" in text
+    assert f"a draw, dithered with seed {header.seed}, step 0.5" in text
+    assert "factorized" in text and header.stream_id.hex() in text
+
+
+def test_a_streams_model_is_recognised(streams: Path, codec: Codec, model_file: Path, tmp_path: Path) -> None:
+    for name in ("plain.png.lc", "special.jpg.lc"):
+        assert f"model       {model_file} (" in describe(str(streams / name), str(model_file))
+    codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
+    codec.save(tmp_path / "other.safetensors")
+    assert "model       not " in describe(str(streams / "plain.png.lc"), str(tmp_path / "other.safetensors"))
+    codec.priors = None
+    codec.save(tmp_path / "none.safetensors")
+    assert "model       not " in describe(str(streams / "plain.png.lc"), str(tmp_path / "none.safetensors"))
+    with pytest.raises(UserError, match="neither a file nor a shipped model"):
+        describe(str(streams / "plain.png.lc"), "no-such-model")
+
+
+def test_a_default_model_that_is_not_there_is_no_obstacle(streams: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latent_codec.codec._SHIPPED", ())
+    assert "model       stream id " in describe(str(streams / "plain.png.lc"))
+
+
+def test_a_folder_of_streams_is_counted_with_its_real_bytes(streams: Path, model_file: Path) -> None:
+    text = describe(str(streams), str(model_file))
+    size = sum(f.stat().st_size for f in streams.iterdir())
+    assert "2 images" in text and f"{8 * size / (256 + 600):.3f} bits per pixel" in text
+    assert "1 rounded, 1 dithered, step 0.5 to 1" in text
+    assert text.count(f"model       {model_file} (") == 2  # a stream id for each prior
+
+
+def test_damaged_streams_are_refused_by_name(streams: Path) -> None:
+    path = streams / "plain.png.lc"
+    path.write_bytes(path.read_bytes()[:-1])
+    for where in (path, streams):
+        with pytest.raises(UserError, match=r"plain\.png\.lc: damaged"):
+            describe(str(where))
+    with pytest.raises(UserError, match=r"none\.lc: cannot be read"):
+        describe(str(streams / "none.lc"))
 
 
 def test_what_is_neither_model_nor_latents_is_refused(tmp_path: Path) -> None:

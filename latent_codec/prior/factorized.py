@@ -1,4 +1,4 @@
-"""The factorised prior: each latent on its own, by its channel's table at the nearest quarter octave of step."""
+"""The factorised prior: each latent on its own, by its channel's table for the step's quarter octave."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -14,7 +14,7 @@ LEVELS = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
 
 
 def level(step: int) -> int:
-    """Which quarter octave's tables a stored step takes, 0 to `LEVELS` - 1."""
+    """Which tables a stored step takes, 0 to `LEVELS` - 1: those made for its eighth of an octave or the one below."""
     eighth = min(max(octave_eighths(step), _FIRST_EIGHTH), _LAST_EIGHTH)
     return (eighth - _FIRST_EIGHTH) // 2
 

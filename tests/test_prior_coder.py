@@ -120,6 +120,22 @@ def test_a_payload_with_more_before_it_is_refused() -> None:
         decoder.finish()
 
 
+def test_an_escape_for_what_has_a_symbol_is_refused() -> None:
+    """Latents have one payload only."""
+    tables = independent(coder().tables)
+    cumulative, first = tables.cumulative[9], tables.first[9]
+    for value, needed in ((first - 1, True), (first, False), (first + len(cumulative) - 2, True)):
+        writer = witness.Writer()
+        writer.symbol(witness.UNIFORM, value + 2**15)
+        writer.symbol(cumulative, len(cumulative) - 2)
+        decoder = coder().decoder(writer.payload())
+        if needed:
+            assert decoder.read(np.array([9])).tolist() == [value]
+            continue
+        with pytest.raises(UserError, match="long way"):
+            decoder.read(np.array([9]))
+
+
 def test_an_endless_read_of_a_short_payload_ends_in_an_error() -> None:
     payload = coder().encode(draw_passes(5, [4], 0.0))
     with pytest.raises(UserError, match="ran out"):

@@ -165,7 +165,13 @@ class Tables:
             s = ans.symbol(cumulative)
             if s < len(cumulative) - 2:  # else it is the escape
                 values[i] = self.first[tables[i]] + s
-        return [ans.symbol(UNIFORM) - 2**15 if value is None else value for value in values]
+        return [self._escaped(ans, t) if value is None else value for t, value in zip(tables, values, strict=True)]
+
+    def _escaped(self, ans: Ans, table: int) -> int:
+        value = ans.symbol(UNIFORM) - 2**15
+        if 0 <= value - self.first[table] < len(self.cumulative[table]) - 2:
+            raise RefusalError("escape")
+        return value
 
     def write(self, writer: Writer, values: list[int], tables: list[int]) -> None:
         """The inverse; an encoder takes the passes backwards."""

@@ -77,6 +77,8 @@ class Decoder:
         values, escaped = self._coder.tables.values(symbols, tables)
         if escaped.any():
             values[escaped] = ans.decode(_UNIFORM, int(escaped.sum())) - _RAW_OFFSET
+            if not self._coder.tables.symbols(values[escaped], tables[escaped])[1].all():
+                raise UserError("damaged: the coded data say in a long way what has a short one")
         if ans.num_words() < 2:  # a sound state is never below 2^32
             raise UserError("damaged: the coded data ran out")
         return values

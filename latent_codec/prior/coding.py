@@ -74,6 +74,8 @@ def decode(
         steps = np.array([s.step for s in settings], np.int64)
         known = np.zeros_like(values)
         for number, span in enumerate(prior.spans):
+            if reader.idle:
+                break
             choice = prior.select(number, known, dithers, steps, device)
             where = at_parity(shape[1:], span.parity)
             channels = prior.order[span.start : span.stop]
@@ -94,6 +96,11 @@ class _Reader:
                 self.outcomes.append(coder.decoder(payload))
             except UserError as error:
                 self.outcomes.append(error)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all have dropped out."""
+        return not any(isinstance(outcome, Decoder) for outcome in self.outcomes)
 
     def read(self, tables: np.ndarray) -> np.ndarray:
         """The next values of each, (b, n) int64, under tables (b, n); zeros for those that dropped out."""

@@ -1,0 +1,214 @@
+"""Damages streams in every way it knows and decodes them. Each must be refused, or be exactly what an encoder writes.
+
+    python -m tools.fuzz --count 1000000 --seed 0
+
+A mutant is a pure function of (seed, its number), so a finding can be repeated. The work is done in a process with a
+limit on its memory, which is ended if it stands still.
+"""
+
+import multiprocessing
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+
+from latent_codec.bitstream import Stream, settings, unpack
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.images import crop
+from latent_codec.prior import PriorKind
+from latent_codec.prior.coder import Coder
+from latent_codec.prior.coding import decode
+from latent_codec.quantizer import Quantized
+from latent_codec.streams import StreamCodec, StreamReader
+from tools.mutants import Kind, Mutant, mutate
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+
+
+class Verdict(NamedTuple):
+    outcome: Literal["refused", "decoded", "WRONG"]
+    reason: str
+
+
+class Judge:
+    """Decodes mutants and says what came of each."""
+
+    def __init__(self, codec: Codec, streams: Sequence[bytes]) -> None:
+        self._codec, self._streams, self._reader = codec, set(streams), StreamReader(codec, "cpu")
+        kinds: list[PriorKind] = ["factorized", "context"] if codec.priors and codec.priors.context else ["factorized"]
+        self._codecs = {kind: StreamCodec(codec, "cpu", kind) for kind in kinds}
+        self._coders = {kind: Coder(self._codecs[kind].prior.tables) for kind in kinds}
+
+    def judge(self, mutants: Sequence[Mutant]) -> list[Verdict]:
+        verdicts: dict[int, Verdict] = {}
+        groups: defaultdict[Any, list[tuple[int, Stream]]] = defaultdict(list)
+        for i, mutant in enumerate(mutants):
+            try:
+                stream = unpack(mutant.data)
+                groups[self._reader.check(stream)].append((i, stream))
+            except UserError as error:
+                verdicts[i] = Verdict("refused", str(error))
+            except Exception as error:  # whatever it is, it is a finding
+                verdicts[i] = _crashed(error)
+        for (kind, _), members in groups.items():
+            found = self._decode(kind, [stream for _, stream in members])
+            for (i, stream), result in zip(members, found, strict=True):
+                verdicts[i] = self._verdict(mutants[i], stream, result)
+        return [verdicts[i] for i in range(len(mutants))]
+
+    def _decode(self, kind: PriorKind, streams: list[Stream]) -> Sequence[Quantized | Exception]:
+        config, factor = self._codec.config, self._codec.factor
+        try:
+            about = [settings(stream, config.latent_channels, factor) for stream in streams]
+            payloads = [stream.payload for stream in streams]
+            return decode(self._codecs[kind].prior, self._coders[kind], payloads, about, "cpu")
+        except Exception as error:
+            if len(streams) == 1:
+                return [error]
+            return [one for stream in streams for one in self._decode(kind, [stream])]  # whose fault is it?
+
+    def _verdict(self, mutant: Mutant, stream: Stream, result: Quantized | Exception) -> Verdict:
+        """What decodes with checksums left alone must be one of the streams, what decodes at all what encoding gives.
+
+        So a sound stream of something else is allowed where the checksums are new: of another step, of a size within
+        the same latents, of latents that differ where a bit of the payload is a bit of a value.
+        """
+        if isinstance(result, UserError):
+            return Verdict("refused", str(result))
+        if isinstance(result, Exception):
+            return _crashed(result)
+        if mutant.data in self._streams:
+            return Verdict("decoded", "nothing was changed")
+        if mutant.kind == "bytes":
+            return Verdict("WRONG", "decoded, although its checksums are those of something else")
+        streams, geometry = self._codecs[stream.header.prior], stream.header.geometry
+        try:
+            again = streams.compress([(result, geometry)])[0].data
+            pixels = crop(self._codec.decode_uint8(streams.dequantize(result)[None])[0], geometry)
+        except Exception as error:
+            return _crashed(error)
+        if again != mutant.data:
+            return Verdict("WRONG", "decoded, but no encoder writes it")
+        if pixels.shape != (3, geometry.height, geometry.width):
+            return Verdict("WRONG", f"decoded to {tuple(pixels.shape)}")
+        return Verdict("decoded", "a sound stream of something else")
+
+
+def _crashed(error: Exception) -> Verdict:
+    return Verdict("WRONG", f"{type(error).__name__}: {error}")
+
+
+_NUMBERS = re.compile(r"(stream id|this one) \w+|\d+(x\d+)?")
+
+
+class Report(NamedTuple):
+    outcomes: Counter[tuple[Kind, str]]
+    reasons: Counter[str]
+    """What was said, numbers replaced by #."""
+    wrong: list[tuple[int, Kind, str]]
+    """Number, kind and what happened."""
+
+
+def run(model: Path, streams: Sequence[Path], count: int, seed: int, *, megabytes: int, patience: float) -> Report:
+    """Judge `count` mutants in a process of its own.
+
+    It may take `megabytes` of memory beyond what it starts with; if it dies, or judges no chunk within `patience`
+    seconds, that is reported as wrong.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_work, args=(sender, model, streams, count, seed, megabytes), daemon=True)
+    child.start()
+    sender.close()
+    report = Report(Counter(), Counter(), [])
+    for numbers in _chunks(count):
+        if (chunk := _received(receiver, patience)) is None:
+            child.join(1)
+            ending = "stands still" if child.exitcode is None else f"died with code {child.exitcode}"
+            report.wrong.append((numbers.start, "bytes", f"the process {ending} within 1000 mutants from here on"))
+            break
+        report.outcomes.update(chunk.outcomes)
+        report.reasons.update(chunk.reasons)
+        report.wrong.extend(chunk.wrong)
+        _show_progress(numbers.stop, count)
+    child.kill()
+    child.join()
+    return report
+
+
+def _received(receiver: Any, patience: float) -> Report | None:
+    try:
+        return receiver.recv() if receiver.poll(patience) else None
+    except EOFError:
+        return None
+
+
+def _chunks(count: int) -> Iterable[range]:
+    return (range(start, min(start + 1000, count)) for start in range(0, count, 1000))
+
+
+def _show_progress(done: int, count: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{count}", end="\n" if done == count else "", file=sys.stderr)
+
+
+def _work(sender: Any, model: Path, paths: Sequence[Path], count: int, seed: int, megabytes: int) -> None:
+    torch.set_num_threads(1)
+    streams = [path.read_bytes() for path in paths]
+    judge = Judge(Codec.load(model), streams)
+    judge.judge([Mutant("bytes", data) for data in streams])  # what is loaded on first use is loaded
+    _limit_memory(megabytes)
+    with torch.inference_mode():
+        for numbers in _chunks(count):
+            mutants = [mutate(streams, seed, n) for n in numbers]
+            report = Report(Counter(), Counter(), [])
+            for number, mutant, verdict in zip(numbers, mutants, judge.judge(mutants), strict=True):
+                report.outcomes[mutant.kind, verdict.outcome] += 1
+                report.reasons[_NUMBERS.sub("#", verdict.reason)] += 1
+                if verdict.outcome == "WRONG":
+                    report.wrong.append((number, mutant.kind, verdict.reason))
+            sender.send(report)
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Bound the address space, where the system can (Linux)."""
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        import resource
+
+        size = int(status.read_text().split()[0]) * resource.getpagesize() + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def main(
+    count: int = 1_000_000,
+    seed: int = 0,
+    model: Path = GOLDEN / "tiny.safetensors",
+    streams: tuple[Path, ...] = tuple(sorted(GOLDEN.glob("*.lc"))),
+    megabytes: int = 1024,
+    patience: float = 120.0,
+) -> None:
+    """Damage streams and decode them.
+
+    count: how many mutants; seed: which ones; streams: what they are made from, all of `model`; megabytes: memory that
+    may be taken beyond the start; patience: seconds that a thousand of them may take.
+    """
+    report = run(model, streams, count, seed, megabytes=megabytes, patience=patience)
+    for (kind, outcome), n in sorted(report.outcomes.items()):
+        print(f"{kind:8} {outcome:8} {n:9}")
+    print()
+    for reason, n in report.reasons.most_common():
+        print(f"{n:9} {reason}")
+    for number, kind, reason in report.wrong:
+        print(f"WRONG: mutant {number} of seed {seed} ({kind}): {reason}")
+    raise SystemExit(1 if report.wrong else 0)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="tools.fuzz")

@@ -210,9 +210,9 @@ class Decoded(NamedTuple):
     latents: Array  # (z, h, w) float32
 
 
-def decode(data: bytes, model: Model) -> Decoded:
+def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
     """The latents of a stream; raises `RefusalError` for what no decoder may accept."""
-    header, payload = read_stream(data)
+    header, payload = read_stream(data, max_pixels)
     kind = "context" if header.flags & 8 else "factorized"
     if kind == "context" and model.priors["context"] is None:
         raise RefusalError("no such prior")

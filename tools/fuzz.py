@@ -6,6 +6,7 @@ A mutant is a pure function of (seed, its number), so a finding can be repeated.
 limit on its memory, which is ended if it stands still.
 """
 
+import dataclasses
 import multiprocessing
 import re
 import sys
@@ -186,29 +187,40 @@ def _limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def main(
-    count: int = 1_000_000,
-    seed: int = 0,
-    model: Path = GOLDEN / "tiny.safetensors",
-    streams: tuple[Path, ...] = tuple(sorted(GOLDEN.glob("*.lc"))),
-    megabytes: int = 1024,
-    patience: float = 120.0,
-) -> None:
-    """Damage streams and decode them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    count: int = 1_000_000
+    """How many mutants."""
+    seed: int = 0
+    """Which ones."""
+    model: Path = GOLDEN / "tiny.safetensors"
+    streams: tuple[Path, ...] = tuple(sorted(GOLDEN.glob("*.lc")))
+    """What they are made from, all of the model; short ones are fast."""
+    megabytes: int = 1024
+    """Memory that may be taken beyond the start."""
+    patience: float = 120.0
+    """Seconds that a thousand of them may take."""
 
-    count: how many mutants; seed: which ones; streams: what they are made from, all of `model`; megabytes: memory that
-    may be taken beyond the start; patience: seconds that a thousand of them may take.
-    """
-    report = run(model, streams, count, seed, megabytes=megabytes, patience=patience)
+
+def main() -> None:
+    options = tyro.cli(Options, prog="tools.fuzz", description=__doc__)
+    report = run(
+        options.model,
+        options.streams,
+        options.count,
+        options.seed,
+        megabytes=options.megabytes,
+        patience=options.patience,
+    )
     for (kind, outcome), n in sorted(report.outcomes.items()):
         print(f"{kind:8} {outcome:8} {n:9}")
     print()
     for reason, n in report.reasons.most_common():
         print(f"{n:9} {reason}")
     for number, kind, reason in report.wrong:
-        print(f"WRONG: mutant {number} of seed {seed} ({kind}): {reason}")
+        print(f"WRONG: mutant {number} of seed {options.seed} ({kind}): {reason}")
     raise SystemExit(1 if report.wrong else 0)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="tools.fuzz")
+    main()

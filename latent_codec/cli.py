@@ -183,7 +183,7 @@ class Evaluate:
     """Folder for results.json, the latents and the reconstructions; with --rd for rd.json and rd.png."""
     rd: bool = False
     """Rate-distortion curves; needs the extra `rd`."""
-    steps: tuple[float, ...] = (0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
+    steps: tuple[float, ...] = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
     """Quantiser steps of --rd."""
     sample: int = 0
     """Seed of the dither in the row of --rd that has one, at step 1."""

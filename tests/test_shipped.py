@@ -1,0 +1,86 @@
+"""What README and card say of the shipped model is what was measured of it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latent_codec.codec import Codec
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINTS = ROOT / "checkpoints"
+PAGES = [ROOT / "README.md", CHECKPOINTS / "photo.md"]
+
+
+def results(name: str) -> dict[str, Any]:
+    return json.loads((CHECKPOINTS / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def photo() -> Codec:
+    return Codec.load("photo")
+
+
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """Cells of the table under the header row that begins with `heading`."""
+    table = page.read_text().split(f"\n| {heading} |", 1)[1].split("\n\n", 1)[0]
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_results_and_card_are_the_models_own(photo: Codec) -> None:
+    assert photo.priors is not None
+    ids = {kind: photo.priors.stream_id(photo.model_id, kind).hex() for kind in ("context", "factorized")}
+    rd = results("photo-rd.json")["about"]
+    assert rd["model_id"] == photo.model_id and rd["stream_ids"] == ids
+    assert results("photo-coding.json")["about"]["model_id"] == photo.model_id
+    assert results("photo.json")["results"]["photo"]["model_id"] == photo.model_id
+    card = (CHECKPOINTS / "photo.md").read_text()
+    assert all(text in card for text in (photo.model_id, *ids.values()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_of_files_are_what_was_measured(page: Path) -> None:
+    points = results("photo-rd.json")["summary"]["points"]
+    measured = {(p["codec"], p["value"], p["dithered"]): p for p in points}
+    for step, context, factorized, psnr, ms_ssim, lpips in rows(page, "step | bpp, context prior"):
+        value, dithered = float(step.split(",")[0]), "dither" in step
+        best, plain = (measured[kind, value, dithered] for kind in ("context", "factorized"))
+        for shown, exact in ((context, best["bpp"]), (factorized, plain["bpp"]), (psnr, best["psnr"])):
+            assert float(shown) == pytest.approx(exact, abs=0.5001 * 10.0 ** -len(shown.split(".")[1]))
+        assert float(ms_ssim) == pytest.approx(best["ms_ssim"], abs=5.1e-5)
+        assert float(lpips) == pytest.approx(best["lpips"], abs=5.1e-5)
+    against = results("photo-rd.json")["against"]
+    for name, *shown in rows(page, "against"):
+        deltas = against[name.split()[0]]["delta_rates"]
+        for percent, metric in zip(shown, ("psnr", "ms_ssim", "lpips"), strict=True):
+            assert float(percent.rstrip("%")) == pytest.approx(deltas[metric]["percent"], abs=0.0501)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_table_of_latents_is_what_was_measured(page: Path) -> None:
+    measured = list(results("photo.json")["results"].values())
+    table = rows(page, "model | latent")
+    assert len(table) == len(measured)
+    for (_, _, *shown), exact in zip(table, measured, strict=True):
+        for text, name in zip(shown, ("psnr", "ssim", "ms_ssim", "lpips", "kl_bpp", "disk_bpp"), strict=True):
+            if text != "-":
+                assert float(text) == pytest.approx(exact[name], abs=0.5001 * 10.0 ** -len(text.split(".")[1]))
+
+
+def test_files_stay_within_what_the_prior_says() -> None:
+    """At most 1.01 times the ideal code length and 64 bytes, and ahead of JPEG between 0.25 and 0.8 bits per pixel."""
+    found = results("photo-rd.json")
+    for image in found["images"]:
+        for row in image["rows"]:
+            if row["ideal_bpp"] is not None:
+                assert row["bytes"] <= 1.01 * row["ideal_bpp"] * image["pixels"] / 8 + 64
+    assert all(gain["db"] > 0 for gain in found["against"]["JPEG"]["psnr_gains"])
+    assert min(results("photo-coding.json")["results"]["files"]["context_saves"].values()) >= 0.18
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target

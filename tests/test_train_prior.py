@@ -1,14 +1,16 @@
 """Fitting a context prior: it learns what neighbours tell, survives interruptions, and its integers lose nothing."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import interpolate
 
 from latent_codec import modelfile
@@ -205,14 +207,17 @@ def test_counting_moves_tables_towards_what_was_coded() -> None:
     )
 
 
-def _gradient_of_two_ranks(places: tuple[Path, Path], out: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # the other tests' single process, inherited by the fork
+def _gradient_of_two_ranks(rank: int, port: int, places: tuple[Path, Path], out: str) -> None:
+    """One of two processes; they are spawned, for a fork lacks its parent's threads and would wait for them."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
     net = net_of(places)
     wrapped = accelerator.prepare(net)
     crops = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8)
-    batch = crops.batch(range(2 * accelerator.process_index, 2 * accelerator.process_index + 2), 0)
+    batch = crops.batch(range(2 * rank, 2 * rank + 2), 0)
     accelerator.backward(wrapped(batch.means, batch.keys, (0.5, 4.0), 0.5))
     if accelerator.is_main_process:
         torch.save([p.grad for p in net.parameters()], out)
@@ -222,7 +227,10 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, places: tuple[Path, 
     net = net_of(places)
     batch = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(4), 0)
     net(batch.means, batch.keys, (0.5, 4.0), 0.5).backward()
-    debug_launcher(_gradient_of_two_ranks, (places, str(tmp_path / "gradients")), num_processes=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_gradient_of_two_ranks, (port, places, str(tmp_path / "gradients")), nprocs=2)
     for parameter, found in zip(net.parameters(), torch.load(tmp_path / "gradients"), strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)

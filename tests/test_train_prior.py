@@ -221,6 +221,8 @@ def _gradient_of_two_ranks(rank: int, port: int, places: tuple[Path, Path], out:
     accelerator.backward(wrapped(batch.means, batch.keys, (0.5, 4.0), 0.5))
     if accelerator.is_main_process:
         torch.save([p.grad for p in net.parameters()], out)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, places: tuple[Path, Path]) -> None:

@@ -151,10 +151,12 @@ def train(run: Run) -> int:
                 _save(checkpoint, net, optimizer, described, step)
             if ending:
                 accelerator.print(f"stopped at step {step} of {config.steps}; the same command goes on from here")
+                accelerator.end_training()
                 return 128 + agreed.signal if agreed.signal else 0
     if accelerator.is_main_process:
         _finish(run, codec, net, crops, log, described)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return 0
 
 

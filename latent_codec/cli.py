@@ -20,6 +20,8 @@ class _Compute:
     batch_size: int = 8
     workers: int = 4
     """Threads that read and write image files."""
+    tile: int | None = None
+    """Side in pixels of the tiles that larger images are cut into, by default 1536; only results of conv change."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,6 +289,7 @@ def _load(model: str, options: _Compute):
 
     from latent_codec.codec import Codec
     from latent_codec.compression import Compute
+    from latent_codec.tiling import default_tile
 
     if options.batch_size < 1 or options.workers < 1:
         raise UserError(f"--batch-size {options.batch_size} and --workers {options.workers} must both be at least 1")
@@ -296,7 +299,8 @@ def _load(model: str, options: _Compute):
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device} is not usable: {str(error).splitlines()[0]}") from error
     codec = Codec.load(model, device).to(memory_format=torch.channels_last)
-    return codec, Compute(device, options.dtype, options.batch_size, options.workers)
+    tile = default_tile(codec) if options.tile is None else options.tile
+    return codec, Compute(device, options.dtype, options.batch_size, options.workers, tile)
 
 
 if __name__ == "__main__":

@@ -47,19 +47,25 @@ class Codec(nn.Module):
         """Pixels per latent element along one side."""
         return self.backbone.factor
 
-    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
-        """Posterior over latents (b, z, h/f, w/f) of pixels (b, c, h, w): uint8, or float in the likelihood's range.
-
-        Raises `ValueError` if h or w is no multiple of the factor (pad with `latent_codec.images.pad`).
-        """
-        if x.dtype == torch.uint8:
-            x = self.likelihood.from_uint8(x)
+    def check_pixels(self, x: torch.Tensor) -> None:
+        """Raise `ValueError` unless x is (b, c, h, w) with h and w multiples of the factor."""
         if x.ndim != 4 or x.shape[1] != self.config.image_channels or any(s % self.factor for s in x.shape[2:]):
             raise ValueError(
                 f"pixels of shape {tuple(x.shape)} are not (b, {self.config.image_channels}, h, w) with sides that "
                 f"are multiples of {self.factor}; pad them with latent_codec.images.pad"
             )
-        return self.bottleneck(self.backbone.encode(x))
+
+    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
+        """Posterior over latents (b, z, h/f, w/f) of pixels (b, c, h, w): uint8, or float in the likelihood's range.
+
+        Raises `ValueError` if h or w is no multiple of the factor (pad with `latent_codec.images.pad`).
+        """
+        return self.bottleneck(self.features(x))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What the bottleneck makes the posterior of, (b, features * z, h/f, w/f), given pixels as `encode` takes."""
+        self.check_pixels(x)
+        return self.backbone.encode(self.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x)
 
     def likelihood_params(self, z: torch.Tensor) -> torch.Tensor:
         """The likelihood's parameters (b, p * c, h, w) given latents (b, z, h/f, w/f)."""

@@ -19,6 +19,7 @@ from latent_codec.pipeline import (
     Compute,
     Decoded,
     ImageFormat,
+    Networks,
     Summary,
     batches,
     check_absent,
@@ -50,15 +51,15 @@ def encode_folder(
     started = time.monotonic()
     check_rgb(codec)
     check_options(background, max_pixels)
+    networks = Networks(codec, compute)
     sources = find_images(where)
     if stored_files(folder) and not overwrite:
         raise UserError(f"{folder}: holds latents already; give another folder, or --overwrite to replace them")
     summary = Summary("encoded", found=len(sources))
     bar = tqdm(total=len(sources), desc="encode", unit="image", disable=quiet or None)
     with LatentsWriter(folder, codec, store) as writer, bar:
-        for batch in image_batches(codec, sources, compute, summary, bar, background=background, max_pixels=max_pixels):
-            with torch.inference_mode(), compute.autocast():
-                posterior = codec.encode(torch.stack([r.pixels for r in batch]).to(compute.device))
+        for batch in image_batches(networks, sources, summary, bar, background=background, max_pixels=max_pixels):
+            posterior = networks.encode([r.pixels for r in batch])
             for row, item in enumerate(batch):
                 try:
                     writer.add(item.source.name, posterior, row, item.geometry, item.data)
@@ -92,6 +93,7 @@ def decode_folder(
     """
     started = time.monotonic()
     check_rgb(codec)
+    networks = Networks(codec, compute)
     latents = Latents(where, model_id=codec.model_id)
     outputs = {e.path: folder / f"{e.path}.{image_format}" for e in latents.entries}
     check_absent(outputs.values(), overwrite=overwrite)
@@ -101,9 +103,10 @@ def decode_folder(
 
     def decoded() -> Iterator[Decoded]:
         stored = _stored(latents, codec, sample, summary, bar)
-        for batch in batches(stored, compute.batch_size, lambda item: item[1].shape):
-            with torch.inference_mode(), compute.autocast():
-                pixels = codec.decode_uint8(torch.stack([z for _, z in batch]).to(compute.device)).cpu()
+        for batch in batches(
+            stored, compute.batch_size, lambda item: item[1].shape, alone=lambda item: networks.cuts(*item[1].shape[1:])
+        ):
+            pixels = networks.decode_uint8([z for _, z in batch])
             for (entry, _), image in zip(batch, pixels, strict=True):
                 yield Decoded(entry.path, image, entry.geometry, outputs[entry.path])
 

@@ -19,6 +19,7 @@ from latent_codec.images import crop, write_image
 from latent_codec.inputs import find_images
 from latent_codec.latents import Latents, stored_files
 from latent_codec.perceptual import LPIPS, Net
+from latent_codec.pipeline import Networks
 
 RESULTS = "results.json"
 
@@ -71,6 +72,7 @@ def evaluate(
         make_folder(out)
         if stored_files(out / "latents") and not (out / RESULTS).exists():
             raise UserError(f"{out / 'latents'}: latents without the {RESULTS} of an evaluation; give another --out")
+    networks = Networks(codec, compute)
     lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / "latents"
@@ -83,9 +85,7 @@ def evaluate(
         for i, entry in enumerate(tqdm(latents.entries, "evaluate", unit="image", disable=quiet or None)):
             original = sources[entry.path].read().pixels
             posterior = latents.posterior(i)
-            with torch.inference_mode(), compute.autocast():
-                decoded = codec.decode_uint8(posterior.mode().to(compute.device)).cpu()
-            decoded = crop(decoded, entry.geometry)
+            decoded = crop(networks.decode_uint8([posterior.mode()[0]]), entry.geometry)
             if out is not None:
                 write_image(out / "decoded" / f"{entry.path}.png", decoded[0], entry.geometry, "png")
             pixels = entry.geometry.width * entry.geometry.height
@@ -136,6 +136,7 @@ def describe(codec: Codec, where: str | Path, images: int, compute: Compute) -> 
         "factor": codec.factor,
         "device": compute.device,
         "dtype": compute.dtype,
+        "tile": compute.tile,
         "versions": {
             "latent_codec": __version__,
             "torch": torch.__version__,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from latent_codec import __version__
+from latent_codec import __version__, tiling
 from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
@@ -83,7 +83,7 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
     total, square, variance = (torch.zeros(codec.config.latent_channels, dtype=torch.float64) for _ in range(3))
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
         pixels = source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels
-        posterior = codec.encode(pad(pixels, codec.factor)[None])
+        posterior = tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec))
         mean, logvar = (t[0].flatten(1).double() for t in (posterior.mean, posterior.logvar))  # (z, h * w)
         total, square, variance = total + mean.sum(1), square + mean.square().sum(1), variance + logvar.exp().sum(1)
         count, images = count + mean.shape[1], images + 1

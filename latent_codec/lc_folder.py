@@ -21,6 +21,7 @@ from latent_codec.pipeline import (
     Compute,
     Decoded,
     ImageFormat,
+    Networks,
     Read,
     Summary,
     batches,
@@ -69,6 +70,7 @@ def encode_streams(
     check_options(background, max_pixels)
     if sample is not None and not 0 <= sample < 2**64:
         raise UserError(f"--sample {sample} is no seed of 64 bits; give one from 0 to {2**64 - 1}")
+    networks = Networks(codec, compute)
     coder = StreamCodec(codec, compute.device, prior)
     sources = find_images(where)
     if stored_files(folder):
@@ -79,10 +81,9 @@ def encode_streams(
     bar = tqdm(total=len(sources), desc="encode", unit="image", disable=quiet or None)
 
     def files() -> Iterator[_File]:
-        for batch in image_batches(codec, sources, compute, summary, bar, background=background, max_pixels=max_pixels):
-            with torch.inference_mode(), compute.autocast():
-                means = codec.encode(torch.stack([r.pixels for r in batch]).to(compute.device)).mean.cpu()
-            yield from _coded(coder, batch, means, rate, sample, summary, bar)
+        for batch in image_batches(networks, sources, summary, bar, background=background, max_pixels=max_pixels):
+            means = networks.encode([r.pixels for r in batch]).mean
+            yield from _coded(coder, batch, means, rate, sample, compute.tile, summary, bar)
 
     def write(file: _File) -> None:
         path = _output(folder, file.read.source.name)
@@ -124,6 +125,7 @@ def _coded(
     means: torch.Tensor,
     rate: Rate,
     sample: int | None,
+    tile: int | None,
     summary: Summary,
     bar: Any,
 ) -> Iterator[_File]:
@@ -139,7 +141,7 @@ def _coded(
                 quantized.append((image, coder.quantize(mean, rate.fixed_step, seed)))
             else:
                 pixels = crop(image.pixels, image.geometry)
-                yield _File(image, choose(coder, mean, image.geometry, pixels, seed, rate))
+                yield _File(image, choose(coder, mean, image.geometry, pixels, seed, rate, tile))
         except UserError as error:
             summary.fail(name, error)
             bar.update()
@@ -167,6 +169,7 @@ def decode_streams(
     started = time.monotonic()
     check_rgb(codec)
     check_options("#ffffff", max_pixels)
+    networks = Networks(codec, compute)
     sources = find_streams(where)
     if not sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
@@ -186,7 +189,9 @@ def decode_streams(
 
     def decoded() -> Iterator[Decoded]:
         found = successes(in_threads(read, sources, compute.workers), summary, bar)
-        for batch in batches(found, compute.batch_size, lambda f: (f.prior, f.shape)):
+        for batch in batches(
+            found, compute.batch_size, lambda f: (f.prior, f.shape), alone=lambda f: networks.cuts(*f.shape[1:])
+        ):
             latents: list[tuple[_Found, torch.Tensor]] = []
             for item, z in zip(batch, reader.decompress([f.stream for f in batch]), strict=True):
                 if isinstance(z, UserError):
@@ -196,8 +201,7 @@ def decode_streams(
                     latents.append((item, z))
             if not latents:
                 continue
-            with torch.inference_mode(), compute.autocast():
-                pixels = codec.decode_uint8(torch.stack([z for _, z in latents]).to(compute.device)).cpu()
+            pixels = networks.decode_uint8([z for _, z in latents])
             for (item, _), image in zip(latents, pixels, strict=True):
                 name = item.source.name
                 yield Decoded(name, image, item.stream.header.geometry, outputs[name])

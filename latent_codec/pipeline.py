@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
+from latent_codec import tiling
+from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.colour import parse_colour
 from latent_codec.errors import UserError
@@ -59,10 +61,58 @@ class Compute(NamedTuple):
     batch_size: int
     workers: int
     """Threads that read and write image files."""
+    tile: int | None = None
+    """Side in pixels of the tiles that larger images are cut into (`latent_codec.tiling`); None leaves all whole."""
 
     def autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.dtype)
         return torch.autocast(self.device.split(":")[0], dtype=dtype, enabled=self.dtype != "float32")
+
+
+class Networks:
+    """A codec's networks, run as `compute` says. Where tiles change results, the first image shows by how much."""
+
+    def __init__(self, codec: Codec, compute: Compute) -> None:
+        """Raises `UserError` for a tile that the model cannot have."""
+        if compute.tile is not None:
+            tiling.check_tile(codec, compute.tile)
+        self.codec, self.compute = codec, compute
+        self._silent = tiling.is_exact(codec)
+
+    def encode(self, images: Sequence[torch.Tensor]) -> DiagonalGaussian:
+        """The posterior, on the CPU, of images (3, h, w) uint8 of one shape."""
+        pixels = torch.stack(list(images)) if len(images) > 1 else images[0][None]
+        with torch.inference_mode(), self.compute.autocast():
+            posterior = tiling.encode(self.codec, pixels, self.compute.tile)
+            self._report(pixels, self.codec.factor, tiling.encode_error)
+        return posterior
+
+    def decode_uint8(self, latents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Pixels (b, 3, h, w) uint8, on the CPU, of latents (z, h/f, w/f) of one shape."""
+        z = torch.stack(list(latents)) if len(latents) > 1 else latents[0][None]
+        with torch.inference_mode(), self.compute.autocast():
+            pixels = tiling.decode_uint8(self.codec, z, self.compute.tile)
+            self._report(z, 1, tiling.decode_error)
+        return pixels
+
+    def _report(self, x: torch.Tensor, scale: int, measure: Callable[[Codec, torch.Tensor, int], object]) -> None:
+        """Say on stderr, once, what tiles change of x, which has `scale` elements along a side for each latent one."""
+        height, width = (size // scale for size in x.shape[2:])
+        tile = self.compute.tile
+        if self._silent or tile is None or not self.cuts(height, width):
+            return
+        self._silent = True
+        rows, columns = (slice(s.start * scale, s.stop * scale) for s in tiling.seam(self.codec, height, width, tile))
+        error = measure(self.codec, x[:1, :, rows, columns], tile)
+        tqdm.write(
+            f"tiles of {tile} pixels change what this model gives; in a part of the first such image {error}; "
+            "a larger --tile changes less",
+            file=sys.stderr,
+        )
+
+    def cuts(self, height: int, width: int) -> bool:
+        """Whether an image with latents (height, width) goes in tiles."""
+        return tiling.cuts(height * width * self.codec.factor**2, self.compute.tile)
 
 
 class Read(NamedTuple):
@@ -100,9 +150,8 @@ def _exists(path: Path) -> bool:
 
 
 def image_batches(
-    codec: Codec,
+    networks: Networks,
     sources: Sequence[Source],
-    compute: Compute,
     summary: Summary,
     bar: Any,
     *,
@@ -117,10 +166,16 @@ def image_batches(
         except OSError as error:
             raise UserError(f"{source.name}: cannot be read: {error.strerror or error}") from error
         image = read_image(data, max_pixels=max_pixels, background=background, name=source.name)
-        return Read(source, data, pad(image.pixels, codec.factor), image.geometry)
+        return Read(source, data, pad(image.pixels, factor), image.geometry)
 
+    factor, compute = networks.codec.factor, networks.compute
     outcomes = in_threads(read, sources, compute.workers)
-    yield from batches(successes(outcomes, summary, bar), compute.batch_size, lambda r: r.pixels.shape)
+    yield from batches(
+        successes(outcomes, summary, bar),
+        compute.batch_size,
+        lambda r: r.pixels.shape,
+        alone=lambda r: networks.cuts(r.pixels.shape[1] // factor, r.pixels.shape[2] // factor),
+    )
 
 
 class Decoded(NamedTuple):
@@ -175,13 +230,18 @@ def successes(outcomes: Iterable[tuple[Source, "Future[R]"]], summary: Summary, 
             yield result
 
 
-def batches(items: Iterable[T], size: int, shape: Callable[[T], Hashable]) -> Iterator[list[T]]:
+def batches(
+    items: Iterable[T], size: int, shape: Callable[[T], Hashable], *, alone: Callable[[T], bool]
+) -> Iterator[list[T]]:
     """Lists of up to `size` items of equal shape: images are never padded to each other's size.
 
-    At most 4 * size items wait for companions.
+    At most 4 * size items wait for companions; those that go `alone` wait for none.
     """
     waiting: dict[Hashable, list[T]] = {}
     for item in items:
+        if alone(item):
+            yield [item]
+            continue
         group = waiting.setdefault(shape(item), [])
         group.append(item)
         if len(group) == size:

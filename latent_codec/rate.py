@@ -11,6 +11,7 @@ from latent_codec.images import Geometry, as_shown, crop
 from latent_codec.metrics import psnr
 from latent_codec.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, Quantized, step_code
 from latent_codec.streams import Coded, StreamCodec
+from latent_codec.tiling import decode_uint8
 
 FINEST_FOR_PSNR = 1 / 16
 """No finer step is tried for the sake of PSNR: what is lost beyond it the networks lose, not the quantiser."""
@@ -54,18 +55,24 @@ class Rate:
 
 
 def choose(
-    codec: StreamCodec, mean: torch.Tensor, geometry: Geometry, pixels: torch.Tensor, seed: int | None, rate: Rate
+    codec: StreamCodec,
+    mean: torch.Tensor,
+    geometry: Geometry,
+    pixels: torch.Tensor,
+    seed: int | None,
+    rate: Rate,
+    tile: int | None,
 ) -> Coded:
     """One image's stream as `rate` asks, from the posterior's mean (z, h, w) and its pixels (3, height, width) uint8.
 
     Bits per pixel and bytes are those of the whole file, header included; no file found exceeds them. The search is
     exact to 1/512 of the step. Size is not strictly monotone in the step: of the files that were tried the one with
-    the finest step that fits is taken. PSNR is measured on what `decode` would write. Raises `UserError`, with the
-    best that can be had, if the image cannot be coded so.
+    the finest step that fits is taken. PSNR is measured on what `decode` would write, with the same `tile`. Raises
+    `UserError`, with the best that can be had, if the image cannot be coded so.
     """
     codec.quantize(mean, _COARSEST, seed)  # raises for what no step can hold
     if rate.psnr is not None:
-        first = finest = _coarsest_of_quality(codec, mean, geometry, pixels, seed, rate.psnr)
+        first = finest = _coarsest_of_quality(codec, mean, geometry, pixels, seed, rate.psnr, tile)
     elif rate.bpp is not None:
         first, finest = STEP_ONE, _FINEST
     else:
@@ -116,7 +123,13 @@ def _finest_of_size(
 
 
 def _coarsest_of_quality(
-    codec: StreamCodec, mean: torch.Tensor, geometry: Geometry, pixels: torch.Tensor, seed: int | None, target: float
+    codec: StreamCodec,
+    mean: torch.Tensor,
+    geometry: Geometry,
+    pixels: torch.Tensor,
+    seed: int | None,
+    target: float,
+    tile: int | None,
 ) -> int:
     """The coarsest step at which the decoded image comes up to `target` dB."""
     original = as_shown(pixels, geometry)[None]
@@ -130,7 +143,7 @@ def _coarsest_of_quality(
         except UserError:  # too fine for what a stream can hold
             return math.inf
         with torch.inference_mode():
-            decoded = codec.codec.decode_uint8(z[None].to(codec.device))[0].cpu()
+            decoded = decode_uint8(codec.codec, z[None], tile)[0]
         reached = psnr(as_shown(crop(decoded, geometry), geometry)[None], original).item()
         best = max(best, reached)
         if reached >= target:

@@ -21,7 +21,7 @@ from latent_codec.inputs import Source, find_images
 from latent_codec.lc_folder import dither_seed
 from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.pipeline import Compute, Summary, check_rgb
+from latent_codec.pipeline import Compute, Networks, Summary, check_rgb
 from latent_codec.quantizer import step_code
 from latent_codec.rd_report import Record, Report, Row, Setting, report
 from latent_codec.streams import StreamCodec, StreamReader
@@ -93,8 +93,9 @@ class _Ours:
     def __init__(self, codec: Codec, compute: Compute, steps: Sequence[float], sample: int) -> None:
         if not steps or len(set(steps)) != len(steps):
             raise UserError(f"--steps {' '.join(f'{s:g}' for s in steps)}: give at least one, each once")
-        self.codec, self.compute, self.sample = codec, compute, sample
+        self.codec, self.sample = codec, sample
         check_rgb(codec)
+        self._networks = Networks(codec, compute)
         self._coders = [StreamCodec(codec, compute.device)]  # of the best prior; refuses a model without any
         if self._coders[0].prior.kind != "factorized":
             self._coders.append(StreamCodec(codec, compute.device, "factorized"))
@@ -109,10 +110,8 @@ class _Ours:
 
     def encode(self, image: Image) -> tuple[torch.Tensor, float]:
         """The posterior's mean (z, h, w) and its KL in bits."""
-        pixels = pad(image.pixels, self.codec.factor)[None].to(self.compute.device)
-        with torch.inference_mode(), self.compute.autocast():
-            posterior = self.codec.encode(pixels)
-        return posterior.mean[0].cpu(), posterior.kl().item() / np.log(2)
+        posterior = self._networks.encode([pad(image.pixels, self.codec.factor)])
+        return posterior.mean[0], posterior.kl().item() / np.log(2)
 
     def versions(self, mean: torch.Tensor, geometry: Geometry, name: str) -> Iterator[_Version]:
         for step, dithered in self._settings:
@@ -138,8 +137,7 @@ class _Ours:
         return latents
 
     def _decode(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        with torch.inference_mode(), self.compute.autocast():
-            pixels = self.codec.decode_uint8(latents[None].to(self.compute.device))[0].cpu()
+        pixels = self._networks.decode_uint8([latents])[0]
         return _pixels(to_pil(crop(pixels, geometry), geometry))
 
 

@@ -52,7 +52,7 @@ class Subject:
         self.stream = StreamCodec(codec, "cpu", self.stream.prior.kind)
 
     def choose(self, **rate: Any) -> Coded:
-        return choose(self.stream, self.mean, self.geometry, self.pixels, self.seed, Rate(**rate))
+        return choose(self.stream, self.mean, self.geometry, self.pixels, self.seed, Rate(**rate), None)
 
     @functools.cache  # noqa: B019 (one for each test)
     def size(self, step: int) -> int:

@@ -153,6 +153,8 @@ class Decoder(nn.Module):
 
 
 class ConvBackbone(nn.Module):
+    encoder_margin = decoder_margin = None  # GroupNorm and attention see the whole image
+
     def __init__(
         self,
         config: ConvConfig,

@@ -27,6 +27,8 @@ class LinearBackbone(nn.Module):
     their range, which bfloat16's 8 bits would drown.
     """
 
+    encoder_margin = decoder_margin = 0
+
     def __init__(
         self,
         config: LinearConfig,

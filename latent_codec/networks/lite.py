@@ -52,6 +52,22 @@ def _up(stem: int, widths: tuple[int, ...], depths: tuple[int, ...], z: int, out
     return nn.Sequential(*layers, nn.PixelShuffle(stem))
 
 
+def _down_margin(depths: tuple[int, ...]) -> int:
+    """Latent elements that `_down` sees to each side of a latent's own patch."""
+    reach = 1 + 2 * depths[-1]  # in elements of the coarsest grid, from the last convolution back to the first
+    for depth in depths[-2::-1]:
+        reach = 2 * reach + 2 * depth  # a finer grid has two elements for one
+    return -(-(reach + 1) // 2 ** (len(depths) - 1))
+
+
+def _up_margin(depths: tuple[int, ...]) -> int:
+    """Latent elements that `_up` sees to each side of the one whose pixels it makes."""
+    reach = 1 + 2 * depths[0]  # in elements of the finest grid, from the last convolution back to the first
+    for depth in depths[1:]:
+        reach = -(-reach // 2) + 2 * depth
+    return reach + 1
+
+
 def _near_zero(conv: nn.Module) -> None:
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     with torch.no_grad():
@@ -73,6 +89,8 @@ class LiteBackbone(nn.Module):
         super().__init__()
         _check(config)
         self.factor = config.patch
+        self.encoder_margin = _down_margin(config.encoder_depths)
+        self.decoder_margin = _up_margin(config.decoder_depths)
         self.linear = LinearBackbone(
             LinearConfig(patch=config.patch), image_channels, latent_channels, features_per_latent, params_per_channel
         )

@@ -1,0 +1,252 @@
+"""Large images go through the networks in tiles, so that memory beside input and output is that of one tile.
+
+Where a backbone's receptive field is finite, a tile is read with the margin that it needs and cropped to its own part:
+the result is the untiled one, to the rounding of the networks' arithmetic. It is not bitwise that one: convolutions are
+summed in an order that libraries choose by shape, and for some shapes the last bit differs, on a CPU as well.
+Where the receptive field is the whole image, tiles overlap and are blended with linear ramps, and what that changes can
+be measured.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.metrics import psnr
+
+# 2.4 megapixels: lite takes 0.2 GB for them, and the decoder of Stable Diffusion's shape, at 3 KB a pixel, 7 GB.
+DEFAULT_SIDE = 1536
+
+_LEAST_BLENDED = 8  # latent elements a side: a quarter of a tile is shared with each neighbour
+
+
+def cuts(pixels: int, tile: int | None) -> bool:
+    """Whether an image of so many pixels goes in tiles: if it has more than one tile has. None is never."""
+    return tile is not None and pixels > tile * tile
+
+
+def is_exact(codec: Codec) -> bool:
+    """Whether tiling leaves the model's results as they are, to rounding."""
+    return codec.backbone.encoder_margin is not None and codec.backbone.decoder_margin is not None
+
+
+def least_tile(codec: Codec) -> int:
+    """The smallest side of a tile, in pixels, that has a part of its own between its margins."""
+    margins = codec.backbone.encoder_margin, codec.backbone.decoder_margin
+    return codec.factor * max(_LEAST_BLENDED if m is None else 2 * m + 1 for m in margins)
+
+
+def default_tile(codec: Codec) -> int:
+    """A side in pixels that suits the model."""
+    return max(DEFAULT_SIDE // codec.factor * codec.factor, least_tile(codec))
+
+
+def check_tile(codec: Codec, tile: int) -> None:
+    """Raise `UserError` if the model cannot work in tiles of that side."""
+    least, factor = least_tile(codec), codec.factor
+    if tile < least:
+        raise UserError(f"--tile {tile} is too small for this model, whose tiles overlap; give at least {least}")
+    if tile % factor:
+        below = tile // factor * factor
+        raise UserError(f"--tile {tile} is no multiple of the model's {factor}; give {below} or {below + factor}")
+
+
+def encode(codec: Codec, pixels: torch.Tensor, tile: int | None) -> DiagonalGaussian:
+    """The posterior, on the CPU, of pixels (b, c, h, w) as `Codec.encode` takes them, wherever they are.
+
+    `tile` is the side, in pixels, of what the network sees at once of larger images, margins included; None is no
+    limit. Only a tile is moved to the network's device. The caller enters autocast.
+    Raises `UserError` for a tile that the model cannot have, `ValueError` as `Codec.encode` does.
+    """
+    codec.check_pixels(pixels)
+    if tile is not None:
+        check_tile(codec, tile)
+    if tile is not None and cuts(pixels[0, 0].numel(), tile):
+        return _encode_tiles(codec, pixels, tile)
+    return _on_cpu(codec.encode(pixels.to(_device(codec))))
+
+
+def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None) -> torch.Tensor:
+    """Expected pixels (b, c, h, w) as uint8, rounded and clipped, on the CPU, of latents (b, z, h/f, w/f) anywhere.
+
+    `tile` is in pixels, as for `encode`; raises as it does.
+    """
+    if tile is not None:
+        check_tile(codec, tile)
+    if tile is not None and cuts(z[0, 0].numel() * codec.factor**2, tile):
+        return _decode_tiles(codec, z, tile)
+    return codec.decode_uint8(z.to(_device(codec))).cpu()
+
+
+def _on_cpu(posterior: DiagonalGaussian) -> DiagonalGaussian:
+    return DiagonalGaussian(posterior.mean.cpu(), posterior.logvar.cpu(), posterior.clamped.cpu())
+
+
+def _device(codec: Codec) -> torch.device:
+    return next(codec.parameters()).device
+
+
+class Span(NamedTuple):
+    """One tile along one axis, in latent elements: it reads [start, stop), of which [first, last) is its own."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    def read(self, scale: int) -> slice:
+        """Where it is in a tensor of `scale` elements for each latent one."""
+        return slice(self.start * scale, self.stop * scale)
+
+    def own(self, scale: int) -> slice:
+        """Where its own part is in what was made of it."""
+        return slice((self.first - self.start) * scale, (self.last - self.start) * scale)
+
+
+def spans(size: int, side: int, margin: int) -> list[Span]:
+    """Tiles of up to `side` elements, all about as large, whose own parts are [0, size) without gap or overlap.
+
+    A tile reads `margin` elements beyond its own part, except where the image ends; `side` exceeds twice the margin.
+    """
+    if size <= side:
+        return [Span(0, size, 0, size)]
+    inner = size - 2 * margin  # what is shared out: the outermost tiles own their outer margins as well
+    count = -(-inner // (side - 2 * margin))
+    edges = [inner * i // count for i in range(count + 1)]
+    return [
+        Span(a, b + 2 * margin, a + margin if a > 0 else 0, b + margin if b < inner else size)
+        for a, b in pairwise(edges)
+    ]
+
+
+class _Direction(NamedTuple):
+    """One of the codec's two networks and what is done to its output, element by element."""
+
+    network: Callable[[torch.Tensor], torch.Tensor]
+    finish: Callable[[torch.Tensor], torch.Tensor]
+    scale_in: int
+    """Elements of the input along one side for each latent element."""
+    scale_out: int
+    margin: int | None
+
+
+def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int) -> DiagonalGaussian:
+    # What is blended is the network's output, means and log-variances, and clamped once: the result estimates what the
+    # network would say of the whole. Blending variances would differ by (difference of the log-variances)^2 / 8.
+    margin = codec.backbone.encoder_margin
+    direction = _Direction(codec.features, torch.Tensor.float, codec.factor, 1, margin)
+    features = _tiled(direction, pixels, tile // codec.factor, _device(codec))  # (b, features * z, h/f, w/f)
+    return codec.bottleneck(features)  # has no parameters: it works wherever its input is
+
+
+def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int) -> torch.Tensor:
+    def finish(params: torch.Tensor) -> torch.Tensor:
+        return codec.likelihood.to_uint8(codec.likelihood.mean(params))
+
+    direction = _Direction(codec.likelihood_params, finish, 1, codec.factor, codec.backbone.decoder_margin)
+    return _tiled(direction, z, tile // codec.factor, _device(codec))
+
+
+def _tiled(direction: _Direction, x: torch.Tensor, side: int, device: torch.device) -> torch.Tensor:
+    """finish(network(x)) on the CPU from tiles of `side` latent elements."""
+    network, finish, scale_in, scale_out, margin = direction
+    height, width = (size // scale_in for size in x.shape[2:])
+    shared = side // 8 if margin is None else margin
+    rows, columns = spans(height, side, shared), spans(width, side, shared)
+
+    def output(row: Span, column: Span) -> torch.Tensor:
+        return network(x[..., row.read(scale_in), column.read(scale_in)].to(device))
+
+    def own(row: Span, column: Span) -> torch.Tensor:
+        return finish(output(row, column)[..., row.own(scale_out), column.own(scale_out)]).cpu()
+
+    if margin is not None:
+        return torch.cat([torch.cat([own(row, column) for column in columns], 3) for row in rows], 2)
+    overlap = 2 * shared * scale_out
+    strips = (
+        torch.cat(list(blended((output(row, column).float().cpu() for column in columns), overlap, 3)), 3)
+        for row in rows
+    )
+    return torch.cat([finish(strip.to(device)).cpu() for strip in blended(strips, overlap, 2)], 2)
+
+
+def blended(parts: Iterable[torch.Tensor], overlap: int, dim: int) -> Iterator[torch.Tensor]:
+    """Parts of which each shares `overlap` elements along `dim` with the next -> parts that follow on each other.
+
+    Shared elements go over from one part to the next along a line. Parts next to others are at least twice the overlap.
+    """
+    ramp = ((torch.arange(overlap) + 0.5) / overlap).view(-1, *[1] * (3 - dim))
+    tail: torch.Tensor | None = None
+    for part in parts:
+        if tail is not None:
+            head, rest = part.tensor_split([overlap], dim)
+            part = torch.cat([torch.lerp(tail, head, ramp), rest], dim)
+        body, tail = part.tensor_split([max(part.shape[dim] - overlap, 0)], dim)
+        yield body
+    if tail is not None:
+        yield tail
+
+
+class EncodeError(NamedTuple):
+    """What tiles change of an encoded image, and of the image that is decoded in tiles from that."""
+
+    largest: float
+    """Of the posterior's means, in standard deviations of the untiled posterior."""
+    rms: float
+    psnr_whole: float
+    """Of the image that is encoded and decoded whole, dB."""
+    psnr_tiled: float
+
+    def __str__(self) -> str:
+        return (
+            f"means differ by up to {self.largest:.3g} standard deviations of the posterior (rms {self.rms:.3g}), and "
+            f"the decoded pixels have {self.psnr_tiled:.3f} instead of {self.psnr_whole:.3f} dB PSNR"
+        )
+
+
+class DecodeError(NamedTuple):
+    """What tiles change of decoded pixels."""
+
+    largest: int
+    """In grey levels."""
+    psnr: float
+    """Of the pixels decoded in tiles against those decoded whole, dB."""
+
+    def __str__(self) -> str:
+        return f"decoded pixels differ by up to {self.largest} of 255 (PSNR between the two {self.psnr:.2f} dB)"
+
+
+def encode_error(codec: Codec, pixels: torch.Tensor, tile: int) -> EncodeError:
+    """Measure tiling on pixels (b, c, h, w) uint8 that fit into memory whole; they are cut whatever their area."""
+    whole, tiled = encode(codec, pixels, None), _encode_tiles(codec, pixels, tile)
+    difference = (tiled.mean - whole.mean) / whole.std
+    return EncodeError(
+        difference.abs().amax().item(),
+        difference.square().mean().sqrt().item(),
+        psnr(decode_uint8(codec, whole.mean, None), pixels.cpu()).mean().item(),
+        psnr(_decode_tiles(codec, tiled.mean, tile), pixels.cpu()).mean().item(),
+    )
+
+
+def decode_error(codec: Codec, z: torch.Tensor, tile: int) -> DecodeError:
+    """Measure tiling on latents (b, z, h, w) whose image fits into memory whole; they are cut whatever their area."""
+    whole, tiled = decode_uint8(codec, z, None), _decode_tiles(codec, z, tile)
+    return DecodeError(int((whole.int() - tiled.int()).abs().amax()), psnr(tiled, whole).mean().item())
+
+
+def seam(codec: Codec, height: int, width: int, tile: int) -> tuple[slice, slice]:
+    """Rows and columns, in latent elements, of a part to measure on, from the middle of latents (height, width).
+
+    Along the longer side it is two tiles and their join, and it is no larger than one tile: it can be had whole.
+    """
+    side = tile // codec.factor
+    length = min(max(height, width), 2 * side - 2 * (side // 8))
+    breadth = min(height, width, side * side // length)
+    sizes = (length, breadth) if height > width else (breadth, length)
+    starts = ((whole - size) // 2 for whole, size in zip((height, width), sizes, strict=True))
+    rows, columns = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    return rows, columns

@@ -120,15 +120,19 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
 
 
 def read(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
-    """`unpack` a file, of which no more is read than its header says it has; raises `OSError` if that fails."""
+    """`unpack` a file; raises `OSError` if reading it fails."""
+    return unpack(read_bytes(path), max_pixels=max_pixels)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, of which no more is read than its header says it has, and one to show that there are more."""
     with path.open("rb") as file:
         data = file.read(_HEADER.size)
         left = path.stat().st_size - len(data)
         # Of what does not start like a stream, or has a broken header, a few bytes are enough to say so.
         sound = len(data) == _HEADER.size and zlib.crc32(data[: -_CHECKSUM.size]) == _HEADER.unpack(data)[-1]
         promised = _HEADER.unpack(data)[-2] if sound else 0
-        data += file.read(min(left, promised + _CHECKSUM.size + 1))
-    return unpack(data, max_pixels=max_pixels)
+        return data + file.read(min(left, promised + _CHECKSUM.size + 1))
 
 
 def settings(stream: Stream, channels: int, factor: int) -> Settings:

@@ -1,6 +1,7 @@
 """The command line. Nothing here imports torch until a command runs, so that --help answers at once."""
 
 import dataclasses
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -22,6 +23,23 @@ class _Compute:
     """Threads that read and write image files."""
     tile: int | None = None
     """Side in pixels of the tiles that larger images are cut into, by default 1536; only results of conv change."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Resume:
+    check: Literal["hash", "mtime"] = "hash"
+    """What tells a repeated command that an output is done: the bytes of it and its source, or sizes and times."""
+    shard: str | None = None
+    """i/n, from 0/n: do this part of the work only; n processes need not know of each other."""
+    overwrite: bool = False
+    """Make everything again, and replace files that were there before."""
+
+    def options(self):
+        from latent_codec.pipeline import Resume
+        from latent_codec.plan import Share
+
+        share = Share.of_launcher() if self.shard is None else Share.parse(self.shard)
+        return Resume(self.check, self.overwrite, share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +72,7 @@ class Encode:
     """Colour that transparent images are laid on; alpha itself is not kept."""
     max_pixels: int = 2**27
     """Larger images are refused before they are decoded."""
-    overwrite: bool = False
+    resume: tyro.conf.OmitArgPrefixes[_Resume] = _Resume()
     compute: tyro.conf.OmitArgPrefixes[_Compute] = _Compute()
 
     def run(self) -> int:
@@ -79,7 +97,7 @@ class Encode:
             prior=self.prior,
             background=self.background,
             max_pixels=self.max_pixels,
-            overwrite=self.overwrite,
+            resume=self.resume.options(),
         )
 
     def _to_latents(self):
@@ -96,7 +114,7 @@ class Encode:
             store=self.store or "float16",
             background=self.background,
             max_pixels=self.max_pixels,
-            overwrite=self.overwrite,
+            resume=self.resume.options(),
         )
 
     def _refuse(self, fields: tuple[str, ...], reason: str) -> None:
@@ -120,7 +138,7 @@ class Decode:
     """Latents: decode a draw from the posterior with this seed; by default its mode. A .lc file's draw is in it."""
     max_pixels: int = 2**27
     """Of .lc files those of larger images are refused before anything is allocated for them."""
-    overwrite: bool = False
+    resume: tyro.conf.OmitArgPrefixes[_Resume] = _Resume()
     compute: tyro.conf.OmitArgPrefixes[_Compute] = _Compute()
 
     def run(self) -> int:
@@ -141,7 +159,7 @@ class Decode:
                 compute,
                 image_format=self.image_format,
                 max_pixels=self.max_pixels,
-                overwrite=self.overwrite,
+                resume=self.resume.options(),
             )
         else:
             summary = decode_folder(
@@ -151,7 +169,7 @@ class Decode:
                 compute,
                 image_format=self.image_format,
                 sample=self.sample,
-                overwrite=self.overwrite,
+                resume=self.resume.options(),
             )
         print(summary)
         return 1 if summary.failures else 0
@@ -293,7 +311,7 @@ def _load(model: str, options: _Compute):
 
     if options.batch_size < 1 or options.workers < 1:
         raise UserError(f"--batch-size {options.batch_size} and --workers {options.workers} must both be at least 1")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ("cpu" if not torch.cuda.is_available() else _own_gpu(torch.cuda.device_count()))
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -301,6 +319,12 @@ def _load(model: str, options: _Compute):
     codec = Codec.load(model, device).to(memory_format=torch.channels_last)
     tile = default_tile(codec) if options.tile is None else options.tile
     return codec, Compute(device, options.dtype, options.batch_size, options.workers, tile)
+
+
+def _own_gpu(count: int) -> str:
+    """Of several processes that a launcher started on one machine each has another."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{int(rank) % count}" if rank.isdecimal() else "cuda"
 
 
 if __name__ == "__main__":

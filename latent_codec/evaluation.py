@@ -19,7 +19,7 @@ from latent_codec.images import crop, write_image
 from latent_codec.inputs import find_images
 from latent_codec.latents import Latents, stored_files
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.pipeline import Networks
+from latent_codec.pipeline import OVERWRITE, Networks
 
 RESULTS = "results.json"
 
@@ -76,7 +76,7 @@ def evaluate(
     lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / "latents"
-        encoded = encode_folder(codec, where, folder, compute, overwrite=True, quiet=quiet)
+        encoded = encode_folder(codec, where, folder, compute, resume=OVERWRITE, quiet=quiet)
         latents = Latents(folder, model_id=codec.model_id)
         if not latents.entries:
             raise UserError(f"{where}: none of the {encoded.found} images could be read")

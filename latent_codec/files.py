@@ -1,6 +1,9 @@
 """Writing that a crash cannot leave half done."""
 
+import errno
+import functools
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -9,6 +12,43 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from latent_codec.errors import UserError
+
+_TEMPORARY = re.compile(r"\..*\.([0-9a-f]{16})-[0-9a-f]{8}\.tmp", re.DOTALL)
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+
+
+class DiskError(UserError):
+    """Nothing more can be written."""
+
+
+@contextmanager
+def disk_errors(path: Path, name: str | None = None) -> Iterator[None]:
+    """`OSError` while writing `path` as `DiskError`, or as `UserError` about `name` if other files may fare better."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if name is None or error.errno in _HOPELESS:
+            raise DiskError(
+                f"{path} cannot be written: {reason}; once that is mended, the same command goes on"
+            ) from error
+        raise UserError(f"{name}: {path} cannot be written: {reason}") from error
+
+
+def process_name() -> str:
+    """Names this process in the names of its temporary files, so that others can tell whose are left over."""
+    return _process_name(os.getpid())
+
+
+@functools.cache
+def _process_name(_: int) -> str:
+    return secrets.token_hex(8)
+
+
+def temporary_of(name: str) -> str | None:
+    """The `process_name` in a name that `atomic_path` gave to a temporary file; None for any other."""
+    found = _TEMPORARY.fullmatch(name)
+    return found and found[1]
 
 
 @contextmanager
@@ -21,7 +61,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = os.fsencode(path.name)[:200].decode(errors="ignore")  # names are limited in bytes, to 255
-    temporary = path.with_name(f".{stem}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{stem}.{process_name()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
@@ -45,8 +85,18 @@ def write_text(path: Path, text: str) -> None:
 def check_name(name: str) -> None:
     """Raise `UserError` unless it is a plain relative path, with "/" between its parts, that stays in its folder."""
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or str(pure) != name or "\\" in name or "\0" in name:
+    plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and str(pure) == name
+    if not plain or {"\\", "\0"} & set(name) or not _is_encodable(name):
         raise UserError(f"unsafe name {name!r}: not a plain path inside its folder")
+
+
+def _is_encodable(name: str) -> bool:
+    """Whether any file can have this name; half of a UTF-16 pair in JSON cannot be written in UTF-8."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def make_folder(path: Path) -> None:

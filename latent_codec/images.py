@@ -261,21 +261,31 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_image(
-    path: Path | str, pixels: torch.Tensor, geometry: Geometry, image_format: Literal["png", "webp", "jpg"]
-) -> None:
-    """Writes (3, h, w) uint8 atomically: PNG, lossless WebP, or JPEG of quality 95 without chroma subsampling.
+ImageFormat = Literal["png", "webp", "jpg"]
 
-    Raises `UserError` if the format cannot hold the size or the file cannot be written.
+
+def write_image(path: Path | str, pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> None:
+    """Writes `image_bytes` atomically; raises `UserError` as it does, or if the file cannot be written."""
+    try:
+        data = image_bytes(pixels, geometry, image_format)
+        with atomic_path(Path(path)) as temporary:
+            temporary.write_bytes(data)
+    except (UserError, OSError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> bytes:
+    """A file of (3, h, w) uint8: PNG, lossless WebP, or JPEG of quality 95 without chroma subsampling.
+
+    Raises `UserError` if the format cannot hold the size.
     """
     pil = to_pil(pixels, geometry)
+    buffer = io.BytesIO()
     try:
-        with atomic_path(Path(path)) as temporary:
-            pil.save(temporary, **_SAVE_OPTIONS[image_format])
+        pil.save(buffer, **_SAVE_OPTIONS[image_format])
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: {pil.width}x{pil.height} pixels cannot be written as {image_format}: {error}"
-        ) from error
+        raise UserError(f"{pil.width}x{pil.height} pixels cannot be written as {image_format}: {error}") from error
+    return buffer.getvalue()
 
 
 def pad(x: torch.Tensor, factor: int) -> torch.Tensor:

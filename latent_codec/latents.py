@@ -1,15 +1,14 @@
 """Posteriors of many images on disk, for training on: safetensors shards and an index.
 
-A folder holds `latents-00000.safetensors` ... with tensors `mean` and `logvar` (n, z, h, w), one shape per shard, and
+A folder holds `latents-NAME-00.safetensors` ... with tensors `mean` and `logvar` (n, z, h, w), one shape per shard, and
 `index.json`, which says where each image is. Values are raw (not scaled); logvar is the natural log of the variance.
 """
 
 import dataclasses
-import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -19,7 +18,7 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import check_name, make_folder, write_text
+from latent_codec.files import check_name, write_text
 from latent_codec.images import Geometry
 from latent_codec.modelfile import KEY, LatentStatistics, own_metadata, save_tensors
 from latent_codec.noise import fold, normal, text_key
@@ -27,7 +26,6 @@ from latent_codec.noise import fold, normal, text_key
 FORMAT_VERSION = 1
 INDEX = "index.json"
 StoredDtype = Literal["float16", "bfloat16", "float32"]
-_SHARD_ROWS = 2**13  # a shard's entries are in its header, which safetensors limits to 100 MB and parses to read a row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,87 +70,73 @@ class Entry:
             raise ValueError(f"row {self.row} is negative")
 
 
-class LatentsWriter:
-    """Context manager; on leaving, also after an error, it writes what it was given and the index over it.
+def header_of(codec: Codec, dtype: StoredDtype) -> Header:
+    return Header(
+        format_version=FORMAT_VERSION,
+        model_id=codec.model_id,
+        factor=codec.factor,
+        pixel_range=codec.likelihood.data_range,
+        scale_state="raw",
+        second_moment="logvar",
+        dtype=dtype,
+        statistics=codec.statistics,
+    )
 
-    On entering it removes the latents that the folder holds. Raises `UserError` if the folder cannot be written into,
-    `OSError` if the disk refuses later; the index then covers the shards written before.
+
+class Row(NamedTuple):
+    """One image's posterior as it will be stored."""
+
+    entry: Entry  # its shard and row not known yet
+    mean: torch.Tensor  # (z, h, w) of the stored type
+    logvar: torch.Tensor
+
+
+def row(path: str, posterior: DiagonalGaussian, index: int, geometry: Geometry, sha256: str, dtype: StoredDtype) -> Row:
+    """Image `index` of a batch's posterior.
+
+    Raises `UserError` if the stored type cannot hold it or the path is no plain relative one.
     """
+    mean, logvar = posterior.mean[index].cpu(), posterior.logvar[index].cpu()  # (z, h, w)
+    if not _finite(mean, logvar):
+        raise UserError(f"{path}: the model's latents are not finite; try --dtype float32")
+    mean, logvar = (t.to(getattr(torch, dtype)) for t in (mean, logvar))
+    if not _finite(mean, logvar):
+        raise UserError(f"{path}: latents exceed the range of {dtype}; give --store float32")
+    label = path.split("/")[0] if "/" in path else None
+    try:
+        entry = Entry(path=path, shard=_UNKNOWN, row=0, geometry=geometry, sha256=sha256, label=label)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; rename it") from error
+    return Row(entry, mean, logvar)
 
-    def __init__(self, folder: Path, codec: Codec, dtype: StoredDtype, *, shard_bytes: int = 2**28) -> None:
-        self.folder = folder
-        self.header = Header(
-            format_version=FORMAT_VERSION,
-            model_id=codec.model_id,
-            factor=codec.factor,
-            pixel_range=codec.likelihood.data_range,
-            scale_state="raw",
-            second_moment="logvar",
-            dtype=dtype,
-            statistics=codec.statistics,
-        )
-        self.entries: list[Entry] = []
-        self._shard_bytes = shard_bytes
-        self._waiting: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor, Entry]]] = {}
-        self._bytes = 0
-        self._shards = 0
 
-    def __enter__(self) -> Self:
-        make_folder(self.folder)
-        for stale in stored_files(self.folder):
-            stale.unlink()
-        return self
+def write_shards(folder: Path, header: Header, name: str, rows: Sequence[Row]) -> list[Entry]:
+    """One shard for each shape of `rows`, called `latents-NAME-00.safetensors` and so on; raises `OSError`.
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            while self._waiting:
-                self._flush()
-        finally:
-            write_text(self.folder / INDEX, self._index(sorted(self.entries, key=lambda e: e.path)))
+    Equal rows in equal order give equal files. Returns the entries, in the order of the shards.
+    """
+    by_shape: dict[tuple[int, ...], list[Row]] = {}
+    for one in rows:
+        by_shape.setdefault(tuple(one.mean.shape), []).append(one)
+    written: list[Entry] = []
+    for number, shape in enumerate(sorted(by_shape)):
+        shard = f"latents-{name}-{number:02d}.safetensors"
+        same = by_shape[shape]
+        entries = [dataclasses.replace(r.entry, shard=shard, row=i) for i, r in enumerate(same)]
+        tensors = {"mean": torch.stack([r.mean for r in same]), "logvar": torch.stack([r.logvar for r in same])}
+        save_tensors(folder / shard, tensors, {KEY: index_json(header, entries)})
+        written += entries
+    return written
 
-    def add(self, path: str, posterior: DiagonalGaussian, row: int, geometry: Geometry, source: bytes) -> None:
-        """Store row `row` of a batch's posterior.
 
-        Raises `UserError`, and stores nothing, if the stored type cannot hold it or the path is no plain relative one;
-        raises `OSError` if a shard that is now full cannot be written.
-        """
-        dtype = getattr(torch, self.header.dtype)
-        mean, logvar = posterior.mean[row].cpu(), posterior.logvar[row].cpu()  # (z, h, w)
-        if not _finite(mean, logvar):
-            raise UserError(f"{path}: the model's latents are not finite; try --dtype float32")
-        mean, logvar = mean.to(dtype), logvar.to(dtype)
-        if not _finite(mean, logvar):
-            raise UserError(f"{path}: latents exceed the range of {self.header.dtype}; give --store float32")
-        label = path.split("/")[0] if "/" in path else None
-        sha256 = hashlib.sha256(source).hexdigest()
-        try:
-            entry = Entry(path=path, shard=_UNKNOWN, row=0, geometry=geometry, sha256=sha256, label=label)
-        except UserError as error:
-            raise UserError(f"{path}: {error}; rename it") from error
-        self._waiting.setdefault(tuple(mean.shape), []).append((mean, logvar, entry))
-        self._bytes += 2 * mean.nbytes
-        if self._bytes >= self._shard_bytes or sum(map(len, self._waiting.values())) >= _SHARD_ROWS:
-            self._flush()
+def write_index(folder: Path, header: Header, entries: Sequence[Entry]) -> None:
+    write_text(folder / INDEX, index_json(header, sorted(entries, key=lambda e: e.path)))
 
-    def _flush(self) -> None:
-        """Write the shape with the most waiting bytes as one shard."""
-        shape = max(self._waiting, key=lambda s: len(self._waiting[s]) * torch.Size(s).numel())
-        rows = self._waiting.pop(shape)
-        name = f"latents-{self._shards:05d}.safetensors"
-        entries = [dataclasses.replace(e, shard=name, row=i) for i, (_, _, e) in enumerate(rows)]
-        tensors = {
-            "mean": torch.stack([mean for mean, _, _ in rows]),  # (n, z, h, w)
-            "logvar": torch.stack([logvar for _, logvar, _ in rows]),
-        }
-        save_tensors(self.folder / name, tensors, {KEY: self._index(entries)})
-        self.entries += entries
-        self._shards += 1
-        self._bytes -= 2 * tensors["mean"].nbytes
 
-    def _index(self, entries: list[Entry]) -> str:
-        """Sorted JSON in ASCII: a name that is not valid UTF-8 survives as escaped surrogates."""
-        found = to_json(self.header) | {"entries": [to_json(e) for e in entries]}
-        return json.dumps(found, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def index_json(header: Header, entries: Sequence[Entry]) -> str:
+    """Sorted JSON in ASCII: a name that is not valid UTF-8 survives as escaped surrogates."""
+    found = to_json(header) | {"entries": [to_json(e) for e in entries]}
+    return json.dumps(found, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 _UNKNOWN = "unknown"  # an entry's shard until it is written
@@ -164,7 +148,11 @@ def _finite(*tensors: torch.Tensor) -> bool:
 
 def stored_files(folder: Path) -> list[Path]:
     """The index and the shards of latents in a folder, those that are there."""
-    return [*folder.glob(INDEX), *sorted(folder.glob("latents-*.safetensors"))]
+    return [*folder.glob(INDEX), *stored_shards(folder)]
+
+
+def stored_shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("latents-*.safetensors"))
 
 
 class LatentSample(NamedTuple):

@@ -1,42 +1,44 @@
 """Folders of images -> folders of `.lc` files, and back. One bad file never ends the work of the others."""
 
-import time
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import get_args
 
 import torch
-from tqdm import tqdm
 
 from latent_codec import bitstream
 from latent_codec.bitstream import SUFFIX, Stream
 from latent_codec.codec import Codec
+from latent_codec.compression import parse_image
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_path, check_name, make_folder
-from latent_codec.images import DEFAULT_MAX_PIXELS, crop
+from latent_codec.images import DEFAULT_MAX_PIXELS, Image, ImageFormat, crop, image_bytes
 from latent_codec.inputs import Source, find_files, find_images
 from latent_codec.latents import INDEX, stored_files
 from latent_codec.noise import fold, text_key
 from latent_codec.pipeline import (
+    RESUME,
     Compute,
-    Decoded,
-    ImageFormat,
+    Input,
+    Job,
     Networks,
-    Read,
+    Output,
+    Resume,
     Summary,
-    batches,
-    check_absent,
+    Work,
     check_options,
     check_rgb,
-    image_batches,
-    in_threads,
-    successes,
-    write_images,
+    in_batches,
+    run,
+    write_outputs,
 )
 from latent_codec.prior import PriorKind
-from latent_codec.quantizer import Quantized
+from latent_codec.quantizer import DEAD_ZONE, Quantized
 from latent_codec.rate import Rate, choose
 from latent_codec.streams import Coded, StreamCodec, StreamReader
+
+PRIORS = get_args(PriorKind)
 
 
 def dither_seed(seed: int, name: str) -> int:
@@ -55,7 +57,7 @@ def encode_streams(
     prior: PriorKind | None = None,
     background: str = "#ffffff",
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    overwrite: bool = False,
+    resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
     """Compress every image found at `where`; `a/b.jpg` becomes `folder/a/b.jpg.lc`.
@@ -63,9 +65,8 @@ def encode_streams(
     The posterior's mean is rounded, or with `sample` dithered by (sample, name) alone: what is decoded is then a draw
     around it. `prior` is the kind to code under, by default the best the model has. Raises `UserError` before any work
     if nothing is found, an option makes no sense, the model has no such prior or is none of RGB images, or `folder`
-    cannot be written into, holds latents, or holds outputs already that `overwrite` does not let go.
+    holds latents; and as `pipeline.run` does.
     """
-    started = time.monotonic()
     check_rgb(codec)
     check_options(background, max_pixels)
     if sample is not None and not 0 <= sample < 2**64:
@@ -75,79 +76,68 @@ def encode_streams(
     sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
-    check_absent((_output(folder, s.name) for s in sources), overwrite=overwrite)
-    make_folder(folder)
-    summary = Summary("encoded", found=len(sources))
-    bar = tqdm(total=len(sources), desc="encode", unit="image", disable=quiet or None)
+    settings = {
+        "stream_id": coder.stream_id.hex(),
+        "rate": dataclasses.asdict(rate),
+        "sample": sample,
+        "dead_zone": DEAD_ZONE,
+        "background": background,
+        "dtype": compute.dtype,
+        "tile": networks.changing_tile,
+    }
+    parse = partial(parse_image, factor=codec.factor, background=background, max_pixels=max_pixels)
 
-    def files() -> Iterator[_File]:
-        for batch in image_batches(networks, sources, summary, bar, background=background, max_pixels=max_pixels):
-            means = networks.encode([r.pixels for r in batch]).mean
-            yield from _coded(coder, batch, means, rate, sample, compute.tile, summary, bar)
+    def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
+        for batch in in_batches(
+            jobs,
+            Source.read_bytes,
+            parse,
+            batch_size=compute.batch_size,
+            resume=resume,
+            work=work,
+            is_large=networks.cuts_pixels,
+        ):
+            means = networks.encode([i.content.pixels for i in batch]).mean
+            for item, coded in _coded(coder, batch, means, rate, sample, compute.tile, work):
+                geometry = item.content.geometry
+                yield Output(item, lambda data=coded.data: data, geometry.width * geometry.height)
 
-    def write(file: _File) -> None:
-        path = _output(folder, file.read.source.name)
-        try:
-            check_name(file.read.source.name)
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(file.coded.data)
-        except OSError as error:
-            raise UserError(f"{file.read.source.name}: {path} cannot be written: {error.strerror or error}") from error
+    outputs = [f"{s.name}{SUFFIX}" for s in sources]
 
-    with bar:
-        for (image, coded), future in in_threads(write, files(), compute.workers):
-            try:
-                future.result()
-            except Exception as error:
-                summary.fail(image.source.name, error)
-            else:
-                summary.done += 1
-                summary.bytes_in += len(image.data)
-                summary.bytes_out += len(coded.data)
-                summary.pixels += image.geometry.width * image.geometry.height
-            bar.update()
-    summary.seconds = time.monotonic() - started
-    return summary
+    def process(jobs: Iterable[Job], work: Work) -> None:
+        write_outputs(make(jobs, work), folder, work)
 
-
-class _File(NamedTuple):
-    read: Read
-    coded: Coded
-
-
-def _output(folder: Path, name: str) -> Path:
-    return folder / f"{name}{SUFFIX}"
+    return run(
+        "encode", "streams", sources, outputs, folder, settings, resume, process, workers=compute.workers, quiet=quiet
+    )
 
 
 def _coded(
     coder: StreamCodec,
-    batch: list[Read],
+    batch: list[Input[Image]],
     means: torch.Tensor,
     rate: Rate,
     sample: int | None,
     tile: int | None,
-    summary: Summary,
-    bar: Any,
-) -> Iterator[_File]:
+    work: Work,
+) -> Iterator[tuple[Input[Image], Coded]]:
     """Streams of a batch from its posterior means (b, z, h, w): together where all take one step, else one by one."""
-    quantized: list[tuple[Read, Quantized]] = []
-    for image, mean in zip(batch, means, strict=True):
-        name = image.source.name
+    quantized: list[tuple[Input[Image], Quantized]] = []
+    for item, mean in zip(batch, means, strict=True):
+        name, (pixels, geometry) = item.job.name, item.content
         seed = None if sample is None else dither_seed(sample, name)
         try:
             if not bool(torch.isfinite(mean).all()):
                 raise UserError("the model's latents are not finite; try --dtype float32")
             if rate.fixed_step is not None:
-                quantized.append((image, coder.quantize(mean, rate.fixed_step, seed)))
+                quantized.append((item, coder.quantize(mean, rate.fixed_step, seed)))
             else:
-                pixels = crop(image.pixels, image.geometry)
-                yield _File(image, choose(coder, mean, image.geometry, pixels, seed, rate, tile))
+                yield item, choose(coder, mean, geometry, crop(pixels, geometry), seed, rate, tile)
         except UserError as error:
-            summary.fail(name, error)
-            bar.update()
+            work.fail(item.job, error)
     if quantized:
-        coded = coder.compress([(q, image.geometry) for image, q in quantized])
-        yield from (_File(image, c) for (image, _), c in zip(quantized, coded, strict=True))
+        coded = coder.compress([(q, item.content.geometry) for item, q in quantized])
+        yield from zip((item for item, _ in quantized), coded, strict=True)
 
 
 def decode_streams(
@@ -158,15 +148,14 @@ def decode_streams(
     *,
     image_format: ImageFormat = "png",
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    overwrite: bool = False,
+    resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
     """Decode one `.lc` file or a folder's; `a/b.jpg.lc` becomes `folder/a/b.jpg.png`.
 
     Damaged files and those of another model fail, the others go on. Raises `UserError` before any work if there are
-    none, if the model has no prior, if `folder` cannot be written into, or if outputs exist and `overwrite` is not set.
+    none or the model has no prior, and as `pipeline.run` does.
     """
-    started = time.monotonic()
     check_rgb(codec)
     check_options("#ffffff", max_pixels)
     networks = Networks(codec, compute)
@@ -174,50 +163,46 @@ def decode_streams(
     if not sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
     reader = StreamReader(codec, compute.device)
-    outputs = {s.name: folder / f"{s.name.removesuffix(SUFFIX)}.{image_format}" for s in sources}
-    check_absent(outputs.values(), overwrite=overwrite)
-    make_folder(folder)
-    summary = Summary("decoded", found=len(sources))
-    bar = tqdm(total=len(sources), desc="decode", unit="image", disable=quiet or None)
+    settings = {
+        "model_id": codec.model_id,
+        "format": image_format,
+        "dtype": compute.dtype,
+        "tile": networks.changing_tile,
+    }
 
-    def read(source: Source) -> _Found:
-        try:
-            stream = bitstream.read(source.path, max_pixels=max_pixels)
-            return _Found(source, stream, *reader.check(stream))
-        except OSError as error:
-            raise UserError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+    def load(source: Source) -> bytes:
+        return bitstream.read_bytes(source.path)
 
-    def decoded() -> Iterator[Decoded]:
-        found = successes(in_threads(read, sources, compute.workers), summary, bar)
-        for batch in batches(
-            found, compute.batch_size, lambda f: (f.prior, f.shape), alone=lambda f: networks.cuts(*f.shape[1:])
+    def parse(source: Source, data: bytes) -> tuple[tuple[int, ...], Stream]:
+        stream = bitstream.unpack(data, max_pixels=max_pixels)
+        prior, shape = reader.check(stream)
+        return (PRIORS.index(prior), *shape), stream
+
+    def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
+        for batch in in_batches(
+            jobs, load, parse, batch_size=compute.batch_size, resume=resume, work=work, is_large=networks.cuts_latents
         ):
-            latents: list[tuple[_Found, torch.Tensor]] = []
-            for item, z in zip(batch, reader.decompress([f.stream for f in batch]), strict=True):
+            latents: list[tuple[Input[Stream], torch.Tensor]] = []
+            for item, z in zip(batch, reader.decompress([i.content for i in batch]), strict=True):
                 if isinstance(z, UserError):
-                    summary.fail(item.source.name, z)
-                    bar.update()
+                    work.fail(item.job, z)
                 else:
                     latents.append((item, z))
             if not latents:
                 continue
             pixels = networks.decode_uint8([z for _, z in latents])
             for (item, _), image in zip(latents, pixels, strict=True):
-                name = item.source.name
-                yield Decoded(name, image, item.stream.header.geometry, outputs[name])
+                geometry = item.content.header.geometry
+                yield Output(item, partial(image_bytes, crop(image, geometry), geometry, image_format))
 
-    with bar:
-        write_images(decoded(), image_format, compute.workers, summary, bar)
-    summary.bytes_in = sum(s.size for s in sources)
-    summary.seconds = time.monotonic() - started
-    return summary
+    outputs = [f"{s.name.removesuffix(SUFFIX)}.{image_format}" for s in sources]
 
+    def process(jobs: Iterable[Job], work: Work) -> None:
+        write_outputs(make(jobs, work), folder, work)
 
-class _Found(NamedTuple):
-    source: Source
-    stream: Stream
-    prior: PriorKind
-    shape: tuple[int, int, int]  # of the latents (z, h, w)
+    return run(
+        "decode", "images", sources, outputs, folder, settings, resume, process, workers=compute.workers, quiet=quiet
+    )
 
 
 def is_streams(where: Path) -> bool:

@@ -27,6 +27,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 Draw = Callable[..., Path]
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What a command made in a folder, by name; not what it remembers of it in `.latent_codec`."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and ".latent_codec" not in f.parts]
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
+
+
 def _tiny_codec() -> Codec:
     config = CodecConfig(
         image_channels=3,

@@ -1,5 +1,6 @@
 """The command line: what it prints where, and its exit codes: 0, 1 some images failed, 2 a mistake, 130 Ctrl-C."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import Draw
+from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec import __version__, bitstream, cli, lc_folder, pipeline
+from latent_codec import __version__, bitstream, cli, compression, lc_folder, plan
 from latent_codec.codec import Codec
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
@@ -117,14 +118,13 @@ def streams(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> Path:
 def test_images_become_small_files_and_images_again(
     run: Run, photos: Path, streams: Path, model_file: Path, tmp_path: Path
 ) -> None:
-    found = {f.relative_to(streams).as_posix() for f in streams.rglob("*") if f.is_file()}
-    assert found == {"a.jpg.lc", "a.png.lc", "sub/b.png.lc"}
+    assert set(files_of(streams)) == {"a.jpg.lc", "a.png.lc", "sub/b.png.lc"}
     result = run("decode", streams, tmp_path / "out", "--model", model_file, "--image-format", "webp")
     assert (result.code, result.err) == (0, "")
     sizes = {f.relative_to(tmp_path / "out").as_posix(): Image.open(f).size for f in (tmp_path / "out").rglob("*.webp")}
     assert sizes == {"a.jpg.webp": (24, 16), "a.png.webp": (9, 7), "sub/b.png.webp": (17, 33)}
     assert run("decode", streams / "a.png.lc", tmp_path / "one", "--model", model_file).code == 0
-    assert [f.name for f in (tmp_path / "one").iterdir()] == ["a.png.png"]
+    assert set(files_of(tmp_path / "one")) == {"a.png.png"}
 
 
 def test_options_of_streams_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
@@ -136,17 +136,60 @@ def test_options_of_streams_reach_the_work(run: Run, photos: Path, model_file: P
     header = bitstream.read(z / "clear.png.lc").header
     assert (header.step, header.prior, header.seed) == (512, "factorized", dither_seed(7, "clear.png"))
     assert header.geometry.background == "#102030"
-    assert run("encode", photos, z, *model).code == 2
-    assert run("encode", photos, z, *model, "--overwrite").code == 0
+    assert run("encode", photos, z, *model).code == 0
     assert bitstream.read(z / "clear.png.lc").header.prior == "context"
-    assert run("encode", photos, z, *model, "--overwrite", "--max-bytes", 200, "--step", 0.02).code == 0
+    assert run("encode", photos, z, *model, "--max-bytes", 200, "--step", 0.02).code == 0
     assert max(f.stat().st_size for f in z.rglob("*.lc")) <= 200
-    assert run("encode", photos, z, *model, "--overwrite", "--bpp", 20).code == 0
-    assert run("encode", photos, z, *model, "--overwrite", "--psnr", 99).code == 1
+    assert run("encode", photos, z, *model, "--bpp", 20).code == 0
+    assert run("encode", photos, z, *model, "--psnr", 99).code == 1
     assert run("decode", z, out, *model, "--max-pixels", 100).code == 1
-    assert sorted(f.name for f in out.iterdir()) == ["a.png.png", "clear.png.png"]
-    assert run("decode", z, out, *model).code == 2
-    assert run("decode", z, out, *model, "--overwrite").code == 0
+    assert set(files_of(out)) == {"a.png.png", "clear.png.png", "failures.jsonl"}
+    assert run("decode", z, out, *model).out.startswith("decoded 2 of 4 images, 2 skipped in ")
+    assert run("decode", z, out, *model, "--overwrite").out.startswith("decoded 4 of 4 images in ")
+
+
+def test_the_same_command_again_does_what_is_left(
+    run: Run, photos: Path, streams: Path, latents: Path, model_file: Path, tmp_path: Path
+) -> None:
+    model = ("--model", model_file)
+    before = files_of(streams), files_of(latents)
+    (streams / "a.png.lc").unlink()
+    assert run("encode", photos, streams, *model).out.startswith("encoded 1 of 3 images, 2 skipped in ")
+    assert run("encode", photos, latents, *model, *LATENTS).out.startswith("encoded 0 of 3 images, 3 skipped in ")
+    assert (files_of(streams), files_of(latents)) == before
+    touched = photos / "a.png"
+    os.utime(touched, ns=(0, 0))
+    assert run("encode", photos, streams, *model, "--check", "hash").out.startswith("encoded 0 of 3 images, 3 skipped")
+    os.utime(touched, ns=(1, 1))
+    assert run("encode", photos, streams, *model, "--check", "mtime").out.startswith("encoded 1 of 3 images, 2 skipped")
+    assert run("encode", photos, streams, *model, "--overwrite").out.startswith("encoded 3 of 3 images in ")
+    assert (files_of(streams), files_of(latents)) == before
+    shutil.rmtree(streams / ".latent_codec")
+    refuse(run("encode", photos, streams, *model), "exists already")
+
+
+def test_shares_together_are_the_whole(
+    run: Run, photos: Path, streams: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_MOST_IMAGES", 1)
+    for i in range(2):
+        result = run("encode", photos, tmp_path / "z", "--model", model_file, "--shard", f"{i}/2")
+        assert result.out.startswith(f"encoded {2 - i} of {2 - i} images in ")
+    assert files_of(tmp_path / "z") == files_of(streams)
+    refuse(run("encode", photos, tmp_path / "z", "--model", model_file, "--shard", "2/2"), "--shard 2/2: give i/n")
+    monkeypatch.setenv("RANK", "3")
+    refuse(run("encode", photos, tmp_path / "z", "--model", model_file), "RANK 3 of WORLD_SIZE 1")
+
+
+def test_processes_that_a_launcher_starts_take_a_gpu_each(
+    run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank, device in (("0", "cuda:0"), ("1", "cuda:1"), ("3", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr(torch, "zeros", lambda *_, device: (_ for _ in ()).throw(RuntimeError(device)))
+        refuse(run("encode", photos, tmp_path / "z", "--model", model_file), f"--device {device} is not usable")
 
 
 def test_flags_without_sense_are_refused_in_one_sentence(
@@ -190,11 +233,15 @@ def test_options_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_pa
     found = Latents(tmp_path / "z")
     assert found.header.dtype == "float32"
     assert {e.path: e.geometry.background for e in found.entries}["clear.png"] == "#102030"
-    assert run("encode", photos, tmp_path / "z", *model, *LATENTS).code == 2
+    assert run("encode", photos, tmp_path / "z", *model, *LATENTS).code == 0
+    assert Latents(tmp_path / "z").header.dtype == "float16"
+    shutil.rmtree(tmp_path / "z" / ".latent_codec")
+    refuse(run("encode", photos, tmp_path / "z", *model, *LATENTS), "holds latents already")
     assert run("encode", photos, tmp_path / "z", *model, *LATENTS, "--overwrite").code == 0
     assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp").code == 0
-    assert {f.suffix for f in (tmp_path / "out").rglob("*") if f.is_file()} == {".webp"}
-    assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp").code == 2
+    assert {Path(name).suffix for name in files_of(tmp_path / "out")} == {".webp"}
+    shutil.rmtree(tmp_path / "out" / ".latent_codec")
+    refuse(run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp"), "exists already")
     assert run("decode", tmp_path / "z", tmp_path / "out", *model, "--image-format", "webp", "--overwrite").code == 0
 
 
@@ -282,19 +329,23 @@ def test_a_bug_is_not_hidden_as_a_users_mistake(
 def test_ctrl_c_is_130_and_leaves_no_half_file(
     run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = pipeline.read_image
+    read = compression.read_image
 
     def interrupt(data: bytes, *, name: str, **options: object) -> object:
         if name == "sub/b.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(pipeline, "read_image", interrupt)
+    monkeypatch.setattr(compression, "read_image", interrupt)
+    monkeypatch.setattr(plan, "_MOST_IMAGES", 1)
     options = ("--model", model_file, *LATENTS, "--batch-size", 1, "--workers", 1)
     result = run("encode", photos, tmp_path / "z", *options)
     assert result == (130, "", "latent-codec: interrupted\n")
-    assert all(f.suffix in (".json", ".safetensors") and f.name[0] != "." for f in (tmp_path / "z").iterdir())
-    assert [e.path for e in Latents(tmp_path / "z").entries] == ["a.jpg", "a.png"]
+    assert {Path(name).suffix for name in files_of(tmp_path / "z")} == {".json", ".safetensors"}
+    assert [e.path for e in Latents(tmp_path / "z").entries] == ["a.jpg"]
+    monkeypatch.undo()
+    assert run("encode", photos, tmp_path / "z", *options).code == 0
+    assert [e.path for e in Latents(tmp_path / "z").entries] == ["a.jpg", "a.png", "sub/b.png"]
 
 
 def test_info_says_what_a_model_and_latents_are(run: Run, latents: Path, model_file: Path, codec: Codec) -> None:

@@ -1,6 +1,5 @@
 """Folders of images to latents and back: exact sizes, no image lost, noise from (seed, path) alone."""
 
-import functools
 import json
 import shutil
 import tarfile
@@ -10,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Draw
+from conftest import Draw, files_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latent_codec import compression, modelfile, pipeline
+from latent_codec import compression, modelfile, plan
 from latent_codec.codec import Codec
 from latent_codec.compression import Compute, Summary, decode_folder, encode_folder
 from latent_codec.errors import UserError
-from latent_codec.latents import INDEX, Latents, LatentsWriter, stored_files
+from latent_codec.latents import INDEX, Latents, stored_files, stored_shards
+from latent_codec.pipeline import OVERWRITE
 
 CPU = Compute("cpu", "float32", 4, 2)
 ORIENTATION = 0x0112
@@ -26,14 +26,14 @@ ORIENTATION = 0x0112
 
 def encode(codec: Codec, where: str | Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
     summary = encode_folder(codec, where, folder, compute, quiet=True, **options)
-    assert summary.done + len(summary.failures) == summary.found
-    assert len(Latents(folder).entries) == summary.done
+    assert summary.done + summary.skipped + len(summary.failures) == summary.found
+    assert len(Latents(folder).entries) == summary.done + summary.skipped
     return summary
 
 
 def decode(codec: Codec, where: Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
     summary = decode_folder(codec, where, folder, compute, quiet=True, **options)
-    assert summary.done + len(summary.failures) == summary.found
+    assert summary.done + summary.skipped + len(summary.failures) == summary.found
     return summary
 
 
@@ -45,11 +45,17 @@ def there_and_back(codec: Codec, where: str | Path, work: Path) -> dict[str, Ima
 
 
 def images(folder: Path) -> dict[str, Image.Image]:
-    return {f.relative_to(folder).as_posix(): Image.open(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {name: Image.open(folder / name) for name in files_of(folder) if name != "failures.jsonl"}
 
 
-def temporary_files(folder: Path) -> list[Path]:
-    return [f for f in folder.rglob("*") if f.name.startswith(".") or f.suffix == ".tmp"]
+def temporary_files(folder: Path) -> list[str]:
+    return [name for name in files_of(folder) if name.split("/")[-1].startswith(".") or name.endswith(".tmp")]
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of up to two images."""
+    monkeypatch.setattr(plan, "_MOST_IMAGES", 2)
 
 
 def greatest_difference(a: Path, b: Path) -> int:
@@ -243,14 +249,14 @@ def test_whatever_reading_an_image_raises_the_others_go_on(
 ) -> None:
     for name in ("a.png", "b.png", "c.png"):
         draw(tmp_path / "src" / name, 8, 8)
-    read = pipeline.read_image
+    read = compression.read_image
 
     def surprise(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "b.png":
             raise ZeroDivisionError("in some plugin")
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(pipeline, "read_image", surprise)
+    monkeypatch.setattr(compression, "read_image", surprise)
     summary = encode(codec, tmp_path / "src", tmp_path / "latents")
     assert summary.failures == {"b.png": "ZeroDivisionError: in some plugin"}
 
@@ -270,7 +276,7 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
 ) -> None:
     for i in range(40):
         draw(tmp_path / "src" / f"{i:02d}.png", 8 * (i + 1), 8)
-    read, forward = pipeline.read_image, codec.encode
+    read, forward = compression.read_image, codec.encode
     started: list[str] = []
     encoded: list[int] = []
     waiting: list[int] = []
@@ -284,7 +290,7 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
         encoded.append(len(x))
         return forward(x)
 
-    monkeypatch.setattr(pipeline, "read_image", count_reading)
+    monkeypatch.setattr(compression, "read_image", count_reading)
     monkeypatch.setattr(codec, "encode", count_encoding)
     encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 2))
     assert sum(encoded) == 40
@@ -385,6 +391,7 @@ def test_existing_latents_are_refused_before_any_work_unless_to_be_overwritten(
     codec: Codec, tmp_path: Path, latents: Path
 ) -> None:
     (tmp_path / "src" / "c.png").unlink()
+    shutil.rmtree(latents / ".latent_codec")
     before = contents(latents)
     with pytest.raises(UserError, match=r"holds latents already.*--overwrite"):
         encode(codec, tmp_path / "src", latents)
@@ -393,7 +400,7 @@ def test_existing_latents_are_refused_before_any_work_unless_to_be_overwritten(
         encode(codec, tmp_path / "src", latents)
     (tmp_path / INDEX).rename(latents / INDEX)
     assert contents(latents) == before
-    encode(codec, tmp_path / "src", latents, overwrite=True)
+    encode(codec, tmp_path / "src", latents, resume=OVERWRITE)
     assert [e.path for e in Latents(latents).entries] == ["a.png", "b.png"]
     assert len(stored_files(latents)) == 2
 
@@ -404,13 +411,31 @@ def test_existing_images_are_refused_before_any_work_unless_to_be_overwritten(
     out = tmp_path / "out"
     out.mkdir()
     (out / "b.png.png").write_text("mine")
-    with pytest.raises(UserError, match=r"exists already: .*b\.png\.png.*--overwrite"):
+    with pytest.raises(UserError, match=r"exists already: .*b\.png\.png; .*--overwrite"):
         decode(codec, latents, out)
     assert [f.name for f in out.iterdir()] == ["b.png.png"] and (out / "b.png.png").read_text() == "mine"
-    decode(codec, latents, out, overwrite=True)
+    decode(codec, latents, out, resume=OVERWRITE)
     assert {image.size for image in images(out).values()} == {(16, 16), (24, 16)}
+    shutil.rmtree(out / ".latent_codec")
     with pytest.raises(UserError, match="and 2 more"):
         decode(codec, latents, out)
+
+
+def test_a_file_that_was_there_before_its_name_was_asked_for_is_not_replaced(
+    codec: Codec, tmp_path: Path, latents: Path, draw: Draw
+) -> None:
+    (tmp_path / "src" / "failures.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"exists already: .*failures\.jsonl; "):
+        decode(codec, latents, tmp_path / "src")
+    (tmp_path / "src" / "failures.jsonl").unlink()
+    decode(codec, latents, tmp_path / "src")  # beside the originals
+    draw(tmp_path / "src" / "d.png", 16, 16)
+    mine = draw(tmp_path / "src" / "d.png.png", 16, 16).read_bytes()
+    encode(codec, tmp_path / "src" / "d.png", tmp_path / "more")
+    with pytest.raises(UserError, match=r"exists already: .*d\.png\.png; "):
+        decode(codec, tmp_path / "more", tmp_path / "src")
+    assert (tmp_path / "src" / "d.png.png").read_bytes() == mine
+    assert decode(codec, latents, tmp_path / "src").skipped == 3
 
 
 def test_a_destination_that_is_a_file_is_refused_before_any_work(codec: Codec, tmp_path: Path, latents: Path) -> None:
@@ -432,14 +457,14 @@ def test_options_without_sense_are_refused_before_any_work(
 ) -> None:
     before = contents(latents)
     with pytest.raises(UserError, match=reason):
-        encode(codec, tmp_path / "src", latents, overwrite=True, **options)
+        encode(codec, tmp_path / "src", latents, resume=OVERWRITE, **options)
     assert contents(latents) == before
 
 
 def test_nothing_found_leaves_existing_latents_alone(codec: Codec, tmp_path: Path, latents: Path) -> None:
     before = contents(latents)
     with pytest.raises(UserError, match="no such image"):
-        encode(codec, tmp_path / "none", latents, overwrite=True)
+        encode(codec, tmp_path / "none", latents, resume=OVERWRITE)
     assert contents(latents) == before
 
 
@@ -453,7 +478,7 @@ def test_a_model_of_grey_images_is_refused_not_fed_with_colour(codec: Codec, tmp
 
 def test_an_image_that_cannot_be_written_fails_alone(codec: Codec, tmp_path: Path, latents: Path) -> None:
     (tmp_path / "out" / "a.png.png").mkdir(parents=True)  # a folder where a file should go
-    summary = decode(codec, latents, tmp_path / "out", overwrite=True)
+    summary = decode(codec, latents, tmp_path / "out", resume=OVERWRITE)
     assert set(summary.failures) == {"a.png"}
     assert temporary_files(tmp_path / "out") == []
 
@@ -468,46 +493,52 @@ def test_a_name_too_long_for_its_new_suffix_fails_alone(codec: Codec, tmp_path: 
     assert temporary_files(tmp_path / "out") == []
 
 
+@pytest.mark.usefixtures("small_units")
 def test_an_interrupted_encode_leaves_whole_shards_under_an_index(
     codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(9):
-        draw(tmp_path / "src" / f"{i}.png", 8 * (1 + i % 2), 8)
-    read = pipeline.read_image
+        draw(tmp_path / "src" / f"{i}.png", 8 * (1 + i % 3 % 2), 8)
+    read = compression.read_image
 
     def interrupt(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "6.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(pipeline, "read_image", interrupt)
-    monkeypatch.setattr(compression, "LatentsWriter", functools.partial(LatentsWriter, shard_bytes=200))
+    monkeypatch.setattr(compression, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
     assert temporary_files(tmp_path / "latents") == []
     found = Latents(tmp_path / "latents")
     assert len(stored_files(tmp_path / "latents")) > 2
-    assert [e.path for e in found.entries] == [f"{i}.png" for i in range(6)]
-    assert decode(codec, tmp_path / "latents", tmp_path / "out").done == 6
+    done = len(found.entries)
+    assert [e.path for e in found.entries] == [f"{i}.png" for i in range(done)] and done % 2 == 0
+    assert decode(codec, tmp_path / "latents", tmp_path / "out").done == done
+    monkeypatch.setattr(compression, "read_image", read)
+    assert encode(codec, tmp_path / "src", tmp_path / "latents").skipped == done
 
 
+@pytest.mark.usefixtures("small_units")
 def test_an_encode_interrupted_inside_a_shard_keeps_the_shards_before(
     codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(4):
         draw(tmp_path / "src" / f"{i}.png", 8, 8)
 
+    written: list[Path] = []
+
     def interrupt(tensors: Any, path: Path, **options: Any) -> None:
+        written.append(path)
         save_file(tensors, path, **options)
-        if "00001" in path.name:
+        if len(written) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(modelfile, "save_file", interrupt)
-    monkeypatch.setattr(compression, "LatentsWriter", functools.partial(LatentsWriter, shard_bytes=1))
     with pytest.raises(KeyboardInterrupt):
         encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
     assert temporary_files(tmp_path / "latents") == []
-    assert decode(codec, tmp_path / "latents", tmp_path / "out").done == 1
+    assert decode(codec, tmp_path / "latents", tmp_path / "out").done == 2
 
 
 def test_a_full_disk_is_an_error_not_images_counted_as_done(
@@ -520,8 +551,7 @@ def test_a_full_disk_is_an_error_not_images_counted_as_done(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(modelfile, "save_file", full)
-    monkeypatch.setattr(compression, "LatentsWriter", functools.partial(LatentsWriter, shard_bytes=1))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         encode(codec, tmp_path / "src", tmp_path / "latents")
 
 
@@ -531,17 +561,17 @@ def test_an_interrupted_decode_leaves_whole_images_only(
     for i in range(9):
         draw(tmp_path / "src" / f"{i}.png", 8, 8)
     encode(codec, tmp_path / "src", tmp_path / "latents")
-    save = Image.Image.save
+    write = Path.write_bytes
     calls: list[Path] = []
 
-    def interrupt(self: Image.Image, path: Path, **options: Any) -> None:
-        calls.append(path)
-        save(self, path, **options)
+    def interrupt(self: Path, data: bytes) -> int:
+        calls.append(self)
         if len(calls) == 4:
-            path.write_bytes(path.read_bytes()[:20])
+            write(self, data[:20])
             raise KeyboardInterrupt
+        return write(self, data)
 
-    monkeypatch.setattr(Image.Image, "save", interrupt)
+    monkeypatch.setattr(Path, "write_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         decode(codec, tmp_path / "latents", tmp_path / "out", Compute("cpu", "float32", 1, 1))
     found = images(tmp_path / "out")
@@ -553,7 +583,7 @@ def test_an_interrupted_decode_leaves_whole_images_only(
 def test_the_summary_counts_the_real_bytes(codec: Codec, tmp_path: Path, latents: Path) -> None:
     encoded = encode(codec, tmp_path / "src", tmp_path / "again")
     assert encoded.bytes_in == sum(f.stat().st_size for f in (tmp_path / "src").iterdir())
-    assert encoded.bytes_out == sum(f.stat().st_size for f in (tmp_path / "again").iterdir())
+    assert encoded.bytes_out == sum(f.stat().st_size for f in stored_shards(tmp_path / "again"))
     decoded = decode(codec, latents, tmp_path / "out")
-    assert decoded.bytes_in == sum(f.stat().st_size for f in latents.iterdir())
-    assert decoded.bytes_out == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+    assert decoded.bytes_in == 2 * 4 * 4 * (4 + 4 + 6)  # two tensors, bytes, channels, positions
+    assert decoded.bytes_out == sum(map(len, files_of(tmp_path / "out").values()))

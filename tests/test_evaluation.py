@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Draw
+from conftest import Draw, files_of
 from PIL import Image
 
 from latent_codec import metrics
@@ -95,7 +95,7 @@ def test_rate_is_the_kl_of_the_posterior_over_the_images_own_pixels(codec: Codec
 
 def test_bytes_on_disk_are_counted_where_they_lie(codec: Codec, photos: Path, tmp_path: Path) -> None:
     report = run(codec, photos, tmp_path / "out")
-    size = sum(f.stat().st_size for f in (tmp_path / "out" / "latents").rglob("*"))
+    size = sum(map(len, files_of(tmp_path / "out" / "latents").values()))
     assert report.summary["disk_bpp"] == pytest.approx(8 * size / sum(math.prod(s) for s in SIZES.values()))
 
 
@@ -166,10 +166,10 @@ def test_latents_that_no_evaluation_wrote_are_not_replaced(codec: Codec, photos:
     run(codec, photos, out)
     run(codec, photos, out)  # its own may be
     (out / "results.json").unlink()
-    before = {f: f.read_bytes() for f in (out / "latents").iterdir()}
+    before = files_of(out / "latents")
     with pytest.raises(UserError, match="give another --out"):
         run(codec, photos, out)
-    assert {f: f.read_bytes() for f in (out / "latents").iterdir()} == before
+    assert files_of(out / "latents") == before
 
 
 def test_a_destination_that_is_a_file_is_refused(codec: Codec, photos: Path, tmp_path: Path) -> None:

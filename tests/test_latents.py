@@ -18,7 +18,20 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry
-from latent_codec.latents import INDEX, Latents, LatentsWriter, StoredDtype, check_model, read_index, stored_files
+from latent_codec.latents import (
+    INDEX,
+    Latents,
+    Row,
+    StoredDtype,
+    check_model,
+    header_of,
+    read_index,
+    row,
+    stored_files,
+    stored_shards,
+    write_index,
+    write_shards,
+)
 from latent_codec.modelfile import KEY
 from latent_codec.noise import fold, normal, text_key
 
@@ -37,14 +50,18 @@ def posterior(seed: int, height: int = 2, width: int = 3, channels: int = 4) -> 
 
 def store(folder: Path, codec: Codec, paths: tuple[str, ...] = PATHS, dtype: StoredDtype = "float32") -> None:
     """One posterior for each path, seeded by it; every other image is 17x9 pixels, the rest 16x16."""
-    with LatentsWriter(folder, codec, dtype) as writer:
-        for path in paths:
-            add(writer, path)
+    write(folder, codec, [row_of(path, dtype) for path in paths], dtype)
 
 
-def add(writer: LatentsWriter, path: str) -> None:
-    wide = text_key(path) % 2
-    writer.add(path, stored(path), 0, geometry(17, 9) if wide else geometry(16, 16), os.fsencode(path))
+def write(folder: Path, codec: Codec, rows: list[Row], dtype: StoredDtype = "float32", name: str = "name") -> None:
+    folder.mkdir(exist_ok=True)
+    header = header_of(codec, dtype)
+    write_index(folder, header, write_shards(folder, header, name, rows))
+
+
+def row_of(path: str, dtype: StoredDtype = "float32") -> Row:
+    size = (17, 9) if text_key(path) % 2 else (16, 16)
+    return row(path, stored(path), 0, geometry(*size), hashlib.sha256(os.fsencode(path)).hexdigest(), dtype)
 
 
 def stored(path: str) -> DiagonalGaussian:
@@ -100,33 +117,26 @@ def test_the_shards_together_say_what_the_index_says(codec: Codec, tmp_path: Pat
 
 
 def test_many_shards_lose_and_double_nothing(codec: Codec, tmp_path: Path) -> None:
-    paths = tuple(f"{i}.png" for i in range(23))
-    with LatentsWriter(tmp_path, codec, "float32", shard_bytes=1000) as writer:
-        for path in paths:
-            add(writer, path)
+    header, entries = header_of(codec, "float32"), []
+    for unit in range(5):
+        entries += write_shards(tmp_path, header, f"{unit}", [row_of(f"{unit}/{i}.png") for i in range(unit, 7)])
+    write_index(tmp_path, header, entries[::-1])
     latents = Latents(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert sorted(e.path for e in latents.entries) == sorted(paths)
+    assert len(stored_shards(tmp_path)) == len({e.shard for e in latents.entries}) > 5
+    assert [e.path for e in latents.entries] == [f"{unit}/{i}.png" for unit in range(5) for i in range(unit, 7)]
     for i, entry in enumerate(latents.entries):
         assert torch.equal(latents.posterior(i).mean, stored(entry.path).mean)
 
 
-def test_shards_are_as_large_as_asked_for(codec: Codec, tmp_path: Path) -> None:
-    one = 2 * 4 * 4 * 2 * 3  # bytes: mean and logvar, float32, of 4 x 2 x 3
-    with LatentsWriter(tmp_path, codec, "float32", shard_bytes=5 * one) as writer:
-        for i in range(23):
-            writer.add(f"{i}.png", posterior(i), 0, geometry(24, 16), b"")
-    rows = [len(read_index(shard).entries) for shard in sorted(tmp_path.glob("*.safetensors"))]
-    assert rows == [5, 5, 5, 5, 3]
-
-
-def test_a_shards_header_stays_small_however_small_the_images(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(latents_module, "_SHARD_ROWS", 3)
-    store(tmp_path, codec, tuple(f"{i}.png" for i in range(20)))
-    shards = [read_index(shard).entries for shard in tmp_path.glob("*.safetensors")]
-    assert max(map(len, shards)) == 3 and sum(map(len, shards)) == len(Latents(tmp_path)) == 20
+def test_a_shard_holds_one_shape_and_equal_rows_give_equal_files(codec: Codec, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        store(tmp_path / folder, codec, tuple(f"{i}.png" for i in range(9)))
+    one, two = (stored_files(tmp_path / folder) for folder in ("one", "two"))
+    assert [f.name for f in one] == [f.name for f in two] and [f.read_bytes() for f in one] == [
+        f.read_bytes() for f in two
+    ]
+    sizes = [{(e.geometry.width, e.geometry.height) for e in read_index(s).entries} for s in one if s.name != INDEX]
+    assert sorted(map(len, sizes)) == [1, 1] and set.union(*sizes) == {(17, 9), (16, 16)}
 
 
 @pytest.mark.usefixtures("umask_027")
@@ -156,9 +166,7 @@ def test_z_depends_on_seed_epoch_and_path_alone(codec: Codec, tmp_path: Path) ->
 
 def test_other_seeds_epochs_and_paths_draw_other_noise(codec: Codec, tmp_path: Path) -> None:
     zero = DiagonalGaussian(torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 16, 16))
-    with LatentsWriter(tmp_path, codec, "float32") as writer:
-        for path in ("a.jpg", "b.jpg"):
-            writer.add(path, zero, 0, geometry(128, 128), b"")
+    write(tmp_path, codec, [row(path, zero, 0, geometry(128, 128), "", "float32") for path in ("a.jpg", "b.jpg")])
     draws = []
     for seed in (0, 1):
         latents = Latents(tmp_path, seed=seed)
@@ -198,102 +206,47 @@ def test_another_models_latents_are_refused(codec: Codec, tmp_path: Path) -> Non
         check_model(Latents(tmp_path).header, other, "here")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_after_an_interruption_the_index_covers_what_was_given(
-    codec: Codec, tmp_path: Path, error: type[BaseException]
-) -> None:
-    with pytest.raises(error), LatentsWriter(tmp_path, codec, "float32", shard_bytes=1) as writer:
-        for path in PATHS[:3]:
-            add(writer, path)
-        raise error
-    latents = Latents(tmp_path)
-    assert [e.path for e in latents.entries] == sorted(PATHS[:3])
-    assert [latents.posterior(i).mean.shape[1] for i in range(3)] == [4, 4, 4]
-    assert set(tmp_path.iterdir()) == set(stored_files(tmp_path))  # no temporary file among them
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_shard_that_cannot_be_written_costs_no_other(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    write, calls = save_file, []
-
-    def fail_at_the_third(tensors: Any, path: Path, **options: Any) -> None:
-        calls.append(path)
-        write(tensors, path, **options)
-        if len(calls) >= 3:
-            path.write_bytes(path.read_bytes()[:100])
-            raise error
-
-    monkeypatch.setattr(modelfile, "save_file", fail_at_the_third)
-    with (
-        pytest.raises((KeyboardInterrupt, OSError)),
-        LatentsWriter(tmp_path, codec, "float32", shard_bytes=1) as writer,
-    ):
-        for path in PATHS:
-            add(writer, path)
-    latents = Latents(tmp_path)
-    assert [e.path for e in latents.entries] == sorted(PATHS[:2])
-    for i, entry in enumerate(latents.entries):
-        assert torch.equal(latents.posterior(i).mean, stored(entry.path).mean)
-    assert set(tmp_path.iterdir()) == set(stored_files(tmp_path))
-
-
-def test_a_last_shard_that_cannot_be_written_costs_no_other(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(OSError), LatentsWriter(tmp_path, codec, "float32", shard_bytes=384) as writer:
-        for i in range(3):  # two fill a shard
-            writer.add(f"{i}.png", posterior(i), 0, geometry(24, 16), b"")
-
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(modelfile, "save_file", full)
-    assert [e.path for e in Latents(tmp_path).entries] == ["0.png", "1.png"]
-
-
-def test_entering_again_leaves_nothing_of_the_latents_before(codec: Codec, tmp_path: Path) -> None:
     store(tmp_path, codec)
-    (tmp_path / "mine.txt").write_text("stays")
-    store(tmp_path, codec, ("new.png",))
-    assert [e.path for e in Latents(tmp_path).entries] == ["new.png"]
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["index.json", "latents-00000.safetensors", "mine.txt"]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    write_file = save_file
 
+    def fail(tensors: Any, path: Path, **options: Any) -> None:
+        write_file(tensors, path, **options)
+        path.write_bytes(path.read_bytes()[:100])
+        raise error
 
-def test_a_folder_that_cannot_be_made_is_refused_on_entering(codec: Codec, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("content")
-    with pytest.raises(UserError, match="cannot be written into"), LatentsWriter(tmp_path / "file", codec, "float16"):
-        raise AssertionError("entered")
+    monkeypatch.setattr(modelfile, "save_file", fail)
+    with pytest.raises(type(error)):
+        write_shards(tmp_path, header_of(codec, "float32"), "name", [row_of("other.png"), row_of("another.png")])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # and no temporary file among them
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(7e4, "float16"), (3.4e38, "bfloat16"), (float("nan"), "float32")])
 @pytest.mark.parametrize("part", ["mean", "logvar"])
 def test_values_that_the_stored_type_cannot_hold_are_refused_and_the_others_kept(
-    codec: Codec, tmp_path: Path, value: float, dtype: StoredDtype, part: str
+    value: float, dtype: StoredDtype, part: str
 ) -> None:
     bad = posterior(0)
     getattr(bad, part)[0, 1, 1, 1] = value
-    with LatentsWriter(tmp_path, codec, dtype) as writer:
-        add(writer, "a.jpg")
-        with pytest.raises(UserError, match=r"^bad\.png: .*float32"):
-            writer.add("bad.png", bad, 0, geometry(24, 16), b"")
-        add(writer, "b.jpg")
-    latents = Latents(tmp_path)
-    assert [e.path for e in latents.entries] == ["a.jpg", "b.jpg"]
-    assert [len(latents.posterior(i).mean) for i in range(2)] == [1, 1]
+    both = DiagonalGaussian(*(torch.cat([getattr(p, k) for p in (posterior(1), bad)]) for k in ("mean", "logvar")))
+    with pytest.raises(UserError, match=r"^bad\.png: .*float32"):
+        row("bad.png", both, 1, geometry(24, 16), "", dtype)
+    good = row("good.png", both, 0, geometry(24, 16), "", dtype)
+    assert torch.equal(good.mean, posterior(1).mean[0].to(getattr(torch, dtype)))
 
 
-UNSAFE = ("/etc/a.png", "../a.png", "b/../../a.png", "..", "b\\a.png", "a\0.png", "", "./a.png", "b//a.png", "b/")
+UNSAFE = ("/a.png", "//a.png", "../a.png", "b/../../a.png", "..", ".", "", "./a.png", "b//a.png", "b/")
+UNSAFE += ("b\\a.png", "a\0.png", "\ud800.png")
 
 
 @pytest.mark.parametrize("path", UNSAFE)
-def test_a_path_that_a_reader_would_refuse_is_not_stored(codec: Codec, tmp_path: Path, path: str) -> None:
-    with LatentsWriter(tmp_path, codec, "float32") as writer:
-        with pytest.raises(UserError, match="unsafe name"):
-            writer.add(path, posterior(0), 0, geometry(24, 16), b"")
-        add(writer, "a.jpg")
-    assert [e.path for e in Latents(tmp_path).entries] == ["a.jpg"]
+def test_a_path_that_a_reader_would_refuse_is_not_stored(path: str) -> None:
+    with pytest.raises(UserError, match="unsafe name"):
+        row(path, posterior(0), 0, geometry(24, 16), "", "float32")
 
 
 def tamper(folder: Path, **changes: Any) -> None:
@@ -418,12 +371,11 @@ SHARDS: dict[str, dict[str, torch.Tensor]] = {
 def test_a_shard_that_does_not_hold_the_latent_is_refused_by_the_images_name(
     codec: Codec, tmp_path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
-    with LatentsWriter(tmp_path, codec, "float32") as writer:
-        writer.add("a.png", posterior(0, width=2), 0, geometry(16, 16), b"")
+    write(tmp_path, codec, [row("a.png", posterior(0, width=2), 0, geometry(16, 16), "", "float32")])
     latents = Latents(tmp_path)
     shard = tmp_path / latents.entries[0].shard
     save_file(tensors, shard, metadata={KEY: "{}"})
-    with pytest.raises(UserError, match=r"^a\.png: .*latents-00000"):
+    with pytest.raises(UserError, match=r"^a\.png: .*latents-name-00"):
         _ = latents[0]
 
 
@@ -437,7 +389,7 @@ def test_a_missing_or_corrupt_shard_is_refused_by_the_images_name(
     shard.unlink()
     if content is not None:
         shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"^a\.png: shard latents-00000\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"^a\.png: shard latents-name-00\.safetensors cannot be read"):
         latents.posterior(0)
 
 

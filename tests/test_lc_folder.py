@@ -1,6 +1,8 @@
 """Folders of images to `.lc` files and back: exact sizes, no image lost, files that depend on their image alone."""
 
 import dataclasses
+import errno
+import os
 import re
 import shutil
 import tarfile
@@ -11,20 +13,20 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import Draw
+from conftest import Draw, files_of
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec import bitstream, lc_folder, metrics, pipeline
+from latent_codec import bitstream, compression, lc_folder, metrics
 from latent_codec.bitstream import OVERHEAD
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.errors import UserError
 from latent_codec.images import read_image
 from latent_codec.lc_folder import decode_streams, dither_seed, encode_streams
-from latent_codec.pipeline import Compute, Summary
+from latent_codec.pipeline import OVERWRITE, Compute, Summary
 from latent_codec.rate import Rate
 
 CPU = Compute("cpu", "float32", 4, 2)
@@ -34,20 +36,21 @@ RATES: list[dict[str, Any]] = [{}, {"step": 0.3}, {"bpp": 9.0}, {"psnr": 6.0}, {
 def encode(codec: Codec, where: str | Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
     rate = Rate(**{name: options.pop(name) for name in ("step", "bpp", "psnr", "max_bytes") if name in options})
     summary = encode_streams(codec, where, folder, compute, rate=rate, quiet=True, **options)
-    assert summary.done + len(summary.failures) == summary.found
+    assert summary.done + summary.skipped + len(summary.failures) == summary.found
     assert len(list(folder.rglob("*.lc"))) >= summary.done
     return summary
 
 
 def decode(codec: Codec, where: Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
     summary = decode_streams(codec, where, folder, compute, quiet=True, **options)
-    assert summary.done + len(summary.failures) == summary.found
+    assert summary.done + summary.skipped + len(summary.failures) == summary.found
     return summary
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but those being written, by name; there must be none of these."""
-    found = {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    """All outputs, by name; no file must be left that was being written."""
+    found = files_of(folder)
+    found.pop("failures.jsonl", None)
     assert not [name for name in found if name.endswith(".tmp")]
     return found
 
@@ -200,7 +203,7 @@ def test_the_written_image_has_the_psnr_asked_for(codec: Codec, tmp_path: Path, 
 
 
 def decoded_psnr(codec: Codec, original: Path, folder: Path) -> float:
-    decode(codec, folder, folder / "out", overwrite=True)
+    decode(codec, folder, folder / "out", resume=OVERWRITE)
     a, b = (read_image(path).pixels[None] for path in (original, folder / "out" / "a.png.png"))
     shutil.rmtree(folder / "out")
     return metrics.psnr(a, b).item()
@@ -239,22 +242,38 @@ def test_one_file_and_tar_members_are_encoded_and_one_file_decoded(codec: Codec,
     draw(tmp_path / "src" / "b" / "c.png", 9, 7)
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(tmp_path / "src", ".")
-        for evil in ("../evil.png", "b/../../../evil.png"):
-            archive.add(tmp_path / "src" / "b" / "c.png", evil)
-    summary = encode(codec, tmp_path / "x.tar", tmp_path / "z")
+    assert not encode(codec, tmp_path / "x.tar", tmp_path / "z").failures
     assert set(contents(tmp_path / "z")) == {"x/b/c.png.lc"}
-    assert len(summary.failures) == 2 and all("unsafe name" in reason for reason in summary.failures.values())
-    assert not list(tmp_path.rglob("evil*"))
     encode(codec, tmp_path / "src" / "b" / "c.png", tmp_path / "single")
     decode(codec, tmp_path / "single" / "c.png.lc", tmp_path / "out")
     assert set(contents(tmp_path / "out")) == {"c.png.png"}
 
 
-def test_a_file_in_the_way_of_a_folder_fails_alone(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+@pytest.mark.parametrize("evil", ["../evil.png", "b/../../../evil.png", "b\\evil.png"])
+def test_a_member_whose_name_is_no_plain_path_stops_all_before_any_work(
+    codec: Codec, photos: Path, tmp_path: Path, evil: str
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(photos, ".")
+        archive.add(photos / "0.png", evil)
+    for make in (encode, encode_latents):
+        with pytest.raises(UserError, match=r"unsafe name .*evil\.png.*; rename it"):
+            make(codec, tmp_path / "x.tar", tmp_path / "z")
+    assert not list(tmp_path.rglob("evil*")) and not list((tmp_path / "z").iterdir())
+
+
+def encode_latents(codec: Codec, where: Path, folder: Path) -> Summary:
+    return encode_folder(codec, where, folder, CPU, quiet=True)
+
+
+def test_a_file_where_another_needs_a_folder_stops_all_before_any_work(
+    codec: Codec, tmp_path: Path, draw: Draw
+) -> None:
     for name in ("a.png", "a.png.lc/b.png", "c.png"):
         draw(tmp_path / "src" / name, 8, 8)
-    summary = encode(codec, tmp_path / "src", tmp_path / "z")
-    assert len(summary.failures) == 1 and summary.done == 2 and "c.png.lc" in contents(tmp_path / "z")
+    with pytest.raises(UserError, match=r"a\.png\.lc would be both a file and a folder"):
+        encode(codec, tmp_path / "src", tmp_path / "z")
+    assert not list((tmp_path / "z").iterdir())
 
 
 def test_a_name_too_long_for_its_new_suffix_fails_alone(codec: Codec, tmp_path: Path, draw: Draw) -> None:
@@ -274,24 +293,28 @@ def test_bad_images_fail_by_name_and_the_others_go_on(codec: Codec, photos: Path
 def test_existing_files_are_refused_before_any_work_unless_to_be_overwritten(
     codec: Codec, photos: Path, streams: Path, tmp_path: Path
 ) -> None:
+    def ours_no_longer(folder: Path) -> dict[str, bytes]:
+        shutil.rmtree(folder / ".latent_codec")
+        return contents(folder)
+
     (streams / "3.png.lc").write_text("mine")
-    before = contents(streams)
+    before = ours_no_longer(streams)
     with pytest.raises(UserError, match=r"exists already: .*\.png\.lc and 8 more.*--overwrite"):
         encode(codec, photos, streams)
     assert contents(streams) == before
-    encode(codec, photos, streams, overwrite=True)
+    encode(codec, photos, streams, resume=OVERWRITE)
     assert not decode(codec, streams, tmp_path / "out").failures
-    before = contents(tmp_path / "out")
+    before = ours_no_longer(tmp_path / "out")
     with pytest.raises(UserError, match=r"exists already: .*\.png\.png and 8 more.*--overwrite"):
         decode(codec, streams, tmp_path / "out")
     assert contents(tmp_path / "out") == before
-    assert decode(codec, streams, tmp_path / "out", overwrite=True).done == 9
+    assert decode(codec, streams, tmp_path / "out", resume=OVERWRITE).done == 9
 
 
 def test_both_kinds_are_kept_apart(codec: Codec, photos: Path, streams: Path, tmp_path: Path) -> None:
     encode_folder(codec, photos, tmp_path / "latents", CPU, quiet=True)
     with pytest.raises(UserError, match="holds latents for training on"):
-        encode(codec, photos, tmp_path / "latents", overwrite=True)
+        encode(codec, photos, tmp_path / "latents", resume=OVERWRITE)
     shutil.copytree(tmp_path / "latents", streams, dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"holds both latents \(index.json\) and 9 .lc files"):
         decode(codec, streams, tmp_path / "out")
@@ -438,34 +461,42 @@ def test_latents_that_no_stream_holds_fail_alone(codec: Codec, tmp_path: Path, r
     assert "larger --step" in failures["grey.png"]
 
 
-def test_a_full_disk_fails_images_and_leaves_no_half_files(
-    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "is_hopeless"), [(errno.ENOSPC, True), (errno.EACCES, False)])
+def test_a_disk_that_takes_no_more_ends_the_work_and_leaves_no_half_files(
+    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_hopeless: bool
 ) -> None:
     write = Path.write_bytes
 
-    def full(self: Path, data: bytes) -> int:
+    def fail(self: Path, data: bytes) -> int:
         if "3.png" in self.name:
             write(self, data[:10])
-            raise OSError(28, "No space left on device")
+            raise OSError(number, os.strerror(number))
         return write(self, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    summary = encode(codec, photos, tmp_path / "z")
-    assert set(summary.failures) == {"3.png"} and "No space left on device" in summary.failures["3.png"]
-    assert set(contents(tmp_path / "z")) == {f"{i}.png.lc" for i in range(9) if i != 3}
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    if is_hopeless:
+        with pytest.raises(UserError, match=r"3\.png\.lc cannot be written: No space left on device; once"):
+            encode(codec, photos, tmp_path / "z")
+    else:
+        assert set(encode(codec, photos, tmp_path / "z").failures) == {"3.png"}
+        assert set(contents(tmp_path / "z")) == {f"{i}.png.lc" for i in range(9) if i != 3}
+    made = contents(tmp_path / "z")
+    monkeypatch.undo()
+    encode(codec, photos, tmp_path / "z")
+    assert len(contents(tmp_path / "z")) == 9 and made.items() < contents(tmp_path / "z").items()
 
 
 def test_an_interrupted_encode_leaves_whole_files_only(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = pipeline.read_image
+    read = compression.read_image
 
     def interrupt(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "6.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(pipeline, "read_image", interrupt)
+    monkeypatch.setattr(compression, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         encode(codec, photos, tmp_path / "z", Compute("cpu", "float32", 1, 1))
     found = contents(tmp_path / "z")
@@ -476,7 +507,7 @@ def test_an_interrupted_encode_leaves_whole_files_only(
 @pytest.mark.usefixtures("umask_027")
 def test_files_have_the_users_umask(codec: Codec, photos: Path, tmp_path: Path) -> None:
     encode(codec, photos, tmp_path / "z")
-    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "z").iterdir()} == {0o640}
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "z").glob("*.lc")} == {0o640}
 
 
 def test_the_summary_counts_the_real_bytes_and_pixels(codec: Codec, photos: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Started:
         self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None
     ) -> None:
         self.output = output
-        self._process = _fork_server().Process(target=_child, args=(list(argv), output, env, patch))
+        self._process = fork_server().Process(target=_child, args=(list(argv), output, env, patch))
         self._process.start()
 
     @property
@@ -153,7 +153,7 @@ def log_lines(out: Path, kind: str) -> list[dict[str, Any]]:
 
 def call(target: Callable[..., None], *args: Any) -> None:
     """Call a module-level function in a process of its own, to the end."""
-    process = _fork_server().Process(target=target, args=args)
+    process = fork_server().Process(target=target, args=args)
     process.start()
     process.join(PATIENCE)
     process.kill()
@@ -161,14 +161,14 @@ def call(target: Callable[..., None], *args: Any) -> None:
     assert process.exitcode == 0
 
 
-def _fork_server() -> Any:
+def fork_server() -> Any:
     """Preloaded with the program; its children find `tests` and the checkout's packages."""
     before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     found = [str(ROOT), str(Path(__file__).parent), before["PYTHONPATH"] or ""]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        forkserver.set_forkserver_preload(["train.vae", "torch._dynamo", "tiny_run"])
+        forkserver.set_forkserver_preload(["train.vae", "torch._dynamo", "tiny_run", "tiny_folder"])
         forkserver.ensure_running()
     finally:
         for name, value in before.items():

@@ -1,0 +1,319 @@
+"""What a folder's files were made from, so that the same command run again does what is left and nothing else.
+
+FOLDER/.latent_codec/KIND/UNIT.jsonl has one line for each image that came to an end: what its source was, with which
+settings, what was written. A line follows its output's rename, so whatever kills the process, an output without a line
+is at most made once more. UNIT.lock beside it is held by the process that works on the unit; the system lets go of it
+when the process dies.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from filelock import FileLock
+
+from latent_codec.config import from_json, to_json
+from latent_codec.errors import UserError
+from latent_codec.files import disk_errors, make_folder, process_name, temporary_of, write_text
+from latent_codec.inputs import Source
+from latent_codec.journal import Journal, lines
+from latent_codec.locks import lock, locked, try_lock
+from latent_codec.plan import Unit, check_absent
+
+NAME = ".latent_codec"
+FAILURES = "failures.jsonl"
+"""In the folder itself: path and reason of each image that failed."""
+
+Kind = Literal["streams", "latents", "images"]
+"""What a command makes; commands that make different things in one folder do not see each other's records."""
+SourceCheck = Literal["hash", "mtime"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One output and what it came from."""
+
+    path: str
+    """The source's name."""
+    output: str
+    """The file that holds what was made of it, relative to the folder."""
+    settings: str
+    """Digest of all that the output depends on beside its source."""
+    size: int
+    mtime_ns: int
+    sha256: str
+    """Of the source: its bytes, and when the file that holds it was last changed."""
+    shape: tuple[int, ...]
+    """What it shares with the others of its batch."""
+    bytes_out: int
+    sha256_out: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+    path: str
+    reason: str
+
+
+def digest(value: Any) -> str:
+    """Of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Ledger:
+    """The records of what commands of one kind, here under one set of settings, made in a folder.
+
+    Used as a context manager: on entering, what killed processes left half written is removed; on leaving, all units
+    are let go. Everything raises `UserError` if the folder cannot be written into or its files cannot be locked.
+    """
+
+    def __init__(self, folder: Path, kind: Kind, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, digest(settings)
+        self.root, self._units, self._processes = (folder / NAME / name for name in ("", kind, "processes"))
+        self._alive = self._processes / process_name()
+        self._held: set[Claim] = set()
+        self._sizes: dict[str, int] = {}
+
+    @staticmethod
+    def exists(folder: Path, kind: Kind | None = None) -> bool:
+        return (folder / NAME / (kind or "")).is_dir()
+
+    def __enter__(self) -> Self:
+        for folder in (self.folder, self._units, self._processes):
+            make_folder(folder)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self._alive))
+            with disk_errors(self.folder):
+                self._remove_stale()
+                self._sizes = {file.name: file.stat().st_size for file in os.scandir(self._units)}
+            self._on_exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._on_exit, contextlib.suppress(OSError):
+            self.let_go()
+            self._alive.unlink()
+
+    def let_go(self) -> None:
+        """Of all units that are claimed still, as after an interruption."""
+        for claim in list(self._held):
+            claim.release()
+
+    def reserve(self, outputs: Sequence[str], *, overwrite: bool) -> None:
+        """Take names for this folder's own; raises `UserError` if a new one is that of a file and not to be replaced.
+
+        An output whose line was never written is so told from a file that was there before.
+        """
+        path = self.root / "names.jsonl"
+        with self.gathering():
+            known = {line.value for line in lines(path) if isinstance(line.value, str)}
+            new = [name for name in outputs if name not in known]
+            if not overwrite:
+                check_absent(self.folder / name for name in new)
+            if new:
+                with Journal(path) as journal:
+                    journal.write(*new)
+                    journal.sync()
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """For what is made of all units' records: the last process to come here has seen everything."""
+        with locked(self.root / "gathering.lock"):
+            yield
+
+    @contextlib.contextmanager
+    def idle(self, unit: str) -> Iterator[bool]:
+        """Whether no process works on a unit, nor begins to before the context ends."""
+        held = try_lock(self._units / f"{unit}.lock")
+        try:
+            yield held is not None
+        finally:
+            if held is not None:
+                held.release()
+
+    def records(self, unit: Unit) -> list[Record]:
+        """All that is done of a unit under these settings."""
+        names = {source.name for source in unit.sources}
+        records = _read(self._units / f"{unit.name}.jsonl").records.values()
+        return [r for r in records if r.settings == self.settings and r.path in names]
+
+    def write_failures(self, units: Sequence[Unit]) -> None:
+        """`FAILURES` over these units, whichever process did them; no file if there are none."""
+        failures: list[Failure] = []
+        for unit in units:
+            names = {source.name for source in unit.sources}
+            found = _read(self._units / f"{unit.name}.jsonl", only=b'"reason"').failures.values()
+            failures += [f for f in found if f.path in names]
+        path = self.folder / FAILURES
+        with disk_errors(path):
+            if failures:
+                text = (json.dumps(to_json(f), sort_keys=True) for f in sorted(failures, key=lambda f: f.path))
+                write_text(path, "".join(f"{line}\n" for line in text))
+            else:
+                path.unlink(missing_ok=True)
+
+    def rounds(self, units: Sequence[Unit]) -> Iterator[Iterator["Claim"]]:
+        """All units for this process alone, in rounds: one has to be done with before the next one is asked for.
+
+        At first, in order, those that no other process works on; then one by one those that others had, each as soon
+        as it is let go, finished or not. Two processes that waited with units of their own in hand could wait for
+        each other for ever. Units that another process finished in the meantime are `settled` claims.
+        """
+        busy: list[Unit] = []
+        yield self._free(units, busy)
+        for unit in busy:
+            yield iter([self._claim(unit, lock(self._units / f"{unit.name}.lock"))])
+
+    def _free(self, units: Sequence[Unit], busy: list[Unit]) -> Iterator["Claim"]:
+        for unit in units:
+            if (held := try_lock(self._units / f"{unit.name}.lock")) is None:
+                busy.append(unit)
+            else:
+                yield self._claim(unit, held)
+
+    def _claim(self, unit: Unit, held: FileLock) -> "Claim":
+        path = self._units / f"{unit.name}.jsonl"
+        size = self._sizes.get(path.name, 0)
+        try:
+            claim = Claim(unit, self.folder, self.settings, path, size, held, self._held.discard)
+        except BaseException:
+            held.release()
+            raise
+        self._held.add(claim)
+        return claim
+
+    def _remove_stale(self) -> None:
+        """Temporary files of processes that were killed; those of programs that use no ledger stay."""
+        others = [path for path in self._processes.iterdir() if path != self._alive]
+        dead = {path: held for path in others if (held := try_lock(path)) is not None}
+        names = {path.name for path in dead}
+        for top, _, files in os.walk(self.folder) if dead else ():
+            for name in files:
+                if temporary_of(name) in names:
+                    Path(top, name).unlink(missing_ok=True)
+        for path, held in dead.items():
+            path.unlink(missing_ok=True)
+            held.release()
+
+
+class Claim:
+    """One unit's records, while this process holds it."""
+
+    def __init__(
+        self,
+        unit: Unit,
+        folder: Path,
+        settings: str,
+        journal: Path,
+        size: int,
+        held: FileLock,
+        on_release: Callable[["Claim"], None],
+    ) -> None:
+        """`size` is what the journal had when this process started."""
+        self.unit, self.settings, self._folder = unit, settings, folder
+        state = _read(journal)
+        self.records = {path: record for path, record in state.records.items() if record.settings == settings}
+        self.settled = (
+            state.settled == settings
+            and state.settled_at >= size
+            and all(s.name in state.failures or self._is_unchanged(s) for s in unit.sources)
+        )
+        """Whether another process has done all there is to do since this one started."""
+        self._digest = functools.cache(lambda output: sha256_of(folder / output))
+        self._held, self._on_release, self._left = held, on_release, len(unit.sources)
+        self._journal = Journal(journal)
+
+    def is_current(
+        self, source: Source, output: str | None, check: SourceCheck, load: Callable[[Source], bytes]
+    ) -> bool:
+        """Whether what these settings make of the source is there, in a file named `output` if it is not None.
+
+        By the bytes of both, or by sizes and the source file's time of change alone.
+        """
+        record = self.records.get(source.name)
+        if record is None or record.size != source.size or output not in (None, record.output):
+            return False
+        try:
+            if (self._folder / record.output).stat().st_size != record.bytes_out:
+                return False
+            if check == "mtime":
+                return self._is_unchanged(source)
+            return sha256(load(source)) == record.sha256 and self._digest(record.output) == record.sha256_out
+        except (OSError, UserError):
+            return False
+
+    def _is_unchanged(self, source: Source) -> bool:
+        """By size and time, since its record was made; False if there is none."""
+        record = self.records.get(source.name)
+        try:
+            return record is not None and (record.size, record.mtime_ns) == (source.size, mtime_ns(source))
+        except OSError:
+            return False
+
+    def add(self, record: Record) -> None:
+        """Once its output is in place."""
+        self._journal.write(to_json(record))
+        self.records[record.path] = record
+
+    def fail(self, path: str, reason: str) -> None:
+        self._journal.write(to_json(Failure(path=path, reason=reason)))
+
+    def settle(self) -> None:
+        """One more image needs nothing more; after the last one the unit is let go."""
+        self._left -= 1
+        if self._left == 0:
+            if not self.settled:
+                self._journal.write({"settled": self.settings})
+            self.release()
+
+    def release(self) -> None:
+        self._journal.close()
+        self._held.release()
+        self._on_release(self)
+
+
+def mtime_ns(source: Source) -> int:
+    """When the file that holds it was last changed."""
+    return source.path.stat().st_mtime_ns
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _State(NamedTuple):
+    """The last word on each image, and on the unit."""
+
+    records: dict[str, Record]
+    failures: dict[str, Failure]
+    settled: str = ""
+    settled_at: int = 0
+
+
+def _read(path: Path, only: bytes = b"") -> _State:
+    """What a journal says; lines that are none of ours are passed over."""
+    state = _State({}, {})
+    for offset, value in lines(path, only):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if "settled" in value:
+                state = state._replace(settled=str(value["settled"]), settled_at=offset)
+            elif "reason" in value:
+                failure = from_json(Failure, value)
+                state.failures[failure.path] = failure
+                state.records.pop(failure.path, None)
+            else:
+                record = from_json(Record, value)
+                state.records[record.path] = record
+                state.failures.pop(record.path, None)
+    return state

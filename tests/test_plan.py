@@ -1,0 +1,218 @@
+"""What is settled before any work: units, shares and places, whatever the names."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec import plan
+from latent_codec.errors import UserError
+from latent_codec.inputs import Source
+from latent_codec.plan import WHOLE, Share, Unit, check_absent, check_outputs, folding, units
+
+NAMES = st.text("abcdef0123456789/.", min_size=1, max_size=12)
+SIZES = st.integers(0, 2**26)
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of about 4 images, of 6 at most, or of 1000 bytes if they are large."""
+    for name, value in (("_MEAN_IMAGES", 4), ("_MOST_IMAGES", 6), ("_MOST_BYTES", 1000)):
+        monkeypatch.setattr(plan, name, value)
+
+
+def sources(sizes: dict[str, int]) -> list[Source]:
+    return [Source(name, Path(name), 0, size) for name, size in sorted(sizes.items())]
+
+
+@given(st.dictionaries(NAMES, st.integers(0, 1500)))
+def test_units_are_a_partition_of_the_sources_in_their_order(sizes: dict[str, int]) -> None:
+    everything = sources(sizes)
+    found = units(everything)
+    assert [source for unit in found for source in unit.sources] == everything
+    assert len({unit.name for unit in found}) == len(found)
+    for unit in found:
+        assert 1 <= len(unit.sources) <= 6
+        assert sum(source.size for source in unit.sources[:-1]) < 1000
+
+
+@given(st.dictionaries(NAMES, st.just(1), min_size=1), st.integers(0, 2**26), NAMES)
+def test_a_units_name_is_its_first_sources_alone(sizes: dict[str, int], size: int, other: str) -> None:
+    named = {unit.sources[0].name: unit.name for unit in units(sources(sizes))}
+    for first, name in named.items():
+        (unit, *_) = units(sources({first: size} | {f"{first}{other}": 1}))
+        assert unit.name == name
+
+
+def begins(name: str) -> bool:
+    """Whether a unit begins with this source, whatever is before it."""
+    return len(units(sources({"": 1, name: 1}))) == 2
+
+
+@given(st.dictionaries(NAMES, st.integers(0, 1500)), NAMES, SIZES)
+def test_a_new_file_changes_no_unit_beyond_the_next_sure_beginning_on_either_side(
+    sizes: dict[str, int], new: str, size: int
+) -> None:
+    sizes.pop(new, None)
+    before, after = units(sources(sizes)), units(sources(sizes | {new: size}))
+    lower = max((name for name in sizes if name < new and begins(name)), default="")
+    upper = min((name for name in sizes if name > new and begins(name)), default="\U0010ffff")
+
+    def beyond(found: list[Unit]) -> list[Unit]:
+        return [u for u in found if u.sources[-1].name < lower or u.sources[0].name >= upper]
+
+    assert beyond(before) == beyond(after)
+
+
+def test_a_new_file_among_thousands_changes_few_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    sizes = {f"{i:05d}.jpg": 100_000 for i in range(20_000)}
+    before = units(sources(sizes))
+    for i in range(0, 20_000, 400):
+        after = units(sources(sizes | {f"{i:05d}-new.jpg": 100_000}))
+        changed = set(before) - set(after)
+        assert sum(len(unit.sources) for unit in changed) < 2_000
+
+
+@given(st.integers(1, 6), st.integers(0, 20))
+def test_shares_are_disjoint_and_together_the_whole(count: int, size: int) -> None:
+    everything = units(sources({f"{i}": 2000 for i in range(size)}))
+    shares = [Share(index, count, alone=True).of(everything) for index in range(count)]
+    assert sorted(unit for share in shares for unit in share) == sorted(everything)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for index, share in enumerate(shares):
+        helper = Share(index, count, alone=False).of(everything)
+        assert helper[: len(share)] == share
+        assert sorted(helper) == sorted(everything)
+    assert WHOLE.of(everything) == everything
+
+
+@given(st.integers(0, 50), st.integers(0, 50))
+def test_a_share_is_one_of_n_counted_from_0(index: int, count: int) -> None:
+    if index < count:
+        assert Share.parse(f"{index}/{count}") == Share(index, count, alone=True)
+    else:
+        with pytest.raises(UserError, match=f"--shard {index}/{count}: give i/n with i from 0"):
+            Share.parse(f"{index}/{count}")
+
+
+@pytest.mark.parametrize("text", ["", "/", "1", "1/", "/2", "-1/2", "0/-2", "a/b", "0 / 2", "1/2/3", "0.5/2", "0x0/2"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="give i/n"):
+        Share.parse(text)
+
+
+def test_a_launchers_ranks_are_shares_that_help_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Share.of_launcher() == Share(0, 1, alone=False)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    assert Share.of_launcher() == Share(2, 3, alone=False)
+    for rank in ("3", "-1", "", "x"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(UserError, match="makes no sense"):
+            Share.of_launcher()
+
+
+def relative(name: str) -> bool:
+    """Whether this is where it is when nothing is simplified; by other means than the program's."""
+    return bool(name) and not set(name) & {"\\", "\0"} and not {"", ".", ".."} & set(name.split("/"))
+
+
+@given(st.text("ab./\\\0é", max_size=8) | st.text(max_size=4))
+def test_outputs_never_leave_their_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    if relative(name):
+        check_outputs([name], folder)
+        assert Path(os.path.normpath(folder / name)).is_relative_to(folder)
+    else:
+        with pytest.raises(UserError, match=r"unsafe name .*; rename it"):
+            check_outputs([name], folder)
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    check_outputs([os.fsdecode(b"caf\xe9.png")], tmp_path)
+    with pytest.raises(UserError, match="unsafe name"):
+        check_outputs(["\ud800.png"], tmp_path)
+
+
+@pytest.mark.parametrize("target", ["..", "/", "../folder-beside", "nowhere/../../x", "out"])
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, target: str) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "out").symlink_to(target if target == "/" else Path("..", target) if target != "out" else target)
+    check_outputs(["sub/a.png", "out/a.png"], folder)
+    with pytest.raises(UserError, match=r"sub/out is a link that leads out of .*; remove it or give another folder"):
+        check_outputs(["sub/a.png", "sub/out/deep/a.png"], folder)
+    (tmp_path / "link").symlink_to(folder)  # to the folder itself there may be one
+    check_outputs(["sub/a.png"], tmp_path / "link")
+
+
+def test_two_names_that_a_link_leads_to_one_place_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").symlink_to("b")
+    check_outputs(["a/x.png", "b/y.png"], tmp_path)
+    with pytest.raises(UserError, match=r"a/x\.png and b/x\.png are one name"):
+        check_outputs(["a/x.png", "b/x.png"], tmp_path)
+
+
+@given(st.sets(st.text("ab/", min_size=1, max_size=6).filter(relative)))
+def test_no_output_is_a_file_where_another_needs_a_folder(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str]
+) -> None:
+    clashes = any(other.startswith(f"{name}/") for name in names for other in names)
+    if clashes:
+        with pytest.raises(UserError, match="would be both a file and a folder"):
+            check_outputs(sorted(names), tmp_path_factory.getbasetemp())
+    else:
+        check_outputs(sorted(names), tmp_path_factory.getbasetemp())
+
+
+PAIRS = {
+    "case": ("sub/A.png", "sub/a.png"),
+    "a folder's case": ("Sub/a.png", "sub/a.png"),
+    "normal form": ("caf\u00e9.png", "cafe\u0301.png"),
+    "both": ("caf\u00e9.png", "CAFE\u0301.png"),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+def test_names_that_the_file_system_takes_for_one_are_refused_there_and_only_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]
+) -> None:
+    check_outputs(pair, tmp_path)
+    assert folding(tmp_path) is None  # this one tells them apart
+    monkeypatch.setattr(Path, "exists", exists_whatever_the_case)
+    fold = folding(tmp_path)
+    assert fold is not None and list(tmp_path.iterdir()) == []
+    check_outputs(["a.png", "b.png"], tmp_path, fold)
+    with pytest.raises(UserError, match=f"{pair[0]} and {pair[1]} are one name to the file system .*1 such pairs"):
+        check_outputs([*pair, "other.png"], tmp_path, fold)
+
+
+def exists_whatever_the_case(path: Path) -> bool:
+    """As a file system says that neither knows case nor keeps letters and their accents apart."""
+
+    def fold(name: str) -> str:
+        return unicodedata.normalize("NFD", name).casefold()
+
+    return fold(path.name) in map(fold, os.listdir(path.parent))  # noqa: PTH208 (Path is what is faked)
+
+
+def test_a_file_and_a_folder_that_differ_in_case_clash_where_case_is_not_known(tmp_path: Path) -> None:
+    check_outputs(["a.png", "A.PNG/b.png"], tmp_path)
+    with pytest.raises(UserError, match=r"a\.png would be both a file and a folder"):
+        check_outputs(["a.png", "A.PNG/b.png"], tmp_path, str.casefold)
+
+
+def test_what_exists_is_counted_links_to_nowhere_too(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "x" * 300]
+    check_absent(tmp_path / name for name in names)
+    (tmp_path / "b").write_text("mine")
+    (tmp_path / "c").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"exists already: .*/b and 1 more; .*--overwrite"):
+        check_absent(tmp_path / name for name in names)

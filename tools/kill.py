@@ -1,0 +1,102 @@
+"""Kill encoding at random moments and go on: `python -m tools.kill SRC --model MODEL`.
+
+Each trial encodes SRC into an empty folder, is killed (SIGKILL) after a random share of the time that an uninterrupted
+run takes, and is run again to its end; every file must then be the uninterrupted run's. With `--processes 2` two
+processes work on the folder and one of them is killed: the other one has to finish alone.
+"""
+
+import dataclasses
+import hashlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from latent_codec.codec import Codec
+from latent_codec.compression import encode_folder
+from latent_codec.errors import UserError
+from latent_codec.lc_folder import encode_streams
+from latent_codec.ledger import NAME
+from latent_codec.pipeline import RESUME, Compute
+from latent_codec.plan import Share
+from latent_codec.rate import Rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kill:
+    src: tyro.conf.Positional[str]
+    model: str = "photo"
+    format: Literal["lc", "safetensors"] = "lc"
+    kills: int = 200
+    processes: Literal[1, 2] = 1
+    seed: int = 0
+
+    def run(self) -> None:
+        torch.set_num_threads(1)  # forked children inherit no threads
+        codec = Codec.load(self.model)
+        moments = random.Random(self.seed)
+        with tempfile.TemporaryDirectory() as temporary:
+            started = time.monotonic()
+            _wait(self._start(codec, Path(temporary, "whole"), 0))
+            seconds = time.monotonic() - started
+            whole = _contents(Path(temporary, "whole"))
+            for trial in tqdm(range(self.kills), "kills"):
+                folder = Path(temporary, str(trial))
+                self._trial(codec, folder, moments.random() * seconds / self.processes)
+                if (found := _contents(folder)) != whole:
+                    names = sorted(k for k in whole.keys() | found.keys() if whole.get(k) != found.get(k))
+                    raise SystemExit(f"trial {trial}: {len(names)} files differ, the first {names[0]}")
+        print(f"{self.kills} kills of {self.processes} process(es), each gone on from: {len(whole)} equal files")
+
+    def _trial(self, codec: Codec, folder: Path, seconds: float) -> None:
+        children = [self._start(codec, folder, rank) for rank in range(self.processes)]
+        time.sleep(seconds)
+        os.kill(children[-1], signal.SIGKILL)
+        os.waitpid(children[-1], 0)
+        for child in children[:-1]:
+            _wait(child)
+        if self.processes == 1:
+            _wait(self._start(codec, folder, 0))
+
+    def _start(self, codec: Codec, folder: Path, rank: int) -> int:
+        """A child that encodes; returns its process number."""
+        if child := os.fork():
+            return child
+        try:
+            resume = RESUME._replace(share=Share(rank, self.processes, alone=False))
+            compute = Compute("cpu", "float32", 4, 2)
+            if self.format == "lc":
+                summary = encode_streams(codec, self.src, folder, compute, rate=Rate(), resume=resume, quiet=True)
+            else:
+                summary = encode_folder(codec, self.src, folder, compute, resume=resume, quiet=True)
+            os._exit(len(summary.failures))
+        except BaseException as error:
+            print(error, file=sys.stderr)
+            os._exit(255)
+
+
+def _wait(child: int) -> None:
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit(f"a run that was to finish ended with status {status}")
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Digests of all files but the ledger's, by name."""
+    files = (f for f in folder.rglob("*") if f.is_file() and NAME not in f.relative_to(folder).parts)
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(Kill, prog="tools.kill", description=__doc__).run()
+    except UserError as error:
+        raise SystemExit(f"tools.kill: {error}") from error

@@ -124,11 +124,16 @@ def read(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
     return unpack(read_bytes(path), max_pixels=max_pixels)
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file's bytes, of which no more is read than its header says it has, and one to show that there are more."""
+def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """A file's bytes, or those of a part of one (a tar file's member).
+
+    No more is read than the stream's header says it has, and one to show that there are more.
+    """
     with path.open("rb") as file:
-        data = file.read(_HEADER.size)
-        left = path.stat().st_size - len(data)
+        file.seek(offset)
+        whole = path.stat().st_size - offset if size is None else size
+        data = file.read(min(whole, _HEADER.size))
+        left = whole - len(data)
         # Of what does not start like a stream, or has a broken header, a few bytes are enough to say so.
         sound = len(data) == _HEADER.size and zlib.crc32(data[: -_CHECKSUM.size]) == _HEADER.unpack(data)[-1]
         promised = _HEADER.unpack(data)[-2] if sound else 0

@@ -19,8 +19,12 @@ class _Compute:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the networks; posteriors are float32 always."""
     batch_size: int = 8
-    workers: int = 4
-    """Threads that read and write image files."""
+    workers: int | None = None
+    """Images that are read, decoded and written at once, by default 4, with a GPU one a core up to 16."""
+    decode_in: Literal["threads", "processes"] | None = None
+    """Where images are decoded, by default in threads, with a GPU, which outruns threads, in processes."""
+    compile: bool = False
+    """Have torch compile the networks: slow to start, then faster; results differ in their last bits."""
     tile: int | None = None
     """Side in pixels of the tiles that larger images are cut into, by default 1536; only results of conv change."""
 
@@ -68,6 +72,8 @@ class Encode:
     """lc: what the entropy coder goes by: context is smaller, factorized faster; by default the best of the model's."""
     store: Literal["float16", "bfloat16", "float32"] | None = None
     """safetensors: number type on disk, by default float16."""
+    tar: bool = False
+    """lc: put the files into tar shards, as WebDataset reads them, about 128 in each."""
     background: str = "#ffffff"
     """Colour that transparent images are laid on; alpha itself is not kept."""
     max_pixels: int = 2**27
@@ -97,12 +103,15 @@ class Encode:
             prior=self.prior,
             background=self.background,
             max_pixels=self.max_pixels,
+            tar=self.tar,
             resume=self.resume.options(),
         )
 
     def _to_latents(self):
         flags = ("step", "bpp", "psnr", "max_bytes", "sample", "prior")
         self._refuse(flags, "for --format lc; latents in safetensors keep the whole posterior")
+        if self.tar:
+            raise UserError("--tar is for --format lc; latents in safetensors are in shards as it is")
         from latent_codec.compression import encode_folder
 
         codec, compute = _load(self.model, self.compute)
@@ -128,12 +137,14 @@ class Decode:
     """Decode .lc files or latents to images; names are kept whole: a.jpg.lc becomes a.jpg.png."""
 
     src: tyro.conf.Positional[Path]
-    """What `encode` wrote: a folder, or one .lc file."""
+    """What `encode` wrote: a folder, a tar file, or one .lc file."""
     dst: tyro.conf.Positional[Path]
     """Folder for the images."""
     model: str = "photo"
     """The model that made them."""
     image_format: Literal["png", "webp", "jpg"] = "png"
+    tar: bool = False
+    """Put the images into tar shards, as WebDataset reads them, about 128 in each."""
     sample: int | None = None
     """Latents: decode a draw from the posterior with this seed; by default its mode. A .lc file's draw is in it."""
     max_pixels: int = 2**27
@@ -159,6 +170,7 @@ class Decode:
                 compute,
                 image_format=self.image_format,
                 max_pixels=self.max_pixels,
+                tar=self.tar,
                 resume=self.resume.options(),
             )
         else:
@@ -169,6 +181,7 @@ class Decode:
                 compute,
                 image_format=self.image_format,
                 sample=self.sample,
+                tar=self.tar,
                 resume=self.resume.options(),
             )
         print(summary)
@@ -306,10 +319,10 @@ def _load(model: str, options: _Compute):
     import torch
 
     from latent_codec.codec import Codec
-    from latent_codec.compression import Compute
+    from latent_codec.compute import Compute
     from latent_codec.tiling import default_tile
 
-    if options.batch_size < 1 or options.workers < 1:
+    if options.batch_size < 1 or (options.workers is not None and options.workers < 1):
         raise UserError(f"--batch-size {options.batch_size} and --workers {options.workers} must both be at least 1")
     device = options.device or ("cpu" if not torch.cuda.is_available() else _own_gpu(torch.cuda.device_count()))
     try:
@@ -318,7 +331,17 @@ def _load(model: str, options: _Compute):
         raise UserError(f"--device {device} is not usable: {str(error).splitlines()[0]}") from error
     codec = Codec.load(model, device).to(memory_format=torch.channels_last)
     tile = default_tile(codec) if options.tile is None else options.tile
-    return codec, Compute(device, options.dtype, options.batch_size, options.workers, tile)
+    on_cpu = device.startswith("cpu")
+    workers = options.workers or (4 if on_cpu else max(1, min(16, _own_cores())))
+    decode_in = options.decode_in or ("threads" if on_cpu else "processes")
+    return codec, Compute(device, options.dtype, options.batch_size, workers, tile, decode_in, options.compile)
+
+
+def _own_cores() -> int:
+    """Of the machine's cores those for this process, which shares them with the others of its launcher."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return cores // max(1, int(processes) if processes.isdecimal() else 1)
 
 
 def _own_gpu(count: int) -> str:

@@ -79,6 +79,11 @@ class Codec(nn.Module):
         """Expected pixels (b, c, h, w) as uint8, rounded and clipped."""
         return self.likelihood.to_uint8(self.decode(z))
 
+    def compile_networks(self) -> None:
+        """Have torch compile encoder and decoder when they are first used; results differ in their last bits."""
+        self.backbone.encode = torch.compile(self.backbone.encode)
+        self.backbone.decode = torch.compile(self.backbone.decode)
+
     @property
     def model_id(self) -> str:
         """SHA-256 of config and tensors, 64 hex digits."""

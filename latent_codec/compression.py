@@ -1,21 +1,24 @@
 """Folders of images -> folders of latents, and back. One bad image never ends the work of the others."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
+from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.config import to_json
-from latent_codec.errors import UserError
-from latent_codec.files import DiskError, disk_errors
-from latent_codec.images import DEFAULT_MAX_PIXELS, Image, ImageFormat, crop, image_bytes, pad, read_image
+from latent_codec.errors import FatalError, UserError
+from latent_codec.files import disk_errors
+from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry, Image, ImageFormat, pad, read_image
 from latent_codec.inputs import Source, find_images
 from latent_codec.latents import (
     INDEX,
@@ -32,25 +35,14 @@ from latent_codec.latents import (
     write_index,
     write_shards,
 )
-from latent_codec.ledger import Ledger, Record, digest, sha256_of
+from latent_codec.ledger import Claim, Ledger, Record, sha256_of
 from latent_codec.noise import fold, normal, text_key
-from latent_codec.pipeline import (
-    RESUME,
-    Compute,
-    Input,
-    Job,
-    Networks,
-    Output,
-    Resume,
-    Summary,
-    Work,
-    check_options,
-    check_rgb,
-    in_batches,
-    run,
-    write_outputs,
-)
+from latent_codec.outputs import Output, image_output, make_outputs
+from latent_codec.pipeline import RESUME, Input, Job, Resume, Work, check_options, check_rgb, in_batches, run
 from latent_codec.plan import Unit
+from latent_codec.shards import are_whole, remove_needless, shard_name
+from latent_codec.summary import Summary
+from latent_codec.workers import Processes
 
 
 def parse_image(
@@ -60,6 +52,18 @@ def parse_image(
     image = read_image(data, max_pixels=max_pixels, background=background, name=source.name)
     pixels = pad(image.pixels, factor)
     return tuple(pixels.shape), Image(pixels, image.geometry)
+
+
+def parse_image_in(processes: Processes, source: Source, data: bytes, **options: Any) -> tuple[tuple[int, ...], Image]:
+    """`parse_image` with its options, in one of the processes; raises as it and `Processes.call` do."""
+    pixels, geometry = processes.call(_parse_array, source, data, options)
+    return pixels.shape, Image(torch.from_numpy(pixels), geometry)
+
+
+def _parse_array(source: Source, data: bytes, options: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
+    """An array: between processes a tensor would take a file handle and shared memory, of which there may be little."""
+    pixels, geometry = parse_image(source, data, **options)[1]
+    return pixels.numpy(), geometry
 
 
 def encode_folder(
@@ -87,37 +91,38 @@ def encode_folder(
     header = header_of(codec, store)
     if not resume.overwrite:
         _check_folder(folder, sources)
-    parse = partial(parse_image, factor=codec.factor, background=background, max_pixels=max_pixels)
-    settings = {
-        "header": to_json(header),
-        "background": background,
-        "dtype": compute.dtype,
-        "tile": networks.changing_tile,
-    }
+    options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
+    settings = {"header": to_json(header), "background": background} | networks.settings
+    fitting = Halving()
 
     def make(jobs: Iterable[Job], work: Work) -> Iterator[_UnitRows]:
-        found = in_batches(
+        read = in_batches(
             jobs,
             Source.read_bytes,
-            parse,
+            partial(parse_image_in, work.decoders, **options),
             batch_size=compute.batch_size,
             resume=resume,
             work=work,
             is_large=networks.cuts_pixels,
-            is_whole=_is_whole,
+            is_whole=are_whole,
         )
-        for unit, inputs in groupby(found, lambda batch: batch[0].job.claim.unit.name):
+        for claim, inputs in groupby(read, lambda batch: batch[0].job.claim):
             rows: list[tuple[Input[Image], Row]] = []
             for batch in inputs:
-                posterior = networks.encode([i.content.pixels for i in batch])
-                rows.extend(_rows(posterior, batch, store, work))
+                with work.summary.timing("network"):
+                    for item, found in fitting(encode, batch, math.prod(batch[0].shape)):
+                        rows.extend(_rows(found, item, store, work))
             if rows:
-                yield _UnitRows(unit, rows)
+                yield _UnitRows(claim, rows)
+
+    def encode(batch: list[Input[Image]]) -> list[tuple[DiagonalGaussian, int]]:
+        posterior = networks.encode([i.content.pixels for i in batch])
+        return [(posterior, index) for index in range(len(batch))]
 
     def write(unit: _UnitRows) -> list[Record]:
         ordered = sorted((one for _, one in unit.rows), key=lambda one: one.entry.path)
-        settings = unit.rows[0][0].job.claim.settings
-        name = _shard_name(unit.name, settings, [(one.entry.path, one.entry.sha256) for one in ordered])
+        images = [(one.entry.path, one.entry.sha256) for one in ordered]
+        name = shard_name(unit.claim.unit.name, unit.claim.settings, images)
         with disk_errors(folder, "latents"):
             shards = {entry.path: entry.shard for entry in write_shards(folder, header, name, ordered)}
             sizes = {shard: (folder / shard).stat().st_size for shard in shards.values()}
@@ -125,7 +130,11 @@ def encode_folder(
         return [i.record(shard := shards[i.job.name], sizes[shard], hashes[shard]) for i, _ in unit.rows]
 
     def process(jobs: Iterable[Job], work: Work) -> None:
-        for unit, future in work.writers.map(write, make(jobs, work), ahead=2):
+        def timed(unit: _UnitRows) -> list[Record]:
+            with work.summary.timing("writing"):
+                return write(unit)
+
+        for unit, future in work.writers.map(timed, make(jobs, work), ahead=2):
             _finish(unit, future, work)
 
     return run(
@@ -138,30 +147,31 @@ def encode_folder(
         resume,
         process,
         gather=lambda ledger, units: _gather(folder, header, ledger, units),
-        workers=compute.workers,
+        compute=compute,
         quiet=quiet,
     )
 
 
 class _UnitRows(NamedTuple):
-    name: str
+    claim: Claim
     rows: list[tuple[Input[Image], Row]]
 
 
 def _rows(
-    posterior: DiagonalGaussian, batch: list[Input[Image]], store: StoredDtype, work: Work
+    found: tuple[DiagonalGaussian, int] | UserError, item: Input[Image], store: StoredDtype, work: Work
 ) -> Iterator[tuple[Input[Image], Row]]:
-    for index, item in enumerate(batch):
-        try:
-            yield item, row(item.job.name, posterior, index, item.content.geometry, item.sha256, store)
-        except UserError as error:
-            work.fail(item.job, error)
+    try:
+        if isinstance(found, UserError):
+            raise found
+        yield item, row(item.job.name, *found, item.content.geometry, item.sha256, store)
+    except UserError as error:
+        work.fail(item.job, error)
 
 
 def _finish(unit: _UnitRows, future: "Future[list[Record]]", work: Work) -> None:
     try:
         records = future.result()
-    except DiskError:
+    except FatalError:
         raise
     except UserError as error:
         for item, _ in unit.rows:
@@ -170,28 +180,6 @@ def _finish(unit: _UnitRows, future: "Future[list[Record]]", work: Work) -> None
         work.summary.bytes_out += sum({record.output: record.bytes_out for record in records}.values())
         for (item, _), record in zip(unit.rows, records, strict=True):
             work.done(item.job, record)
-
-
-def _shard_name(unit: str, settings: str, images: Iterable[tuple[str, str]]) -> str:
-    """What a unit's shards are called, by the (path, SHA-256) of all that is in them.
-
-    Other contents have another name, so that an index stays true until the next one is written, whatever happens
-    between.
-    """
-    return f"{unit}-{digest([settings, sorted(images)])[:8]}"
-
-
-def _unit_of(shard: str) -> str:
-    return shard.split("-")[1]
-
-
-def _is_whole(records: Sequence[Record]) -> bool:
-    """Whether the shards of these images of a unit hold all of them and no others."""
-    if not records:
-        return True
-    images = [(record.path, record.sha256) for record in records]
-    name = _shard_name(_unit_of(records[0].output), records[0].settings, images)
-    return all(record.output.startswith(f"latents-{name}-") for record in records)
 
 
 def _check_folder(folder: Path, sources: Sequence[Source]) -> None:
@@ -223,20 +211,7 @@ def _gather(folder: Path, header: Header, ledger: Ledger, units: Sequence[Unit])
     with disk_errors(folder / INDEX):
         write_index(folder, header, entries)
     with disk_errors(folder):
-        _remove_needless([path for path in stored_shards(folder) if path.name not in shards], ledger, units)
-
-
-def _remove_needless(shards: Sequence[Path], ledger: Ledger, units: Sequence[Unit]) -> None:
-    """Shards that no record names; what another process works on it may be about to record."""
-    of_name = {unit.name: unit for unit in units}
-    for path in shards:
-        unit = of_name.get(_unit_of(path.name))
-        if unit is None:
-            path.unlink(missing_ok=True)
-            continue
-        with ledger.idle(unit.name) as idle:
-            if idle and path.name not in {record.output for record in ledger.records(unit)}:
-                path.unlink(missing_ok=True)
+        remove_needless([path for path in stored_shards(folder) if path.name not in shards], ledger, units)
 
 
 def decode_folder(
@@ -247,13 +222,14 @@ def decode_folder(
     *,
     image_format: ImageFormat = "png",
     sample: int | None = None,
+    tar: bool = False,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Decode a folder of latents; `a/b.jpg` becomes `folder/a/b.jpg.png`.
+    """Decode a folder of latents; `a/b.jpg` becomes `folder/a/b.jpg.png`, or with `tar` a member of a tar shard.
 
     The posterior's mode is decoded, or with `sample` a draw that depends on (sample, path) alone. Raises `UserError`
-    before any work if the latents are another model's, and as `pipeline.run` does.
+    before any work if the latents are another model's, and as `outputs.make_outputs` does.
     """
     check_rgb(codec)
     networks = Networks(codec, compute)
@@ -264,9 +240,8 @@ def decode_folder(
         "model_id": codec.model_id,
         "sample": sample,
         "format": image_format,
-        "dtype": compute.dtype,
-        "tile": networks.changing_tile,
-    }
+    } | networks.settings
+    fitting = Halving()
 
     def sides(entry: Entry) -> tuple[int, int]:
         return -(-entry.geometry.height // codec.factor), -(-entry.geometry.width // codec.factor)
@@ -286,22 +261,30 @@ def decode_folder(
             raise UserError(f"{source.name}: {source.path.name} holds {both.shape[2]} latent channels, not {z}")
         return tuple(both.shape[2:]), DiagonalGaussian(both[0], both[1])
 
+    def decode(batch: list[Input[DiagonalGaussian]]) -> Sequence[torch.Tensor]:
+        return networks.decode_uint8([_drawn(i.job.name, i.content, sample)[0] for i in batch]).unbind()
+
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
         for batch in in_batches(
-            jobs, load, parse, batch_size=compute.batch_size, resume=resume, work=work, is_large=networks.cuts_latents
+            jobs,
+            load,
+            parse,
+            batch_size=compute.batch_size,
+            resume=resume,
+            work=work,
+            is_large=networks.cuts_latents,
+            is_whole=are_whole if tar else None,
         ):
-            pixels = networks.decode_uint8([_drawn(i.job.name, i.content, sample)[0] for i in batch])
-            for item, image in zip(batch, pixels, strict=True):
+            with work.summary.timing("network"):
+                decoded = list(fitting(decode, batch, math.prod(batch[0].shape)))
+            for item, pixels in decoded:
                 geometry = latents.entries[rows[item.job.name]].geometry
-                yield Output(item, partial(image_bytes, crop(image, geometry), geometry, image_format))
-
-    def process(jobs: Iterable[Job], work: Work) -> None:
-        write_outputs(make(jobs, work), folder, work)
+                yield from image_output(item, f"{item.job.name}.{image_format}", pixels, geometry, image_format, work)
 
     sources = sorted(source(entry) for entry in latents.entries)
-    outputs = [f"{s.name}.{image_format}" for s in sources]
-    return run(
-        "decode", "images", sources, outputs, folder, settings, resume, process, workers=compute.workers, quiet=quiet
+    names = [f"{s.name}.{image_format}" for s in sources]
+    return make_outputs(
+        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=compute, quiet=quiet
     )
 
 

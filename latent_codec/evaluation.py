@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from latent_codec import __version__, metrics
 from latent_codec.codec import Codec
-from latent_codec.compression import Compute, encode_folder
+from latent_codec.compression import encode_folder
+from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
 from latent_codec.images import crop, write_image
 from latent_codec.inputs import find_images
 from latent_codec.latents import Latents, stored_files
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.pipeline import OVERWRITE, Networks
+from latent_codec.pipeline import OVERWRITE
 
 RESULTS = "results.json"
 

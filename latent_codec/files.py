@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from latent_codec.errors import UserError
+from latent_codec.errors import FatalError, UserError
 
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{16})-[0-9a-f]{8}\.tmp", re.DOTALL)
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
-class DiskError(UserError):
+class DiskError(FatalError):
     """Nothing more can be written."""
 
 
@@ -52,28 +52,41 @@ def temporary_of(name: str) -> str | None:
 
 
 @contextmanager
+def temporary_path(folder: Path, name: str) -> Iterator[Path]:
+    """An empty file in a folder, with the permissions of the user's umask, for `name` or the like; removed at the end.
+
+    Unless `put` took it away before. The folder and its parents are created.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = os.fsencode(name)[:200].decode(errors="ignore")  # names are limited in bytes, to 255
+    temporary = folder / f".{stem}.{process_name()}-{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.touch(exist_ok=False)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put(temporary: Path, path: Path, mode: int | None = None) -> None:
+    """A written temporary file in its place, after it has reached the disk; `mode` are the permissions it gets."""
+    if mode is not None and temporary.stat().st_mode != mode:
+        temporary.chmod(stat.S_IMODE(mode))
+    fsync(temporary)
+    os.replace(temporary, path)  # noqa: PTH105 (tests stop the process here by name)
+    fsync(path.parent)
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder; on success it is fsynced and renamed to `path`, else removed.
 
-    It is there already, empty, with the permissions of the user's umask, and keeps these whatever the writer does: a
-    library that puts its own file in its place (safetensors) would leave one for the owner only. Parent folders are
-    created.
+    It keeps the permissions of the user's umask whatever the writer does: a library that puts its own file in its
+    place (safetensors) would leave one for the owner only. Parent folders are created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stem = os.fsencode(path.name)[:200].decode(errors="ignore")  # names are limited in bytes, to 255
-    temporary = path.with_name(f".{stem}.{process_name()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
+    with temporary_path(path.parent, path.name) as temporary:
         mode = temporary.stat().st_mode
         yield temporary
-        if temporary.stat().st_mode != mode:
-            temporary.chmod(stat.S_IMODE(mode))
-        fsync(temporary)
-        os.replace(temporary, path)  # noqa: PTH105 (tests stop the process here by name)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
+        put(temporary, path, mode)
 
 
 def write_text(path: Path, text: str) -> None:

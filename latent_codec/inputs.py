@@ -3,7 +3,7 @@
 import glob
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
@@ -53,11 +53,7 @@ def find_images(where: Path | str) -> list[Source]:
         raise UserError(f"{where}: no such image, folder or tar file")
     if not sources:
         raise UserError(f"{where}: no images there; looked for {', '.join(sorted(EXTENSIONS))}")
-    sources.sort()
-    for one, other in pairwise(sources):
-        if one.name == other.name:
-            raise UserError(f"{where}: {one.path} and {other.path} both hold {one.name}; rename one of them")
-    return sources
+    return _in_order(sources, where)
 
 
 def find_all(places: Sequence[Path]) -> list[Source]:
@@ -90,14 +86,30 @@ def _is_tar(path: Path) -> bool:
 
 
 def find_files(where: Path, suffix: str) -> list[Source]:
-    """Files with a suffix, as it is spelled, in a folder (recursively), or the one that is given; sorted by name.
+    """Files with a suffix, as it is spelled, in a folder (recursively) or a tar file, or the one that is given.
 
-    Links to folders are not followed. Raises `UserError` if a folder cannot be read.
+    Tar files directly in a folder are searched as well; what is in them has its own name, without the tar file's.
+    Sorted by name. Links to folders are not followed. Raises `UserError` if a folder or tar file cannot be read, or two
+    files would have the same name.
     """
     if where.is_dir():
-        files = [f for f in _tree(where) if f.suffix == suffix and (f.is_file() or f.is_symlink())]
-        return sorted(_whole(f, f.relative_to(where).as_posix()) for f in files)
-    return [_whole(where, where.name)] if where.suffix == suffix and where.is_file() else []
+        files = [f for f in _tree(where) if f.is_file() or f.is_symlink()]
+        sources = [_whole(f, f.relative_to(where).as_posix()) for f in files if f.suffix == suffix]
+        shards = [f for f in files if _is_tar(f) and f.parent == where]
+    else:
+        sources = [_whole(where, where.name)] if where.suffix == suffix and where.is_file() else []
+        shards = [where] if _is_tar(where) and where.is_file() else []
+    for shard in shards:
+        sources += _in_tar(shard, "", lambda name: Path(name).suffix == suffix)
+    return _in_order(sources, where)
+
+
+def _in_order(sources: list[Source], where: Path | str) -> list[Source]:
+    sources.sort()
+    for one, other in pairwise(sources):
+        if one.name == other.name:
+            raise UserError(f"{where}: {one.path} and {other.path} both hold {one.name}; rename one of them")
+    return sources
 
 
 def _in_folder(folder: Path) -> list[Source]:
@@ -133,13 +145,13 @@ def _in_files(files: list[Path], root: Path) -> list[Source]:
     return sources
 
 
-def _in_tar(shard: Path, prefix: str) -> list[Source]:
-    """Images in an uncompressed tar file; of members with the same name the last counts, as when it is unpacked."""
+def _in_tar(shard: Path, prefix: str, wanted: Callable[[str], bool] = _is_image) -> list[Source]:
+    """What is wanted of an uncompressed tar file; of members of one name the last counts, as when it is unpacked."""
     found: dict[str, Source] = {}
     try:
         with tarfile.open(shard, "r:") as tar, shard.open("rb") as raw:
             for member in tar.getmembers():
-                if _is_image(member.name) and (member.isfile() or member.islnk()):
+                if wanted(member.name) and (member.isfile() or member.islnk()):
                     data = tar.getmember(member.linkname) if member.islnk() else member
                     name = str(PurePosixPath(prefix, member.name.lstrip("/")))  # `tar c .` writes ./a.jpg
                     found[name] = Source(name, shard, data.offset_data, data.size)

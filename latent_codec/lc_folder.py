@@ -1,42 +1,32 @@
 """Folders of images -> folders of `.lc` files, and back. One bad file never ends the work of the others."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 
 from latent_codec import bitstream
 from latent_codec.bitstream import SUFFIX, Stream
 from latent_codec.codec import Codec
-from latent_codec.compression import parse_image
+from latent_codec.compression import parse_image_in
+from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.errors import UserError
-from latent_codec.images import DEFAULT_MAX_PIXELS, Image, ImageFormat, crop, image_bytes
+from latent_codec.images import DEFAULT_MAX_PIXELS, Image, ImageFormat, crop
 from latent_codec.inputs import Source, find_files, find_images
 from latent_codec.latents import INDEX, stored_files
 from latent_codec.noise import fold, text_key
-from latent_codec.pipeline import (
-    RESUME,
-    Compute,
-    Input,
-    Job,
-    Networks,
-    Output,
-    Resume,
-    Summary,
-    Work,
-    check_options,
-    check_rgb,
-    in_batches,
-    run,
-    write_outputs,
-)
+from latent_codec.outputs import Output, image_output, make_outputs
+from latent_codec.pipeline import RESUME, Input, Job, Resume, Work, check_options, check_rgb, in_batches
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Quantized
 from latent_codec.rate import Rate, choose
+from latent_codec.shards import are_whole
 from latent_codec.streams import Coded, StreamCodec, StreamReader
+from latent_codec.summary import Summary
 
 PRIORS = get_args(PriorKind)
 
@@ -57,15 +47,16 @@ def encode_streams(
     prior: PriorKind | None = None,
     background: str = "#ffffff",
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    tar: bool = False,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Compress every image found at `where`; `a/b.jpg` becomes `folder/a/b.jpg.lc`.
+    """Compress every image found at `where`; `a/b.jpg` becomes `folder/a/b.jpg.lc`, or with `tar` a tar's member.
 
     The posterior's mean is rounded, or with `sample` dithered by (sample, name) alone: what is decoded is then a draw
     around it. `prior` is the kind to code under, by default the best the model has. Raises `UserError` before any work
     if nothing is found, an option makes no sense, the model has no such prior or is none of RGB images, or `folder`
-    holds latents; and as `pipeline.run` does.
+    holds latents; and as `outputs.make_outputs` does.
     """
     check_rgb(codec)
     check_options(background, max_pixels)
@@ -82,51 +73,64 @@ def encode_streams(
         "sample": sample,
         "dead_zone": DEAD_ZONE,
         "background": background,
-        "dtype": compute.dtype,
-        "tile": networks.changing_tile,
-    }
-    parse = partial(parse_image, factor=codec.factor, background=background, max_pixels=max_pixels)
+    } | networks.settings
+    options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
+    fitting, fitting_coder = Halving(), Halving()
 
-    def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
+    def encode(batch: list[Input[Image]]) -> Sequence[torch.Tensor]:
+        return networks.encode([i.content.pixels for i in batch]).mean.unbind()
+
+    def encoded(jobs: Iterable[Job], work: Work) -> Iterator[list[_Encoded]]:
         for batch in in_batches(
             jobs,
             Source.read_bytes,
-            parse,
+            partial(parse_image_in, work.decoders, **options),
             batch_size=compute.batch_size,
             resume=resume,
             work=work,
             is_large=networks.cuts_pixels,
+            is_whole=are_whole if tar else None,
         ):
-            means = networks.encode([i.content.pixels for i in batch]).mean
-            for item, coded in _coded(coder, batch, means, rate, sample, compute.tile, work):
-                geometry = item.content.geometry
-                yield Output(item, lambda data=coded.data: data, geometry.width * geometry.height)
+            with work.summary.timing("network"):
+                yield [_Encoded(*one) for one in fitting(encode, batch, math.prod(batch[0].shape))]
 
-    outputs = [f"{s.name}{SUFFIX}" for s in sources]
+    def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
+        def code(batch: list[_Encoded]) -> list[tuple[Input[Image], Coded | UserError]]:
+            with work.summary.timing("coding"):
+                return list(_coded(coder, batch, rate, sample, compute.tile, fitting_coder))
 
-    def process(jobs: Iterable[Job], work: Work) -> None:
-        write_outputs(make(jobs, work), folder, work)
+        for _, future in work.coder.map(code, encoded(jobs, work), ahead=2):
+            for item, coded in future.result():
+                if isinstance(coded, UserError):
+                    work.fail(item.job, coded)
+                else:
+                    geometry = item.content.geometry
+                    data = partial(bytes, coded.data)
+                    yield Output(item, f"{item.job.name}{SUFFIX}", data, geometry.width * geometry.height)
 
-    return run(
-        "encode", "streams", sources, outputs, folder, settings, resume, process, workers=compute.workers, quiet=quiet
+    names = [f"{s.name}{SUFFIX}" for s in sources]
+    return make_outputs(
+        "encode", "streams", sources, names, folder, settings, resume, make, tar=tar, compute=compute, quiet=quiet
     )
 
 
+class _Encoded(NamedTuple):
+    item: Input[Image]
+    mean: torch.Tensor | UserError
+    """Of the posterior, (z, h, w); or why there is none."""
+
+
 def _coded(
-    coder: StreamCodec,
-    batch: list[Input[Image]],
-    means: torch.Tensor,
-    rate: Rate,
-    sample: int | None,
-    tile: int | None,
-    work: Work,
-) -> Iterator[tuple[Input[Image], Coded]]:
-    """Streams of a batch from its posterior means (b, z, h, w): together where all take one step, else one by one."""
+    coder: StreamCodec, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int | None, fitting: Halving
+) -> Iterator[tuple[Input[Image], Coded | UserError]]:
+    """Streams of images of one shape: together where all take one step, else one by one."""
     quantized: list[tuple[Input[Image], Quantized]] = []
-    for item, mean in zip(batch, means, strict=True):
+    for item, mean in batch:
         name, (pixels, geometry) = item.job.name, item.content
         seed = None if sample is None else dither_seed(sample, name)
         try:
+            if isinstance(mean, UserError):
+                raise mean
             if not bool(torch.isfinite(mean).all()):
                 raise UserError("the model's latents are not finite; try --dtype float32")
             if rate.fixed_step is not None:
@@ -134,10 +138,13 @@ def _coded(
             else:
                 yield item, choose(coder, mean, geometry, crop(pixels, geometry), seed, rate, tile)
         except UserError as error:
-            work.fail(item.job, error)
-    if quantized:
-        coded = coder.compress([(q, item.content.geometry) for item, q in quantized])
-        yield from zip((item for item, _ in quantized), coded, strict=True)
+            yield item, error
+
+    def compress(images: list[tuple[Input[Image], Quantized]]) -> list[Coded]:
+        return coder.compress([(q, item.content.geometry) for item, q in images])
+
+    for (item, _), coded in fitting(compress, quantized, math.prod(batch[0].item.shape)):
+        yield item, coded
 
 
 def decode_streams(
@@ -148,13 +155,14 @@ def decode_streams(
     *,
     image_format: ImageFormat = "png",
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    tar: bool = False,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Decode one `.lc` file or a folder's; `a/b.jpg.lc` becomes `folder/a/b.jpg.png`.
+    """Decode one `.lc` file, or those of a folder or tar file; `a/b.jpg.lc` becomes `folder/a/b.jpg.png`.
 
-    Damaged files and those of another model fail, the others go on. Raises `UserError` before any work if there are
-    none or the model has no prior, and as `pipeline.run` does.
+    With `tar` it becomes a member of a tar shard. Damaged files and those of another model fail, the others go on.
+    Raises `UserError` before any work if there are none or the model has no prior, and as `outputs.make_outputs` does.
     """
     check_rgb(codec)
     check_options("#ffffff", max_pixels)
@@ -166,48 +174,65 @@ def decode_streams(
     settings = {
         "model_id": codec.model_id,
         "format": image_format,
-        "dtype": compute.dtype,
-        "tile": networks.changing_tile,
-    }
+    } | networks.settings
+    fitting, fitting_coder = Halving(), Halving()
 
     def load(source: Source) -> bytes:
-        return bitstream.read_bytes(source.path)
+        return bitstream.read_bytes(source.path, source.offset, source.size)
 
     def parse(source: Source, data: bytes) -> tuple[tuple[int, ...], Stream]:
         stream = bitstream.unpack(data, max_pixels=max_pixels)
         prior, shape = reader.check(stream)
         return (PRIORS.index(prior), *shape), stream
 
+    def decompress(batch: list[Input[Stream]]) -> list[torch.Tensor | UserError]:
+        return reader.decompress([i.content for i in batch])
+
+    def decode(batch: list[_Decompressed]) -> Sequence[torch.Tensor]:
+        return networks.decode_uint8([z for _, z in batch]).unbind()
+
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
-        for batch in in_batches(
-            jobs, load, parse, batch_size=compute.batch_size, resume=resume, work=work, is_large=networks.cuts_latents
-        ):
-            latents: list[tuple[Input[Stream], torch.Tensor]] = []
-            for item, z in zip(batch, reader.decompress([i.content for i in batch]), strict=True):
+        def uncode(batch: list[Input[Stream]]) -> list[tuple[Input[Stream], torch.Tensor | UserError]]:
+            with work.summary.timing("coding"):
+                return list(fitting_coder(decompress, batch, math.prod(batch[0].shape[1:])))
+
+        read = in_batches(
+            jobs,
+            load,
+            parse,
+            batch_size=compute.batch_size,
+            resume=resume,
+            work=work,
+            is_large=networks.cuts_latents,
+            is_whole=are_whole if tar else None,
+        )
+        for _, future in work.coder.map(uncode, read, ahead=2):
+            sound: list[_Decompressed] = []
+            for item, z in future.result():
                 if isinstance(z, UserError):
                     work.fail(item.job, z)
                 else:
-                    latents.append((item, z))
-            if not latents:
-                continue
-            pixels = networks.decode_uint8([z for _, z in latents])
-            for (item, _), image in zip(latents, pixels, strict=True):
-                geometry = item.content.header.geometry
-                yield Output(item, partial(image_bytes, crop(image, geometry), geometry, image_format))
+                    sound.append(_Decompressed(item, z))
+            with work.summary.timing("network"):
+                decoded = list(fitting(decode, sound, math.prod(sound[0].z.shape))) if sound else []
+            for (item, _), pixels in decoded:
+                name = f"{item.job.name.removesuffix(SUFFIX)}.{image_format}"
+                yield from image_output(item, name, pixels, item.content.header.geometry, image_format, work)
 
-    outputs = [f"{s.name.removesuffix(SUFFIX)}.{image_format}" for s in sources]
-
-    def process(jobs: Iterable[Job], work: Work) -> None:
-        write_outputs(make(jobs, work), folder, work)
-
-    return run(
-        "decode", "images", sources, outputs, folder, settings, resume, process, workers=compute.workers, quiet=quiet
+    names = [f"{s.name.removesuffix(SUFFIX)}.{image_format}" for s in sources]
+    return make_outputs(
+        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=compute, quiet=quiet
     )
 
 
+class _Decompressed(NamedTuple):
+    item: Input[Stream]
+    z: torch.Tensor  # (z, h, w)
+
+
 def is_streams(where: Path) -> bool:
-    """Whether a place is for `decode_streams` rather than for latents: a `.lc` file, or a folder that has some."""
-    return bool(find_streams(where)) or (where.suffix == SUFFIX and not where.is_dir())
+    """Whether a place is for `decode_streams` rather than for latents: a `.lc` file, or what has some in it."""
+    return bool(find_streams(where)) or (where.suffix in (SUFFIX, ".tar") and not where.is_dir())
 
 
 def find_streams(where: Path) -> list[Source]:

@@ -30,7 +30,7 @@ NAME = ".latent_codec"
 FAILURES = "failures.jsonl"
 """In the folder itself: path and reason of each image that failed."""
 
-Kind = Literal["streams", "latents", "images"]
+Kind = Literal["streams", "streams.tar", "latents", "images", "images.tar"]
 """What a command makes; commands that make different things in one folder do not see each other's records."""
 SourceCheck = Literal["hash", "mtime"]
 

@@ -1,139 +1,29 @@
-"""What every command over many images shares: reading ahead in threads, batches of one shape, and who failed why."""
+"""What every command over many images shares: reading ahead, batches of one shape, and who failed why."""
 
 import contextlib
 import dataclasses
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
 from tqdm import tqdm
 
-from latent_codec import tiling
-from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.colour import parse_colour
-from latent_codec.errors import UserError
-from latent_codec.files import DiskError, atomic_path, disk_errors, make_folder
+from latent_codec.compute import Compute
+from latent_codec.errors import FatalError, UserError
+from latent_codec.files import make_folder
 from latent_codec.inputs import Source
 from latent_codec.ledger import FAILURES, Claim, Kind, Ledger, Record, SourceCheck, mtime_ns, sha256
 from latent_codec.plan import WHOLE, Share, Unit, check_absent, check_names, check_outputs, folding, units
+from latent_codec.summary import Summary
+from latent_codec.workers import Processes, Threads
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclasses.dataclass
-class Summary:
-    """What became of the images: done + skipped + elsewhere + failed = found."""
-
-    verb: str
-    found: int = 0
-    done: int = 0
-    skipped: int = 0
-    """Their outputs were there, of the same source, model and settings."""
-    elsewhere: int = 0
-    """Other processes did them in the meantime."""
-    failures: dict[str, str] = dataclasses.field(default_factory=dict)
-    bytes_in: int = 0
-    bytes_out: int = 0
-    pixels: int = 0
-    """Of the images done, where bytes per pixel are of interest."""
-    seconds: float = 0.0
-
-    def fail(self, name: str, reason: object) -> None:
-        text = str(reason) if isinstance(reason, (UserError, str)) else f"{type(reason).__name__}: {reason}"
-        self.failures[name] = text
-        tqdm.write(text if text.startswith(name) else f"{name}: {text}", file=sys.stderr)
-
-    def __str__(self) -> str:
-        others = {"skipped": self.skipped, "by other processes": self.elsewhere, "failed": len(self.failures)}
-        counts = "".join(f", {count} {what}" for what, count in others.items() if count)
-        text = f"{self.verb} {self.done} of {self.found} images{counts} in {self.seconds:.1f} s"
-        if self.done:
-            text += f" ({self.done / max(self.seconds, 1e-9):.1f} images/s); {self.bytes_in / 1e6:.2f} MB in, "
-            text += f"{self.bytes_out / 1e6:.2f} MB out"
-        return text + (f", {8 * self.bytes_out / self.pixels:.3f} bits per pixel" if self.pixels else "")
-
-
-class Compute(NamedTuple):
-    """Where and how the networks run."""
-
-    device: str
-    dtype: Literal["float32", "bfloat16", "float16"]
-    batch_size: int
-    workers: int
-    """Threads that read and write image files."""
-    tile: int | None = None
-    """Side in pixels of the tiles that larger images are cut into (`latent_codec.tiling`); None leaves all whole."""
-
-    def autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.dtype)
-        return torch.autocast(self.device.split(":")[0], dtype=dtype, enabled=self.dtype != "float32")
-
-
-class Networks:
-    """A codec's networks, run as `compute` says. Where tiles change results, the first image shows by how much."""
-
-    def __init__(self, codec: Codec, compute: Compute) -> None:
-        """Raises `UserError` for a tile that the model cannot have."""
-        if compute.tile is not None:
-            tiling.check_tile(codec, compute.tile)
-        self.codec, self.compute = codec, compute
-        self._silent = tiling.is_exact(codec)
-
-    def encode(self, images: Sequence[torch.Tensor]) -> DiagonalGaussian:
-        """The posterior, on the CPU, of images (3, h, w) uint8 of one shape."""
-        pixels = torch.stack(list(images)) if len(images) > 1 else images[0][None]
-        with torch.inference_mode(), self.compute.autocast():
-            posterior = tiling.encode(self.codec, pixels, self.compute.tile)
-            self._report(pixels, self.codec.factor, tiling.encode_error)
-        return posterior
-
-    def decode_uint8(self, latents: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Pixels (b, 3, h, w) uint8, on the CPU, of latents (z, h/f, w/f) of one shape."""
-        z = torch.stack(list(latents)) if len(latents) > 1 else latents[0][None]
-        with torch.inference_mode(), self.compute.autocast():
-            pixels = tiling.decode_uint8(self.codec, z, self.compute.tile)
-            self._report(z, 1, tiling.decode_error)
-        return pixels
-
-    def _report(self, x: torch.Tensor, scale: int, measure: Callable[[Codec, torch.Tensor, int], object]) -> None:
-        """Say on stderr, once, what tiles change of x, which has `scale` elements along a side for each latent one."""
-        height, width = (size // scale for size in x.shape[2:])
-        tile = self.compute.tile
-        if self._silent or tile is None or not self.cuts(height, width):
-            return
-        self._silent = True
-        rows, columns = (slice(s.start * scale, s.stop * scale) for s in tiling.seam(self.codec, height, width, tile))
-        error = measure(self.codec, x[:1, :, rows, columns], tile)
-        tqdm.write(
-            f"tiles of {tile} pixels change what this model gives; in a part of the first such image {error}; "
-            "a larger --tile changes less",
-            file=sys.stderr,
-        )
-
-    def cuts_pixels(self, shape: tuple[int, ...]) -> bool:
-        """Whether an image (..., h, w) goes in tiles."""
-        return tiling.cuts(shape[-2] * shape[-1], self.compute.tile)
-
-    def cuts_latents(self, shape: tuple[int, ...]) -> bool:
-        """Whether the image of latents (..., h/f, w/f) goes in tiles."""
-        return self.cuts(*shape[-2:])
-
-    def cuts(self, height: int, width: int) -> bool:
-        """Whether an image with latents (height, width) goes in tiles."""
-        return tiling.cuts(height * width * self.codec.factor**2, self.compute.tile)
-
-    @property
-    def changing_tile(self) -> int | None:
-        """The tile, if what is computed depends on it."""
-        return None if tiling.is_exact(self.codec) else self.compute.tile
 
 
 class Job(NamedTuple):
@@ -188,49 +78,14 @@ class Current(NamedTuple):
         return self.record.shape
 
 
-class Threads:
-    """A context's worker threads: they end with it, not with a generator, which may end in any thread at any time."""
-
-    def __init__(self, workers: int) -> None:
-        self._pool, self._ahead = ThreadPoolExecutor(workers), 2 * workers
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def map(
-        self, work: Callable[[T], R], items: Iterable[T], ahead: int | None = None
-    ) -> Iterator[tuple[T, "Future[R]"]]:
-        """(item, finished future) in order, a bounded number `ahead`.
-
-        What `items` raises, an interruption too, is raised after what was begun before has come out.
-        """
-        waiting: deque[tuple[T, Future[R]]] = deque()
-        iterator, raised = iter(items), None  # by which the iterator ended
-        while True:
-            try:
-                while raised is None and len(waiting) < (ahead or self._ahead):
-                    item = next(iterator)
-                    waiting.append((item, self._pool.submit(work, item)))
-            except BaseException as error:
-                raised = error
-            if not waiting:
-                break
-            item, future = waiting.popleft()
-            future.exception()  # wait; the caller asks for the result
-            yield item, future
-        if raised is not None and not isinstance(raised, StopIteration):
-            raise raised
-
-
 class Work(NamedTuple):
     """What is counted while jobs come to their ends, each by exactly one of these; and who works on them."""
 
     summary: Summary
     bar: Any
     readers: Threads
+    decoders: Processes
+    coder: Threads
     writers: Threads
 
     def done(self, job: Job, record: Record, pixels: int = 0) -> None:
@@ -296,7 +151,7 @@ def run(
     resume: Resume,
     process: Callable[[Iterable[Job], Work], None],
     *,
-    workers: int,
+    compute: Compute,
     quiet: bool,
     gather: Callable[[Ledger, Sequence[Unit]], None] = lambda ledger, units: None,
 ) -> Summary:
@@ -327,8 +182,11 @@ def run(
             check_outputs(outputs, folder, fold)
         ledger.reserve(own, overwrite=resume.overwrite)
         conclude = _finally(lambda: _conclude(ledger, everything, gather))
-        with conclude, Threads(workers) as readers, Threads(workers) as writers:
-            work = Work(summary, bar, readers, writers)
+        with conclude, contextlib.ExitStack() as stack:
+            threads = (stack.enter_context(Threads(n)) for n in (compute.workers, 1, compute.workers))
+            processes = Processes(compute.workers if compute.decode_in == "processes" else 0)
+            readers, coder, writers = threads
+            work = Work(summary, bar, readers, stack.enter_context(processes), coder, writers)
             for claims in ledger.rounds(asked):
                 process(_jobs(claims, named, work), work)
     summary.seconds = time.monotonic() - started
@@ -398,7 +256,8 @@ def in_batches(
             data = load(job.source)
         except OSError as error:
             raise UserError(f"{job.name}: cannot be read: {error.strerror or error}") from error
-        return Input(job, changed, sha256(data), *parse(job.source, data))
+        with work.summary.timing("decode"):
+            return Input(job, changed, sha256(data), *parse(job.source, data))
 
     def find(job: Job) -> Input[T] | Current:
         if job.name in job.claim.records and not resume.overwrite:
@@ -452,43 +311,12 @@ def _successes(outcomes: Iterable[tuple[Job, "Future[R]"]], work: Work) -> Itera
     for job, future in outcomes:
         try:
             result = future.result()
+        except FatalError:
+            raise
         except Exception as error:
             work.fail(job, error)
         else:
             yield result
-
-
-class Output(NamedTuple):
-    """What is to be written for one input."""
-
-    input: Input[Any]
-    data: Callable[[], bytes]
-    """Called in a thread."""
-    pixels: int = 0
-    """To count once it is written."""
-
-
-def write_outputs(outputs: Iterable[Output], folder: Path, work: Work) -> None:
-    """Write and count them; raises `UserError` if the disk cannot take any more."""
-
-    def write(output: Output) -> Record:
-        name = output.input.job.output
-        assert name is not None
-        data = output.data()
-        with disk_errors(folder / name, output.input.job.name), atomic_path(folder / name) as temporary:
-            temporary.write_bytes(data)
-        return output.input.record(name, len(data), sha256(data))
-
-    for output, future in work.writers.map(write, outputs):
-        try:
-            record = future.result()
-        except DiskError:
-            raise
-        except Exception as error:
-            work.fail(output.input.job, error)
-        else:
-            work.summary.bytes_out += record.bytes_out
-            work.done(output.input.job, record, output.pixels)
 
 
 def batches(

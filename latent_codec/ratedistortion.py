@@ -12,6 +12,7 @@ from tqdm import tqdm
 from latent_codec import peer_codecs
 from latent_codec.bitstream import unpack
 from latent_codec.codec import Codec
+from latent_codec.compute import Compute, Networks
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.evaluation import compare
@@ -21,10 +22,11 @@ from latent_codec.inputs import Source, find_images
 from latent_codec.lc_folder import dither_seed
 from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.pipeline import Compute, Networks, Summary, check_rgb
+from latent_codec.pipeline import check_rgb
 from latent_codec.quantizer import step_code
 from latent_codec.rd_report import Record, Report, Row, Setting, report
 from latent_codec.streams import StreamCodec, StreamReader
+from latent_codec.summary import Summary
 
 DITHERED_STEP = 1.0
 """Where dither is tried: its error then has the variance of the posterior."""

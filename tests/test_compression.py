@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from latent_codec import compression, modelfile, plan
 from latent_codec.codec import Codec
-from latent_codec.compression import Compute, Summary, decode_folder, encode_folder
+from latent_codec.compression import decode_folder, encode_folder
+from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.latents import INDEX, Latents, stored_files, stored_shards
 from latent_codec.pipeline import OVERWRITE
+from latent_codec.summary import Summary
 
 CPU = Compute("cpu", "float32", 4, 2)
 ORIENTATION = 0x0112

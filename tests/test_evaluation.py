@@ -13,7 +13,7 @@ from PIL import Image
 
 from latent_codec import metrics
 from latent_codec.codec import Codec
-from latent_codec.compression import Compute
+from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.evaluation import Report, evaluate
 from latent_codec.latents import Latents

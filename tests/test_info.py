@@ -13,7 +13,8 @@ from PIL import Image
 from latent_codec import bitstream
 from latent_codec.bitstream import OVERHEAD
 from latent_codec.codec import Codec
-from latent_codec.compression import Compute, encode_folder
+from latent_codec.compression import encode_folder
+from latent_codec.compute import Compute
 from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.info import count_flops, describe

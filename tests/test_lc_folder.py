@@ -23,11 +23,13 @@ from latent_codec import bitstream, compression, lc_folder, metrics
 from latent_codec.bitstream import OVERHEAD
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
+from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.images import read_image
 from latent_codec.lc_folder import decode_streams, dither_seed, encode_streams
-from latent_codec.pipeline import OVERWRITE, Compute, Summary
+from latent_codec.pipeline import OVERWRITE
 from latent_codec.rate import Rate
+from latent_codec.summary import Summary
 
 CPU = Compute("cpu", "float32", 4, 2)
 RATES: list[dict[str, Any]] = [{}, {"step": 0.3}, {"bpp": 9.0}, {"psnr": 6.0}, {"max_bytes": 400}]

@@ -15,10 +15,10 @@ from PIL import Image
 from latent_codec import cli, curves, metrics, peer_codecs, ratedistortion
 from latent_codec.bitstream import unpack
 from latent_codec.codec import Codec
+from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.images import pad, read_image
 from latent_codec.peer_codecs import PEERS
-from latent_codec.pipeline import Compute
 from latent_codec.quantizer import step_code
 from latent_codec.ratedistortion import rate_distortion
 from latent_codec.rd_report import Report, Row

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from latent_codec.codec import Codec
-from latent_codec.compression import Compute, encode_folder
+from latent_codec.compression import encode_folder
+from latent_codec.compute import Compute
 
 
 def test_the_python_example_runs(

@@ -20,12 +20,14 @@ from tiny_folder import COMPUTE, UNIT, Kind, Task, die, finish, posteriors, star
 
 from latent_codec import cli, pipeline, plan
 from latent_codec.codec import Codec
+from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.latents import INDEX, Latents, stored_shards
 from latent_codec.ledger import FAILURES
-from latent_codec.pipeline import OVERWRITE, RESUME, Compute, Summary
+from latent_codec.pipeline import OVERWRITE, RESUME
 from latent_codec.plan import Share
 from latent_codec.rate import Rate
+from latent_codec.summary import Summary
 
 KINDS: tuple[Kind, ...] = ("streams", "latents", "images of streams", "images of latents")
 SIZES = {"a.png": (24, 16), "b.png": (24, 16), "c.jpg": (24, 16), "sub/d.png": (9, 17), "sub/e.png": (24, 16)}
@@ -433,7 +435,7 @@ def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(
 ) -> None:
     task, expected = places[kind]
     for at in itertools.count(1):
-        numbers = itertools.count(1)
+        numbers, before = itertools.count(1), set(threading.enumerate())
         folder = tmp_path / f"{at}"
 
         def event(_: str) -> None:
@@ -449,7 +451,7 @@ def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(
             else:
                 interrupted = None
         assert temporary_files(folder) == []
-        assert not [thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name]
+        assert not set(threading.enumerate()) - before
         found = posteriors(folder)
         task.do(folder)
         assert found.items() <= posteriors(folder).items()

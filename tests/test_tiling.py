@@ -18,6 +18,7 @@ from latent_codec import cli, metrics, tiling
 from latent_codec.bitstream import unpack
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
+from latent_codec.compute import Compute
 from latent_codec.config import (
     BernoulliConfig,
     CodecConfig,
@@ -34,7 +35,6 @@ from latent_codec.images import read_image
 from latent_codec.latents import Latents
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.networks import BACKBONES
-from latent_codec.pipeline import Compute
 from latent_codec.rate import Rate
 from latent_codec.ratedistortion import rate_distortion
 from latent_codec.streams import StreamReader

@@ -15,19 +15,21 @@ from tiny_run import PATIENCE, fork_server
 from latent_codec import modelfile, plan
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
+from latent_codec.compute import Compute
 from latent_codec.files import atomic_path
 from latent_codec.latents import INDEX, Latents
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.ledger import Ledger
-from latent_codec.pipeline import RESUME, Compute, Resume, Summary
+from latent_codec.pipeline import RESUME, Resume
 from latent_codec.plan import Unit
 from latent_codec.rate import Rate
+from latent_codec.summary import Summary
 
 COMPUTE = Compute("cpu", "float32", 2, 1)
 UNIT = 3
 """Images at most in a unit, so that it has batches of two and of one."""
 
-Kind = Literal["streams", "latents", "images of streams", "images of latents"]
+Kind = Literal["streams", "latents", "images of streams", "images of latents", "tars of streams", "tars of images"]
 
 
 class Task(NamedTuple):
@@ -45,9 +47,13 @@ class Task(NamedTuple):
             "latents": encode_folder,
             "images of streams": decode_streams,
             "images of latents": decode_folder,
+            "tars of streams": encode_streams,
+            "tars of images": decode_streams,
         }[self.kind]
-        if self.kind == "streams":
+        if self.kind in ("streams", "tars of streams"):
             options = {"rate": Rate(), "sample": 5} | options
+        if self.kind.startswith("tars"):
+            options["tar"] = True
         summary: Summary = make(codec, self.src, folder, compute, resume=resume, quiet=True, **options)
         assert summary.done + summary.skipped + summary.elsewhere + len(summary.failures) == summary.found
         return summary

@@ -16,7 +16,7 @@ import tyro
 
 from latent_codec import metrics
 from latent_codec.codec import Codec
-from latent_codec.compression import Compute
+from latent_codec.compute import Compute
 from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation import evaluate

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
+from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.lc_folder import encode_streams
 from latent_codec.ledger import NAME
-from latent_codec.pipeline import RESUME, Compute
+from latent_codec.pipeline import RESUME
 from latent_codec.plan import Share
 from latent_codec.rate import Rate
 

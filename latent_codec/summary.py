@@ -1,0 +1,71 @@
+"""What a command over many images did, and what took the time."""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from tqdm import tqdm
+
+from latent_codec.errors import UserError
+
+Stage = Literal["decode", "network", "coding", "writing"]
+"""Images (or latents) from files; the codec's networks; the prior and the entropy coder; files to the disk."""
+
+
+@dataclasses.dataclass
+class Summary:
+    """What became of the images: done + skipped + elsewhere + failed = found."""
+
+    verb: str
+    found: int = 0
+    done: int = 0
+    skipped: int = 0
+    """Their outputs were there, of the same source, model and settings."""
+    elsewhere: int = 0
+    """Other processes did them in the meantime."""
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    bytes_in: int = 0
+    bytes_out: int = 0
+    pixels: int = 0
+    """Of the images done, where bytes per pixel are of interest."""
+    seconds: float = 0.0
+    stages: dict[Stage, float] = dataclasses.field(default_factory=dict)
+    """Seconds that threads spent in each; they run side by side, and so add up to more than `seconds`."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def timing(self, stage: Stage) -> Iterator[None]:
+        """Count the time until the context ends, in any thread."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+    def fail(self, name: str, reason: object) -> None:
+        text = str(reason) if isinstance(reason, (UserError, str)) else f"{type(reason).__name__}: {reason}"
+        self.failures[name] = text
+        tqdm.write(text if text.startswith(name) else f"{name}: {text}", file=sys.stderr)
+
+    def __str__(self) -> str:
+        others = {"skipped": self.skipped, "by other processes": self.elsewhere, "failed": len(self.failures)}
+        counts = "".join(f", {count} {what}" for what, count in others.items() if count)
+        text = f"{self.verb} {self.done} of {self.found} images{counts} in {self.seconds:.1f} s"
+        if not self.done:
+            return text
+        seconds = max(self.seconds, 1e-9)
+        text += f" ({self.done / seconds:.1f} images/s)"
+        for what, count in (("in", self.bytes_in), ("out", self.bytes_out)):
+            text += f"{';' if what == 'in' else ','} {count / 1e6:.2f} MB {what} ({count / 1e6 / seconds:.2f} MB/s)"
+        text += f", ratio {self.bytes_in / max(self.bytes_out, 1):.2f}"
+        text += f", {8 * self.bytes_out / self.pixels:.3f} bits per pixel" if self.pixels else ""
+        stages = (f"{stage} {self.stages[stage]:.1f} s" for stage in get_args(Stage) if stage in self.stages)
+        return f"{text}\ntime in stages, side by side: {', '.join(stages)}"

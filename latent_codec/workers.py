@@ -1,0 +1,113 @@
+"""Threads, and processes for what keeps Python's interpreter busy."""
+
+import multiprocessing
+import multiprocessing.context
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Self, TypeVar
+
+from latent_codec.errors import FatalError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Threads:
+    """A context's worker threads: they end with it, not with a generator, which may end in any thread at any time."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool = ThreadPoolExecutor(workers)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def map(
+        self, work: Callable[[T], R], items: Iterable[T], ahead: int | None = None
+    ) -> Iterator[tuple[T, "Future[R]"]]:
+        """(item, finished future) in order, a bounded number `ahead`, by default twice that of threads.
+
+        What `items` raises, an interruption too, is raised after what was begun before has come out.
+        """
+        waiting: deque[tuple[T, Future[R]]] = deque()
+        iterator, raised = iter(items), None  # by which the iterator ended
+        while True:
+            try:
+                while raised is None and len(waiting) < (ahead or 2 * self.workers):
+                    item = next(iterator)
+                    waiting.append((item, self._pool.submit(work, item)))
+            except BaseException as error:
+                raised = error
+            if not waiting:
+                break
+            item, future = waiting.popleft()
+            future.exception()  # wait; the caller asks for the result
+            yield item, future
+        if raised is not None and not isinstance(raised, StopIteration):
+            raise raised
+
+
+class Processes:
+    """A context's worker processes, which threads call; without any the calling thread does the work itself.
+
+    They start when first called, import what they need, and end with the context or with this process, however it ends.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._pool = ProcessPoolExecutor(workers, _context(), initializer=_end_with_parent) if workers else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def call(self, work: Callable[..., R], *args: object) -> R:
+        """`work(*args)`, which a module has by name, as have the classes of all that goes there and comes back.
+
+        Raises what it raises, and `FatalError` if a process was killed.
+        """
+        if self._pool is None:
+            return work(*args)
+        try:
+            return self._pool.submit(work, *args).result()
+        except BrokenProcessPool as error:
+            raise FatalError(
+                "a process that decodes images was killed, perhaps because memory ran out; give fewer --workers: the "
+                "same command goes on from here"
+            ) from error
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Of processes that start from a fresh one, which has torch imported already where the system can fork.
+
+    A fork of this one would wait for ever for what its threads hold.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["latent_codec.images"])
+    return context
+
+
+def _end_with_parent() -> None:
+    """A worker ignores Ctrl-C, which its parent sees to, and ends when its parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

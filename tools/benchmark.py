@@ -1,11 +1,7 @@
-"""Measure, then claim: `python -m tools.benchmark encode|quality|coding ...`. Timings are ratios within one run."""
+"""Measure, then claim: `python -m tools.benchmark encode|coding|quality|...`. Timings are ratios within one run."""
 
 import dataclasses
-import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,31 +13,20 @@ import tyro
 from latent_codec import metrics
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
-from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation import evaluate
-from latent_codec.files import write_text
 from latent_codec.info import count_flops
 from latent_codec.inputs import find_images
 from latent_codec.likelihoods import to_signed
 from latent_codec.perceptual import LPIPS
+from tools import throughput
 from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_coding
-from tools.peers import Taef2
-from train.provenance import git_commit
-
-SD = ConvConfig(
-    widths=(128, 256, 512, 512),
-    layers_per_block=2,
-    groups=32,
-    mid_attention=True,
-    quant_conv=True,
-    post_quant_conv=True,
-)
-"""Stable Diffusion's AutoencoderKL."""
+from tools.peers import Taef2, diffusers_peer, sd_codec
+from tools.report import machine, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Encode:
+class Encoders:
     """Time encoders: a lite model, the SD-shaped conv, and diffusers' AutoencoderKL with the same weights."""
 
     model: str = "photo"
@@ -56,27 +41,9 @@ class Encode:
 
     @torch.inference_mode()
     def run(self) -> None:
-        import diffusers  # only this needs it; it comes with the test extra
-
         lite = Codec.load(self.model).to(self.device).to(memory_format=torch.channels_last)
-        config = CodecConfig(
-            image_channels=3,
-            latent_channels=4,
-            backbone=SD,
-            bottleneck=DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0),
-            likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-        )
-        conv = Codec(config).eval().to(self.device)
-        autoencoder: Any = diffusers.AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
-        peer = autoencoder(
-            block_out_channels=SD.widths,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=SD.layers_per_block,
-            latent_channels=4,
-        )
-        peer.load_state_dict(conv.backbone.state_dict())
-        peer = peer.eval().to(self.device)
+        conv = sd_codec().eval().to(self.device)
+        peer = diffusers_peer(conv).to(self.device)
         x = torch.rand(self.batch, 3, self.size, self.size, device=self.device) * 2 - 1
         difference = (conv.encode(x).mean - peer.encode(x).latent_dist.mean).abs().max().item()
         contenders: dict[str, Callable[[], Any]] = {
@@ -89,8 +56,8 @@ class Encode:
         results = {name: {"seconds": s, "times_as_fast_as_diffusers": base / s} for name, s in seconds.items()}
         about = {"size": self.size, "batch": self.batch, "rounds": self.rounds, "difference": difference}
         about |= {"gflop_lite": count_flops(lite.config, self.size).encoder / 1e9}
-        about |= {"gflop_conv": count_flops(config, self.size).encoder / 1e9}
-        _report(results, about | _machine(self.device), self.out)
+        about |= {"gflop_conv": count_flops(conv.config, self.size).encoder / 1e9}
+        report(results, about | machine(self.device), self.out)
 
     def _time(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
         """Median seconds per image of each, after one unmeasured call."""
@@ -135,7 +102,7 @@ class Quality:
             results["TAEF2"] = self._taef2(self.taef2) | {"latent_channels": 32, "factor": 8}
         first = next(iter(reports.values()))
         about = {"set": first.about["set"], "images": first.about["images"], "protocol": first.protocol}
-        _report(results, about | _machine("cpu"), self.out, images=first.images)
+        report(results, about | machine("cpu"), self.out, images=first.images)
 
     @torch.inference_mode()
     def _taef2(self, weights: Path) -> dict[str, float]:
@@ -180,7 +147,7 @@ class Coding:
         results["files"] |= {"worst_excess_bytes": max(s.worst_excess for s in sizes), "allowed": LARGEST_OVERHEAD}
         about = {"model_id": codec.model_id, "set": Path(self.dir).name, "images": len(images), "rounds": self.rounds}
         about |= {"step_of_times": self.steps[0], "threads_of_the_coder": 1}
-        _report(results, about | _machine(self.device), self.out)
+        report(results, about | machine(self.device), self.out)
 
 
 def _coding_ratios(seconds: Seconds, kind: str) -> dict[str, float]:
@@ -205,27 +172,17 @@ def _savings(sizes: list[Sizes]) -> dict[str, float]:
     return {f"step {step:g}": 1 - bpp["context", step] / bpp["factorized", step] for step in steps}
 
 
-def _machine(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def _report(results: dict[str, dict[str, Any]], about: dict[str, Any], out: Path | None, **more: Any) -> None:
-    """Print the results and what a reader needs to repeat them; `more` goes to the file alone."""
-    command = shlex.join(["python", "-m", "tools.benchmark", *sys.argv[1:]])
-    report = {"results": results, "about": {"command": command, "commit": git_commit()} | about}
-    print(json.dumps(report, indent=1))
-    if out is not None:
-        write_text(out, json.dumps(report | more, indent=1) + "\n")
-
-
 def main() -> None:
     kind = Union[
-        Annotated[Encode, tyro.conf.subcommand("encode")],
+        Annotated[Encoders, tyro.conf.subcommand("encoders")],
+        Annotated[throughput.Encode, tyro.conf.subcommand("encode")],
+        Annotated[throughput.Decode, tyro.conf.subcommand("decode")],
+        Annotated[throughput.Loop, tyro.conf.subcommand("loop")],
+        Annotated[throughput.Memory, tyro.conf.subcommand("memory")],
         Annotated[Quality, tyro.conf.subcommand("quality")],
         Annotated[Coding, tyro.conf.subcommand("coding")],
     ]
-    command: Encode | Quality | Coding = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
+    command: Any = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
     try:
         command.run()
     except UserError as error:

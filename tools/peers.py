@@ -1,12 +1,15 @@
-"""Other people's autoencoders, to measure beside ours under the same protocol. So far: TAEF2."""
+"""Other people's autoencoders, to measure beside ours under the same protocol: TAEF2 and diffusers' AutoencoderKL."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from latent_codec.codec import Codec
+from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from latent_codec.errors import UserError
 from latent_codec.modelfile import check_state
 
@@ -114,3 +117,41 @@ def _decoder() -> nn.Sequential:
     for coarsest in (True, False, False):
         layers += [*_residuals(pooled=coarsest), nn.Upsample(scale_factor=2, mode="nearest"), _conv(bias=False)]
     return nn.Sequential(*layers, _Residual(pooled=False), _conv(outputs=3))  # (b, 3, h, w)
+
+
+def sd_codec() -> Codec:
+    """A codec of the shape of Stable Diffusion's AutoencoderKL, with random weights."""
+    return Codec(
+        CodecConfig(
+            image_channels=3,
+            latent_channels=4,
+            backbone=ConvConfig(
+                widths=(128, 256, 512, 512),
+                layers_per_block=2,
+                groups=32,
+                mid_attention=True,
+                quant_conv=True,
+                post_quant_conv=True,
+            ),
+            bottleneck=DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0),
+            likelihood=GaussianConfig(scale="fixed", sigma=0.1),
+        )
+    )
+
+
+def diffusers_peer(codec: Codec) -> Any:
+    """diffusers' `AutoencoderKL` with the weights of a `conv` codec."""
+    import diffusers  # only this needs it; it comes with the test extra
+
+    shape, autoencoder = codec.config.backbone, cast("Any", diffusers).AutoencoderKL
+    assert isinstance(shape, ConvConfig)
+    peer = autoencoder(
+        block_out_channels=shape.widths,
+        down_block_types=("DownEncoderBlock2D",) * len(shape.widths),
+        up_block_types=("UpDecoderBlock2D",) * len(shape.widths),
+        layers_per_block=shape.layers_per_block,
+        latent_channels=codec.config.latent_channels,
+        norm_num_groups=shape.groups,
+    )
+    peer.load_state_dict(codec.backbone.state_dict())
+    return peer.eval()

@@ -1,0 +1,50 @@
+"""The obvious script, to time `encode` against: a DataLoader, diffusers' `AutoencoderKL`, `torch.save` for each image.
+
+`python -m tools.diffusers_loop SRC DST --weights FILE`: FILE is a model file of the SD shape.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_tensor
+
+from latent_codec.codec import Codec
+from tools.peers import diffusers_peer
+
+
+class _Images(Dataset[tuple[str, torch.Tensor]]):
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+        return self.paths[index].name, to_tensor(Image.open(self.paths[index]).convert("RGB")) * 2 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    src: tyro.conf.Positional[Path]
+    dst: tyro.conf.Positional[Path]
+    weights: Path
+    batch_size: int = 4
+    device: str = "cpu"
+    workers: int = 2
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        self.dst.mkdir(parents=True)
+        vae = diffusers_peer(Codec.load(self.weights)).to(self.device)
+        for names, x in DataLoader(_Images(self.src), self.batch_size, num_workers=self.workers):
+            latents = vae.encode(x.to(self.device)).latent_dist.sample().cpu()
+            for name, z in zip(names, latents, strict=True):
+                torch.save(z.clone(), self.dst / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    tyro.cli(Loop, prog="tools.diffusers_loop", description=__doc__).run()

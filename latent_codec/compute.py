@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 from latent_codec import tiling
@@ -57,7 +56,7 @@ class Networks:
         Raises `UserError` if the networks cannot be compiled.
         """
         pixels = torch.stack(list(images)) if len(images) > 1 else images[0][None]
-        with torch.inference_mode(), self.compute.autocast(), _compiling():
+        with torch.inference_mode(), self.compute.autocast(), _compiling(self.compute.compile):
             posterior = tiling.encode(self.codec, pixels, self.compute.tile)
             self._report(pixels, self.codec.factor, tiling.encode_error)
         return posterior
@@ -65,7 +64,7 @@ class Networks:
     def decode_uint8(self, latents: Sequence[torch.Tensor]) -> torch.Tensor:
         """Pixels (b, 3, h, w) uint8, on the CPU, of latents (z, h/f, w/f) of one shape; raises as `encode` does."""
         z = torch.stack(list(latents)) if len(latents) > 1 else latents[0][None]
-        with torch.inference_mode(), self.compute.autocast(), _compiling():
+        with torch.inference_mode(), self.compute.autocast(), _compiling(self.compute.compile):
             pixels = tiling.decode_uint8(self.codec, z, self.compute.tile)
             self._report(z, 1, tiling.decode_error)
         return pixels
@@ -109,7 +108,12 @@ class Networks:
 
 
 @contextlib.contextmanager
-def _compiling() -> Iterator[None]:
+def _compiling(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # a second's import
+
     try:
         yield
     except TorchDynamoException as error:

@@ -96,11 +96,11 @@ def row(path: str, posterior: DiagonalGaussian, index: int, geometry: Geometry, 
 
     Raises `UserError` if the stored type cannot hold it or the path is no plain relative one.
     """
-    mean, logvar = posterior.mean[index].cpu(), posterior.logvar[index].cpu()  # (z, h, w)
+    exact = posterior.mean[index].cpu(), posterior.logvar[index].cpu()  # (z, h, w)
+    mean, logvar = (t.to(getattr(torch, dtype)) for t in exact)
     if not _finite(mean, logvar):
-        raise UserError(f"{path}: the model's latents are not finite; try --dtype float32")
-    mean, logvar = (t.to(getattr(torch, dtype)) for t in (mean, logvar))
-    if not _finite(mean, logvar):
+        if not _finite(*exact):
+            raise UserError(f"{path}: the model's latents are not finite; try --dtype float32")
         raise UserError(f"{path}: latents exceed the range of {dtype}; give --store float32")
     label = path.split("/")[0] if "/" in path else None
     try:

@@ -17,7 +17,6 @@ from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.errors import FatalError, UserError
 from latent_codec.lc_folder import decode_streams, encode_streams
-from latent_codec.pipeline import OVERWRITE
 from latent_codec.rate import Rate
 
 CPU = Compute("cpu", "float32", 4, 2)
@@ -128,5 +127,5 @@ def test_a_compiler_that_fails_is_one_clear_error(
     draw(tmp_path / "photos" / "a.png", 24, 16)
     monkeypatch.setattr(codec, "encode", fail)
     with pytest.raises(FatalError, match=r"torch\.compile does not work here .*--compile"):
-        encode_folder(codec, tmp_path / "photos", tmp_path / "z", CPU, resume=OVERWRITE, quiet=True)
+        encode_folder(codec, tmp_path / "photos", tmp_path / "z", CPU._replace(compile=True), quiet=True)
     assert sys.exc_info() == (None, None, None)

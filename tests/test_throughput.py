@@ -42,6 +42,7 @@ def test_rates_are_of_the_networks_and_of_whole_commands(
     assert len(commands) >= 2
     for row in commands:
         assert 0 < row[share] < 1  # python takes its time to start
+        assert row[share] < row[f"{share}_after_start"]
         assert row["seconds_in_stages"].keys() >= {"decode", "network", "writing"}
 
 

@@ -36,6 +36,13 @@ class Ran(NamedTuple):
     text: str
 
     @property
+    def own_seconds(self) -> float:
+        """What the command says: those of the process but for its start and its end."""
+        found = re.search(r" in ([\d.]+) s", self.text)
+        assert found is not None
+        return float(found[1])
+
+    @property
     def stages(self) -> dict[str, float]:
         return {
             name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s(?=,|$)", self.text.splitlines()[-1])
@@ -98,14 +105,16 @@ class _Folder:
             raise UserError(f"{self.dir}: images of several sizes; the networks alone are timed on those of one")
         return images
 
-    def finish(self, taken: dict[str, list[float]], stages: dict[str, dict[str, float]], base: str) -> None:
+    def finish(self, taken: "Taken", base: str) -> None:
         """Report images per second, medians over the rounds, as shares of those of `base`."""
-        rates = {name: self.count / statistics.median(seconds) for name, seconds in taken.items()}
-        results = {
-            name: {"images_per_second": rate, f"share_of_{base.replace(' ', '_')}": rate / rates[base]}
-            | ({"seconds_in_stages": stages[name]} if name in stages else {})
-            for name, rate in rates.items()
+        rates = {name: self.count / statistics.median(seconds) for name, seconds in taken.seconds.items()}
+        share = f"share_of_{base.replace(' ', '_')}"
+        results: dict[str, dict[str, Any]] = {
+            name: {"images_per_second": rate, share: rate / rates[base]} for name, rate in rates.items()
         }
+        for name, commands in taken.commands.items():
+            own = self.count / statistics.median(ran.own_seconds for ran in commands)
+            results[name] |= {f"{share}_after_start": own / rates[base], "seconds_in_stages": commands[-1].stages}
         about = {"set": Path(self.dir).name, "images": self.count, "rounds": self.rounds, "batch_size": self.batch_size}
         about |= {"model": self.model, "dtype": self.dtype, "compile": self.compile}
         report(results, about | machine(self.device), self.out)
@@ -136,7 +145,7 @@ class Encode(_Folder):
             def command(name: str, *flags: str) -> Contender:
                 return lambda i: run("tools.encode", src, Path(temporary, f"{name} {i}"), *self.flags, *flags)
 
-            taken, stages = measure(
+            taken = measure(
                 {
                     "encoder alone": network,
                     "encoder and entropy coding alone": network_and_coding,
@@ -145,7 +154,7 @@ class Encode(_Folder):
                 },
                 self.rounds,
             )
-        self.finish(taken, stages, "encoder alone")
+        self.finish(taken, "encoder alone")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +179,7 @@ class Decode(_Folder):
                     "tools.decode", Path(temporary, kind), Path(temporary, f"{kind} {i} {flags}"), *self.flags, *flags
                 )
 
-            taken, stages = measure(
+            taken = measure(
                 {
                     "decoder alone": network,
                     "decode of latents to PNG": command("latents"),
@@ -179,7 +188,7 @@ class Decode(_Folder):
                 },
                 self.rounds,
             )
-        self.finish(taken, stages, "decoder alone")
+        self.finish(taken, "decoder alone")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,8 +216,8 @@ class Loop:
                 return run("tools.diffusers_loop", src, Path(temporary, f"theirs {i}"), "--weights", model, *flags)
 
             names = {"encode --format safetensors": ours, "loop over diffusers' AutoencoderKL": theirs}
-            taken, _ = measure(names, self.rounds)
-        rates = {name: self.count / statistics.median(seconds) for name, seconds in taken.items()}
+            taken = measure(names, self.rounds)
+        rates = {name: self.count / statistics.median(seconds) for name, seconds in taken.seconds.items()}
         base = rates["loop over diffusers' AutoencoderKL"]
         results = {name: {"images_per_second": r, "times_as_fast": r / base} for name, r in rates.items()}
         about = {"set": Path(self.dir).name, "images": self.count, "rounds": self.rounds, "batch_size": self.batch_size}
@@ -247,17 +256,22 @@ Contender = Callable[[int], Ran | None]
 """Given the number of the round; what ran of a command."""
 
 
-def measure(
-    contenders: Mapping[str, Contender], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Seconds of each, once a round, in turn; and of commands those in the stages of the last round."""
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    stages: dict[str, dict[str, float]] = {}
+class Taken(NamedTuple):
+    """By contender, one for each round."""
+
+    seconds: dict[str, list[float]]
+    commands: dict[str, list[Ran]]
+    """Of those that are."""
+
+
+def measure(contenders: Mapping[str, Contender], rounds: int) -> Taken:
+    """Each once a round, in turn."""
+    taken = Taken({name: [] for name in contenders}, {})
     for i in range(rounds):
         for name, call in contenders.items():
             started = time.perf_counter()
             ran = call(i)
-            taken[name].append(time.perf_counter() - started)
+            taken.seconds[name].append(time.perf_counter() - started)
             if ran is not None:
-                stages[name] = ran.stages
-    return taken, stages
+                taken.commands.setdefault(name, []).append(ran)
+    return taken

@@ -28,12 +28,13 @@ from latent_codec.latents import (
     Row,
     StoredDtype,
     header_of,
+    latent_size,
     read_index,
     row,
     stored_files,
     stored_shards,
     write_index,
-    write_shards,
+    write_shard,
 )
 from latent_codec.ledger import Claim, Ledger, Record, sha256_of
 from latent_codec.noise import fold, normal, text_key
@@ -80,7 +81,7 @@ def encode_folder(
 ) -> Summary:
     """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`).
 
-    The images of a unit share shards: all are encoded anew if one of them is. Raises `UserError` before any work if
+    The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if
     nothing is found, an option makes no sense, the model is none of RGB images, or `folder` holds latents of other
     images; and as `pipeline.run` does.
     """
@@ -124,10 +125,9 @@ def encode_folder(
         images = [(one.entry.path, one.entry.sha256) for one in ordered]
         name = shard_name(unit.claim.unit.name, unit.claim.settings, images)
         with disk_errors(folder, "latents"):
-            shards = {entry.path: entry.shard for entry in write_shards(folder, header, name, ordered)}
-            sizes = {shard: (folder / shard).stat().st_size for shard in shards.values()}
-            hashes = {shard: sha256_of(folder / shard) for shard in sizes}
-        return [i.record(shard := shards[i.job.name], sizes[shard], hashes[shard]) for i, _ in unit.rows]
+            shard = write_shard(folder, header, name, ordered)[0].shard
+            size, digest = (folder / shard).stat().st_size, sha256_of(folder / shard)
+        return [i.record(shard, size, digest) for i, _ in unit.rows]
 
     def process(jobs: Iterable[Job], work: Work) -> None:
         def timed(unit: _UnitRows) -> list[Record]:
@@ -177,7 +177,7 @@ def _finish(unit: _UnitRows, future: "Future[list[Record]]", work: Work) -> None
         for item, _ in unit.rows:
             work.fail(item.job, error)
     else:
-        work.summary.bytes_out += sum({record.output: record.bytes_out for record in records}.values())
+        work.summary.bytes_out += records[0].bytes_out
         for (item, _), record in zip(unit.rows, records, strict=True):
             work.done(item.job, record)
 
@@ -244,7 +244,7 @@ def decode_folder(
     fitting = Halving()
 
     def sides(entry: Entry) -> tuple[int, int]:
-        return -(-entry.geometry.height // codec.factor), -(-entry.geometry.width // codec.factor)
+        return latent_size(entry.geometry, codec.factor)
 
     def source(entry: Entry) -> Source:
         h, w = sides(entry)

@@ -1,19 +1,22 @@
 """Posteriors of many images on disk, for training on: safetensors shards and an index.
 
-A folder holds `latents-NAME-00.safetensors` ... with tensors `mean` and `logvar` (n, z, h, w), one shape per shard, and
-`index.json`, which says where each image is. Values are raw (not scaled); logvar is the natural log of the variance.
+A folder holds `latents-NAME.safetensors` ..., each with tensors `mean.HxW` and `logvar.HxW` (n, z, H, W) for each size
+of latents in it, and `index.json`, which says where each image is. Values are raw (not scaled); logvar is the natural
+log of the variance.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch.utils.data import Dataset
 
+from latent_codec.batches import Rows
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.config import from_json, to_json
@@ -22,8 +25,9 @@ from latent_codec.files import check_name, write_text
 from latent_codec.images import Geometry
 from latent_codec.modelfile import KEY, LatentStatistics, own_metadata, save_tensors
 from latent_codec.noise import fold, normal, text_key
+from latent_codec.shard_reader import ShardReader, Span
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
 StoredDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -57,6 +61,7 @@ class Entry:
     """Relative to the encoded folder, with "/" between its parts."""
     shard: str
     row: int
+    """Of its shard's tensors for latents of its size."""
     geometry: Geometry
     sha256: str
     """Of the source file."""
@@ -110,23 +115,34 @@ def row(path: str, posterior: DiagonalGaussian, index: int, geometry: Geometry, 
     return Row(entry, mean, logvar)
 
 
-def write_shards(folder: Path, header: Header, name: str, rows: Sequence[Row]) -> list[Entry]:
-    """One shard for each shape of `rows`, called `latents-NAME-00.safetensors` and so on; raises `OSError`.
+def write_shard(folder: Path, header: Header, name: str, rows: Sequence[Row]) -> list[Entry]:
+    """`latents-NAME.safetensors` with all rows, whatever their sizes; raises `OSError`.
 
-    Equal rows in equal order give equal files. Returns the entries, in the order of the shards.
+    Equal rows in equal order give equal files. Returns the entries, in the order of the rows.
     """
-    by_shape: dict[tuple[int, ...], list[Row]] = {}
+    shard = f"latents-{name}.safetensors"
+    by_size: dict[tuple[int, int], list[Row]] = {}
+    entries: list[Entry] = []
     for one in rows:
-        by_shape.setdefault(tuple(one.mean.shape), []).append(one)
-    written: list[Entry] = []
-    for number, shape in enumerate(sorted(by_shape)):
-        shard = f"latents-{name}-{number:02d}.safetensors"
-        same = by_shape[shape]
-        entries = [dataclasses.replace(r.entry, shard=shard, row=i) for i, r in enumerate(same)]
-        tensors = {"mean": torch.stack([r.mean for r in same]), "logvar": torch.stack([r.logvar for r in same])}
-        save_tensors(folder / shard, tensors, {KEY: index_json(header, entries)})
-        written += entries
-    return written
+        same = by_size.setdefault((one.mean.shape[1], one.mean.shape[2]), [])
+        entries.append(dataclasses.replace(one.entry, shard=shard, row=len(same)))
+        same.append(one)
+    tensors: dict[str, torch.Tensor] = {}
+    for size, same in by_size.items():
+        tensors[tensor_name("mean", size)] = torch.stack([r.mean for r in same])  # (n, z, h, w)
+        tensors[tensor_name("logvar", size)] = torch.stack([r.logvar for r in same])
+    save_tensors(folder / shard, tensors, {KEY: index_json(header, entries)})
+    return entries
+
+
+def tensor_name(part: Literal["mean", "logvar"], size: tuple[int, int]) -> str:
+    """Of a shard's tensor for latents of this (height, width)."""
+    return f"{part}.{size[0]}x{size[1]}"
+
+
+def latent_size(geometry: Geometry, factor: int) -> tuple[int, int]:
+    """Height and width of the latents of an image of this geometry."""
+    return -(-geometry.height // factor), -(-geometry.width // factor)
 
 
 def write_index(folder: Path, header: Header, entries: Sequence[Entry]) -> None:
@@ -155,17 +171,77 @@ def stored_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("latents-*.safetensors"))
 
 
+class _Kind(NamedTuple):
+    """How numbers of a type lie in a shard."""
+
+    dtype: torch.dtype
+    name: str
+    """As safetensors calls it."""
+    bits: type[np.unsignedinteger[Any]]
+    infinity: int
+    """Its bits: those of finite numbers are below, but for the sign."""
+
+    @property
+    def magnitude(self) -> int:
+        """All bits but the sign's."""
+        return int(np.iinfo(self.bits).max) >> 1
+
+
+_KINDS: dict[StoredDtype, _Kind] = {
+    "float16": _Kind(torch.float16, "F16", np.uint16, 0x7C00),
+    "bfloat16": _Kind(torch.bfloat16, "BF16", np.uint16, 0x7F80),
+    "float32": _Kind(torch.float32, "F32", np.uint32, 0x7F800000),
+}
+
+
+@contextlib.contextmanager
+def _naming(entry: Entry) -> Iterator[None]:
+    """What goes wrong with an image's shard as `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"{entry.path}: shard {entry.shard} cannot be read: {reason}") from error
+
+
 class LatentSample(NamedTuple):
     z: torch.Tensor  # (z, h, w) float32
     path: str
-    label: str | None
+    label: int
+    """A number of `Latents.classes`, or -1 at the top level."""
+
+
+class LatentBatch(NamedTuple):
+    """Of images of one size."""
+
+    z: torch.Tensor  # (b, z, h, w) float32
+    paths: list[str]
+    labels: torch.Tensor  # (b,) int64, as in `LatentSample`
+
+
+class Moments(NamedTuple):
+    """Posteriors of images of one size as they are stored, and what `Latents.draw` draws by."""
+
+    mean: torch.Tensor  # (b, z, h, w) of the stored type
+    logvar: torch.Tensor
+    keys: torch.Tensor  # (b,) int64
+    paths: list[str]
+    labels: torch.Tensor  # (b,) int64, as in `LatentSample`
+
+    def to(self, device: torch.device | str) -> "Moments":
+        mean, logvar, keys, labels = (
+            t.to(device, non_blocking=True) for t in (self.mean, self.logvar, self.keys, self.labels)
+        )
+        return Moments(mean, logvar, keys, self.paths, labels)
 
 
 class Latents(Dataset[LatentSample]):
     """The folder as a torch `Dataset` that draws z = mean + std * noise anew from (seed, epoch, path).
 
-    `normalize` scales z by the model's statistics to mean 0 and standard deviation 1 per channel. `model_id`, where
-    given, must be the model that made the latents. Raises `UserError` for a folder that is none of ours.
+    An item is a `LatentSample`; indexed by `batches.Rows`, which say their epoch, it is a `LatentBatch`. `normalize`
+    scales z by the model's statistics to mean 0 and standard deviation 1 per channel. `model_id`, where given, must be
+    the model that made the latents. Raises `UserError` for a folder that is none of ours, and for an image whose shard
+    is missing or damaged. It may be used by several threads and copied to other processes.
     """
 
     def __init__(self, folder: Path, *, seed: int = 0, normalize: bool = False, model_id: str | None = None) -> None:
@@ -181,38 +257,99 @@ class Latents(Dataset[LatentSample]):
                 torch.tensor(v)[:, None, None] for v in (self.header.statistics.mean, self.header.statistics.std)
             )
             self._scale = (mean, std)
+        self.classes: tuple[str, ...] = tuple(sorted({e.label for e in self.entries if e.label is not None}))
+        """Names of the folders at the top, sorted; their places here are the labels."""
+        numbers = {None: -1} | {name: number for number, name in enumerate(self.classes)}
+        self.labels = torch.tensor([numbers[e.label] for e in self.entries], dtype=torch.int64)  # (n,)
+        self._reader = ShardReader(self.folder)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of each image's latents, for `batches.ShapeBatches`."""
+        return [latent_size(entry.geometry, self.header.factor) for entry in self.entries]
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws of different epochs are independent."""
+        """Draws of different epochs are independent.
+
+        A `DataLoader`'s workers that are there already do not hear of it: give those `batches.ShapeBatches`.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def posterior(self, index: int) -> DiagonalGaussian:
-        """The stored posterior of one image as a batch of one, float32.
+        """The stored posterior of one image as a batch of one, float32."""
+        mean, logvar = self._read([index])
+        return DiagonalGaussian(mean.float(), logvar.float())  # (1, z, h/f, w/f)
 
-        Raises `UserError` if the shard is missing or does not hold it.
-        """
-        entry, geometry = self.entries[index], self.entries[index].geometry
-        try:
-            with safe_open(self.folder / entry.shard, framework="pt") as file:
-                mean, logvar = (file.get_slice(k)[entry.row : entry.row + 1].float() for k in ("mean", "logvar"))
-        except Exception as error:  # safetensors raises several kinds for a damaged or missing shard
-            raise UserError(f"{entry.path}: shard {entry.shard} cannot be read: {error}") from error
-        sides = tuple(-(-side // self.header.factor) for side in (geometry.height, geometry.width))
-        fits = mean.ndim == 4 and len(mean) == 1 and mean.shape == logvar.shape and mean.shape[2:] == sides
-        if not fits or not _finite(mean, logvar):
-            raise UserError(f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again")
-        return DiagonalGaussian(mean, logvar)  # (1, z, h/f, w/f)
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, Rows):
+            return self.__getitems__([int(index)])[0]
+        moments = self.moments(index)
+        return LatentBatch(self.draw(moments), moments.paths, moments.labels)
 
-    def __getitem__(self, index: int) -> LatentSample:
-        entry, posterior = self.entries[index], self.posterior(index)
-        key = fold(self.seed, self.epoch, text_key(entry.path))
-        z = posterior.sample(normal(key[None], tuple(posterior.mean.shape[1:])))[0]
+    def __getitems__(self, indices: Sequence[int] | Rows) -> list[LatentSample]:
+        """Several at once, of any sizes: what a `DataLoader` that makes batches itself asks for."""
+        rows, epoch = indices if isinstance(indices, Rows) else (indices, self.epoch)
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index in rows:
+            by_size.setdefault(latent_size(self.entries[index].geometry, self.header.factor), []).append(index)
+        found: dict[int, LatentSample] = {}
+        for same in by_size.values():
+            moments = self.moments(Rows(tuple(same), epoch))
+            samples = zip(self.draw(moments), moments.paths, moments.labels.tolist(), strict=True)
+            found |= zip(same, (LatentSample(*sample) for sample in samples), strict=True)
+        return [found[index] for index in rows]
+
+    def moments(self, rows: Rows) -> Moments:
+        """The posteriors of images of one size, to be drawn elsewhere: on a GPU noise costs next to nothing."""
+        paths = [self.entries[index].path for index in rows.indices]
+        keys = fold(self.seed, rows.epoch, torch.tensor([text_key(path) for path in paths]))
+        return Moments(*self._read(rows.indices), keys, paths, self.labels[list(rows.indices)])
+
+    def draw(self, moments: Moments) -> torch.Tensor:
+        """mean + std * noise, scaled if it was asked for, (b, z, h, w) float32 on the moments' device."""
+        posterior = DiagonalGaussian(moments.mean.float(), moments.logvar.float())
+        z = posterior.sample(normal(moments.keys, tuple(posterior.mean.shape[1:])))
         if self._scale is not None:
-            z = (z - self._scale[0]) / self._scale[1]
-        return LatentSample(z, entry.path, entry.label)
+            mean, std = (t.to(z.device) for t in self._scale)
+            z = (z - mean) / std
+        return z
+
+    def _read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and log-variances of images of one size, (b, z, h, w) of the stored type each."""
+        kind, first = _KINDS[self.header.dtype], self._spans(indices[0])[0]
+        both = torch.empty(2, len(indices), *first.shape[1:], dtype=kind.dtype)
+        values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
+        bits = values.view(kind.bits)
+        for place in sorted(range(len(indices)), key=lambda i: self._place(indices[i])):  # as they lie on the disk
+            entry, spans = self.entries[indices[place]], self._spans(indices[place])
+            if spans[0].shape[1:] != first.shape[1:]:
+                raise UserError(
+                    f"{entry.path}: its latents are no {first.shape[1:]} as {self.entries[indices[0]].path}'s"
+                )
+            with _naming(entry):
+                for part, span in enumerate(spans):
+                    self._reader.read(entry.shard, span, entry.row, values[part, place])
+            if (bits[:, place] & kind.magnitude).max() >= kind.infinity:
+                raise UserError(
+                    f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again"
+                )
+        return both[0], both[1]
+
+    def _place(self, index: int) -> tuple[str, int]:
+        return self.entries[index].shard, self.entries[index].row
+
+    def _spans(self, index: int) -> tuple[Span, Span]:
+        """Where means and log-variances of an image's size are in its shard: (n, z, h, w) both."""
+        entry, size = self.entries[index], latent_size(self.entries[index].geometry, self.header.factor)
+        with _naming(entry):
+            mean, logvar = (self._reader.span(entry.shard, tensor_name(part, size)) for part in ("mean", "logvar"))
+            fits = len(mean.shape) == 4 and mean.shape[2:] == size and mean.shape == logvar.shape
+            if not fits or not mean.dtype == logvar.dtype == _KINDS[self.header.dtype].name:
+                raise ValueError(f"it holds {mean.dtype} {mean.shape} and {logvar.dtype} {logvar.shape}")
+        return mean, logvar
 
 
 class Index(NamedTuple):
@@ -234,7 +371,8 @@ def read_index(path: Path) -> Index:
             return Index(header, list(entries))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged latents index: {error}") from error
-    raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: update latent-codec")
+    remedy = "encode the images again" if version in range(FORMAT_VERSION) else "update latent-codec"
+    raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: {remedy}")
 
 
 def _index_text(path: Path) -> str:

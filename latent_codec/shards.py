@@ -25,7 +25,7 @@ def are_whole(records: Sequence[Record]) -> bool:
         return True
     kind, unit, *_ = records[0].output.split("-")
     name = shard_name(unit, records[0].settings, [(record.path, record.sha256) for record in records])
-    return all(record.output.startswith((f"{kind}-{name}-", f"{kind}-{name}.")) for record in records)
+    return all(record.output.startswith(f"{kind}-{name}.") for record in records)
 
 
 def remove_needless(shards: Iterable[Path], ledger: Ledger, units: Sequence[Unit]) -> None:

@@ -331,7 +331,7 @@ def test_a_batch_holds_images_of_one_shape_and_every_image_once(
 
 @pytest.fixture
 def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
-    """Latents of a.png and b.png (16x16, in one shard) and c.png (24x16, in another)."""
+    """Latents of a.png and b.png (16x16) and c.png (24x16), which with `small_units` has a shard of its own."""
     for name, width in (("a", 16), ("b", 16), ("c", 24)):
         draw(tmp_path / "src" / f"{name}.png", width, 16)
     encode(codec, tmp_path / "src", tmp_path / "latents")
@@ -342,6 +342,7 @@ def shard_of(folder: Path, path: str) -> Path:
     return folder / next(e.shard for e in Latents(folder).entries if e.path == path)
 
 
+@pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("content", [None, b"text"])
 def test_a_missing_or_corrupt_shard_fails_its_images_and_no_others(
     codec: Codec, tmp_path: Path, latents: Path, content: bytes | None
@@ -356,6 +357,7 @@ def test_a_missing_or_corrupt_shard_fails_its_images_and_no_others(
     assert set(images(tmp_path / "out")) == {"c.png.png"}
 
 
+@pytest.mark.usefixtures("small_units")
 def test_a_shard_with_other_contents_than_the_index_says_fails_its_images(
     codec: Codec, tmp_path: Path, latents: Path
 ) -> None:

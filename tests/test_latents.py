@@ -30,7 +30,7 @@ from latent_codec.latents import (
     stored_files,
     stored_shards,
     write_index,
-    write_shards,
+    write_shard,
 )
 from latent_codec.modelfile import KEY
 from latent_codec.noise import fold, normal, text_key
@@ -56,7 +56,7 @@ def store(folder: Path, codec: Codec, paths: tuple[str, ...] = PATHS, dtype: Sto
 def write(folder: Path, codec: Codec, rows: list[Row], dtype: StoredDtype = "float32", name: str = "name") -> None:
     folder.mkdir(exist_ok=True)
     header = header_of(codec, dtype)
-    write_index(folder, header, write_shards(folder, header, name, rows))
+    write_index(folder, header, write_shard(folder, header, name, rows))
 
 
 def row_of(path: str, dtype: StoredDtype = "float32") -> Row:
@@ -111,7 +111,7 @@ def test_the_shards_together_say_what_the_index_says(codec: Codec, tmp_path: Pat
     store(tmp_path, codec)
     index = read_index(tmp_path / INDEX)
     shards = [read_index(shard) for shard in sorted(tmp_path.glob("*.safetensors"))]
-    assert len(shards) == 2  # one shape each
+    assert len(shards) == 1
     assert {shard.header for shard in shards} == {index.header}
     assert sorted((e for shard in shards for e in shard.entries), key=lambda e: e.path) == index.entries
 
@@ -119,31 +119,33 @@ def test_the_shards_together_say_what_the_index_says(codec: Codec, tmp_path: Pat
 def test_many_shards_lose_and_double_nothing(codec: Codec, tmp_path: Path) -> None:
     header, entries = header_of(codec, "float32"), []
     for unit in range(5):
-        entries += write_shards(tmp_path, header, f"{unit}", [row_of(f"{unit}/{i}.png") for i in range(unit, 7)])
+        entries += write_shard(tmp_path, header, f"{unit}", [row_of(f"{unit}/{i}.png") for i in range(unit, 7)])
     write_index(tmp_path, header, entries[::-1])
     latents = Latents(tmp_path)
-    assert len(stored_shards(tmp_path)) == len({e.shard for e in latents.entries}) > 5
+    assert len(stored_shards(tmp_path)) == len({e.shard for e in latents.entries}) == 5
     assert [e.path for e in latents.entries] == [f"{unit}/{i}.png" for unit in range(5) for i in range(unit, 7)]
     for i, entry in enumerate(latents.entries):
         assert torch.equal(latents.posterior(i).mean, stored(entry.path).mean)
 
 
-def test_a_shard_holds_one_shape_and_equal_rows_give_equal_files(codec: Codec, tmp_path: Path) -> None:
+def test_a_shard_holds_images_of_all_sizes_and_equal_rows_give_equal_files(codec: Codec, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         store(tmp_path / folder, codec, tuple(f"{i}.png" for i in range(9)))
     one, two = (stored_files(tmp_path / folder) for folder in ("one", "two"))
-    assert [f.name for f in one] == [f.name for f in two] and [f.read_bytes() for f in one] == [
-        f.read_bytes() for f in two
-    ]
-    sizes = [{(e.geometry.width, e.geometry.height) for e in read_index(s).entries} for s in one if s.name != INDEX]
-    assert sorted(map(len, sizes)) == [1, 1] and set.union(*sizes) == {(17, 9), (16, 16)}
+    assert [f.name for f in one] == [f.name for f in two] == [INDEX, "latents-name.safetensors"]
+    assert [f.read_bytes() for f in one] == [f.read_bytes() for f in two]
+    names = {f"{part}.{size}" for part in ("mean", "logvar") for size in ("2x2", "2x3")}
+    shapes = {name: tuple(t.shape) for name, t in load_file(one[1]).items()}
+    assert set(shapes) == names and sum(shapes[f"mean.{size}"][0] for size in ("2x2", "2x3")) == 9
+    rows = [(e.geometry.width, e.row) for e in read_index(one[1]).entries]
+    assert len(set(rows)) == 9 and {width for width, _ in rows} == {17, 16}
 
 
 @pytest.mark.usefixtures("umask_027")
 def test_every_file_has_the_users_umask(codec: Codec, tmp_path: Path) -> None:
     store(tmp_path, codec)
     assert {stat.S_IMODE(f.stat().st_mode) for f in stored_files(tmp_path)} == {0o640}
-    assert len(stored_files(tmp_path)) == len(list(tmp_path.iterdir())) == 3
+    assert len(stored_files(tmp_path)) == len(list(tmp_path.iterdir())) == 2
 
 
 def test_z_depends_on_seed_epoch_and_path_alone(codec: Codec, tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_z_depends_on_seed_epoch_and_path_alone(codec: Codec, tmp_path: Path) ->
         )[0]
         assert torch.equal(many[place].z, expected)
         assert torch.equal(alone[0].z, expected)
-        assert (alone[0].path, alone[0].label) == ("b/ü.png", "b")
+        assert (alone[0].path, alone[0].label) == ("b/ü.png", 0)
 
 
 def test_other_seeds_epochs_and_paths_draw_other_noise(codec: Codec, tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_a_shard_that_cannot_be_written_costs_no_other(
 
     monkeypatch.setattr(modelfile, "save_file", fail)
     with pytest.raises(type(error)):
-        write_shards(tmp_path, header_of(codec, "float32"), "name", [row_of("other.png"), row_of("another.png")])
+        write_shard(tmp_path, header_of(codec, "float32"), "name", [row_of("other.png"), row_of("another.png")])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # and no temporary file among them
 
 
@@ -322,12 +324,12 @@ def test_an_index_that_is_no_json_object_is_refused(codec: Codec, tmp_path: Path
         Latents(tmp_path)
 
 
-@pytest.mark.parametrize("version", [2, None])
-def test_another_format_version_is_refused(codec: Codec, tmp_path: Path, version: object) -> None:
+@pytest.mark.parametrize(("version", "remedy"), [(1, "encode the images again"), (3, "update"), (None, "update")])
+def test_another_format_version_is_refused(codec: Codec, tmp_path: Path, version: object, remedy: str) -> None:
     store(tmp_path, codec)
     index = json.loads((tmp_path / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps(index | {"format_version": version}))
-    with pytest.raises(UserError, match=f"format version {version}"):
+    with pytest.raises(UserError, match=f"format version {version}; this program reads 2: {remedy}"):
         Latents(tmp_path)
 
 
@@ -357,13 +359,14 @@ def test_a_shard_of_others_is_refused(tmp_path: Path) -> None:
 
 
 SHARDS: dict[str, dict[str, torch.Tensor]] = {
-    "without logvar": {"mean": torch.zeros(2, 4, 2, 2)},
-    "with too few rows": {"mean": torch.zeros(0, 4, 2, 2), "logvar": torch.zeros(0, 4, 2, 2)},
-    "of another size": {"mean": torch.zeros(2, 4, 2, 4), "logvar": torch.zeros(2, 4, 2, 4)},
-    "of two sizes": {"mean": torch.zeros(2, 4, 2, 2), "logvar": torch.zeros(2, 5, 2, 2)},
-    "of scalars": {"mean": torch.zeros(()), "logvar": torch.zeros(())},
-    "of vectors": {"mean": torch.zeros(2), "logvar": torch.zeros(2)},
-    "that is not finite": {"mean": torch.zeros(2, 4, 2, 2), "logvar": torch.full((2, 4, 2, 2), torch.inf)},
+    "without logvar": {"mean.2x2": torch.zeros(2, 4, 2, 2)},
+    "of another size alone": {"mean.2x4": torch.zeros(2, 4, 2, 4), "logvar.2x4": torch.zeros(2, 4, 2, 4)},
+    "with too few rows": {"mean.2x2": torch.zeros(0, 4, 2, 2), "logvar.2x2": torch.zeros(0, 4, 2, 2)},
+    "of another size": {"mean.2x2": torch.zeros(2, 4, 2, 4), "logvar.2x2": torch.zeros(2, 4, 2, 4)},
+    "of two sizes": {"mean.2x2": torch.zeros(2, 4, 2, 2), "logvar.2x2": torch.zeros(2, 5, 2, 2)},
+    "of scalars": {"mean.2x2": torch.zeros(()), "logvar.2x2": torch.zeros(())},
+    "of vectors": {"mean.2x2": torch.zeros(2), "logvar.2x2": torch.zeros(2)},
+    "that is not finite": {"mean.2x2": torch.zeros(2, 4, 2, 2), "logvar.2x2": torch.full((2, 4, 2, 2), torch.inf)},
 }
 
 
@@ -375,7 +378,7 @@ def test_a_shard_that_does_not_hold_the_latent_is_refused_by_the_images_name(
     latents = Latents(tmp_path)
     shard = tmp_path / latents.entries[0].shard
     save_file(tensors, shard, metadata={KEY: "{}"})
-    with pytest.raises(UserError, match=r"^a\.png: .*latents-name-00"):
+    with pytest.raises(UserError, match=r"^a\.png: .*latents-name"):
         _ = latents[0]
 
 
@@ -389,7 +392,7 @@ def test_a_missing_or_corrupt_shard_is_refused_by_the_images_name(
     shard.unlink()
     if content is not None:
         shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"^a\.png: shard latents-name-00\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"^a\.png: shard latents-name\.safetensors cannot be read"):
         latents.posterior(0)
 
 

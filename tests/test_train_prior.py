@@ -20,7 +20,7 @@ from latent_codec.config import dumps
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images import Geometry
-from latent_codec.latents import header_of, row, write_index, write_shards
+from latent_codec.latents import header_of, row, write_index, write_shard
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.coding import ideal_bits, passes
@@ -58,7 +58,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> tuple[
     posterior, header = DiagonalGaussian(means, torch.zeros_like(means)), header_of(codec, "float32")
     rows = [row(f"{i}.png", posterior, i, geometry, "", "float32") for i in range(6)]
     (folder / "latents").mkdir()
-    write_index(folder / "latents", header, write_shards(folder / "latents", header, "all", rows))
+    write_index(folder / "latents", header, write_shard(folder / "latents", header, "all", rows))
     return folder / "model.safetensors", folder / "latents"
 
 

@@ -21,6 +21,7 @@ from latent_codec.likelihoods import to_signed
 from latent_codec.perceptual import LPIPS
 from tools import throughput
 from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_coding
+from tools.latents_speed import LatentsSpeed
 from tools.peers import Taef2, diffusers_peer, sd_codec
 from tools.report import machine, report
 
@@ -181,6 +182,7 @@ def main() -> None:
         Annotated[throughput.Memory, tyro.conf.subcommand("memory")],
         Annotated[Quality, tyro.conf.subcommand("quality")],
         Annotated[Coding, tyro.conf.subcommand("coding")],
+        Annotated[LatentsSpeed, tyro.conf.subcommand("latents")],
     ]
     command: Any = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
     try:

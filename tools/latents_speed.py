@@ -1,0 +1,120 @@
+"""How fast stored latents come to a training loop, beside a file for each image as others keep them."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from latent_codec.batches import Rows, ShapeBatches
+from latent_codec.images import Geometry
+from latent_codec.latents import FORMAT_VERSION, Entry, Header, Latents, Row, write_index, write_shard
+from tools.report import machine, report
+
+_SHAPE = (32, 32, 32)
+_UNIT = 128
+
+
+class _Files(Dataset[torch.Tensor]):
+    """(mean, logvar) of each image in a file of its own."""
+
+    def __init__(self, folder: Path, suffix: str, load: Callable[[Path], torch.Tensor]) -> None:
+        self.paths, self.load = sorted(folder.glob(f"*{suffix}")), load
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.load(self.paths[index])
+
+
+class _Stored(Dataset[Any]):
+    """`Latents`, not drawn."""
+
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
+
+    def __getitem__(self, rows: Rows) -> Any:
+        return self.latents.moments(rows)
+
+
+def _load_pt(path: Path) -> torch.Tensor:
+    return torch.load(path, weights_only=True)
+
+
+def _load_npz(path: Path) -> torch.Tensor:
+    with np.load(path) as file:
+        return torch.from_numpy(file["latents"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentsSpeed:
+    """Time an epoch of float16 posteriors of 32x32x32, in random order in batches, with and without drawing."""
+
+    images: int = 4000
+    batch: int = 64
+    workers: tuple[int, ...] = (0, 2)
+    out: Path | None = None
+    """JSON file for the results."""
+
+    def run(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder))
+            latents = Latents(Path(folder))
+            batches: Any = ShapeBatches(latents.shapes, self.batch)
+            lists = [list(rows.indices) for rows in batches]
+            results: dict[str, dict[str, Any]] = {}
+            for n in self.workers:
+                loaders = {
+                    "latents, read": DataLoader(_Stored(latents), sampler=batches, batch_size=None, num_workers=n),
+                    "latents, read and drawn": DataLoader(latents, sampler=batches, batch_size=None, num_workers=n),
+                }
+                for name, load in ((".pt", _load_pt), (".npz", _load_npz)):
+                    files = _Files(Path(folder), name, load)
+                    loaders[f"a {name} each, read"] = DataLoader(files, batch_sampler=lists, num_workers=n)
+                found = {name: self.images / _seconds(loader) for name, loader in loaders.items()}
+                ratios = {
+                    f"{ours} over {name}": found[ours] / found[name]
+                    for ours in list(found)[:2]
+                    for name in list(found)[2:]
+                }
+                results[f"{n} workers"] = {"images_per_second": found, "times_as_fast": ratios}
+        report(results, {"images": self.images, "batch": self.batch} | machine("cpu"), self.out)
+
+    def _write(self, folder: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        header = Header(
+            format_version=FORMAT_VERSION,
+            model_id="0" * 64,
+            factor=8,
+            pixel_range=(-1.0, 1.0),
+            scale_state="raw",
+            second_moment="logvar",
+            dtype="float16",
+            statistics=None,
+        )
+        geometry = Geometry(width=256, height=256, orientation=1, mode="RGB", background=None)
+        entries: list[Entry] = []
+        for first in range(0, self.images, _UNIT):
+            rows: list[Row] = []
+            for i in range(first, min(first + _UNIT, self.images)):
+                both = torch.randn(2, *_SHAPE, generator=generator).half()
+                torch.save(both, folder / f"{i:06d}.pt")
+                np.savez(folder / f"{i:06d}.npz", latents=both.numpy())
+                entry = Entry(path=f"{i:06d}.png", shard="unknown", row=0, geometry=geometry, sha256="", label=None)
+                rows.append(Row(entry, *both))
+            entries += write_shard(folder, header, f"{first:06d}", rows)
+        write_index(folder, header, entries)
+
+
+def _seconds(loader: Any) -> float:
+    """Of an epoch, workers' start included; all files are in the system's cache."""
+    started = time.perf_counter()
+    for _ in loader:
+        pass
+    return time.perf_counter() - started

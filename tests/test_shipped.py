@@ -84,3 +84,24 @@ def test_files_stay_within_what_the_prior_says() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["photo-encode", "photo-decode"])
+def test_the_readme_says_what_whole_commands_took(name: str) -> None:
+    found = results(f"{name}.json")["results"]
+    readme = (ROOT / "README.md").read_text()
+    lines = {
+        "encode --format safetensors": "| `encode --format safetensors`, 1,000 photographs |",
+        "encode (.lc files)": "| `encode` to `.lc` files, 1,000 photographs |",
+        "decode of latents to JPEG": "| `decode` of latents to JPEG, 500 |",
+        "decode of latents to PNG": "| `decode` of latents to PNG, 500 |",
+        "decode of .lc files to PNG": "| `decode` of `.lc` files to PNG, 500 |",
+    }
+    for command, row in found.items():
+        if command not in lines:
+            continue
+        (line,) = (line for line in readme.splitlines() if line.startswith(lines[command]))
+        share = next(value for key, value in row.items() if key.startswith("share") and not key.endswith("start"))
+        after = next(value for key, value in row.items() if key.endswith("after_start"))
+        for text in (f" {row['images_per_second']:.1f} |", f" {share:.0%}", f" {after:.0%} |"):
+            assert text in line

@@ -134,12 +134,12 @@ def _hub_errors(repo_id: str, filename: str) -> Iterator[None]:
         (errors.RevisionNotFoundError, "has no such revision; give a branch, tag or commit that it has"),
         (errors.OfflineModeIsEnabled, "the hub is switched off by HF_HUB_OFFLINE; unset it"),
         (errors.LocalTokenNotFoundError, "needs a login; run hf auth login, or give a token"),
-        (errors.LocalEntryNotFoundError, f"the hub is not reached, and {filename} is not in the cache"),
+        (errors.LocalEntryNotFoundError, f"the hub gives no answer, and {filename} is not in the cache"),
         (errors.EntryNotFoundError, f"has no {filename}; of an AutoencoderKL, latent-codec import makes one"),
     )
     try:
         yield
     except (OSError, errors.HFValidationError, errors.EntryNotFoundError, transport) as error:
         reasons = (sentence for kind, sentence in sentences if isinstance(error, kind))
-        reason = next(reasons, f"the hub refused or is not reached: {' '.join(str(error).split())}")
+        reason = next(reasons, f"the hub refused or gave no answer: {' '.join(str(error).split())}")
         raise UserError(f"{repo_id}: {reason}") from error

@@ -190,6 +190,18 @@ def test_pickles_are_refused_whatever_their_name(tmp_path: Path, out: Path, name
     assert not out.exists()
 
 
+def test_a_file_that_begins_like_a_pickle_is_none_for_that(tmp_path: Path, out: Path) -> None:
+    """The first byte of a safetensors file is of its header's length; that of a pickle is 0x80."""
+    model, file = tiny_kl.autoencoder(), tmp_path / "file.safetensors"
+    for padding in range(0, 256, 8):
+        save_file(model.state_dict(), file, {"note": "x" * padding})
+        if file.read_bytes()[:1] == b"\x80":
+            break
+    else:
+        pytest.fail("no header of such a length")
+    assert_same_model(import_model(file, out), model)
+
+
 @pytest.mark.parametrize("layout", ["folder", "original"])
 def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path: Path, out: Path, layout: str) -> None:
     model, folder = saved(tmp_path)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from tqdm import tqdm
 
 from latent_codec import modelfile
 from latent_codec.autoencoder_kl import activations, settings
@@ -179,7 +180,8 @@ def _measure(
     made_up = activations.made_up_images(config.image_channels, network.factor)
     count, clamped = 0, 0.0
     with activations.watched(network) as peak:
-        for pixels in itertools.chain(made_up, activations.middles(images, network.factor)):
+        chosen = itertools.chain(made_up, activations.middles(images, network.factor))
+        for pixels in tqdm(chosen, "float16's range", unit="image", disable=None):  # off where nobody looks
             x = codec.likelihood.from_uint8(pixels.to(device))
             mean, logvar = network.encode(x).float().chunk(2, dim=1)
             theirs = logvar.clamp(*settings.LOGVAR_RANGE)

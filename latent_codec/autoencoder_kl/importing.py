@@ -88,7 +88,6 @@ def _find(source: Path) -> _Source:
         return _Source(_weights_in(folder), folder / CONFIG)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    _refuse_pickle(source)
     beside = source.with_name(CONFIG)
     return _Source(source, beside if _is_autoencoder(beside) else None)
 
@@ -111,6 +110,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _refuse_pickle(path: Path) -> None:
+    """Raise `UserError` if a file that is no safetensors file looks like a pickle; of those some begin alike."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -140,6 +140,7 @@ def _read(weights: Path) -> tuple[Tensors, dict[str, str]]:
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        _refuse_pickle(weights)
         raise UserError(f"{weights}: not a safetensors file ({error}); nothing is ever loaded from pickles") from error
     if odd := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
         raise UserError(

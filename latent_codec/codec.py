@@ -112,6 +112,27 @@ class Codec(nn.Module):
         model = ModelFile(self.config, self.state_dict(), self.statistics, self.provenance, self.priors)
         modelfile.write(path, model, half=half)
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> "Codec":
+        """A codec from a folder that `save_pretrained` wrote, a repository "user/name" of the Hugging Face hub, or what
+        `load` takes. `options` are `hub.find`'s: revision, filename, token ...; raises as that and `load` do.
+        """
+        from latent_codec import hub
+
+        return cls.load(hub.find(source, **options), device)
+
+    def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
+        """Write a folder with the model file and a card, as `hub.save` does."""
+        from latent_codec import hub
+
+        hub.save(self, Path(folder), half=half)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload model and card to "user/name" on the hub; options, result and errors are `hub.push`'s."""
+        from latent_codec import hub
+
+        return hub.push(self, repo_id, **options)
+
 
 def resolve(source: str | Path) -> Path:
     """The file of a model given by path or by a shipped model's name; raises `UserError` if there is neither.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,18 @@ def export(
     prior are measured on the first `images` images of `data`, which drops a context prior; without data a model keeps
     what it has. Raises `UserError` if there is neither, or if the run, the model or an image cannot be read.
     """
-    if images < 1:
-        raise UserError(f"statistics over {images} images are none; measure at least 1")
     if destination.is_dir():
         raise UserError(f"{destination}: is a folder; give the model file's name, such as {destination}.safetensors")
     make_folder(destination.parent)
+    codec = prepare(run_or_model, data=data, images=images, quiet=quiet)
+    codec.save(destination, half=half)
+    return Codec.load(destination)
+
+
+def prepare(run_or_model: Path, *, data: tuple[Path, ...], images: int, quiet: bool = False) -> Codec:
+    """The codec that `export` writes; raises as it does."""
+    if images < 1:
+        raise UserError(f"statistics over {images} images are none; measure at least 1")
     if (run_or_model / PRIOR_RUN_MODEL).is_file():
         codec = Codec.load(run_or_model / PRIOR_RUN_MODEL)
     elif run_or_model.is_dir():
@@ -62,8 +69,7 @@ def export(
         calibrate(codec, sources, f"first {len(sources)} images of {where}", quiet=quiet)
     elif codec.statistics is None:
         raise UserError(f"{run_or_model}: has no latent statistics yet; name images to measure them on with --data")
-    codec.save(destination, half=half)
-    return Codec.load(destination)
+    return codec
 
 
 _KEPT_POSITIONS = 2**12  # of each image, for the frequencies of quantised latents
@@ -99,6 +105,15 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
     )
     base = base_steps(std.numpy(), variance.sqrt().numpy())
     codec.priors = Priors(base, factorized.fit(torch.cat(kept, 1), base), None)
+
+
+_ACTIVATION_IMAGES = 8
+
+
+def calibration_images(codec: Codec, data: tuple[Path, ...], images: int) -> Iterator[torch.Tensor]:
+    """The first few of the images that `prepare` measures on, (1, 3, h, w) uint8, padded as the codec takes them."""
+    for source in find_all(data)[: min(images, _ACTIVATION_IMAGES)] if data else []:
+        yield pad(source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels, codec.factor)[None]
 
 
 def _newest_checkpoint(run: Path) -> Path:

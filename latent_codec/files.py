@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -58,8 +59,7 @@ def temporary_path(folder: Path, name: str) -> Iterator[Path]:
     Unless `put` took it away before. The folder and its parents are created.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = os.fsencode(name)[:200].decode(errors="ignore")  # names are limited in bytes, to 255
-    temporary = folder / f".{stem}.{process_name()}-{secrets.token_hex(4)}.tmp"
+    temporary = _temporary(folder / name)
     try:
         temporary.touch(exist_ok=False)
         yield temporary
@@ -87,6 +87,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         put(temporary, path, mode)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder in the same place; on success it is renamed to `path` with all that is in it, else removed.
+
+    What is written into it is to be written by `atomic_path`. A folder that `path` was before goes when the new one is
+    complete. Parent folders are created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, before = _temporary(path), _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(before)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if before.exists():
+                before.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    stem = os.fsencode(path.name)[:200].decode(errors="ignore")  # names are limited in bytes, to 255
+    return path.with_name(f".{stem}.{process_name()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:

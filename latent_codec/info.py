@@ -88,7 +88,8 @@ def _describe_model(path: Path) -> str:
     else:
         lines.append(f"statistics  over {statistics.source} ({statistics.images} images)")
         for name in ("mean", "std", "posterior_std"):
-            lines.append(f"  {name:13} " + " ".join(f"{v:.3g}" for v in getattr(statistics, name)))
+            values = getattr(statistics, name)
+            lines.append(f"  {name:13} " + ("unknown" if values is None else " ".join(f"{v:.3g}" for v in values)))
     lines += _describe_priors(codec.priors)
     if codec.provenance:
         lines.append(f"training    {_describe_training(codec.provenance)}")

@@ -30,13 +30,14 @@ class LatentStatistics:
     """Per channel, of the posterior means over images and positions."""
     std: tuple[float, ...]
     """Per channel, of one posterior sample: sqrt(var(mean) + E[var])."""
-    posterior_std: tuple[float, ...]
-    """Per channel, sqrt(E[posterior variance])."""
+    posterior_std: tuple[float, ...] | None
+    """Per channel, sqrt(E[posterior variance]); None if the set was never seen, only its mean and std were told."""
 
     def __post_init__(self) -> None:
-        if not len(self.mean) == len(self.std) == len(self.posterior_std):
+        of_posterior = self.std if self.posterior_std is None else self.posterior_std
+        if not len(self.mean) == len(self.std) == len(of_posterior):
             raise ValueError("mean, std and posterior_std must have one value per channel each")
-        if not all(value > 0 for value in self.std + self.posterior_std):
+        if not all(value > 0 for value in self.std + of_posterior):
             raise ValueError(f"std {self.std} and posterior_std {self.posterior_std} must be positive")
 
 
@@ -64,7 +65,7 @@ def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
     Raises `UserError` naming a tensor that is not finite or overflows float16, `OSError` if the disk refuses.
     """
     tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in model.tensors.items()}
-    _check_finite(tensors, path)
+    check_finite(tensors, path)
     if half:
         tensors = {name: t.half() for name, t in tensors.items()}
         for name, tensor in tensors.items():
@@ -103,7 +104,7 @@ def read(path: Path) -> ModelFile:
                 of_priors[name] = file.get_tensor(name)
             else:
                 tensors[name] = file.get_tensor(name).float()
-    _check_finite(tensors, path)
+    check_finite(tensors, path)
     try:
         config = from_json(CodecConfig, header["config"])
         statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
@@ -148,10 +149,11 @@ def own_metadata(path: Path) -> str:
     return metadata[KEY]
 
 
-def _check_finite(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def check_finite(tensors: dict[str, torch.Tensor], where: Path) -> None:
+    """Raise `UserError` naming the first tensor with a value that is not finite."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path}: tensor {name} holds values that are not finite; the model is unusable")
+            raise UserError(f"{where}: tensor {name} holds values that are not finite; the model is unusable")
 
 
 def check_state(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:

@@ -21,6 +21,8 @@ from latent_codec.metrics import psnr
 # 2.4 megapixels: lite takes 0.2 GB for them, and the decoder of Stable Diffusion's shape, at 3 KB a pixel, 7 GB.
 DEFAULT_SIDE = 1536
 
+_Map = Callable[[torch.Tensor], torch.Tensor]
+
 _LEAST_BLENDED = 8  # latent elements a side: a quarter of a tile is shared with each neighbour
 
 
@@ -75,11 +77,20 @@ def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None) -> torch.Tenso
 
     `tile` is in pixels, as for `encode`; raises as it does.
     """
+    return _decode(codec, z, tile, codec.decode_uint8, codec.likelihood.to_uint8)
+
+
+def decode(codec: Codec, z: torch.Tensor, tile: int | None) -> torch.Tensor:
+    """The same in float32, in the likelihood's range and not clipped, as `Codec.decode` gives it."""
+    return _decode(codec, z, tile, codec.decode, torch.Tensor.float)
+
+
+def _decode(codec: Codec, z: torch.Tensor, tile: int | None, whole: _Map, convert: _Map) -> torch.Tensor:
     if tile is not None:
         check_tile(codec, tile)
     if tile is not None and cuts(z[0, 0].numel() * codec.factor**2, tile):
-        return _decode_tiles(codec, z, tile)
-    return codec.decode_uint8(z.to(_device(codec))).cpu()
+        return _decode_tiles(codec, z, tile, convert)
+    return whole(z.to(_device(codec))).cpu()
 
 
 def _on_cpu(posterior: DiagonalGaussian) -> DiagonalGaussian:
@@ -126,8 +137,8 @@ def spans(size: int, side: int, margin: int) -> list[Span]:
 class _Direction(NamedTuple):
     """One of the codec's two networks and what is done to its output, element by element."""
 
-    network: Callable[[torch.Tensor], torch.Tensor]
-    finish: Callable[[torch.Tensor], torch.Tensor]
+    network: _Map
+    finish: _Map
     scale_in: int
     """Elements of the input along one side for each latent element."""
     scale_out: int
@@ -143,9 +154,9 @@ def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int) -> DiagonalGaus
     return codec.bottleneck(features)  # has no parameters: it works wherever its input is
 
 
-def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int) -> torch.Tensor:
+def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int, convert: _Map) -> torch.Tensor:
     def finish(params: torch.Tensor) -> torch.Tensor:
-        return codec.likelihood.to_uint8(codec.likelihood.mean(params))
+        return convert(codec.likelihood.mean(params))
 
     direction = _Direction(codec.likelihood_params, finish, 1, codec.factor, codec.backbone.decoder_margin)
     return _tiled(direction, z, tile // codec.factor, _device(codec))
@@ -228,13 +239,13 @@ def encode_error(codec: Codec, pixels: torch.Tensor, tile: int) -> EncodeError:
         difference.abs().amax().item(),
         difference.square().mean().sqrt().item(),
         psnr(decode_uint8(codec, whole.mean, None), pixels.cpu()).mean().item(),
-        psnr(_decode_tiles(codec, tiled.mean, tile), pixels.cpu()).mean().item(),
+        psnr(_decode_tiles(codec, tiled.mean, tile, codec.likelihood.to_uint8), pixels.cpu()).mean().item(),
     )
 
 
 def decode_error(codec: Codec, z: torch.Tensor, tile: int) -> DecodeError:
     """Measure tiling on latents (b, z, h, w) whose image fits into memory whole; they are cut whatever their area."""
-    whole, tiled = decode_uint8(codec, z, None), _decode_tiles(codec, z, tile)
+    whole, tiled = decode_uint8(codec, z, None), _decode_tiles(codec, z, tile, codec.likelihood.to_uint8)
     return DecodeError(int((whole.int() - tiled.int()).abs().amax()), psnr(tiled, whole).mean().item())
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from latent_codec import files
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_path, make_folder, write_text
+from latent_codec.files import atomic_folder, atomic_path, make_folder, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,3 +135,47 @@ def test_make_folder_refuses_a_folder_that_takes_no_files(tmp_path: Path, monkey
     monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match="Read-only file system"):
         make_folder(tmp_path)
+
+
+def fill(folder: Path, text: str) -> None:
+    for name in ("a.txt", "b.txt"):
+        write_text(folder / name, text)
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+    for text in ("old", "new"):
+        with atomic_folder(path) as temporary:
+            fill(temporary, text)
+            assert not path.exists() or (path / "a.txt").read_text() == "old"
+    assert {f.name: f.read_text() for f in path.iterdir()} == {"a.txt": "new", "b.txt": "new"}
+    assert [f.name for f in path.parent.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_folder_or_none(tmp_path: Path, error: type[BaseException]) -> None:
+    for expected in ([], ["folder"]):
+        with pytest.raises(error), atomic_folder(tmp_path / "folder") as temporary:
+            write_text(temporary / "a.txt", "half of the new")
+            raise error
+        assert [f.name for f in tmp_path.iterdir()] == expected
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        fill(tmp_path / "folder", "old")
+    assert (tmp_path / "folder" / "a.txt").read_text() == "old"
+
+
+def test_where_the_last_rename_fails_the_old_folder_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    fill(tmp_path / "folder", "old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == tmp_path / "folder" and (self / "a.txt").read_text() == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "folder") as temporary:
+        fill(temporary, "new")
+    assert [f.name for f in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "b.txt").read_text() == "old"

@@ -69,6 +69,13 @@ def test_what_is_written_is_what_is_read(codec: Codec, tmp_path: Path, half: boo
     assert all(torch.equal(after[name], tensor) for name, tensor in to_tensors(codec.priors).items())
 
 
+def test_statistics_of_latents_that_were_never_seen_come_back(codec: Codec, tmp_path: Path) -> None:
+    assert codec.statistics is not None
+    codec.statistics = dataclasses.replace(codec.statistics, posterior_std=None)
+    codec.save(tmp_path / "m.safetensors")
+    assert modelfile.read(tmp_path / "m.safetensors").statistics == codec.statistics
+
+
 def test_a_model_without_statistics_comes_back_without(codec: Codec, tmp_path: Path) -> None:
     codec.statistics = None
     codec.save(tmp_path / "m.safetensors")
@@ -295,6 +302,7 @@ def test_a_file_that_is_not_there_and_a_folder_are_refused(tmp_path: Path) -> No
 
 def test_statistics_need_one_positive_value_per_channel() -> None:
     good = LatentStatistics(source="s", images=1, mean=(0.0,), std=(1.0,), posterior_std=(1.0,))
+    assert dataclasses.replace(good, posterior_std=None).posterior_std is None
     for change in ({"mean": (0.0, 0.0)}, {"std": ()}, {"std": (-1.0,)}, {"posterior_std": (0.0,)}):
         with pytest.raises(ValueError, match="std"):
             dataclasses.replace(good, **change)

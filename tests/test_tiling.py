@@ -240,6 +240,10 @@ def test_every_likelihood_decodes_in_tiles(likelihood: Any, backbone: Any, cut_a
     assert tiled.shape == whole.shape and tiled.dtype == torch.uint8
     if tiling.is_exact(codec):
         assert (tiled.int() - whole.int()).abs().amax() <= 1
+        expected, pixels = codec.decode(z), tiling.decode(codec, z, tiling.least_tile(codec))
+        assert pixels.dtype == torch.float32
+        torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(tiling.decode(codec, z, None), expected)
 
 
 # What goes through a network at once

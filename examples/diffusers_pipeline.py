@@ -1,0 +1,18 @@
+"""A codec in a stock pipeline of diffusers: python examples/diffusers_pipeline.py [MODEL]. It writes picture.png."""
+
+import sys
+
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from latent_codec import Codec
+from latent_codec.adapter import CodecAutoencoder
+
+codec = Codec.load(sys.argv[1] if len(sys.argv) > 1 else "photo")
+vae = CodecAutoencoder.from_codec(codec)  # latents of mean 0 and standard deviation 1, as Latents(normalize=True) gives
+
+# Random weights, so the picture is noise; in its place, one that was trained on such latents.
+z = codec.config.latent_channels
+transformer = DiTTransformer2DModel(in_channels=z, out_channels=z, sample_size=16, num_layers=2, attention_head_dim=8)
+pipeline = DiTPipeline(transformer.eval(), vae, DDIMScheduler())
+image = pipeline(class_labels=[0], num_inference_steps=4).images[0]
+image.save("picture.png")

@@ -1,0 +1,200 @@
+"""An AutoencoderKL folder, or one safetensors file in either layout, as a codec."""
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+
+from latent_codec import __version__, modelfile
+from latent_codec.autoencoder_kl import layouts, settings
+from latent_codec.autoencoder_kl.exporting import BACKBONE, CONFIG, FORMAT_VERSION, KEY, WEIGHTS, digest, restored
+from latent_codec.autoencoder_kl.folding import Tensors
+from latent_codec.codec import Codec
+from latent_codec.config import CodecConfig, from_json
+from latent_codec.errors import UserError
+from latent_codec.files import make_folder
+from latent_codec.modelfile import LatentStatistics
+
+log = logging.getLogger(__name__)
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+class _Source(NamedTuple):
+    weights: Path
+    config: Path | None
+
+
+def import_model(
+    source: Path,
+    destination: Path,
+    *,
+    scaling_factor: float | None = None,
+    shift_factor: float | None = None,
+    half: bool = False,
+) -> Codec:
+    """Write a model file of ours from an AutoencoderKL folder or a safetensors file, and read it back.
+
+    A file may be in diffusers' layout or the original one, alone or within a whole checkpoint; its shapes say what it
+    is, unless an AutoencoderKL's config.json lies beside it. The latents' statistics are what the scale says, that of
+    config.json or the factors given here; without either there are none. An export of ours becomes what it was, with
+    the same id. `half` stores float16. Raises `UserError` for pickles, for missing, extra, mis-shaped or non-finite
+    tensors, and for features that codecs lack.
+    """
+    if destination.is_dir():
+        raise UserError(f"{destination}: is a folder; give the model file's name, such as {destination}.safetensors")
+    found = _find(source)
+    if destination.resolve() == found.weights.resolve():
+        raise UserError(f"{destination}: is what would be imported; give another name")
+    tensors, metadata = _read(found.weights)
+    codec = _restore(tensors, metadata, found.weights) if KEY in metadata else None
+    if codec is None:
+        config, scale = _describe(found, tensors)
+        codec = _load(config, tensors, found.weights)
+        codec.statistics = scale and settings.statistics_of(scale, config.latent_channels, source.name)
+        codec.provenance = {
+            "imported_from": source.name,
+            "sha256": _sha256(found.weights),
+            "imported_by": f"latent_codec {__version__}",
+        }
+    if scaling_factor is not None or shift_factor is not None:
+        codec.statistics = _given(scaling_factor, shift_factor, codec.config.latent_channels)
+    make_folder(destination.parent)
+    codec.save(destination, half=half)
+    return Codec.load(destination)
+
+
+def _given(scaling: float | None, shift: float | None, channels: int) -> LatentStatistics:
+    scale = settings.Scale(1.0 if scaling is None else scaling, shift or 0.0, None, None)
+    if (statistics := settings.statistics_of(scale, channels, "the command line")) is None:
+        raise UserError(
+            f"--scaling-factor {scaling} --shift-factor {shift}: finite numbers, the first above 0, are needed"
+        )
+    return statistics
+
+
+def _find(source: Path) -> _Source:
+    if source.is_dir():
+        folder = source if (source / CONFIG).is_file() or not (source / "vae" / CONFIG).is_file() else source / "vae"
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{source}: no {CONFIG} in it; give an AutoencoderKL's folder, or one safetensors file")
+        return _Source(_weights_in(folder), folder / CONFIG)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    beside = source.with_name(CONFIG)
+    return _Source(source, beside if _is_autoencoder(beside) else None)
+
+
+def _weights_in(folder: Path) -> Path:
+    found = sorted(folder.glob("*.safetensors"))
+    if (folder / WEIGHTS) in found:
+        return folder / WEIGHTS
+    if (folder / f"{WEIGHTS}.index.json").is_file():
+        raise UserError(f"{folder}: its weights are in several shards; save them in one file (max_shard_size)")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"{folder}: no {WEIGHTS}, but {', '.join(p.name for p in found)}; name the file of these to import"
+        )
+    for path in sorted(folder.iterdir()):
+        _refuse_pickle(path)
+    raise UserError(f"{folder}: no {WEIGHTS} in it")
+
+
+def _refuse_pickle(path: Path) -> None:
+    """Raise `UserError` if a file that is no safetensors file looks like a pickle; of those some begin alike."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError:
+        start = b""  # whoever reads it says so
+    if path.suffix in _PICKLES or start[:1] == b"\x80" or start == b"PK\x03\x04":
+        raise UserError(
+            f"{path}: a pickle, which can run anything when it is loaded, is never read; convert it to safetensors "
+            "with a tool that you trust with it (AutoencoderKL.save_pretrained writes safetensors)"
+        )
+
+
+def _is_autoencoder(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _read(weights: Path) -> tuple[Tensors, dict[str, str]]:
+    """The autoencoder's tensors by today's names, float32 and finite, and the file's metadata."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = list(file.keys())
+            prefix = layouts.prefix_of(names, str(weights))
+            own = [n for n in names if n.startswith(prefix) and not layouts.is_training_state(n.removeprefix(prefix))]
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in own}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        _refuse_pickle(weights)
+        raise UserError(f"{weights}: not a safetensors file ({error}); nothing is ever loaded from pickles") from error
+    if odd := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise UserError(
+            f"{weights}: tensor {odd[0]} is {tensors[odd[0]].dtype}; an autoencoder's are floating-point numbers"
+        )
+    tensors = {name: tensor.float() for name, tensor in layouts.canonical(tensors, str(weights)).items()}
+    modelfile.check_finite(tensors, weights)
+    return tensors, metadata
+
+
+def _describe(found: _Source, tensors: Tensors) -> tuple[CodecConfig, settings.Scale | None]:
+    """Its configuration, from config.json or its shapes, and its scale if that is known."""
+    if found.config is None:
+        backbone, image_channels, latent_channels = layouts.shapes(tensors, str(found.weights))
+        return settings.codec_config(backbone, image_channels, latent_channels), None
+    try:
+        value = json.loads(found.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{found.config}: cannot be read as JSON: {error}") from error
+    return settings.from_json(value, str(found.config))
+
+
+def _load(config: CodecConfig, tensors: Tensors, where: Path) -> Codec:
+    try:
+        with torch.device("meta"):  # whatever the configuration says, nothing is allocated for it yet
+            expected = {name.removeprefix(BACKBONE): t for name, t in Codec(config).state_dict().items()}
+    except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: no model can be made of its configuration: {error}") from error
+    modelfile.check_state(expected, tensors, str(where))
+    codec = Codec(config)
+    codec.load_state_dict({f"{BACKBONE}{name}": tensor for name, tensor in tensors.items()})
+    return codec.eval()
+
+
+def _restore(tensors: Tensors, metadata: dict[str, str], where: Path) -> Codec | None:
+    """The model that was exported; None, with a warning, if the file is not what the export left."""
+    try:
+        header: dict[str, Any] = json.loads(metadata[KEY])
+        if header["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {header['format_version']}; this program reads {FORMAT_VERSION}")
+        config = from_json(CodecConfig, header["config"])
+        original = {n: t.float() for n, t in load(base64.b64decode(header["original"], validate=True)).items()}
+        if digest(config, tensors, original) != header["digest"]:
+            raise ValueError("its tensors are others than were exported")
+        codec = Codec(config).eval()
+        codec.load_state_dict(restored(config, tensors, original))
+        codec.statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
+        codec.provenance = from_json(dict, header["provenance"], where="provenance")
+    except (KeyError, TypeError, ValueError, RecursionError, RuntimeError, binascii.Error, SafetensorError) as error:
+        log.warning("%s: imported as it stands, not as the model it was exported from: %s", where, error)
+        return None
+    return codec
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,145 @@
+"""Tensor names: AutoencoderKL's, those of before its attention was renamed, and the original latent diffusion ones."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+
+from latent_codec.autoencoder_kl.folding import Tensors
+from latent_codec.config import ConvConfig
+from latent_codec.errors import UserError
+
+_ANCHOR = "encoder.conv_in.weight"
+"""Every layout has it; what stands before it in a checkpoint of several models is the autoencoder's prefix."""
+_PREFIXES = ("first_stage_model.", "vae.", "")
+"""Preferred in this order where there are several."""
+_TRAINING = ("loss.", "model_ema.")
+"""Of bare training checkpoints: discriminator, LPIPS and counters, no part of the autoencoder."""
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_LDM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_GROUPS = 32  # of all AutoencoderKL that are known; tensors do not tell
+
+_LACKED = (
+    (r"(en|de)coder\.(down|up|down_blocks|up_blocks)\.\d+\.(attn|attentions)\.", "attention outside the middle block"),
+    (r"quantize\.", "a codebook (VQModel)"),
+    (r"bn\.", "batch normalisation of latents (AutoencoderKLFlux2)"),
+    (r".*(temporal|time_)", "layers over time (a video's autoencoder)"),
+)
+
+
+class Shapes(NamedTuple):
+    """What the shapes of an AutoencoderKL's tensors say."""
+
+    backbone: ConvConfig
+    image_channels: int
+    latent_channels: int
+
+
+def prefix_of(names: Iterable[str], where: str) -> str:
+    """What stands before an autoencoder's names in a file; raises `UserError` if it holds none, or several."""
+    found = {name.removesuffix(_ANCHOR) for name in names if f".{name}".endswith(f".{_ANCHOR}")}
+    if not found:
+        raise UserError(f"{where}: no tensor {_ANCHOR}, under whatever prefix; it holds no autoencoder of this kind")
+    for prefix in _PREFIXES:
+        if prefix in found:
+            return prefix
+    if len(found) > 1:
+        raise UserError(f"{where}: holds several autoencoders, {', '.join(sorted(found))}; give a file with one")
+    return found.pop()
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a tensor beside the autoencoder's is left over from its training."""
+    return name.startswith(_TRAINING)
+
+
+def canonical(tensors: Tensors, where: str) -> Tensors:
+    """The tensors under today's names and shapes; raises `UserError` if two become one, or for what codecs lack."""
+    for name in sorted(tensors):
+        for pattern, feature in _LACKED:
+            if re.match(pattern, name):
+                raise UserError(
+                    f"{where}: this autoencoder has {feature}, which codecs of ours have not: tensor {name}"
+                )
+    stages = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=-1)
+    named: Tensors = {}
+    for name, tensor in tensors.items():
+        new = _canonical_name(name, stages)
+        if new in named:
+            raise UserError(f"{where}: tensor {new} is there under two names, one of them {name}")
+        named[new] = _as_matrix(tensor) if ".attentions." in new else tensor
+    return named
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution as the linear map that it is."""
+    return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+
+
+_RULES: tuple[tuple[str, Callable[[re.Match[str], int], str]], ...] = (
+    (r"encoder\.down\.(\d+)\.block\.(\d+)\.(.+)", lambda m, _: f"encoder.down_blocks.{m[1]}.resnets.{m[2]}.{m[3]}"),
+    (r"encoder\.down\.(\d+)\.downsample\.(.+)", lambda m, _: f"encoder.down_blocks.{m[1]}.downsamplers.0.{m[2]}"),
+    # The original counts the decoder's resolutions from the finest, AutoencoderKL in the order of computation.
+    (
+        r"decoder\.up\.(\d+)\.block\.(\d+)\.(.+)",
+        lambda m, n: f"decoder.up_blocks.{n - 1 - int(m[1])}.resnets.{m[2]}.{m[3]}",
+    ),
+    (
+        r"decoder\.up\.(\d+)\.upsample\.(.+)",
+        lambda m, n: f"decoder.up_blocks.{n - 1 - int(m[1])}.upsamplers.0.{m[2]}",
+    ),
+    (r"(en|de)coder\.mid\.block_([12])\.(.+)", lambda m, _: f"{m[1]}coder.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"),
+    (
+        r"(en|de)coder\.mid\.attn_1\.(\w+)\.(.+)",
+        lambda m, _: f"{m[1]}coder.mid_block.attentions.0.{_LDM_ATTENTION.get(m[2], m[2])}.{m[3]}",
+    ),
+    (
+        r"(en|de)coder\.mid_block\.attentions\.0\.(\w+)\.(weight|bias)",
+        lambda m, _: f"{m[1]}coder.mid_block.attentions.0.{_ATTENTION.get(m[2], m[2])}.{m[3]}",
+    ),
+    (r"(en|de)coder\.norm_out\.(.+)", lambda m, _: f"{m[1]}coder.conv_norm_out.{m[2]}"),
+)
+
+
+def _canonical_name(name: str, stages: int) -> str:
+    for pattern, rename in _RULES:
+        if match := re.fullmatch(pattern, name):
+            return rename(match, stages).replace(".nin_shortcut.", ".conv_shortcut.")
+    return name
+
+
+def shapes(tensors: Tensors, where: str) -> Shapes:
+    """The configuration that tensors under today's names have; raises `UserError` for one without which it is unknown.
+
+    Only what it takes is looked at: whether all tensors are there, and fit, is for `modelfile.check_state`.
+    """
+
+    def count(pattern: str) -> int:
+        return 1 + max((int(m[1]) for name in tensors if (m := re.match(pattern, name))), default=-1)
+
+    def size(name: str, dim: int) -> int:
+        if name not in tensors or tensors[name].ndim != 4:
+            raise UserError(f"{where}: tensor {name} is missing or no convolution's; it holds no whole autoencoder")
+        return tensors[name].shape[dim]
+
+    stages = count(r"encoder\.down_blocks\.(\d+)\.")
+    if stages == 0:
+        raise UserError(
+            f"{where}: the encoder has no blocks, so this is no whole autoencoder of the AutoencoderKL kind"
+        )
+    widths = tuple(size(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(stages))
+    if any(width % _GROUPS for width in widths):
+        raise UserError(
+            f"{where}: widths {widths} are no multiples of {_GROUPS}, which a file alone says nothing else of; give a "
+            "folder whose config.json says norm_num_groups"
+        )
+    backbone = ConvConfig(
+        widths=widths,
+        layers_per_block=count(r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        groups=_GROUPS,
+        mid_attention=any(name.startswith("encoder.mid_block.attentions.") for name in tensors),
+        quant_conv="quant_conv.weight" in tensors,
+        post_quant_conv="post_quant_conv.weight" in tensors,
+    )
+    return Shapes(backbone, size("encoder.conv_in.weight", 1), size("decoder.conv_in.weight", 1))

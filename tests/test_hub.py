@@ -1,0 +1,281 @@
+"""Models from the hub and to it: a small server in the hub's place answers downloads, a recorder takes uploads."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+
+from latent_codec import hub
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.hub import CARD, MODEL
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+REFUSALS = {
+    "someone/private": (401, "RepoNotFound", "no such repository, or a private one"),
+    "someone/gated": (403, "GatedRepo", "is gated; accept its terms"),
+    "someone/broken": (500, "", "the hub gives no answer"),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does to one user's repository "someone/model" with two revisions, and refuses others."""
+
+    files: dict[tuple[str, str], bytes]  # by revision and name
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def _answer(self, *, body: bool) -> None:
+        user, repository, _, revision, name = self.path.lstrip("/").split("?")[0].split("/", 4)
+        repo = f"{user}/{repository}"
+        if repo != "someone/model":
+            status, code, _ = REFUSALS.get(repo, (404, "RepoNotFound", ""))
+            return self._refuse(status, code)
+        revision = next((r for r, commit in COMMITS.items() if revision in (r, commit)), "")
+        if not revision:
+            return self._refuse(404, "RevisionNotFound")
+        if (content := self.files.get((revision, name))) is None:
+            return self._refuse(404, "EntryNotFound")
+        self.send_response(200)
+        self.send_header("ETag", f'"{hash(content):x}"')
+        self.send_header("X-Repo-Commit", COMMITS[revision])
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", f"a message about {code}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def variant(codec: Codec, value: float) -> Codec:
+    codec.get_parameter("backbone.linear.encoder.bias").data[0] = value
+    return codec
+
+
+@pytest.fixture
+def remote(codec: Codec, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Options that send downloads to the server, with a cache of their own."""
+    files = {}
+    for revision, value in (("main", 1.0), ("v1", 2.0)):
+        variant(codec, value).save(tmp_path / "served.safetensors")
+        files[revision, MODEL] = (tmp_path / "served.safetensors").read_bytes()
+    files["main", "sub/other.safetensors"] = files["v1", MODEL]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": files}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield {"endpoint": f"http://127.0.0.1:{server.server_address[1]}", "cache_dir": tmp_path / "cache", "token": False}
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_repositorys_model_is_loaded_at_a_revision(codec: Codec, remote: dict[str, Any]) -> None:
+    assert Codec.from_pretrained("someone/model", **remote).model_id == variant(codec, 1.0).model_id
+    for revision in ("v1", COMMITS["v1"]):
+        found = Codec.from_pretrained("someone/model", revision=revision, **remote)
+        assert found.model_id == variant(codec, 2.0).model_id
+    found = Codec.from_pretrained("someone/model", filename="sub/other.safetensors", **remote)
+    assert found.model_id == variant(codec, 2.0).model_id
+    offline = remote | {"endpoint": "http://127.0.0.1:9", "local_files_only": True}
+    assert Codec.from_pretrained("someone/model", **offline).model_id == variant(codec, 1.0).model_id
+
+
+@pytest.mark.parametrize("repo", [*REFUSALS, "someone/nothing"])
+def test_what_the_hub_refuses_is_one_sentence(
+    remote: dict[str, Any], repo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between its tries
+    reason = REFUSALS.get(repo, (0, "", "no such repository"))[2]
+    with pytest.raises(UserError, match=f"^{repo}: {reason}") as caught:
+        Codec.from_pretrained(repo, **remote)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"revision": "v9"}, "has no such revision; give a branch, tag or commit"),
+        ({"filename": "none.safetensors"}, r"has no none\.safetensors; of an AutoencoderKL, latent-codec import"),
+        ({"local_files_only": True}, r"the hub gives no answer, and model\.safetensors is not in the cache"),
+    ],
+)
+def test_what_a_repository_has_not_is_one_sentence(
+    remote: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError, match=f"^someone/model: {reason}"):
+        Codec.from_pretrained("someone/model", **remote | options)
+
+
+def test_without_a_network_it_says_so(remote: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(UserError, match=r"^someone/model: the hub gives no answer"):
+        Codec.from_pretrained("someone/model", **remote | {"endpoint": "http://127.0.0.1:9"})
+
+
+def test_a_repository_without_a_proper_name_is_refused(remote: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^a--b/c\.\.d: is no repository's name"):
+        Codec.from_pretrained("a--b/c..d", **remote)
+
+
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"pip install 'latent-codec\[hub\]'"):
+        Codec.from_pretrained("someone/model")
+
+
+def test_a_folder_that_was_saved_is_loaded(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: dict[str, Any]
+) -> None:
+    codec.save_pretrained(tmp_path / "a" / "mine")
+    assert {f.name for f in (tmp_path / "a" / "mine").iterdir()} == {MODEL, CARD}
+    for source in (tmp_path / "a" / "mine", tmp_path / "a" / "mine" / MODEL):
+        found = Codec.from_pretrained(source)
+        assert (found.model_id, found.statistics, found.training) == (codec.model_id, codec.statistics, False)
+        assert found.priors is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "someone")
+    (tmp_path / "someone" / "mine").rename(tmp_path / "someone" / "model")
+    assert Codec.from_pretrained("someone/model", **remote).model_id == codec.model_id  # what is there comes first
+    assert Codec.from_pretrained("photo").config.latent_channels == 32
+
+
+def test_half_is_stored_as_float16(codec: Codec, tmp_path: Path) -> None:
+    codec.save_pretrained(tmp_path / "half", half=True)
+    codec.save_pretrained(tmp_path / "whole")
+    sizes = [(tmp_path / name / MODEL).stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.9 * sizes[1]
+
+
+def test_places_without_a_model_are_refused(tmp_path: Path, codec: Codec) -> None:
+    (tmp_path / "file").write_text("mine")
+    for source, reason in (
+        (tmp_path, r"no model\.safetensors in it"),
+        (tmp_path / "none.safetensors", "neither a file nor a shipped model"),
+        ("nothing", "neither a file nor a shipped model"),
+        (tmp_path / "file", "not a safetensors file"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            Codec.from_pretrained(source)
+    with pytest.raises(UserError, match="cannot be written into"):
+        codec.save_pretrained(tmp_path / "file")
+
+
+def test_the_card_says_what_the_model_is(codec: Codec, tmp_path: Path) -> None:
+    codec.save_pretrained(tmp_path / "mine")
+    card = huggingface_hub.ModelCard.load(tmp_path / "mine" / CARD)
+    data = card.data.to_dict()
+    assert data["library_name"] == "latent-codec" and "image-compression" in data["tags"]
+    for fact in (codec.model_id, "4 latent channels", "1/8 of each side", "lite", "made up"):
+        assert fact in card.text
+    snippet = card.text.split("```python\n")[1].split("```")[0].replace('"mine"', repr(str(tmp_path / "mine")))
+    scope: dict[str, Any] = {"pixels": torch.zeros(1, 3, 16, 8, dtype=torch.uint8)}
+    exec(snippet, scope)
+    assert scope["image"].shape == (1, 3, 16, 8)
+    (tmp_path / "mine" / CARD).write_text("my own words")
+    codec.save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "mine" / CARD).read_text() == "my own words"
+
+
+class Recorder:
+    """In the place of huggingface_hub.HfApi: keeps what it is asked, and what is uploaded."""
+
+    asked: list[tuple[str, dict[str, Any]]]
+    uploaded: dict[str, bytes]
+    has_card = False
+    fails: Exception | None = None
+
+    def __init__(self, **options: Any) -> None:
+        self.asked.append(("HfApi", options))
+
+    def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+        self.asked.append(("create_repo", {"repo_id": repo_id} | options))
+        if self.fails is not None:
+            raise self.fails
+        return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
+
+    def create_branch(self, repo_id: str, **options: Any) -> None:
+        self.asked.append(("create_branch", {"repo_id": repo_id} | options))
+
+    def file_exists(self, repo_id: str, filename: str, **options: Any) -> bool:
+        assert filename == CARD
+        return self.has_card
+
+    def upload_folder(self, *, folder_path: str, **options: Any) -> SimpleNamespace:
+        self.asked.append(("upload_folder", options))
+        self.uploaded |= {f.name: f.read_bytes() for f in Path(folder_path).iterdir()}
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    recorder = type("OneRecorder", (Recorder,), {"asked": [], "uploaded": {}})
+    monkeypatch.setattr(huggingface_hub, "HfApi", recorder)
+    return recorder
+
+
+def test_a_model_is_pushed_with_its_card(codec: Codec, api: type[Recorder], tmp_path: Path) -> None:
+    assert codec.push_to_hub("mine", private=True, token="secret") == "https://hub/commit/1"
+    assert api.asked == [
+        ("HfApi", {"endpoint": None, "token": "secret"}),
+        ("create_repo", {"repo_id": "mine", "private": True, "exist_ok": True}),
+        (
+            "upload_folder",
+            {"repo_id": "me/mine", "revision": None, "commit_message": "Upload model", "create_pr": False},
+        ),
+    ]
+    assert set(api.uploaded) == {MODEL, CARD}
+    (tmp_path / MODEL).write_bytes(api.uploaded[MODEL])
+    assert Codec.from_pretrained(tmp_path).model_id == codec.model_id
+    assert b'Codec.from_pretrained("mine")' in api.uploaded[CARD] or b'"me/mine"' in api.uploaded[CARD]
+
+
+def test_a_repositorys_own_card_stays(codec: Codec, api: type[Recorder]) -> None:
+    api.has_card = True
+    codec.push_to_hub("me/mine", revision="next", commit_message="Better", half=True)
+    assert set(api.uploaded) == {MODEL}
+    assert ("create_branch", {"repo_id": "me/mine", "branch": "next", "exist_ok": True}) in api.asked
+    options = {"repo_id": "me/mine", "revision": "next", "commit_message": "Better", "create_pr": False}
+    assert api.asked[-1] == ("upload_folder", options)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (errors.LocalTokenNotFoundError("no token"), "needs a login; run hf auth login"),
+        (errors.OfflineModeIsEnabled("offline"), "the hub is switched off by HF_HUB_OFFLINE"),
+        (errors.HFValidationError("bad"), "is no repository's name"),
+        (ConnectionError("no route\nto host"), "the hub refused or gave no answer: no route to host"),
+    ],
+)
+def test_a_push_that_fails_is_one_sentence(codec: Codec, api: type[Recorder], error: Exception, reason: str) -> None:
+    api.fails = error
+    with pytest.raises(UserError, match=f"^me/mine: {reason}") as caught:
+        codec.push_to_hub("me/mine")
+    assert "\n" not in str(caught.value)
+    assert api.uploaded == {}
+
+
+def test_mistakes_of_our_own_are_not_the_hubs() -> None:
+    with pytest.raises(ZeroDivisionError), hub._hub_errors("a/b", "c"):
+        raise ZeroDivisionError

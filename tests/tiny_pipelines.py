@@ -1,0 +1,176 @@
+"""Stock pipelines of diffusers with small random parts around a given autoencoder, prompts given as embeddings."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.dit.pipeline_dit import DiTPipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux_inpaint import FluxInpaintPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_inpaint import StableDiffusion3InpaintPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import (
+    StableDiffusionXLImg2ImgPipeline,
+)
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+FAMILIES = ("SD", "SDXL", "SD3", "FLUX")
+SIDE = 32  # pixels, of the pictures
+_WIDTH = 8  # of the prompts' embeddings
+
+
+class Painted(NamedTuple):
+    latents: torch.Tensor
+    """(1, z, h/f, w/f) as the diffusion model leaves them."""
+    picture: torch.Tensor
+    """(1, 3, h, w) in [0, 1]."""
+
+
+def pipeline(family: str, vae: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = _MAKERS[family](vae, vae.config.latent_channels)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def paint(family: str, vae: Any) -> Painted:
+    """The same picture twice: as latents, and decoded by the pipeline."""
+    made = pipeline(family, vae)
+
+    def run(kind: str) -> torch.Tensor:
+        return made(
+            **_prompts(family),
+            height=SIDE,
+            width=SIDE,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type=kind,
+        ).images
+
+    latents = run("latent")
+    if family == "FLUX":
+        latents = FluxPipeline._unpack_latents(latents, SIDE, SIDE, made.vae_scale_factor)
+    return Painted(latents, run("pt"))
+
+
+def encode(family: str, vae: Any, x: torch.Tensor, seed: int) -> torch.Tensor:
+    """What the diffusion model gets of an image (1, 3, h, w) in [-1, 1] where a pipeline starts from one."""
+    this: Any = SimpleNamespace(vae=vae)
+    generator = torch.Generator().manual_seed(seed)
+    if family == "SDXL":
+        prepare: Any = StableDiffusionXLImg2ImgPipeline.prepare_latents
+        return prepare(this, x, None, 1, 1, x.dtype, x.device, generator, add_noise=False)
+    inpaint = {
+        "SD": StableDiffusionInpaintPipeline,
+        "SD3": StableDiffusion3InpaintPipeline,
+        "FLUX": FluxInpaintPipeline,
+    }
+    return inpaint[family]._encode_vae_image(this, x, generator)
+
+
+def _prompts(family: str) -> dict[str, torch.Tensor]:
+    prompts = {"prompt_embeds": torch.ones(1, 4, _WIDTH)}
+    if family != "SD":
+        prompts["pooled_prompt_embeds"] = torch.ones(1, _WIDTH)
+    if family != "FLUX":
+        prompts |= {f"negative_{name}": torch.zeros_like(value) for name, value in prompts.items()}
+    return prompts
+
+
+def _unet(channels: int, **settings: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=_WIDTH,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        **settings,
+    )
+
+
+def _no(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names)
+
+
+def _sd(vae: Any, channels: int) -> Any:
+    parts = _no("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    return StableDiffusionPipeline(
+        vae=vae, unet=_unet(channels), scheduler=scheduler, requires_safety_checker=False, **parts
+    )
+
+
+def _sdxl(vae: Any, channels: int) -> Any:
+    parts = _no("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    unet = _unet(channels, **more, projection_class_embeddings_input_dim=_WIDTH + 6 * 4)
+    return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=DDIMScheduler(), add_watermarker=False, **parts)
+
+
+def _sd3(vae: Any, channels: int) -> Any:
+    names = (f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=_WIDTH,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **_no(*names))
+
+
+def _flux(vae: Any, channels: int) -> Any:
+    names = (f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2"))
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=_WIDTH,
+        pooled_projection_dim=_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, **_no(*names))
+
+
+def dit(vae: Any) -> DiTPipeline:
+    """Of classes instead of prompts."""
+    channels = vae.config.latent_channels
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = DiTTransformer2DModel(
+            in_channels=channels,
+            out_channels=channels,
+            sample_size=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+        )
+    made = DiTPipeline(transformer.eval(), vae, DDIMScheduler())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+_MAKERS = {"SD": _sd, "SDXL": _sdxl, "SD3": _sd3, "FLUX": _flux}

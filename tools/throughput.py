@@ -26,6 +26,10 @@ from tools.peers import sd_codec
 from tools.report import machine, report
 
 
+_SMALLEST = 0.05
+"""Seconds that a command may say are 0.0."""
+
+
 class Ran(NamedTuple):
     """A command that has ended well."""
 
@@ -113,7 +117,7 @@ class _Folder:
             name: {"images_per_second": rate, share: rate / rates[base]} for name, rate in rates.items()
         }
         for name, commands in taken.commands.items():
-            own = self.count / statistics.median(ran.own_seconds for ran in commands)
+            own = self.count / max(statistics.median(ran.own_seconds for ran in commands), _SMALLEST)
             results[name] |= {f"{share}_after_start": own / rates[base], "seconds_in_stages": commands[-1].stages}
         about = {"set": Path(self.dir).name, "images": self.count, "rounds": self.rounds, "batch_size": self.batch_size}
         about |= {"model": self.model, "dtype": self.dtype, "compile": self.compile}

@@ -25,7 +25,6 @@ from latent_codec.streams import StreamCodec
 from tools.peers import sd_codec
 from tools.report import machine, report
 
-
 _SMALLEST = 0.05
 """Seconds that a command may say are 0.0."""
 

@@ -1,5 +1,6 @@
 """What was made of images, one by one, on its way to the disk: a file each, or members of tar shards."""
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -144,20 +145,25 @@ def _store(members: Iterable[tuple[Output, "Future[bytes]"]], path: Path, work: 
     """Write a tar file of those that could be made."""
     stored: list[Output] = []
     with disk_errors(path):
-        tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (other errors pass through its middle)
-    for output, future in members:
-        try:
-            data = future.result()
-        except FatalError:
-            raise
-        except Exception as error:
-            work.fail(output.input.job, error)
-            continue
-        member = tarfile.TarInfo(output.name)
-        member.size = len(data)
-        with disk_errors(path), work.summary.timing("writing"):
-            tar.addfile(member, io.BytesIO(data))
-        stored.append(output)
+        tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed below: other errors pass here)
+    try:
+        for output, future in members:
+            try:
+                data = future.result()
+            except FatalError:
+                raise
+            except Exception as error:
+                work.fail(output.input.job, error)
+                continue
+            member = tarfile.TarInfo(output.name)
+            member.size = len(data)
+            with disk_errors(path), work.summary.timing("writing"):
+                tar.addfile(member, io.BytesIO(data))
+            stored.append(output)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what is not written yet will not be
+            tar.close()
+        raise
     with disk_errors(path):
         tar.close()
     return stored

@@ -1,6 +1,5 @@
 """Networks in batches that fit into memory, and compiled."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,14 @@ def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_h
             raise MemoryError
         return batch
 
+    def fail(_: list[int]) -> list[int]:
+        raise RuntimeError("another")
+
     found = dict(Halving()(call, [1, 2, 3, 4], 1))
     assert isinstance(found.pop(3), UserError)
     assert found == {1: 1, 2: 2, 4: 4}
     with pytest.raises(RuntimeError, match="another"):
-        list(Halving()(lambda _: exec("raise RuntimeError('another')"), [1, 2], 1))
+        list(Halving()(fail, [1, 2], 1))
 
 
 @pytest.fixture
@@ -106,8 +108,9 @@ def test_a_folder_goes_on_where_memory_runs_out(
     assert files_of(tmp_path / "y") == files_of(tmp_path / "whole")
 
 
-def test_compiled_networks_give_the_same_but_for_rounding(codec: Codec, tmp_path: Path, draw: Draw) -> None:
-    images = [torch.randint(256, (3, 16, 24), dtype=torch.uint8) for _ in range(3)]
+def test_compiled_networks_give_the_same_but_for_rounding(codec: Codec) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (3, 16, 24), dtype=torch.uint8, generator=generator) for _ in range(3)]
     plain = Networks(codec, CPU).encode(images)
     z = plain.mean.unbind()
     pixels = Networks(codec, CPU).decode_uint8(z)
@@ -128,4 +131,3 @@ def test_a_compiler_that_fails_is_one_clear_error(
     monkeypatch.setattr(codec, "encode", fail)
     with pytest.raises(FatalError, match=r"torch\.compile does not work here .*--compile"):
         encode_folder(codec, tmp_path / "photos", tmp_path / "z", CPU._replace(compile=True), quiet=True)
-    assert sys.exc_info() == (None, None, None)

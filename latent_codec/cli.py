@@ -1,6 +1,7 @@
 """The command line. Nothing here imports torch until a command runs, so that --help answers at once."""
 
 import dataclasses
+import gc
 import os
 import shlex
 import sys
@@ -357,6 +358,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"latent-codec {__version__}")
         return
     command: Command = tyro.cli(Command, prog="latent-codec", args=args, description=_DESCRIPTION)  # pyright: ignore
+    _import_torch()
     try:
         code = command.run()
     except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
@@ -369,6 +371,16 @@ def main(args: list[str] | None = None) -> None:
 
 
 _DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, measure and export models."
+
+
+def _import_torch() -> None:
+    """What every command needs; its objects, which stay, are kept from the garbage collector, then and later."""
+    if "torch" not in sys.modules:
+        gc.disable()
+        import torch  # noqa: F401
+
+        gc.freeze()
+        gc.enable()
 
 
 def _load(model: str, options: _Compute):

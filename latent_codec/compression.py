@@ -108,7 +108,7 @@ def encode_folder(
             is_whole=are_whole,
         )
         for claim, inputs in groupby(read, lambda batch: batch[0].job.claim):
-            rows: list[tuple[Input[Image], Row]] = []
+            rows: list[tuple[Input[None], Row]] = []
             for batch in inputs:
                 with work.summary.timing("network"):
                     for item, found in fitting(encode, batch, math.prod(batch[0].shape)):
@@ -154,16 +154,16 @@ def encode_folder(
 
 class _UnitRows(NamedTuple):
     claim: Claim
-    rows: list[tuple[Input[Image], Row]]
+    rows: list[tuple[Input[None], Row]]
 
 
 def _rows(
     found: tuple[DiagonalGaussian, int] | UserError, item: Input[Image], store: StoredDtype, work: Work
-) -> Iterator[tuple[Input[Image], Row]]:
+) -> Iterator[tuple[Input[None], Row]]:
     try:
         if isinstance(found, UserError):
             raise found
-        yield item, row(item.job.name, *found, item.content.geometry, item.sha256, store)
+        yield item.emptied(), row(item.job.name, *found, item.content.geometry, item.sha256, store)
     except UserError as error:
         work.fail(item.job, error)
 

@@ -141,9 +141,16 @@ def _write_tars(outputs: Iterable[Output], folder: Path, work: Work, prefix: Pre
                 _finish(stored, claim, temporary, folder, work, prefix)
 
 
-def _store(members: Iterable[tuple[Output, "Future[bytes]"]], path: Path, work: Work) -> list[Output]:
+class _Stored(NamedTuple):
+    """What has become a member of a tar file that is not whole yet."""
+
+    input: Input[None]
+    pixels: int
+
+
+def _store(members: Iterable[tuple[Output, "Future[bytes]"]], path: Path, work: Work) -> list[_Stored]:
     """Write a tar file of those that could be made."""
-    stored: list[Output] = []
+    stored: list[_Stored] = []
     with disk_errors(path):
         tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed below: other errors pass here)
     try:
@@ -159,7 +166,7 @@ def _store(members: Iterable[tuple[Output, "Future[bytes]"]], path: Path, work: 
             member.size = len(data)
             with disk_errors(path), work.summary.timing("writing"):
                 tar.addfile(member, io.BytesIO(data))
-            stored.append(output)
+            stored.append(_Stored(output.input.emptied(), output.pixels))
     except BaseException:
         with contextlib.suppress(OSError):  # what is not written yet will not be
             tar.close()
@@ -169,12 +176,12 @@ def _store(members: Iterable[tuple[Output, "Future[bytes]"]], path: Path, work: 
     return stored
 
 
-def _finish(stored: Sequence[Output], claim: Claim, temporary: Path, folder: Path, work: Work, prefix: str) -> None:
-    images = [(output.input.job.name, output.input.sha256) for output in stored]
+def _finish(stored: Sequence[_Stored], claim: Claim, temporary: Path, folder: Path, work: Work, prefix: str) -> None:
+    images = [(one.input.job.name, one.input.sha256) for one in stored]
     path = folder / f"{prefix}-{shard_name(claim.unit.name, claim.settings, images)}.tar"
     with disk_errors(path), work.summary.timing("writing"):
         size, digest = temporary.stat().st_size, sha256_of(temporary)
         put(temporary, path)
     work.summary.bytes_out += size
-    for output in stored:
-        work.done(output.input.job, output.input.record(path.name, size, digest), output.pixels)
+    for one in stored:
+        work.done(one.input.job, one.input.record(path.name, size, digest), one.pixels)

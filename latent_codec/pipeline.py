@@ -48,6 +48,10 @@ class Input(NamedTuple, Generic[T]):
     shape: tuple[int, ...]
     content: T
 
+    def emptied(self) -> "Input[None]":
+        """Without its content: what waits for the others of its unit may not hold an image in memory meanwhile."""
+        return Input(self.job, self.mtime_ns, self.sha256, self.shape, None)
+
     def record(self, output: str, bytes_out: int, sha256_out: str) -> Record:
         return Record(
             path=self.job.name,

@@ -73,6 +73,8 @@ class Encode:
     """lc: what the entropy coder goes by: context is smaller, factorized faster; by default the best of the model's."""
     store: Literal["float16", "bfloat16", "float32"] | None = None
     """safetensors: number type on disk, by default float16."""
+    flips: bool = False
+    """safetensors: store the posteriors of the images mirrored left to right as well."""
     tar: bool = False
     """lc: put the files into tar shards, as WebDataset reads them, about 128 in each."""
     background: str = "#ffffff"
@@ -89,6 +91,8 @@ class Encode:
 
     def _to_streams(self):
         self._refuse(("store",), "for --format safetensors; a .lc file's numbers are integers")
+        if self.flips:
+            raise UserError("--flips is for --format safetensors; a .lc file is of one image")
         from latent_codec.lc_folder import encode_streams
         from latent_codec.rate import Rate
 
@@ -122,6 +126,7 @@ class Encode:
             self.dst,
             compute,
             store=self.store or "float16",
+            flips=self.flips,
             background=self.background,
             max_pixels=self.max_pixels,
             resume=self.resume.options(),

@@ -18,7 +18,7 @@ from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.config import to_json
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import disk_errors
-from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry, Image, ImageFormat, pad, read_image
+from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry, Image, ImageFormat, mirrored, pad, read_image
 from latent_codec.inputs import Source, find_images
 from latent_codec.latents import (
     INDEX,
@@ -74,12 +74,14 @@ def encode_folder(
     compute: Compute,
     *,
     store: StoredDtype = "float16",
+    flips: bool = False,
     background: str = "#ffffff",
     max_pixels: int = DEFAULT_MAX_PIXELS,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`).
+    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`), with `flips` that
+    of the mirrored image as well.
 
     The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if
     nothing is found, an option makes no sense, the model is none of RGB images, or `folder` holds latents of other
@@ -89,7 +91,7 @@ def encode_folder(
     check_options(background, max_pixels)
     networks = Networks(codec, compute)
     sources = find_images(where)
-    header = header_of(codec, store)
+    header = header_of(codec, store, flips)
     if not resume.overwrite:
         _check_folder(folder, sources)
     options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
@@ -116,9 +118,11 @@ def encode_folder(
             if rows:
                 yield _UnitRows(claim, rows)
 
-    def encode(batch: list[Input[Image]]) -> list[tuple[DiagonalGaussian, int]]:
-        posterior = networks.encode([i.content.pixels for i in batch])
-        return [(posterior, index) for index in range(len(batch))]
+    def encode(batch: list[Input[Image]]) -> list[_Encoded]:
+        posterior, flipped = networks.encode([i.content.pixels for i in batch]), None
+        if flips:  # a batch of their own: memory is that of one
+            flipped = networks.encode([mirrored(i.content, codec.factor) for i in batch])
+        return [_Encoded(posterior, flipped, place) for place in range(len(batch))]
 
     def write(unit: _UnitRows) -> list[Record]:
         ordered = sorted((one for _, one in unit.rows), key=lambda one: one.entry.path)
@@ -152,18 +156,31 @@ def encode_folder(
     )
 
 
+class _Encoded(NamedTuple):
+    """One of a batch's images."""
+
+    posterior: DiagonalGaussian
+    mirrored: DiagonalGaussian | None
+    place: int
+    """In both."""
+
+
 class _UnitRows(NamedTuple):
     claim: Claim
     rows: list[tuple[Input[None], Row]]
 
 
 def _rows(
-    found: tuple[DiagonalGaussian, int] | UserError, item: Input[Image], store: StoredDtype, work: Work
+    found: _Encoded | UserError, item: Input[Image], store: StoredDtype, work: Work
 ) -> Iterator[tuple[Input[None], Row]]:
     try:
         if isinstance(found, UserError):
             raise found
-        yield item.emptied(), row(item.job.name, *found, item.content.geometry, item.sha256, store)
+        geometry = item.content.geometry
+        yield (
+            item.emptied(),
+            row(item.job.name, found.posterior, found.place, geometry, item.sha256, store, found.mirrored),
+        )
     except UserError as error:
         work.fail(item.job, error)
 

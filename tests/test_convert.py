@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from conftest import files_of
+from test_cli import Run, run  # noqa: F401 (a fixture)
 from test_latents import row_of, write
-from tiny_caches import DISTINCT, EVERY, made, samples, store
+from tiny_caches import DISTINCT, EVERY, PATHS, draws, made, samples, store
 
 from latent_codec.caches.options import CacheName
 from latent_codec.codec import Codec
@@ -101,26 +102,26 @@ def test_a_damaged_image_is_named_and_costs_no_other_where_files_are_not_shared(
 
 
 @pytest.mark.parametrize("to", EVERY)
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("first", [True, False])
 def test_an_interruption_leaves_no_half_file_and_the_same_command_goes_on(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName, at: int
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName, first: bool
 ) -> None:
+    """Before the first file gets its name, and before the last one does."""
     latents = store(tmp_path / "z", codec, DISTINCT)
     made(latents, to, tmp_path / "whole", **EVERY[to])
     expected = files_of(tmp_path / "whole")
     real, calls = os.replace, iter(range(1, 99))
 
     def stop(*args: Any) -> None:
-        if next(calls) >= at:
+        if next(calls) >= (1 if first else len(expected)):
             raise KeyboardInterrupt
         real(*args)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", stop)
-        if at <= len(expected):
-            with pytest.raises(KeyboardInterrupt):
-                made(latents, to, tmp_path / "out", **EVERY[to])
-    assert files_of(tmp_path / "out").items() < expected.items() or at > len(expected)
+        made(latents, to, tmp_path / "out", **EVERY[to])
+    found = files_of(tmp_path / "out")
+    assert len(found) == (0 if first else len(expected) - 1) and found.items() <= expected.items()
     made(latents, to, tmp_path / "out", **EVERY[to])
     assert files_of(tmp_path / "out") == expected
 
@@ -215,3 +216,46 @@ def test_another_range_of_pixels_is_told(codec: Codec, tmp_path: Path) -> None:
     index.write_text(json.dumps(json.loads(index.read_text()) | {"pixel_range": [0.0, 1.0]}))
     assert any("the encoder saw pixels in [0.0, 1.0]" in n for n in made(latents, "comfyui", tmp_path / "a").notes)
     assert not any("the encoder saw" in note for note in made(latents, "edm2", tmp_path / "b").notes)
+
+
+# The command.
+
+
+def test_the_command_goes_there_and_back(run: Run, codec: Codec, model_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    cache = tmp_path / "cache"
+    there = run("convert", latents.folder, cache, "--to", "npy", "--scale", "raw", "--seed", 2, "--epoch", 1)
+    assert (there.code, there.err) == (0, "")
+    note, summary, _ = there.out.splitlines()
+    assert "are left out" in note and summary.startswith("converted 4 of 4 images in ")
+    assert run("convert", latents.folder, cache, "--to", "npy", "--scale", "raw").code == 1  # others are there
+    assert run("convert", latents.folder, cache, "--to", "npy", "--scale", "raw", "--overwrite").code == 0
+    back = ("convert", cache, tmp_path / "out", "--from", "npy", "--scale", "raw", "--store", "float32")
+    assert "give --model" in run(*back).err
+    result = run(*back, "--model", model_file)
+    assert result.code == 0 and "single draws" in result.out
+    found, expected = Latents(tmp_path / "out"), draws(latents)
+    for i, entry in enumerate(latents.entries):
+        assert found.posterior(i).mean[0].equal(expected[entry.path])
+
+
+@pytest.mark.parametrize("args", [(), ("--to", "npy", "--from", "npy"), ("--to", "mar", "--model", "photo")])
+def test_the_command_refuses_what_makes_no_sense(
+    run: Run,  # noqa: F811
+    codec: Codec,
+    tmp_path: Path,
+    args: tuple[str, ...],
+) -> None:
+    store(tmp_path / "z", codec, PATHS)
+    result = run("convert", tmp_path / "z", tmp_path / "out", *args)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_ends_with_1_if_an_image_is_damaged(run: Run, codec: Codec, tmp_path: Path) -> None:  # noqa: F811
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    bad = damage(latents, 1)
+    result = run("convert", latents.folder, tmp_path / "out", "--to", "mar")
+    assert result.code == 1 and bad in result.err and "converted 3 of 4 images, 1 failed" in result.out
+    result = run("convert", latents.folder, tmp_path / "shards", "--to", "edm2")
+    assert result.code == 2 and bad in result.err and result.out == ""

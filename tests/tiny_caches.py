@@ -51,12 +51,13 @@ def draws(latents: Latents, seed: int = 0, epoch: int = 0) -> dict[str, torch.Te
     return {sample.path: sample.z for sample in (drawn[i] for i in range(len(drawn)))}
 
 
-def flipped_draws(latents: Latents) -> dict[str, torch.Tensor]:
-    """Of the mirrored images, from epochs in which `Latents` chooses them; their noise is the epoch's."""
+def flipped_draws(latents: Latents, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Of the mirrored images, by the noise of the images themselves in epoch 0."""
     found: dict[str, torch.Tensor] = {}
+    drawn = Latents(latents.folder, seed=seed)
     for i, entry in enumerate(latents.entries):
-        moments, mirrored = latents.moments(Rows((i,), 0)), latents.posterior(i, flip=True)
-        found[entry.path] = latents.draw(moments._replace(mean=mirrored.mean, logvar=mirrored.logvar))[0]
+        moments, mirrored = drawn.moments(Rows((i,), 0)), drawn.posterior(i, flip=True)
+        found[entry.path] = drawn.draw(moments._replace(mean=mirrored.mean, logvar=mirrored.logvar))[0]
     return found
 
 

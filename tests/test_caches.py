@@ -94,7 +94,7 @@ def test_comfyui_loads_raw_latents(codec: Codec, tmp_path: Path) -> None:
 def test_lightningdit_indexes_shards_by_their_labels_and_normalises(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latent_codec.caches.lightningdit._IMAGES", 3)
+    monkeypatch.setattr("latent_codec.caches.lightningdit._MOST_IMAGES", 3)
     latents = store(tmp_path / "z", codec)
     made(latents, "lightningdit", tmp_path / "out")
     z, flipped = draws(latents), flipped_draws(latents)

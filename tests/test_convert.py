@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from test_cli import Run, run  # noqa: F401 (a fixture)
 from test_latents import row_of, write
 from tiny_caches import DISTINCT, EVERY, PATHS, draws, made, samples, store
 
+from latent_codec.caches import convert as convert_module
+from latent_codec.caches import lightningdit
+from latent_codec.caches.items import Item, read_item
 from latent_codec.caches.options import CacheName
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
@@ -51,6 +55,27 @@ def test_again_nothing_is_made_and_what_differs_is_left_as_it_is(codec: Codec, t
     assert (tmp_path / "out" / other).read_bytes() == b"another program's"
     made(latents, to, tmp_path / "out", overwrite=True, **EVERY[to])
     assert files_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("to", EVERY)
+def test_only_a_few_images_are_in_memory_at_once(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName
+) -> None:
+    """Of LightningDiT's as many as a shard has."""
+    monkeypatch.setattr(lightningdit, "_MOST_BYTES", 3 * 2 * 4 * 4 * 4)
+    latents = store(tmp_path / "z", codec, tuple(f"{i % 2}/{i:02d}.png" for i in range(40)))
+    items: list[weakref.ref[Item]] = []
+    alive: list[int] = []
+
+    def count(*args: Any) -> Item:
+        item = read_item(*args)
+        items.append(weakref.ref(item))
+        alive.append(sum(one() is not None for one in items))
+        return item
+
+    monkeypatch.setattr(convert_module, "read_item", count)
+    made(latents, to, tmp_path / "out", **EVERY[to])
+    assert len(items) == 40 and max(alive) < 10
 
 
 @pytest.mark.parametrize("to", DRAWN)

@@ -174,7 +174,7 @@ STRANGERS: dict[CacheName, tuple[Callable[[Path], None], str, tuple[int, int], d
     "comfyui": (comfyui_file, "a", (24, 16), {}),
     "lightningdit": (lightningdit_file, "00007/latents_rank00_shard000-000001", (24, 16), {}),
     "mar": (mar_file, "sub/a.JPEG", (24, 16), {}),
-    "edm2": (edm2_file, "00003/img-mean-std-00000000", (24, 16), {}),
+    "edm2": (edm2_file, "00003/sub-img-mean-std-00000000", (24, 16), {}),
     "webdataset": (webdataset_file, "sub/a", (24, 16), {"scale": "raw"}),
     "npy": (npy_file, "sub/a", (24, 16), {"scale": "normalized", "scaling_factor": 0.5}),
 }

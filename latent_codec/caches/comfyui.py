@@ -24,7 +24,7 @@ class ComfyUi(ImageCache):
     def __init__(self, latents: Latents, options: Options) -> None:
         super().__init__(latents, options)
         self.leave_out_flips("ComfyUI")
-        self.tell_range(latents.header, PIXELS, "ComfyUI")
+        self.tell_range(PIXELS, "ComfyUI")
 
     def name(self, entry: Entry) -> str:
         return f"{entry.path}.latent"

@@ -6,7 +6,7 @@ EDM2 feeds its autoencoder pixels in [0, 1] and scales what it draws by constant
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
@@ -36,7 +36,7 @@ class Edm2(ShardCache):
         if not self._labelled:
             self.notes.append("not every image has a class, so there are no labels")
         self.leave_out_flips("EDM2")
-        self.tell_range(latents.header, _PIXELS, "EDM2")
+        self.tell_range(_PIXELS, "EDM2")
         if (found := latents.header.statistics) is not None:
             mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
             self.notes.append(
@@ -78,8 +78,8 @@ def read(where: Path, options: Options, statistics: LatentStatistics | None) -> 
         return Stored(mean, 2 * std.log(), None, None, about, None)
 
     for name in sorted(name for name in names if name.endswith(".npy")):
-        folder = f"{labels[name]:05d}/" if name in labels else ""
-        yield Found(f"{folder}{PurePosixPath(name).stem}", lambda name=name: load(name))
+        folder = f"{labels[name]:05d}/" if name in labels else ""  # others' folders are no classes
+        yield Found(folder + name.removesuffix(".npy").replace("/", "-"), lambda name=name: load(name))
 
 
 def _in_zip(path: Path) -> tuple[set[str], Callable[[str], bytes]]:

@@ -14,7 +14,7 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.caches.options import Options
 from latent_codec.config import from_json, to_json
 from latent_codec.images import Geometry
-from latent_codec.latents import Entry, Header, Latents
+from latent_codec.latents import Entry, Latents
 from latent_codec.noise import normal
 
 PIXELS = (-1.0, 1.0)
@@ -98,10 +98,10 @@ class Cache(abc.ABC):
         if self.latents.header.flips:
             self.notes.append(f"latents of mirrored images are left out: {name} has no place for them")
 
-    def tell_range(self, header: Header, consumer: tuple[float, float], name: str) -> None:
-        if header.pixel_range != consumer:
+    def tell_range(self, consumer: tuple[float, float], name: str) -> None:
+        if (own := self.latents.header.pixel_range) != consumer:
             self.notes.append(
-                f"the encoder saw pixels in {list(header.pixel_range)}, and {name} takes decoded pixels to be in "
+                f"the encoder saw pixels in {list(own)}, and {name} takes decoded pixels to be in "
                 f"{list(consumer)}: convert them after decoding"
             )
 

@@ -37,7 +37,7 @@ class Kohya(ImageCache):
                 f"kohya's trainers take latents at 1/{_FACTOR} of each side, these are at 1/{latents.header.factor}; "
                 "encode with another model"
             )
-        self.tell_range(latents.header, PIXELS, "kohya")
+        self.tell_range(PIXELS, "kohya")
 
     def name(self, entry: Entry) -> str:
         size = f"{entry.geometry.width:04d}x{entry.geometry.height:04d}"
@@ -52,8 +52,8 @@ class Kohya(ImageCache):
             f"original_size{end}": np.array([geometry.width, geometry.height]),
             f"crop_ltrb{end}": np.array([0, 0, geometry.width, geometry.height]),  # nothing is cut off
         }
-        if item.z_flip is not None:
-            found[f"latents_flipped{end}"] = self._scaling.scale(item.z_flip).numpy()
+        if (flipped := item.z_flip) is not None:
+            found[f"latents_flipped{end}"] = self._scaling.scale(flipped).numpy()
         return arrays.npz(found, item.about)
 
 

@@ -23,7 +23,8 @@ from latent_codec.latents import Latents
 from latent_codec.modelfile import KEY, LatentStatistics
 
 STATISTICS = "latents_stats.pt"
-_IMAGES = 1024  # a shard is in memory while it is made
+_MOST_IMAGES = 1024
+_MOST_BYTES = 2**27  # a shard is in memory while it is made
 
 
 class LightningDit(ShardCache):
@@ -35,15 +36,15 @@ class LightningDit(ShardCache):
         need_flips(latents, "LightningDiT")
         need_labels(latents, "LightningDiT")
         need_one_size(latents, "LightningDiT")
-        self.tell_range(latents.header, PIXELS, "LightningDiT")
+        self.tell_range(PIXELS, "LightningDiT")
         self._count, self._sum, self._squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
 
     def shards(self) -> list[Shard]:
-        starts = range(0, len(self.latents), _IMAGES)
-        everything = range(len(self.latents))
+        everything, size = range(len(self.latents)), 2 * self.latents.posterior(0).mean.nbytes  # of an image
+        images = max(1, min(_MOST_IMAGES, _MOST_BYTES // size))
         return [
-            Shard(f"latents_rank00_shard{number:03d}.safetensors", everything[start : start + _IMAGES])
-            for number, start in enumerate(starts)
+            Shard(f"latents_rank00_shard{number:03d}.safetensors", everything[start : start + images])
+            for number, start in enumerate(everything[::images])
         ]
 
     def write(self, path: Path, items: Iterator[Item]) -> None:
@@ -52,9 +53,10 @@ class LightningDit(ShardCache):
         labels: list[int] = []
         abouts: list[str] = []
         for item in items:
-            assert item.z_flip is not None
+            mirrored = item.z_flip
+            assert mirrored is not None
             z.append(item.z)
-            flipped.append(item.z_flip)
+            flipped.append(mirrored)
             labels.append(item.label)
             abouts.append(item.about.text())
         latents = torch.stack(z)  # (n, z, h, w)

@@ -25,7 +25,7 @@ class Mar(ImageCache):
         super().__init__(latents, options)
         need_flips(latents, "MAR")
         need_labels(latents, "MAR")
-        self.tell_range(latents.header, PIXELS, "MAR")
+        self.tell_range(PIXELS, "MAR")
 
     def name(self, entry: Entry) -> str:
         return f"{entry.path}.npz"

@@ -53,7 +53,7 @@ class Musubi(ImageCache):
         self._about = _architecture(options)
         self._scaling = _scaling(options, latents.header.statistics)
         self.leave_out_flips("musubi-tuner")
-        self.tell_range(latents.header, PIXELS, "musubi-tuner")
+        self.tell_range(PIXELS, "musubi-tuner")
 
     def name(self, entry: Entry) -> str:
         stem = posixpath.splitext(posixpath.basename(entry.path))[0]

@@ -22,7 +22,7 @@ class Npy(ImageCache):
         super().__init__(latents, options)
         self._scaling = chosen_scaling(options, latents.header.statistics, "files of numpy")
         self.leave_out_flips("a .npy file")
-        self.tell_range(latents.header, PIXELS, "DC-AE")
+        self.tell_range(PIXELS, "DC-AE")
 
     def name(self, entry: Entry) -> str:
         return f"{posixpath.splitext(entry.path)[0]}.npy"

@@ -30,7 +30,7 @@ class WebDataset(ShardCache):
     def __init__(self, latents: Latents, options: Options) -> None:
         super().__init__(latents, options)
         self._scaling = chosen_scaling(options, latents.header.statistics, "WebDataset's shards")
-        self.tell_range(latents.header, PIXELS, "most programs")
+        self.tell_range(PIXELS, "most programs")
         paths: dict[str, str] = {}
         for entry in latents.entries:
             if (other := paths.setdefault(key := _key(entry.path), entry.path)) != entry.path:
@@ -38,10 +38,9 @@ class WebDataset(ShardCache):
 
     def shards(self) -> list[Shard]:
         everything = range(len(self.latents))
-        starts = range(0, len(self.latents), _IMAGES)
         return [
             Shard(f"latents-{number:06d}.tar", everything[start : start + _IMAGES])
-            for number, start in enumerate(starts)
+            for number, start in enumerate(everything[::_IMAGES])
         ]
 
     def write(self, path: Path, items: Iterator[Item]) -> None:
@@ -49,8 +48,8 @@ class WebDataset(ShardCache):
             for item in items:
                 key = _key(item.entry.path)
                 _add(tar, f"{key}.npy", arrays.npy(self._scaling.scale(item.z).numpy()))  # (z, h, w) float32
-                if item.z_flip is not None:
-                    _add(tar, f"{key}.flip.npy", arrays.npy(self._scaling.scale(item.z_flip).numpy()))
+                if (flipped := item.z_flip) is not None:
+                    _add(tar, f"{key}.flip.npy", arrays.npy(self._scaling.scale(flipped).numpy()))
                 if item.label >= 0:
                     _add(tar, f"{key}.cls", str(item.label).encode())
                 _add(tar, f"{key}.json", self._facts(item))

@@ -1,0 +1,147 @@
+"""The model's files beside JPEG files of as many bytes."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image as PilImage
+from tqdm import tqdm
+
+from latent_codec import peer_codecs
+from latent_codec.codec import Codec
+from latent_codec.compute import Networks
+from latent_codec.evaluation import compare, mean_defined
+from latent_codec.images import Image, as_shown, crop, pad, to_pil
+from latent_codec.inputs import Source
+from latent_codec.peer_codecs import PEERS
+from latent_codec.perceptual import LPIPS
+from latent_codec.quantizer import STEP_ONE
+from latent_codec.report.html import Html, Picture, join, name_of, paragraphs, strip, table
+from latent_codec.report.page import Section, left_out, written
+from latent_codec.report.pictures import SIDE, middle
+from latent_codec.streams import StreamCodec
+
+NAME, TITLE = "jpeg", "JPEG at equal bytes"
+
+_JPEG = next(peer for peer in PEERS if peer.name == "JPEG")
+_QUALITIES = range(1, 96)
+_METRICS = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
+
+
+class File(NamedTuple):
+    """Of one image."""
+
+    bytes: int
+    setting: str
+    distortion: dict[str, float | None]
+
+    def json(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "setting": self.setting} | self.distortion
+
+
+class Row(NamedTuple):
+    """One image's two files; no JPEG where even the smallest is larger than ours."""
+
+    name: str
+    pixels: int
+    ours: File
+    jpeg: File | None
+
+    def json(self) -> dict[str, Any]:
+        jpeg = None if self.jpeg is None else self.jpeg.json()
+        return {"image": self.name, "pixels": self.pixels, "ours": self.ours.json(), "jpeg": jpeg}
+
+
+def jpeg_at_equal_bytes(
+    codec: Codec,
+    sources: Sequence[Source],
+    networks: Networks,
+    lpips: LPIPS | None,
+    pictures: int,
+    *,
+    quiet: bool,
+) -> Section:
+    """Over all images; the first `pictures` that have a JPEG are shown."""
+    if codec.priors is None:
+        return left_out(NAME, TITLE, "the model has no prior, so it makes no .lc files; `export --data` gives it one")
+    coder = StreamCodec(codec, networks.compute.device)
+    rows: list[Row] = []
+    strips: list[Html] = []
+    for source in tqdm(sources, "JPEG", unit="image", disable=quiet or None):
+        image = source.read()
+        data, decoded = _ours(image, coder, networks)
+        found = closest_below(to_pil(image.pixels, image.geometry), len(data))
+        ours = File(len(data), "step 1", compare(image.pixels[None], decoded[None], lpips, networks.compute.device))
+        jpeg = None
+        if found is not None:
+            pixels = _pixels(peer_codecs.decode(_JPEG, found.data, image.geometry.mode))
+            distortion = compare(image.pixels[None], pixels[None], lpips, networks.compute.device)
+            jpeg = File(len(found.data), f"quality {found.quality}", distortion)
+            if len(strips) < pictures:
+                strips.append(_strip(source.name, image.pixels, (decoded, ours), (pixels, jpeg)))
+        rows.append(Row(source.name, image.geometry.width * image.geometry.height, ours, jpeg))
+    records = {"images": [row.json() for row in rows]}
+    pairs = [(row, row.jpeg) for row in rows if row.jpeg is not None]
+    missing = len(rows) - len(pairs)
+    words = paragraphs(
+        f"For each image the file at --step 1 ({coder.prior.kind} prior), and of the JPEGs of "
+        f"qualities {_QUALITIES[0]} to {_QUALITIES[-1]} the largest that has no more bytes ({_JPEG.settings()}). Whole "
+        f"files, decoded again; means over {len(pairs)} images.",
+        *([f"{missing} images are in no mean: their smallest JPEG is larger than our file."] if missing else []),
+    )
+    return Section(NAME, TITLE, join(words, _table(pairs), *strips), [], records)
+
+
+class Jpeg(NamedTuple):
+    quality: int
+    data: bytes
+
+
+def closest_below(image: PilImage.Image, limit: int) -> Jpeg | None:
+    """The largest JPEG of up to `limit` bytes; None if there is none.
+
+    Every quality is tried until files have twice the bytes: their sizes are nearly monotone, but not quite.
+    """
+    best: Jpeg | None = None
+    for quality in _QUALITIES:
+        data = peer_codecs.encode(_JPEG, image, quality)
+        if len(data) > 2 * limit:
+            break
+        if len(data) <= limit and (best is None or len(data) >= len(best.data)):
+            best = Jpeg(quality, data)
+    return best
+
+
+def _ours(image: Image, coder: StreamCodec, networks: Networks) -> tuple[bytes, torch.Tensor]:
+    """An image's file and what `decode` would write of it, (3, h, w) uint8."""
+    mean = networks.encode([pad(image.pixels, coder.codec.factor)]).mean[0]
+    quantized = coder.quantize(mean, STEP_ONE, None)
+    (coded,) = coder.compress([(quantized, image.geometry)])
+    decoded = crop(networks.decode_uint8([coder.dequantize(quantized)])[0], image.geometry)
+    return coded.data, as_shown(decoded, image.geometry)
+
+
+def _pixels(image: PilImage.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _strip(name: str, original: torch.Tensor, *files: tuple[torch.Tensor, File]) -> Html:
+    pictures = [Picture(middle(original, SIDE, SIDE), "original", f"Original of {name}")]
+    for (pixels, file), kind in zip(files, ("this model", "JPEG"), strict=True):
+        words = f"{kind}, {file.setting}: {file.bytes:,} bytes, {written(file.distortion['psnr'])} dB"
+        pictures.append(Picture(middle(pixels, SIDE, SIDE), words, f"{name} as {words}"))
+    return strip(name_of(name), pictures)
+
+
+def _table(pairs: Sequence[tuple[Row, File]]) -> Html:
+    """Means, or nothing without pairs."""
+    if not pairs:
+        return Html()
+    names = [name for name in _METRICS if name in pairs[0][1].distortion]
+    rows: list[tuple[object, ...]] = []
+    for kind, files in (("this model", [row.ours for row, _ in pairs]), ("JPEG", [file for _, file in pairs])):
+        bpp = float(np.mean([8 * file.bytes / row.pixels for (row, _), file in zip(pairs, files, strict=True)]))
+        means = (mean_defined([file.distortion[name] for file in files]) for name in names)
+        rows.append((kind, written(bpp), *map(written, means)))
+    return table(("", "bits per pixel", *(_METRICS[name] for name in names)), rows)

@@ -52,11 +52,15 @@ class Training:
         self.progress.step += 1
         self.progress.minutes += 0.1
 
+    @property
+    def modules(self) -> dict[str, Codec]:
+        return {"codec": self.codec, "ema": self.ema}
+
     def save(self, folder: Path, keep: int = 2) -> Path:
-        return checkpoints.save(folder, self.codec, self.ema, self.optimizer, self.progress, keep=keep)
+        return checkpoints.save(folder, self.modules, self.optimizer, self.progress, keep=keep)
 
     def restore(self, folder: Path) -> "Training":
-        self.progress = checkpoints.restore(folder, self.codec, self.ema, self.optimizer)
+        self.progress = checkpoints.restore(folder, self.modules, self.optimizer)
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ from train.interrupts import Interrupts
 STEPS = 8
 EVERY_STEP = flags("--save-every 1 --keep-checkpoints 99")
 FIELDS = flags(
-    "loss nll kl beta kl_bpp psnr active_channels clamped grad_norm learning_rate skipped images_per_s minutes nll_mode"
+    "loss nll kl beta kl_bpp psnr active_channels clamped nll_mode grad_norm learning_rate skipped images_per_s minutes"
 )
 
 
@@ -520,7 +520,7 @@ def test_a_run_on_other_images_is_refused(argv: list[str], finished: Path, tmp_p
         argv = [*argv, str(write_images(tmp_path / "more", count=1))]
     else:
         argv = [*argv, *flags("--val-images 3")]
-    assert "was trained on other images" in refused(argv, finished)
+    assert "was trained on other data" in refused(argv, finished)
 
 
 def test_a_folder_that_holds_something_else_is_refused(argv: list[str], tmp_path: Path) -> None:

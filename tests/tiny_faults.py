@@ -59,12 +59,12 @@ def die_in_save(step: int, where: Literal["between files", "before rename", "bef
     """SIGKILL itself within the save of this step."""
     real = checkpoints.save
 
-    def save(folder: Any, codec: Codec, ema: Codec, optimizer: Any, progress: Any, *, keep: int) -> Any:
+    def save(folder: Any, modules: dict[str, Codec], optimizer: Any, progress: Any, *, keep: int) -> Any:
         if progress.step == step and where == "between files":
-            ema.save = _die
+            modules["ema"].save = _die
         elif progress.step == step:
             setattr(*{"before rename": (os, "rename"), "before prune": (shutil, "rmtree")}[where], _die)
-        return real(folder, codec, ema, optimizer, progress, keep=keep)
+        return real(folder, modules, optimizer, progress, keep=keep)
 
     checkpoints.save = save
 

@@ -1,6 +1,7 @@
 """How fast stored latents come to a training loop, beside a file for each image as others keep them."""
 
 import dataclasses
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from latent_codec.images import Geometry
 from latent_codec.latents import FORMAT_VERSION, Entry, Header, Latents, Row, write_index, write_shard
 from tools.report import machine, report
 
-_SHAPE = (32, 32, 32)
 _UNIT = 128
 
 
@@ -54,11 +54,15 @@ def _load_npz(path: Path) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentsSpeed:
-    """Time an epoch of float16 posteriors of 32x32x32, in random order in batches, with and without drawing."""
+    """Time epochs of float16 posteriors, in random order in batches, with and without drawing."""
 
     images: int = 4000
+    shape: tuple[int, int, int] = (32, 32, 32)
+    """Channels, height and width of the latents; the files beside them are made for it, too."""
     batch: int = 64
     workers: tuple[int, ...] = (0, 2)
+    epochs: int = 3
+    """The median of these counts; one more comes before them, in which workers start and files get into the cache."""
     out: Path | None = None
     """JSON file for the results."""
 
@@ -70,21 +74,25 @@ class LatentsSpeed:
             lists = [list(rows.indices) for rows in batches]
             results: dict[str, dict[str, Any]] = {}
             for n in self.workers:
-                loaders = {
-                    "latents, read": DataLoader(_Stored(latents), sampler=batches, batch_size=None, num_workers=n),
-                    "latents, read and drawn": DataLoader(latents, sampler=batches, batch_size=None, num_workers=n),
+                ours: dict[str, Any] = {"sampler": batches, "batch_size": None}
+                loaders: dict[str, tuple[Any, dict[str, Any]]] = {
+                    "latents, read": (_Stored(latents), ours),
+                    "latents, read and drawn": (latents, ours),
                 }
                 for name, load in ((".pt", _load_pt), (".npz", _load_npz)):
-                    files = _Files(Path(folder), name, load)
-                    loaders[f"a {name} each, read"] = DataLoader(files, batch_sampler=lists, num_workers=n)
-                found = {name: self.images / _seconds(loader) for name, loader in loaders.items()}
+                    loaders[f"a {name} each, read"] = _Files(Path(folder), name, load), {"batch_sampler": lists}
+                found: dict[str, float] = {}
+                for name, (dataset, options) in loaders.items():  # one at a time: workers stay until theirs is gone
+                    loader = DataLoader(dataset, num_workers=n, persistent_workers=n > 0, **options)
+                    found[name] = self.images / _seconds(loader, self.epochs)
                 ratios = {
-                    f"{ours} over {name}": found[ours] / found[name]
-                    for ours in list(found)[:2]
-                    for name in list(found)[2:]
+                    f"{one} over {other}": found[one] / found[other]
+                    for one in list(found)[:2]
+                    for other in list(found)[2:]
                 }
                 results[f"{n} workers"] = {"images_per_second": found, "times_as_fast": ratios}
-        report(results, {"images": self.images, "batch": self.batch} | machine("cpu"), self.out)
+        about = {"images": self.images, "shape": self.shape, "batch": self.batch, "epochs": self.epochs}
+        report(results, about | machine("cpu"), self.out)
 
     def _write(self, folder: Path) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -98,12 +106,13 @@ class LatentsSpeed:
             dtype="float16",
             statistics=None,
         )
-        geometry = Geometry(width=256, height=256, orientation=1, mode="RGB", background=None)
+        height, width = (header.factor * side for side in self.shape[1:])
+        geometry = Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
         entries: list[Entry] = []
         for first in range(0, self.images, _UNIT):
             rows: list[Row] = []
             for i in range(first, min(first + _UNIT, self.images)):
-                both = torch.randn(2, *_SHAPE, generator=generator).half()
+                both = torch.randn(2, *self.shape, generator=generator).half()
                 torch.save(both, folder / f"{i:06d}.pt")
                 np.savez(folder / f"{i:06d}.npz", latents=both.numpy())
                 entry = Entry(path=f"{i:06d}.png", shard="unknown", row=0, geometry=geometry, sha256="", label=None)
@@ -112,9 +121,12 @@ class LatentsSpeed:
         write_index(folder, header, entries)
 
 
-def _seconds(loader: Any) -> float:
-    """Of an epoch, workers' start included; all files are in the system's cache."""
-    started = time.perf_counter()
-    for _ in loader:
-        pass
-    return time.perf_counter() - started
+def _seconds(loader: Any, epochs: int) -> float:
+    """The median epoch's; all files are in the system's cache."""
+    found: list[float] = []
+    for _ in range(epochs + 1):
+        started = time.perf_counter()
+        for _ in loader:
+            pass
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[1:])

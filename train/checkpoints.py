@@ -1,7 +1,8 @@
 """Checkpoints of a run: staged, verified, committed by one rename; only then is the oldest pruned.
 
-RUN/checkpoints/step-00001000/ holds codec.safetensors and ema.safetensors (model files, loadable as they are),
-optimizer.safetensors and state.json with the SHA-256 of the other three and of its own content. Nothing is pickled.
+RUN/checkpoints/step-00001000/ holds what is trained and its average (of a VAE codec.safetensors and ema.safetensors:
+model files, loadable as they are), optimizer.safetensors and state.json with the SHA-256 of the other three and of its
+own content. Nothing is pickled.
 """
 
 import dataclasses
@@ -10,20 +11,33 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
 
 from latent_codec import modelfile
-from latent_codec.codec import Codec
 from latent_codec.config import dumps
 from latent_codec.errors import UserError
 from latent_codec.files import fsync, write_text
 
 log = logging.getLogger(__name__)
-_TENSORS = ("codec.safetensors", "ema.safetensors", "optimizer.safetensors")
+_OPTIMIZER = "optimizer.safetensors"
+
+
+class Saved(Protocol):
+    """A module that writes itself as a file of its own kind."""
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file with the tensors of `state_dict` in float32."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], /) -> Any: ...
 
 
 @dataclasses.dataclass
@@ -38,24 +52,30 @@ class Progress:
 
 
 def save(
-    folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+    folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
 ) -> Path:
     """Write a checkpoint into `folder` and prune all but the newest `keep`.
 
-    Those of later steps go too: the run came back from an earlier one because they are damaged.
+    `modules` by the names of their files; the first is what the optimizer trains. Those of later steps go too: the
+    run came back from an earlier one because they are damaged.
     """
     final = folder / f"step-{progress.step:08d}"
     staged = folder / f".{final.name}.tmp"
     for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale)
     staged.mkdir(parents=True)
-    codec.save(staged / "codec.safetensors")
-    ema.save(staged / "ema.safetensors")
-    moments = optimizer_tensors(optimizer, codec)
-    modelfile.save_tensors(staged / "optimizer.safetensors", moments, {"format": "pt"})
-    state = dataclasses.asdict(progress) | {"sha256": {name: _sha256(staged / name) for name in _TENSORS}}
+    files = {name: f"{name}.safetensors" for name in modules}
+    for name, module in modules.items():
+        module.save(staged / files[name])
+    trained = next(iter(modules))
+    moments = optimizer_tensors(optimizer, modules[trained])
+    modelfile.save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
+    hashes = {name: _sha256(staged / name) for name in (*files.values(), _OPTIMIZER)}
+    state = dataclasses.asdict(progress) | {"sha256": hashes}
     write_text(staged / "state.json", dumps(state | {"state_sha256": _text_sha256(dumps(state))}))
-    _verify(staged, codec.state_dict(), moments)
+    _verify(staged, files[trained], modules[trained].state_dict())
+    _verify(staged, _OPTIMIZER, moments)
+    _read_state(staged)
     fsync(staged)
     if final.exists():  # damaged, or of a run of no steps that is done again
         shutil.rmtree(final)
@@ -69,7 +89,7 @@ def save(
     return final
 
 
-def restore(folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.Optimizer) -> Progress:
     """Load the newest sound checkpoint in place; a fresh `Progress` if there is none.
 
     Raises `UserError` if checkpoints exist but none is sound.
@@ -81,11 +101,12 @@ def restore(folder: Path, codec: Codec, ema: Codec, optimizer: torch.optim.Optim
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("passing over damaged checkpoint %s: %s", path, error)
             continue
-        for target, name in ((codec, "codec.safetensors"), (ema, "ema.safetensors")):
-            tensors = modelfile.read(path / name).tensors
-            modelfile.check_state(target.state_dict(), tensors, str(path / name))
-            target.load_state_dict(tensors)
-        load_optimizer(optimizer, codec, load_file(path / "optimizer.safetensors"))
+        for name, module in modules.items():
+            file = path / f"{name}.safetensors"
+            tensors = load_file(file)
+            modelfile.check_state(module.state_dict(), tensors, str(file))
+            module.load_state_dict(tensors)
+        load_optimizer(optimizer, next(iter(modules.values())), load_file(path / _OPTIMIZER))
         return progress
     if finished:
         raise UserError(f"{folder}: all {len(finished)} checkpoints are damaged; start again with another --out")
@@ -115,16 +136,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _verify(staged: Path, codec: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]) -> None:
+def _verify(staged: Path, file: str, written: dict[str, torch.Tensor]) -> None:
     """Read back what was written; a disk that lies is found before the older checkpoint is given up."""
-    found = load_file(staged / "codec.safetensors") | load_file(staged / "optimizer.safetensors")
-    for name, tensor in (codec | moments).items():
+    found = load_file(staged / file)
+    for name, tensor in written.items():
         if not torch.equal(found[name], tensor.cpu()):
             raise OSError(f"{staged}: tensor {name} reads back differently from what was written; check the disk")
-    _read_state(staged)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: Saved | torch.nn.Module) -> dict[str, torch.Tensor]:
     """Adam's moments by parameter name: `backbone.x.weight/exp_avg`."""
     names = {id(p): name for name, p in module.named_parameters()}
     return {
@@ -134,7 +154,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: torch.nn.Module)
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, module: Saved | torch.nn.Module, tensors: dict[str, torch.Tensor]
+) -> None:
     parameters = dict(module.named_parameters())
     for name, value in tensors.items():
         parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]

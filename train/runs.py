@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
+import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -16,6 +17,7 @@ from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
 from latent_codec.inputs import Source, find_all
 from latent_codec.noise import text_key
+from train.checkpoints import Progress
 from train.closed_form import check_closed_form
 from train.config import TrainConfig, check, flat
 from train.data import fingerprint
@@ -48,15 +50,36 @@ class Run:
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
 
 
-def check_run(run: Run, accelerator: Accelerator) -> None:
-    config = run.config
-    check(config)
+class SharedConfig(Protocol):
+    """What every program's configuration has of these."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+
+
+def check_processes(config: SharedConfig, log_with: tuple[str, ...], accelerator: Accelerator) -> None:
+    """Raise `UserError` if the batch cannot be shared out, or for what Accelerate was told but cannot do."""
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:
         raise UserError(
             f"batch_size {config.batch_size} cannot be split over {accelerator.num_processes} processes x "
             f"{config.accumulation} micro-batches; make it a multiple of {parts}"
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError("set gradient accumulation with --accumulation, not in accelerate's configuration")
+    if "all" not in log_with and len(accelerator.log_with) < len(set(log_with)):
+        installed = ", ".join(str(tracker) for tracker in accelerator.log_with) or "none"
+        raise UserError(f"log_with {' '.join(log_with)}: of these trackers {installed} can be imported; install it")
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise UserError(f"fp16 needs a GPU, not {accelerator.device}: choose bf16, or no mixed precision")
+
+
+def check_run(run: Run, accelerator: Accelerator) -> None:
+    config = run.config
+    check(config)
+    check_processes(config, run.log_with, accelerator)
     codec = Codec(config.codec)
     if config.codec.image_channels != 3:
         raise UserError(f"image_channels is {config.codec.image_channels}; training images are RGB: set it to 3")
@@ -65,13 +88,13 @@ def check_run(run: Run, accelerator: Accelerator) -> None:
             raise UserError(f"{name} {side} is no multiple of the model's factor {codec.factor}")
     if config.closed_form:
         check_closed_form(codec)
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError("set gradient accumulation with --accumulation, not in accelerate's configuration")
-    if "all" not in run.log_with and len(accelerator.log_with) < len(set(run.log_with)):
-        installed = ", ".join(str(tracker) for tracker in accelerator.log_with) or "none"
-        raise UserError(f"log_with {' '.join(run.log_with)}: of these trackers {installed} can be imported; install it")
-    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise UserError(f"fp16 needs a GPU, not {accelerator.device}: choose bf16, or no mixed precision")
+
+
+def check_same_step(accelerator: Accelerator, progress: Progress) -> None:
+    """Processes that see different checkpoints would wait for one another for ever."""
+    steps = torch.as_tensor(accelerator.gather(torch.tensor([progress.step], device=accelerator.device))).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(f"the processes found checkpoints of steps {steps}; --out must be on a shared file system")
 
 
 def split(run: Run) -> tuple[list[Source], list[Source]]:
@@ -99,7 +122,7 @@ def describe(run: Run, sources: list[Source]) -> dict[str, object]:
     }
 
 
-def claim(out: Path, config: TrainConfig, described: dict[str, object], accelerator: Accelerator) -> None:
+def claim(out: Path, config: Any, described: dict[str, object], accelerator: Accelerator) -> None:
     """Write RUN/config.json, or check that the run being resumed is the same one."""
     path = out / "config.json"
     problem = [""]
@@ -117,11 +140,11 @@ def claim(out: Path, config: TrainConfig, described: dict[str, object], accelera
         raise UserError(problem[0])
 
 
-def _check_same_run(path: Path, config: TrainConfig, described: dict[str, object]) -> None:
+def _check_same_run(path: Path, config: Any, described: dict[str, object]) -> None:
     """Raise `UserError` if RUN/config.json tells of other settings, by their names, or of other data."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        old, data = flat(to_json(from_json(TrainConfig, found["config"]))), found["data_sha256"]
+        old, data = flat(to_json(from_json(type(config), found["config"]))), found["data_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a run of this version ({error}); give another --out") from error
     new = flat(to_json(config))
@@ -131,4 +154,4 @@ def _check_same_run(path: Path, config: TrainConfig, described: dict[str, object
             f"{path.parent} is a run with other settings ({', '.join(changed)}); give its own, or another --out"
         )
     if data != described["data_sha256"]:
-        raise UserError(f"{path.parent} was trained on other images; give its own --data and --val, or another --out")
+        raise UserError(f"{path.parent} was trained on other data; give its own, or another --out")

@@ -1,61 +1,98 @@
-"""The training loop and what one step does."""
+"""The training loop and what one step does, whatever is trained."""
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from train import checkpoints
-from train.checkpoints import Progress
-from train.config import TrainConfig
-from train.data import Batch
+from train.checkpoints import Progress, Saved
 from train.interrupts import Agreement, Interrupts, agree
 from train.logs import RunLog
-from train.objectives import Losses
-from train.schedules import beta_at, learning_rate_at
-from train.validation import Validation, active_channels
+from train.schedules import LearningRate, learning_rate_at
+
+
+class LoopConfig(LearningRate, Protocol):
+    """What the loop wants of a run's configuration; the fields are explained in `train.config.TrainConfig`."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def max_grad_norm(self) -> float | None: ...
+    @property
+    def ema_decay(self) -> float: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def eval_every(self) -> int: ...
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
+    @property
+    def max_skipped(self) -> int: ...
+
+
+class Task(Protocol):
+    """What is trained: the part that differs between programs."""
+
+    def arguments(self, step: int, measure: bool) -> tuple[Any, ...]:
+        """What the objective takes after a batch. `measure`: this step's losses will be logged."""
+        ...
+
+    def values(self, losses: Any, step: int) -> dict[str, float]:
+        """What the log says of the losses, which are averages over all processes."""
+        ...
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measure the averaged weights and draw pictures; the main process alone does it."""
+        ...
 
 
 class Step(NamedTuple):
-    losses: Losses
+    losses: Any  # a named tuple of tensors, as the objective returns it; its `loss` is what is minimised
     norm: torch.Tensor  # of the gradient before it was scaled down
     agreed: Agreement
 
 
 class Trainer:
-    """The loop and what one step does."""
+    """The loop and what one step does.
+
+    `modules` are what a checkpoint holds, by name: the first is trained, the second, "ema", its average.
+    """
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: LoopConfig,
         out: Path,
         accelerator: Accelerator,
         objective: torch.nn.Module,
-        codec: Codec,
-        ema: Codec,
+        modules: Mapping[str, Saved],
         optimizer: torch.optim.Optimizer,
         progress: Progress,
-        validation: Validation,
+        task: Task,
         log: RunLog,
     ) -> None:
         self.config, self.out, self.accelerator, self.log = config, out, accelerator, log
-        self.objective, self.codec, self.ema, self.optimizer = objective, codec, ema, optimizer
-        self.progress, self.validation = progress, validation
+        self.objective, self.modules, self.optimizer = objective, modules, optimizer
+        self.trained, self.ema = modules.values()
+        self.progress, self.task = progress, task
 
-    def loop(self, batches: Iterator[Batch], interrupts: Interrupts, quiet: bool) -> int:
+    def loop(self, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts, quiet: bool) -> int:
         config, progress = self.config, self.progress
         bar = tqdm(total=config.steps, initial=progress.step, disable=quiet or None, unit="step", dynamic_ncols=True)
         started, begun, seen = progress.minutes, time.monotonic(), 0
         window = time.monotonic()
-        if config.steps == 0:  # nothing but the closed form
+        if config.steps == 0:  # nothing but the start
             self._evaluate()
             self._save()
         while progress.step < config.steps:
@@ -80,24 +117,22 @@ class Trainer:
                 return self._farewell(agreed)
         return 0
 
-    def _step(
-        self, batches: Iterator[Batch], interrupts: Interrupts, measure: bool
-    ) -> tuple[Losses, torch.Tensor, Agreement]:
+    def _step(self, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts, measure: bool) -> Step:
         """One optimizer step, or one step that all processes skip together."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, self.progress.step)
-        beta = torch.tensor(beta_at(config.objective, self.progress.step), device=accelerator.device)
-        micro: list[Losses] = []
+        arguments = self.task.arguments(self.progress.step, measure)
+        micro: list[Any] = []
         for i in range(config.accumulation):
             last = i == config.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                losses: Losses = self.objective(*next(batches), beta, measure)
+                losses = self.objective(*next(batches), *arguments)
                 accelerator.backward(losses.loss / config.accumulation)
-            micro.append(Losses(*(v.detach() for v in losses)))
-        losses = Losses(*(torch.stack(v).mean(0) for v in zip(*micro, strict=True)))
+            micro.append(type(losses)(*(v.detach() for v in losses)))
+        losses = type(micro[0])(*(torch.stack(v).mean(0) for v in zip(*micro, strict=True)))
         limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
-        norm = accelerator.clip_grad_norm_(self.codec.parameters(), limit)
+        norm = accelerator.clip_grad_norm_(self.trained.parameters(), limit)
         assert norm is not None
         agreed = agree(accelerator, torch.isfinite(losses.loss) & torch.isfinite(norm), interrupts)
         if agreed.finite:
@@ -118,7 +153,7 @@ class Trainer:
         taken = self.progress.step - self.progress.skipped
         decay = min(self.config.ema_decay, (1 + taken) / (10 + taken)) if self.config.ema_decay > 0 else 0.0
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.ema.parameters()), list(self.codec.parameters()), 1.0 - decay
+            list(self.ema.parameters()), list(self.trained.parameters()), 1.0 - decay
         )
 
     def _stop_if_hopeless(self) -> None:
@@ -129,34 +164,21 @@ class Trainer:
                 "without mixed precision; the last checkpoint is intact"
             )
 
-    def _log(self, losses: Losses, norm: torch.Tensor, speed: float) -> None:
-        losses = Losses(*(torch.as_tensor(self.accelerator.reduce(v, "mean")) for v in losses))
-        step, config = self.progress.step, self.config
-        values = {
-            "loss": losses.loss.item(),
-            "nll": losses.nll.item(),
-            "kl": losses.kl.item(),
-            "beta": beta_at(config.objective, step - 1),
-            "kl_bpp": losses.kl.item() / math.log(2) / config.crop**2,
-            "psnr": -10 * math.log10(max(losses.mse.item(), 1e-12)),
-            "active_channels": active_channels(losses.latent_mean, losses.latent_square),
-            "clamped": losses.clamped.item(),
+    def _log(self, losses: Any, norm: torch.Tensor, speed: float) -> None:
+        losses = type(losses)(*(torch.as_tensor(self.accelerator.reduce(v, "mean")) for v in losses))
+        step = self.progress.step
+        values = self.task.values(losses, step) | {
             "grad_norm": norm.item(),
-            "learning_rate": learning_rate_at(config, step - 1),
+            "learning_rate": learning_rate_at(self.config, step - 1),
             "skipped": self.progress.skipped,
             "images_per_s": speed,
             "minutes": self.progress.minutes,
         }
-        if config.objective.mode_weight > 0:
-            values["nll_mode"] = losses.nll_mode.item()
-        if config.objective.lpips_weight > 0:
-            values["lpips"] = losses.lpips.item()
         self.log.write("train", step, values)
 
     def _evaluate(self) -> None:
         if self.accelerator.is_main_process:
-            self.log.write("eval", self.progress.step, self.validation.measure(self.ema))
-            self.validation.write_grid(self.out / "grids" / f"step-{self.progress.step:08d}.png", self.ema)
+            self.log.write("eval", self.progress.step, self.task.evaluate(self.progress.step))
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -166,7 +188,7 @@ class Trainer:
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             folder = self.out / "checkpoints"
             self.log.flush()
-            checkpoints.save(folder, self.codec, self.ema, inner, self.progress, keep=self.config.keep_checkpoints)
+            checkpoints.save(folder, self.modules, inner, self.progress, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def _farewell(self, agreed: Agreement) -> int:

@@ -8,6 +8,7 @@ import copy
 import logging
 import math
 import sys
+from pathlib import Path
 
 import torch
 import tyro
@@ -23,15 +24,16 @@ from latent_codec.perceptual import LPIPS
 from train import checkpoints
 from train.checkpoints import Progress
 from train.closed_form import patch_moments, start_from_closed_form
-from train.config import flat
+from train.config import TrainConfig, flat
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
 from train.logs import RunLog
-from train.objectives import ELBO
+from train.objectives import ELBO, Losses
 from train.presets import PRESETS
-from train.runs import Run, check_run, claim, describe, split
+from train.runs import Run, check_run, check_same_step, claim, describe, split
+from train.schedules import beta_at
 from train.trainer import Trainer
-from train.validation import Validation
+from train.validation import Validation, active_channels
 
 _CLOSED_FORM_IMAGES = 16_384  # crops whose patches give the closed form its moments
 
@@ -69,8 +71,9 @@ def train(run: Run) -> int:
     if config.channels_last:
         objective, ema = objective.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    progress = checkpoints.restore(run.out / "checkpoints", codec, ema, optimizer)
-    _check_same_step(accelerator, progress)
+    modules = {"codec": codec, "ema": ema}
+    progress = checkpoints.restore(run.out / "checkpoints", modules, optimizer)
+    check_same_step(accelerator, progress)
 
     images = _open_images(run, sources, accelerator, quiet)
     plan = Plan(
@@ -99,14 +102,48 @@ def train(run: Run) -> int:
     if run.log_with:
         accelerator.init_trackers(run.out.name, flat(to_json(config) | described))
 
-    validation = Validation(centre_crops(held_out, config.eval_crop))
+    task = VAETask(config, run.out, ema, Validation(centre_crops(held_out, config.eval_crop)))
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
-    trainer = Trainer(config, run.out, accelerator, wrapped, codec, ema, optimizer_, progress, validation, log)
+    trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log)
     _announce(run, accelerator, codec, sources, progress)
     with interrupts:
         code = trainer.loop(images.batches(plan, progress.step, config.steps), interrupts, quiet)
     accelerator.end_training()
     return code
+
+
+class VAETask:
+    """What `Trainer` leaves to a VAE."""
+
+    def __init__(self, config: TrainConfig, out: Path, ema: Codec, validation: Validation) -> None:
+        self.config, self.out, self.ema, self.validation = config, out, ema, validation
+
+    def arguments(self, step: int, measure: bool) -> tuple[torch.Tensor, bool]:
+        """The KL's weight, and whether the expected pixels are measured."""
+        device = next(self.ema.parameters()).device
+        return torch.tensor(beta_at(self.config.objective, step), device=device), measure
+
+    def values(self, losses: Losses, step: int) -> dict[str, float]:
+        config = self.config
+        values = {
+            "loss": losses.loss.item(),
+            "nll": losses.nll.item(),
+            "kl": losses.kl.item(),
+            "beta": beta_at(config.objective, step - 1),
+            "kl_bpp": losses.kl.item() / math.log(2) / config.crop**2,
+            "psnr": -10 * math.log10(max(losses.mse.item(), 1e-12)),
+            "active_channels": active_channels(losses.latent_mean, losses.latent_square),
+            "clamped": losses.clamped.item(),
+        }
+        if config.objective.mode_weight > 0:
+            values["nll_mode"] = losses.nll_mode.item()
+        if config.objective.lpips_weight > 0:
+            values["lpips"] = losses.lpips.item()
+        return values
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        self.validation.write_grid(self.out / "grids" / f"step-{step:08d}.png", self.ema)
+        return self.validation.measure(self.ema)
 
 
 def start_from_model(codec: Codec, source: str) -> None:
@@ -116,13 +153,6 @@ def start_from_model(codec: Codec, source: str) -> None:
         raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
     check_state(codec.state_dict(), model.state_dict(), f"--start-from {source}")
     codec.load_state_dict(model.state_dict())
-
-
-def _check_same_step(accelerator: Accelerator, progress: Progress) -> None:
-    """Processes that see different checkpoints would wait for one another for ever."""
-    steps = torch.as_tensor(accelerator.gather(torch.tensor([progress.step], device=accelerator.device))).tolist()
-    if len(set(steps)) > 1:
-        raise UserError(f"the processes found checkpoints of steps {steps}; --out must be on a shared file system")
 
 
 def _open_images(run: Run, sources: list[Source], accelerator: Accelerator, quiet: bool) -> Batches:

@@ -60,7 +60,7 @@ def test_it_opens_without_an_error_a_request_or_a_missing_picture(
     assert len(pictures) > 50 and min(pictures) > 0
     assert page.evaluate("document.querySelectorAll('script').length") == 0
     headings = page.locator("h2").all_inner_texts()
-    assert headings[:3] == ["The model", "Reconstructions", "Samples of the prior"] and len(headings) == 13
+    assert headings[:3] == ["The model", "Reconstructions", "Samples of the prior"] and len(headings) == 14
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # tables and rows scroll, the page does not
     paper, ink = page.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
     levels = [sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) for colour in (paper, ink)]

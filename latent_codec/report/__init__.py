@@ -17,10 +17,16 @@ from latent_codec.rd_report import Report as RateDistortion
 from latent_codec.report import about, jpeg, latent_space, likelihood, page, pictures, rate
 from latent_codec.report.baselines import baselines
 from latent_codec.report.html import paragraphs
-from latent_codec.report.page import Section
+from latent_codec.report.page import Section, left_out
 from latent_codec.report.survey import survey
 
 PAGE, RESULTS = "report.html", "report.json"
+
+_NO_FID = (
+    "FID is torch-fidelity's by definition, whose Inception weights are a download in a format that this program never "
+    "loads (pickle); where they can be had, its own command measures what is kept here: fidelity --fid --input1 DIR "
+    "--input2 OUT/decoded --samples-find-deep. A Frechet distance of other features is not called FID"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,5 +121,6 @@ def _sections(
         rate.rate_distortion(evaluated.rd),
         baselines(codec, others, sources, options.baseline_data, evaluation, compute, lpips, quiet=quiet),
         jpeg.jpeg_at_equal_bytes(codec, sources, networks, lpips, options.report_images, quiet=quiet),
+        left_out("rfid", "rFID", _NO_FID),
         about.making(evaluation, evaluated.command, seed),
     ]

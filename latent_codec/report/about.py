@@ -60,9 +60,15 @@ def _priors(codec: Codec) -> str:
 
 def means(evaluation: Report) -> list[Number]:
     """What `evaluate` found over all images."""
-    over = f"mean over {evaluation.about['images']} images"
+    count = evaluation.about["images"]
     return [
-        Number(name, _LABELS.get(name, name), value, _UNITS.get(name, ""), f"{evaluation.protocol[name]}; {over}")
+        Number(
+            name,
+            _LABELS.get(name, name),
+            value,
+            _UNITS.get(name, ""),
+            f"{evaluation.protocol[name]}; all {count} images",
+        )
         for name, value in evaluation.summary.items()
     ]
 

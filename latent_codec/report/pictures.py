@@ -138,7 +138,7 @@ def traversals(codec: Codec, networks: Networks, image: Shown, found: Survey) ->
             f"channel {channel}: std {written(float(found.std[channel]))}, "
             f"KL {written(float(found.kl[channel]))} nats per element"
         )
-        captions = [f"{move:+.0f} std" for move in moves.tolist()]
+        captions = [f"{move:+.0f} std" if move else "as it is" for move in moves.tolist()]
         strips.append(_strip(title, decoded, f"Channel {channel} moved", captions))
     words = paragraph(
         "The mode of ",

@@ -257,6 +257,7 @@ class Evaluate:
         from latent_codec.curves import check_extra
 
         check_extra()
+        from latent_codec.inputs import find_images
         from latent_codec.report import Evaluated, Options, write_report
 
         options = Options(
@@ -266,6 +267,8 @@ class Evaluate:
             baseline_data=self.pages.baseline_data,
             seed=self.sample,
         )
+        if options.baseline_data is not None:
+            find_images(options.baseline_data)  # refuses what it cannot find before anything is measured
         others = [(name, _load(name, self.compute)[0]) for name in self.pages.baseline]
         report = self._evaluate()
         rd = self._rate_distortion() if self.rd else None

@@ -305,6 +305,16 @@ def test_pca_is_never_fitted_to_what_it_is_measured_on(
     assert own["numbers_per_pixel"] == principal["numbers_per_pixel"] == 4 / 64
 
 
+def test_another_latent_size_is_named(codec: Codec, photos: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(codec.config, latent_channels=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        smaller = Codec(config).eval()
+    text, results = write(codec, photos, tmp_path / "out", ("small", smaller), ("same", codec))
+    assert [m["name"] for m in results["baselines"]["methods"]] == ["this model", "PCA", "small", "same"]
+    assert "Not of the same latent size, so not to be compared by distortion alone: small." in text
+
+
 def test_where_there_is_no_pca_the_reason_is_said(codec: Codec, photos: Path) -> None:
     sources = find_images(photos)
     assert why_no_pca(codec, sources, None) is None and why_no_pca(codec, sources[:1], "data") is None
@@ -360,6 +370,7 @@ def test_what_there_is_not_is_said(codec: Codec, tmp_path: Path, draw: Draw) -> 
         (("--report",), "give --out"),
         (("--report", "--out", "OUT", "--report-images", "0"), "--report-images 0"),
         (("--report", "--out", "OUT", "--bound-samples", "0"), "--bound-samples 0"),
+        (("--report", "--out", "OUT", "--baseline-data", "nowhere"), "nowhere: no such image"),
         (("--report", "--out", "OUT", "--baseline", "nowhere"), "nowhere: neither a file nor a shipped model"),
     ],
 )

@@ -1,6 +1,7 @@
 """What a model is measured against on the same images: PCA and other models; JPEG files of as many bytes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from latent_codec.images import pad
 from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS
 from latent_codec.report import pca
-from latent_codec.report.html import Html, name_of, paragraphs, table
+from latent_codec.report.html import Html, join, name_of, paragraphs, table
 from latent_codec.report.page import Section, written
 from latent_codec.tiling import default_tile
 
@@ -22,6 +23,9 @@ _COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "
 
 Reconstruct = Callable[[torch.Tensor], torch.Tensor]
 """(3, h, w) uint8 to what comes back, of the same size."""
+
+Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Images and what came back."""
 
 
 class Method(NamedTuple):
@@ -56,24 +60,25 @@ def baselines(
     names = [name for name in _COLUMNS if name in evaluation.summary]
     own = {name: evaluation.summary[name] for name in names}
     methods = [Method("this model", "the stored mode, decoded, as `evaluate` measures it", density(codec), own)]
-    reason, note = why_no_pca(codec, sources, data), ""
+    reason = why_no_pca(codec, sources, data)
     if reason is None:
         how, pairs = _pca_pairs(codec, sources, data, quiet)
         methods.append(Method("PCA", how, density(codec), _distortion(pairs, compute, lpips)))
-    else:
-        note = f"PCA is left out: {reason}."
     for name, other in others:
         pairs = _coded_pairs(other, sources, compute, quiet)
         how = f"model {other.model_id[:12]}, its mode decoded"
         methods.append(Method(name, how, density(other), _distortion(pairs, compute, lpips)))
+    notes = [] if reason is None else [f"PCA is left out: {reason}."]
+    notes += [] if others else ["Other models, such as a deterministic autoencoder, take --baseline MODEL."]
+    if unequal := [m.name for m in methods if not math.isclose(m.numbers_per_pixel, density(codec))]:
+        notes.append(f"Not of the same latent size, so not to be compared by distortion alone: {', '.join(unequal)}.")
     words = paragraphs(
         "All reconstruct the same images from latent numbers that nothing rounds; means over images. A model that is "
         "not above PCA of its own latent size has learned nothing that a linear transform does not have.",
-        *([note] if note else []),
-        *([] if len(methods) > 1 + (reason is None) else ["Other models, an autoencoder say, take --baseline MODEL."]),
+        *notes,
     )
     records = {"methods": [method.json() for method in methods], "pca_left_out": reason}
-    return Section("baselines", "Baselines at equal latent size", Html(words + _table(methods, names)), [], records)
+    return Section("baselines", "Baselines at equal latent size", join(words, _table(methods, names)), [], records)
 
 
 def density(codec: Codec) -> float:
@@ -93,8 +98,8 @@ def why_no_pca(codec: Codec, sources: Sequence[Source], data: str | None) -> str
     return None
 
 
-def _pca_pairs(codec: Codec, sources: Sequence[Source], data: str | None, quiet: bool):
-    """In words what PCA was fitted to, and pairs (image, reconstruction)."""
+def _pca_pairs(codec: Codec, sources: Sequence[Source], data: str | None, quiet: bool) -> tuple[str, Pairs]:
+    """In words what PCA was fitted to, and what it makes of the images."""
     size = codec.factor, codec.config.latent_channels
     words = f"{size[1]} components of {size[0]}x{size[0]} patches, closed form, fitted to "
     if data is not None:
@@ -105,14 +110,14 @@ def _pca_pairs(codec: Codec, sources: Sequence[Source], data: str | None, quiet:
     halves = sources[::2], sources[1::2]
     fitted = [pca.fit(_pixels(half, "PCA", quiet), *size) for half in halves]
 
-    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def pairs() -> Pairs:
         for half, other in zip(halves, reversed(fitted), strict=True):
             yield from _pairs(half, other.reconstruct, "PCA", quiet)
 
     return f"{words}every other image and measured on the rest, then the other way round", pairs()
 
 
-def _coded_pairs(codec: Codec, sources: Sequence[Source], compute: Compute, quiet: bool):
+def _coded_pairs(codec: Codec, sources: Sequence[Source], compute: Compute, quiet: bool) -> Pairs:
     networks = Networks(codec, compute._replace(tile=default_tile(codec)))
 
     def reconstruct(pixels: torch.Tensor) -> torch.Tensor:
@@ -127,16 +132,12 @@ def _pixels(sources: Sequence[Source], what: str, quiet: bool) -> Iterator[torch
         yield source.read().pixels
 
 
-def _pairs(
-    sources: Sequence[Source], reconstruct: Reconstruct, what: str, quiet: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _pairs(sources: Sequence[Source], reconstruct: Reconstruct, what: str, quiet: bool) -> Pairs:
     for pixels in _pixels(sources, what, quiet):
         yield pixels, reconstruct(pixels)
 
 
-def _distortion(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], compute: Compute, lpips: LPIPS | None
-) -> dict[str, float | None]:
+def _distortion(pairs: Pairs, compute: Compute, lpips: LPIPS | None) -> dict[str, float | None]:
     found = [compare(x[None], y[None], lpips, compute.device) for x, y in pairs]
     return {name: mean_defined([values[name] for values in found]) for name in found[0]}
 

@@ -72,7 +72,8 @@ def figure(picture: Picture) -> Html:
     _, height, width = picture.pixels.shape
     geometry = Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
     data = image_bytes(picture.pixels.contiguous(), geometry, "png")
-    return tag("figure", image(data, "png", width, height, picture.alt), tag("figcaption", picture.caption))
+    caption = [tag("figcaption", picture.caption)] if picture.caption else []
+    return tag("figure", image(data, "png", width, height, picture.alt), *caption)
 
 
 def strip(title: object, pictures: list[Picture]) -> Html:

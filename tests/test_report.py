@@ -30,7 +30,8 @@ from latent_codec.images import pad, read_image
 from latent_codec.inputs import find_images
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
-from latent_codec.report import Evaluated, Options, jpeg, pca, pictures, write_report
+from latent_codec.ratedistortion import rate_distortion
+from latent_codec.report import Evaluated, Options, jpeg, pca, pictures, rate, write_report
 from latent_codec.report.baselines import baselines, why_no_pca
 from latent_codec.report.html import escaped, tag
 from latent_codec.report.likelihood import likelihood_bounds
@@ -351,7 +352,30 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
         assert record["ours"]["bytes"] == len(coded.data)
         assert record["jpeg"] is None or record["jpeg"]["bytes"] <= record["ours"]["bytes"]
     assert [r["jpeg"] is None for r in section.records["images"]] == [False, False, True]
+    pairs = [(r["ours"], r["jpeg"]) for r in section.records["images"][:2]]
+    for i, mean in enumerate(section.records["means"]):
+        assert mean["psnr"] == pytest.approx(np.mean([pair[i]["psnr"] for pair in pairs]))
+        assert mean["bpp"] == pytest.approx(np.mean([8 * pair[i]["bytes"] / (200 * 104) for pair in pairs]))
+        assert f"{mean['bpp']:#.4g}" in section.body
     assert "1 images are in no mean" in section.body and len(Parsed(section.body).images[""]) == 3
+
+
+def test_curves_are_those_of_the_rate_distortion_report(
+    codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [p._replace(qualities=p.qualities[::3]) for p in peer_codecs.PEERS]
+    monkeypatch.setattr(peer_codecs, "PEERS", few)
+    nets: dict[str, Any] = {"lpips_net": None, "lpips_backbone": None, "quiet": True}
+    found = rate_distortion(codec, photos, CPU, steps=(0.5, 1.0, 2.0, 4.0), sample=0, out=None, command="it", **nets)
+    section = rate.rate_distortion(found)
+    assert section.records["points"] == [p.json() for p in found.points]
+    page = Parsed(section.body)
+    with Image.open(io.BytesIO(page.images[""][0])) as curves:
+        assert curves.format == "PNG"
+    for against in found.against:
+        assert f"against {against.peer}" in page.text
+        for delta in against.delta_rates.values():
+            assert (delta.reason or f"{delta.percent:+.1f} %") in page.text
 
 
 def test_what_there_is_not_is_said(codec: Codec, tmp_path: Path, draw: Draw) -> None:

@@ -77,7 +77,8 @@ def baselines(
         "not above PCA of its own latent size has learned nothing that a linear transform does not have.",
         *notes,
     )
-    records = {"methods": [method.json() for method in methods], "pca_left_out": reason}
+    records: dict[str, Any] = {"methods": [method.json() for method in methods], "pca_left_out": reason}
+    records["protocol"] = {name: evaluation.protocol[name] for name in names}
     return Section("baselines", "Baselines at equal latent size", join(words, _table(methods, names)), [], records)
 
 

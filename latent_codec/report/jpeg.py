@@ -17,8 +17,9 @@ from latent_codec.inputs import Source
 from latent_codec.peer_codecs import PEERS
 from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_ONE
+from latent_codec.rd_report import RD_PROTOCOL
 from latent_codec.report.html import Html, Picture, join, name_of, paragraphs, strip, table
-from latent_codec.report.page import Section, left_out, written
+from latent_codec.report.page import METRICS, Section, left_out, written
 from latent_codec.report.pictures import SIDE, middle
 from latent_codec.streams import StreamCodec
 
@@ -26,7 +27,6 @@ NAME, TITLE = "jpeg", "JPEG at equal bytes"
 
 _JPEG = next(peer for peer in PEERS if peer.name == "JPEG")
 _QUALITIES = range(1, 96)
-_METRICS = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 
 
 class File(NamedTuple):
@@ -51,6 +51,17 @@ class Row(NamedTuple):
     def json(self) -> dict[str, Any]:
         jpeg = None if self.jpeg is None else self.jpeg.json()
         return {"image": self.name, "pixels": self.pixels, "ours": self.ours.json(), "jpeg": jpeg}
+
+
+class Mean(NamedTuple):
+    """Over images."""
+
+    name: str
+    bpp: float
+    distortion: dict[str, float | None]
+
+    def json(self) -> dict[str, Any]:
+        return {"name": self.name, "bpp": self.bpp} | self.distortion
 
 
 def jpeg_at_equal_bytes(
@@ -81,7 +92,6 @@ def jpeg_at_equal_bytes(
             if len(strips) < pictures:
                 strips.append(_strip(source.name, image.pixels, (decoded, ours), (pixels, jpeg)))
         rows.append(Row(source.name, image.geometry.width * image.geometry.height, ours, jpeg))
-    records = {"images": [row.json() for row in rows]}
     pairs = [(row, row.jpeg) for row in rows if row.jpeg is not None]
     missing = len(rows) - len(pairs)
     words = paragraphs(
@@ -90,7 +100,18 @@ def jpeg_at_equal_bytes(
         f"files, decoded again; means over {len(pairs)} images.",
         *([f"{missing} images are in no mean: their smallest JPEG is larger than our file."] if missing else []),
     )
-    return Section(NAME, TITLE, join(words, _table(pairs), *strips), [], records)
+    means = _means(pairs)
+    records = {
+        "means": [m.json() for m in means],
+        "protocol": _protocol(lpips),
+        "images": [row.json() for row in rows],
+    }
+    return Section(NAME, TITLE, join(words, _table(means), *strips), [], records)
+
+
+def _protocol(lpips: LPIPS | None) -> dict[str, str]:
+    of_lpips = {} if lpips is None else {"lpips": lpips.protocol}
+    return {name: RD_PROTOCOL[name] for name in ("bpp", "decoded", "psnr", "ms_ssim")} | of_lpips
 
 
 class Jpeg(NamedTuple):
@@ -134,14 +155,21 @@ def _strip(name: str, original: torch.Tensor, *files: tuple[torch.Tensor, File])
     return strip(name_of(name), pictures)
 
 
-def _table(pairs: Sequence[tuple[Row, File]]) -> Html:
-    """Means, or nothing without pairs."""
+def _means(pairs: Sequence[tuple[Row, File]]) -> list[Mean]:
+    """Over images that have both files; none without any."""
     if not pairs:
-        return Html()
-    names = [name for name in _METRICS if name in pairs[0][1].distortion]
-    rows: list[tuple[object, ...]] = []
-    for kind, files in (("this model", [row.ours for row, _ in pairs]), ("JPEG", [file for _, file in pairs])):
+        return []
+    found = []
+    for name, files in (("this model", [row.ours for row, _ in pairs]), ("JPEG", [file for _, file in pairs])):
         bpp = float(np.mean([8 * file.bytes / row.pixels for (row, _), file in zip(pairs, files, strict=True)]))
-        means = (mean_defined([file.distortion[name] for file in files]) for name in names)
-        rows.append((kind, written(bpp), *map(written, means)))
-    return table(("", "bits per pixel", *(_METRICS[name] for name in names)), rows)
+        names = [metric for metric in METRICS if metric in files[0].distortion]
+        distortion = {metric: mean_defined([file.distortion[metric] for file in files]) for metric in names}
+        found.append(Mean(name, bpp, distortion))
+    return found
+
+
+def _table(means: Sequence[Mean]) -> Html:
+    if not means:
+        return Html()
+    rows: list[tuple[object, ...]] = [(m.name, written(m.bpp), *map(written, m.distortion.values())) for m in means]
+    return table(("", "bits per pixel", *(METRICS[name] for name in means[0].distortion)), rows)

@@ -12,6 +12,10 @@ _STYLE = Path(__file__).with_name("style.css")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+METRICS = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
+"""What distortion is told by where files are compared, as a table's head has it."""
+
+
 class Number(NamedTuple):
     """A result and all that it takes to reproduce it."""
 

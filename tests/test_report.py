@@ -41,6 +41,7 @@ from latent_codec.streams import StreamCodec
 CPU = Compute("cpu", "float32", 4, 2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}
 HOSTILE = "x<script>alert(1)<!--\"'&amp;\u202egnp.png"
+LIKE = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8))
 OPTIONS = Options(report_images=3, bound_images=2, bound_samples=3, baseline_data=None, seed=5)
 
 
@@ -223,8 +224,9 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
 
     networks = Networks(codec, CPU)
     monkeypatch.setattr(networks, "decode_uint8", decode)
-    pictures.prior_samples(codec, networks, 0)
+    pictures.prior_samples(codec, networks, LIKE, 0)
     prior, aggregate = (z.transpose(0, 1).flatten(1) for z in drawn)  # (z, n)
+    assert drawn[0].shape == (8, 4, 16, 16)
     statistics = codec.statistics
     assert statistics is not None
     for z, means, stds in ((prior, (0.0,) * 4, (1.0,) * 4), (aggregate, statistics.mean, statistics.std)):
@@ -232,7 +234,7 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
             assert channel.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(len(channel)))
             assert channel.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * len(channel)))
     codec.statistics = None
-    assert "no latent statistics" in pictures.prior_samples(codec, networks, 0).body
+    assert "no latent statistics" in pictures.prior_samples(codec, networks, LIKE, 0).body
 
 
 def test_bounds_are_those_of_the_first_images(codec: Codec, photos: Path) -> None:

@@ -111,7 +111,7 @@ def _sections(
     return [
         about.model(codec, evaluated.name),
         shown._replace(numbers=about.means(evaluation)),
-        pictures.prior_samples(codec, networks, seed),
+        pictures.prior_samples(codec, networks, few[0], seed),
         pictures.interpolations(codec, networks, few),
         pictures.traversals(codec, networks, few[0], posteriors),
         latent_space.active_units(posteriors),

@@ -17,6 +17,7 @@ from latent_codec.inputs import Source
 from latent_codec.peer_codecs import PEERS
 from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_ONE
+from latent_codec.ratedistortion import rgb_pixels
 from latent_codec.rd_report import RD_PROTOCOL
 from latent_codec.report.html import Html, Picture, join, name_of, paragraphs, strip, table
 from latent_codec.report.page import METRICS, Section, left_out, written
@@ -81,17 +82,10 @@ def jpeg_at_equal_bytes(
     strips: list[Html] = []
     for source in tqdm(sources, "JPEG", unit="image", disable=quiet or None):
         image = source.read()
-        data, decoded = _ours(image, coder, networks)
-        found = closest_below(to_pil(image.pixels, image.geometry), len(data))
-        ours = File(len(data), "step 1", compare(image.pixels[None], decoded[None], lpips, networks.compute.device))
-        jpeg = None
-        if found is not None:
-            pixels = _pixels(peer_codecs.decode(_JPEG, found.data, image.geometry.mode))
-            distortion = compare(image.pixels[None], pixels[None], lpips, networks.compute.device)
-            jpeg = File(len(found.data), f"quality {found.quality}", distortion)
-            if len(strips) < pictures:
-                strips.append(_strip(source.name, image.pixels, (decoded, ours), (pixels, jpeg)))
-        rows.append(Row(source.name, image.geometry.width * image.geometry.height, ours, jpeg))
+        row, ours, jpeg = _measure(source.name, image, coder, networks, lpips)
+        rows.append(row)
+        if jpeg is not None and len(strips) < pictures:
+            strips.append(_strip(row, image.pixels, ours, jpeg))
     pairs = [(row, row.jpeg) for row in rows if row.jpeg is not None]
     missing = len(rows) - len(pairs)
     words = paragraphs(
@@ -134,6 +128,24 @@ def closest_below(image: PilImage.Image, limit: int) -> Jpeg | None:
     return best
 
 
+def _measure(
+    name: str, image: Image, coder: StreamCodec, networks: Networks, lpips: LPIPS | None
+) -> tuple[Row, torch.Tensor, torch.Tensor | None]:
+    """An image's row, and both files decoded, (3, h, w) uint8."""
+
+    def file(size: int, setting: str, pixels: torch.Tensor) -> File:
+        return File(size, setting, compare(image.pixels[None], pixels[None], lpips, networks.compute.device))
+
+    area = image.geometry.width * image.geometry.height
+    data, decoded = _ours(image, coder, networks)
+    ours = file(len(data), "step 1", decoded)
+    found = closest_below(to_pil(image.pixels, image.geometry), len(data))
+    if found is None:
+        return Row(name, area, ours, None), decoded, None
+    pixels = rgb_pixels(peer_codecs.decode(_JPEG, found.data, image.geometry.mode))
+    return Row(name, area, ours, file(len(found.data), f"quality {found.quality}", pixels)), decoded, pixels
+
+
 def _ours(image: Image, coder: StreamCodec, networks: Networks) -> tuple[bytes, torch.Tensor]:
     """An image's file and what `decode` would write of it, (3, h, w) uint8."""
     mean = networks.encode([pad(image.pixels, coder.codec.factor)]).mean[0]
@@ -143,16 +155,13 @@ def _ours(image: Image, coder: StreamCodec, networks: Networks) -> tuple[bytes, 
     return coded.data, as_shown(decoded, image.geometry)
 
 
-def _pixels(image: PilImage.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _strip(name: str, original: torch.Tensor, *files: tuple[torch.Tensor, File]) -> Html:
-    pictures = [Picture(middle(original, SIDE, SIDE), "original", f"Original of {name}")]
-    for (pixels, file), kind in zip(files, ("this model", "JPEG"), strict=True):
+def _strip(row: Row, original: torch.Tensor, ours: torch.Tensor, jpeg: torch.Tensor) -> Html:
+    pictures = [Picture(middle(original, SIDE, SIDE), "original", f"Original of {row.name}")]
+    for pixels, file, kind in ((ours, row.ours, "this model"), (jpeg, row.jpeg, "JPEG")):
+        assert file is not None
         words = f"{kind}, {file.setting}: {file.bytes:,} bytes, {written(file.distortion['psnr'])} dB"
-        pictures.append(Picture(middle(pixels, SIDE, SIDE), words, f"{name} as {words}"))
-    return strip(name_of(name), pictures)
+        pictures.append(Picture(middle(pixels, SIDE, SIDE), words, f"{row.name} as {words}"))
+    return strip(name_of(row.name), pictures)
 
 
 def _means(pairs: Sequence[tuple[Row, File]]) -> list[Mean]:

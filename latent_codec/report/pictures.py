@@ -77,9 +77,11 @@ def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], s
     return Section("reconstructions", "Reconstructions", join(words, *strips), [], {"images": records})
 
 
-def prior_samples(codec: Codec, networks: Networks, seed: int) -> Section:
-    size = _side(codec, _SMALL_SIDE) // codec.factor
-    shape = (codec.config.latent_channels, size, size)
+def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> Section:
+    """Of the size of `like`, or of its middle."""
+    side = _side(codec, _SMALL_SIDE)
+    height, width = (-(-min(side, size) // codec.factor) for size in like.pixels.shape[1:])
+    shape = (codec.config.latent_channels, height, width)
     numbers = torch.arange(_SAMPLES)
     z = normal(fold(seed, _PRIOR, numbers), shape)
     strips = [_strip("z ~ N(0, I)", networks.decode_uint8(list(z)), "Sample of N(0, I), decoded")]
@@ -94,7 +96,7 @@ def prior_samples(codec: Codec, networks: Networks, seed: int) -> Section:
             "The second row has each channel's mean and standard deviation by the model's statistics, and no more of "
             "the aggregate posterior: neither channels nor positions depend on each other."
         )
-    first = f"Latents of {size}x{size}, all elements drawn on their own, decoded to the expected pixels (seed {seed})."
+    first = f"Latents of {width}x{height}, every element drawn on its own, decoded to expected pixels (seed {seed})."
     return Section("prior_samples", "Samples of the prior", join(paragraphs(first, words), *strips), [], {})
 
 

@@ -2,17 +2,30 @@
 
 import math
 
+from latent_codec.codec import Codec
 from latent_codec.evaluation import PROTOCOL
 from latent_codec.report.charts import bars, charts, histogram, spread
 from latent_codec.report.html import join, paragraphs, table, tag
-from latent_codec.report.page import Number, Section, written
+from latent_codec.report.page import (
+    NOT_CONTINUOUS,
+    NOT_GAUSSIAN,
+    Number,
+    Section,
+    is_continuous,
+    is_gaussian,
+    left_out,
+    written,
+)
 from latent_codec.report.survey import EDGES, Survey
 
 ACTIVE = 0.01
 """Variance of the posterior mean over the data above which a unit is active (Burda et al. 2016, section 5.2)."""
 
 
-def active_units(found: Survey) -> Section:
+def active_units(codec: Codec, found: Survey) -> Section:
+    name, title = "active_units", "Active units"
+    if not is_continuous(codec):
+        return left_out(name, title, NOT_CONTINUOUS)
     active = (found.variance > ACTIVE).tolist()
     count, channels = sum(active), len(active)
     number = Number(
@@ -29,11 +42,14 @@ def active_units(found: Survey) -> Section:
     words = paragraphs(
         "A channel whose posterior is the same for all images tells the decoder nothing. Pale: inactive."
     )
-    return Section("active_units", "Active units", join(words, charts(chart)), [number], {})
+    return Section(name, title, join(words, charts(chart)), [number], {})
 
 
-def kl_by_channel(found: Survey, bpp: float | None) -> Section:
+def kl_by_channel(codec: Codec, found: Survey, bpp: float | None) -> Section:
     """`bpp` is the KL as `evaluate` reports it."""
+    name, title = "kl", "KL by channel"
+    if not is_gaussian(codec):
+        return left_out(name, title, NOT_GAUSSIAN)
     kl, total = found.kl.tolist(), float(found.kl.sum())
     over = f"mean over {found.images} images and their positions"
     numbers = [
@@ -74,10 +90,13 @@ def kl_by_channel(found: Survey, bpp: float | None) -> Section:
             for i in range(len(kl))
         ]
     }
-    return Section("kl", "KL by channel", body, numbers, records)
+    return Section(name, title, body, numbers, records)
 
 
-def aggregate_posterior(found: Survey, seed: int) -> Section:
+def aggregate_posterior(codec: Codec, found: Survey, seed: int) -> Section:
+    name, title = "aggregate_posterior", "Aggregate posterior against N(0, I)"
+    if not is_gaussian(codec):
+        return left_out(name, title, NOT_GAUSSIAN)
     draws, normalized = found.draws, found.normalized
     how = f"one draw of every latent element of {found.images} images (seed {seed}), all channels pooled"
     numbers = [
@@ -107,7 +126,7 @@ def aggregate_posterior(found: Survey, seed: int) -> Section:
     )
     alt = f"Histogram of pooled draws from {EDGES[0]:g} to {EDGES[-1]:g} against the density of N(0, 1)."
     body = join(words, charts(spread(found, alt_spread), histogram(draws, normalized, alt)))
-    return Section("aggregate_posterior", "Aggregate posterior against N(0, I)", body, numbers, {})
+    return Section(name, title, body, numbers, {})
 
 
 def _outside(found: Survey) -> float:

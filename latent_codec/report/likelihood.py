@@ -11,9 +11,11 @@ from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.images import pad
 from latent_codec.report.html import paragraphs
-from latent_codec.report.page import Number, Section
+from latent_codec.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
 from latent_codec.report.pictures import SIDE, Shown
 from latent_codec.report.survey import image_key
+
+NAME, TITLE = "bounds", "ELBO and IWAE bound"
 
 _DENSITIES = {"gaussian"}
 
@@ -29,6 +31,8 @@ def likelihood_bounds(
     codec: Codec, compute: Compute, images: Sequence[Shown], seed: int, samples: int, *, quiet: bool
 ) -> Section:
     """With `samples` importance samples for each of `images`."""
+    if not is_gaussian(codec):
+        return left_out(NAME, TITLE, NOT_GAUSSIAN)
     device = next(codec.parameters()).device
     elbo, iwae, effective, dimensions = [], [], [], []
     for name, pixels in tqdm(images, "bounds", unit="image", disable=quiet or None):
@@ -71,7 +75,7 @@ def likelihood_bounds(
     words = paragraphs(
         "Both are lower bounds of log p(x), in nats. " + _WORDS[kind],
     )
-    return Section("bounds", "ELBO and IWAE bound", words, numbers, {"images": records})
+    return Section(NAME, TITLE, words, numbers, {"images": records})
 
 
 def _mean(values: Sequence[float]) -> float:

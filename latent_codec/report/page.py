@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from latent_codec.codec import Codec
 from latent_codec.report.html import Html, join, table, tag
 
 _STYLE = Path(__file__).with_name("style.css")
@@ -65,6 +66,19 @@ def written(value: float | None) -> str:
 def finite(value: float) -> float | None:
     """What JSON can hold: an image that comes back without any error has no PSNR."""
     return value if math.isfinite(value) else None
+
+
+NOT_GAUSSIAN = "the posterior is no Gaussian: nothing is drawn from it, and it has no KL against N(0, I)"
+NOT_CONTINUOUS = "latents are codes from a codebook, and between two codes there is none"
+
+
+def is_gaussian(codec: Codec) -> bool:
+    return codec.config.bottleneck.kind == "gaussian"
+
+
+def is_continuous(codec: Codec) -> bool:
+    """Whether latents can be anything, and not only codes from a codebook."""
+    return codec.config.bottleneck.kind in ("gaussian", "identity")
 
 
 def left_out(name: str, title: str, reason: str) -> Section:

@@ -12,7 +12,16 @@ from latent_codec.images import pad
 from latent_codec.inputs import Source
 from latent_codec.noise import fold, normal
 from latent_codec.report.html import Html, Picture, join, name_of, paragraph, paragraphs, strip
-from latent_codec.report.page import Section, finite, left_out, written
+from latent_codec.report.page import (
+    NOT_CONTINUOUS,
+    NOT_GAUSSIAN,
+    Section,
+    finite,
+    is_continuous,
+    is_gaussian,
+    left_out,
+    written,
+)
 from latent_codec.report.survey import Survey, image_key
 
 SIDE = 256
@@ -79,6 +88,9 @@ def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], s
 
 def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> Section:
     """Of the size of `like`, or of its middle."""
+    name, title = "prior_samples", "Samples of the prior"
+    if not is_gaussian(codec):
+        return left_out(name, title, NOT_GAUSSIAN)
     side = _side(codec, _SMALL_SIDE)
     height, width = (-(-min(side, size) // codec.factor) for size in like.pixels.shape[1:])
     shape = (codec.config.latent_channels, height, width)
@@ -90,18 +102,20 @@ def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> S
     else:
         shift, scale = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
         z = shift + scale * normal(fold(seed, _AGGREGATE, numbers), shape)
-        title = f"z ~ each channel's Gaussian over {statistics.source}"
-        strips.append(_strip(title, networks.decode_uint8(list(z)), "Sample of the channels' Gaussians, decoded"))
+        heading = f"z ~ each channel's Gaussian over {statistics.source}"
+        strips.append(_strip(heading, networks.decode_uint8(list(z)), "Sample of the channels' Gaussians, decoded"))
         words = (
             "The second row has each channel's mean and standard deviation by the model's statistics, and no more of "
             "the aggregate posterior: neither channels nor positions depend on each other."
         )
     first = f"Latents of {width}x{height}, every element drawn on its own, decoded to expected pixels (seed {seed})."
-    return Section("prior_samples", "Samples of the prior", join(paragraphs(first, words), *strips), [], {})
+    return Section(name, title, join(paragraphs(first, words), *strips), [], {})
 
 
 def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) -> Section:
     name, title = "interpolations", "Interpolations"
+    if not is_continuous(codec):
+        return left_out(name, title, NOT_CONTINUOUS)
     pairs = list(zip(images[::2], images[1::2], strict=False))[:2]
     if not pairs:
         return left_out(name, title, "they need two images")
@@ -127,6 +141,9 @@ def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) ->
 
 
 def traversals(codec: Codec, networks: Networks, image: Shown, found: Survey) -> Section:
+    name, title = "traversals", "Latent traversals"
+    if not is_continuous(codec):
+        return left_out(name, title, NOT_CONTINUOUS)
     side = _side(codec, _SMALL_SIDE)
     part = middle(image.pixels, side, side)
     mode = networks.encode([pad(part, codec.factor)]).mode()  # (1, z, h, w)
@@ -136,12 +153,11 @@ def traversals(codec: Codec, networks: Networks, image: Shown, found: Survey) ->
         z = mode.repeat(_STEPS, 1, 1, 1)
         z[:, channel] += (moves * found.std[channel])[:, None, None]
         decoded = networks.decode_uint8(list(z))[..., : part.shape[1], : part.shape[2]]
-        title = (
-            f"channel {channel}: std {written(float(found.std[channel]))}, "
-            f"KL {written(float(found.kl[channel]))} nats per element"
-        )
+        heading = f"channel {channel}: std {written(float(found.std[channel]))}"
+        if is_gaussian(codec):
+            heading += f", KL {written(float(found.kl[channel]))} nats per element"
         captions = [f"{move:+.0f} std" if move else "as it is" for move in moves.tolist()]
-        strips.append(_strip(title, decoded, f"Channel {channel} moved", captions))
+        strips.append(_strip(heading, decoded, f"Channel {channel} moved", captions))
     words = paragraph(
         "The mode of ",
         name_of(image.name),
@@ -149,7 +165,7 @@ def traversals(codec: Codec, networks: Networks, image: Shown, found: Survey) ->
         f"standard deviation over all images; the {len(strips)} channels whose posterior mean varies most, the most "
         "active first.",
     )
-    return Section("traversals", "Latent traversals", join(words, *strips), [], {})
+    return Section(name, title, join(words, *strips), [], {})
 
 
 def _strip(title: object, pixels: torch.Tensor, alt: str, captions: Sequence[str] | None = None) -> Html:

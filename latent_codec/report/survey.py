@@ -53,8 +53,8 @@ class Survey(NamedTuple):
     """Of one channel, over all images."""
     mean: torch.Tensor  # of the posterior means
     variance: torch.Tensor  # of the posterior means: how active the channel is
-    posterior_variance: torch.Tensor  # average of the posteriors' own variances
-    kl: torch.Tensor  # nats per latent element
+    posterior_variance: torch.Tensor  # average of the posteriors' own variances; 0 of those that are points
+    kl: torch.Tensor  # nats per latent element, of Gaussian posteriors
     draws: Draws
     normalized: Draws | None
     """Less the mean and over the std of the model's statistics, as a diffusion model sees them; None without."""
@@ -97,8 +97,10 @@ class _Moments:
 
     def add(self, posterior: DiagonalGaussian) -> None:
         mean = posterior.mean[0].double()  # (z, h, w)
-        terms = torch.stack([mean, mean.square(), posterior.logvar[0].double().exp(), posterior.kl_map()[0].double()])
-        self._sums += terms.flatten(2).sum(2)
+        terms = [mean, mean.square()]
+        if isinstance(posterior, DiagonalGaussian):
+            terms += [posterior.logvar[0].double().exp(), posterior.kl_map()[0].double()]
+        self._sums[: len(terms)] += torch.stack(terms).flatten(2).sum(2)
         self._count += math.prod(mean.shape[1:])
 
     def result(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -209,9 +209,9 @@ class _Report:
     report: bool = False
     """Write report.html into --out: one page that opens without a network; and report.json with the same numbers."""
     report_images: int = 6
-    """Images in the report's pictures, from the first."""
+    """Images in the report's pictures, spread evenly over all."""
     bound_images: int = 16
-    """Images of which the report bounds the likelihood, from the first."""
+    """Images of which the report bounds the likelihood, spread evenly over all."""
     bound_samples: int = 50
     """Importance samples for each of them, up to thousands."""
     baseline: tuple[str, ...] = ()

@@ -237,8 +237,9 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
     assert "no latent statistics" in pictures.prior_samples(codec, networks, LIKE, 0).body
 
 
-def test_bounds_are_those_of_the_first_images(codec: Codec, photos: Path) -> None:
-    images = pictures.shown(codec, find_images(photos)[:2])
+def test_bounds_are_those_of_images_from_all_over_the_set(codec: Codec, photos: Path) -> None:
+    images = pictures.shown(codec, find_images(photos), 2)
+    assert [image.name for image in images] == ["a.png", "d.png"]
     section = likelihood_bounds(codec, CPU, images, 5, 3, quiet=True)
     for image, record in zip(images, section.records["images"], strict=True):
         found = bounds(codec, pad(image.pixels, 8)[None], image_key(5, image.name)[None], 3, at_once=64)
@@ -254,7 +255,7 @@ def test_bits_per_dimension_are_of_discrete_pixels_alone(codec: Codec, photos: P
     with torch.random.fork_rng():
         torch.manual_seed(0)
         discrete = Codec(config).eval()
-    images = pictures.shown(discrete, find_images(photos)[:2])
+    images = pictures.shown(discrete, find_images(photos)[:2], 2)
     section = likelihood_bounds(discrete, CPU, images, 5, 3, quiet=True)
     values = {n.name: n.value for n in section.numbers}
     sizes = (3 * 16 * 24, 3 * 40 * 24)  # padded to multiples of 8
@@ -344,7 +345,7 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
         )
     Image.new("RGB", (3, 3)).save(tmp_path / "photos" / "tiny.png")  # whose smallest JPEG is larger than a .lc file
     sources = find_images(tmp_path / "photos")
-    section = jpeg.jpeg_at_equal_bytes(codec, sources, Networks(codec, CPU), None, 1, quiet=True)
+    section = jpeg.jpeg_at_equal_bytes(codec, sources, Networks(codec, CPU), None, ["grey.png", "tiny.png"], quiet=True)
     coder = StreamCodec(codec, "cpu")
     for source, record in zip(sources, section.records["images"], strict=True):
         image = source.read()

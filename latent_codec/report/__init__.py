@@ -104,8 +104,8 @@ def _sections(
 ) -> list[Section]:
     codec, evaluation, seed = evaluated.codec, evaluated.report, options.seed
     networks = Networks(codec, compute)
-    images = pictures.shown(codec, sources[: max(options.report_images, options.bound_images)])
-    few, bounded = images[: options.report_images], images[: options.bound_images]
+    few = pictures.shown(codec, sources, options.report_images)
+    bounded = pictures.shown(codec, sources, options.bound_images)
     posteriors = survey(codec, sources, networks, seed, quiet=quiet)
     shown = pictures.reconstructions(codec, networks, few, seed)
     return [
@@ -120,7 +120,7 @@ def _sections(
         likelihood.likelihood_bounds(codec, compute, bounded, seed, options.bound_samples, quiet=quiet),
         rate.rate_distortion(evaluated.rd),
         baselines(codec, others, sources, options.baseline_data, evaluation, compute, lpips, quiet=quiet),
-        jpeg.jpeg_at_equal_bytes(codec, sources, networks, lpips, options.report_images, quiet=quiet),
+        jpeg.jpeg_at_equal_bytes(codec, sources, networks, lpips, [image.name for image in few], quiet=quiet),
         left_out("rfid", "rFID", _NO_FID),
         about.making(evaluation, evaluated.command, seed),
     ]

@@ -70,11 +70,11 @@ def jpeg_at_equal_bytes(
     sources: Sequence[Source],
     networks: Networks,
     lpips: LPIPS | None,
-    pictures: int,
+    names: Sequence[str],
     *,
     quiet: bool,
 ) -> Section:
-    """Over all images; the first `pictures` that have a JPEG are shown."""
+    """Over all images; those of `names` that have a JPEG are shown."""
     if codec.priors is None:
         return left_out(NAME, TITLE, "the model has no prior, so it makes no .lc files; `export --data` gives it one")
     coder = StreamCodec(codec, networks.compute.device)
@@ -84,7 +84,7 @@ def jpeg_at_equal_bytes(
         image = source.read()
         row, ours, jpeg = _measure(source.name, image, coder, networks, lpips)
         rows.append(row)
-        if jpeg is not None and len(strips) < pictures:
+        if jpeg is not None and source.name in names:
             strips.append(_strip(row, image.pixels, ours, jpeg))
     pairs = [(row, row.jpeg) for row in rows if row.jpeg is not None]
     missing = len(rows) - len(pairs)

@@ -12,7 +12,7 @@ from latent_codec.compute import Compute
 from latent_codec.images import pad
 from latent_codec.report.html import paragraphs
 from latent_codec.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
-from latent_codec.report.pictures import SIDE, Shown
+from latent_codec.report.pictures import SIDE, Shown, shown_side
 from latent_codec.report.survey import image_key
 
 NAME, TITLE = "bounds", "ELBO and IWAE bound"
@@ -45,8 +45,8 @@ def likelihood_bounds(
         effective.append(found.effective_samples.item())
         dimensions.append(x.numel())
     of = (
-        f"mean over the first {len(images)} images, of each the middle of up to {SIDE}x{SIDE} pixels; "
-        f"{samples} draws each from the posterior, seed {seed}"
+        f"mean over {len(images)} images spread evenly over the set, of each the middle of up to "
+        f"{shown_side(codec)} pixels a side; {samples} draws each from the posterior, seed {seed}"
     )
     pairs = (
         ("elbo", "ELBO", elbo, "log p(x given z) averaged, less the KL in closed form (Kingma & Welling 2014, eq. 7)"),

@@ -49,15 +49,23 @@ def middle(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return pixels[..., top : top + height, left : left + width]
 
 
+def shown_side(codec: Codec) -> int:
+    """Pixels that the sides of what is shown have at most: `SIDE`, in whole latent elements."""
+    return _side(codec, SIDE)
+
+
 def _side(codec: Codec, side: int) -> int:
-    """Of what is shown, in whole latent elements."""
     return max(side // codec.factor, 1) * codec.factor
 
 
-def shown(codec: Codec, sources: Sequence[Source]) -> list[Shown]:
-    """Raises `UserError` for an image that cannot be read."""
-    side = _side(codec, SIDE)
-    return [Shown(s.name, middle(s.read().pixels, side, side).clone()) for s in sources]
+def shown(codec: Codec, sources: Sequence[Source], count: int) -> list[Shown]:
+    """Up to `count` images spread evenly over the set, so that folders of classes come in turn.
+
+    Raises `UserError` for an image that cannot be read.
+    """
+    side, count = shown_side(codec), min(count, len(sources))
+    chosen = (sources[i * len(sources) // count] for i in range(count))
+    return [Shown(s.name, middle(s.read().pixels, side, side).clone()) for s in chosen]
 
 
 def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], seed: int) -> Section:
@@ -79,9 +87,10 @@ def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], s
         strips.append(strip(name_of(name), pictures))
         records.append({"image": name, "psnr_mode": finite(psnrs[0]), "psnr_sample": finite(psnrs[1])})
     words = paragraphs(
-        f"The middle of the first {len(images)} images, up to {_side(codec, SIDE)} pixels a side: the original; the "
-        "posterior's mode, decoded; one draw from the posterior, decoded to the expected pixels; and what the mode "
-        f"gets wrong, (mode - original) times {_GAIN} around grey. PSNR is of the part shown."
+        f"The middle of {len(images)} images spread evenly over the set, up to {shown_side(codec)} pixels a side: the "
+        "original; the posterior's mode, decoded; one draw from the posterior, decoded to the expected pixels; and "
+        f"what the mode gets wrong, (mode - original) times {_GAIN} around grey. PSNR is of the part shown.",
+        *([] if is_gaussian(codec) else ["This model's posterior is a point: its draw is its mode."]),
     )
     return Section("reconstructions", "Reconstructions", join(words, *strips), [], {"images": records})
 

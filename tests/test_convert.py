@@ -109,7 +109,7 @@ def test_a_damaged_image_is_named_and_costs_no_other_where_files_are_not_shared(
     bad = damage(latents, 2)
     assert bad == "dog/d.png"
     if to in ("lightningdit", "edm2"):
-        with pytest.raises(UserError, match=rf"^{bad}: row 3 .* cannot lack one"):
+        with pytest.raises(UserError, match=rf"^{bad}: row 3 .* cannot lack an image"):
             made(latents, to, tmp_path / "out", **EVERY[to])
         assert files_of(tmp_path / "out") == {}
         return
@@ -152,6 +152,20 @@ def test_an_interruption_leaves_no_half_file_and_the_same_command_goes_on(
 
 
 # What is refused before any work.
+
+
+@pytest.mark.parametrize("to", ["lightningdit", "webdataset"])
+def test_shards_of_something_else_are_not_mixed_with_these(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"latent_codec.caches.{to}.{'_MOST' if to == 'lightningdit' else ''}_IMAGES", 2)
+        made(latents, to, tmp_path / "out", **EVERY[to])
+    before = files_of(tmp_path / "out")
+    with pytest.raises(UserError, match=r"0+1\.(tar|safetensors) would be taken for a part of this"):
+        made(latents, to, tmp_path / "out", overwrite=True, **EVERY[to])
+    assert files_of(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("to", ["kohya", "musubi", "webdataset", "npy"])

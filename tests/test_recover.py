@@ -266,10 +266,13 @@ def test_what_cannot_be_the_models_fails_by_name(codec: Codec, tmp_path: Path) -
 def test_mirror_images_come_for_all_or_for_none(codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     moments = np.zeros((8, 2, 2), np.float32)
+    np.savez(tmp_path / "cache" / "0.npz", moments=moments[:7])
     np.savez(tmp_path / "cache" / "a.npz", moments=moments, moments_flip=moments)
     np.savez(tmp_path / "cache" / "b.npz", moments=moments)
+    np.savez(tmp_path / "cache" / "c.npz", moments=moments, moments_flip=moments[:, :1])
     failures = back(codec, "mar", tmp_path / "cache", tmp_path / "out").summary.failures
-    assert set(failures) == {"b"} and "not all images come with their mirror images'" in failures["b"]
+    assert set(failures) == {"0", "b", "c"} and "not all images come with their mirror images'" in failures["b"]
+    assert "7 channels of moments, and the model has 2 x 4" in failures["0"] and "another size" in failures["c"]
 
 
 def test_latents_in_the_way_are_kept_unless_they_may_go(
@@ -283,9 +286,30 @@ def test_latents_in_the_way_are_kept_unless_they_may_go(
     assert files_of(tmp_path / "z") == expected
     monkeypatch.setattr(recover_module, "_MOST_IMAGES", 3)
     back(codec, "mar", tmp_path / "cache", tmp_path / "z", overwrite=True)
-    assert set(files_of(tmp_path / "z")) == {"index.json", "latents-000000.safetensors", "latents-000001.safetensors"}
     shards = [entry.shard for entry in Latents(tmp_path / "z").entries]
     assert sorted(map(shards.count, set(shards))) == [1, 3]
+    assert set(files_of(tmp_path / "z")) == {"index.json", *shards}
+
+
+def test_an_index_is_true_whenever_another_takes_its_place(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    for seed in (0, 1):
+        made(latents, "comfyui", tmp_path / f"{seed}", seed=seed)
+    back(codec, "comfyui", tmp_path / "0", tmp_path / "out")
+    before = [Latents(tmp_path / "out").posterior(i).mean for i in range(4)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recover_module, "write_index", interrupt)
+        back(codec, "comfyui", tmp_path / "1", tmp_path / "out", overwrite=True)
+    assert all(torch.equal(Latents(tmp_path / "out").posterior(i).mean, before[i]) for i in range(4))
+    back(codec, "comfyui", tmp_path / "1", tmp_path / "out", overwrite=True)
+    assert not any(torch.equal(Latents(tmp_path / "out").posterior(i).mean, before[i]) for i in range(4))
+    assert len(stored_files(tmp_path / "out")) == 2
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_where_there_is_nothing_it_is_said(codec: Codec, tmp_path: Path) -> None:

@@ -147,7 +147,10 @@ def _differs(path: Path, who: str) -> UserError:
 
 def _write_shards(cache: ShardCache, folder: Path, overwrite: bool, summary: Summary, bar: Any) -> None:
     """Files that images share, each in its place once it is whole."""
-    for shard in cache.shards():
+    shards = cache.shards()
+    if others := sorted({path.name for path in folder.glob(cache.mistaken)} - {shard.name for shard in shards}):
+        raise UserError(f"{folder}: {others[0]} would be taken for a part of this; remove it, or give another folder")
+    for shard in shards:
         items = _Items(cache, shard, summary, bar)
         path = folder / shard.name
         with summary.timing("writing"), disk_errors(path), temporary_path(folder, shard.name) as temporary:
@@ -179,7 +182,7 @@ class _Items:
                 item = read_item(latents, index, self._cache.options.epoch or 0)
             except UserError as error:
                 if not self._cache.tolerant:
-                    raise UserError(f"{error}; until then nothing is written, a file cannot lack one") from error
+                    raise UserError(f"{error}; {self._shard.name} cannot lack an image and is not written") from error
                 self._summary.fail(latents.entries[index].path, error)
             else:
                 self.images += 1

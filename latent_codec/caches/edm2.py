@@ -25,7 +25,7 @@ _PIXELS = (0.0, 1.0)
 
 class Edm2(ShardCache):
     takes = frozenset()
-    tolerant = False
+    tolerant, mistaken = False, NAME
 
     def __init__(self, latents: Latents, options: Options) -> None:
         super().__init__(latents, options)

@@ -127,6 +127,8 @@ class ShardCache(Cache):
 
     tolerant: ClassVar[bool]
     """Whether images that cannot be read may be missing."""
+    mistaken: ClassVar[str]
+    """Pattern of files in the folder that the consumer takes for shards."""
 
     @abc.abstractmethod
     def shards(self) -> list[Shard]: ...

@@ -29,7 +29,7 @@ _MOST_BYTES = 2**27  # a shard is in memory while it is made
 
 class LightningDit(ShardCache):
     takes = frozenset({"seed", "epoch"})
-    tolerant = False
+    tolerant, mistaken = False, "*.safetensors"
 
     def __init__(self, latents: Latents, options: Options) -> None:
         super().__init__(latents, options)

@@ -1,6 +1,9 @@
 """The cache of another program -> a folder of latents."""
 
+import hashlib
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -100,7 +103,7 @@ class _Gathered:
         self._rows: list[Row] = []
         self._entries: list[Entry] = []
         self._paths: set[str] = set()
-        self._bytes = self._draws = self.bytes_in = 0
+        self._shards = self._bytes = self._draws = self.bytes_in = 0
 
     def add(self, path: str, stored: Stored) -> None:
         """Raises `ValueError` or `UserError` for what are no latents of the model."""
@@ -110,14 +113,15 @@ class _Gathered:
             raise UserError(f"made by model {about.model_id[:12]}, not {self._model_id[:12]}; give the right --model")
         if path in self._paths:
             raise ValueError(f"there is another {path}")
-        if self._header is None:
-            self._header = header_of(self._codec, self._store, flips)
-        if self._header.flips != flips:
+        if self._header is not None and self._header.flips != flips:
             raise ValueError("not all images come with their mirror images' latents, or without")
         mirrored = None if stored.mean_flip is None else self._posterior(stored.mean_flip, stored.logvar_flip)
         posterior, geometry = self._posterior(stored.mean, stored.logvar), self._geometry(stored)
+        if mirrored is not None and mirrored.mean.shape != posterior.mean.shape:
+            raise ValueError("the mirror image's latents are of another size")
         sha256 = "" if about is None else about.sha256
         self._rows.append(row(path, posterior, 0, geometry, sha256, self._store, mirrored))
+        self._header = self._header or header_of(self._codec, self._store, flips)
         self._paths.add(path)
         self._draws += stored.logvar is None
         size = sum(t.nbytes for t in stored[:4] if isinstance(t, torch.Tensor))
@@ -130,6 +134,8 @@ class _Gathered:
         if len(mean) != channels:
             raise ValueError(f"{len(mean)} channels, and the model has {channels}")
         logvar = torch.full_like(mean, self._clamp.logvar_min) if logvar is None else logvar
+        if logvar.shape != mean.shape:
+            raise ValueError(f"{len(mean) + len(logvar)} channels of moments, and the model has 2 x {channels}")
         if not bool(mean.isfinite().all() and logvar.isfinite().all()):
             raise ValueError("it holds numbers that are not finite")
         return DiagonalGaussian(mean[None], logvar[None].clamp(self._clamp.logvar_min, self._clamp.logvar_max))
@@ -153,15 +159,15 @@ class _Gathered:
     def _write(self) -> None:
         assert self._header is not None
         with disk_errors(self._folder, "latents"):
-            name = f"{len({entry.shard for entry in self._entries}):06d}"
+            name = f"{self._shards:06d}-{_digest(self._rows)}"  # other contents never take the place of an old shard
             self._entries += write_shard(self._folder, self._header, name, self._rows)
-        self._rows, self._bytes = [], 0
+        self._rows, self._bytes, self._shards = [], 0, self._shards + 1
 
     def finish(self) -> None:
         """The index, once all shards are there; those of before go after that."""
         if self._rows:
             self._write()
-        if self._header is None:
+        if self._header is None:  # nothing could be read
             return
         with disk_errors(self._folder / INDEX):
             write_index(self._folder, self._header, self._entries)
@@ -178,3 +184,14 @@ class _Gathered:
             f"{self._draws} images come of single draws: each mean is the draw, and each log-variance the least that "
             f"the model gives, {self._clamp.logvar_min:g}"
         ]
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    """Of what a shard holds."""
+    found = hashlib.sha256()
+    for one in rows:
+        found.update(os.fsencode(one.entry.path))
+        for part in (one.mean, one.logvar, one.mean_flip, one.logvar_flip):
+            if part is not None:
+                found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:8]

@@ -25,7 +25,7 @@ _IMAGES = 1000
 
 class WebDataset(ShardCache):
     takes = frozenset({"scale", "scaling_factor", "shift_factor", "seed", "epoch"})
-    tolerant = True
+    tolerant, mistaken = True, "latents-*.tar"
 
     def __init__(self, latents: Latents, options: Options) -> None:
         super().__init__(latents, options)

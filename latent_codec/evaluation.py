@@ -86,7 +86,8 @@ def evaluate(
         for i, entry in enumerate(tqdm(latents.entries, "evaluate", unit="image", disable=quiet or None)):
             original = sources[entry.path].read().pixels
             posterior = latents.posterior(i)
-            decoded = crop(networks.decode_uint8([posterior.mode()[0]]), entry.geometry)
+            labels = codec.class_numbers([entry.label])
+            decoded = crop(networks.decode_uint8([posterior.mode()[0]], labels), entry.geometry)
             if out is not None:
                 write_image(out / "decoded" / f"{entry.path}.png", decoded[0], entry.geometry, "png")
             pixels = entry.geometry.width * entry.geometry.height

@@ -17,6 +17,7 @@ from latent_codec.files import make_folder
 from latent_codec.images import DEFAULT_MAX_PIXELS, pad
 from latent_codec.inputs import Source, find_all
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.pipeline import check_channels
 from latent_codec.prior import Priors, factorized
 from latent_codec.quantizer import base_steps
 
@@ -82,14 +83,14 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
     Moments are per channel over images and positions, accumulated in float64. Raises `UserError` for an image that
     cannot be read: the set is what its description says.
     """
-    if codec.config.image_channels != 3:
-        raise UserError(f"a model of images with {codec.config.image_channels} channels; image files need one with 3")
+    check_channels(codec)
     count, images = 0, 0
     kept: list[torch.Tensor] = []
     total, square, variance = (torch.zeros(codec.config.latent_channels, dtype=torch.float64) for _ in range(3))
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
         pixels = source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels
-        posterior = tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec))
+        labels = codec.class_numbers([source.label])
+        posterior = tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec), labels)
         mean, logvar = (t[0].flatten(1).double() for t in (posterior.mean, posterior.logvar))  # (z, h * w)
         total, square, variance = total + mean.sum(1), square + mean.square().sum(1), variance + logvar.exp().sum(1)
         count, images = count + mean.shape[1], images + 1

@@ -82,10 +82,11 @@ def encode_folder(
     """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`).
 
     The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if
-    nothing is found, an option makes no sense, the model is none of RGB images, or `folder` holds latents of other
-    images; and as `pipeline.run` does.
+    nothing is found, an option makes no sense, the model is none of RGB images or has no Gaussian posterior, or
+    `folder` holds latents of other images; and as `pipeline.run` does.
     """
     check_rgb(codec)
+    check_gaussian(codec)
     check_options(background, max_pixels)
     networks = Networks(codec, compute)
     sources = find_images(where)
@@ -118,6 +119,7 @@ def encode_folder(
 
     def encode(batch: list[Input[Image]]) -> list[tuple[DiagonalGaussian, int]]:
         posterior = networks.encode([i.content.pixels for i in batch])
+        assert isinstance(posterior, DiagonalGaussian)
         return [(posterior, index) for index in range(len(batch))]
 
     def write(unit: _UnitRows) -> list[Record]:
@@ -150,6 +152,15 @@ def encode_folder(
         compute=compute,
         quiet=quiet,
     )
+
+
+def check_gaussian(codec: Codec) -> None:
+    """Raise `UserError` for a model whose latents have no mean and log-variance to store."""
+    if (kind := codec.config.bottleneck.kind) != "gaussian":
+        raise UserError(
+            f"latents in safetensors are a Gaussian's mean and log-variance, which a {kind} bottleneck has not; "
+            "write .lc files"
+        )
 
 
 class _UnitRows(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.metrics import psnr
@@ -57,7 +57,7 @@ def check_tile(codec: Codec, tile: int) -> None:
         raise UserError(f"--tile {tile} is no multiple of the model's {factor}; give {below} or {below + factor}")
 
 
-def encode(codec: Codec, pixels: torch.Tensor, tile: int | None) -> DiagonalGaussian:
+def encode(codec: Codec, pixels: torch.Tensor, tile: int | None) -> Posterior:
     """The posterior, on the CPU, of pixels (b, c, h, w) as `Codec.encode` takes them, wherever they are.
 
     `tile` is the side, in pixels, of what the network sees at once of larger images, margins included; None is no
@@ -69,7 +69,7 @@ def encode(codec: Codec, pixels: torch.Tensor, tile: int | None) -> DiagonalGaus
         check_tile(codec, tile)
     if tile is not None and cuts(pixels[0, 0].numel(), tile):
         return _encode_tiles(codec, pixels, tile)
-    return _on_cpu(codec.encode(pixels.to(_device(codec))))
+    return codec.encode(pixels.to(_device(codec))).cpu()
 
 
 def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None) -> torch.Tensor:
@@ -91,10 +91,6 @@ def _decode(codec: Codec, z: torch.Tensor, tile: int | None, whole: _Map, conver
     if tile is not None and cuts(z[0, 0].numel() * codec.factor**2, tile):
         return _decode_tiles(codec, z, tile, convert)
     return whole(z.to(_device(codec))).cpu()
-
-
-def _on_cpu(posterior: DiagonalGaussian) -> DiagonalGaussian:
-    return DiagonalGaussian(posterior.mean.cpu(), posterior.logvar.cpu(), posterior.clamped.cpu())
 
 
 def _device(codec: Codec) -> torch.device:
@@ -145,13 +141,13 @@ class _Direction(NamedTuple):
     margin: int | None
 
 
-def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int) -> DiagonalGaussian:
+def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int) -> Posterior:
     # What is blended is the network's output, means and log-variances, and clamped once: the result estimates what the
     # network would say of the whole. Blending variances would differ by (difference of the log-variances)^2 / 8.
     margin = codec.backbone.encoder_margin
     direction = _Direction(codec.features, torch.Tensor.float, codec.factor, 1, margin)
     features = _tiled(direction, pixels, tile // codec.factor, _device(codec))  # (b, features * z, h/f, w/f)
-    return codec.bottleneck(features)  # has no parameters: it works wherever its input is
+    return codec.bottleneck(features)  # works wherever its input is
 
 
 def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int, convert: _Map) -> torch.Tensor:
@@ -206,7 +202,7 @@ class EncodeError(NamedTuple):
     """What tiles change of an encoded image, and of the image that is decoded in tiles from that."""
 
     largest: float
-    """Of the posterior's means, in standard deviations of the untiled posterior."""
+    """Of the posterior's means, in standard deviations of the untiled posterior; of one that has none, as they are."""
     rms: float
     psnr_whole: float
     """Of the image that is encoded and decoded whole, dB."""
@@ -234,7 +230,9 @@ class DecodeError(NamedTuple):
 def encode_error(codec: Codec, pixels: torch.Tensor, tile: int) -> EncodeError:
     """Measure tiling on pixels (b, c, h, w) uint8 that fit into memory whole; they are cut whatever their area."""
     whole, tiled = encode(codec, pixels, None), _encode_tiles(codec, pixels, tile)
-    difference = (tiled.mean - whole.mean) / whole.std
+    difference = tiled.mean - whole.mean
+    if isinstance(whole, DiagonalGaussian):
+        difference = difference / whole.std
     return EncodeError(
         difference.abs().amax().item(),
         difference.square().mean().sqrt().item(),

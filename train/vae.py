@@ -15,6 +15,7 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
 from latent_codec.config import to_json
 from latent_codec.errors import UserError
@@ -22,8 +23,9 @@ from latent_codec.inputs import Source
 from latent_codec.modelfile import check_state
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
-from train.checkpoints import Progress
+from train.checkpoints import Progress, Saved
 from train.closed_form import patch_moments, start_from_closed_form
+from train.codebook import CodebookTraining, averages_of
 from train.config import TrainConfig, flat
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
@@ -71,7 +73,10 @@ def train(run: Run) -> int:
     if config.channels_last:
         objective, ema = objective.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    modules = {"codec": codec, "ema": ema}
+    modules: dict[str, Saved] = {"codec": codec, "ema": ema}
+    averages = averages_of(codec, config.objective.codebook)
+    if averages is not None:
+        modules["codebook"] = averages.to(accelerator.device)
     progress = checkpoints.restore(run.out / "checkpoints", modules, optimizer)
     check_same_step(accelerator, progress)
 
@@ -93,6 +98,12 @@ def train(run: Run) -> int:
         batches = math.ceil(_CLOSED_FORM_IMAGES / config.batch_size)
         start_from_closed_form(codec, patch_moments(images, whole, codec, batches, quiet=quiet))
         ema.load_state_dict(codec.state_dict())
+    codebook = None
+    if config.objective.codebook is not None and averages is not None:
+        codebook = CodebookTraining(config.objective.codebook, codec, averages, accelerator, images, plan)
+        if progress.step == 0:
+            codebook.start(keep=run.start_from is not None)
+            ema.load_state_dict(codec.state_dict())
     if config.compile:
         objective.compile()
     # Everything is in its place; Accelerate would move a resumed Adam's step counts to the GPU, one wait for each.
@@ -104,7 +115,8 @@ def train(run: Run) -> int:
 
     task = VAETask(config, run.out, ema, Validation(centre_crops(held_out, config.eval_crop)))
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
-    trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log)
+    after_step = None if codebook is None else codebook.after_step
+    trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log, after_step)
     _announce(run, accelerator, codec, sources, progress)
     with interrupts:
         code = trainer.loop(images.batches(plan, progress.step, config.steps), interrupts, quiet)
@@ -137,6 +149,9 @@ class VAETask:
         }
         if config.objective.mode_weight > 0:
             values["nll_mode"] = losses.nll_mode.item()
+        if config.codec.codes is not None:
+            values["perplexity"] = perplexity(losses.code_use[:, 0])
+            values["penalty"] = losses.penalty.item()
         if config.objective.lpips_weight > 0:
             values["lpips"] = losses.lpips.item()
         return values

@@ -7,8 +7,11 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codebooks import Codes, perplexity
 from latent_codec.codec import Codec
 from latent_codec.files import atomic_path
+from latent_codec.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from train.data import CentreCrops
 
@@ -24,9 +27,13 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, codec: Codec, batch: int = 8) -> dict[str, float]:
-        """NLL, KL and ELBO in nats per image, PSNR of the mode, KL in bits per pixel, active channels."""
+        """NLL, KL and ELBO in nats per image, PSNR of the mode, KL in bits per pixel, active channels.
+
+        Of a codebook also the perplexity of its codes, and their entropy in bits per pixel; of a likelihood of whole
+        pixel values the ELBO in bits per dimension.
+        """
         device = next(codec.parameters()).device
-        nll, kl, psnr, mean, square = [], [], [], [], []
+        nll, kl, psnr, mean, square, use = [], [], [], [], [], []
         for pixels, keys in zip(self.pixels.split(batch), self.keys.split(batch), strict=True):
             pixels, keys = pixels.to(device), keys.to(device)
             x = codec.likelihood.from_uint8(pixels)
@@ -38,8 +45,17 @@ class Validation:
             psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3))))
             mean.append(posterior.mean.mean((2, 3)))  # (b, z)
             square.append(posterior.mean.square().mean((2, 3)))
+            if isinstance(posterior, Codes):
+                use.append(posterior.use()[:, 0] * len(pixels))
         side = self.pixels.shape[-1]
-        return {
+        more: dict[str, float] = {}
+        if use:
+            more["perplexity"] = perplexity(torch.stack(use).sum(0))
+            more["code_bpp"] = math.log2(more["perplexity"]) / codec.factor**2
+        if isinstance(codec.likelihood, DiscretizedLogistic):
+            nelbo = (torch.cat(nll) + torch.cat(kl)).mean().item()
+            more["bits_per_dim"] = nelbo / math.log(2) / math.prod(self.pixels.shape[1:])
+        return more | {
             "nll": torch.cat(nll).mean().item(),
             "kl": torch.cat(kl).mean().item(),
             "nelbo": (torch.cat(nll) + torch.cat(kl)).mean().item(),
@@ -50,12 +66,14 @@ class Validation:
 
     @torch.no_grad()
     def write_grid(self, path: Path, codec: Codec) -> None:
-        """A PNG whose rows are input, decoded mode, decoded sample and decoded prior sample."""
+        """A PNG whose rows are input, decoded mode and, of a Gaussian posterior, decoded sample and prior sample."""
         device = next(codec.parameters()).device
         pixels, keys = self.pixels[:_COLUMNS].to(device), self.keys[:_COLUMNS].to(device)
         posterior = codec.encode(pixels)
         shape = tuple(posterior.mean.shape[1:])
-        latents = posterior.mode(), posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)
+        latents = [posterior.mode()]
+        if isinstance(posterior, DiagonalGaussian):
+            latents += [posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)]
         rows = torch.stack([pixels, *(codec.decode_uint8(z) for z in latents)])
         picture = rearrange(rows, "r n c h w -> (r h) (n w) c").cpu().numpy()
         with atomic_path(path) as temporary:

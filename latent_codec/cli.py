@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Union
 
 import tyro
 
+from latent_codec.caches.options import CacheName, Options
 from latent_codec.errors import UserError
 
 
@@ -73,6 +74,8 @@ class Encode:
     """lc: what the entropy coder goes by: context is smaller, factorized faster; by default the best of the model's."""
     store: Literal["float16", "bfloat16", "float32"] | None = None
     """safetensors: number type on disk, by default float16."""
+    flips: bool = False
+    """safetensors: store the posteriors of the images mirrored left to right as well."""
     tar: bool = False
     """lc: put the files into tar shards, as WebDataset reads them, about 128 in each."""
     background: str = "#ffffff"
@@ -89,6 +92,8 @@ class Encode:
 
     def _to_streams(self):
         self._refuse(("store",), "for --format safetensors; a .lc file's numbers are integers")
+        if self.flips:
+            raise UserError("--flips is for --format safetensors; a .lc file is of one image")
         from latent_codec.lc_folder import encode_streams
         from latent_codec.rate import Rate
 
@@ -122,6 +127,7 @@ class Encode:
             self.dst,
             compute,
             store=self.store or "float16",
+            flips=self.flips,
             background=self.background,
             max_pixels=self.max_pixels,
             resume=self.resume.options(),
@@ -205,30 +211,85 @@ class Info:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Report:
+    report: bool = False
+    """Write report.html into --out: one page that opens without a network; and report.json with the same numbers."""
+    report_images: int = 6
+    """Images in the report's pictures, spread evenly over all."""
+    bound_images: int = 16
+    """Images of which the report bounds the likelihood, spread evenly over all."""
+    bound_samples: int = 50
+    """Importance samples for each of them, up to thousands."""
+    baseline: tuple[str, ...] = ()
+    """Models to set beside this one in the report, such as an autoencoder of the same latent size."""
+    baseline_data: str | None = None
+    """Images that the report's PCA is fitted to, by default one half of DIR to be measured on the other."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measure a model on a folder of images: PSNR, SSIM, MS-SSIM, LPIPS, KL and bytes on disk in bits per pixel.
 
     With --rd: whole .lc files at several steps, decoded again, with JPEG, WebP and AVIF beside them on the same images.
+    With --report: all that tells whether a model works, in one page with pictures.
     """
 
     model: tyro.conf.Positional[str]
     dir: tyro.conf.Positional[str]
     out: Path | None = None
-    """Folder for results.json, the latents and the reconstructions; with --rd for rd.json and rd.png."""
+    """Folder for results.json, the latents, the reconstructions and the report; with --rd for rd.json and rd.png."""
     rd: bool = False
     """Rate-distortion curves; needs the extra `rd`."""
     steps: tuple[float, ...] = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
     """Quantiser steps of --rd."""
     sample: int = 0
-    """Seed of the dither in the row of --rd that has one, at step 1."""
+    """Seed of the dither in the row of --rd that has one, at step 1, and of all that the report draws."""
     lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
     lpips_backbone: Path | None = None
     """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
+    pages: tyro.conf.OmitArgPrefixes[_Report] = _Report()
     compute: tyro.conf.OmitArgPrefixes[_Compute] = _Compute()
 
     def run(self) -> int:
+        if self.pages.report:
+            return self._report()
         report = self._rate_distortion() if self.rd else self._evaluate()
         print(report.table())
+        return 1 if report.failures else 0
+
+    def _report(self) -> int:
+        if self.out is None:
+            raise UserError("--report needs a folder to write report.html into; give --out DIR")
+        from latent_codec.curves import check_extra
+
+        check_extra()
+        from latent_codec.inputs import find_images
+        from latent_codec.report import Evaluated, Options, write_report
+
+        options = Options(
+            report_images=self.pages.report_images,
+            bound_images=self.pages.bound_images,
+            bound_samples=self.pages.bound_samples,
+            baseline_data=self.pages.baseline_data,
+            seed=self.sample,
+        )
+        if options.baseline_data is not None:
+            find_images(options.baseline_data)  # refuses what it cannot find before anything is measured
+        others = [(name, _load(name, self.compute)[0]) for name in self.pages.baseline]
+        report = self._evaluate()
+        rd = self._rate_distortion() if self.rd else None
+        print(report.table())
+        codec, compute = _load(self.model, self.compute)
+        write_report(
+            Evaluated(codec, self.model, self.dir, report, rd, self._command(*self._report_flags())),
+            self.out,
+            compute,
+            options,
+            others,
+            lpips_net=self._net,
+            lpips_backbone=self.lpips_backbone,
+        )
+        print(f"wrote {self.out / 'report.html'}")
         return 1 if report.failures else 0
 
     def _evaluate(self):
@@ -240,10 +301,6 @@ class Evaluate:
     def _rate_distortion(self):
         from latent_codec.ratedistortion import rate_distortion
 
-        command = ["latent-codec", "evaluate", self.model, self.dir, "--rd", "--steps", *(f"{s:g}" for s in self.steps)]
-        command += ["--sample", str(self.sample), "--lpips-net", self.lpips_net]
-        if self.lpips_backbone is not None:
-            command += ["--lpips-backbone", str(self.lpips_backbone)]
         codec, compute = _load(self.model, self.compute)
         return rate_distortion(
             codec,
@@ -254,8 +311,23 @@ class Evaluate:
             out=self.out,
             lpips_net=self._net,
             lpips_backbone=self.lpips_backbone,
-            command=shlex.join(command),
+            command=self._command("--rd", "--steps", *(f"{s:g}" for s in self.steps)),
         )
+
+    def _report_flags(self) -> list[str]:
+        numbers = ("report_images", "bound_images", "bound_samples")
+        flags = ["--report", *(f"--{n.replace('_', '-')}={getattr(self.pages, n)}" for n in numbers)]
+        flags += ["--rd", "--steps", *(f"{s:g}" for s in self.steps)] if self.rd else []
+        flags += ["--baseline", *self.pages.baseline] if self.pages.baseline else []
+        return flags + (["--baseline-data", self.pages.baseline_data] if self.pages.baseline_data else [])
+
+    def _command(self, *flags: str) -> str:
+        """What makes the same results again; where they go and how fast is not part of it."""
+        command = ["latent-codec", "evaluate", self.model, self.dir, *flags]
+        command += ["--sample", str(self.sample), "--lpips-net", self.lpips_net]
+        if self.lpips_backbone is not None:
+            command += ["--lpips-backbone", str(self.lpips_backbone)]
+        return shlex.join(command)
 
     @property
     def _net(self) -> Literal["alex", "squeeze", "vgg"] | None:
@@ -340,6 +412,117 @@ class Import:
         return 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draw images from a latent diffusion model that `train.diffusion` trained, and decode them."""
+
+    run_or_file: tyro.conf.Positional[Path]
+    """A run's folder (its averaged weights), or a file from its checkpoints."""
+    dst: tyro.conf.Positional[Path]
+    """Folder for the images: LABEL/00000.png ..., without labels 00000.png ..."""
+    model: str = "photo"
+    """The codec whose latents it was trained on: a shipped model's name or a file."""
+    count: int = 8
+    """Images of each label."""
+    label: tuple[str, ...] = ()
+    """Names of classes, by default all."""
+    guidance: float = 1.0
+    """Classifier-free guidance: 1 is the model as it is, 1.5 to 4 make images more typical of their label."""
+    steps: int = 50
+    """Steps from noise to image: as many runs of the network, twice as many with guidance."""
+    seed: int = 0
+    """An image depends on this, its label and its number alone."""
+    image_format: Literal["png", "webp", "jpg"] = "png"
+    grid: Path | None = None
+    """One PNG with all images, a row for each label."""
+    overwrite: bool = False
+    """Draw again what is there, also by other settings."""
+    compute: tyro.conf.OmitArgPrefixes[_Compute] = _Compute()
+
+    def run(self) -> int:
+        from latent_codec.diffusion.sampling import choose, load, sample, write_grid_of
+
+        codec, compute = _load(self.model, self.compute)
+        diffusion = load(self.run_or_file, compute.device)
+        wanted = choose(diffusion, self.label, self.count)
+        drawn = sample(
+            diffusion,
+            codec,
+            wanted,
+            self.dst,
+            compute,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            image_format=self.image_format,
+            overwrite=self.overwrite,
+        )
+        print(drawn)
+        if self.grid is not None:
+            write_grid_of(drawn.paths, self.count, self.grid)
+            print(f"wrote {self.grid}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write latents as other programs train from them; with --from make latents of such files."""
+
+    src: tyro.conf.Positional[Path]
+    """Latents that `encode --format safetensors` made; with --from what another program made."""
+    dst: tyro.conf.Positional[Path]
+    """A folder."""
+    to: CacheName | None = None
+    from_: Annotated[CacheName | None, tyro.conf.arg(name="from")] = None
+    model: str | None = None
+    """from: the model whose latents they are."""
+    arch: str | None = None
+    """kohya: sd, sdxl or flux. musubi: hv, hv15, wan, qi, kr2, zi, f2d, f2k4b or f2k9b."""
+    scale: Literal["raw", "normalized"] | None = None
+    """npy, webdataset: latents as the model gives them, or scaled."""
+    scaling_factor: float | None = None
+    """Where latents are scaled: (z - shift) * factor, instead of each channel by the model's statistics."""
+    shift_factor: float | None = None
+    seed: int | None = None
+    """to: of the draw, by default 0; MAR and EDM2 take the whole posterior."""
+    epoch: int | None = None
+    """to: draws of different epochs are independent; by default 0."""
+    store: Literal["float16", "bfloat16", "float32"] | None = None
+    """from: number type on disk, by default float16."""
+    overwrite: bool = False
+    """Replace files that are there already and differ."""
+
+    def run(self) -> int:
+        if (self.to is None) == (self.from_ is None):
+            raise UserError("give either --to and the name of a program, or --from and one")
+        converted = self._to(self.to) if self.to is not None else self._from()
+        for note in converted.notes:
+            print(note)
+        print(converted.summary)
+        return 1 if converted.summary.failures else 0
+
+    def _options(self) -> Options:
+        fields = (field.name for field in dataclasses.fields(Options))
+        return Options(**{name: getattr(self, name) for name in fields})
+
+    def _to(self, name: CacheName):
+        if self.model is not None or self.store is not None:
+            raise UserError("--model and --store are for --from; --to writes latents as they were stored")
+        from latent_codec.caches.convert import convert
+
+        return convert(self.src, self.dst, name, self._options(), overwrite=self.overwrite)
+
+    def _from(self):
+        assert self.from_ is not None
+        if self.model is None:
+            raise UserError("no cache says for certain which model its latents are of; give --model")
+        from latent_codec.caches.recover import recover
+        from latent_codec.codec import Codec
+
+        codec, store = Codec.load(self.model), self.store or "float16"
+        return recover(self.src, self.dst, self.from_, codec, self._options(), store=store, overwrite=self.overwrite)
+
+
 Command = Union[
     Annotated[Encode, tyro.conf.subcommand("encode")],
     Annotated[Decode, tyro.conf.subcommand("decode")],
@@ -347,6 +530,8 @@ Command = Union[
     Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
     Annotated[Export, tyro.conf.subcommand("export")],
     Annotated[Import, tyro.conf.subcommand("import")],
+    Annotated[Sample, tyro.conf.subcommand("sample")],
+    Annotated[Convert, tyro.conf.subcommand("convert")],
 ]
 
 

@@ -18,7 +18,7 @@ from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.config import to_json
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import disk_errors
-from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry, Image, ImageFormat, pad, read_image
+from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry, Image, ImageFormat, mirrored, pad, read_image
 from latent_codec.inputs import Source, find_images
 from latent_codec.latents import (
     INDEX,
@@ -39,7 +39,18 @@ from latent_codec.latents import (
 from latent_codec.ledger import Claim, Ledger, Record, sha256_of
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.outputs import Output, image_output, make_outputs
-from latent_codec.pipeline import RESUME, Input, Job, Resume, Work, check_options, check_rgb, in_batches, run
+from latent_codec.pipeline import (
+    RESUME,
+    Input,
+    Job,
+    Resume,
+    Work,
+    check_gaussian,
+    check_options,
+    check_rgb,
+    in_batches,
+    run,
+)
 from latent_codec.plan import Unit
 from latent_codec.shards import are_whole, remove_needless, shard_name
 from latent_codec.summary import Summary
@@ -74,12 +85,14 @@ def encode_folder(
     compute: Compute,
     *,
     store: StoredDtype = "float16",
+    flips: bool = False,
     background: str = "#ffffff",
     max_pixels: int = DEFAULT_MAX_PIXELS,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`).
+    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`), with `flips` that
+    of the mirrored image as well.
 
     The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if
     nothing is found, an option makes no sense, the model is none of RGB images or has no Gaussian posterior, or
@@ -90,7 +103,7 @@ def encode_folder(
     check_options(background, max_pixels)
     networks = Networks(codec, compute)
     sources = find_images(where)
-    header = header_of(codec, store)
+    header = header_of(codec, store, flips)
     if not resume.overwrite:
         _check_folder(folder, sources)
     options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
@@ -117,10 +130,16 @@ def encode_folder(
             if rows:
                 yield _UnitRows(claim, rows)
 
-    def encode(batch: list[Input[Image]]) -> list[tuple[DiagonalGaussian, int]]:
-        posterior = networks.encode([i.content.pixels for i in batch])
-        assert isinstance(posterior, DiagonalGaussian)
-        return [(posterior, index) for index in range(len(batch))]
+    def posterior(pixels: list[torch.Tensor]) -> DiagonalGaussian:
+        found = networks.encode(pixels)
+        assert isinstance(found, DiagonalGaussian)
+        return found
+
+    def encode(batch: list[Input[Image]]) -> list[_Encoded]:
+        found, flipped = posterior([i.content.pixels for i in batch]), None
+        if flips:  # a batch of their own: memory is that of one
+            flipped = posterior([mirrored(i.content, codec.factor) for i in batch])
+        return [_Encoded(found, flipped, place) for place in range(len(batch))]
 
     def write(unit: _UnitRows) -> list[Record]:
         ordered = sorted((one for _, one in unit.rows), key=lambda one: one.entry.path)
@@ -154,13 +173,13 @@ def encode_folder(
     )
 
 
-def check_gaussian(codec: Codec) -> None:
-    """Raise `UserError` for a model whose latents have no mean and log-variance to store."""
-    if (kind := codec.config.bottleneck.kind) != "gaussian":
-        raise UserError(
-            f"latents in safetensors are a Gaussian's mean and log-variance, which a {kind} bottleneck has not; "
-            "write .lc files"
-        )
+class _Encoded(NamedTuple):
+    """One of a batch's images."""
+
+    posterior: DiagonalGaussian
+    mirrored: DiagonalGaussian | None
+    place: int
+    """In both."""
 
 
 class _UnitRows(NamedTuple):
@@ -169,12 +188,16 @@ class _UnitRows(NamedTuple):
 
 
 def _rows(
-    found: tuple[DiagonalGaussian, int] | UserError, item: Input[Image], store: StoredDtype, work: Work
+    found: _Encoded | UserError, item: Input[Image], store: StoredDtype, work: Work
 ) -> Iterator[tuple[Input[None], Row]]:
     try:
         if isinstance(found, UserError):
             raise found
-        yield item.emptied(), row(item.job.name, *found, item.content.geometry, item.sha256, store)
+        geometry = item.content.geometry
+        yield (
+            item.emptied(),
+            row(item.job.name, found.posterior, found.place, geometry, item.sha256, store, found.mirrored),
+        )
     except UserError as error:
         work.fail(item.job, error)
 

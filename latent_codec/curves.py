@@ -10,7 +10,7 @@ import numpy as np
 from latent_codec.errors import UserError
 
 EXTRA = ("bjontegaard", "matplotlib")
-"""Packages that only rate-distortion curves need."""
+"""Packages that only rate-distortion curves and reports need."""
 
 METHOD = "pchip"
 """How both this module and bjontegaard interpolate: piecewise cubic, monotone (Fritsch & Butland 1984)."""
@@ -27,8 +27,8 @@ def check_extra() -> None:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"rate-distortion curves need {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            "installed: pip install 'latent-codec[rd]'"
+            f"rate-distortion curves and reports need {' and '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install 'latent-codec[rd]'"
         )
 
 

@@ -94,11 +94,11 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / (_POSTERIORS if gaussian else _STREAMS)
         stored = (_store_posteriors if gaussian else _store_streams)(codec, where, folder, compute, quiet)
-        if not stored.count:
+        if not stored.size:
             raise UserError(f"{where}: none of the {stored.encoded.found} images could be read")
         sources = {s.name: s for s in find_images(where)}
         records = []
-        for one in tqdm(stored.images, "evaluate", stored.count, unit="image", disable=quiet or None):
+        for one in tqdm(stored.images, "evaluate", stored.size, unit="image", disable=quiet or None):
             original = sources[one.path].read().pixels
             decoded = crop(networks.decode_uint8([one.latents]), one.geometry)
             if out is not None:
@@ -110,7 +110,7 @@ def evaluate(
             records.append(record | compare(original[None], decoded, lpips, compute.device))
     names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if lpips else []), *(["kl_bpp"] if gaussian else [])]
     summary = {name: mean_defined([r[name] for r in records]) for name in names}
-    summary["disk_bpp"] = 8 * stored.bytes / sum(r["pixels"] for r in records)
+    summary["disk_bpp"] = 8 * stored.bytes_out / sum(r["pixels"] for r in records)
     report = Report(
         summary=summary,
         images=records,
@@ -136,8 +136,8 @@ class _One(NamedTuple):
 
 class _Stored(NamedTuple):
     encoded: Summary
-    count: int
-    bytes: int
+    size: int
+    bytes_out: int
     images: Iterable[_One]
 
 

@@ -59,7 +59,7 @@ def prepare(run_or_model: Path, *, data: tuple[Path, ...], images: int, quiet: b
     if (run_or_model / PRIOR_RUN_MODEL).is_file():
         codec = Codec.load(run_or_model / PRIOR_RUN_MODEL)
     elif run_or_model.is_dir():
-        checkpoint = _newest_checkpoint(run_or_model)
+        checkpoint = newest_checkpoint(run_or_model)
         codec = Codec.load(checkpoint / "ema.safetensors")
         codec.provenance = _provenance(run_or_model, checkpoint)
     else:
@@ -150,7 +150,7 @@ def calibration_images(codec: Codec, data: tuple[Path, ...], images: int) -> Ite
         yield pad(source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels, codec.factor)[None]
 
 
-def _newest_checkpoint(run: Path) -> Path:
+def newest_checkpoint(run: Path) -> Path:
     """The newest whose averaged weights match their checksum; older ones stand in for damaged ones, with a warning."""
     finished = sorted((run / "checkpoints").glob("step-*"))
     for path in reversed(finished):

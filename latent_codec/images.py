@@ -301,6 +301,14 @@ def pad(x: torch.Tensor, factor: int) -> torch.Tensor:
     return x
 
 
+def mirrored(image: Image, factor: int) -> torch.Tensor:
+    """(3, h', w') of an image that has been padded: its mirror image, left to right, padded.
+
+    Mirrored first: what is padded is the right edge, which then is another one.
+    """
+    return pad(crop(image.pixels, image.geometry).flip(-1), factor)
+
+
 def crop(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """(..., h', w') -> (..., height, width): undoes `pad`. A view."""
     return x[..., : geometry.height, : geometry.width]

@@ -13,7 +13,7 @@ from latent_codec.codec import Codec, resolve
 from latent_codec.config import CodecConfig, dumps
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source
-from latent_codec.latents import INDEX, read_index
+from latent_codec.latents import INDEX, parts, read_index
 from latent_codec.lc_folder import find_streams
 from latent_codec.prior import Priors
 from latent_codec.quantizer import STEP_ONE
@@ -21,6 +21,7 @@ from latent_codec.streams import StreamCodec
 
 _SIDE = 256  # pixels, of the image whose computation is counted
 _DEFAULT_MODEL = "photo"
+_FLIPS = ", and the same of the images mirrored left to right"
 
 
 class Flops(NamedTuple):
@@ -62,7 +63,9 @@ def describe(where: str, model: str | None = None) -> str:
 def _is_shard(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name.partition(".")[0] for name in file.keys()} == {"mean", "logvar"}  # noqa: SIM118
+            found = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
+            plain = set(parts(flip=False))
+            return found in (plain, plain | set(parts(flip=True)))
     except (SafetensorError, OSError):
         return False
 
@@ -209,7 +212,7 @@ def _describe_latents(path: Path) -> str:
             f"latents     {len(entries)} images in {len(shards)} shards, {size / 1e6:.2f} MB",
             f"model       {header.model_id}",
             f"stored as   mean and {header.second_moment} in {header.dtype}, {header.scale_state}, 1/{header.factor} "
-            f"of each side, from pixels in {list(header.pixel_range)}",
+            f"of each side, from pixels in {list(header.pixel_range)}{_FLIPS if header.flips else ''}",
             f"on disk     {8 * size / pixels:.3f} bits per pixel",
             f"statistics  {'over ' + header.statistics.source if header.statistics else 'none'}",
         ]

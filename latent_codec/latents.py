@@ -2,7 +2,8 @@
 
 A folder holds `latents-NAME.safetensors` ..., each with tensors `mean.HxW` and `logvar.HxW` (n, z, H, W) for each size
 of latents in it, and `index.json`, which says where each image is. Values are raw (not scaled); logvar is the natural
-log of the variance.
+log of the variance. With flips `mean_flip.HxW` and `logvar_flip.HxW` are there too: the posteriors of the images
+mirrored left to right.
 """
 
 import contextlib
@@ -25,12 +26,13 @@ from latent_codec.errors import UserError
 from latent_codec.files import check_name, write_text
 from latent_codec.images import Geometry
 from latent_codec.modelfile import KEY, LatentStatistics, own_metadata, save_tensors
-from latent_codec.noise import fold, normal, text_key
+from latent_codec.noise import fold, normal, text_key, uniform
 from latent_codec.shard_reader import ShardReader, Span
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX = "index.json"
 StoredDtype = Literal["float16", "bfloat16", "float32"]
+Part = Literal["mean", "logvar", "mean_flip", "logvar_flip"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Header:
     dtype: StoredDtype
     statistics: LatentStatistics | None
     """The model's, for scaling without the model at hand."""
+    flips: bool
+    """Whether the posteriors of the mirrored images are there as well."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -76,7 +80,7 @@ class Entry:
             raise ValueError(f"row {self.row} is negative")
 
 
-def header_of(codec: Codec, dtype: StoredDtype) -> Header:
+def header_of(codec: Codec, dtype: StoredDtype, flips: bool = False) -> Header:
     return Header(
         format_version=FORMAT_VERSION,
         model_id=codec.model_id,
@@ -86,6 +90,7 @@ def header_of(codec: Codec, dtype: StoredDtype) -> Header:
         second_moment="logvar",
         dtype=dtype,
         statistics=codec.statistics,
+        flips=flips,
     )
 
 
@@ -93,18 +98,29 @@ class Row(NamedTuple):
     """One image's posterior as it will be stored."""
 
     entry: Entry  # its shard and row not known yet
-    mean: torch.Tensor  # (z, h, w) of the stored type
+    mean: torch.Tensor  # (z, h, w) of the stored type, as are the others
     logvar: torch.Tensor
+    mean_flip: torch.Tensor | None = None
+    logvar_flip: torch.Tensor | None = None
 
 
-def row(path: str, posterior: DiagonalGaussian, index: int, geometry: Geometry, sha256: str, dtype: StoredDtype) -> Row:
-    """Image `index` of a batch's posterior.
+def row(
+    path: str,
+    posterior: DiagonalGaussian,
+    index: int,
+    geometry: Geometry,
+    sha256: str,
+    dtype: StoredDtype,
+    mirrored: DiagonalGaussian | None = None,
+) -> Row:
+    """Image `index` of a batch's posterior, and of that of the mirrored images if they are to be stored.
 
     Raises `UserError` if the stored type cannot hold it or the path is no plain relative one.
     """
-    exact = posterior.mean[index].cpu(), posterior.logvar[index].cpu()  # (z, h, w)
-    mean, logvar = (t.to(getattr(torch, dtype)) for t in exact)
-    if not _finite(mean, logvar):
+    found = [posterior] if mirrored is None else [posterior, mirrored]
+    exact = [t[index].cpu() for p in found for t in (p.mean, p.logvar)]  # (z, h, w) each
+    moments = [t.to(getattr(torch, dtype)) for t in exact]
+    if not _finite(*moments):
         if not _finite(*exact):
             raise UserError(f"{path}: the model's latents are not finite; try --dtype float32")
         raise UserError(f"{path}: latents exceed the range of {dtype}; give --store float32")
@@ -113,11 +129,11 @@ def row(path: str, posterior: DiagonalGaussian, index: int, geometry: Geometry, 
         entry = Entry(path=path, shard=_UNKNOWN, row=0, geometry=geometry, sha256=sha256, label=label)
     except UserError as error:
         raise UserError(f"{path}: {error}; rename it") from error
-    return Row(entry, mean, logvar)
+    return Row(entry, *moments)
 
 
 def write_shard(folder: Path, header: Header, name: str, rows: Sequence[Row]) -> list[Entry]:
-    """`latents-NAME.safetensors` with all rows, whatever their sizes; raises `OSError`.
+    """`latents-NAME.safetensors` with all rows, whatever their sizes, as the header says; raises `OSError`.
 
     Equal rows in equal order give equal files. Returns the entries, in the order of the rows.
     """
@@ -130,13 +146,18 @@ def write_shard(folder: Path, header: Header, name: str, rows: Sequence[Row]) ->
         same.append(one)
     tensors: dict[str, torch.Tensor] = {}
     for size, same in by_size.items():
-        tensors[tensor_name("mean", size)] = torch.stack([r.mean for r in same])  # (n, z, h, w)
-        tensors[tensor_name("logvar", size)] = torch.stack([r.logvar for r in same])
+        for part in parts(flip=False) + (parts(flip=True) if header.flips else ()):
+            tensors[tensor_name(part, size)] = torch.stack([getattr(r, part) for r in same])  # (n, z, h, w)
     save_tensors(folder / shard, tensors, {KEY: index_json(header, entries)})
     return entries
 
 
-def tensor_name(part: Literal["mean", "logvar"], size: tuple[int, int]) -> str:
+def parts(*, flip: bool) -> tuple[Part, Part]:
+    """Names of the mean and the log-variance of images, or of the mirrored ones."""
+    return ("mean_flip", "logvar_flip") if flip else ("mean", "logvar")
+
+
+def tensor_name(part: Part, size: tuple[int, int]) -> str:
     """Of a shard's tensor for latents of this (height, width)."""
     return f"{part}.{size[0]}x{size[1]}"
 
@@ -157,6 +178,7 @@ def index_json(header: Header, entries: Sequence[Entry]) -> str:
 
 
 _UNKNOWN = "unknown"  # an entry's shard until it is written
+_FLIP = 1  # what a key is used for, beside the noise
 
 
 def _finite(*tensors: torch.Tensor) -> bool:
@@ -242,13 +264,25 @@ class Latents(Dataset[LatentSample]):
 
     An item is a `LatentSample`; indexed by `batches.Rows`, which say their epoch, it is a `LatentBatch`. `normalize`
     scales z by the model's statistics to mean 0 and standard deviation 1 per channel. `model_id`, where given, must be
-    the model that made the latents. Raises `UserError` for a folder that is none of ours, and for an image whose shard
-    is missing or damaged. It may be used by several threads and copied to other processes.
+    the model that made the latents. With `flip` half of the draws are of the mirrored images, chosen by (seed, epoch,
+    path) as well; the other half are what they are without it. Raises `UserError` for a folder that is none of ours or
+    lacks what is asked for, and for an image whose shard is missing or damaged. It may be used by several threads and
+    copied to other processes.
     """
 
-    def __init__(self, folder: Path, *, seed: int = 0, normalize: bool = False, model_id: str | None = None) -> None:
-        self.folder, self.seed, self.epoch = Path(folder), seed, 0
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seed: int = 0,
+        normalize: bool = False,
+        model_id: str | None = None,
+        flip: bool = False,
+    ) -> None:
+        self.folder, self.seed, self.epoch, self.flip = Path(folder), seed, 0, flip
         self.header, self.entries = read_index(self.folder / INDEX)
+        if flip and not self.header.flips:
+            raise UserError(f"{folder}: holds no latents of mirrored images; encode with --flips")
         if model_id is not None:
             check_model(self.header, model_id, str(folder))
         self._scale: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -280,9 +314,9 @@ class Latents(Dataset[LatentSample]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def posterior(self, index: int) -> DiagonalGaussian:
-        """The stored posterior of one image as a batch of one, float32."""
-        mean, logvar = self._read([index])
+    def posterior(self, index: int, *, flip: bool = False) -> DiagonalGaussian:
+        """The stored posterior of one image, or of its mirror image, as a batch of one, float32."""
+        mean, logvar = self._read([index], [flip])
         return DiagonalGaussian(mean.float(), logvar.float())  # (1, z, h/f, w/f)
 
     def __getitem__(self, index: Any) -> Any:
@@ -308,7 +342,8 @@ class Latents(Dataset[LatentSample]):
         """The posteriors of images of one size, to be drawn elsewhere: on a GPU noise costs next to nothing."""
         paths = [self.entries[index].path for index in rows.indices]
         keys = fold(self.seed, rows.epoch, torch.tensor([text_key(path) for path in paths]))
-        return Moments(*self._read(rows.indices), keys, paths, self.labels[list(rows.indices)])
+        flips = uniform(fold(keys, _FLIP)) < 0.5 if self.flip else torch.zeros(len(keys), dtype=torch.bool)
+        return Moments(*self._read(rows.indices, flips.tolist()), keys, paths, self.labels[list(rows.indices)])
 
     def draw(self, moments: Moments) -> torch.Tensor:
         """mean + std * noise, scaled if it was asked for, (b, z, h, w) float32 on the moments' device."""
@@ -319,14 +354,14 @@ class Latents(Dataset[LatentSample]):
             z = (z - mean) / std
         return z
 
-    def _read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and log-variances of images of one size, (b, z, h, w) of the stored type each."""
-        kind, first = _KINDS[self.header.dtype], self._spans(indices[0])[0]
+    def _read(self, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and log-variances of images of one size, mirrored or not, (b, z, h, w) of the stored type each."""
+        kind, first = _KINDS[self.header.dtype], self._spans(indices[0], flips[0])[0]
         both = torch.empty(2, len(indices), *first.shape[1:], dtype=kind.dtype)
         values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
         bits = values.view(kind.bits)
         for place in sorted(range(len(indices)), key=lambda i: self._place(indices[i])):  # as they lie on the disk
-            entry, spans = self.entries[indices[place]], self._spans(indices[place])
+            entry, spans = self.entries[indices[place]], self._spans(indices[place], flips[place])
             if spans[0].shape[1:] != first.shape[1:]:
                 raise UserError(
                     f"{entry.path}: its latents are no {first.shape[1:]} as {self.entries[indices[0]].path}'s"
@@ -343,11 +378,11 @@ class Latents(Dataset[LatentSample]):
     def _place(self, index: int) -> tuple[str, int]:
         return self.entries[index].shard, self.entries[index].row
 
-    def _spans(self, index: int) -> tuple[Span, Span]:
+    def _spans(self, index: int, flip: bool = False) -> tuple[Span, Span]:
         """Where means and log-variances of an image's size are in its shard: (n, z, h, w) both."""
         entry, size = self.entries[index], latent_size(self.entries[index].geometry, self.header.factor)
         with _naming(entry):
-            mean, logvar = (self._reader.span(entry.shard, tensor_name(part, size)) for part in ("mean", "logvar"))
+            mean, logvar = (self._reader.span(entry.shard, tensor_name(part, size)) for part in parts(flip=flip))
             fits = len(mean.shape) == 4 and mean.shape[2:] == size and mean.shape == logvar.shape
             if not fits or not mean.dtype == logvar.dtype == _KINDS[self.header.dtype].name:
                 raise ValueError(f"it holds {mean.dtype} {mean.shape} and {logvar.dtype} {logvar.shape}")

@@ -52,7 +52,12 @@ class ModelFile(NamedTuple):
 
 def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over config and tensors, 64 hex digits. Values count, not the width they are stored in."""
-    digest = hashlib.sha256(dumps(to_json(config)).encode())
+    return content_id(to_json(config), tensors)
+
+
+def content_id(config: Any, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over JSON and tensors, as `model_id`."""
+    digest = hashlib.sha256(dumps(config).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().float().cpu().contiguous()
         digest.update(dumps([name, list(tensor.shape)]).encode())

@@ -126,6 +126,15 @@ def check_options(background: str, max_pixels: int) -> None:
         raise UserError(f"a limit of {max_pixels} pixels refuses every image; it must be at least 1")
 
 
+def check_gaussian(codec: Codec) -> None:
+    """Raise `UserError` for a model whose latents have no mean and log-variance to store."""
+    if (kind := codec.config.bottleneck.kind) != "gaussian":
+        raise UserError(
+            f"latents in safetensors are a Gaussian's mean and log-variance, which a {kind} bottleneck has not; "
+            "write .lc files"
+        )
+
+
 def check_rgb(codec: Codec) -> None:
     if codec.config.image_channels != 3:
         raise UserError(f"a model of images with {codec.config.image_channels} channels; image files need one with 3")

@@ -144,14 +144,14 @@ class _Ours:
 
     def _decode(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         pixels = self._networks.decode_uint8([latents])[0]
-        return _pixels(to_pil(crop(pixels, geometry), geometry))
+        return rgb_pixels(to_pil(crop(pixels, geometry), geometry))
 
 
 def _peer_versions(original: PilImage.Image, peers: list[Peer]) -> Iterator[_Version]:
     for peer in peers:
         for quality in peer.qualities:
             data = peer_codecs.encode(peer, original, quality)
-            decoded = _pixels(peer_codecs.decode(peer, data, original.mode))
+            decoded = rgb_pixels(peer_codecs.decode(peer, data, original.mode))
             yield _Version(decoded, [_File(Setting(peer.name, "quality", quality, False), len(data), None)])
 
 
@@ -173,6 +173,6 @@ def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None
     return Record(source.name, area, kl_bits / area, rows)
 
 
-def _pixels(image: PilImage.Image) -> torch.Tensor:
+def rgb_pixels(image: PilImage.Image) -> torch.Tensor:
     """(3, h, w) uint8; grey is repeated, as reading a grey file does."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -44,6 +44,12 @@ _PANELS = (
 
 
 def draw(report: Report, path: Path) -> None:
+    """Write `png` to a file."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(png(report))
+
+
+def png(report: Report) -> bytes:
     """A PNG with one panel per metric that was measured."""
     shown = [p for p in _PANELS if any(point.distortion.get(p.metric) is not None for point in report.points)]
     figure = Figure(figsize=(5.2 * len(shown), 4.8), layout="constrained")
@@ -55,8 +61,7 @@ def draw(report: Report, path: Path) -> None:
     figure.suptitle(f"{about['set']}, {about['images']} images, means; bits per pixel of whole files", fontsize=11)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(file.getvalue())
+    return file.getvalue()
 
 
 def _draw_panel(report: Report, panel: _Panel, axes: Axes) -> None:

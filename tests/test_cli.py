@@ -67,7 +67,7 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
 def test_help_answers_without_importing_torch() -> None:
     program = (
         "import sys; from latent_codec.cli import main\n"
-        "for args in ([], ['encode'], ['decode'], ['info'], ['evaluate'], ['export'], ['import']):\n"
+        "for args in ([], ['encode'], ['decode'], ['info'], ['evaluate'], ['export'], ['import'], ['convert']):\n"
         "    try: main([*args, '--help'])\n"
         "    except SystemExit as stop: assert stop.code == 0, args\n"
         "    else: raise AssertionError(args)\n"
@@ -76,7 +76,7 @@ def test_help_answers_without_importing_torch() -> None:
     )
     done = python("-c", program)
     assert done.returncode == 0, done.stderr
-    for command in ("encode", "decode", "info", "evaluate", "export", "import"):
+    for command in ("encode", "decode", "info", "evaluate", "export", "import", "convert"):
         assert command in done.stdout
 
 

@@ -324,12 +324,12 @@ def test_an_index_that_is_no_json_object_is_refused(codec: Codec, tmp_path: Path
         Latents(tmp_path)
 
 
-@pytest.mark.parametrize(("version", "remedy"), [(1, "encode the images again"), (3, "update"), (None, "update")])
+@pytest.mark.parametrize(("version", "remedy"), [(2, "encode the images again"), (4, "update"), (None, "update")])
 def test_another_format_version_is_refused(codec: Codec, tmp_path: Path, version: object, remedy: str) -> None:
     store(tmp_path, codec)
     index = json.loads((tmp_path / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps(index | {"format_version": version}))
-    with pytest.raises(UserError, match=f"format version {version}; this program reads 2: {remedy}"):
+    with pytest.raises(UserError, match=f"format version {version}; this program reads 3: {remedy}"):
         Latents(tmp_path)
 
 

@@ -1,8 +1,9 @@
-"""Whole runs of train.vae on a handful of tiny images, each in a process of its own that can be killed.
+"""Whole runs of training programs on a handful of tiny images, each in a process of its own that can be killed.
 
 A fork server imports the program once and every run is a fork of it: a real process without a second import.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -47,13 +48,13 @@ def write_images(folder: Path, count: int = 8, seed: int = 0) -> Path:
 
 
 class Started:
-    """A process that runs the program; its output goes to a file."""
+    """A process that runs a program, train.vae or another; its output goes to a file."""
 
     def __init__(
-        self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None
+        self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str
     ) -> None:
         self.output = output
-        self._process = fork_server().Process(target=_child, args=(list(argv), output, env, patch))
+        self._process = fork_server().Process(target=_child, args=(list(argv), output, env, patch, program))
         self._process.start()
 
     @property
@@ -89,13 +90,17 @@ class Started:
             time.sleep(0.002)
 
 
-def start(argv: Sequence[str], out: Path, *, env: dict[str, str] | None = None, patch: Any = None) -> Started:
+def start(
+    argv: Sequence[str], out: Path, *, env: dict[str, str] | None = None, patch: Any = None, program: str = "vae"
+) -> Started:
     """Start the program with --out `out`; `patch` is a module-level function called in the process before it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    return Started([*argv, "--out", str(out)], out.with_suffix(".txt"), env or {}, patch)
+    return Started([*argv, "--out", str(out)], out.with_suffix(".txt"), env or {}, patch, program)
 
 
-def start_ranks(argv: Sequence[str], out: Path, ranks: int, *, patch: Any = None) -> list[Started]:
+def start_ranks(
+    argv: Sequence[str], out: Path, ranks: int, *, patch: Any = None, program: str = "vae"
+) -> list[Started]:
     """Start `ranks` processes that find one another as torchrun's do (gloo)."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -109,6 +114,7 @@ def start_ranks(argv: Sequence[str], out: Path, ranks: int, *, patch: Any = None
             out.with_suffix(f".{rank}.txt"),
             env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             patch,
+            program,
         )
         for rank in range(ranks)
     ]
@@ -121,9 +127,9 @@ def run(argv: Sequence[str], out: Path, **options: Any) -> str:
     return process.text
 
 
-def run_ranks(argv: Sequence[str], out: Path, ranks: int, *, patch: Any = None) -> str:
+def run_ranks(argv: Sequence[str], out: Path, ranks: int, **options: Any) -> str:
     """The same on several processes; returns what the first one printed."""
-    processes = start_ranks(argv, out, ranks, patch=patch)
+    processes = start_ranks(argv, out, ranks, **options)
     codes = [process.wait() for process in processes]
     assert codes == [0] * ranks, "\n".join(process.text for process in processes)
     return processes[0].text
@@ -168,7 +174,7 @@ def fork_server() -> Any:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        forkserver.set_forkserver_preload(["train.vae", "torch._dynamo", "tiny_run", "tiny_folder"])
+        forkserver.set_forkserver_preload(["train.vae", "train.diffusion", "torch._dynamo", "tiny_run", "tiny_folder"])
         forkserver.ensure_running()
     finally:
         for name, value in before.items():
@@ -179,16 +185,14 @@ def fork_server() -> Any:
     return multiprocessing.get_context("forkserver")
 
 
-def _child(argv: list[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None) -> None:
+def _child(argv: list[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update({"ACCELERATE_USE_CPU": "true"} | env)
     multiprocessing.set_start_method(None, force=True)  # its own workers start as they would without the fork server
-    sys.argv = ["train.vae", *argv]
+    sys.argv = [f"train.{program}", *argv]
     torch.set_num_threads(1)
     if patch is not None:
         patch()
-    from train import vae
-
-    vae.main()
+    importlib.import_module(f"train.{program}").main()

@@ -105,6 +105,7 @@ class LatentsSpeed:
             second_moment="logvar",
             dtype="float16",
             statistics=None,
+            flips=False,
         )
         height, width = (header.factor * side for side in self.shape[1:])
         geometry = Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)

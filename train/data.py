@@ -150,23 +150,23 @@ class StreamedImages(Dataset[Batch]):
     def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
         loader = DataLoader(
             _Crops(self.sources, plan),
-            sampler=_Schedule(plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
+            sampler=Schedule(plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
             batch_size=None,
             num_workers=self.workers,
-            worker_init_fn=_leave_signals_to_the_run,
+            worker_init_fn=leave_signals_to_the_run,
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:
             yield Batch(*(t.to(self.device, non_blocking=True) for t in batch))
 
 
-def _leave_signals_to_the_run(_: int) -> None:
+def leave_signals_to_the_run(_: int) -> None:
     """In a worker: Ctrl-C and many schedulers signal the whole process group, but the run still needs its crops."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Schedule:
+class Schedule:
     """The data loader's sampler: its items are lists of sample numbers."""
 
     def __init__(self, plan: Plan, first_step: int, last_step: int) -> None:

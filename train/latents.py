@@ -1,4 +1,4 @@
-"""Posterior means of stored latents in memory, and crops of them as a pure function of (seed, samples consumed)."""
+"""Crops of stored latents as a pure function of (seed, samples consumed): of means in memory, of posteriors on disk."""
 
 import hashlib
 import logging
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from latent_codec.batches import Rows
 from latent_codec.config import dumps
 from latent_codec.errors import UserError
 from latent_codec.latents import Latents
-from train.data import crop_boxes, draw
+from latent_codec.noise import fold
+from train.data import Draw, Plan, Schedule, crop_boxes, draw, leave_signals_to_the_run
 
 log = logging.getLogger(__name__)
 
@@ -68,3 +71,65 @@ class LatentCrops:
         """The first samples of a seed, `images` of them, a few at a time."""
         for first in range(0, images, size):
             yield self.batch(range(first, min(first + size, images)), seed)
+
+
+class PosteriorBatch(NamedTuple):
+    """What `train.flow.FlowMatching` takes."""
+
+    mean: torch.Tensor  # (b, z, crop, crop) of the stored type
+    logvar: torch.Tensor
+    labels: torch.Tensor  # (b,) int64; -1 for none
+    keys: torch.Tensor  # (b,) int64, for whatever is drawn
+
+
+_FLIP, _DRAWS = 3, 4  # what a key is used for beside the crop, which takes 1 and 2
+
+
+class PosteriorCrops(Dataset[PosteriorBatch]):
+    """Square crops of the posteriors of some images of a folder, read as they are needed; an item is a micro-batch.
+
+    Sample number i is the same crop of the same image in every run of a seed: a run resumes by counting, and any number
+    of processes and workers makes the same samples. `rows` are the images' numbers, at least one; all are as large as
+    the crop.
+    """
+
+    def __init__(self, latents: Latents, rows: Sequence[int], crop: int, plan: Plan) -> None:
+        self.latents, self.rows, self.crop, self.plan = latents, list(rows), crop, plan
+        self._shapes = latents.shapes
+
+    def __getitem__(self, samples: Sequence[int]) -> PosteriorBatch:
+        drawn = draw(samples, len(self.rows), self.plan.seed)
+        epochs = [i // len(self.rows) for i in samples]
+        return self.crops(Draw(torch.tensor([self.rows[i] for i in drawn.image.tolist()]), drawn.key), epochs)
+
+    def crops(self, drawn: Draw, epochs: Sequence[int]) -> PosteriorBatch:
+        """Crops of images by their numbers in the folder; epochs decide which are mirrored, if the latents are."""
+        shapes = self._shapes
+        numbers = drawn.image.tolist()
+        height, width = (torch.tensor([shapes[i][side] for i in numbers]) for side in (0, 1))
+        box = crop_boxes(drawn.key, height, width, self.crop, flip=False)
+        boxes = list(zip(box.top.tolist(), box.left.tolist(), strict=True))
+        places: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for place, (number, epoch) in enumerate(zip(numbers, epochs, strict=True)):
+            places.setdefault((shapes[number], epoch), []).append(place)
+        crops: list[torch.Tensor] = [torch.empty(0)] * len(numbers)
+        for (_, epoch), same in places.items():
+            moments = self.latents.moments(Rows(tuple(numbers[place] for place in same), epoch))
+            for place, *both in zip(same, moments.mean, moments.logvar, strict=True):
+                top, left = boxes[place]
+                crops[place] = torch.stack(both)[..., top : top + self.crop, left : left + self.crop]
+        mean, logvar = torch.stack(crops, 1)  # (b, z, crop, crop) each
+        return PosteriorBatch(mean, logvar, self.latents.labels[drawn.image], fold(drawn.key, _DRAWS))
+
+    def batches(self, first_step: int, last_step: int, workers: int, device: torch.device) -> Iterator[PosteriorBatch]:
+        """The micro-batches of this process, in the order of `Plan.schedule`."""
+        loader = DataLoader(
+            self,
+            sampler=Schedule(self.plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=leave_signals_to_the_run,
+            pin_memory=device.type == "cuda",
+        )
+        for batch in loader:
+            yield PosteriorBatch(*(t.to(device, non_blocking=True) for t in batch))

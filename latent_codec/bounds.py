@@ -1,0 +1,80 @@
+"""How likely a model finds images: the evidence lower bound, and the tighter bound of many importance samples."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codec import Codec
+from latent_codec.noise import fold, normal
+
+
+class Bounds(NamedTuple):
+    """Of b images with k samples each, in nats per image, float64 on the CPU; all are lower bounds of log p(x).
+
+    Of a likelihood that is a density they are bounds of a log density, which other likelihoods' are not comparable to.
+    """
+
+    log_likelihoods: torch.Tensor  # (b, k) log p(x given z)
+    log_weights: torch.Tensor  # (b, k) log p(x given z) + log p(z) - log q(z given x)
+    kl: torch.Tensor  # (b,) KL(q(z given x) || N(0, I)), in closed form
+
+    @property
+    def elbo(self) -> torch.Tensor:
+        """(b,): the average log-likelihood less the KL in closed form (Kingma & Welling 2014, eq. 7)."""
+        return self.log_likelihoods.mean(1) - self.kl
+
+    @property
+    def iwae(self) -> torch.Tensor:
+        """(b,): log of the average weight (Burda et al. 2016, eq. 8), at least the average of `log_weights`."""
+        return torch.logsumexp(self.log_weights, 1) - math.log(self.log_weights.shape[1])
+
+    @property
+    def effective_samples(self) -> torch.Tensor:
+        """(b,) in [1, k]: (sum of weights)^2 / sum of their squares (Kong et al. 1994); near 1 one sample decides."""
+        return torch.exp(2 * torch.logsumexp(self.log_weights, 1) - torch.logsumexp(2 * self.log_weights, 1))
+
+
+@torch.inference_mode()
+def bounds(codec: Codec, x: torch.Tensor, keys: torch.Tensor, k: int, *, at_once: int) -> Bounds:
+    """Bounds of log p(x) by k draws from each image's Gaussian posterior.
+
+    x: (b, c, h, w), uint8 or float in the likelihood's range, as `Codec.encode` takes it. keys: (b,) int64 on the CPU;
+    sample i of an image depends on its key and i alone, so that more samples continue fewer. `at_once` is how many
+    samples go through the decoder together: it bounds the memory and changes nothing but the networks' rounding. Sums
+    over an image's pixels are float32, exact to about a ten-millionth of their size. Raises `ValueError` if k or
+    `at_once` is below 1, the posterior is no Gaussian, or as `Codec.encode` does.
+    """
+    if k < 1 or at_once < 1:
+        raise ValueError(f"{k} samples, {at_once} at once: both must be at least 1")
+    x = codec.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x
+    posterior = codec.encode(x)
+    if not isinstance(posterior, DiagonalGaussian):
+        raise ValueError(f"a {codec.config.bottleneck.kind} bottleneck has no density to weigh samples by")
+    b, each = len(x), max(1, at_once // len(x))
+    log_likelihoods, log_ratios = [], []
+    for start in range(0, k, each):
+        samples = torch.arange(start, min(start + each, k))
+        n = len(samples)
+        noise = normal(fold(keys[:, None], samples).flatten().to(x.device), tuple(posterior.mean.shape[1:]))
+        many = _repeated(posterior, n)  # (b * n, z, h/f, w/f)
+        params = codec.likelihood_params(many.sample(noise))
+        found = codec.likelihood.log_prob(params, x.repeat_interleave(n, 0))
+        log_likelihoods.append(found.double().cpu().view(b, n))
+        log_ratios.append(_log_ratio(many, noise).cpu().view(b, n))
+    log_likelihood = torch.cat(log_likelihoods, 1)
+    return Bounds(log_likelihood, log_likelihood - torch.cat(log_ratios, 1), posterior.kl().double().cpu())
+
+
+def _repeated(posterior: DiagonalGaussian, n: int) -> DiagonalGaussian:
+    return DiagonalGaussian(posterior.mean.repeat_interleave(n, 0), posterior.logvar.repeat_interleave(n, 0))
+
+
+def _log_ratio(posterior: DiagonalGaussian, noise: torch.Tensor) -> torch.Tensor:
+    """log q(z given x) - log p(z) of z = mean + std * noise, (b,) float64 in nats.
+
+    From the noise rather than from z, of which little is left after subtracting the mean where the std is small.
+    """
+    z = posterior.sample(noise)
+    return 0.5 * (z.square() - noise.square() - posterior.logvar).flatten(1).sum(1, dtype=torch.float64)

@@ -1,0 +1,53 @@
+"""MAR's cached latents: `{class}/{name}.npz` with the raw posteriors, means before log-variances.
+
+Its loader takes every folder at the top for a class and every draw from one of `moments` and `moments_flip`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.caches import arrays
+from latent_codec.caches.items import PIXELS, Found, ImageCache, Item, Stored
+from latent_codec.caches.needs import need_flips, need_labels
+from latent_codec.caches.options import Options
+from latent_codec.latents import Entry, Latents
+from latent_codec.modelfile import LatentStatistics
+
+
+class Mar(ImageCache):
+    takes = frozenset()
+
+    def __init__(self, latents: Latents, options: Options) -> None:
+        super().__init__(latents, options)
+        need_flips(latents, "MAR")
+        need_labels(latents, "MAR")
+        self.tell_range(PIXELS, "MAR")
+
+    def name(self, entry: Entry) -> str:
+        return f"{entry.path}.npz"
+
+    def data(self, item: Item) -> bytes:
+        assert item.mirrored is not None
+        found = {"moments": _moments(item.posterior), "moments_flip": _moments(item.mirrored)}
+        return arrays.npz(found, item.about)
+
+
+def _moments(posterior: DiagonalGaussian) -> np.ndarray:
+    return torch.cat([posterior.mean, posterior.logvar], dim=1)[0].numpy()  # (2z, h, w)
+
+
+def read(folder: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
+    def load(path: Path) -> Stored:
+        with arrays.load(path) as file:
+            mean, logvar = arrays.tensor(file["moments"]).chunk(2)
+            mean_flip, logvar_flip = None, None
+            if "moments_flip" in file:
+                mean_flip, logvar_flip = arrays.tensor(file["moments_flip"]).chunk(2)
+            return Stored(mean, logvar, mean_flip, logvar_flip, arrays.about(file), None)
+
+    for path in sorted(folder.rglob("*.npz")):
+        yield Found(path.relative_to(folder).as_posix().removesuffix(".npz"), lambda path=path: load(path))

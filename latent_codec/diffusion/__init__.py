@@ -1,0 +1,1 @@
+"""Latent diffusion: a transformer that makes latents of noise, its file, and images drawn from it."""

@@ -1,0 +1,133 @@
+"""A class-conditional flow model of normalised latents, and its file. Needs the extra `diffusers`.
+
+Its file is safetensors with the metadata key `latent_codec`, as a codec's is: {format_version, transformer, latents,
+provenance}.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from latent_codec.config import dumps, from_json, to_json
+from latent_codec.diffusion.config import LatentSpace, TransformerConfig
+from latent_codec.errors import UserError
+from latent_codec.modelfile import FORMAT_VERSION, KEY, check_finite, check_state, content_id, read_header, save_tensors
+from latent_codec.precision import float32_island
+
+TIMES = 1000
+"""What diffusers' schedulers and embeddings count time by: 1 is pure noise and called 1000."""
+
+
+class Diffusion(nn.Module):
+    """v(z_t, t, label): the velocity noise - z of the straight path z_t = (1 - t) z + t noise.
+
+    Rectified flow (Liu et al. 2023; Lipman et al. 2023); z are latents normalised by `LatentSpace`. Raises `UserError`
+    if diffusers is not there.
+    """
+
+    def __init__(self, config: TransformerConfig, latents: LatentSpace) -> None:
+        super().__init__()
+        self.config, self.latents = config, latents
+        self.provenance: dict[str, Any] = {}
+        self.transformer = _transformer(config, latents)
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Velocities (b, z, s, s) float32 at latents of that shape, t (b,) in [0, 1] and labels (b,) int64.
+
+        A label of -1 is none: what guidance compares with, and all that an unconditional model knows.
+        """
+        if z.shape[1:] != self.shape:
+            raise ValueError(f"latents of shape {tuple(z.shape)} are not (b, {', '.join(map(str, self.shape))})")
+        labels = torch.where(labels < 0, len(self.latents.classes), labels)
+        velocity = self.transformer(z, timestep=t * TIMES, class_labels=labels, return_dict=False)[0]
+        return velocity.float()
+
+    @property
+    def shape(self) -> torch.Size:
+        """(z, s, s) of one image's latents."""
+        return torch.Size((self.latents.channels, self.config.size, self.config.size))
+
+    def normalize(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw latents (b, z, h, w) as the model knows them, float32: mean 0 and standard deviation 1 per channel."""
+        mean, std = self._scale(z)
+        with float32_island(z):
+            return (z.float() - mean) / std
+
+    def denormalize(self, z: torch.Tensor) -> torch.Tensor:
+        """The inverse of `normalize`."""
+        mean, std = self._scale(z)
+        return z.float() * std + mean
+
+    def _scale(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = (torch.tensor(v, device=z.device)[:, None, None] for v in (self.latents.mean, self.latents.std))
+        return mean, std  # (z, 1, 1) each
+
+    @property
+    def model_id(self) -> str:
+        """SHA-256 of configuration and tensors, 64 hex digits."""
+        return content_id([to_json(self.config), to_json(self.latents)], self.state_dict())
+
+    def save(self, path: Path) -> None:
+        """Write a file that `load` reads; raises `OSError` if the disk refuses."""
+        tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in self.state_dict().items()}
+        check_finite(tensors, path)
+        header = {
+            "format_version": FORMAT_VERSION,
+            "transformer": to_json(self.config),
+            "latents": to_json(self.latents),
+            "provenance": self.provenance,
+        }
+        save_tensors(path, tensors, {KEY: dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path, device: str | torch.device = "cpu") -> "Diffusion":
+        """Raises `UserError` for a file that is no diffusion model of ours or damaged, as `modelfile.read` does."""
+        header = read_header(path)
+        try:
+            config = from_json(TransformerConfig, header["transformer"], where="transformer")
+            latents = from_json(LatentSpace, header["latents"], where="latents")
+            provenance = from_json(dict, header["provenance"], where="provenance")
+        except KeyError as error:
+            raise UserError(f"{path}: no latent diffusion model: its header lacks {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: damaged or unknown header: {error}") from error
+        model = cls(config, latents)
+        tensors = load_file(path)
+        check_finite(tensors, path)
+        check_state(model.state_dict(), tensors, str(path))
+        model.load_state_dict(tensors)
+        model.provenance = provenance
+        return model.eval().to(device)
+
+
+def _transformer(config: TransformerConfig, latents: LatentSpace) -> nn.Module:
+    """With adaLN-Zero's start (Peebles & Xie 2023, section 3.2), which diffusers' class leaves to its users."""
+    try:
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+    except ImportError as error:
+        raise UserError(f"diffusion models need diffusers ({error}): pip install 'latent-codec[diffusers]'") from error
+    net: Any = DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_width,
+        in_channels=latents.channels,
+        out_channels=latents.channels,
+        num_layers=config.depth,
+        sample_size=config.size,
+        patch_size=config.patch,
+        num_embeds_ada_norm=len(latents.classes),
+    )
+    for block in net.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0  # it would drop labels by the global random state
+        _zero(block.norm1.linear)
+        nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
+    _zero(net.proj_out_1)
+    _zero(net.proj_out_2)
+    return net
+
+
+def _zero(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)

@@ -1,0 +1,152 @@
+"""What a model is measured against on the same images: PCA and other models; JPEG files of as many bytes."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from latent_codec.codec import Codec
+from latent_codec.compute import Compute, Networks
+from latent_codec.evaluation import Report, compare, mean_defined
+from latent_codec.images import pad
+from latent_codec.inputs import Source, find_images
+from latent_codec.perceptual import LPIPS
+from latent_codec.report import pca
+from latent_codec.report.html import Html, join, name_of, paragraphs, table
+from latent_codec.report.page import Section, written
+from latent_codec.tiling import default_tile
+
+_COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
+
+Reconstruct = Callable[[torch.Tensor], torch.Tensor]
+"""(3, h, w) uint8 to what comes back, of the same size."""
+
+Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Images and what came back."""
+
+
+class Method(NamedTuple):
+    """One way to reconstruct images from as many numbers, and what it reached."""
+
+    name: str
+    how: str
+    numbers_per_pixel: float
+    """Latent numbers, not bits."""
+    distortion: dict[str, float | None]
+    """Means over images, by metric; None where it is not defined."""
+
+    def json(self) -> dict[str, Any]:
+        return {"name": self.name, "how": self.how, "numbers_per_pixel": self.numbers_per_pixel} | self.distortion
+
+
+def baselines(
+    codec: Codec,
+    others: Sequence[tuple[str, Codec]],
+    sources: Sequence[Source],
+    data: str | None,
+    evaluation: Report,
+    compute: Compute,
+    lpips: LPIPS | None,
+    *,
+    quiet: bool,
+) -> Section:
+    """`others` are models by name; `data` is what PCA is fitted to, by default the halves of the images.
+
+    Raises `UserError` if `data` holds no images that can be read.
+    """
+    names = [name for name in _COLUMNS if name in evaluation.summary]
+    own = {name: evaluation.summary[name] for name in names}
+    methods = [Method("this model", "the stored mode, decoded, as `evaluate` measures it", density(codec), own)]
+    reason = why_no_pca(codec, sources, data)
+    if reason is None:
+        how, pairs = _pca_pairs(codec, sources, data, quiet)
+        methods.append(Method("PCA", how, density(codec), _distortion(pairs, compute, lpips)))
+    for name, other in others:
+        pairs = _coded_pairs(other, sources, compute, quiet)
+        how = f"model {other.model_id[:12]}, its mode decoded"
+        methods.append(Method(name, how, density(other), _distortion(pairs, compute, lpips)))
+    notes = [] if reason is None else [f"PCA is left out: {reason}."]
+    notes += [] if others else ["Other models, such as a deterministic autoencoder, take --baseline MODEL."]
+    if unequal := [m.name for m in methods if not math.isclose(m.numbers_per_pixel, density(codec))]:
+        notes.append(f"Not of the same latent size, so not to be compared by distortion alone: {', '.join(unequal)}.")
+    words = paragraphs(
+        "All reconstruct the same images from latent numbers that nothing rounds; means over images. A model that is "
+        "not above PCA of its own latent size has learned nothing that a linear transform does not have.",
+        *notes,
+    )
+    records: dict[str, Any] = {"methods": [method.json() for method in methods], "pca_left_out": reason}
+    records["protocol"] = {name: evaluation.protocol[name] for name in names}
+    return Section("baselines", "Baselines at equal latent size", join(words, _table(methods, names)), [], records)
+
+
+def density(codec: Codec) -> float:
+    """Latent numbers for each pixel."""
+    return codec.config.latent_channels / codec.factor**2
+
+
+def why_no_pca(codec: Codec, sources: Sequence[Source], data: str | None) -> str | None:
+    """Why there is no PCA of the model's latent size, if there is none."""
+    values = codec.config.image_channels * codec.factor**2
+    if values > pca.LARGEST:
+        return f"a patch of {codec.factor}x{codec.factor} pixels has {values} values, more than {pca.LARGEST}"
+    if codec.config.latent_channels >= values:
+        return f"{codec.config.latent_channels} numbers for each patch of {values} values lose nothing"
+    if data is None and len(sources) < 2:
+        return "one image cannot be parted into one half to fit to and one to measure; give --baseline-data"
+    return None
+
+
+def _pca_pairs(codec: Codec, sources: Sequence[Source], data: str | None, quiet: bool) -> tuple[str, Pairs]:
+    """In words what PCA was fitted to, and what it makes of the images."""
+    size = codec.factor, codec.config.latent_channels
+    words = f"{size[1]} components of {size[0]}x{size[0]} patches, closed form, fitted to "
+    if data is not None:
+        fitted = find_images(data)
+        model = pca.fit(_pixels(fitted, "PCA", quiet), *size)
+        where = Path(data).name or data
+        return f"{words}{len(fitted)} images of {where}", _pairs(sources, model.reconstruct, "PCA", quiet)
+    halves = sources[::2], sources[1::2]
+    fitted = [pca.fit(_pixels(half, "PCA", quiet), *size) for half in halves]
+
+    def pairs() -> Pairs:
+        for half, other in zip(halves, reversed(fitted), strict=True):
+            yield from _pairs(half, other.reconstruct, "PCA", quiet)
+
+    return f"{words}every other image and measured on the rest, then the other way round", pairs()
+
+
+def _coded_pairs(codec: Codec, sources: Sequence[Source], compute: Compute, quiet: bool) -> Pairs:
+    networks = Networks(codec, compute._replace(tile=default_tile(codec)))
+
+    def reconstruct(pixels: torch.Tensor) -> torch.Tensor:
+        decoded = networks.decode_uint8([networks.encode([pad(pixels, codec.factor)]).mode()[0]])[0]
+        return decoded[:, : pixels.shape[1], : pixels.shape[2]]
+
+    return _pairs(sources, reconstruct, "baseline", quiet)
+
+
+def _pixels(sources: Sequence[Source], what: str, quiet: bool) -> Iterator[torch.Tensor]:
+    for source in tqdm(sources, what, unit="image", disable=quiet or None):
+        yield source.read().pixels
+
+
+def _pairs(sources: Sequence[Source], reconstruct: Reconstruct, what: str, quiet: bool) -> Pairs:
+    for pixels in _pixels(sources, what, quiet):
+        yield pixels, reconstruct(pixels)
+
+
+def _distortion(pairs: Pairs, compute: Compute, lpips: LPIPS | None) -> dict[str, float | None]:
+    found = [compare(x[None], y[None], lpips, compute.device) for x, y in pairs]
+    return {name: mean_defined([values[name] for values in found]) for name in found[0]}
+
+
+def _table(methods: Sequence[Method], names: Sequence[str]) -> Html:
+    head = ("", "numbers per pixel", *(_COLUMNS[name] for name in names), "how")
+    rows: list[tuple[object, ...]] = [
+        (name_of(m.name), written(m.numbers_per_pixel), *(written(m.distortion[name]) for name in names), m.how)
+        for m in methods
+    ]
+    return table(head, rows)

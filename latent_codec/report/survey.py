@@ -1,0 +1,123 @@
+"""One pass of the encoder over all images: what the posteriors are like, by channel and together."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from latent_codec.bottlenecks import DiagonalGaussian, Posterior
+from latent_codec.codec import Codec
+from latent_codec.compute import Networks
+from latent_codec.images import pad
+from latent_codec.inputs import Source
+from latent_codec.noise import fold, normal, text_key
+
+EDGES = torch.linspace(-6, 6, 97, dtype=torch.float64)
+"""Of the histogram's bins; what lies beyond is in the first and the last count."""
+
+
+class Draws(NamedTuple):
+    """One draw of every latent element, all channels pooled."""
+
+    counts: torch.Tensor  # (98,) int64, of values below, within and above `EDGES`
+    powers: torch.Tensor  # (4,) float64: means of z, z^2, z^3 and z^4
+
+    @property
+    def mean(self) -> float:
+        return float(self.powers[0])
+
+    @property
+    def variance(self) -> float:
+        m, square = self.powers[:2].tolist()
+        return square - m**2
+
+    @property
+    def skewness(self) -> float:
+        m, square, cube = self.powers[:3].tolist()
+        return (cube - 3 * m * square + 2 * m**3) / max(self.variance, 1e-30) ** 1.5
+
+    @property
+    def excess_kurtosis(self) -> float:
+        """0 of a Gaussian."""
+        m, square, cube, fourth = self.powers.tolist()
+        return (fourth - 4 * m * cube + 6 * m**2 * square - 3 * m**4) / max(self.variance, 1e-30) ** 2 - 3
+
+
+class Survey(NamedTuple):
+    """Moments per channel over images and positions, (z,) float64, and the draws."""
+
+    images: int
+    elements: int
+    """Of one channel, over all images."""
+    mean: torch.Tensor  # of the posterior means
+    variance: torch.Tensor  # of the posterior means: how active the channel is
+    posterior_variance: torch.Tensor  # average of the posteriors' own variances; 0 of those that are points
+    kl: torch.Tensor  # nats per latent element, of Gaussian posteriors
+    draws: Draws
+    normalized: Draws | None
+    """Less the mean and over the std of the model's statistics, as a diffusion model sees them; None without."""
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Of the aggregate posterior: a draw's standard deviation over images, positions and noise."""
+        return (self.variance + self.posterior_variance).sqrt()
+
+    @property
+    def by_activity(self) -> list[int]:
+        """Channels, the most active first."""
+        return torch.argsort(self.variance, descending=True, stable=True).tolist()
+
+
+def survey(codec: Codec, sources: Sequence[Source], networks: Networks, seed: int, *, quiet: bool) -> Survey:
+    """Encode every image; draws are by `seed` and the image's name. Raises `UserError` for one that cannot be read."""
+    moments, draws, scaled = _Moments(codec.config.latent_channels), _Pooled(), _Pooled()
+    statistics = codec.statistics
+    for source in tqdm(sources, "posteriors", unit="image", disable=quiet or None):
+        posterior = networks.encode([pad(source.read().pixels, codec.factor)])
+        moments.add(posterior)
+        z = posterior.sample(normal(image_key(seed, source.name)[None], tuple(posterior.mean.shape[1:])))
+        draws.add(z)
+        if statistics is not None:
+            shift, scale = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
+            scaled.add((z - shift) / scale)
+    return Survey(len(sources), *moments.result(), draws.result(), None if statistics is None else scaled.result())
+
+
+def image_key(seed: int, name: str) -> torch.Tensor:
+    """Of an image's noise, int64 of shape ()."""
+    return fold(seed, text_key(name))
+
+
+class _Moments:
+    def __init__(self, channels: int) -> None:
+        self._count = 0
+        self._sums = torch.zeros(4, channels, dtype=torch.float64)
+
+    def add(self, posterior: Posterior) -> None:
+        mean = posterior.mean[0].double()  # (z, h, w)
+        terms = [mean, mean.square()]
+        if isinstance(posterior, DiagonalGaussian):
+            terms += [posterior.logvar[0].double().exp(), posterior.kl_map()[0].double()]
+        self._sums[: len(terms)] += torch.stack(terms).flatten(2).sum(2)
+        self._count += math.prod(mean.shape[1:])
+
+    def result(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, square, variance, kl = self._sums / self._count
+        return self._count, mean, (square - mean.square()).clamp(min=0), variance, kl  # rounding may go below 0
+
+
+class _Pooled:
+    def __init__(self) -> None:
+        self._counts = torch.zeros(len(EDGES) + 1, dtype=torch.int64)
+        self._powers, self._count = torch.zeros(4, dtype=torch.float64), 0
+
+    def add(self, z: torch.Tensor) -> None:
+        z = z.flatten().double()
+        self._counts += torch.bincount(torch.bucketize(z, EDGES), minlength=len(self._counts))
+        self._powers += torch.stack([z.pow(i).sum() for i in range(1, 5)])
+        self._count += len(z)
+
+    def result(self) -> Draws:
+        return Draws(self._counts, self._powers / self._count)

@@ -1,0 +1,109 @@
+"""Bounds of log p(x): exact where the posterior is, in order where it is not, the same whatever is done at once."""
+
+import math
+
+import pytest
+import torch
+
+from latent_codec.bounds import bounds
+from latent_codec.codec import Codec
+from latent_codec.config import BernoulliConfig, CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from latent_codec.networks.linear import PatchMoments
+
+PATCH, Z, SIGMA, B = 2, 3, 0.2, 4
+D = 3 * PATCH**2
+
+
+def linear(likelihood: GaussianConfig | BernoulliConfig) -> Codec:
+    config = CodecConfig(
+        image_channels=3,
+        latent_channels=Z,
+        backbone=LinearConfig(patch=PATCH),
+        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+        likelihood=likelihood,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Codec(config).eval()
+
+
+@pytest.fixture
+def exact() -> Codec:
+    """A linear VAE at its optimum, where the encoder says the true posterior."""
+    codec = linear(GaussianConfig(scale="fixed", sigma=SIGMA))
+    root = torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.2
+    moments = PatchMoments(torch.tensor([0.1, 0.0, -0.1], dtype=torch.float64), root @ root.T)
+    assert torch.linalg.eigvalsh(moments.covariance)[-Z] > 1.05 * SIGMA**2  # no component is weaker than the noise
+    codec.backbone.start_from_closed_form(moments, SIGMA)
+    return codec
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.rand(B, 3, 2 * PATCH, PATCH, generator=torch.Generator().manual_seed(2)) - 0.5
+
+
+KEYS = torch.tensor([3, -1, 2**50, 7])
+
+
+def marginal(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """log p(x), (b,) float64, of a linear VAE: patches are Gaussian with covariance W W' + sigma^2 I."""
+    weight = codec.backbone.decoder.weight.detach().double().flatten(1)  # (z, d)
+    covariance = weight.T @ weight + SIGMA**2 * torch.eye(D)
+    mean = codec.backbone.decoder.bias.detach().double().repeat_interleave(PATCH**2)
+    normal = torch.distributions.MultivariateNormal(mean, covariance)
+    patches = [x[:, :, i : i + PATCH].flatten(1).double() for i in (0, PATCH)]
+    return sum((normal.log_prob(patch) for patch in patches), torch.zeros(B))
+
+
+def test_with_the_true_posterior_every_weight_is_the_likelihood_of_the_image(exact: Codec, x: torch.Tensor) -> None:
+    found = bounds(exact, x, KEYS, 5, at_once=64)
+    expected = marginal(exact, x)
+    torch.testing.assert_close(found.log_weights, expected[:, None].expand(-1, 5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.iwae, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.effective_samples, torch.full((B,), 5.0).double(), rtol=1e-3, atol=0)
+
+
+def test_with_another_posterior_more_samples_come_closer_from_below(exact: Codec, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        exact.backbone.encoder.bias += torch.tensor([0.1, -0.1, 0.05, 0.3, 0.3, 0.3])  # means, then log-variances
+    found, expected = bounds(exact, x, KEYS, 5000, at_once=20_000), marginal(exact, x)
+    few = found._replace(log_weights=found.log_weights[:, :5])
+    assert found.elbo.mean() < few.iwae.mean() < found.iwae.mean()
+    assert (found.iwae >= found.log_weights.mean(1)).all()
+    torch.testing.assert_close(found.iwae, expected, rtol=0, atol=0.05)
+    assert (found.elbo < expected - 0.1).all()
+    assert (found.effective_samples > 500).all() and (found.effective_samples < 4900).all()
+
+
+def test_the_closed_form_of_the_kl_is_the_average_of_the_ratio(exact: Codec, x: torch.Tensor) -> None:
+    found = bounds(exact, x, KEYS, 4000, at_once=20_000)
+    ratios = found.log_likelihoods - found.log_weights
+    error = ratios.std(1) / math.sqrt(4000)
+    assert ((ratios.mean(1) - found.kl).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 40, 1000])
+def test_samples_depend_on_key_and_number_alone(exact: Codec, x: torch.Tensor, at_once: int) -> None:
+    whole = bounds(exact, x, KEYS, 10, at_once=40)
+    close = {"rtol": 0, "atol": 1e-4}
+    torch.testing.assert_close(bounds(exact, x, KEYS, 10, at_once=at_once).log_weights, whole.log_weights, **close)
+    some = bounds(exact, x[2:], KEYS[2:], 3, at_once=at_once)
+    torch.testing.assert_close(some.log_weights, whole.log_weights[2:, :3], **close)
+    other = bounds(exact, x, KEYS + 1, 10, at_once=at_once)
+    assert (other.log_likelihoods - whole.log_likelihoods).abs().amax() > 0.1
+
+
+def test_binary_pixels_are_taken_as_they_are_given() -> None:
+    codec = linear(BernoulliConfig())
+    pixels = torch.randint(0, 256, (B, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    binary = (pixels >= 128).float()
+    of_pixels, of_binary, of_others = (bounds(codec, x, KEYS, 3, at_once=64).iwae for x in (pixels, binary, 1 - binary))
+    torch.testing.assert_close(of_pixels, of_binary)
+    assert (of_others != of_binary).all()
+
+
+@pytest.mark.parametrize(("k", "at_once"), [(0, 1), (1, 0)])
+def test_no_samples_are_refused(exact: Codec, x: torch.Tensor, k: int, at_once: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        bounds(exact, x, KEYS, k, at_once=at_once)

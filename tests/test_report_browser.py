@@ -1,0 +1,68 @@
+"""The report in a real browser: it opens from the disk, asks for nothing, and every picture is there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latent_codec import cli
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not here")
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    for i in range(3):
+        image = Image.effect_mandelbrot((48, 40), (-2 + i / 4, -1.5, 1, 1.5), 99).convert("RGB")
+        path = folder / "photos" / f"{i}<script>document.title='broken'<b>.png"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path, format="PNG")
+    args = ["--report", "--out", str(folder / "out"), "--lpips-net", "none", "--device", "cpu", "--bound-samples", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["evaluate", str(model_file), str(folder / "photos"), *args])
+    assert stopped.value.code == 0
+    return folder / "out" / "report.html"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_opens_without_an_error_a_request_or_a_missing_picture(
+    browser: Any, written: Path, width: int, scheme: Any
+) -> None:
+    said: list[str] = []
+    requested: list[str] = []
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: requested.append(request.url))
+    page.goto(written.as_uri())
+    page.wait_for_load_state("load")
+    assert said == []
+    assert [url for url in requested if not url.startswith("data:")] == [written.as_uri()]
+    assert "broken" not in page.title().split()[0] and page.title().endswith("photos")
+    pictures = page.evaluate("Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))")
+    assert len(pictures) > 50 and min(pictures) > 0
+    assert page.evaluate("document.querySelectorAll('script').length") == 0
+    headings = page.locator("h2").all_inner_texts()
+    assert headings[:3] == ["The model", "Reconstructions", "Samples of the prior"] and len(headings) == 14
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # tables and rows scroll, the page does not
+    paper, ink = page.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
+    levels = [sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) for colour in (paper, ink)]
+    assert (levels[0] > levels[1]) == (scheme == "light") and abs(levels[0] - levels[1]) > 500
+    page.close()

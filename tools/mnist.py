@@ -1,0 +1,193 @@
+"""MNIST as folders of images, and a small classifier that says whether generated digits are what they should be.
+
+python -m tools.mnist write    RAW DST [--split train|test]      RAW: the four IDX files, gzipped or not
+python -m tools.mnist classify RAW DST.safetensors               train the classifier and measure it
+python -m tools.mnist score    CLASSIFIER.safetensors SAMPLES    SAMPLES/DIGIT/*.png: the share that is recognised
+"""
+
+import dataclasses
+import gzip
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Union
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from latent_codec.errors import UserError
+from latent_codec.files import atomic_path, make_folder
+from latent_codec.images import read_image
+from latent_codec.inputs import find_images
+from latent_codec.modelfile import check_state, save_tensors
+from latent_codec.noise import fold, permutation
+
+Split = Literal["train", "test"]
+_NAMES: dict[Split, str] = {"train": "train", "test": "t10k"}
+_SIDE = 32
+"""Of the images as they are written: 28 and a black border of 2, so that models can halve it five times."""
+_BORDER = 2
+
+
+class Digits(NamedTuple):
+    images: np.ndarray  # (n, 28, 28) uint8, white on black
+    labels: np.ndarray  # (n,) uint8
+
+
+def read_digits(raw: Path, split: Split) -> Digits:
+    """LeCun's IDX files of a folder; raises `UserError` for one that is missing or no such file."""
+    name = _NAMES[split]
+    images = _read_idx(raw / f"{name}-images-idx3-ubyte", 3)
+    labels = _read_idx(raw / f"{name}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels) or images.shape[1:] != (28, 28):
+        raise UserError(f"{raw}: {images.shape} images and {len(labels)} labels are not MNIST's")
+    return Digits(images, labels)
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    zipped = path.with_name(f"{path.name}.gz")
+    if not path.is_file() and not zipped.is_file():
+        raise UserError(f"{path}: not there, nor {zipped.name}; give MNIST's raw folder")
+    data = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
+    head = np.frombuffer(data[: 4 * (1 + dimensions)], ">u4")
+    if len(head) != 1 + dimensions or head[0] != 0x0800 + dimensions:
+        raise UserError(f"{path}: no IDX file of bytes in {dimensions} dimensions")
+    shape = [int(n) for n in head[1:]]
+    values = np.frombuffer(data, np.uint8, offset=4 * (1 + dimensions))
+    if len(values) != math.prod(shape):
+        raise UserError(f"{path}: says {shape} and holds {len(values)} bytes")
+    return values.reshape(shape)
+
+
+class Classifier(nn.Module):
+    """Two convolutions and two linear layers: (b, 1, 32, 32) in [0, 1] -> (b, 10) logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # (b, 16, 16, 16)
+            nn.Conv2d(16, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(2),  # (b, 32, 8, 8)
+            nn.Flatten(),
+            nn.Linear(32 * 8 * 8, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    @torch.no_grad()
+    def recognise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Digits (b,) int64 of grey pixels (b, 32, 32) uint8."""
+        return torch.cat([self(part[:, None].float() / 255).argmax(1) for part in pixels.split(500)])
+
+
+def _bordered(images: np.ndarray) -> torch.Tensor:
+    """(n, 28, 28) -> (n, 32, 32) uint8."""
+    return F.pad(torch.from_numpy(images.copy()), [_BORDER] * 4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Write:
+    """Write each digit as a PNG of 32x32 into the folder of its class, DST/7/00042.png."""
+
+    raw: tyro.conf.Positional[Path]
+    dst: tyro.conf.Positional[Path]
+    split: Split = "train"
+
+    def run(self) -> None:
+        images, labels = read_digits(self.raw, self.split)
+        for label in range(10):
+            make_folder(self.dst / str(label))
+        pairs = zip(_bordered(images).numpy(), labels.tolist(), strict=True)
+        for number, (image, label) in enumerate(tqdm(pairs, "writing", len(labels), disable=None)):
+            with atomic_path(self.dst / str(label) / f"{number:05d}.png") as temporary:
+                Image.fromarray(image).save(temporary, format="PNG")
+        print(f"wrote {len(labels)} digits to {self.dst}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify:
+    """Train the classifier on the 60,000 training digits and say how many of the 10,000 test digits it recognises."""
+
+    raw: tyro.conf.Positional[Path]
+    dst: tyro.conf.Positional[Path]
+    epochs: int = 3
+    seed: int = 0
+
+    def run(self) -> None:
+        images, labels = read_digits(self.raw, "train")
+        x, y = _bordered(images), torch.from_numpy(labels.astype(np.int64))
+        torch.manual_seed(self.seed)  # of the first weights; the order is counted
+        net = Classifier()
+        orders = [permutation(len(x), fold(self.seed, epoch)).split(128) for epoch in range(self.epochs)]
+        batches = [batch for order in orders for batch in order]
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+        for batch in tqdm(batches, "training", disable=None):
+            loss = F.cross_entropy(net(x[batch][:, None].float() / 255), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        save_tensors(self.dst, net.state_dict(), {"format": "pt"})
+        images, labels = read_digits(self.raw, "test")
+        right = net.recognise(_bordered(images)) == torch.from_numpy(labels.astype(np.int64))
+        print(f"wrote {self.dst}: recognises {right.float().mean().item():.2%} of {len(right)} test digits")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """Say how many of the images in SAMPLES/0 ... SAMPLES/9 the classifier takes for the digit of their folder."""
+
+    classifier: tyro.conf.Positional[Path]
+    samples: tyro.conf.Positional[Path]
+
+    def run(self) -> None:
+        net = Classifier()
+        tensors = load_file(self.classifier)
+        check_state(net.state_dict(), tensors, str(self.classifier))
+        net.load_state_dict(tensors)
+        right: list[torch.Tensor] = []
+        for label in range(10):
+            sources = find_images(self.samples / str(label))
+            pixels = torch.stack([_grey(source.read_bytes(), source.name) for source in sources])
+            right.append(net.recognise(pixels) == label)
+            print(f"{label}: {right[-1].float().mean().item():.1%} of {len(sources)}")
+        print(f"all: {torch.cat(right).float().mean().item():.2%} of {len(torch.cat(right))}")
+
+
+def _grey(data: bytes, name: str) -> torch.Tensor:
+    pixels = read_image(data, name=name).pixels  # (3, h, w)
+    if pixels.shape[1:] != (_SIDE, _SIDE):
+        raise UserError(f"{name}: {pixels.shape[2]}x{pixels.shape[1]} pixels; the classifier takes {_SIDE}x{_SIDE}")
+    return pixels.float().mean(0).round().to(torch.uint8)
+
+
+Command = Union[
+    Annotated[Write, tyro.conf.subcommand("write")],
+    Annotated[Classify, tyro.conf.subcommand("classify")],
+    Annotated[Score, tyro.conf.subcommand("score")],
+]
+
+
+def main() -> None:
+    command: Command = tyro.cli(Command, prog="tools.mnist", description=__doc__)  # pyright: ignore
+    try:
+        command.run()
+    except UserError as error:
+        sys.exit(f"tools.mnist: {error}")
+
+
+if __name__ == "__main__":
+    main()

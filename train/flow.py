@@ -1,0 +1,47 @@
+"""The loss of a latent diffusion model: an objective as `train.objectives` has them, for Accelerate to wrap."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.diffusion.model import Diffusion
+from latent_codec.noise import fold, normal, uniform
+from train.config import FlowConfig
+
+_POSTERIOR, _NOISE, _TIME, _DROP = range(4)  # what a sample's key is used for
+
+
+class FlowLosses(NamedTuple):
+    """Scalars: averages over the batch."""
+
+    loss: torch.Tensor  # squared error of the velocity per latent element
+    late: torch.Tensor  # the same of those images with t < 1/2, where little noise is left; NaN if there are none
+    early: torch.Tensor  # and of those with t >= 1/2
+
+
+class FlowMatching(nn.Module):
+    """Conditional flow matching on straight paths (Lipman et al. 2023; Liu et al. 2023).
+
+    t is logit-normal (Esser et al. 2024, section 3.1); a share of the labels is dropped, for classifier-free guidance
+    (Ho & Salimans 2022). Whatever is drawn of an image depends on its key alone.
+    """
+
+    def __init__(self, config: FlowConfig, model: Diffusion) -> None:
+        super().__init__()
+        self.config, self.model = config, model
+
+    def forward(self, mean: torch.Tensor, logvar: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> FlowLosses:
+        """Raw posteriors (b, z, s, s) of any floating-point type, labels (b,) int64, -1 for none, keys (b,) int64."""
+        shape = tuple(mean.shape[1:])
+        posterior = DiagonalGaussian(mean.float(), logvar.float())
+        z = self.model.normalize(posterior.sample(normal(fold(keys, _POSTERIOR), shape)))
+        noise = normal(fold(keys, _NOISE), shape)
+        t = torch.sigmoid(self.config.time_mean + self.config.time_std * normal(fold(keys, _TIME), ()))  # (b,)
+        labels = torch.where(uniform(fold(keys, _DROP)) < self.config.label_dropout, -1, labels)
+        share = t[:, None, None, None]
+        velocity = self.model((1 - share) * z + share * noise, t, labels)
+        error = (velocity - (noise - z)).square().mean((1, 2, 3))  # (b,)
+        late = t.detach() < 0.5
+        return FlowLosses(error.mean(), error[late].mean().detach(), error[~late].mean().detach())

@@ -190,7 +190,7 @@ def _check_bottleneck(config: TrainConfig) -> None:
     if isinstance(objective, IWAEConfig):
         if kind != "gaussian":
             raise UserError(
-                f"importance samples need a Gaussian posterior, which a {kind} bottleneck has not: train ELBO"
+                f"importance samples need a Gaussian posterior, which a {kind} bottleneck has not"
             )
         return
     if (kind == "vq") != (objective.codebook is not None):

@@ -48,6 +48,7 @@ def photo() -> TrainConfig:
             lpips_net="alex",
         ),
         closed_form=True,
+        closed_form_crops=16_384,
         mean_start=False,
         steps=10_000,
         batch_size=8,
@@ -79,7 +80,7 @@ def pca() -> TrainConfig:
     # Noise of half a grey level: no shrinkage to speak of, and every component is kept.
     likelihood = GaussianConfig(scale="fixed", sigma=1 / 255)
     codec = dataclasses.replace(base.codec, backbone=LinearConfig(patch=8), likelihood=likelihood)
-    return dataclasses.replace(base, codec=codec, steps=0)
+    return dataclasses.replace(base, codec=codec, closed_form_crops=None, steps=0)
 
 
 def conv() -> TrainConfig:

@@ -41,7 +41,7 @@ from latent_codec.streams import StreamCodec
 CPU = Compute("cpu", "float32", 4, 2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}
 HOSTILE = "x<script>alert(1)<!--\"'&amp;\u202egnp.png"
-LIKE = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8))
+LIKE = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8), None)
 OPTIONS = Options(report_images=3, bound_images=2, bound_samples=3, baseline_data=None, seed=5)
 
 
@@ -218,7 +218,7 @@ def test_pictures_are_what_they_are_called(codec: Codec, photos: Path, tmp_path:
 def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[torch.Tensor] = []
 
-    def decode(latents: list[torch.Tensor]) -> torch.Tensor:
+    def decode(latents: list[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
         drawn.append(torch.stack(latents))
         return torch.zeros(len(latents), 3, 8, 8, dtype=torch.uint8)
 

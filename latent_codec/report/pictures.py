@@ -142,9 +142,8 @@ def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) ->
         labels = codec.class_numbers([a.label, b.label])
         first, last = networks.encode(parts, labels).mode()
         weights = torch.linspace(0, 1, _STEPS)[:, None, None, None]
-        decoded = networks.decode_uint8(list(torch.lerp(first, last, weights)), labels[:1].repeat(_STEPS))[
-            ..., :height, :width
-        ]
+        z = torch.lerp(first, last, weights)
+        decoded = networks.decode_uint8(list(z), labels[:1].repeat(_STEPS))[..., :height, :width]
         mixed = torch.lerp(decoded[:1].float(), decoded[-1:].float(), weights).round().to(torch.uint8)
         heading = join(name_of(a.name), " to ", name_of(b.name))
         of = f"{a.name} and {b.name}"

@@ -1,7 +1,7 @@
 """Patch moments of the training images, for the closed-form start of a linear path."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from einops import rearrange
@@ -47,9 +47,9 @@ def _moments(batches: Iterable[torch.Tensor], codec: Codec) -> PatchMoments:
     """Of the patches of uint8 pixels (b, c, h, w), summed in float64."""
     p, channels = codec.factor, codec.config.image_channels
     total, outer, count = torch.zeros(()), torch.zeros(()), 0
-    for pixels in batches:
-        x = codec.likelihood.from_uint8(pixels).double()
-        patches = rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)  # (n, d)
+    rows = (rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p) for x in batches)
+    for patches in _together(rows, channels * p * p):
+        patches = codec.likelihood.from_uint8(patches).double()  # (n, d)
         total, outer = total + patches.sum(0), outer + patches.T @ patches
         count += len(patches)
     if count == 0:
@@ -58,6 +58,18 @@ def _moments(batches: Iterable[torch.Tensor], codec: Codec) -> PatchMoments:
     m, average = mean.repeat_interleave(p * p), total / count
     covariance = outer / count - torch.outer(m, average) - torch.outer(average, m) + torch.outer(m, m)
     return PatchMoments(mean, covariance)
+
+
+def _together(parts: Iterable[torch.Tensor], least: int) -> Iterator[torch.Tensor]:
+    """Rows of neighbouring parts as tensors of `least` rows or more: a product of few is all overhead."""
+    waiting: list[torch.Tensor] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(map(len, waiting)) >= least:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def mean_pixels(images: Batches, plan: Plan, count: int) -> torch.Tensor:

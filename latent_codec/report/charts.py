@@ -58,7 +58,7 @@ def spread(found: Survey, alt: str) -> Html:
     )
     axes.set_xlabel("channel")
     axes.set_ylabel("mean and std", fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     return chart(figure, alt)
 
 

@@ -150,11 +150,11 @@ def _measure(
 
 def _ours(image: Image, coder: StreamCodec, networks: Networks) -> tuple[bytes, torch.Tensor]:
     """An image's file and what `decode` would write of it, (3, h, w) uint8."""
-    mean = networks.encode([pad(image.pixels, coder.codec.factor)]).mean[0]
-    quantized = coder.quantize(mean, STEP_ONE, None)
-    (coded,) = coder.compress([(quantized, image.geometry)])
+    coded = networks.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
+    quantized = coder.quantize(coded, STEP_ONE, None)
+    (file,) = coder.compress([(quantized, image.geometry)])
     decoded = crop(networks.decode_uint8([coder.dequantize(quantized)])[0], image.geometry)
-    return coded.data, as_shown(decoded, image.geometry)
+    return file.data, as_shown(decoded, image.geometry)
 
 
 def _strip(row: Row, original: torch.Tensor, ours: torch.Tensor, jpeg: torch.Tensor) -> Html:

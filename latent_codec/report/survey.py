@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.codec import Codec
 from latent_codec.compute import Networks
 from latent_codec.images import pad
@@ -95,7 +95,7 @@ class _Moments:
         self._count = 0
         self._sums = torch.zeros(4, channels, dtype=torch.float64)
 
-    def add(self, posterior: DiagonalGaussian) -> None:
+    def add(self, posterior: Posterior) -> None:
         mean = posterior.mean[0].double()  # (z, h, w)
         terms = [mean, mean.square()]
         if isinstance(posterior, DiagonalGaussian):

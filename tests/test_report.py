@@ -23,9 +23,10 @@ from latent_codec import cli, metrics, peer_codecs
 from latent_codec.bounds import bounds
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
-from latent_codec.config import DiscretizedLogisticConfig
+from latent_codec.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation import evaluate
+from latent_codec.export import calibrate
 from latent_codec.images import in_channels, pad, read_image
 from latent_codec.inputs import find_images
 from latent_codec.noise import normal
@@ -257,6 +258,31 @@ def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Dra
                 assert torch.equal(shown, decoded.expand(3, -1, -1)) == (label == i)
     assert all(f"class {classes[i]}" in page.text for i in range(8))
     assert "class" in results["jpeg"]["left_out"]
+
+
+@pytest.mark.parametrize("kind", ["identity", "vq"])
+def test_models_without_a_gaussian_have_the_parts_that_make_sense(
+    codec: Codec, photos: Path, tmp_path: Path, kind: str
+) -> None:
+    bottleneck = IdentityConfig() if kind == "identity" else VectorQuantizerConfig(codes=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        other = Codec(dataclasses.replace(codec.config, bottleneck=bottleneck)).eval()
+    calibrate(other, find_images(photos), "photos", quiet=True)
+    _, results = write(other, photos, tmp_path / "out")
+    out = {name for name, section in results.items() if "left_out" in section} - {"rate_distortion", "rfid"}
+    never = {"prior_samples", "kl", "aggregate_posterior", "bounds"}
+    assert out == (never if kind == "identity" else never | {"interpolations", "traversals"})
+    if kind == "vq":
+        taken = torch.zeros(8, dtype=torch.int64)
+        with torch.inference_mode():
+            for source in find_images(photos):
+                taken += torch.bincount(other.encode(pad(source.read().pixels, 8)[None]).coded.flatten(), minlength=8)
+        share = taken[taken > 0] / taken.sum()
+        section = results["active_units"]
+        assert section["codes"] == taken.tolist() and section["codes_used"]["value"] == len(share)
+        assert section["perplexity"]["value"] == pytest.approx(math.exp(-(share * share.log()).sum().item()), rel=1e-5)
+        assert "codes" in results["baselines"]["pca_left_out"]
 
 
 def test_bounds_are_those_of_images_from_all_over_the_set(codec: Codec, photos: Path) -> None:

@@ -28,8 +28,16 @@ def charts(*figures: Html) -> Html:
     return tag("div", *figures, class_="charts")
 
 
-def bars(values: Sequence[float], active: Sequence[bool], label: str, alt: str, *, threshold: float | None) -> Html:
-    """One for each channel, in the order given by `values`' size, inactive ones pale; logarithmic with a threshold."""
+def bars(
+    values: Sequence[float],
+    active: Sequence[bool],
+    label: str,
+    alt: str,
+    *,
+    threshold: float | None,
+    axis: str = "channel",
+) -> Html:
+    """One for each channel or code, the largest first, inactive ones pale; logarithmic where there is a threshold."""
     figure, axes = _axes()
     order = np.argsort(-np.asarray(values), kind="stable")
     heights = np.asarray(values)[order]
@@ -42,7 +50,7 @@ def bars(values: Sequence[float], active: Sequence[bool], label: str, alt: str, 
     axes.bar(range(len(order)), heights, color=[_OURS if active[i] else _LOW for i in order], width=0.8)
     if len(order) <= 64:
         axes.set_xticks(range(len(order)), [str(i) for i in order], fontsize=6, rotation=90)
-    axes.set_xlabel("channel")
+    axes.set_xlabel(axis)
     axes.set_ylabel(label, fontsize=9)
     return chart(figure, alt)
 
@@ -58,7 +66,7 @@ def spread(found: Survey, alt: str) -> Html:
     )
     axes.set_xlabel("channel")
     axes.set_ylabel("mean and std", fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     return chart(figure, alt)
 
 

@@ -2,16 +2,17 @@
 
 import math
 
+import torch
+
+from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
 from latent_codec.evaluation import PROTOCOL
 from latent_codec.report.charts import bars, charts, histogram, spread
 from latent_codec.report.html import join, paragraphs, table, tag
 from latent_codec.report.page import (
-    NOT_CONTINUOUS,
     NOT_GAUSSIAN,
     Number,
     Section,
-    is_continuous,
     is_gaussian,
     left_out,
     written,
@@ -24,8 +25,8 @@ ACTIVE = 0.01
 
 def active_units(codec: Codec, found: Survey) -> Section:
     name, title = "active_units", "Active units"
-    if not is_continuous(codec):
-        return left_out(name, title, NOT_CONTINUOUS)
+    if found.codes is not None:
+        return _codes_in_use(name, found, found.codes)
     active = (found.variance > ACTIVE).tolist()
     count, channels = sum(active), len(active)
     number = Number(
@@ -43,6 +44,27 @@ def active_units(codec: Codec, found: Survey) -> Section:
         "A channel whose posterior is the same for all images tells the decoder nothing. Pale: inactive."
     )
     return Section(name, title, join(words, charts(chart)), [number], {})
+
+
+def _codes_in_use(name: str, found: Survey, codes: torch.Tensor) -> Section:
+    """In place of active units, of a codebook."""
+    share = (codes / codes.sum()).tolist()
+    used, count = int((codes > 0).sum()), len(codes)
+    over = f"over {found.images} images and their positions, {found.elements:,} in all"
+    numbers = [
+        Number(
+            "perplexity",
+            "perplexity",
+            perplexity(codes),
+            f"of {count:,}",
+            f"exp of the entropy of the codes' shares, {over}: so many codes, evenly used, would be as hard to guess",
+        ),
+        Number("codes_used", "codes in use", used, f"of {count:,}", f"taken at least once, {over}"),
+    ]
+    alt = f"Share of each code, largest first; {used} of {count} were taken, the perplexity is {perplexity(codes):.1f}."
+    chart = bars(share, [s > 0 for s in share], "share", alt, threshold=None, axis="code")
+    words = paragraphs("A code that is never taken is a wasted one; of few codes in use many positions look alike.")
+    return Section(name, "Codes in use", join(words, charts(chart)), numbers, {"codes": codes.tolist()})
 
 
 def kl_by_channel(codec: Codec, found: Survey, bpp: float | None) -> Section:

@@ -58,6 +58,7 @@ class Survey(NamedTuple):
     draws: Draws
     normalized: Draws | None
     """Less the mean and over the std of the model's statistics, as a diffusion model sees them; None without."""
+    codes: torch.Tensor | None  # (K,) int64: how often each code of a codebook was taken
 
     @property
     def std(self) -> torch.Tensor:
@@ -73,16 +74,20 @@ class Survey(NamedTuple):
 def survey(codec: Codec, sources: Sequence[Source], networks: Networks, seed: int, *, quiet: bool) -> Survey:
     """Encode every image; draws are by `seed` and the image's name. Raises `UserError` for one that cannot be read."""
     moments, draws, scaled = _Moments(codec.config.latent_channels), _Pooled(), _Pooled()
-    statistics = codec.statistics
+    statistics, count = codec.statistics, codec.config.codes
+    codes = None if count is None else torch.zeros(count, dtype=torch.int64)
     for source in tqdm(sources, "posteriors", unit="image", disable=quiet or None):
         posterior = networks.encode([pad(source.read().pixels, codec.factor)], codec.class_numbers([source.label]))
         moments.add(posterior)
         z = posterior.sample(normal(image_key(seed, source.name)[None], tuple(posterior.mean.shape[1:])))
         draws.add(z)
+        if codes is not None:
+            codes += torch.bincount(posterior.coded.flatten(), minlength=len(codes))
         if statistics is not None:
             shift, scale = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
             scaled.add((z - shift) / scale)
-    return Survey(len(sources), *moments.result(), draws.result(), None if statistics is None else scaled.result())
+    normalized = None if statistics is None else scaled.result()
+    return Survey(len(sources), *moments.result(), draws.result(), normalized, codes)
 
 
 def image_key(seed: int, name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from latent_codec.config import CodecConfig, from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.likelihoods import from_signed
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.pipeline import check_unconditional
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -62,6 +63,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         """
         if (kind := codec.config.bottleneck.kind) != "gaussian":
             raise UserError(f"pipelines ask for a Gaussian posterior; this codec's bottleneck is {kind}")
+        check_unconditional(codec, "a pipeline")
         if codec.statistics is None:
             raise UserError(
                 "the codec has no latent statistics to normalise by; measure them: latent-codec export --data"

@@ -80,6 +80,15 @@ class DiagonalGaussian:
         """The most likely latent, (b, z, h, w) float32."""
         return self.mean
 
+    def log_ratio(self, z: torch.Tensor) -> torch.Tensor:
+        """log N(z; 0, I) - log q(z given x) in nats per image, (..., b) float32, of latents (..., b, z, h, w).
+
+        Its expectation under q is minus the KL.
+        """
+        with float32_island(z):
+            deviation = (z.float() - self.mean) / self.std
+            return 0.5 * (deviation.square() + self.logvar - z.float().square()).flatten(-3).sum(-1)
+
     def kl_map(self) -> torch.Tensor:
         """KL(q || N(0, I)) of each element in nats, (b, z, h, w): Kingma & Welling (2014), appendix B."""
         with float32_island(self.mean):

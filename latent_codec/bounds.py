@@ -9,6 +9,8 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.noise import fold, normal
 
+_PIXELS = -1  # what a key is folded with to draw pixels; samples are numbered from 0
+
 
 class Bounds(NamedTuple):
     """Of b images with k samples each, in nats per image, float64 on the CPU; all are lower bounds of log p(x).
@@ -37,19 +39,22 @@ class Bounds(NamedTuple):
 
 
 @torch.inference_mode()
-def bounds(codec: Codec, x: torch.Tensor, keys: torch.Tensor, k: int, *, at_once: int) -> Bounds:
+def bounds(
+    codec: Codec, x: torch.Tensor, keys: torch.Tensor, k: int, *, at_once: int, labels: torch.Tensor | None = None
+) -> Bounds:
     """Bounds of log p(x) by k draws from each image's Gaussian posterior.
 
-    x: (b, c, h, w), uint8 or float in the likelihood's range, as `Codec.encode` takes it. keys: (b,) int64 on the CPU;
-    sample i of an image depends on its key and i alone, so that more samples continue fewer. `at_once` is how many
+    x: (b, c, h, w), uint8 or float in the likelihood's range, as `Codec.encode` takes it; uint8 pixels that the
+    likelihood draws are drawn once, by the key. keys: (b,) int64 on the CPU; labels as for `Codec.encode`. Sample i of
+    an image depends on its key and i alone, so that more samples continue fewer. `at_once` is how many
     samples go through the decoder together: it bounds the memory and changes nothing but the networks' rounding. Sums
     over an image's pixels are float32, exact to about a ten-millionth of their size. Raises `ValueError` if k or
     `at_once` is below 1, the posterior is no Gaussian, or as `Codec.encode` does.
     """
     if k < 1 or at_once < 1:
         raise ValueError(f"{k} samples, {at_once} at once: both must be at least 1")
-    x = codec.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x
-    posterior = codec.encode(x)
+    x = codec.likelihood.observe(x, fold(keys, _PIXELS).to(x.device)) if x.dtype == torch.uint8 else x
+    posterior = codec.encode(x, labels)
     if not isinstance(posterior, DiagonalGaussian):
         raise ValueError(f"a {codec.config.bottleneck.kind} bottleneck has no density to weigh samples by")
     b, each = len(x), max(1, at_once // len(x))
@@ -59,7 +64,7 @@ def bounds(codec: Codec, x: torch.Tensor, keys: torch.Tensor, k: int, *, at_once
         n = len(samples)
         noise = normal(fold(keys[:, None], samples).flatten().to(x.device), tuple(posterior.mean.shape[1:]))
         many = _repeated(posterior, n)  # (b * n, z, h/f, w/f)
-        params = codec.likelihood_params(many.sample(noise))
+        params = codec.likelihood_params(many.sample(noise), None if labels is None else labels.repeat_interleave(n))
         found = codec.likelihood.log_prob(params, x.repeat_interleave(n, 0))
         log_likelihoods.append(found.double().cpu().view(b, n))
         log_ratios.append(_log_ratio(many, noise).cpu().view(b, n))

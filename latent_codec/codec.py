@@ -1,10 +1,12 @@
 """The model: backbone + bottleneck + likelihood."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import one_hot as one_hot_of
 
 from latent_codec import modelfile
 from latent_codec.bottlenecks import BOTTLENECKS, Posterior
@@ -40,6 +42,7 @@ class Codec(nn.Module):
             config.latent_channels,
             self.bottleneck.features_per_latent,
             self.likelihood.params_per_channel,
+            len(config.classes),
         )
 
     @property
@@ -55,29 +58,59 @@ class Codec(nn.Module):
                 f"are multiples of {self.factor}; pad them with latent_codec.images.pad"
             )
 
-    def encode(self, x: torch.Tensor) -> Posterior:
+    def encode(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Posterior:
         """Posterior over latents (b, z, h/f, w/f) of pixels (b, c, h, w): uint8, or float in the likelihood's range.
 
-        Raises `ValueError` if h or w is no multiple of the factor (pad with `latent_codec.images.pad`).
+        `labels` (b,) int64 number the config's classes; a conditional model needs them, another ignores them.
+        Raises `ValueError` if they are missing or out of range, or if h or w is no multiple of the factor (pad with
+        `latent_codec.images.pad`).
         """
-        return self.bottleneck(self.features(x))
+        return self.bottleneck(self.features(x, labels))
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """What the bottleneck makes the posterior of, (b, features * z, h/f, w/f), given pixels as `encode` takes."""
+    def features(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """What the bottleneck makes the posterior of, (b, features * z, h/f, w/f), given what `encode` takes."""
         self.check_pixels(x)
-        return self.backbone.encode(self.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x)
+        x = self.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x
+        return self.backbone.encode(self._with_labels(x, labels))
 
-    def likelihood_params(self, z: torch.Tensor) -> torch.Tensor:
-        """The likelihood's parameters (b, p * c, h, w) given latents (b, z, h/f, w/f)."""
-        return self.backbone.decode(z)
+    def likelihood_params(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The likelihood's parameters (b, p * c, h, w) given latents (b, z, h/f, w/f); labels as for `encode`."""
+        return self.backbone.decode(self._with_labels(z, labels))
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped."""
-        return self.likelihood.mean(self.likelihood_params(z))
+    def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped; labels as for `encode`."""
+        return self.likelihood.mean(self.likelihood_params(z, labels))
 
-    def decode_uint8(self, z: torch.Tensor) -> torch.Tensor:
-        """Expected pixels (b, c, h, w) as uint8, rounded and clipped."""
-        return self.likelihood.to_uint8(self.decode(z))
+    def decode_uint8(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Expected pixels (b, c, h, w) as uint8, rounded and clipped; labels as for `encode`."""
+        return self.likelihood.to_uint8(self.decode(z, labels))
+
+    def class_numbers(self, names: Sequence[str | None]) -> torch.Tensor:
+        """Labels (b,) int64 of images by the names of their classes, zeros where the model has none.
+
+        Raises `UserError` for a class that a conditional model does not know.
+        """
+        classes = self.config.classes
+        if not classes:
+            return torch.zeros(len(names), dtype=torch.int64)
+        for name in names:
+            if name not in classes:
+                found = "no class" if name is None else f"class {name!r}"
+                raise UserError(
+                    f"{found}, but the model knows {', '.join(classes)}; put each image in its class' folder"
+                )
+        return torch.tensor([classes.index(name) for name in names if name is not None], dtype=torch.int64)
+
+    def _with_labels(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """(b, c, h, w) -> (b, c + classes, h, w): one-hot, constant over the image; no copy where there are none."""
+        count = len(self.config.classes)
+        if count == 0:
+            return x
+        if labels is None or labels.shape != x.shape[:1] or not bool(((labels >= 0) & (labels < count)).all()):
+            found = None if labels is None else labels.tolist()
+            raise ValueError(f"labels {found} are not one of {count} classes, 0 to {count - 1}, for each image")
+        one_hot = one_hot_of(labels, count).to(x)[:, :, None, None]  # (b, classes, 1, 1)
+        return torch.cat([x, one_hot.expand(-1, -1, *x.shape[2:])], 1)
 
     def compile_networks(self) -> None:
         """Have torch compile encoder and decoder when they are first used; results differ in their last bits."""

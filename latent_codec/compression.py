@@ -45,9 +45,9 @@ from latent_codec.pipeline import (
     Job,
     Resume,
     Work,
+    check_channels,
     check_gaussian,
     check_options,
-    check_rgb,
     in_batches,
     run,
 )
@@ -95,10 +95,10 @@ def encode_folder(
     of the mirrored image as well.
 
     The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if
-    nothing is found, an option makes no sense, the model is none of RGB images or has no Gaussian posterior, or
+    nothing is found, an option makes no sense, the model is none of grey or RGB images or has no Gaussian posterior, or
     `folder` holds latents of other images; and as `pipeline.run` does.
     """
-    check_rgb(codec)
+    check_channels(codec)
     check_gaussian(codec)
     check_options(background, max_pixels)
     networks = Networks(codec, compute)
@@ -114,7 +114,7 @@ def encode_folder(
         read = in_batches(
             jobs,
             Source.read_bytes,
-            partial(parse_image_in, work.decoders, **options),
+            partial(parse, work.decoders),
             batch_size=compute.batch_size,
             resume=resume,
             work=work,
@@ -130,15 +130,20 @@ def encode_folder(
             if rows:
                 yield _UnitRows(claim, rows)
 
-    def posterior(pixels: list[torch.Tensor]) -> DiagonalGaussian:
-        found = networks.encode(pixels)
+    def parse(processes: Processes, source: Source, data: bytes) -> tuple[tuple[int, ...], Image]:
+        codec.class_numbers([source.label])  # here it fails for this image alone
+        return parse_image_in(processes, source, data, **options)
+
+    def posterior(pixels: list[torch.Tensor], labels: torch.Tensor) -> DiagonalGaussian:
+        found = networks.encode(pixels, labels)
         assert isinstance(found, DiagonalGaussian)
         return found
 
     def encode(batch: list[Input[Image]]) -> list[_Encoded]:
-        found, flipped = posterior([i.content.pixels for i in batch]), None
+        labels = codec.class_numbers([i.job.source.label for i in batch])
+        found, flipped = posterior([i.content.pixels for i in batch], labels), None
         if flips:  # a batch of their own: memory is that of one
-            flipped = posterior([mirrored(i.content, codec.factor) for i in batch])
+            flipped = posterior([mirrored(i.content, codec.factor) for i in batch], labels)
         return [_Encoded(found, flipped, place) for place in range(len(batch))]
 
     def write(unit: _UnitRows) -> list[Record]:
@@ -265,7 +270,7 @@ def decode_folder(
     The posterior's mode is decoded, or with `sample` a draw that depends on (sample, path) alone. Raises `UserError`
     before any work if the latents are another model's, and as `outputs.make_outputs` does.
     """
-    check_rgb(codec)
+    check_channels(codec)
     networks = Networks(codec, compute)
     latents = Latents(where, model_id=codec.model_id)
     rows = {entry.path: index for index, entry in enumerate(latents.entries)}
@@ -289,6 +294,7 @@ def decode_folder(
         return torch.stack([posterior.mean, posterior.logvar]).numpy().tobytes()
 
     def parse(source: Source, data: bytes) -> tuple[tuple[int, ...], DiagonalGaussian]:
+        codec.class_numbers([source.label])
         h, w = sides(latents.entries[rows[source.name]])
         both = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(2, 1, -1, h, w)
         if both.shape[2] != z:
@@ -296,7 +302,8 @@ def decode_folder(
         return tuple(both.shape[2:]), DiagonalGaussian(both[0], both[1])
 
     def decode(batch: list[Input[DiagonalGaussian]]) -> Sequence[torch.Tensor]:
-        return networks.decode_uint8([_drawn(i.job.name, i.content, sample)[0] for i in batch]).unbind()
+        labels = codec.class_numbers([i.job.source.label for i in batch])
+        return networks.decode_uint8([_drawn(i.job.name, i.content, sample)[0] for i in batch], labels).unbind()
 
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
         for batch in in_batches(

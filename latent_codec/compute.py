@@ -50,26 +50,26 @@ class Networks:
         self.codec, self.compute = codec, compute
         self._silent = tiling.is_exact(codec)
 
-    def encode(self, images: Sequence[torch.Tensor]) -> Posterior:
-        """The posterior, on the CPU, of images (3, h, w) uint8 of one shape.
+    def encode(self, images: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Posterior:
+        """The posterior, on the CPU, of images (3, h, w) uint8 of one shape; labels as `Codec.encode` takes them.
 
         Raises `UserError` if the networks cannot be compiled.
         """
         pixels = torch.stack(list(images)) if len(images) > 1 else images[0][None]
         with torch.inference_mode(), self.compute.autocast(), _compiling(self.compute.compile):
-            posterior = tiling.encode(self.codec, pixels, self.compute.tile)
-            self._report(pixels, self.codec.factor, tiling.encode_error)
+            posterior = tiling.encode(self.codec, pixels, self.compute.tile, labels)
+            self._report(pixels, labels, self.codec.factor, tiling.encode_error)
         return posterior
 
-    def decode_uint8(self, latents: Sequence[torch.Tensor]) -> torch.Tensor:
+    def decode_uint8(self, latents: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels (b, 3, h, w) uint8, on the CPU, of latents (z, h/f, w/f) of one shape; raises as `encode` does."""
         z = torch.stack(list(latents)) if len(latents) > 1 else latents[0][None]
         with torch.inference_mode(), self.compute.autocast(), _compiling(self.compute.compile):
-            pixels = tiling.decode_uint8(self.codec, z, self.compute.tile)
-            self._report(z, 1, tiling.decode_error)
+            pixels = tiling.decode_uint8(self.codec, z, self.compute.tile, labels)
+            self._report(z, labels, 1, tiling.decode_error)
         return pixels
 
-    def _report(self, x: torch.Tensor, scale: int, measure: Callable[[Codec, torch.Tensor, int], object]) -> None:
+    def _report(self, x: torch.Tensor, labels: torch.Tensor | None, scale: int, measure: Callable[..., object]) -> None:
         """Say on stderr, once, what tiles change of x, which has `scale` elements along a side for each latent one."""
         height, width = (size // scale for size in x.shape[2:])
         tile = self.compute.tile
@@ -77,7 +77,7 @@ class Networks:
             return
         self._silent = True
         rows, columns = (slice(s.start * scale, s.stop * scale) for s in tiling.seam(self.codec, height, width, tile))
-        error = measure(self.codec, x[:1, :, rows, columns], tile)
+        error = measure(self.codec, x[:1, :, rows, columns], tile, None if labels is None else labels[:1])
         tqdm.write(
             f"tiles of {tile} pixels change what this model gives; in a part of the first such image {error}; "
             "a larger --tile changes less",

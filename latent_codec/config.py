@@ -52,6 +52,20 @@ class ConvConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """Fully connected networks; a square of `side` pixels is one vector with one latent vector."""
+
+    kind: ClassVar[str] = "mlp"
+    side: int
+    """Pixels along one side of the square (28 for MNIST)."""
+    encoder_widths: tuple[int, ...]
+    """Hidden units of each layer, from the pixels to the latents."""
+    decoder_widths: tuple[int, ...]
+    """Hidden units of each layer, from the latents to the pixels."""
+    activation: Literal["tanh", "relu", "silu"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DiagonalGaussianConfig:
     kind: ClassVar[str] = "gaussian"
     logvar_min: float
@@ -108,9 +122,12 @@ class BernoulliConfig:
     """Binary pixels {0, 1}."""
 
     kind: ClassVar[str] = "bernoulli"
+    pixels: Literal["threshold", "drawn"] = "threshold"
+    """How uint8 pixels v become binary: 1 from 128 up, or drawn, 1 with probability v / 255, anew each time a sample is
+    seen in training and once for all elsewhere (Burda et al. 2016). Encoding files goes by the threshold."""
 
 
-BackboneConfig = LinearConfig | LiteConfig | ConvConfig
+BackboneConfig = LinearConfig | LiteConfig | ConvConfig | MLPConfig
 BottleneckConfig = DiagonalGaussianConfig | IdentityConfig | VectorQuantizerConfig | FiniteScalarConfig
 LikelihoodConfig = GaussianConfig | DiscretizedLogisticConfig | BernoulliConfig
 
@@ -124,6 +141,8 @@ class CodecConfig:
     backbone: BackboneConfig
     bottleneck: BottleneckConfig
     likelihood: LikelihoodConfig
+    classes: tuple[str, ...] = ()
+    """Names of the classes (folders of images) that a conditional model is told of; none: an unconditional model."""
 
     @property
     def codes(self) -> int | None:
@@ -145,7 +164,8 @@ class CodecConfig:
 def to_json(config: Any) -> Any:
     """A config as plain JSON values; a class that has a `kind` carries it.
 
-    An integer in a float field becomes that float, so that equal configs give equal JSON (a model's identity).
+    An integer in a float field becomes that float, so that equal configs give equal JSON (a model's identity). A field
+    with a default is one that older files lack: at its default it is left out, so that their identity stays.
     """
     return _to_json(config, Any)
 
@@ -153,7 +173,8 @@ def to_json(config: Any) -> Any:
 def _to_json(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = _type_hints(type(value))
-        fields = {f.name: _to_json(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value)}
+        written = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+        fields = {f.name: _to_json(getattr(value, f.name), hints[f.name]) for f in written}
         return _kind(type(value)) | fields
     if isinstance(value, (tuple, list)):
         item = (*typing.get_args(hint), Any)[0]
@@ -170,7 +191,8 @@ def _kind(cls: Any) -> dict[str, str]:
 def from_json(cls: Any, value: Any, *, where: str = "config") -> Any:
     """The inverse of `to_json`.
 
-    Strict: an unknown or missing field, an unknown kind or a value of the wrong type raises `ValueError` naming it.
+    Strict: an unknown field, a missing one that has no default, an unknown kind or a value of the wrong type raises
+    `ValueError` naming it.
     """
     if dataclasses.is_dataclass(cls):
         return _dataclass_from_json(cls, value, where)
@@ -205,13 +227,16 @@ def _dataclass_from_json(cls: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}: expected an object, found {value!r}")
     kind, hints = _kind(cls), _type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if unknown := sorted(set(value) - {*names, *kind}):
         raise ValueError(f"{where}: unknown fields {unknown}; this version knows {names}")
-    if missing := sorted({*names, *kind} - set(value)):
+    if missing := sorted({*needed, *kind} - set(value)):
         raise ValueError(f"{where}: missing fields {missing}")
     if kind and value["kind"] != kind["kind"]:
         raise ValueError(f"{where}: kind {value['kind']!r} is not {kind['kind']!r}")
-    return cls(**{name: from_json(hints[name], value[name], where=f"{where}.{name}") for name in names})
+    return cls(
+        **{name: from_json(hints[name], value[name], where=f"{where}.{name}") for name in names if name in value}
+    )
 
 
 def _union_from_json(members: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -20,6 +20,7 @@ from latent_codec.files import make_folder
 from latent_codec.images import DEFAULT_MAX_PIXELS, pad
 from latent_codec.inputs import Source, find_all
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.pipeline import check_channels
 from latent_codec.prior import Priors, factorized
 from latent_codec.quantizer import base_steps
 
@@ -85,12 +86,12 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
     Moments are per channel over images and positions, accumulated in float64. Raises `UserError` for an image that
     cannot be read: the set is what its description says.
     """
-    if codec.config.image_channels != 3:
-        raise UserError(f"a model of images with {codec.config.image_channels} channels; image files need one with 3")
+    check_channels(codec)
     measured = _Measured(codec)
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
         pixels = source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels
-        measured.add(tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec)))
+        labels = codec.class_numbers([source.label])
+        measured.add(tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec), labels))
     codec.statistics = measured.statistics(description)
     codec.priors = measured.priors(codec.statistics)
 

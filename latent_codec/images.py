@@ -288,6 +288,23 @@ def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFor
     return buffer.getvalue()
 
 
+def in_channels(pixels: torch.Tensor, channels: int) -> torch.Tensor:
+    """(..., 3, h, w) uint8 as a model of 1 or 3 channels takes them; what has its number of channels stays as it is.
+
+    One channel is the luma of Rec. 601, rounded: of a grey image, whose three planes are equal, any of them.
+    """
+    if pixels.shape[-3] == channels:
+        return pixels
+    weight = torch.tensor([299, 587, 114], dtype=torch.int32, device=pixels.device)[:, None, None]
+    luma = (pixels.int() * weight).sum(-3, keepdim=True)
+    return ((luma + 500) // 1000).to(torch.uint8)  # (..., 1, h, w)
+
+
+def in_rgb(pixels: torch.Tensor) -> torch.Tensor:
+    """(..., 1 or 3, h, w) -> (..., 3, h, w): undoes `in_channels` for grey images. A view."""
+    return pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
+
+
 def pad(x: torch.Tensor, factor: int) -> torch.Tensor:
     """(..., h, w) -> (..., h', w'): repeats the last row and column up to multiples of `factor`. Any dtype.
 

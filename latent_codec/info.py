@@ -33,11 +33,12 @@ def count_flops(config: CodecConfig, side: int = _SIDE) -> Flops:
     """Of one `side` x `side` image, at 2 per multiply-accumulate; convolutions, products and attention."""
     with torch.device("meta"):
         codec = Codec(config).eval()
-        pixels = torch.zeros(1, config.image_channels, side, side)
+        pixels = torch.zeros(1, config.image_channels + len(config.classes), side, side)
+        latents = torch.zeros(1, config.latent_channels + len(config.classes), *(2 * [side // codec.factor]))
         with FlopCounterMode(display=False) as encoder:
-            posterior = codec.encode(pixels)
+            codec.backbone.encode(pixels)
         with FlopCounterMode(display=False) as decoder:
-            codec.likelihood_params(posterior.mean)
+            codec.backbone.decode(latents)
     return Flops(encoder.get_total_flops(), decoder.get_total_flops())
 
 
@@ -86,6 +87,8 @@ def _describe_model(path: Path) -> str:
         f"compute     encoder {flops.encoder / 1e9:.2f} GFLOP, decoder {flops.decoder / 1e9:.2f} GFLOP per "
         f"{side}x{side} image (2 per multiply-accumulate)",
     ]
+    if config.classes:
+        lines.append(f"classes     {len(config.classes)}: {', '.join(config.classes)}")
     if statistics is None:
         lines.append("statistics  none")
     else:

@@ -1,4 +1,4 @@
-"""Finding images: one file, a folder's tree, a glob, or tar shards."""
+"""Finding images: one file, a folder's tree, a glob, tar shards or IDX files."""
 
 import glob
 import os
@@ -8,20 +8,34 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
+from latent_codec import idx
 from latent_codec.errors import UserError
 from latent_codec.images import DEFAULT_MAX_PIXELS, EXTENSIONS, Image, read_image
 
 
 class Source(NamedTuple):
-    """One image: a byte range of a file (the whole file, or a tar shard's member)."""
+    """One image: a byte range of a file (the whole file, a tar shard's member, or an IDX file's bare pixels)."""
 
     name: str
     """Path relative to where the search began, with "/" between its parts; unique within one search."""
     path: Path
     offset: int
     size: int
+    bare: tuple[int, int] | None = None
+    """Height and width of grey pixels without a header, in an IDX file's content."""
+
+    @property
+    def label(self) -> str | None:
+        """Its class: the first folder of its name; None at the top level."""
+        first, slash, _ = self.name.partition("/")
+        return first if slash else None
 
     def read_bytes(self) -> bytes:
+        """As they lie there; bare pixels become a PGM file. Raises `OSError`."""
+        if self.bare is not None:
+            height, width = self.bare
+            pixels = idx.content(self.path)[self.offset : self.offset + self.size]
+            return b"P5 %d %d 255\n" % (width, height) + pixels
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -36,17 +50,18 @@ class Source(NamedTuple):
 
 
 def find_images(where: Path | str) -> list[Source]:
-    """Images in a file, a folder (recursively; by suffix), a tar file, or a glob's matches.
+    """Images in a file, a folder (recursively; by suffix), a tar file, an IDX file, or a glob's matches.
 
-    Tar files directly in a folder and tar files that a glob matches are searched as well. Links to folders are not
-    followed. The order is fixed: sorted by name. Raises `UserError` if nothing is found, a folder or tar file cannot
-    be read to its end, or two images would have the same name.
+    IDX files are known by their names (`train-images-idx3-ubyte`, also with `.gz`); where their labels lie beside them
+    the images are named as in folders of classes. Tar files directly in a folder and tar files that a glob matches are
+    searched as well. Links to folders are not followed. The order is fixed: sorted by name. Raises `UserError` if
+    nothing is found, a folder, tar or IDX file cannot be read to its end, or two images would have the same name.
     """
     path = Path(where)
     if path.is_dir():
         sources = _in_folder(path)
     elif path.is_file():
-        sources = _in_tar(path, path.stem) if _is_tar(path) else [_whole(path, path.name)]
+        sources = _in_file(path)
     elif glob.has_magic(str(where)):
         sources = _matching(str(where))
     else:
@@ -67,6 +82,12 @@ def find_all(places: Sequence[Path]) -> list[Source]:
         for i, (place, sources) in enumerate(zip(places, found, strict=True))
         for s in sources
     ]
+
+
+def _in_file(path: Path) -> list[Source]:
+    if _is_tar(path):
+        return _in_tar(path, path.stem)
+    return _in_idx(path, "") if idx.is_idx(path) else [_whole(path, path.name)]
 
 
 def _whole(path: Path, name: str) -> Source:
@@ -142,7 +163,17 @@ def _in_files(files: list[Path], root: Path) -> list[Source]:
     sources = [_whole(f, f.relative_to(root).as_posix()) for f in files if _is_image(f.name)]
     for shard in (f for f in files if _is_tar(f)):
         sources += _in_tar(shard, shard.relative_to(root).with_suffix("").as_posix())
+    packed = {f for f in files if f.suffix == ".gz" and f.with_suffix("") in files}  # and unpacked beside it
+    for file in (f for f in files if idx.is_idx(f) and f not in packed):
+        sources += _in_idx(file, file.parent.relative_to(root).as_posix())
     return sources
+
+
+def _in_idx(path: Path, prefix: str) -> list[Source]:
+    return [
+        Source(str(PurePosixPath(prefix, name)), path, offset, height * width, (height, width))
+        for name, offset, height, width in idx.find(path)
+    ]
 
 
 def _in_tar(shard: Path, prefix: str, wanted: Callable[[str], bool] = _is_image) -> list[Source]:

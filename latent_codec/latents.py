@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from latent_codec.batches import Rows
 from latent_codec.bottlenecks import DiagonalGaussian
@@ -202,19 +202,16 @@ class _Kind(NamedTuple):
     name: str
     """As safetensors calls it."""
     bits: type[np.unsignedinteger[Any]]
+    magnitude: int
+    """All bits but the sign's."""
     infinity: int
     """Its bits: those of finite numbers are below, but for the sign."""
 
-    @property
-    def magnitude(self) -> int:
-        """All bits but the sign's."""
-        return int(np.iinfo(self.bits).max) >> 1
-
 
 _KINDS: dict[StoredDtype, _Kind] = {
-    "float16": _Kind(torch.float16, "F16", np.uint16, 0x7C00),
-    "bfloat16": _Kind(torch.bfloat16, "BF16", np.uint16, 0x7F80),
-    "float32": _Kind(torch.float32, "F32", np.uint32, 0x7F800000),
+    "float16": _Kind(torch.float16, "F16", np.uint16, 0x7FFF, 0x7C00),
+    "bfloat16": _Kind(torch.bfloat16, "BF16", np.uint16, 0x7FFF, 0x7F80),
+    "float32": _Kind(torch.float32, "F32", np.uint32, 0x7FFFFFFF, 0x7F800000),
 }
 
 
@@ -302,7 +299,7 @@ class Latents(Dataset[LatentSample]):
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(height, width) of each image's latents, for `batches.ShapeBatches`."""
-        return [latent_size(entry.geometry, self.header.factor) for entry in self.entries]
+        return [self._size(index) for index in range(len(self.entries))]
 
     def set_epoch(self, epoch: int) -> None:
         """Draws of different epochs are independent.
@@ -330,7 +327,7 @@ class Latents(Dataset[LatentSample]):
         rows, epoch = indices if isinstance(indices, Rows) else (indices, self.epoch)
         by_size: dict[tuple[int, int], list[int]] = {}
         for index in rows:
-            by_size.setdefault(latent_size(self.entries[index].geometry, self.header.factor), []).append(index)
+            by_size.setdefault(self._size(index), []).append(index)
         found: dict[int, LatentSample] = {}
         for same in by_size.values():
             moments = self.moments(Rows(tuple(same), epoch))
@@ -356,20 +353,26 @@ class Latents(Dataset[LatentSample]):
 
     def _read(self, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         """Means and log-variances of images of one size, mirrored or not, (b, z, h, w) of the stored type each."""
-        kind, first = _KINDS[self.header.dtype], self._spans(indices[0], flips[0])[0]
-        both = torch.empty(2, len(indices), *first.shape[1:], dtype=kind.dtype)
-        values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
-        bits = values.view(kind.bits)
+        kind, size = _KINDS[self.header.dtype], self._size(indices[0])
+        spans: dict[tuple[str, bool], tuple[Span, Span]] = {}
+        values: np.ndarray | None = None
+        both = torch.empty(0)
         for place in sorted(range(len(indices)), key=lambda i: self._place(indices[i])):  # as they lie on the disk
-            entry, spans = self.entries[indices[place]], self._spans(indices[place], flips[place])
-            if spans[0].shape[1:] != first.shape[1:]:
-                raise UserError(
-                    f"{entry.path}: its latents are no {first.shape[1:]} as {self.entries[indices[0]].path}'s"
-                )
+            entry, flip = self.entries[indices[place]], flips[place]
+            if self._size(indices[place]) != size:
+                raise UserError(f"{entry.path}: its latents are no {size} as {self.entries[indices[0]].path}'s")
             with _naming(entry):
-                for part, span in enumerate(spans):
+                if (entry.shard, flip) not in spans:
+                    spans[entry.shard, flip] = self._spans(entry.shard, size, flip)
+                found = spans[entry.shard, flip]
+                if values is None:
+                    both = _empty((2, len(indices), *found[0].shape[1:]), kind.dtype)
+                    values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
+                elif found[0].shape[1] != both.shape[2]:
+                    raise ValueError(f"it holds {found[0].shape[1]} channels, others {both.shape[2]}")
+                for part, span in enumerate(found):
                     self._reader.read(entry.shard, span, entry.row, values[part, place])
-            if (bits[:, place] & kind.magnitude).max() >= kind.infinity:
+            if (values[:, place].view(kind.bits) & kind.magnitude).max() >= kind.infinity:
                 raise UserError(
                     f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again"
                 )
@@ -378,15 +381,25 @@ class Latents(Dataset[LatentSample]):
     def _place(self, index: int) -> tuple[str, int]:
         return self.entries[index].shard, self.entries[index].row
 
-    def _spans(self, index: int, flip: bool = False) -> tuple[Span, Span]:
-        """Where means and log-variances of an image's size are in its shard: (n, z, h, w) both."""
-        entry, size = self.entries[index], latent_size(self.entries[index].geometry, self.header.factor)
-        with _naming(entry):
-            mean, logvar = (self._reader.span(entry.shard, tensor_name(part, size)) for part in parts(flip=flip))
-            fits = len(mean.shape) == 4 and mean.shape[2:] == size and mean.shape == logvar.shape
-            if not fits or not mean.dtype == logvar.dtype == _KINDS[self.header.dtype].name:
-                raise ValueError(f"it holds {mean.dtype} {mean.shape} and {logvar.dtype} {logvar.shape}")
+    def _size(self, index: int) -> tuple[int, int]:
+        return latent_size(self.entries[index].geometry, self.header.factor)
+
+    def _spans(self, shard: str, size: tuple[int, int], flip: bool) -> tuple[Span, Span]:
+        """Where means and log-variances of a size are in a shard, (n, z, h, w) both; raises as `ShardReader.span`."""
+        mean, logvar = (self._reader.span(shard, tensor_name(part, size)) for part in parts(flip=flip))
+        fits = len(mean.shape) == 4 and mean.shape[2:] == size and mean.shape == logvar.shape
+        if not fits or not mean.dtype == logvar.dtype == _KINDS[self.header.dtype].name:
+            raise ValueError(f"it holds {mean.dtype} {mean.shape} and {logvar.dtype} {logvar.shape}")
         return mean, logvar
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """In a data loader's worker within the memory that it shares with the loader, so that nothing is copied there."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    storage = torch.UntypedStorage._new_shared(size, device="cpu")  # as torch's own collation does
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)  # pyright: ignore[reportArgumentType]
 
 
 class Index(NamedTuple):

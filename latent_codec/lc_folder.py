@@ -20,7 +20,17 @@ from latent_codec.inputs import Source, find_files, find_images
 from latent_codec.latents import INDEX, stored_files
 from latent_codec.noise import fold, text_key
 from latent_codec.outputs import Output, image_output, make_outputs
-from latent_codec.pipeline import RESUME, Input, Job, Resume, Work, check_options, check_rgb, in_batches
+from latent_codec.pipeline import (
+    RESUME,
+    Input,
+    Job,
+    Resume,
+    Work,
+    check_channels,
+    check_options,
+    check_unconditional,
+    in_batches,
+)
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Quantized
 from latent_codec.rate import Rate, choose
@@ -55,10 +65,11 @@ def encode_streams(
 
     The posterior's mean is rounded, or with `sample` dithered by (sample, name) alone: what is decoded is then a draw
     around it. `prior` is the kind to code under, by default the best the model has. Raises `UserError` before any work
-    if nothing is found, an option makes no sense, the model has no such prior or is none of RGB images, or `folder`
-    holds latents; and as `outputs.make_outputs` does.
+    if nothing is found, an option makes no sense, the model has no such prior or is none of grey or RGB images, or
+    `folder` holds latents; and as `outputs.make_outputs` does.
     """
-    check_rgb(codec)
+    check_channels(codec)
+    check_unconditional(codec, "a .lc file")
     check_options(background, max_pixels)
     if sample is not None and not 0 <= sample < 2**64:
         raise UserError(f"--sample {sample} is no seed of 64 bits; give one from 0 to {2**64 - 1}")
@@ -176,7 +187,8 @@ def decode_streams(
     With `tar` it becomes a member of a tar shard. Damaged files and those of another model fail, the others go on.
     Raises `UserError` before any work if there are none or the model has no prior, and as `outputs.make_outputs` does.
     """
-    check_rgb(codec)
+    check_channels(codec)
+    check_unconditional(codec, "a .lc file")
     check_options("#ffffff", max_pixels)
     networks = Networks(codec, compute)
     sources = find_streams(where)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, logsigmoid
 
 from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.noise import uniforms
 from latent_codec.precision import float32_island
 
 
@@ -41,6 +42,10 @@ class Likelihood(nn.Module, abc.ABC):
     @abc.abstractmethod
     def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pixels -> float32 pixels in this likelihood's range; the network's input as well."""
+
+    def observe(self, pixels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels (b, c, h, w) -> float32 pixels as `log_prob` takes them; where they are drawn, by keys (b,)."""
+        return self.from_uint8(pixels)
 
     @abc.abstractmethod
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
@@ -217,16 +222,22 @@ class DiscretizedLogistic(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Binary pixels {0, 1}; the parameter is the logit. uint8 pixels are 1 from 128 up."""
+    """Binary pixels {0, 1}; the parameter is the logit. uint8 pixels are 1 from 128 up, or drawn if so configured."""
 
     params_per_channel = 1
     data_range = (0.0, 1.0)
 
     def __init__(self, config: BernoulliConfig) -> None:
         super().__init__()
+        self.config = config
 
     def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels >= 128).float()
+
+    def observe(self, pixels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        if self.config.pixels == "threshold":
+            return self.from_uint8(pixels)
+        return (uniforms(keys, tuple(pixels.shape[1:])) * 255 < pixels).float()
 
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
         return (x.float() * 255).round().clamp(0, 255).to(torch.uint8)

@@ -59,6 +59,12 @@ def uniform(keys: torch.Tensor) -> torch.Tensor:
     return _shift(mix(keys), 11).double() * 2.0**-53
 
 
+def uniforms(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Float32 in [0, 1), (b, *shape) from keys (b,) int64, the top 24 bits of a hash each: the same on every device."""
+    bits = _shift(hashes(keys, math.prod(shape)), 40)
+    return (bits.float() * 2.0**-24).reshape(len(keys), *shape)
+
+
 def below(limit: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Int64 in [0, limit), `limit` in 1 .. 2^53 broadcastable to `keys`."""
     return (uniform(keys) * limit).long()  # 1 - 2^-53 times a limit never rounds up to it

@@ -135,9 +135,16 @@ def check_gaussian(codec: Codec) -> None:
         )
 
 
-def check_rgb(codec: Codec) -> None:
-    if codec.config.image_channels != 3:
-        raise UserError(f"a model of images with {codec.config.image_channels} channels; image files need one with 3")
+def check_channels(codec: Codec) -> None:
+    """Raise `UserError` unless the model is one of grey or of RGB images."""
+    if (channels := codec.config.image_channels) not in (1, 3):
+        raise UserError(f"a model of images with {channels} channels; image files need one with 1 (grey) or 3 (RGB)")
+
+
+def check_unconditional(codec: Codec, what: str) -> None:
+    """Raise `UserError` for a model that is told each image's class where nothing could tell it: `what`."""
+    if classes := codec.config.classes:
+        raise UserError(f"the model is told which of {len(classes)} classes an image is of; {what} cannot tell it")
 
 
 class Resume(NamedTuple):

@@ -22,7 +22,7 @@ from latent_codec.inputs import Source, find_images
 from latent_codec.lc_folder import dither_seed
 from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.pipeline import check_rgb
+from latent_codec.pipeline import check_channels, check_unconditional
 from latent_codec.quantizer import step_code
 from latent_codec.rd_report import Record, Report, Row, Setting, report
 from latent_codec.streams import StreamCodec, StreamReader
@@ -96,7 +96,8 @@ class _Ours:
         if not steps or len(set(steps)) != len(steps):
             raise UserError(f"--steps {' '.join(f'{s:g}' for s in steps)}: give at least one, each once")
         self.codec, self.sample = codec, sample
-        check_rgb(codec)
+        check_channels(codec)
+        check_unconditional(codec, "a .lc file")
         if (kind := codec.config.bottleneck.kind) != "gaussian":
             raise UserError(
                 f"--rd sets files beside the KL of a posterior, which a {kind} bottleneck has not; leave it out"

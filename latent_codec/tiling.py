@@ -8,6 +8,7 @@ be measured.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from latent_codec.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
+from latent_codec.images import in_channels, in_rgb
 from latent_codec.metrics import psnr
 
 # 2.4 megapixels: lite takes 0.2 GB for them, and the decoder of Stable Diffusion's shape, at 3 KB a pixel, 7 GB.
@@ -57,40 +59,54 @@ def check_tile(codec: Codec, tile: int) -> None:
         raise UserError(f"--tile {tile} is no multiple of the model's {factor}; give {below} or {below + factor}")
 
 
-def encode(codec: Codec, pixels: torch.Tensor, tile: int | None) -> Posterior:
+def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> Posterior:
     """The posterior, on the CPU, of pixels (b, c, h, w) as `Codec.encode` takes them, wherever they are.
 
+    A model of grey images also takes uint8 RGB, whose luma it sees.
     `tile` is the side, in pixels, of what the network sees at once of larger images, margins included; None is no
-    limit. Only a tile is moved to the network's device. The caller enters autocast.
+    limit. Only a tile is moved to the network's device. The caller enters autocast. `labels` are `Codec.encode`'s.
     Raises `UserError` for a tile that the model cannot have, `ValueError` as `Codec.encode` does.
     """
+    if pixels.dtype == torch.uint8 and codec.config.image_channels == 1:
+        pixels = in_channels(pixels, 1)
     codec.check_pixels(pixels)
     if tile is not None:
         check_tile(codec, tile)
     if tile is not None and cuts(pixels[0, 0].numel(), tile):
-        return _encode_tiles(codec, pixels, tile)
-    return codec.encode(pixels.to(_device(codec))).cpu()
+        return _encode_tiles(codec, pixels, tile, labels)
+    return codec.encode(pixels.to(_device(codec)), _there(codec, labels)).cpu()
 
 
-def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None) -> torch.Tensor:
-    """Expected pixels (b, c, h, w) as uint8, rounded and clipped, on the CPU, of latents (b, z, h/f, w/f) anywhere.
+def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Expected pixels (b, 3, h, w) as uint8, rounded and clipped, on the CPU, of latents (b, z, h/f, w/f) anywhere.
 
-    `tile` is in pixels, as for `encode`; raises as it does.
+    `tile` is in pixels, and `labels` are, as for `encode`; raises as it does.
     """
-    return _decode(codec, z, tile, codec.decode_uint8, codec.likelihood.to_uint8)
+    return in_rgb(_decode(codec, z, tile, labels, codec.decode_uint8, codec.likelihood.to_uint8))
 
 
-def decode(codec: Codec, z: torch.Tensor, tile: int | None) -> torch.Tensor:
-    """The same in float32, in the likelihood's range and not clipped, as `Codec.decode` gives it."""
-    return _decode(codec, z, tile, codec.decode, torch.Tensor.float)
+def decode(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped, as `Codec.decode` gives them."""
+    return _decode(codec, z, tile, labels, codec.decode, torch.Tensor.float)
 
 
-def _decode(codec: Codec, z: torch.Tensor, tile: int | None, whole: _Map, convert: _Map) -> torch.Tensor:
+def _decode(
+    codec: Codec,
+    z: torch.Tensor,
+    tile: int | None,
+    labels: torch.Tensor | None,
+    whole: Callable[..., torch.Tensor],
+    convert: _Map,
+) -> torch.Tensor:
     if tile is not None:
         check_tile(codec, tile)
     if tile is not None and cuts(z[0, 0].numel() * codec.factor**2, tile):
-        return _decode_tiles(codec, z, tile, convert)
-    return whole(z.to(_device(codec))).cpu()
+        return _decode_tiles(codec, z, tile, labels, convert)
+    return whole(z.to(_device(codec)), _there(codec, labels)).cpu()
+
+
+def _there(codec: Codec, labels: torch.Tensor | None) -> torch.Tensor | None:
+    return None if labels is None else labels.to(_device(codec))
 
 
 def _device(codec: Codec) -> torch.device:
@@ -141,20 +157,22 @@ class _Direction(NamedTuple):
     margin: int | None
 
 
-def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int) -> Posterior:
+def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Tensor | None) -> Posterior:
     # What is blended is the network's output, means and log-variances, and clamped once: the result estimates what the
     # network would say of the whole. Blending variances would differ by (difference of the log-variances)^2 / 8.
     margin = codec.backbone.encoder_margin
-    direction = _Direction(codec.features, torch.Tensor.float, codec.factor, 1, margin)
+    network = partial(codec.features, labels=_there(codec, labels))
+    direction = _Direction(network, torch.Tensor.float, codec.factor, 1, margin)
     features = _tiled(direction, pixels, tile // codec.factor, _device(codec))  # (b, features * z, h/f, w/f)
     return codec.bottleneck(features)  # works wherever its input is
 
 
-def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int, convert: _Map) -> torch.Tensor:
+def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor | None, convert: _Map) -> torch.Tensor:
     def finish(params: torch.Tensor) -> torch.Tensor:
         return convert(codec.likelihood.mean(params))
 
-    direction = _Direction(codec.likelihood_params, finish, 1, codec.factor, codec.backbone.decoder_margin)
+    network = partial(codec.likelihood_params, labels=_there(codec, labels))
+    direction = _Direction(network, finish, 1, codec.factor, codec.backbone.decoder_margin)
     return _tiled(direction, z, tile // codec.factor, _device(codec))
 
 
@@ -227,23 +245,27 @@ class DecodeError(NamedTuple):
         return f"decoded pixels differ by up to {self.largest} of 255 (PSNR between the two {self.psnr:.2f} dB)"
 
 
-def encode_error(codec: Codec, pixels: torch.Tensor, tile: int) -> EncodeError:
+def encode_error(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Tensor | None = None) -> EncodeError:
     """Measure tiling on pixels (b, c, h, w) uint8 that fit into memory whole; they are cut whatever their area."""
-    whole, tiled = encode(codec, pixels, None), _encode_tiles(codec, pixels, tile)
+    pixels = in_channels(pixels, codec.config.image_channels)
+    whole, tiled = encode(codec, pixels, None, labels), _encode_tiles(codec, pixels, tile, labels)
+    convert = codec.likelihood.to_uint8
     difference = tiled.mean - whole.mean
     if isinstance(whole, DiagonalGaussian):
         difference = difference / whole.std
     return EncodeError(
         difference.abs().amax().item(),
         difference.square().mean().sqrt().item(),
-        psnr(decode_uint8(codec, whole.mean, None), pixels.cpu()).mean().item(),
-        psnr(_decode_tiles(codec, tiled.mean, tile, codec.likelihood.to_uint8), pixels.cpu()).mean().item(),
+        psnr(_decode(codec, whole.mean, None, labels, codec.decode_uint8, convert), pixels.cpu()).mean().item(),
+        psnr(_decode_tiles(codec, tiled.mean, tile, labels, convert), pixels.cpu()).mean().item(),
     )
 
 
-def decode_error(codec: Codec, z: torch.Tensor, tile: int) -> DecodeError:
+def decode_error(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor | None = None) -> DecodeError:
     """Measure tiling on latents (b, z, h, w) whose image fits into memory whole; they are cut whatever their area."""
-    whole, tiled = decode_uint8(codec, z, None), _decode_tiles(codec, z, tile, codec.likelihood.to_uint8)
+    convert = codec.likelihood.to_uint8
+    whole = _decode(codec, z, None, labels, codec.decode_uint8, convert)
+    tiled = _decode_tiles(codec, z, tile, labels, convert)
     return DecodeError(int((whole.int() - tiled.int()).abs().amax()), psnr(tiled, whole).mean().item())
 
 

@@ -103,6 +103,13 @@ def test_binary_pixels_are_taken_as_they_are_given() -> None:
     assert (of_others != of_binary).all()
 
 
+def test_drawn_pixels_are_fixed_by_the_key() -> None:
+    codec = linear(BernoulliConfig(pixels="drawn"))
+    pixels = torch.full((1, 3, 4, 4), 128, dtype=torch.uint8)
+    found = [bounds(codec, pixels, torch.tensor([key]), 3, at_once=10).log_likelihoods for key in (1, 1, 2)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize(("k", "at_once"), [(0, 1), (1, 0)])
 def test_no_samples_are_refused(exact: Codec, x: torch.Tensor, k: int, at_once: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):

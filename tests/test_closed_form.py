@@ -56,7 +56,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Batches:
             field = (field + np.roll(field, 1, axis) + np.roll(field, 2, axis)) / math.sqrt(3)
         field = np.clip(field * 35 + np.array([150, 128, 90]), 0, 255)
         Image.fromarray(np.rint(field).astype(np.uint8)).save(folder / f"{i}.png")
-    return MemoryImages(find_images(folder), PLAN.crop, torch.device("cpu"), quiet=True)
+    sources = find_images(folder)
+    return MemoryImages(sources, torch.zeros(len(sources)), 3, PLAN.crop, torch.device("cpu"), quiet=True)
 
 
 def make(config: CodecConfig) -> Codec:

@@ -287,10 +287,10 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
         started.append(name)
         return read(data, name=name, **options)
 
-    def count_encoding(x: torch.Tensor) -> Any:
+    def count_encoding(x: torch.Tensor, labels: torch.Tensor) -> Any:
         waiting.append(len(started) - sum(encoded))
         encoded.append(len(x))
-        return forward(x)
+        return forward(x, labels)
 
     monkeypatch.setattr(compression, "read_image", count_reading)
     monkeypatch.setattr(codec, "encode", count_encoding)
@@ -317,9 +317,9 @@ def test_a_batch_holds_images_of_one_shape_and_every_image_once(
     batches: list[torch.Size] = []
     forward = codec.encode
 
-    def record(x: torch.Tensor) -> Any:
+    def record(x: torch.Tensor, labels: torch.Tensor) -> Any:
         batches.append(x.shape)
-        return forward(x)
+        return forward(x, labels)
 
     monkeypatch.setattr(codec, "encode", record)
     encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 3))
@@ -472,11 +472,11 @@ def test_nothing_found_leaves_existing_latents_alone(codec: Codec, tmp_path: Pat
     assert contents(latents) == before
 
 
-def test_a_model_of_grey_images_is_refused_not_fed_with_colour(codec: Codec, tmp_path: Path, latents: Path) -> None:
-    grey = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 1}))
+def test_a_model_of_neither_grey_nor_rgb_images_is_refused(codec: Codec, tmp_path: Path, latents: Path) -> None:
+    two = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 2}))
     for work, source in ((encode, tmp_path / "src"), (decode, latents)):
-        with pytest.raises(UserError, match="images with 1 channels"):
-            work(grey, source, tmp_path / "out")
+        with pytest.raises(UserError, match="images with 2 channels"):
+            work(two, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

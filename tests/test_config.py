@@ -21,6 +21,7 @@ from latent_codec.config import (
     GaussianConfig,
     LinearConfig,
     LiteConfig,
+    MLPConfig,
     dumps,
     from_json,
     to_json,
@@ -52,12 +53,19 @@ backbones = st.one_of(
         quant_conv=st.booleans(),
         post_quant_conv=st.booleans(),
     ),
+    st.builds(
+        MLPConfig,
+        side=integers,
+        encoder_widths=several,
+        decoder_widths=several,
+        activation=st.sampled_from(["tanh", "relu", "silu"]),
+    ),
 )
 bottlenecks = st.builds(DiagonalGaussianConfig, logvar_min=floats, logvar_max=floats)
 likelihoods = st.one_of(
     st.builds(GaussianConfig, scale=st.sampled_from(["fixed", "learned", "per_pixel"]), sigma=floats),
     st.builds(DiscretizedLogisticConfig, components=integers),
-    st.builds(BernoulliConfig),
+    st.builds(BernoulliConfig, pixels=st.sampled_from(["threshold", "drawn"])),
 )
 codecs = st.builds(
     CodecConfig,
@@ -170,6 +178,12 @@ def test_an_unknown_field_is_an_error_that_names_it(part: str) -> None:
 def test_a_missing_field_is_an_error_that_names_it(path: str) -> None:
     with pytest.raises(ValueError, match=f"missing.*{path.split('.')[-1]}"):
         from_json(CodecConfig, changed(path, ...))
+
+
+def test_a_field_at_its_default_is_left_out_so_that_older_files_keep_their_text() -> None:
+    assert to_json(BernoulliConfig(pixels="threshold")) == {"kind": "bernoulli"}
+    assert from_json(BernoulliConfig, {"kind": "bernoulli"}) == BernoulliConfig(pixels="threshold")
+    assert to_json(BernoulliConfig(pixels="drawn")) == {"kind": "bernoulli", "pixels": "drawn"}
 
 
 @pytest.mark.parametrize("kind", ["transformer", "", None, 3, ["lite"], {"lite": 1}, ...])

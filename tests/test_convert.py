@@ -91,7 +91,8 @@ def test_seed_and_epoch_choose_the_draw(codec: Codec, tmp_path: Path, to: CacheN
 
 def damage(latents: Latents, index: int) -> str:
     """An infinity in one image's latents."""
-    entry, span = latents.entries[index], latents._spans(index)[0]
+    entry = latents.entries[index]
+    span = latents._spans(entry.shard, latents.shapes[index], False)[0]
     shard = latents.folder / entry.shard
     data = bytearray(shard.read_bytes())
     start = span.start + entry.row * 2 * 4 * 4

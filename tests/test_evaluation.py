@@ -33,7 +33,7 @@ def run(codec: Codec, where: Path | str, out: Path | None, **options: Any) -> Re
 def grey_codec(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> Codec:
     """A codec that decodes everything to grey level 100."""
 
-    def decode(z: torch.Tensor) -> torch.Tensor:
+    def decode(z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         b, _, h, w = z.shape
         return torch.full((b, 3, 8 * h, 8 * w), 100, dtype=torch.uint8)
 

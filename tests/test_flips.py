@@ -144,9 +144,9 @@ def test_memory_for_one_batch_is_enough(
     largest: list[int] = []
     real = codec.encode
 
-    def count(pixels: torch.Tensor) -> object:
+    def count(pixels: torch.Tensor, labels: torch.Tensor) -> object:
         largest.append(len(pixels))
-        return real(pixels)
+        return real(pixels, labels)
 
     monkeypatch.setattr(codec, "encode", count)
     encode(codec, photos, tmp_path / "z", Compute("cpu", "float32", 2, 1), flips=True)

@@ -118,7 +118,7 @@ def test_a_damaged_row_is_named_in_a_batch(codec: Codec, tmp_path: Path) -> None
     store(tmp_path, codec, PATHS, "float16")
     latents = Latents(tmp_path)
     entry = latents.entries[2]
-    span = latents._spans(2)[1]
+    span = latents._spans(entry.shard, latents.shapes[2], False)[1]
     shard = tmp_path / entry.shard
     data = bytearray(shard.read_bytes())
     size = 2 * 4 * latents.shapes[2][0] * latents.shapes[2][1]

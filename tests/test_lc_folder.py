@@ -111,7 +111,9 @@ def test_files_and_latents_depend_on_no_batch_worker_or_thread(
     (tmp_path / "one").mkdir()
     shutil.copy(photos / "4.png", tmp_path / "one")
     forward, latents = codec.decode_uint8, []
-    monkeypatch.setattr(codec, "decode_uint8", lambda z: latents.extend(v.numpy().tobytes() for v in z) or forward(z))
+    monkeypatch.setattr(
+        codec, "decode_uint8", lambda z, _: latents.extend(v.numpy().tobytes() for v in z) or forward(z)
+    )
     files, found = [], []
     for batch, workers, threads in ((1, 1, 1), (8, 3, 1), (3, 2, 2)):
         out, compute = tmp_path / f"{batch}", Compute("cpu", "float32", batch, workers)
@@ -444,10 +446,10 @@ def test_larger_images_than_allowed_are_refused_both_ways(
 def test_options_without_sense_are_refused_before_any_work(codec: Codec, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'white' is no colour"):
         encode(codec, photos, tmp_path / "z", background="white")
-    grey = Codec(dataclasses.replace(codec.config, image_channels=1))
+    two = Codec(dataclasses.replace(codec.config, image_channels=2))
     for work in (encode, decode):
-        with pytest.raises(UserError, match="images with 1 channels"):
-            work(grey, photos, tmp_path / "z")
+        with pytest.raises(UserError, match="images with 2 channels"):
+            work(two, photos, tmp_path / "z")
     assert not (tmp_path / "z").exists()
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import unfold
 from torch.utils.flop_counter import FlopCounterMode
 
 from latent_codec.bottlenecks import DiagonalGaussianBottleneck
-from latent_codec.config import ConvConfig, DiagonalGaussianConfig, LinearConfig, LiteConfig
+from latent_codec.config import ConvConfig, DiagonalGaussianConfig, LinearConfig, LiteConfig, MLPConfig
 from latent_codec.networks import BACKBONES, ConvBackbone, LinearBackbone, LiteBackbone
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.networks.lite import ResidualBlock
@@ -35,12 +35,14 @@ ONE_RESOLUTION = LiteConfig(
 CONV = ConvConfig(
     widths=(8, 16, 16), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
 )
+MLP = MLPConfig(side=4, encoder_widths=(12, 8), decoder_widths=(10,), activation="tanh")
 EVERY_KIND = {
     "linear": LinearConfig(patch=4),
     "lite": LITE,
     "small lite": SMALL_LITE,
     "one resolution": ONE_RESOLUTION,
     "conv": CONV,
+    "mlp": MLP,
 }
 
 
@@ -62,7 +64,7 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
 @pytest.mark.parametrize(("c", "z", "features", "params"), [(3, 4, 2, 1), (1, 5, 1, 2), (3, 3, 2, 6)])
 def test_four_integers_and_the_factor_set_every_shape(kind: str, c: int, z: int, features: int, params: int) -> None:
     config = EVERY_KIND[kind]
-    network = BACKBONES[config.kind](config, c, z, features, params)
+    network = BACKBONES[config.kind](config, c, z, features, params, 0)
     f = network.factor
     with torch.no_grad():
         assert network.encode(torch.zeros(2, c, 3 * f, 2 * f)).shape == (2, features * z, 3, 2)
@@ -72,7 +74,7 @@ def test_four_integers_and_the_factor_set_every_shape(kind: str, c: int, z: int,
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_every_weight_takes_part(kind: str) -> None:
     config = EVERY_KIND[kind]
-    network = BACKBONES[config.kind](config, 3, 4, 2, 1)
+    network = BACKBONES[config.kind](config, 3, 4, 2, 1, 0)
     x, z = torch.rand(1, 3, 16, 16, generator=seeded(0)), torch.rand(1, 4, 4, 4, generator=seeded(1))
     (network.encode(x).square().sum() + network.decode(z).square().sum()).backward()
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
@@ -121,9 +123,9 @@ def test_conv_is_diffusers_autoencoder_kl_with_the_same_weights(case: str) -> No
     config, z = SAME_AS_DIFFUSERS[case]
     theirs = reference(config, z)
     randomise(theirs)
-    ours = ConvBackbone(config, 3, z, 2, 1)
+    ours = ConvBackbone(config, 3, z, 2, 1, 0)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    bottleneck = DiagonalGaussianBottleneck(DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0))
+    bottleneck = DiagonalGaussianBottleneck(DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0), 4)
     x = 2 * torch.rand((2, 3, 32, 48), generator=seeded(1)) - 1
     with torch.no_grad():
         expected: Any = theirs.encode(x).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
@@ -145,14 +147,14 @@ def test_conv_has_the_tensors_of_autoencoder_kl_under_every_flag(flags: tuple[bo
     attention, quant, post_quant = flags
     config = conv_config((8, 16), 4, mid_attention=attention, quant_conv=quant, post_quant_conv=post_quant)
     with torch.device("meta"):
-        ours, theirs = ConvBackbone(config, 3, 4, 2, 1), reference(config, 4)
+        ours, theirs = ConvBackbone(config, 3, 4, 2, 1, 0), reference(config, 4)
     assert shapes(ours) == shapes(theirs)
 
 
 def test_conv_has_the_248_tensors_of_the_true_sd_shape() -> None:
     config = conv_config((128, 256, 512, 512), 32, layers=2)
     with torch.device("meta"):
-        ours, theirs = ConvBackbone(config, 3, 4, 2, 1), reference(config, 4)
+        ours, theirs = ConvBackbone(config, 3, 4, 2, 1, 0), reference(config, 4)
     assert len(shapes(ours)) == 248
     assert shapes(ours) == shapes(theirs)
     assert ours.factor == 8
@@ -166,7 +168,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 @pytest.mark.parametrize(("widths", "groups"), [((8, 12), 8), ((8, 16), 3), ((12, 8), 12)])
 def test_conv_groups_that_do_not_divide_every_width_are_an_error(widths: tuple[int, ...], groups: int) -> None:
     with pytest.raises(ValueError, match=rf"groups {groups}"):
-        ConvBackbone(conv_config(widths, groups), 3, 4, 2, 1)
+        ConvBackbone(conv_config(widths, groups), 3, 4, 2, 1, 0)
 
 
 # lite
@@ -176,7 +178,7 @@ def test_conv_groups_that_do_not_divide_every_width_are_an_error(widths: tuple[i
 def test_lite_stays_within_its_budget_of_operations(z: int) -> None:
     """2 per multiply-add for one 256x256 image; an SD-VAE encoder needs 270e9."""
     with torch.device("meta"):
-        network = LiteBackbone(LITE, 3, z, 2, 1)
+        network = LiteBackbone(LITE, 3, z, 2, 1, 0)
         x, latent = torch.empty(1, 3, 256, 256), torch.empty(1, z, 32, 32)
     with FlopCounterMode(display=False) as encoder:
         network.encode(x)
@@ -198,7 +200,7 @@ def test_lite_convolves_on_no_grid_finer_than_half(config: LiteConfig) -> None:
         sizes = [inputs[0].shape[-1], output.shape[-1]]
         grids[conv] = min(sizes) if patchwise else max(sizes)
 
-    network = LiteBackbone(config, 3, 4, 2, 1)
+    network = LiteBackbone(config, 3, 4, 2, 1, 0)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     for conv in convolutions:
         conv.register_forward_hook(record)
@@ -235,7 +237,7 @@ def support(gradient: torch.Tensor) -> tuple[int, int, int, int]:
 
 @pytest.mark.parametrize("config", [LITE, SMALL_LITE, ONE_RESOLUTION], ids=["lite", "small", "one resolution"])
 def test_lite_latents_see_a_bounded_neighbourhood_and_all_of_their_patch(config: LiteConfig) -> None:
-    network, f = LiteBackbone(config, 1, 2, 2, 1), config.patch
+    network, f = LiteBackbone(config, 1, 2, 2, 1, 0), config.patch
     randomise(network)
     row, column, cells = 14, 12, 26  # a latent element in a grid of 26x26
     x = torch.rand((1, 1, cells * f, cells * f), generator=seeded(0)).requires_grad_()
@@ -250,7 +252,7 @@ def test_lite_latents_see_a_bounded_neighbourhood_and_all_of_their_patch(config:
 
 @pytest.mark.parametrize("config", [LITE, SMALL_LITE, ONE_RESOLUTION], ids=["lite", "small", "one resolution"])
 def test_lite_pixels_come_from_a_bounded_neighbourhood_of_latents(config: LiteConfig) -> None:
-    network, f = LiteBackbone(config, 1, 2, 2, 1), config.patch
+    network, f = LiteBackbone(config, 1, 2, 2, 1, 0), config.patch
     randomise(network)
     row, column, cells = 14, 12, 26
     z = torch.rand((1, 2, cells, cells), generator=seeded(0)).requires_grad_()
@@ -265,7 +267,7 @@ def test_lite_pixels_come_from_a_bounded_neighbourhood_of_latents(config: LiteCo
 
 
 def test_lite_on_a_crop_with_margins_gives_the_latents_and_pixels_of_the_whole() -> None:
-    network, f = LiteBackbone(SMALL_LITE, 3, 4, 2, 1), SMALL_LITE.patch
+    network, f = LiteBackbone(SMALL_LITE, 3, 4, 2, 1, 0), SMALL_LITE.patch
     randomise(network)
     x = torch.rand((1, 3, 20 * f, 18 * f), generator=seeded(0))
     z = torch.randn((1, 4, 20, 18), generator=seeded(1))
@@ -285,7 +287,7 @@ def test_lite_on_a_crop_with_margins_gives_the_latents_and_pixels_of_the_whole()
 @pytest.mark.parametrize("config", [LITE, SMALL_LITE, ONE_RESOLUTION], ids=["lite", "small", "one resolution"])
 def test_lite_starts_as_nearly_its_linear_path_and_not_exactly(config: LiteConfig) -> None:
     torch.manual_seed(0)
-    network, f = LiteBackbone(config, 3, 4, 2, 1), config.patch
+    network, f = LiteBackbone(config, 3, 4, 2, 1, 0), config.patch
     x = 2 * torch.rand((2, 3, 6 * f, 6 * f), generator=seeded(0)) - 1
     z = torch.randn((2, 4, 6, 6), generator=seeded(1))
     with torch.no_grad():
@@ -306,7 +308,7 @@ def test_a_residual_block_starts_as_nearly_the_identity_and_not_exactly() -> Non
 
 def test_lite_takes_the_closed_form_into_its_linear_path() -> None:
     moments, sigma = photograph_moments(3, 8), 0.1
-    network, linear = LiteBackbone(LITE, 3, 4, 2, 1), LinearBackbone(LinearConfig(patch=8), 3, 4, 2, 1)
+    network, linear = LiteBackbone(LITE, 3, 4, 2, 1, 0), LinearBackbone(LinearConfig(patch=8), 3, 4, 2, 1, 0)
     network.start_from_closed_form(moments, sigma)
     linear.start_from_closed_form(moments, sigma)
     for name, tensor in linear.state_dict().items():
@@ -328,7 +330,7 @@ WRONG_LITE = {
 def test_a_lite_config_that_does_not_fit_is_an_error_that_names_the_field(case: str) -> None:
     change, message = WRONG_LITE[case]
     with pytest.raises(ValueError, match=message):
-        LiteBackbone(dataclasses.replace(LITE, **change), 3, 4, 2, 1)
+        LiteBackbone(dataclasses.replace(LITE, **change), 3, 4, 2, 1, 0)
 
 
 # linear
@@ -353,7 +355,7 @@ def patches_with(moments: PatchMoments, patch: int) -> torch.Tensor:
 
 def closed_form(c: int, patch: int, z: int, sigma: float, params: int = 1) -> tuple[LinearBackbone, PatchMoments]:
     moments = photograph_moments(c, patch)
-    network = LinearBackbone(LinearConfig(patch=patch), c, z, 2, params).double()
+    network = LinearBackbone(LinearConfig(patch=patch), c, z, 2, params, 0).double()
     network.start_from_closed_form(moments, sigma)
     return network, moments
 
@@ -377,7 +379,7 @@ def test_at_vanishing_sigma_the_linear_pair_is_the_svd_projection_of_patches(c: 
     patches = unfold(x, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # (n, d)
     mean = x.mean((0, 2, 3))
     centred = patches - mean.repeat_interleave(patch * patch)
-    network = LinearBackbone(LinearConfig(patch=patch), c, z, 2, 1).double()
+    network = LinearBackbone(LinearConfig(patch=patch), c, z, 2, 1, 0).double()
     network.start_from_closed_form(PatchMoments(mean, centred.T @ centred / len(centred)), sigma=1e-7)
     with torch.no_grad():
         found = network.decode(network.encode(x)[:, :z])
@@ -462,7 +464,7 @@ def test_a_component_weaker_than_the_noise_keeps_a_small_weight_that_gradients_c
     sigma = 0.5
     moments = photograph_moments(1, 2)
     moments = PatchMoments(moments.mean, moments.covariance * 1e-3)  # all far below sigma^2
-    network = LinearBackbone(LinearConfig(patch=2), 1, 4, 2, 1)
+    network = LinearBackbone(LinearConfig(patch=2), 1, 4, 2, 1, 0)
     network.start_from_closed_form(moments, sigma)
     for tensor in network.state_dict().values():
         assert tensor.isfinite().all()
@@ -471,21 +473,21 @@ def test_a_component_weaker_than_the_noise_keeps_a_small_weight_that_gradients_c
 
 
 def test_more_latents_than_dimensions_of_a_patch_are_an_error() -> None:
-    network = LinearBackbone(LinearConfig(patch=2), 1, 5, 2, 1)
+    network = LinearBackbone(LinearConfig(patch=2), 1, 5, 2, 1, 0)
     with pytest.raises(ValueError, match=r"5 latent channels.*4 dimensions"):
         network.start_from_closed_form(photograph_moments(1, 2), 0.1)
-    LinearBackbone(LinearConfig(patch=2), 1, 4, 2, 1).start_from_closed_form(photograph_moments(1, 2), 0.1)
+    LinearBackbone(LinearConfig(patch=2), 1, 4, 2, 1, 0).start_from_closed_form(photograph_moments(1, 2), 0.1)
 
 
 def test_moments_of_another_patch_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"moments of 16 values.*3x4x4"):
-        LinearBackbone(LinearConfig(patch=4), 3, 4, 2, 1).start_from_closed_form(photograph_moments(1, 4), 0.1)
+        LinearBackbone(LinearConfig(patch=4), 3, 4, 2, 1, 0).start_from_closed_form(photograph_moments(1, 4), 0.1)
 
 
 def test_the_closed_form_fits_every_count_of_features_and_parameters() -> None:
     moments, sigma = photograph_moments(3, 4), 0.1
-    plain = LinearBackbone(LinearConfig(patch=4), 3, 6, 2, 1)
-    deterministic, per_pixel = (LinearBackbone(LinearConfig(patch=4), 3, 6, f, p) for f, p in [(1, 1), (2, 2)])
+    plain = LinearBackbone(LinearConfig(patch=4), 3, 6, 2, 1, 0)
+    deterministic, per_pixel = (LinearBackbone(LinearConfig(patch=4), 3, 6, f, p, 0) for f, p in [(1, 1), (2, 2)])
     for network in (plain, deterministic, per_pixel):
         network.start_from_closed_form(moments, sigma)
     x, z = torch.randn((1, 3, 8, 8), generator=seeded(0)), torch.randn((1, 6, 2, 2), generator=seeded(1))
@@ -495,7 +497,7 @@ def test_the_closed_form_fits_every_count_of_features_and_parameters() -> None:
 
 
 def test_a_linear_latent_sees_exactly_its_patch() -> None:
-    network = LinearBackbone(LinearConfig(patch=4), 3, 2, 2, 1)
+    network = LinearBackbone(LinearConfig(patch=4), 3, 2, 2, 1, 0)
     x = torch.rand((1, 3, 20, 24), generator=seeded(0)).requires_grad_()
     (gradient,) = torch.autograd.grad(network.encode(x)[0, :, 2, 3].sum(), x)
     assert support(gradient) == (8, 11, 12, 15)
@@ -504,7 +506,7 @@ def test_a_linear_latent_sees_exactly_its_patch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_leaves_a_linear_path_in_float32(dtype: torch.dtype) -> None:
-    network = LinearBackbone(LinearConfig(patch=4), 3, 6, 2, 1)
+    network = LinearBackbone(LinearConfig(patch=4), 3, 6, 2, 1, 0)
     network.start_from_closed_form(photograph_moments(3, 4), 0.05)
     x, z = torch.randn((1, 3, 8, 8), generator=seeded(0)), torch.randn((1, 6, 2, 2), generator=seeded(1))
     with torch.no_grad():
@@ -517,7 +519,7 @@ def test_autocast_leaves_a_linear_path_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["linear", "lite"])
 def test_a_backbone_of_coarse_weights_takes_float32_images_under_autocast(kind: str) -> None:
     config = EVERY_KIND[kind]
-    network = BACKBONES[config.kind](config, 3, 4, 2, 1).to(torch.bfloat16)
+    network = BACKBONES[config.kind](config, 3, 4, 2, 1, 0).to(torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert network.encode(torch.zeros(1, 3, 16, 16)).isfinite().all()
         assert network.decode(torch.zeros(1, 4, 2, 2)).isfinite().all()

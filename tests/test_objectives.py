@@ -65,7 +65,7 @@ def lpips() -> LPIPS:
 
 
 def call(objective: ELBO, batch: tuple[torch.Tensor, torch.Tensor], beta: float = 1.0, measure: bool = False) -> Losses:
-    return objective(*batch, torch.tensor(beta), measure)
+    return objective(*batch, torch.zeros_like(batch[1]), torch.tensor(beta), measure)
 
 
 def kl_map(codec: Codec, pixels: torch.Tensor) -> torch.Tensor:

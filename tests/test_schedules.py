@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import ELBOConfig, TrainConfig
-from train.presets import photo
+from train.presets import mnist_vae, photo
 from train.schedules import beta_at, learning_rate_at
 
 WARMUPS = ("none", "linear", "cosine", "cyclical")
@@ -88,3 +88,11 @@ def test_the_learning_rate_is_defined_and_in_range_whatever_the_lengths(step: in
 def test_without_warmup_the_first_step_has_the_full_rate(step: int) -> None:
     config = run(warmup=0)
     assert learning_rate_at(config, step) == pytest.approx(0.25 * (1 + math.cos(math.pi * step / 100)))
+
+
+def test_stages_are_those_of_burda_et_al() -> None:
+    """Stage i has 10^(-i/7) of the rate for 3^i of 3280 passes."""
+    config = dataclasses.replace(mnist_vae(), steps=3280 * 10, learning_rate=1e-3)
+    rates = [learning_rate_at(config, step) for step in range(0, config.steps, 10)]
+    expected = [1e-3 * 10 ** (-i / 7) for i in range(8) for _ in range(3**i)]
+    assert rates == pytest.approx(expected)

@@ -131,7 +131,7 @@ DEPTHS = [d for levels in (1, 2, 3) for d in itertools.product((0, 1, 2) if leve
 @pytest.mark.parametrize("config", [*FINITE.values(), *(lite(2, d, d) for d in DEPTHS)], ids=str)
 @torch.inference_mode()
 def test_a_margin_is_all_that_a_tile_needs_and_no_more(config: Any) -> None:
-    backbone = BACKBONES[config.kind](config, 3, 2, 2, 1)
+    backbone = BACKBONES[config.kind](config, 3, 2, 2, 1, 0)
     randomise(backbone)
     assert backbone.encoder_margin is not None and backbone.decoder_margin is not None
     for network, margin, shape in (
@@ -160,10 +160,10 @@ def felt(network: Any, margin: int, channels: int, scale: int, turned: Any) -> l
 
 def test_the_default_models_margins_are_those_of_its_depths() -> None:
     config = lite(4, (1, 2), (2, 3))
-    backbone = BACKBONES["lite"](config, 3, 2, 2, 1)
+    backbone = BACKBONES["lite"](config, 3, 2, 2, 1, 0)
     assert (backbone.encoder_margin, backbone.decoder_margin) == (7, 10)
     # 4 + 1 convolutions of 3x3 on the 8-pixel grid and 2 + 1 on the 4-pixel one: 5 + 3 / 2 latents, rounded up.
-    conv = BACKBONES["conv"](CONV, 3, 2, 2, 1)
+    conv = BACKBONES["conv"](CONV, 3, 2, 2, 1, 0)
     assert (conv.encoder_margin, conv.decoder_margin) == (None, None)
 
 
@@ -258,8 +258,8 @@ def test_networks_never_see_more_than_a_tile_and_small_images_go_whole(
     f, tile = codec.factor, 10 * codec.factor
     seen: list[torch.Tensor] = []
     features, params = codec.features, codec.likelihood_params
-    monkeypatch.setattr(codec, "features", lambda x: seen.append(x) or features(x))
-    monkeypatch.setattr(codec, "likelihood_params", lambda z: seen.append(z) or params(z))
+    monkeypatch.setattr(codec, "features", lambda x, labels: seen.append(x) or features(x, labels))
+    monkeypatch.setattr(codec, "likelihood_params", lambda z, labels: seen.append(z) or params(z, labels))
     for h, w in ((10, 10), (5, 20), (100, 1), (11, 10), (3, 40), (21, 33)):
         for work, x, scale in (
             (tiling.encode, photo(codec, h, w), f),
@@ -408,7 +408,7 @@ def test_large_images_go_alone_and_others_in_batches(
     batches: list[int] = []
     work = {name: getattr(tiling, name) for name in ("encode", "decode_uint8")}
     for name, function in work.items():
-        monkeypatch.setattr(tiling, name, lambda c, x, tile, f=function: batches.append(len(x)) or f(c, x, tile))
+        monkeypatch.setattr(tiling, name, lambda c, x, *rest, f=function: batches.append(len(x)) or f(c, x, *rest))
     encode_folder(codec, photos, tmp_path / "latents", TILES, quiet=True)
     assert sorted(batches) == [1, 1, 1, 3]
     batches.clear()
@@ -493,7 +493,7 @@ def test_the_command_line_takes_a_side_or_the_models_own(
 ) -> None:
     sides: list[int | None] = []
     forward = tiling.encode
-    monkeypatch.setattr(tiling, "encode", lambda c, x, tile: sides.append(tile) or forward(c, x, tile))
+    monkeypatch.setattr(tiling, "encode", lambda c, x, tile, labels: sides.append(tile) or forward(c, x, tile, labels))
     source = str(photos / "small0.png")
     for i, options in enumerate(([], ["--tile", "96"])):
         with pytest.raises(SystemExit) as caught:

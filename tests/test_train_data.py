@@ -55,11 +55,11 @@ def with_broken(sources: list[Source], tmp_path: Path) -> list[Source]:
 
 
 def memory(sources: list[Source]) -> Batches:
-    return MemoryImages(sources, PLAN.crop, CPU, quiet=True)
+    return MemoryImages(sources, torch.arange(len(sources)), 3, PLAN.crop, CPU, quiet=True)
 
 
 def stream(sources: list[Source], workers: int = 0) -> Batches:
-    return StreamedImages(sources, workers, CPU)
+    return StreamedImages(sources, torch.arange(len(sources)), 3, workers, CPU)
 
 
 def collect(images: Batches, plan: Plan = PLAN, first: int = 0, last: int = 4) -> list[Batch]:
@@ -241,7 +241,7 @@ def test_epochs_differ_in_order_and_every_sample_has_its_own_key() -> None:
 def test_centre_crops_are_the_middle_and_skip_what_is_broken(
     with_broken: list[Source], sources: list[Source], caplog: pytest.LogCaptureFixture
 ) -> None:
-    crops = centre_crops(with_broken, 16)
+    crops = centre_crops(with_broken, torch.arange(len(with_broken)), 3, 16)
     assert crops.names == [s.name for i, s in enumerate(sources) if i != BROKEN]
     assert sources[BROKEN].name in caplog.text
     assert torch.equal(crops.pixels[0], sources[0].read().pixels[:, 12:28, 16:32])
@@ -249,7 +249,7 @@ def test_centre_crops_are_the_middle_and_skip_what_is_broken(
     assert torch.equal(crops.pixels[-1][:, :9, :7], small)
     assert torch.equal(crops.pixels[-1][:, 9:, 7:], small[:, -1:, -1:].expand(3, 7, 9))
     with pytest.raises(UserError, match="none of the 1 validation images could be read"):
-        centre_crops([with_broken[BROKEN]], 16)
+        centre_crops([with_broken[BROKEN]], torch.zeros(1), 3, 16)
 
 
 def test_the_fingerprint_tells_names_sizes_and_order(sources: list[Source]) -> None:

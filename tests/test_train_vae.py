@@ -129,7 +129,7 @@ def test_the_grid_has_the_images_and_three_decodings_of_them(straight: Straight,
     assert picture.shape == (4 * 32, 2 * 32, 3)
     rows = picture.reshape(4, 32, 2, 32, 3).transpose(0, 2, 4, 1, 3)  # (row, image, c, h, w)
     sources = {s.name: s for s in find_images(data)}
-    crops = centre_crops(list(sources.values()), 32).pixels.numpy()
+    crops = centre_crops(list(sources.values()), torch.zeros(len(sources)), 3, 32).pixels.numpy()
     held_out = [next(i for i, crop in enumerate(crops) if np.array_equal(crop, image)) for image in rows[0]]
     assert len(set(held_out)) == 2
     codec = Codec.load(checkpoint(straight.out, STEPS) / "ema.safetensors")
@@ -548,7 +548,7 @@ def test_a_folder_that_holds_something_else_is_refused(argv: list[str], tmp_path
         ("--steps -1", "steps is -1; it must be at least 0"),
         ("--max-grad-norm inf", "config.max_grad_norm: expected a finite number, found inf"),
         ("--learning-rate nan", "config.learning_rate: expected a finite number, found nan"),
-        ("--image-channels 1", "image_channels is 1; training images are RGB"),
+        ("--image-channels 2", "image_channels is 2; set it to 1 (grey) or 3 (RGB)"),
         ("--val-images 0", "val_images is 0; it must be at least 1"),
         ("--val-images 8", "all 8 images are held out"),
         ("--lpips-weight 1 --lpips-backbone nowhere.safetensors", "nowhere.safetensors: no such file"),

@@ -1,13 +1,15 @@
 """Patch moments of the training images, for the closed-form start of a linear path."""
 
+import math
+
 import torch
 from einops import rearrange
 from tqdm import tqdm
 
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.likelihoods import Gaussian
-from latent_codec.networks import LinearBackbone, LiteBackbone
+from latent_codec.likelihoods import Bernoulli, Gaussian
+from latent_codec.networks import LinearBackbone, LiteBackbone, MLPBackbone
 from latent_codec.networks.linear import PatchMoments
 from train.data import Batches, Plan
 
@@ -26,6 +28,30 @@ def patch_moments(images: Batches, plan: Plan, codec: Codec, steps: int, *, quie
     m, average = mean.repeat_interleave(p * p), total / count
     covariance = outer / count - torch.outer(m, average) - torch.outer(average, m) + torch.outer(m, m)
     return PatchMoments(mean, covariance)
+
+
+def mean_pixels(images: Batches, plan: Plan, count: int) -> torch.Tensor:
+    """The average crop (c, crop, crop) float64, in 0..1, of at least `count` samples, in whole batches."""
+    total, seen = torch.zeros((), dtype=torch.float64), 0
+    for batch in images.batches(plan, 0, math.ceil(count / plan.batch_size)):
+        total, seen = total + batch.pixels.cpu().double().sum(0), seen + len(batch.pixels)
+    return total / (255 * seen)
+
+
+def check_mean_start(codec: Codec) -> None:
+    """Raise `UserError` where the start from the mean image does not apply."""
+    if not (isinstance(codec.backbone, MLPBackbone) and isinstance(codec.likelihood, Bernoulli)):
+        found = f"{codec.config.backbone.kind} and {codec.config.likelihood.kind}"
+        raise UserError(
+            f"mean_start needs an mlp backbone and a bernoulli likelihood, not {found}: set --no-mean-start"
+        )
+
+
+def start_from_mean(codec: Codec, mean: torch.Tensor) -> None:
+    """Start the decoder of an `mlp` from the mean image (c, side, side) in 0..1; raises as `check_mean_start` does."""
+    check_mean_start(codec)
+    assert isinstance(codec.backbone, MLPBackbone)
+    codec.backbone.start_from_bias(torch.logit(mean, eps=1e-3).float())  # finite where a pixel is always black
 
 
 def check_closed_form(codec: Codec) -> None:

@@ -1,7 +1,7 @@
 """A training run's configuration. Free of torch."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from latent_codec.config import CodecConfig, dumps, from_json, to_json
 from latent_codec.diffusion.config import TransformerConfig
@@ -27,6 +27,7 @@ class CodebookConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ELBOConfig:
+    kind: ClassVar[str] = "elbo"
     beta: float
     """Weight of the KL once warmed up; with a Gaussian likelihood of fixed sigma it multiplies sigma^2."""
     warmup: Literal["none", "linear", "cosine", "cyclical"]
@@ -49,13 +50,24 @@ class ELBOConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class IWAEConfig:
+    """The importance-weighted bound (Burda et al. 2016)."""
+
+    kind: ClassVar[str] = "iwae"
+    samples: int
+    """Latents drawn for each image; with 1 it is the ELBO, its KL estimated by the same sample."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     codec: CodecConfig
-    objective: ELBOConfig
+    objective: ELBOConfig | IWAEConfig
     closed_form: bool
     """Start the linear path from probabilistic PCA of the training images' patches."""
+    mean_start: bool
+    """Start the decoder of `mlp` from the training images' mean, and all its weights as Glorot & Bengio (2010)."""
     steps: int
-    """Optimizer steps in all; the cosine learning rate ends here."""
+    """Optimizer steps in all; the learning rate's schedule ends here."""
     batch_size: int
     """Images per optimizer step, over all processes and micro-batches."""
     accumulation: int
@@ -66,6 +78,9 @@ class TrainConfig:
     """Mirror half of the crops left to right."""
     learning_rate: float
     lr_warmup_steps: int
+    lr_schedule: Literal["cosine", "stages"]
+    """Half a cosine to zero after the warm-up, or the eight falling stages of Burda et al. (2016), without one."""
+    adam_eps: float
     weight_decay: float
     max_grad_norm: float | None
     """Gradients are scaled down to this norm; None leaves them alone."""
@@ -137,7 +152,12 @@ _COUNTS = (
 def check(config: TrainConfig) -> None:
     """Raise `UserError` for values that would only fail, or fail to resume, later."""
     _check_numbers(config)
-    if (steps := config.objective.mode_steps) is not None and not 0 < steps[0] <= steps[1]:
+    if config.lr_schedule == "stages" and config.lr_warmup_steps:
+        raise UserError(f"lr_warmup_steps is {config.lr_warmup_steps}; stages have no warm-up: set it to 0")
+    if isinstance(config.objective, IWAEConfig):
+        if config.objective.samples < 1:
+            raise UserError(f"samples is {config.objective.samples}; it must be at least 1")
+    elif (steps := config.objective.mode_steps) is not None and not 0 < steps[0] <= steps[1]:
         raise UserError(f"mode_steps is {steps}; it must be two positive steps, the smaller one first")
     _check_bottleneck(config)
 
@@ -167,6 +187,10 @@ def _check_numbers(config: TrainConfig | DiffusionConfig) -> None:
 def _check_bottleneck(config: TrainConfig) -> None:
     """Raise `UserError` for parts of the objective that this bottleneck has nothing for."""
     objective, kind = config.objective, config.codec.bottleneck.kind
+    if isinstance(objective, IWAEConfig):
+        if kind != "gaussian":
+            raise UserError(f"iwae weighs samples by their density, which a {kind} bottleneck has not; train elbo")
+        return
     if (kind == "vq") != (objective.codebook is not None):
         raise UserError(
             f"a {kind} bottleneck and codebook {objective.codebook}: vq needs its training, others have none"

@@ -10,13 +10,16 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from latent_codec import idx
 from latent_codec.errors import UserError
+from latent_codec.images import in_channels
 from latent_codec.inputs import Source
 from latent_codec.noise import below, fold, permutation, uniform
 
@@ -25,13 +28,17 @@ _ORDER, _TOP, _LEFT, _FLIP, _NOISE = range(5)  # what a key is used for
 
 
 class Batch(NamedTuple):
-    pixels: torch.Tensor  # (b, 3, crop, crop) uint8
+    pixels: torch.Tensor  # (b, c, crop, crop) uint8
     keys: torch.Tensor  # (b,) int64, for the posterior's noise
+    labels: torch.Tensor  # (b,) int64, numbers of classes; zeros for an unconditional model
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
-    """SHA-256 over names and sizes: what a run was trained on."""
-    return hashlib.sha256("\n".join(f"{s.name}\t{s.size}" for s in sources).encode()).hexdigest()
+    """SHA-256 over names and sizes, and the content of IDX files: what a run was trained on."""
+    digest = hashlib.sha256("\n".join(f"{s.name}\t{s.size}" for s in sources).encode())
+    for path in sorted({s.path for s in sources if s.bare is not None}):  # their names and sizes are all alike
+        digest.update(hashlib.sha256(idx.content(path)).digest())
+    return digest.hexdigest()
 
 
 class Draw(NamedTuple):
@@ -105,8 +112,19 @@ class Batches(Protocol):
 class MemoryImages:
     """All images decoded once into one uint8 tensor on the device; crops are gathered there."""
 
-    def __init__(self, sources: Sequence[Source], min_side: int, device: torch.device, *, quiet: bool) -> None:
-        images = _read_all(sources, quiet)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        labels: torch.Tensor,
+        channels: int,
+        min_side: int,
+        device: torch.device,
+        *,
+        quiet: bool,
+    ) -> None:
+        """`labels` (n,) are the sources' classes."""
+        images = _read_all(sources, channels, quiet)
+        self.channels = channels
         good = [i for i, image in enumerate(images) if image is not None]
         if not good:
             raise UserError(f"none of the {len(sources)} images could be read; the first reason stands above")
@@ -114,9 +132,10 @@ class MemoryImages:
         images.clear()
         # A broken image's turn goes to the next readable one, as when streaming.
         self.row = torch.searchsorted(torch.tensor(good), torch.arange(len(sources))) % len(good)
+        self.labels = labels[torch.tensor(good)]
         self.height = torch.tensor([k.shape[1] for k in kept])
         self.width = torch.tensor([k.shape[2] for k in kept])
-        sizes = 3 * self.height * self.width
+        sizes = channels * self.height * self.width
         self.start = torch.cumsum(sizes, 0) - sizes
         self.data = torch.cat([k.reshape(-1) for k in kept]).to(device)
 
@@ -136,20 +155,24 @@ class MemoryImages:
         side = torch.arange(plan.crop, device=device)
         x = torch.where(flip, plan.crop - 1 - side, side) + left  # (b, 1, 1, crop)
         y = side[:, None] + top  # (b, 1, crop, 1)
-        channel = torch.arange(3, device=device)[:, None, None]  # (3, 1, 1)
-        index = start + (channel * height + y) * width + x  # (b, 3, crop, crop)
-        return Batch(self.data[index], fold(drawn.key, _NOISE).to(device))
+        channel = torch.arange(self.channels, device=device)[:, None, None]  # (c, 1, 1)
+        index = start + (channel * height + y) * width + x  # (b, c, crop, crop)
+        return Batch(self.data[index], fold(drawn.key, _NOISE).to(device), self.labels[row].to(device))
 
 
 class StreamedImages(Dataset[Batch]):
     """Images decoded anew for every crop, in worker processes: for sets larger than memory."""
 
-    def __init__(self, sources: Sequence[Source], workers: int, device: torch.device) -> None:
-        self.sources, self.workers, self.device = sources, workers, device
+    def __init__(
+        self, sources: Sequence[Source], labels: torch.Tensor, channels: int, workers: int, device: torch.device
+    ) -> None:
+        """`labels` (n,) are the sources' classes."""
+        self.sources, self.labels, self.channels = sources, labels, channels
+        self.workers, self.device = workers, device
 
     def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
         loader = DataLoader(
-            _Crops(self.sources, plan),
+            _Crops(self.sources, self.labels, self.channels, plan),
             sampler=Schedule(plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
             batch_size=None,
             num_workers=self.workers,
@@ -182,27 +205,31 @@ class Schedule:
 class _Crops(Dataset[Batch]):
     """Indexed by a list of sample numbers: one micro-batch."""
 
-    def __init__(self, sources: Sequence[Source], plan: Plan) -> None:
-        self.sources, self.plan = sources, plan
+    def __init__(self, sources: Sequence[Source], labels: torch.Tensor, channels: int, plan: Plan) -> None:
+        self.sources, self.labels, self.channels, self.plan = sources, labels, channels, plan
         self.reported: set[str] = set()
 
     def __getitem__(self, samples: list[int]) -> Batch:
         drawn = draw(samples, len(self.sources), self.plan.seed)
-        crops = [self._crop(int(image), key) for image, key in zip(drawn.image, drawn.key, strict=True)]
-        return Batch(torch.stack(crops), fold(drawn.key, _NOISE))
+        read = [self._read(int(image)) for image in drawn.image]
+        crops = [self._crop(pixels, key) for (_, pixels), key in zip(read, drawn.key, strict=True)]
+        labels = self.labels[torch.tensor([i for i, _ in read])]
+        return Batch(torch.stack(crops), fold(drawn.key, _NOISE), labels)
 
-    def _crop(self, image: int, key: torch.Tensor) -> torch.Tensor:
-        pixels = at_least(self._read(image), self.plan.crop)
+    def _crop(self, pixels: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        pixels = at_least(pixels, self.plan.crop)
         height, width = torch.tensor(pixels.shape[1]), torch.tensor(pixels.shape[2])
         box = crop_boxes(key, height, width, self.plan.crop, self.plan.flip)
         pixels = pixels[:, box.top : box.top + self.plan.crop, box.left : box.left + self.plan.crop]
         return pixels.flip(-1) if box.flip else pixels
 
-    def _read(self, image: int) -> torch.Tensor:
+    def _read(self, image: int) -> tuple[int, torch.Tensor]:
+        """An image and its number, or the next that can be read."""
         for i in range(len(self.sources)):
-            source = self.sources[(image + i) % len(self.sources)]
+            number = (image + i) % len(self.sources)
+            source = self.sources[number]
             try:
-                return source.read().pixels
+                return number, in_channels(source.read().pixels, self.channels)
             except UserError as error:
                 if source.name not in self.reported:  # once per worker, not once per epoch
                     log.warning("skipping %s", error)
@@ -210,39 +237,41 @@ class _Crops(Dataset[Batch]):
         raise UserError(f"none of the {len(self.sources)} images could be read; the first reason stands above")
 
 
-def _read_or_report(source: Source) -> torch.Tensor | None:
+def _read_or_report(source: Source, channels: int) -> torch.Tensor | None:
     try:
-        return source.read().pixels
+        return in_channels(source.read().pixels, channels)
     except UserError as error:
         log.warning("skipping %s", error)
         return None
 
 
-def _read_all(sources: Sequence[Source], quiet: bool) -> list[torch.Tensor | None]:
+def _read_all(sources: Sequence[Source], channels: int, quiet: bool) -> list[torch.Tensor | None]:
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        images = pool.map(_read_or_report, sources)
+        images = pool.map(_read_or_report, sources, repeat(channels))
         return list(tqdm(images, "reading images", len(sources), disable=quiet or None, unit="image"))
 
 
 class CentreCrops(NamedTuple):
-    pixels: torch.Tensor  # (n, 3, side, side) uint8
+    pixels: torch.Tensor  # (n, c, side, side) uint8
     names: list[str]
+    labels: torch.Tensor  # (n,) int64
 
 
-def centre_crops(sources: Sequence[Source], side: int) -> CentreCrops:
+def centre_crops(sources: Sequence[Source], labels: torch.Tensor, channels: int, side: int) -> CentreCrops:
     """The middle of each readable image; small images are extended by their edges.
 
     Raises `UserError` if none can be read.
     """
-    crops, names = [], []
-    for source in sources:
-        image = _read_or_report(source)
+    crops, names, kept = [], [], []
+    for source, label in zip(sources, labels, strict=True):
+        image = _read_or_report(source, channels)
         if image is None:
             continue
         pixels = at_least(image, side)
         top, left = (pixels.shape[1] - side) // 2, (pixels.shape[2] - side) // 2
         crops.append(pixels[:, top : top + side, left : left + side].clone())  # the rest of the image can go
         names.append(source.name)
+        kept.append(label)
     if not crops:
         raise UserError(f"none of the {len(sources)} validation images could be read; the first reason stands above")
-    return CentreCrops(torch.stack(crops), names)
+    return CentreCrops(torch.stack(crops), names, torch.stack(kept))

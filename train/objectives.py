@@ -12,9 +12,11 @@ from latent_codec.codec import Codec
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_OF_STD, round_down_zone
-from train.config import ELBOConfig
+from train.config import ELBOConfig, IWAEConfig
 
-_STEP = 1  # what a key is folded with to draw the quantiser's step; the posterior's noise uses the key as it is
+# What a key is folded with; the posterior's noise uses the key as it is.
+_STEP = 1  # the quantiser's step
+PIXELS = 2  # drawn pixels
 
 
 class Losses(NamedTuple):
@@ -54,13 +56,15 @@ class ELBO(nn.Module):
         self.codec = codec
         self.lpips = lpips
 
-    def forward(self, pixels: torch.Tensor, keys: torch.Tensor, beta: torch.Tensor, measure: bool) -> Losses:
-        """pixels (b, c, h, w) uint8; keys (b,) int64 for the posterior's noise; beta a scalar tensor."""
+    def forward(
+        self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
+    ) -> Losses:
+        """pixels (b, c, h, w) uint8; keys (b,) int64 for the posterior's noise; labels (b,) int64; beta a scalar."""
         codec = self.codec
-        x = codec.likelihood.from_uint8(pixels)
-        posterior = codec.encode(x)
+        x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
+        posterior = codec.encode(x, labels)
         z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
-        params = codec.likelihood_params(z)
+        params = codec.likelihood_params(z, labels)
         nll = -codec.likelihood.log_prob(params, x).mean()
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
         penalty = self._penalty(posterior)
@@ -69,7 +73,7 @@ class ELBO(nn.Module):
         if self.config.mode_weight > 0:
             assert isinstance(posterior, DiagonalGaussian)
             mode, weight = self._decoded_mode(posterior, keys)
-            nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode), x)).mean()
+            nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)).mean()
             loss = loss + self.config.mode_weight * nll_mode
         lpips = torch.zeros_like(nll)
         if self.lpips is not None:
@@ -127,6 +131,53 @@ class ELBO(nn.Module):
             return kl_map.flatten(1).sum(1).mean()
         per_channel = kl_map.mean((2, 3)).clamp(min=self.config.free_bits)  # (b, z) nats per element
         return (per_channel.sum(1) * math.prod(kl_map.shape[2:])).mean()
+
+
+class IWAE(nn.Module):
+    """Minus the importance-weighted bound of k samples, in nats per image (Burda et al. 2016, eq. 8).
+
+    -log (1/k) sum_i p(x given z_i) p(z_i) / q(z_i given x); a batch's loss is the average of its images'. `nll` and
+    `kl` in its losses are those of the same model's ELBO.
+    """
+
+    def __init__(self, config: IWAEConfig, codec: Codec) -> None:
+        super().__init__()
+        self.config = config
+        self.codec = codec
+
+    def forward(
+        self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
+    ) -> Losses:
+        """As `ELBO.forward`; `beta` must be 1 and is not used."""
+        codec, k = self.codec, self.config.samples
+        x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
+        posterior = codec.encode(x, labels)
+        assert isinstance(posterior, DiagonalGaussian)
+        noise = normal(keys, (k, *posterior.mean.shape[1:])).transpose(0, 1)  # (k, b, z, h/f, w/f)
+        z = posterior.mean + posterior.std * noise
+        params = codec.likelihood_params(z.flatten(0, 1), labels.repeat(k))  # (k * b, params * c, h, w)
+        copies = x.expand(k, *x.shape).flatten(0, 1)  # (k * b, c, h, w)
+        log_prob = codec.likelihood.log_prob(params, copies).unflatten(0, (k, -1))  # (k, b)
+        bound = torch.logsumexp(log_prob + posterior.log_ratio(z), 0) - math.log(k)  # (b,)
+        loss = -bound.mean()
+        with torch.no_grad():
+            mse = torch.full((), math.nan, device=x.device)
+            if measure:
+                mse = (_signed(codec, codec.likelihood.mean(params)) - _signed(codec, copies)).square().mean() / 4
+            mean, zero = posterior.mean.detach(), torch.zeros((), device=x.device)
+            return Losses(
+                loss=loss,
+                nll=-log_prob.detach().mean(),
+                kl=posterior.kl().detach().mean(),
+                nll_mode=zero,
+                lpips=zero,
+                mse=mse,
+                clamped=posterior.clamped,
+                latent_mean=mean.mean((0, 2, 3)),
+                latent_square=mean.square().mean((0, 2, 3)),
+                penalty=zero,
+                code_use=torch.ones(1, 1, device=x.device),
+            )
 
 
 def _signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from latent_codec.config import (
+    BernoulliConfig,
     CodecConfig,
     ConvConfig,
     DiagonalGaussianConfig,
@@ -13,9 +14,10 @@ from latent_codec.config import (
     IdentityConfig,
     LinearConfig,
     LiteConfig,
+    MLPConfig,
     VectorQuantizerConfig,
 )
-from train.config import CodebookConfig, ELBOConfig, TrainConfig
+from train.config import CodebookConfig, ELBOConfig, IWAEConfig, TrainConfig
 
 
 def photo() -> TrainConfig:
@@ -46,6 +48,7 @@ def photo() -> TrainConfig:
             lpips_net="alex",
         ),
         closed_form=True,
+        mean_start=False,
         steps=10_000,
         batch_size=8,
         accumulation=1,
@@ -53,6 +56,8 @@ def photo() -> TrainConfig:
         flip=True,
         learning_rate=4e-4,
         lr_warmup_steps=200,
+        lr_schedule="cosine",
+        adam_eps=1e-8,
         weight_decay=0.0,
         max_grad_norm=100_000.0,
         ema_decay=0.999,
@@ -164,12 +169,62 @@ def logistic() -> TrainConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    "photo": photo,
-    "pca": pca,
-    "conv": conv,
-    "autoencoder": autoencoder,
-    "vqvae": vqvae,
-    "fsq": fsq,
-    "logistic": logistic,
-}
+def mnist_vae() -> TrainConfig:
+    """The MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli); 3,280 passes over MNIST's 60,000 images."""
+    base = photo()
+    codec = CodecConfig(
+        image_channels=1,
+        latent_channels=50,
+        backbone=MLPConfig(side=28, encoder_widths=(200, 200), decoder_widths=(200, 200), activation="tanh"),
+        bottleneck=base.codec.bottleneck,
+        likelihood=BernoulliConfig(pixels="drawn"),
+    )
+    return dataclasses.replace(
+        base,
+        codec=codec,
+        objective=dataclasses.replace(base.objective, mode_weight=0.0, mode_steps=None),
+        closed_form=False,
+        mean_start=True,
+        steps=3_280 * 3_000,
+        batch_size=20,
+        crop=28,
+        flip=False,
+        learning_rate=1e-3,
+        lr_warmup_steps=0,
+        lr_schedule="stages",
+        adam_eps=1e-4,
+        max_grad_norm=None,
+        ema_decay=0.0,
+        channels_last=False,
+        log_every=3_000,
+        eval_every=30_000,
+        eval_crop=28,
+        save_every=30_000,
+    )
+
+
+def mnist_iwae() -> TrainConfig:
+    """The same network trained with the importance-weighted bound of 50 samples (Burda et al. 2016)."""
+    return dataclasses.replace(mnist_vae(), objective=IWAEConfig(samples=50))
+
+
+def mnist_cvae() -> TrainConfig:
+    """The network of `mnist_vae` told which digit it sees; 200 passes."""
+    base = mnist_vae()
+    codec = dataclasses.replace(base.codec, classes=tuple("0123456789"))
+    return dataclasses.replace(base, codec=codec, steps=200 * 600, batch_size=100, lr_schedule="cosine")
+
+
+_ALL: tuple[Callable[[], TrainConfig], ...] = (
+    photo,
+    pca,
+    conv,
+    autoencoder,
+    vqvae,
+    fsq,
+    logistic,
+    mnist_vae,
+    mnist_iwae,
+    mnist_cvae,
+)
+PRESETS = {preset.__name__: preset for preset in _ALL}

@@ -18,7 +18,7 @@ from latent_codec.files import make_folder, write_text
 from latent_codec.inputs import Source, find_all
 from latent_codec.noise import text_key
 from train.checkpoints import Progress
-from train.closed_form import check_closed_form
+from train.closed_form import check_closed_form, check_mean_start
 from train.config import TrainConfig, check, flat
 from train.data import fingerprint
 from train.provenance import git_commit
@@ -81,13 +81,15 @@ def check_run(run: Run, accelerator: Accelerator) -> None:
     check(config)
     check_processes(config, run.log_with, accelerator)
     codec = Codec(config.codec)
-    if config.codec.image_channels != 3:
-        raise UserError(f"image_channels is {config.codec.image_channels}; training images are RGB: set it to 3")
+    if config.codec.image_channels not in (1, 3):
+        raise UserError(f"image_channels is {config.codec.image_channels}; set it to 1 (grey) or 3 (RGB)")
     for name, side in (("crop", config.crop), ("eval_crop", config.eval_crop)):
         if side % codec.factor:
             raise UserError(f"{name} {side} is no multiple of the model's factor {codec.factor}")
     if config.closed_form:
         check_closed_form(codec)
+    if config.mean_start:
+        check_mean_start(codec)
 
 
 def check_same_step(accelerator: Accelerator, progress: Progress) -> None:
@@ -110,6 +112,17 @@ def split(run: Run) -> tuple[list[Source], list[Source]]:
     if not sources:
         raise UserError(f"all {len(held_out)} images are held out; lower --val-images or give --val")
     return sources, held_out
+
+
+def labels_of(codec: Codec, sources: list[Source]) -> torch.Tensor:
+    """The numbers (n,) int64 of the sources' classes; raises `UserError`, with the image, for one of no known class."""
+    labels = []
+    for source in sources:
+        try:
+            labels.append(codec.class_numbers([source.label]))
+        except UserError as error:
+            raise UserError(f"{source.name}: {error}, or name the folders with --classes") from error
+    return torch.cat(labels)
 
 
 def describe(run: Run, sources: list[Source]) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import math
 from typing import Protocol
 
-from train.config import ELBOConfig
+from train.config import ELBOConfig, IWAEConfig, TrainConfig
 
 
 class LearningRate(Protocol):
@@ -17,8 +17,10 @@ class LearningRate(Protocol):
     def lr_warmup_steps(self) -> int: ...
 
 
-def beta_at(config: ELBOConfig, step: int) -> float:
-    """The KL's weight at a step, from 0 up to `config.beta`."""
+def beta_at(config: ELBOConfig | IWAEConfig, step: int) -> float:
+    """The KL's weight at a step, from 0 up to `config.beta`; with any but 1 the importance-weighted bound is none."""
+    if isinstance(config, IWAEConfig):
+        return 1.0
     if config.warmup == "none" or config.warmup_steps == 0:
         return config.beta
     if config.warmup == "cyclical":  # Fu et al. 2019: rise over the first half of each cycle, hold over the second
@@ -30,8 +32,20 @@ def beta_at(config: ELBOConfig, step: int) -> float:
 
 
 def learning_rate_at(config: LearningRate, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero at the last step (Loshchilov & Hutter 2017)."""
+    """Linear warm-up, then half a cosine down to zero at the last step (Loshchilov & Hutter 2017), or stages."""
+    if isinstance(config, TrainConfig) and config.lr_schedule == "stages":
+        return _staged_rate_at(config, step)
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     share = (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+
+def _staged_rate_at(config: LearningRate, step: int) -> float:
+    """Eight falling stages: stage i has 10^(-i/7) of the rate for a share of 3^i / 3280 of the steps.
+
+    In 3,280 passes over the data that is the schedule of Burda et al. (2016, section 5). There is no warm-up.
+    """
+    # 1 + 3 + ... + 3^(i-1) = (3^i - 1) / 2 passes come before stage i.
+    stage = sum(2 * 3280 * step >= (3**i - 1) * config.steps for i in range(1, 8))
+    return config.learning_rate * 10 ** (-stage / 7)

@@ -24,15 +24,15 @@ from latent_codec.modelfile import check_state
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
 from train.checkpoints import Progress, Saved
-from train.closed_form import patch_moments, start_from_closed_form
+from train.closed_form import mean_pixels, patch_moments, start_from_closed_form, start_from_mean
 from train.codebook import CodebookTraining, averages_of
-from train.config import TrainConfig, flat
+from train.config import ELBOConfig, IWAEConfig, TrainConfig, flat
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
 from train.logs import RunLog
-from train.objectives import ELBO, Losses
+from train.objectives import ELBO, IWAE, Losses
 from train.presets import PRESETS
-from train.runs import Run, check_run, check_same_step, claim, describe, split
+from train.runs import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.schedules import beta_at
 from train.trainer import Trainer
 from train.validation import Validation, active_channels
@@ -67,20 +67,22 @@ def train(run: Run) -> int:
     set_seed(config.seed)  # initial weights; all later randomness is counted, not drawn from a state
     codec = Codec(config.codec)
     ema = copy.deepcopy(codec)
-    lpips = LPIPS(config.objective.lpips_net, run.lpips_backbone) if config.objective.lpips_weight > 0 else None
-    objective = ELBO(config.objective, codec, lpips).to(accelerator.device)
+    objective = _make_objective(run, codec).to(accelerator.device)
     ema = ema.to(accelerator.device).eval().requires_grad_(False)
     if config.channels_last:
         objective, ema = objective.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        codec.parameters(), lr=config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay
+    )
+    trained_codebook = config.objective.codebook if isinstance(config.objective, ELBOConfig) else None
     modules: dict[str, Saved] = {"codec": codec, "ema": ema}
-    averages = averages_of(codec, config.objective.codebook)
+    averages = averages_of(codec, trained_codebook)
     if averages is not None:
         modules["codebook"] = averages.to(accelerator.device)
     progress = checkpoints.restore(run.out / "checkpoints", modules, optimizer)
     check_same_step(accelerator, progress)
 
-    images = _open_images(run, sources, accelerator, quiet)
+    images = _open_images(run, sources, labels_of(codec, sources), accelerator, quiet)
     plan = Plan(
         seed=config.seed,
         crop=config.crop,
@@ -98,9 +100,12 @@ def train(run: Run) -> int:
         batches = math.ceil(_CLOSED_FORM_IMAGES / config.batch_size)
         start_from_closed_form(codec, patch_moments(images, whole, codec, batches, quiet=quiet))
         ema.load_state_dict(codec.state_dict())
+    elif progress.step == 0 and config.mean_start:
+        start_from_mean(codec, mean_pixels(images, plan._replace(rank=0, world=1, micro_batches=1), len(sources)))
+        ema.load_state_dict(codec.state_dict())
     codebook = None
-    if config.objective.codebook is not None and averages is not None:
-        codebook = CodebookTraining(config.objective.codebook, codec, averages, accelerator, images, plan)
+    if trained_codebook is not None and averages is not None:
+        codebook = CodebookTraining(trained_codebook, codec, averages, accelerator, images, plan)
         if progress.step == 0:
             codebook.start(keep=run.start_from is not None)
             ema.load_state_dict(codec.state_dict())
@@ -113,7 +118,8 @@ def train(run: Run) -> int:
     if run.log_with:
         accelerator.init_trackers(run.out.name, flat(to_json(config) | described))
 
-    task = VAETask(config, run.out, ema, Validation(centre_crops(held_out, config.eval_crop)))
+    crops = centre_crops(held_out, labels_of(codec, held_out), config.codec.image_channels, config.eval_crop)
+    task = VAETask(config, run.out, ema, Validation(crops))
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
     after_step = None if codebook is None else codebook.after_step
     trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log, after_step)
@@ -147,12 +153,12 @@ class VAETask:
             "active_channels": active_channels(losses.latent_mean, losses.latent_square),
             "clamped": losses.clamped.item(),
         }
-        if config.objective.mode_weight > 0:
+        if isinstance(config.objective, ELBOConfig) and config.objective.mode_weight > 0:
             values["nll_mode"] = losses.nll_mode.item()
         if config.codec.codes is not None:
             values["perplexity"] = perplexity(losses.code_use[:, 0])
             values["penalty"] = losses.penalty.item()
-        if config.objective.lpips_weight > 0:
+        if isinstance(config.objective, ELBOConfig) and config.objective.lpips_weight > 0:
             values["lpips"] = losses.lpips.item()
         return values
 
@@ -170,10 +176,20 @@ def start_from_model(codec: Codec, source: str) -> None:
     codec.load_state_dict(model.state_dict())
 
 
-def _open_images(run: Run, sources: list[Source], accelerator: Accelerator, quiet: bool) -> Batches:
+def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE:
+    config = run.config.objective
+    if isinstance(config, IWAEConfig):
+        return IWAE(config, codec)
+    return ELBO(config, codec, LPIPS(config.lpips_net, run.lpips_backbone) if config.lpips_weight > 0 else None)
+
+
+def _open_images(
+    run: Run, sources: list[Source], labels: torch.Tensor, accelerator: Accelerator, quiet: bool
+) -> Batches:
+    channels = run.config.codec.image_channels
     if run.data_mode == "stream":
-        return StreamedImages(sources, run.workers, accelerator.device)
-    return MemoryImages(sources, run.config.crop, accelerator.device, quiet=quiet)
+        return StreamedImages(sources, labels, channels, run.workers, accelerator.device)
+    return MemoryImages(sources, labels, channels, run.config.crop, accelerator.device, quiet=quiet)
 
 
 def _announce(run: Run, accelerator: Accelerator, codec: Codec, sources: list[Source], progress: Progress) -> None:

@@ -11,9 +11,11 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codebooks import Codes, perplexity
 from latent_codec.codec import Codec
 from latent_codec.files import atomic_path
+from latent_codec.images import in_rgb
 from latent_codec.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from train.data import CentreCrops
+from train.objectives import PIXELS
 
 _COLUMNS = 8
 
@@ -23,6 +25,7 @@ class Validation:
 
     def __init__(self, crops: CentreCrops) -> None:
         self.pixels = crops.pixels
+        self.labels = crops.labels
         self.keys = torch.tensor([text_key(name) for name in crops.names])
 
     @torch.no_grad()
@@ -34,14 +37,14 @@ class Validation:
         """
         device = next(codec.parameters()).device
         nll, kl, psnr, mean, square, use = [], [], [], [], [], []
-        for pixels, keys in zip(self.pixels.split(batch), self.keys.split(batch), strict=True):
-            pixels, keys = pixels.to(device), keys.to(device)
-            x = codec.likelihood.from_uint8(pixels)
-            posterior = codec.encode(x)
+        batches = zip(*(t.split(batch) for t in (self.pixels, self.keys, self.labels)), strict=True)
+        for pixels, keys, labels in ((t.to(device) for t in found) for found in batches):
+            x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
+            posterior = codec.encode(x, labels)
             z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
-            nll.append(-codec.likelihood.log_prob(codec.likelihood_params(z), x))
+            nll.append(-codec.likelihood.log_prob(codec.likelihood_params(z, labels), x))
             kl.append(posterior.kl())
-            error = codec.decode_uint8(posterior.mode()).float() - pixels.float()
+            error = codec.decode_uint8(posterior.mode(), labels).float() - pixels.float()
             psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3))))
             mean.append(posterior.mean.mean((2, 3)))  # (b, z)
             square.append(posterior.mean.square().mean((2, 3)))
@@ -68,13 +71,15 @@ class Validation:
     def write_grid(self, path: Path, codec: Codec) -> None:
         """A PNG whose rows are input, decoded mode and, of a Gaussian posterior, decoded sample and prior sample."""
         device = next(codec.parameters()).device
-        pixels, keys = self.pixels[:_COLUMNS].to(device), self.keys[:_COLUMNS].to(device)
-        posterior = codec.encode(pixels)
+        pixels, keys, labels = (t[:_COLUMNS].to(device) for t in (self.pixels, self.keys, self.labels))
+        posterior = codec.encode(pixels, labels)
         shape = tuple(posterior.mean.shape[1:])
         latents = [posterior.mode()]
         if isinstance(posterior, DiagonalGaussian):
             latents += [posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)]
-        rows = torch.stack([pixels, *(codec.decode_uint8(z) for z in latents)])
+        rows = in_rgb(
+            torch.stack([pixels, *(codec.decode_uint8(z, labels) for z in latents)])
+        )  # (rows, n, 3, side, side)
         picture = rearrange(rows, "r n c h w -> (r h) (n w) c").cpu().numpy()
         with atomic_path(path) as temporary:
             Image.fromarray(picture).save(temporary, format="PNG")

@@ -151,7 +151,7 @@ def _parts(codec: Codec, statistics: LatentStatistics | None) -> _Parts:
             tensors[name] = tensors[name][:channels]
             replaced.add(f"{BACKBONE}{name}")
     with torch.device("meta"):
-        expected = ConvBackbone(backbone, channels, codec.config.latent_channels, 2, 1).state_dict()
+        expected = ConvBackbone(backbone, channels, codec.config.latent_channels, 2, 1, 0).state_dict()
     modelfile.check_state(expected, tensors, "as an AutoencoderKL")
     original = {n: t for n, t in state.items() if n in replaced or not n.startswith(BACKBONE)}
     if statistics is not None:
@@ -172,7 +172,7 @@ def _measure(
 ) -> Measured:
     """Run what is exported on images, there and back from a draw of the posterior."""
     config, device = codec.config, next(codec.parameters()).device
-    network = ConvBackbone(parts.backbone, config.image_channels, config.latent_channels, 2, 1)
+    network = ConvBackbone(parts.backbone, config.image_channels, config.latent_channels, 2, 1, 0)
     network.load_state_dict(parts.tensors)
     network = network.eval().to(device)
     assert isinstance(config.bottleneck, DiagonalGaussianConfig)

@@ -113,6 +113,8 @@ def check_exportable(config: CodecConfig) -> ConvConfig:
             f"a {backbone.kind} backbone is no AutoencoderKL, only conv is; pipelines take this model as it is through "
             "latent_codec.adapter.CodecAutoencoder"
         )
+    if config.classes:
+        raise UserError(f"AutoencoderKL cannot be told which of {len(config.classes)} classes an image is of")
     if config.bottleneck.kind != "gaussian":
         raise UserError(f"a {config.bottleneck.kind} bottleneck is none of AutoencoderKL's; it has a diagonal Gaussian")
     if config.likelihood.kind != "gaussian":

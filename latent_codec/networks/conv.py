@@ -162,14 +162,16 @@ class ConvBackbone(nn.Module):
         latent_channels: int,
         features_per_latent: int,
         params_per_channel: int,
+        classes: int,
     ) -> None:
         super().__init__()
         if any(width % config.groups for width in config.widths):
             raise ValueError(f"conv: groups {config.groups} must divide every width of {config.widths}")
         self.factor = 2 ** (len(config.widths) - 1)
         features = features_per_latent * latent_channels
-        self.encoder = Encoder(config, image_channels, features)
-        self.decoder = Decoder(config, latent_channels, params_per_channel * image_channels)
+        self.latent_channels = latent_channels
+        self.encoder = Encoder(config, image_channels + classes, features)
+        self.decoder = Decoder(config, latent_channels + classes, params_per_channel * image_channels)
         if config.quant_conv:
             self.quant_conv = nn.Conv2d(features, features, 1)
         if config.post_quant_conv:
@@ -181,4 +183,7 @@ class ConvBackbone(nn.Module):
         return self.quant_conv(h) if self.config.quant_conv else h
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(z) if self.config.post_quant_conv else z)  # (b, params * c, h, w)
+        if self.config.post_quant_conv:
+            latents, labels = z.tensor_split([self.latent_channels], 1)
+            z = torch.cat([self.post_quant_conv(latents), labels], 1)
+        return self.decoder(z)  # (b, params * c, h, w)

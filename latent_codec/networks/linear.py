@@ -36,8 +36,11 @@ class LinearBackbone(nn.Module):
         latent_channels: int,
         features_per_latent: int,
         params_per_channel: int,
+        classes: int,
     ) -> None:
         super().__init__()
+        if classes:
+            raise ValueError(f"linear: principal components have no place for {classes} classes; take another backbone")
         self.factor = config.patch
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.encoder = nn.Conv2d(

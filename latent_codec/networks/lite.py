@@ -85,6 +85,7 @@ class LiteBackbone(nn.Module):
         latent_channels: int,
         features_per_latent: int,
         params_per_channel: int,
+        classes: int,
     ) -> None:
         super().__init__()
         _check(config)
@@ -92,18 +93,24 @@ class LiteBackbone(nn.Module):
         self.encoder_margin = _down_margin(config.encoder_depths)
         self.decoder_margin = _up_margin(config.decoder_depths)
         self.linear = LinearBackbone(
-            LinearConfig(patch=config.patch), image_channels, latent_channels, features_per_latent, params_per_channel
+            LinearConfig(patch=config.patch),
+            image_channels,
+            latent_channels,
+            features_per_latent,
+            params_per_channel,
+            0,  # what the class tells is for the residual network
         )
         stem, c, z = config.stem, image_channels, latent_channels
-        self.encoder = _down(stem, config.encoder_widths, config.encoder_depths, c, features_per_latent * z)
-        self.decoder = _up(stem, config.decoder_widths, config.decoder_depths, z, params_per_channel * c)
+        self.encoder = _down(stem, config.encoder_widths, config.encoder_depths, c + classes, features_per_latent * z)
+        self.decoder = _up(stem, config.decoder_widths, config.decoder_depths, z + classes, params_per_channel * c)
+        self.image_channels, self.latent_channels = c, z
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         # Autocast reaches the residual network alone: its output is small and may be coarse.
-        return self.linear.encode(x) + self.encoder(x)  # (b, features * z, h/patch, w/patch)
+        return self.linear.encode(x[:, : self.image_channels]) + self.encoder(x)  # (b, features * z, h/patch, w/patch)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        return self.linear.decode(z) + self.decoder(z)  # (b, params * c, h, w)
+        return self.linear.decode(z[:, : self.latent_channels]) + self.decoder(z)  # (b, params * c, h, w)
 
     def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
         self.linear.start_from_closed_form(moments, sigma)

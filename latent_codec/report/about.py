@@ -18,7 +18,7 @@ _LABELS = {
     "ms_ssim": "MS-SSIM",
     "lpips": "LPIPS",
     "kl_bpp": "KL",
-    "disk_bpp": "latents on disk",
+    "disk_bpp": "on disk",
 }
 _UNITS = {"psnr": "dB", "kl_bpp": "bits per pixel", "disk_bpp": "bits per pixel"}
 

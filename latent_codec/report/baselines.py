@@ -16,7 +16,7 @@ from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS
 from latent_codec.report import pca
 from latent_codec.report.html import Html, join, name_of, paragraphs, table
-from latent_codec.report.page import Section, written
+from latent_codec.report.page import Section, is_continuous, is_gaussian, written
 from latent_codec.tiling import default_tile
 
 _COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
@@ -58,8 +58,7 @@ def baselines(
     Raises `UserError` if `data` holds no images that can be read.
     """
     names = [name for name in _COLUMNS if name in evaluation.summary]
-    own = {name: evaluation.summary[name] for name in names}
-    methods = [Method("this model", "the stored mode, decoded, as `evaluate` measures it", density(codec), own)]
+    methods = [_this_model(codec, sources, names, evaluation, compute, lpips, quiet=quiet)]
     reason = why_no_pca(codec, sources, data)
     if reason is None:
         how, pairs = _pca_pairs(codec, sources, data, quiet)
@@ -82,6 +81,24 @@ def baselines(
     return Section("baselines", "Baselines at equal latent size", join(words, _table(methods, names)), [], records)
 
 
+def _this_model(
+    codec: Codec,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    evaluation: Report,
+    compute: Compute,
+    lpips: LPIPS | None,
+    *,
+    quiet: bool,
+) -> Method:
+    """What `evaluate` found, unless it went through files, which round."""
+    if is_gaussian(codec):
+        found = {name: evaluation.summary[name] for name in names}
+        return Method("this model", "the mode as `evaluate` stores it, decoded", density(codec), found)
+    found = _distortion(_coded_pairs(codec, sources, compute, quiet), compute, lpips)
+    return Method("this model", "its latents, decoded", density(codec), found)
+
+
 def density(codec: Codec) -> float:
     """Latent numbers for each pixel."""
     return codec.config.latent_channels / codec.factor**2
@@ -89,6 +106,8 @@ def density(codec: Codec) -> float:
 
 def why_no_pca(codec: Codec, sources: Sequence[Source], data: str | None) -> str | None:
     """Why there is no PCA of the model's latent size, if there is none."""
+    if not is_continuous(codec):
+        return "the model's latents are codes, and PCA's components are numbers"
     values = codec.config.image_channels * codec.factor**2
     if values > pca.LARGEST:
         return f"a patch of {codec.factor}x{codec.factor} pixels has {values} values, more than {pca.LARGEST}"

@@ -1,0 +1,94 @@
+"""IDX files are read like folders of classes; what does not fit is refused."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latent_codec.errors import UserError
+from latent_codec.inputs import find_images
+from train.data import fingerprint
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)
+LABELS = np.array([7, 0, 7], np.uint8)
+
+
+def idx(values: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
+
+
+def write(folder: Path, suffix: str = "", pixels: np.ndarray = PIXELS, labels: np.ndarray | None = LABELS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pack = gzip.compress if suffix else bytes
+    if labels is not None:
+        (folder / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(idx(labels)))
+    path = folder / f"train-images-idx3-ubyte{suffix}"
+    path.write_bytes(pack(idx(pixels)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_images_are_the_files_values_named_by_their_class(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path, suffix)
+    sources = find_images(path)
+    assert [s.name for s in sources] == ["0/train-00001", "7/train-00000", "7/train-00002"]
+    assert [s.label for s in sources] == ["0", "7", "7"]
+    for source, row in zip(sources, [1, 0, 2], strict=True):
+        pixels, geometry = source.read()
+        assert torch.equal(pixels, torch.from_numpy(PIXELS[row]).expand(3, -1, -1))
+        assert (geometry.height, geometry.width, geometry.mode) == (4, 5, "L")
+
+
+def test_without_labels_images_have_no_class(tmp_path: Path) -> None:
+    sources = find_images(write(tmp_path, labels=None))
+    assert [s.name for s in sources] == ["train-00000", "train-00001", "train-00002"]
+    assert {s.label for s in sources} == {None}
+
+
+def test_in_a_folder_a_file_counts_once_packed_and_unpacked(tmp_path: Path) -> None:
+    write(tmp_path / "raw", ".gz")
+    packed = [s.name for s in find_images(tmp_path)]
+    write(tmp_path / "raw")
+    assert [s.name for s in find_images(tmp_path)] == packed == [f"raw/{c}" for c in names(tmp_path / "raw")]
+
+
+def names(folder: Path) -> list[str]:
+    return [s.name for s in find_images(folder)]
+
+
+def test_the_fingerprint_tells_the_content_packed_or_not(tmp_path: Path) -> None:
+    found = [
+        fingerprint(find_images(write(tmp_path / name, suffix, pixels)))
+        for name, suffix, pixels in (("a", "", PIXELS), ("b", ".gz", PIXELS), ("c", "", 255 - PIXELS))
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (idx(PIXELS)[:-1], "are not what its shape"),
+        (idx(PIXELS) + b"\0", "are not what its shape"),
+        (idx(PIXELS)[:9], "not an IDX file of uint8 values in 3 dimensions"),
+        (idx(PIXELS[0]), "not an IDX file of uint8 values in 3 dimensions"),
+        (b"\0\0\x0d" + idx(PIXELS)[3:], "not an IDX file of uint8 values in 3 dimensions"),
+        (idx(PIXELS[:0]), "are not what its shape"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = write(tmp_path)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        find_images(path)
+
+
+def test_a_cut_gzip_file_and_labels_of_other_images_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, ".gz")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read"):
+        find_images(path)
+    with pytest.raises(UserError, match="2 labels for 3 images"):
+        find_images(write(tmp_path / "other", labels=LABELS[:2]))

@@ -1,0 +1,98 @@
+"""Training by the importance-weighted bound: its expectation, its order in the samples, its gradient."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from latent_codec.codec import Codec
+from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from latent_codec.noise import normal
+from train.config import IWAEConfig
+from train.objectives import ELBO, IWAE
+from train.presets import mnist_vae
+
+SIDE, Z, SIGMA = 2, 2, 0.5
+KEYS = torch.arange(4)
+PIXELS = torch.randint(0, 256, (4, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
+def linear(logvar_max: float = 11.0) -> Codec:
+    """p(x given z) = N(W z + b, sigma^2), so that p(x) is a Gaussian."""
+    config = CodecConfig(
+        image_channels=1,
+        latent_channels=Z,
+        backbone=LinearConfig(patch=SIDE),
+        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=logvar_max),
+        likelihood=GaussianConfig(scale="fixed", sigma=SIGMA),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return Codec(config)
+
+
+def exact_nll(codec: Codec) -> torch.Tensor:
+    with torch.no_grad():
+        weight = codec.backbone.decoder.weight.reshape(Z, -1).double()  # (z, d)
+        bias = codec.backbone.decoder.bias.double().expand(SIDE * SIDE)
+        covariance = weight.T @ weight + SIGMA**2 * torch.eye(SIDE * SIDE, dtype=torch.float64)
+        x = codec.likelihood.from_uint8(PIXELS).flatten(1).double()
+        return -MultivariateNormal(bias, covariance).log_prob(x)
+
+
+def call(codec: Codec, samples: int, pixels: torch.Tensor = PIXELS, keys: torch.Tensor = KEYS) -> torch.Tensor:
+    return IWAE(IWAEConfig(samples=samples), codec)(pixels, keys, torch.zeros_like(keys), torch.tensor(1.0), False).loss
+
+
+def test_one_sample_is_the_elbo_in_expectation() -> None:
+    """Law 7."""
+    codec, many = linear(), torch.arange(20_000)
+    image = PIXELS[:1].expand(1000, -1, -1, -1)
+    with torch.no_grad():
+        found = torch.stack([call(codec, 1, image, keys) for keys in many.split(1000)])
+        objective = ELBO(mnist_vae().objective, codec, None)  # pyright: ignore[reportArgumentType]
+        elbo = torch.stack(
+            [objective(image, keys, torch.zeros_like(keys), torch.tensor(1.0), False).loss for keys in many.split(1000)]
+        )
+    spread = (found.std() + elbo.std()).item() / math.sqrt(len(found))
+    assert found.mean().item() == pytest.approx(elbo.mean().item(), abs=4 * spread)
+    assert spread < 0.02 * elbo.mean().item()
+
+
+def test_more_samples_tighten_the_training_bound() -> None:
+    codec, many = linear(), torch.arange(2_000)
+    image = PIXELS[:1].expand(2000, -1, -1, -1)
+    with torch.no_grad():
+        losses = [call(codec, k, image, many).item() for k in (1, 5, 50)]
+    assert losses[0] > losses[1] + 0.01 and losses[1] > losses[2] + 0.01
+    assert losses[2] > exact_nll(codec)[0].item() - 0.01
+
+
+def test_a_batchs_loss_and_gradient_are_the_means_of_its_images() -> None:
+    """What lets ranks and micro-batches average."""
+    codec = linear()
+    parameters = list(codec.parameters())
+    whole = torch.autograd.grad(call(codec, 5), parameters)
+    singles = [torch.autograd.grad(call(codec, 5, PIXELS[i : i + 1], KEYS[i : i + 1]), parameters) for i in range(4)]
+    for gradient, parts in zip(whole, zip(*singles, strict=True), strict=True):
+        torch.testing.assert_close(gradient, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_weighted_samples() -> None:
+    """Burda et al. (2016), eq. 14: the average of grad log w_i by the normalised weights."""
+    codec = linear()
+    decoder = list(codec.backbone.decoder.parameters())
+    found = torch.autograd.grad(call(codec, 3, PIXELS[:1], KEYS[:1]), decoder)
+    x = codec.likelihood.from_uint8(PIXELS[:1])
+    posterior = codec.encode(x)
+    noise = normal(KEYS[:1], (3, *posterior.mean.shape[1:]))[0]
+    logs = [
+        codec.likelihood.log_prob(codec.likelihood_params(z), x)[0] + posterior.log_ratio(z)[0]
+        for z in (posterior.mean + posterior.std * n for n in noise)
+    ]
+    weights = torch.softmax(torch.stack(logs).detach(), 0)
+    parts = [torch.autograd.grad(log, decoder, retain_graph=True) for log in logs]
+    for i, gradient in enumerate(found):
+        expected = -sum(w * part[i] for w, part in zip(weights, parts, strict=True))
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,125 @@
+"""Negative log-likelihood of images by importance sampling, and active latents: `python -m tools.nll MODEL IMAGES`."""
+
+import dataclasses
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import tyro
+from einops import rearrange
+from tqdm import tqdm
+
+from latent_codec.bounds import bounds
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.files import write_text
+from latent_codec.images import in_channels
+from latent_codec.inputs import find_images
+from latent_codec.noise import fold, text_key
+from latent_codec.pipeline import batches
+from tools.report import machine
+from train.provenance import git_commit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    model: tyro.conf.Positional[str]
+    """A model file or a shipped model's name; of a run, RUN/checkpoints/step-*/ema.safetensors."""
+    images: tyro.conf.Positional[Path]
+    """A folder, tar or IDX file of images whose sides are multiples of the model's factor."""
+    samples: int = 5000
+    """Latents drawn for each image."""
+    first: int | None = None
+    """How many of the images, those whose names hash lowest; all if not given."""
+    batch_size: int = 20
+    at_once: int = 2000
+    """Latents decoded at once; changes memory, not results."""
+    seed: int = 0
+    device: str = "cpu"
+    out: Path | None = None
+    """JSON file for the results."""
+
+
+class Measured(NamedTuple):
+    """Averages over images in nats, and counts."""
+
+    images: int
+    samples: int
+    nll: float
+    """Minus the importance-weighted bound of so many samples."""
+    nll_standard_error: float
+    """Over the images; the bound's own noise is far below it."""
+    nelbo: float
+    kl: float
+    active: int
+    """Latents whose posterior mean varies over images and positions by more than 0.01, of `latents`."""
+    latents: int
+    batches_below_elbo: int
+    """Batches whose bound is below their ELBO, whose KL is exact: none but by chance."""
+
+
+def measure(options: Options) -> Measured:
+    codec = Codec.load(options.model, options.device)
+    sources = sorted(find_images(options.images), key=lambda s: text_key(s.name))[: options.first]
+    iwae, elbo, kl, mean = [], [], [], []
+    channels = codec.config.image_channels
+    read = ((s, in_channels(s.read().pixels, channels)) for s in tqdm(sources, "nll", unit="image", disable=None))
+    for batch in batches(read, options.batch_size, lambda one: one[1].shape, alone=lambda one: False):
+        pixels = torch.stack([p for _, p in batch]).to(options.device)
+        keys = fold(options.seed, torch.tensor([text_key(s.name) for s, _ in batch]))
+        labels = codec.class_numbers([s.label for s, _ in batch]).to(options.device)
+        found = bounds(codec, pixels, keys, options.samples, at_once=options.at_once, labels=labels)
+        iwae.append(found.iwae)
+        elbo.append(found.elbo)
+        kl.append(found.kl)
+        mean.append(_means(codec, pixels, keys, labels))
+    nll, means = -torch.cat(iwae), torch.cat(mean)
+    return Measured(
+        images=len(nll),
+        samples=options.samples,
+        nll=nll.mean().item(),
+        nll_standard_error=nll.std().item() / math.sqrt(len(nll)),
+        nelbo=-torch.cat(elbo).mean().item(),
+        kl=torch.cat(kl).mean().item(),
+        active=int((means.var(0, correction=0) > 0.01).sum()),
+        latents=means.shape[1],
+        batches_below_elbo=sum(bool(i.mean() < e.mean()) for i, e in zip(iwae, elbo, strict=True)),
+    )
+
+
+@torch.inference_mode()
+def _means(codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The posterior means (n, z) float64 of all images and positions."""
+    x = codec.likelihood.observe(pixels, keys.to(pixels.device))
+    return rearrange(codec.encode(x, labels).mean, "b z h w -> (b h w) z").double().cpu()
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="tools.nll", description=__doc__)
+    try:
+        run(options)
+    except (UserError, ValueError) as error:
+        raise SystemExit(f"tools.nll: {error}") from error
+
+
+def run(options: Options) -> None:
+    about = {
+        "command": shlex.join(["python", "-m", "tools.nll", *sys.argv[1:]]),
+        "commit": git_commit(),
+        "model": Path(options.model).name,
+        "set": options.images.name,
+        "protocol": "nats per image; importance-weighted bound, Burda et al. 2016, eq. 8; drawn pixels fixed by seed "
+        "and name; active: variance of the posterior mean above 0.01",
+    }
+    text = json.dumps({"results": measure(options)._asdict(), "about": about | machine(options.device)}, indent=1)
+    print(text)
+    if options.out is not None:
+        write_text(options.out, text + "\n")
+
+
+if __name__ == "__main__":
+    main()

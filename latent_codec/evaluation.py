@@ -100,7 +100,7 @@ def evaluate(
         records = []
         for one in tqdm(stored.images, "evaluate", stored.size, unit="image", disable=quiet or None):
             original = sources[one.path].read().pixels
-            labels = codec.class_numbers([one.label])
+            labels = codec.class_numbers([sources[one.path].label])
             decoded = crop(networks.decode_uint8([one.latents], labels), one.geometry)
             if out is not None:
                 write_image(out / "decoded" / f"{one.path}.png", decoded[0], one.geometry, "png")
@@ -129,7 +129,6 @@ class _One(NamedTuple):
     """One image as it was stored."""
 
     path: str
-    label: str | None
     geometry: Geometry
     latents: torch.Tensor  # (z, h/f, w/f)
     kl: float | None
@@ -150,7 +149,7 @@ def _store_posteriors(codec: Codec, where: str | Path, folder: Path, compute: Co
     def images() -> Iterator[_One]:
         for i, entry in enumerate(latents.entries):
             posterior = latents.posterior(i)
-            yield _One(entry.path, entry.label, entry.geometry, posterior.mode()[0], posterior.kl().item())
+            yield _One(entry.path, entry.geometry, posterior.mode()[0], posterior.kl().item())
 
     size = sum(f.stat().st_size for f in stored_files(folder))
     return _Stored(encoded, len(latents.entries), size, images())
@@ -169,7 +168,7 @@ def _store_streams(codec: Codec, where: str | Path, folder: Path, compute: Compu
             if isinstance(latents, UserError):
                 raise latents
             name = file.relative_to(folder).as_posix().removesuffix(SUFFIX)
-            yield _One(name, None, stream.header.geometry, latents, None)
+            yield _One(name, stream.header.geometry, latents, None)
 
     return _Stored(encoded, len(files), sum(f.stat().st_size for f in files), images())
 

@@ -121,9 +121,8 @@ class _Measured:
 
     def statistics(self, description: str) -> LatentStatistics:
         mean, variance = self.total / self.positions, self.variance / self.positions
-        std = torch.sqrt(
-            (self.square / self.positions - mean.square()).clamp(min=0) + variance
-        )  # rounding may go below 0
+        spread = (self.square / self.positions - mean.square()).clamp(min=0)  # rounding may go below 0
+        std = torch.sqrt(spread + variance)
         if not self.gaussian:
             std = std.clamp(min=1e-6)  # a channel that never changes can be scaled all the same
         return LatentStatistics(

@@ -126,15 +126,6 @@ def check_options(background: str, max_pixels: int) -> None:
         raise UserError(f"a limit of {max_pixels} pixels refuses every image; it must be at least 1")
 
 
-def check_gaussian(codec: Codec) -> None:
-    """Raise `UserError` for a model whose latents have no mean and log-variance to store."""
-    if (kind := codec.config.bottleneck.kind) != "gaussian":
-        raise UserError(
-            f"latents in safetensors are a Gaussian's mean and log-variance, which a {kind} bottleneck has not; "
-            "write .lc files"
-        )
-
-
 def check_channels(codec: Codec) -> None:
     """Raise `UserError` unless the model is one of grey or of RGB images."""
     if (channels := codec.config.image_channels) not in (1, 3):
@@ -145,6 +136,15 @@ def check_unconditional(codec: Codec, what: str) -> None:
     """Raise `UserError` for a model that is told each image's class where nothing could tell it: `what`."""
     if classes := codec.config.classes:
         raise UserError(f"the model is told which of {len(classes)} classes an image is of; {what} cannot tell it")
+
+
+def check_gaussian(codec: Codec) -> None:
+    """Raise `UserError` for a model whose latents have no mean and log-variance to store."""
+    if (kind := codec.config.bottleneck.kind) != "gaussian":
+        raise UserError(
+            f"latents in safetensors are a Gaussian's mean and log-variance, which a {kind} bottleneck has not; "
+            "write .lc files"
+        )
 
 
 class Resume(NamedTuple):

@@ -249,10 +249,10 @@ def encode_error(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Te
     """Measure tiling on pixels (b, c, h, w) uint8 that fit into memory whole; they are cut whatever their area."""
     pixels = in_channels(pixels, codec.config.image_channels)
     whole, tiled = encode(codec, pixels, None, labels), _encode_tiles(codec, pixels, tile, labels)
-    convert = codec.likelihood.to_uint8
     difference = tiled.mean - whole.mean
     if isinstance(whole, DiagonalGaussian):
         difference = difference / whole.std
+    convert = codec.likelihood.to_uint8
     return EncodeError(
         difference.abs().amax().item(),
         difference.square().mean().sqrt().item(),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from latent_codec.config import (
 )
 from latent_codec.errors import UserError
 from latent_codec.inputs import find_images
-from train.closed_form import check_closed_form, patch_moments, start_from_closed_form
+from train.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
 from train.data import Batches, MemoryImages, Plan
 
 PATCH, Z, SIGMA = 4, 6, 0.05
@@ -113,6 +114,43 @@ def test_patch_moments_are_those_of_numpy(images: Batches) -> None:
     centred = rows - mean.repeat(PATCH**2)
     np.testing.assert_allclose(found.mean.numpy(), mean, rtol=0, atol=1e-7)
     np.testing.assert_allclose(found.covariance.numpy(), centred.T @ centred / len(rows), rtol=0, atol=1e-7)
+
+
+def test_moments_of_everything_are_those_of_all_whole_patches_of_all_readable_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Law 7, over images of any size that are read one by one: the linear pair is the SVD's projection."""
+    random, rows = np.random.default_rng(1), []
+    basis = random.normal(size=(Z, D))
+    for i, (height, width) in enumerate([(9, 17), (4, 4), (3, 40), (12, 8), (21, 5)]):
+        h, w = height // PATCH, width // PATCH
+        found = np.clip(128 + 8 * random.normal(size=(h, w, Z)) @ basis, 0, 255).reshape(h, w, 3, PATCH, PATCH)
+        image = random.integers(0, 256, (height, width, 3), np.uint8)
+        image[: h * PATCH, : w * PATCH] = found.transpose(0, 3, 1, 4, 2).reshape(h * PATCH, w * PATCH, 3)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        whole = image[: h * PATCH, : w * PATCH].reshape(h, PATCH, w, PATCH, 3).transpose(0, 2, 4, 1, 3)
+        rows.append(whole.reshape(-1, D) / 127.5 - 1)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    codec, all_rows = (
+        make(dataclasses.replace(LINEAR, likelihood=GaussianConfig(scale="fixed", sigma=1e-4))),
+        np.concatenate(rows),
+    )
+    moments = all_patch_moments(find_images(tmp_path), codec, quiet=True)
+    mean = all_rows.reshape(-1, 3, PATCH**2).mean((0, 2)).repeat(PATCH**2)
+    centred = all_rows - mean
+    np.testing.assert_allclose(moments.covariance.numpy(), centred.T @ centred / len(centred), rtol=0, atol=1e-7)
+    assert "skipping broken.png" in caplog.text
+    start_from_closed_form(codec, moments)
+    _, _, vh = np.linalg.svd(centred, full_matrices=False)
+    x = torch.from_numpy(rows[0]).float().reshape(-1, 3, PATCH, PATCH)
+    decoded = codec.decode(codec.encode(x).mode()).detach().reshape(-1, D).numpy()
+    np.testing.assert_allclose(decoded, mean + (rows[0] - mean) @ vh[:Z].T @ vh[:Z], rtol=0, atol=1e-3)
+
+
+def test_images_without_a_whole_patch_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (PATCH - 1, 50)).save(tmp_path / "thin.png")
+    with pytest.raises(UserError, match="no image holds a whole patch"):
+        all_patch_moments(find_images(tmp_path), make(LINEAR), quiet=True)
 
 
 def test_a_linear_codec_starts_at_the_optimum_of_probabilistic_pca(images: Batches) -> None:

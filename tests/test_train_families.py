@@ -31,14 +31,14 @@ SMALL = flags(
 COMPUTE = Compute(device="cpu", dtype="float32", batch_size=8, workers=1)
 
 
-def write_digits(folder: Path, count: int = 36) -> Path:
-    """Images of two classes, a bright upper half and a bright lower one, on noise."""
+def write_digits(folder: Path, contrast: int = 180, count: int = 36) -> Path:
+    """Images of two classes, a brighter upper half and a brighter lower one, on noise."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     labels = np.arange(count, dtype=np.uint8) % 2
     pixels = random.integers(0, 60, (count, 28, 28), dtype=np.uint8)
-    pixels[labels == 0, :14] += 180
-    pixels[labels == 1, 14:] += 180
+    pixels[labels == 0, :14] += contrast
+    pixels[labels == 1, 14:] += contrast
     head = struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28)
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(head + pixels.tobytes()))
@@ -142,6 +142,9 @@ def test_folder_tools_take_a_conditional_models_class_from_the_folder(digits: Pa
         ("mnist_iwae --samples 0", "samples is 0; it must be at least 1"),
         ("mnist_vae --lr-schedule stages --lr-warmup-steps 5", "lr_warmup_steps is 5; stages have no warm-up"),
         ("mnist_cvae --val-images 4 --classes 0 2", "class '1', but the model knows 0, 2"),
+        ("mnist_vae --lpips-weight 1", "LPIPS compares RGB images, and the model's have 1 channels"),
+        ("mnist_vae --closed-form", "closed_form needs a gaussian likelihood, not bernoulli"),
+        ("pca --classes 0 1", "linear: principal components have no place for 2 classes"),
         ("photo --mean-start", "mean_start needs an mlp backbone and a bernoulli likelihood"),
     ],
 )

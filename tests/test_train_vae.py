@@ -149,14 +149,14 @@ def test_without_ema_decay_the_averaged_weights_are_the_raw_ones(argv: list[str]
 
 def test_the_closed_form_alone_is_a_run_that_can_be_exported(data: Path, tmp_path: Path) -> None:
     argv = [*flags("pca --crop 32 --eval-crop 32 --batch-size 64 --val-images 2"), "--data", str(data)]
-    out, quick = tmp_path / "run", tiny_faults.few_patches
-    run(argv, out, patch=quick)
-    run_ranks(argv, tmp_path / "ranks", 2, patch=quick)
+    out = tmp_path / "run"
+    run(argv, out)
+    run_ranks(argv, tmp_path / "ranks", 2)
     assert_same_tensors(tensors(tmp_path / "ranks", 0), tensors(out, 0))
     codec = export(out, tmp_path / "pca.safetensors", data=(data,), images=4, half=False, quiet=True)
     assert codec.statistics is not None and codec.statistics.images == 4
     before = tensors(out, 0), log_lines(out, "eval")
-    run(argv, out, patch=quick)  # done again, it is the same run
+    run(argv, out)  # done again, it is the same run
     assert_same_tensors(tensors(out, 0), before[0])
     assert log_lines(out, "eval") == before[1] and len(before[1]) == 1
     # 32 of 192 dimensions hold smooth images nearly whole; a random start is below 15 dB.

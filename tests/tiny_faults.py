@@ -92,11 +92,6 @@ def no_checkpoints(rank: int) -> None:
         checkpoints.restore = lambda *_: checkpoints.Progress()
 
 
-def few_patches() -> None:
-    """No fault: a closed form from 512 crops is good enough and quick."""
-    vae._CLOSED_FORM_IMAGES = 512
-
-
 def scaled_fp16() -> None:
     """Float16 with a gradient scaler on the CPU, which Accelerate sets up on GPUs only."""
 

@@ -1,6 +1,7 @@
 """Patch moments of the training images, for the closed-form start of a linear path."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from einops import rearrange
@@ -8,22 +9,51 @@ from tqdm import tqdm
 
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
+from latent_codec.inputs import Source
 from latent_codec.likelihoods import Bernoulli, Gaussian
 from latent_codec.networks import LinearBackbone, LiteBackbone, MLPBackbone
 from latent_codec.networks.linear import PatchMoments
-from train.data import Batches, Plan
+from latent_codec.workers import Threads
+from train.data import Batches, Plan, read_or_report
+
+_READERS = 4  # threads; twice as many images wait to be counted
 
 
 def patch_moments(images: Batches, plan: Plan, codec: Codec, steps: int, *, quiet: bool) -> PatchMoments:
     """Moments of the non-overlapping patches of `steps` batches of crops."""
+    batches = tqdm(images.batches(plan, 0, steps), "patch moments", steps, disable=quiet or None)
+    return _moments((batch.pixels.cpu() for batch in batches), codec)
+
+
+def all_patch_moments(sources: Sequence[Source], codec: Codec, *, quiet: bool) -> PatchMoments:
+    """Moments of the whole patches of all images that can be read, which need not fit into memory together.
+
+    What is left of an image to the right and below is no whole patch and does not count. Raises `UserError` if there is
+    no patch at all.
+    """
     p = codec.factor
-    total, outer, channels, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
-    for batch in tqdm(images.batches(plan, 0, steps), "patch moments", steps, disable=quiet or None):
-        x = codec.likelihood.from_uint8(batch.pixels.cpu()).double()
+
+    def whole(source: Source) -> torch.Tensor | None:
+        pixels = read_or_report(source, codec.config.image_channels)
+        return None if pixels is None else pixels[:, : pixels.shape[1] // p * p, : pixels.shape[2] // p * p]
+
+    with Threads(_READERS) as threads:
+        read = (future.result() for _, future in threads.map(whole, sources))
+        images = (x[None] for x in tqdm(read, "patch moments", len(sources), disable=quiet or None) if x is not None)
+        return _moments((x for x in images if x.numel()), codec)
+
+
+def _moments(batches: Iterable[torch.Tensor], codec: Codec) -> PatchMoments:
+    """Of the patches of uint8 pixels (b, c, h, w), summed in float64."""
+    p, channels = codec.factor, codec.config.image_channels
+    total, outer, count = torch.zeros(()), torch.zeros(()), 0
+    for pixels in batches:
+        x = codec.likelihood.from_uint8(pixels).double()
         patches = rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p)  # (n, d)
         total, outer = total + patches.sum(0), outer + patches.T @ patches
         count += len(patches)
-        channels = x.shape[1]
+    if count == 0:
+        raise UserError(f"no image holds a whole patch of {p}x{p} pixels; give larger images")
     mean = rearrange(total / count, "(c d) -> c d", c=channels).mean(1)
     m, average = mean.repeat_interleave(p * p), total / count
     covariance = outer / count - torch.outer(m, average) - torch.outer(average, m) + torch.outer(m, m)

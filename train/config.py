@@ -64,6 +64,8 @@ class TrainConfig:
     objective: ELBOConfig | IWAEConfig
     closed_form: bool
     """Start the linear path from probabilistic PCA of the training images' patches."""
+    closed_form_crops: int | None
+    """Crops whose patches give the closed form its moments; None: all whole patches of all images, read one by one."""
     mean_start: bool
     """Start the decoder of `mlp` from the training images' mean, and all its weights as Glorot & Bengio (2010)."""
     steps: int
@@ -157,6 +159,12 @@ def check(config: TrainConfig) -> None:
     if isinstance(config.objective, IWAEConfig):
         if config.objective.samples < 1:
             raise UserError(f"samples is {config.objective.samples}; it must be at least 1")
+        if config.codec.bottleneck.kind != "gaussian":
+            kind = config.codec.bottleneck.kind
+            raise UserError(f"iwae weighs draws from a gaussian posterior; a {kind} bottleneck has none: take an elbo")
+    elif config.objective.lpips_weight > 0 and config.codec.image_channels != 3:
+        channels = config.codec.image_channels
+        raise UserError(f"LPIPS compares RGB images, and the model's have {channels} channels: set lpips_weight to 0")
     elif (steps := config.objective.mode_steps) is not None and not 0 < steps[0] <= steps[1]:
         raise UserError(f"mode_steps is {steps}; it must be two positive steps, the smaller one first")
     _check_bottleneck(config)
@@ -189,7 +197,7 @@ def _check_bottleneck(config: TrainConfig) -> None:
     objective, kind = config.objective, config.codec.bottleneck.kind
     if isinstance(objective, IWAEConfig):
         if kind != "gaussian":
-            raise UserError(f"iwae weighs samples by their density, which a {kind} bottleneck has not; train elbo")
+            raise UserError(f"importance samples need a Gaussian posterior, which a {kind} bottleneck has not")
         return
     if (kind == "vq") != (objective.codebook is not None):
         raise UserError(

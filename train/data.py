@@ -237,7 +237,8 @@ class _Crops(Dataset[Batch]):
         raise UserError(f"none of the {len(self.sources)} images could be read; the first reason stands above")
 
 
-def _read_or_report(source: Source, channels: int) -> torch.Tensor | None:
+def read_or_report(source: Source, channels: int) -> torch.Tensor | None:
+    """Pixels (channels, h, w) uint8; None, and a warning that says why, where there are none to be had."""
     try:
         return in_channels(source.read().pixels, channels)
     except UserError as error:
@@ -247,7 +248,7 @@ def _read_or_report(source: Source, channels: int) -> torch.Tensor | None:
 
 def _read_all(sources: Sequence[Source], channels: int, quiet: bool) -> list[torch.Tensor | None]:
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        images = pool.map(_read_or_report, sources, repeat(channels))
+        images = pool.map(read_or_report, sources, repeat(channels))
         return list(tqdm(images, "reading images", len(sources), disable=quiet or None, unit="image"))
 
 
@@ -264,7 +265,7 @@ def centre_crops(sources: Sequence[Source], labels: torch.Tensor, channels: int,
     """
     crops, names, kept = [], [], []
     for source, label in zip(sources, labels, strict=True):
-        image = _read_or_report(source, channels)
+        image = read_or_report(source, channels)
         if image is None:
             continue
         pixels = at_least(image, side)

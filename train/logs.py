@@ -19,9 +19,11 @@ class RunLog:
 
     def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
         self.path, self.accelerator = path, accelerator
+        self._warned: set[str] = set()
         if accelerator.is_main_process and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if 0 < _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in kept))
+            self._warned = {found["name"] for found in map(json.loads, kept) if found["kind"] == "warning"}
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """One line {"kind", "step", ...}; values that are not finite are written as null."""
@@ -33,6 +35,14 @@ class RunLog:
         self.accelerator.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
         text = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if math.isfinite(v))
         tqdm.write(f"{kind} {step}: {text}")
+
+    def warn(self, name: str, step: int, text: str) -> None:
+        """One line {"kind": "warning", "step", "name", "text"}, and on the screen; each name once in a run."""
+        if self.accelerator.is_main_process and name not in self._warned:
+            self._warned.add(name)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"kind": "warning", "step": step, "name": name, "text": text}) + "\n")
+            tqdm.write(f"warning {step}: {name}: {text}")
 
     def flush(self) -> None:
         """Put what was written on the disk, as a checkpoint of the same step will be."""

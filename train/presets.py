@@ -48,6 +48,7 @@ def photo() -> TrainConfig:
             lpips_net="alex",
         ),
         closed_form=True,
+        closed_form_crops=16_384,
         mean_start=False,
         steps=10_000,
         batch_size=8,
@@ -79,7 +80,7 @@ def pca() -> TrainConfig:
     # Noise of half a grey level: no shrinkage to speak of, and every component is kept.
     likelihood = GaussianConfig(scale="fixed", sigma=1 / 255)
     codec = dataclasses.replace(base.codec, backbone=LinearConfig(patch=8), likelihood=likelihood)
-    return dataclasses.replace(base, codec=codec, steps=0)
+    return dataclasses.replace(base, codec=codec, closed_form_crops=None, steps=0)
 
 
 def conv() -> TrainConfig:
@@ -110,6 +111,52 @@ def conv() -> TrainConfig:
         learning_rate=1e-4,
         lr_warmup_steps=1_000,
     )
+
+
+def mnist_vae() -> TrainConfig:
+    """The MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli); 3,280 passes over MNIST's 60,000 images."""
+    base = photo()
+    codec = CodecConfig(
+        image_channels=1,
+        latent_channels=50,
+        backbone=MLPConfig(side=28, encoder_widths=(200, 200), decoder_widths=(200, 200), activation="tanh"),
+        bottleneck=base.codec.bottleneck,
+        likelihood=BernoulliConfig(pixels="drawn"),
+    )
+    return dataclasses.replace(
+        base,
+        codec=codec,
+        objective=dataclasses.replace(base.objective, mode_weight=0.0, mode_steps=None),
+        closed_form=False,
+        mean_start=True,
+        steps=3_280 * 3_000,
+        batch_size=20,
+        crop=28,
+        flip=False,
+        learning_rate=1e-3,
+        lr_warmup_steps=0,
+        lr_schedule="stages",
+        adam_eps=1e-4,
+        max_grad_norm=None,
+        ema_decay=0.0,
+        channels_last=False,
+        log_every=3_000,
+        eval_every=30_000,
+        eval_crop=28,
+        save_every=30_000,
+    )
+
+
+def mnist_iwae() -> TrainConfig:
+    """The same network trained with the importance-weighted bound of 50 samples (Burda et al. 2016)."""
+    return dataclasses.replace(mnist_vae(), objective=IWAEConfig(samples=50))
+
+
+def mnist_cvae() -> TrainConfig:
+    """The network of `mnist_vae` told which digit it sees; 200 passes."""
+    base = mnist_vae()
+    codec = dataclasses.replace(base.codec, classes=tuple("0123456789"))
+    return dataclasses.replace(base, codec=codec, steps=200 * 600, batch_size=100, lr_schedule="cosine")
 
 
 def autoencoder() -> TrainConfig:
@@ -167,52 +214,6 @@ def logistic() -> TrainConfig:
     return dataclasses.replace(
         base, codec=codec, objective=objective, closed_form=False, batch_size=16, crop=32, eval_crop=32
     )
-
-
-def mnist_vae() -> TrainConfig:
-    """The MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli); 3,280 passes over MNIST's 60,000 images."""
-    base = photo()
-    codec = CodecConfig(
-        image_channels=1,
-        latent_channels=50,
-        backbone=MLPConfig(side=28, encoder_widths=(200, 200), decoder_widths=(200, 200), activation="tanh"),
-        bottleneck=base.codec.bottleneck,
-        likelihood=BernoulliConfig(pixels="drawn"),
-    )
-    return dataclasses.replace(
-        base,
-        codec=codec,
-        objective=dataclasses.replace(base.objective, mode_weight=0.0, mode_steps=None),
-        closed_form=False,
-        mean_start=True,
-        steps=3_280 * 3_000,
-        batch_size=20,
-        crop=28,
-        flip=False,
-        learning_rate=1e-3,
-        lr_warmup_steps=0,
-        lr_schedule="stages",
-        adam_eps=1e-4,
-        max_grad_norm=None,
-        ema_decay=0.0,
-        channels_last=False,
-        log_every=3_000,
-        eval_every=30_000,
-        eval_crop=28,
-        save_every=30_000,
-    )
-
-
-def mnist_iwae() -> TrainConfig:
-    """The same network trained with the importance-weighted bound of 50 samples (Burda et al. 2016)."""
-    return dataclasses.replace(mnist_vae(), objective=IWAEConfig(samples=50))
-
-
-def mnist_cvae() -> TrainConfig:
-    """The network of `mnist_vae` told which digit it sees; 200 passes."""
-    base = mnist_vae()
-    codec = dataclasses.replace(base.codec, classes=tuple("0123456789"))
-    return dataclasses.replace(base, codec=codec, steps=200 * 600, batch_size=100, lr_schedule="cosine")
 
 
 _ALL: tuple[Callable[[], TrainConfig], ...] = (

@@ -21,23 +21,23 @@ from latent_codec.config import to_json
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source
 from latent_codec.modelfile import check_state
+from latent_codec.networks.linear import PatchMoments
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
 from train.checkpoints import Progress, Saved
-from train.closed_form import mean_pixels, patch_moments, start_from_closed_form, start_from_mean
+from train.closed_form import all_patch_moments, mean_pixels, patch_moments, start_from_closed_form, start_from_mean
 from train.codebook import CodebookTraining, averages_of
 from train.config import ELBOConfig, IWAEConfig, TrainConfig, flat
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
 from train.logs import RunLog
+from train.monitor import signs_of_collapse
 from train.objectives import ELBO, IWAE, Losses
 from train.presets import PRESETS
 from train.runs import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.schedules import beta_at
 from train.trainer import Trainer
 from train.validation import Validation, active_channels
-
-_CLOSED_FORM_IMAGES = 16_384  # crops whose patches give the closed form its moments
 
 
 def main() -> None:
@@ -74,9 +74,9 @@ def train(run: Run) -> int:
     optimizer = torch.optim.AdamW(
         codec.parameters(), lr=config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay
     )
-    trained_codebook = config.objective.codebook if isinstance(config.objective, ELBOConfig) else None
     modules: dict[str, Saved] = {"codec": codec, "ema": ema}
-    averages = averages_of(codec, trained_codebook)
+    settings = config.objective.codebook if isinstance(config.objective, ELBOConfig) else None
+    averages = averages_of(codec, settings)
     if averages is not None:
         modules["codebook"] = averages.to(accelerator.device)
     progress = checkpoints.restore(run.out / "checkpoints", modules, optimizer)
@@ -96,16 +96,14 @@ def train(run: Run) -> int:
         start_from_model(codec, run.start_from)
         ema.load_state_dict(codec.state_dict())
     elif progress.step == 0 and config.closed_form:
-        whole = plan._replace(rank=0, world=1, micro_batches=1)  # every process computes the same start
-        batches = math.ceil(_CLOSED_FORM_IMAGES / config.batch_size)
-        start_from_closed_form(codec, patch_moments(images, whole, codec, batches, quiet=quiet))
+        start_from_closed_form(codec, _moments(config, codec, sources, images, plan, quiet))
         ema.load_state_dict(codec.state_dict())
     elif progress.step == 0 and config.mean_start:
         start_from_mean(codec, mean_pixels(images, plan._replace(rank=0, world=1, micro_batches=1), len(sources)))
         ema.load_state_dict(codec.state_dict())
     codebook = None
-    if trained_codebook is not None and averages is not None:
-        codebook = CodebookTraining(trained_codebook, codec, averages, accelerator, images, plan)
+    if settings is not None and averages is not None:
+        codebook = CodebookTraining(settings, codec, averages, accelerator, images, plan)
         if progress.step == 0:
             codebook.start(keep=run.start_from is not None)
             ema.load_state_dict(codec.state_dict())
@@ -119,9 +117,9 @@ def train(run: Run) -> int:
         accelerator.init_trackers(run.out.name, flat(to_json(config) | described))
 
     crops = centre_crops(held_out, labels_of(codec, held_out), config.codec.image_channels, config.eval_crop)
-    task = VAETask(config, run.out, ema, Validation(crops))
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
     after_step = None if codebook is None else codebook.after_step
+    task = VAETask(config, run.out, ema, Validation(crops), log)
     trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log, after_step)
     _announce(run, accelerator, codec, sources, progress)
     with interrupts:
@@ -133,8 +131,8 @@ def train(run: Run) -> int:
 class VAETask:
     """What `Trainer` leaves to a VAE."""
 
-    def __init__(self, config: TrainConfig, out: Path, ema: Codec, validation: Validation) -> None:
-        self.config, self.out, self.ema, self.validation = config, out, ema, validation
+    def __init__(self, config: TrainConfig, out: Path, ema: Codec, validation: Validation, log: RunLog) -> None:
+        self.config, self.out, self.ema, self.validation, self.log = config, out, ema, validation, log
 
     def arguments(self, step: int, measure: bool) -> tuple[torch.Tensor, bool]:
         """The KL's weight, and whether the expected pixels are measured."""
@@ -164,7 +162,10 @@ class VAETask:
 
     def evaluate(self, step: int) -> dict[str, float]:
         self.validation.write_grid(self.out / "grids" / f"step-{step:08d}.png", self.ema)
-        return self.validation.measure(self.ema)
+        values = self.validation.measure(self.ema)
+        for sign in signs_of_collapse(values, self.config, step):
+            self.log.warn(sign.name, step, sign.text)
+        return values
 
 
 def start_from_model(codec: Codec, source: str) -> None:
@@ -181,6 +182,16 @@ def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE:
     if isinstance(config, IWAEConfig):
         return IWAE(config, codec)
     return ELBO(config, codec, LPIPS(config.lpips_net, run.lpips_backbone) if config.lpips_weight > 0 else None)
+
+
+def _moments(
+    config: TrainConfig, codec: Codec, sources: list[Source], images: Batches, plan: Plan, quiet: bool
+) -> PatchMoments:
+    if config.closed_form_crops is None:
+        return all_patch_moments(sources, codec, quiet=quiet)
+    whole = plan._replace(rank=0, world=1, micro_batches=1)  # every process computes the same start
+    batches = math.ceil(config.closed_form_crops / config.batch_size)
+    return patch_moments(images, whole, codec, batches, quiet=quiet)
 
 
 def _open_images(

@@ -33,10 +33,12 @@ class Validation:
         """NLL, KL and ELBO in nats per image, PSNR of the mode, KL in bits per pixel, active channels.
 
         Of a codebook also the perplexity of its codes, and their entropy in bits per pixel; of a likelihood of whole
-        pixel values the ELBO in bits per dimension.
+        pixel values the ELBO in bits per dimension. And for signs of collapse: KL in nats per latent element, the share
+        of clamped log-variances, and how many nats per image the latents of the image before it cost (NaN if there is
+        no other).
         """
         device = next(codec.parameters()).device
-        nll, kl, psnr, mean, square, use = [], [], [], [], [], []
+        nll, kl, psnr, mean, square, clamped, costs, use = ([] for _ in range(8))
         batches = zip(*(t.split(batch) for t in (self.pixels, self.keys, self.labels)), strict=True)
         for pixels, keys, labels in ((t.to(device) for t in found) for found in batches):
             x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
@@ -44,6 +46,10 @@ class Validation:
             z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
             nll.append(-codec.likelihood.log_prob(codec.likelihood_params(z, labels), x))
             kl.append(posterior.kl())
+            clamped.append(posterior.clamped.expand(len(x)))
+            if len(x) > 1:
+                others = codec.likelihood.log_prob(codec.likelihood_params(z.roll(1, 0), labels), x)
+                costs.append(-others - nll[-1])
             error = codec.decode_uint8(posterior.mode(), labels).float() - pixels.float()
             psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3))))
             mean.append(posterior.mean.mean((2, 3)))  # (b, z)
@@ -58,6 +64,7 @@ class Validation:
         if isinstance(codec.likelihood, DiscretizedLogistic):
             nelbo = (torch.cat(nll) + torch.cat(kl)).mean().item()
             more["bits_per_dim"] = nelbo / math.log(2) / math.prod(self.pixels.shape[1:])
+        elements = codec.config.latent_channels * (side // codec.factor) ** 2
         return more | {
             "nll": torch.cat(nll).mean().item(),
             "kl": torch.cat(kl).mean().item(),
@@ -65,6 +72,9 @@ class Validation:
             "kl_bpp": torch.cat(kl).mean().item() / math.log(2) / side**2,
             "psnr_mode": torch.cat(psnr).mean().item(),
             "active_channels": active_channels(torch.cat(mean).mean(0), torch.cat(square).mean(0)),
+            "kl_per_latent": torch.cat(kl).mean().item() / elements,
+            "clamped": torch.cat(clamped).mean().item(),
+            "shuffle_cost": torch.cat(costs).mean().item() if costs else math.nan,
         }
 
     @torch.no_grad()
@@ -77,9 +87,7 @@ class Validation:
         latents = [posterior.mode()]
         if isinstance(posterior, DiagonalGaussian):
             latents += [posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)]
-        rows = in_rgb(
-            torch.stack([pixels, *(codec.decode_uint8(z, labels) for z in latents)])
-        )  # (rows, n, 3, side, side)
+        rows = in_rgb(torch.stack([pixels, *(codec.decode_uint8(z, labels) for z in latents)]))
         picture = rearrange(rows, "r n c h w -> (r h) (n w) c").cpu().numpy()
         with atomic_path(path) as temporary:
             Image.fromarray(picture).save(temporary, format="PNG")

@@ -75,6 +75,8 @@ def jpeg_at_equal_bytes(
     quiet: bool,
 ) -> Section:
     """Over all images; those of `names` that have a JPEG are shown."""
+    if codec.config.classes:
+        return left_out(NAME, TITLE, "no .lc file holds the class that this model has to be told")
     if codec.priors is None:
         return left_out(NAME, TITLE, "the model has no prior, so it makes no .lc files; `export --data` gives it one")
     coder = StreamCodec(codec, networks.compute.device)

@@ -75,7 +75,7 @@ def survey(codec: Codec, sources: Sequence[Source], networks: Networks, seed: in
     moments, draws, scaled = _Moments(codec.config.latent_channels), _Pooled(), _Pooled()
     statistics = codec.statistics
     for source in tqdm(sources, "posteriors", unit="image", disable=quiet or None):
-        posterior = networks.encode([pad(source.read().pixels, codec.factor)])
+        posterior = networks.encode([pad(source.read().pixels, codec.factor)], codec.class_numbers([source.label]))
         moments.add(posterior)
         z = posterior.sample(normal(image_key(seed, source.name)[None], tuple(posterior.mean.shape[1:])))
         draws.add(z)

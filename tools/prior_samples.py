@@ -1,0 +1,57 @@
+"""Pictures of latents drawn from N(0, I), a folder for each class: `python -m tools.prior_samples MODEL DST`."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import tyro
+from torch.nn.functional import pad
+
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.files import make_folder
+from latent_codec.images import Geometry, in_rgb, write_image
+from latent_codec.noise import fold, normal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    model: tyro.conf.Positional[str]
+    dst: tyro.conf.Positional[Path]
+    count: int = 100
+    """Of each class, or in all if the model has none."""
+    size: int = 1
+    """Latent elements along each side."""
+    border: int = 0
+    """Black pixels to add on every side."""
+    seed: int = 0
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="tools.prior_samples", description=__doc__)
+    try:
+        print(f"wrote {run(options)} images to {options.dst}")
+    except UserError as error:
+        raise SystemExit(f"tools.prior_samples: {error}") from error
+
+
+@torch.inference_mode()
+def run(options: Options) -> int:
+    """Write expected pixels as DST/CLASS/00000.png; latent i of a class depends on the seed, the class and i alone."""
+    codec = Codec.load(options.model)
+    classes = codec.config.classes or ("",)
+    for label, name in enumerate(classes):
+        make_folder(options.dst / name)
+        keys = fold(options.seed, label, torch.arange(options.count))
+        z = normal(keys, (codec.config.latent_channels, options.size, options.size))
+        pixels = in_rgb(codec.decode_uint8(z, torch.full((options.count,), label)))
+        pixels = pad(pixels, [options.border] * 4)  # (n, 3, h, w)
+        mode = "L" if codec.config.image_channels == 1 else "RGB"
+        geometry = Geometry(width=pixels.shape[3], height=pixels.shape[2], orientation=1, mode=mode, background=None)
+        for i, image in enumerate(pixels):
+            write_image(options.dst / name / f"{i:05d}.png", image, geometry, "png")
+    return len(classes) * options.count
+
+
+if __name__ == "__main__":
+    main()

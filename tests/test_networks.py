@@ -125,7 +125,7 @@ def test_conv_is_diffusers_autoencoder_kl_with_the_same_weights(case: str) -> No
     randomise(theirs)
     ours = ConvBackbone(config, 3, z, 2, 1, 0)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    bottleneck = DiagonalGaussianBottleneck(DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0))
+    bottleneck = DiagonalGaussianBottleneck(DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0), 4)
     x = 2 * torch.rand((2, 3, 32, 48), generator=seeded(1)) - 1
     with torch.no_grad():
         expected: Any = theirs.encode(x).latent_dist  # pyright: ignore[reportAttributeAccessIssue]

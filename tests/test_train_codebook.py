@@ -133,7 +133,7 @@ def make(**fields: Any) -> tuple[CodebookTraining, list[torch.Tensor]]:
     class Images:
         def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
             for step in range(first_step, last_step):
-                yield Batch(pixels[step], torch.arange(2))
+                yield Batch(pixels[step], torch.arange(2), torch.zeros(2, dtype=torch.int64))
 
     plan = Plan(seed=3, crop=16, flip=False, batch_size=2, micro_batches=1, rank=0, world=1)
     return CodebookTraining(training, codec, averages, Accelerator(cpu=True), Images(), plan), pixels
@@ -216,12 +216,13 @@ def test_the_optimizer_leaves_an_averaged_codebook_alone() -> None:
     for codebook, trained in (("ema", False), ("gradient", True)):
         training, pixels = make(codebook=codebook)
         objective = ELBO(dataclasses.replace(vqvae().objective, codebook=training.config), training.codec, None)
-        losses = objective(pixels[0], torch.arange(2), torch.tensor(1.0), False)
+        losses = objective(pixels[0], torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.tensor(1.0), False)
         losses.loss.backward()
         assert isinstance(training.codec.bottleneck, VectorQuantizer)
         assert (training.codec.bottleneck.codebook.grad is not None) == trained
         posterior: Any = training.codec.encode(pixels[0])
-        expected = 1.0 * posterior.commitment().mean() + trained * posterior.codebook_loss().mean()
+        expected = training.config.commitment * posterior.commitment().mean()
+        expected = expected + trained * posterior.codebook_loss().mean()
         torch.testing.assert_close(losses.penalty, expected.detach())
         torch.testing.assert_close(losses.loss.detach(), losses.nll + losses.kl + losses.penalty)
         torch.testing.assert_close(losses.code_use, posterior.use())

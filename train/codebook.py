@@ -117,7 +117,7 @@ class CodebookTraining:
         batches = math.ceil(count / (whole.batch_size * (whole.crop // self.codec.factor) ** 2))
         found: list[torch.Tensor] = []
         for batch in self.images.batches(whole, step, step + batches):
-            posterior = self.codec.encode(batch.pixels)
+            posterior = self.codec.encode(batch.pixels, batch.labels)
             assert isinstance(posterior, Codes)
             found.append(rearrange(posterior.outputs, "b z h w -> (b h w) z"))
         outputs = torch.cat(found)

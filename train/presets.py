@@ -194,7 +194,7 @@ def vqvae() -> TrainConfig:
         ),
         bottleneck=VectorQuantizerConfig(codes=512),
     )
-    codebook = CodebookConfig(commitment=1.0, codebook="ema", codebook_decay=0.99, revive_below=0.25, revive_every=50)
+    codebook = CodebookConfig(commitment=20.0, codebook="ema", codebook_decay=0.99, revive_below=0.25, revive_every=50)
     objective = dataclasses.replace(base.objective, mode_weight=0.0, codebook=codebook)
     return dataclasses.replace(base, codec=codec, objective=objective, batch_size=16, crop=64)
 

@@ -6,6 +6,7 @@ import torch
 
 from latent_codec import tiling
 from latent_codec.autoencoder_kl import activations
+from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, from_json, to_json
 from latent_codec.errors import UserError
@@ -153,6 +154,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         self.codec.check_pixels(x)
         cut = tiling.cuts(x[0, 0].numel(), self._tile)
         posterior = tiling.encode(self.codec, x, self._tile) if cut else self.codec.encode(x)
+        assert isinstance(posterior, DiagonalGaussian)
         mean, std = self._moments(x.device)
         return torch.cat([(posterior.mean.to(x.device) - mean) / std, posterior.logvar.to(x.device) - 2 * std.log()], 1)
 

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
 from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry
 from latent_codec.prior import PriorKind
@@ -140,16 +141,19 @@ def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
         return data + file.read(min(left, promised + _CHECKSUM.size + 1))
 
 
-def settings(stream: Stream, channels: int, factor: int) -> Settings:
-    """What decoding the payload takes, for a model of `channels` at 1/`factor` of each side.
+def settings(stream: Stream, config: CodecConfig, factor: int) -> Settings:
+    """What decoding the payload takes, for a model with latents at 1/`factor` of each side.
 
-    Raises `UserError` if the payload cannot hold that many latents: each costs at least `LEAST_BITS`.
+    Raises `UserError` if the payload cannot hold that many integers: each costs at least `LEAST_BITS`. So it does if a
+    codebook's indices are said to be anything but plain.
     """
-    geometry = stream.header.geometry
-    shape = (channels, -(-geometry.height // factor), -(-geometry.width // factor))
+    header, geometry = stream.header, stream.header.geometry
+    if config.codes is not None and (header.step, header.seed) != (STEP_ONE, None):
+        raise UserError("damaged: its header gives a codebook's indices a step or dither")
+    shape = (config.coded_channels, -(-geometry.height // factor), -(-geometry.width // factor))
     latents = shape[0] * shape[1] * shape[2]
     if latents * LEAST_BITS > 8 * len(stream.payload):
         raise UserError(
             f"damaged: {len(stream.payload)} bytes of coded data cannot hold {geometry.width}x{geometry.height} pixels"
         )
-    return Settings(shape, stream.header.step, stream.header.seed)
+    return Settings(shape, header.step, header.seed)

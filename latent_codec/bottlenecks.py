@@ -1,10 +1,48 @@
-"""Features -> posterior. The diagonal Gaussian is the only one so far."""
+"""Features -> posterior: a diagonal Gaussian, or none at all; those with a codebook are in `latent_codec.codebooks`."""
+
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from latent_codec.config import DiagonalGaussianConfig
+from latent_codec.codebooks import FiniteScalarQuantizer, VectorQuantizer
+from latent_codec.config import DiagonalGaussianConfig, IdentityConfig
 from latent_codec.precision import float32_island
+
+
+class Posterior(Protocol):
+    """q(z given x), whatever its kind. All floats are float32 whatever autocast does around it."""
+
+    clamped: torch.Tensor
+    """Share of the log-variances that a clamp changed, a scalar; 0 where there are none."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(b, z, h, w)."""
+        ...
+
+    @property
+    def coded(self) -> torch.Tensor:
+        """What a bitstream holds: the mean, or of a codebook the indices (b, 1, h, w) int64."""
+        ...
+
+    def sample(self, noise: torch.Generator | torch.Tensor) -> torch.Tensor:
+        """Latents (b, z, h, w)."""
+        ...
+
+    def mode(self) -> torch.Tensor:
+        """The most likely latents, (b, z, h, w)."""
+        ...
+
+    def kl_map(self) -> torch.Tensor:
+        """What the ELBO charges for the latents in nats, (b, channels, h, w)."""
+        ...
+
+    def kl(self) -> torch.Tensor:
+        """Its sum for each image, (b,)."""
+        ...
+
+    def cpu(self) -> "Posterior": ...
 
 
 class DiagonalGaussian:
@@ -18,6 +56,10 @@ class DiagonalGaussian:
         self.mean = mean
         self.logvar = logvar
         self.clamped = torch.zeros((), device=mean.device) if clamped is None else clamped
+
+    @property
+    def coded(self) -> torch.Tensor:
+        return self.mean
 
     @property
     def std(self) -> torch.Tensor:
@@ -57,13 +99,16 @@ class DiagonalGaussian:
         """KL(q || N(0, I)) in nats per image, (b,) float32."""
         return self.kl_map().flatten(1).sum(1)
 
+    def cpu(self) -> "DiagonalGaussian":
+        return DiagonalGaussian(self.mean.cpu(), self.logvar.cpu(), self.clamped.cpu())
+
 
 class DiagonalGaussianBottleneck(nn.Module):
     """Mean and log-variance from features, with the one clamp on logvar of the whole library."""
 
     features_per_latent = 2
 
-    def __init__(self, config: DiagonalGaussianConfig) -> None:
+    def __init__(self, config: DiagonalGaussianConfig, latent_channels: int) -> None:
         super().__init__()
         if not config.logvar_min < config.logvar_max:
             raise ValueError(f"logvar_min {config.logvar_min} must be below logvar_max {config.logvar_max}")
@@ -77,4 +122,52 @@ class DiagonalGaussianBottleneck(nn.Module):
             return DiagonalGaussian(mean, logvar, (raw.detach() != logvar.detach()).float().mean())
 
 
-BOTTLENECKS = {"gaussian": DiagonalGaussianBottleneck}
+class Identity:
+    """All mass on one latent: what the encoder says, (b, z, h, w) float32. Nothing is charged for it."""
+
+    def __init__(self, mean: torch.Tensor) -> None:
+        self.mean = mean
+        self.clamped = torch.zeros((), device=mean.device)
+
+    @property
+    def coded(self) -> torch.Tensor:
+        return self.mean
+
+    def sample(self, noise: torch.Generator | torch.Tensor) -> torch.Tensor:
+        """The mode: there is nothing to draw."""
+        return self.mean
+
+    def mode(self) -> torch.Tensor:
+        return self.mean
+
+    def kl_map(self) -> torch.Tensor:
+        """Zeros: a point has no finite KL against a density, and an autoencoder charges none."""
+        return torch.zeros_like(self.mean)
+
+    def kl(self) -> torch.Tensor:
+        return self.kl_map().flatten(1).sum(1)
+
+    def cpu(self) -> "Identity":
+        return Identity(self.mean.cpu())
+
+
+class IdentityBottleneck(nn.Module):
+    """Latents are the features."""
+
+    features_per_latent = 1
+
+    def __init__(self, config: IdentityConfig, latent_channels: int) -> None:
+        super().__init__()
+
+    def forward(self, features: torch.Tensor) -> Identity:
+        """features: (b, z, h, w)."""
+        return Identity(features.float())
+
+
+BOTTLENECKS: dict[str, Any] = {
+    "gaussian": DiagonalGaussianBottleneck,
+    "identity": IdentityBottleneck,
+    "vq": VectorQuantizer,
+    "fsq": FiniteScalarQuantizer,
+}
+"""Each takes its config and the number of latent channels z."""

@@ -49,12 +49,14 @@ def bounds(
     an image depends on its key and i alone, so that more samples continue fewer. `at_once` is how many
     samples go through the decoder together: it bounds the memory and changes nothing but the networks' rounding. Sums
     over an image's pixels are float32, exact to about a ten-millionth of their size. Raises `ValueError` if k or
-    `at_once` is below 1, or as `Codec.encode` does.
+    `at_once` is below 1, the posterior is no Gaussian, or as `Codec.encode` does.
     """
     if k < 1 or at_once < 1:
         raise ValueError(f"{k} samples, {at_once} at once: both must be at least 1")
     x = codec.likelihood.observe(x, fold(keys, _PIXELS).to(x.device)) if x.dtype == torch.uint8 else x
     posterior = codec.encode(x, labels)
+    if not isinstance(posterior, DiagonalGaussian):
+        raise ValueError(f"a {codec.config.bottleneck.kind} bottleneck has no density to weigh samples by")
     b, each = len(x), max(1, at_once // len(x))
     log_likelihoods, log_ratios = [], []
     for start in range(0, k, each):

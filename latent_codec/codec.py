@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import one_hot as one_hot_of
 
 from latent_codec import modelfile
-from latent_codec.bottlenecks import BOTTLENECKS, DiagonalGaussian
+from latent_codec.bottlenecks import BOTTLENECKS, Posterior
 from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
 from latent_codec.likelihoods import LIKELIHOODS, Likelihood
@@ -34,7 +34,7 @@ class Codec(nn.Module):
         self.statistics: LatentStatistics | None = None
         self.provenance: dict[str, Any] = {}
         self.priors: Priors | None = None
-        self.bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck)
+        self.bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck, config.latent_channels)
         self.likelihood = LIKELIHOODS[config.likelihood.kind](config.likelihood)
         self.backbone = BACKBONES[config.backbone.kind](
             config.backbone,
@@ -58,7 +58,7 @@ class Codec(nn.Module):
                 f"are multiples of {self.factor}; pad them with latent_codec.images.pad"
             )
 
-    def encode(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> DiagonalGaussian:
+    def encode(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Posterior:
         """Posterior over latents (b, z, h/f, w/f) of pixels (b, c, h, w): uint8, or float in the likelihood's range.
 
         `labels` (b,) int64 number the config's classes; a conditional model needs them, another ignores them.

@@ -39,7 +39,18 @@ from latent_codec.latents import (
 from latent_codec.ledger import Claim, Ledger, Record, sha256_of
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.outputs import Output, image_output, make_outputs
-from latent_codec.pipeline import RESUME, Input, Job, Resume, Work, check_channels, check_options, in_batches, run
+from latent_codec.pipeline import (
+    RESUME,
+    Input,
+    Job,
+    Resume,
+    Work,
+    check_channels,
+    check_gaussian,
+    check_options,
+    in_batches,
+    run,
+)
 from latent_codec.plan import Unit
 from latent_codec.shards import are_whole, remove_needless, shard_name
 from latent_codec.summary import Summary
@@ -84,10 +95,11 @@ def encode_folder(
     of the mirrored image as well.
 
     The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if
-    nothing is found, an option makes no sense, the model is none of grey or RGB images, or `folder` holds latents of
-    other images; and as `pipeline.run` does.
+    nothing is found, an option makes no sense, the model is none of grey or RGB images or has no Gaussian posterior, or
+    `folder` holds latents of other images; and as `pipeline.run` does.
     """
     check_channels(codec)
+    check_gaussian(codec)
     check_options(background, max_pixels)
     networks = Networks(codec, compute)
     sources = find_images(where)
@@ -122,12 +134,17 @@ def encode_folder(
         codec.class_numbers([source.label])  # here it fails for this image alone
         return parse_image_in(processes, source, data, **options)
 
+    def posterior(pixels: list[torch.Tensor], labels: torch.Tensor) -> DiagonalGaussian:
+        found = networks.encode(pixels, labels)
+        assert isinstance(found, DiagonalGaussian)
+        return found
+
     def encode(batch: list[Input[Image]]) -> list[_Encoded]:
         labels = codec.class_numbers([i.job.source.label for i in batch])
-        posterior, flipped = networks.encode([i.content.pixels for i in batch], labels), None
+        found, flipped = posterior([i.content.pixels for i in batch], labels), None
         if flips:  # a batch of their own: memory is that of one
-            flipped = networks.encode([mirrored(i.content, codec.factor) for i in batch], labels)
-        return [_Encoded(posterior, flipped, place) for place in range(len(batch))]
+            flipped = posterior([mirrored(i.content, codec.factor) for i in batch], labels)
+        return [_Encoded(found, flipped, place) for place in range(len(batch))]
 
     def write(unit: _UnitRows) -> list[Record]:
         ordered = sorted((one for _, one in unit.rows), key=lambda one: one.entry.path)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from latent_codec import tiling
-from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.bottlenecks import Posterior
 from latent_codec.codec import Codec
 from latent_codec.errors import FatalError, UserError
 
@@ -50,7 +50,7 @@ class Networks:
         self.codec, self.compute = codec, compute
         self._silent = tiling.is_exact(codec)
 
-    def encode(self, images: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> DiagonalGaussian:
+    def encode(self, images: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Posterior:
         """The posterior, on the CPU, of images (3, h, w) uint8 of one shape; labels as `Codec.encode` takes them.
 
         Raises `UserError` if the networks cannot be compiled.

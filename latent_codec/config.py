@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import sys
 import types
 import typing
@@ -72,6 +73,31 @@ class DiagonalGaussianConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class IdentityConfig:
+    """No distribution: latents are what the encoder says, of a deterministic autoencoder."""
+
+    kind: ClassVar[str] = "identity"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VectorQuantizerConfig:
+    """The nearest vector of a codebook at each position (van den Oord et al. 2017)."""
+
+    kind: ClassVar[str] = "vq"
+    codes: int
+    """Vectors in the codebook."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FiniteScalarConfig:
+    """Every channel rounded to one of a few levels (Mentzer et al. 2024)."""
+
+    kind: ClassVar[str] = "fsq"
+    levels: tuple[int, ...]
+    """Of each latent channel, at least 2; their product is the size of the implied codebook."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianConfig:
     """Normal density over pixels in [-1, 1]."""
 
@@ -102,6 +128,7 @@ class BernoulliConfig:
 
 
 BackboneConfig = LinearConfig | LiteConfig | ConvConfig | MLPConfig
+BottleneckConfig = DiagonalGaussianConfig | IdentityConfig | VectorQuantizerConfig | FiniteScalarConfig
 LikelihoodConfig = GaussianConfig | DiscretizedLogisticConfig | BernoulliConfig
 
 
@@ -112,10 +139,26 @@ class CodecConfig:
     image_channels: int
     latent_channels: int
     backbone: BackboneConfig
-    bottleneck: DiagonalGaussianConfig
+    bottleneck: BottleneckConfig
     likelihood: LikelihoodConfig
     classes: tuple[str, ...] = ()
     """Names of the classes (folders of images) that a conditional model is told of; none: an unconditional model."""
+
+    @property
+    def codes(self) -> int | None:
+        """Of the codebook, if the bottleneck has one: latents are then whole numbers below this."""
+        match self.bottleneck:
+            case VectorQuantizerConfig(codes=codes):
+                return codes
+            case FiniteScalarConfig(levels=levels):
+                return math.prod(levels)
+            case _:
+                return None
+
+    @property
+    def coded_channels(self) -> int:
+        """Integers that a bitstream holds at each position of the latents."""
+        return self.latent_channels if self.codes is None else 1
 
 
 def to_json(config: Any) -> Any:

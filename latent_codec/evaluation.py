@@ -4,25 +4,33 @@ import json
 import math
 import platform
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from latent_codec import __version__, metrics
+from latent_codec import __version__, bitstream, metrics
+from latent_codec.bitstream import SUFFIX
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
-from latent_codec.images import crop, write_image
+from latent_codec.images import Geometry, crop, write_image
 from latent_codec.inputs import find_images
 from latent_codec.latents import Latents, stored_files
+from latent_codec.lc_folder import encode_streams
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import OVERWRITE
+from latent_codec.rate import Rate
+from latent_codec.streams import StreamReader
+from latent_codec.summary import Summary
 
 RESULTS = "results.json"
+
+_POSTERIORS, _STREAMS = "latents", "streams"  # folders of what was stored, by kind
 
 PROTOCOL = metrics.PROTOCOL | {
     "kl_bpp": "KL of the stored posterior against N(0, I) in bits, over the image's own pixels (padding's bits count, "
@@ -30,6 +38,11 @@ PROTOCOL = metrics.PROTOCOL | {
     "disk_bpp": "all bytes of the latents folder (mean and log-variance, index) in bits, over all pixels of the set",
     "decoded": "the posterior's mode as stored, rounded and clipped to uint8, against the image as read (upright sRGB)",
 }
+_OF_STREAMS = {
+    "disk_bpp": "all bytes of the .lc files, at step 1 where they have one, in bits over all pixels of the set",
+    "decoded": "the .lc file's latents, rounded and clipped to uint8, against the image as read (upright sRGB)",
+}
+"""Where there is no Gaussian posterior to store."""
 
 
 class Report(NamedTuple):
@@ -65,48 +78,99 @@ def evaluate(
 ) -> Report:
     """Encode the images at `where` to disk, decode what was stored, and compare.
 
-    `out` keeps results.json, the latents and the reconstructions (PNG); without it they go to a temporary folder.
-    Images that cannot be read are reported and left out. Raises `UserError` if no image can be read, if LPIPS' weights
-    cannot be had, or if `out` holds latents that no evaluation put there.
+    What is stored is the posterior, or where it is no Gaussian the `.lc` files. `out` keeps results.json, what was
+    stored and the reconstructions (PNG); without it they go to a temporary folder. Images that cannot be read are
+    reported and left out. Raises `UserError` if no image can be read, if LPIPS' weights cannot be had, if `out` holds
+    latents that no evaluation put there, or if the model has neither a Gaussian posterior nor a prior.
     """
+    gaussian = codec.config.bottleneck.kind == "gaussian"
     if out is not None:
         make_folder(out)
-        if stored_files(out / "latents") and not (out / RESULTS).exists():
-            raise UserError(f"{out / 'latents'}: latents without the {RESULTS} of an evaluation; give another --out")
+        for stored in (out / _POSTERIORS, out / _STREAMS):
+            if (stored_files(stored) or any(stored.rglob(f"*{SUFFIX}"))) and not (out / RESULTS).exists():
+                raise UserError(f"{stored}: latents without the {RESULTS} of an evaluation; give another --out")
     networks = Networks(codec, compute)
     lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (out or Path(temporary)) / "latents"
-        encoded = encode_folder(codec, where, folder, compute, resume=OVERWRITE, quiet=quiet)
-        latents = Latents(folder, model_id=codec.model_id)
-        if not latents.entries:
-            raise UserError(f"{where}: none of the {encoded.found} images could be read")
+        folder = (out or Path(temporary)) / (_POSTERIORS if gaussian else _STREAMS)
+        stored = (_store_posteriors if gaussian else _store_streams)(codec, where, folder, compute, quiet)
+        if not stored.size:
+            raise UserError(f"{where}: none of the {stored.encoded.found} images could be read")
         sources = {s.name: s for s in find_images(where)}
         records = []
-        for i, entry in enumerate(tqdm(latents.entries, "evaluate", unit="image", disable=quiet or None)):
-            original = sources[entry.path].read().pixels
-            posterior = latents.posterior(i)
-            labels = codec.class_numbers([entry.label])
-            decoded = crop(networks.decode_uint8([posterior.mode()[0]], labels), entry.geometry)
+        for one in tqdm(stored.images, "evaluate", stored.size, unit="image", disable=quiet or None):
+            original = sources[one.path].read().pixels
+            labels = codec.class_numbers([sources[one.path].label])
+            decoded = crop(networks.decode_uint8([one.latents], labels), one.geometry)
             if out is not None:
-                write_image(out / "decoded" / f"{entry.path}.png", decoded[0], entry.geometry, "png")
-            pixels = entry.geometry.width * entry.geometry.height
-            record = {"path": entry.path, "pixels": pixels, "kl_bpp": posterior.kl().item() / math.log(2) / pixels}
+                write_image(out / "decoded" / f"{one.path}.png", decoded[0], one.geometry, "png")
+            pixels = one.geometry.width * one.geometry.height
+            record: dict[str, Any] = {"path": one.path, "pixels": pixels}
+            if one.kl is not None:
+                record["kl_bpp"] = one.kl / math.log(2) / pixels
             records.append(record | compare(original[None], decoded, lpips, compute.device))
-        disk = sum(f.stat().st_size for f in stored_files(folder))
-    names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if lpips else []), "kl_bpp"]
+    names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if lpips else []), *(["kl_bpp"] if gaussian else [])]
     summary = {name: mean_defined([r[name] for r in records]) for name in names}
-    summary["disk_bpp"] = 8 * disk / sum(r["pixels"] for r in records)
+    summary["disk_bpp"] = 8 * stored.bytes_out / sum(r["pixels"] for r in records)
     report = Report(
         summary=summary,
         images=records,
-        protocol=PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
+        protocol=(PROTOCOL if gaussian else metrics.PROTOCOL | _OF_STREAMS)
+        | ({"lpips": lpips.protocol} if lpips else {}),
         about=describe(codec, where, len(records), compute),
-        failures=encoded.failures,
+        failures=stored.encoded.failures,
     )
     if out is not None:
         write_text(out / RESULTS, json.dumps(report.json(), indent=1, allow_nan=False))
     return report
+
+
+class _One(NamedTuple):
+    """One image as it was stored."""
+
+    path: str
+    geometry: Geometry
+    latents: torch.Tensor  # (z, h/f, w/f)
+    kl: float | None
+    """Nats; None where there is no posterior to have one."""
+
+
+class _Stored(NamedTuple):
+    encoded: Summary
+    size: int
+    bytes_out: int
+    images: Iterable[_One]
+
+
+def _store_posteriors(codec: Codec, where: str | Path, folder: Path, compute: Compute, quiet: bool) -> _Stored:
+    encoded = encode_folder(codec, where, folder, compute, resume=OVERWRITE, quiet=quiet)
+    latents = Latents(folder, model_id=codec.model_id)
+
+    def images() -> Iterator[_One]:
+        for i, entry in enumerate(latents.entries):
+            posterior = latents.posterior(i)
+            yield _One(entry.path, entry.geometry, posterior.mode()[0], posterior.kl().item())
+
+    size = sum(f.stat().st_size for f in stored_files(folder))
+    return _Stored(encoded, len(latents.entries), size, images())
+
+
+def _store_streams(codec: Codec, where: str | Path, folder: Path, compute: Compute, quiet: bool) -> _Stored:
+    encoded = encode_streams(codec, where, folder, compute, rate=Rate(), resume=OVERWRITE, quiet=quiet)
+    files = [folder / f"{s.name}{SUFFIX}" for s in find_images(where) if s.name not in encoded.failures]
+    reader = StreamReader(codec, compute.device)
+
+    def images() -> Iterator[_One]:
+        for file in files:
+            stream = bitstream.read(file)
+            reader.check(stream)
+            (latents,) = reader.decompress([stream])
+            if isinstance(latents, UserError):
+                raise latents
+            name = file.relative_to(folder).as_posix().removesuffix(SUFFIX)
+            yield _One(name, stream.header.geometry, latents, None)
+
+    return _Stored(encoded, len(files), sum(f.stat().st_size for f in files), images())
 
 
 def compare(

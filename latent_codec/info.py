@@ -117,6 +117,8 @@ def _describe_training(provenance: dict[str, Any]) -> str:
 def _describe_priors(priors: Priors | None) -> list[str]:
     if priors is None:
         return ["priors      none, so it makes no .lc files"]
+    if (codes := priors.factorized.codes) is not None:
+        return [f"priors      factorized: a table of {codes} codes"]
     lines = [
         f"quantiser   steps of {priors.base.min():.3g} to {priors.base.max():.3g} at --step 1",
         f"priors      factorized: {len(priors.factorized.tables)} tables",

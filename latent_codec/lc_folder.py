@@ -73,6 +73,7 @@ def encode_streams(
     check_options(background, max_pixels)
     if sample is not None and not 0 <= sample < 2**64:
         raise UserError(f"--sample {sample} is no seed of 64 bits; give one from 0 to {2**64 - 1}")
+    _check_rate(codec, rate, sample)
     networks = Networks(codec, compute)
     coder = StreamCodec(codec, compute.device, prior)
     sources = find_images(where)
@@ -89,7 +90,7 @@ def encode_streams(
     fitting, fitting_coder = Halving(), Halving()
 
     def encode(batch: list[Input[Image]]) -> Sequence[torch.Tensor]:
-        return networks.encode([i.content.pixels for i in batch]).mean.unbind()
+        return networks.encode([i.content.pixels for i in batch]).coded.unbind()
 
     def encoded(jobs: Iterable[Job], work: Work) -> Iterator[list[_Encoded]]:
         for batch in in_batches(
@@ -125,10 +126,21 @@ def encode_streams(
     )
 
 
+def _check_rate(codec: Codec, rate: Rate, sample: int | None) -> None:
+    """Raise `UserError` for what a codebook's indices leave no choice of."""
+    given = [f"--{k.replace('_', '-')}" for k, v in dataclasses.asdict(rate).items() if v is not None]
+    given += ["--sample"] if sample is not None else []
+    if given and codec.config.codes is not None:
+        raise UserError(
+            f"{' and '.join(given)}: this model's files hold the indices of its {codec.config.codes} codes, which are "
+            "neither rounded nor drawn; leave it out"
+        )
+
+
 class _Encoded(NamedTuple):
     item: Input[Image]
     mean: torch.Tensor | UserError
-    """Of the posterior, (z, h, w); or why there is none."""
+    """What is coded: of the posterior, (z, h, w), or a codebook's indices (1, h, w); or why there is none."""
 
 
 def _coded(

@@ -31,7 +31,8 @@ class LatentStatistics:
     std: tuple[float, ...]
     """Per channel, of one posterior sample: sqrt(var(mean) + E[var])."""
     posterior_std: tuple[float, ...] | None
-    """Per channel, sqrt(E[posterior variance]); None if the set was never seen, only its mean and std were told."""
+    """Per channel, sqrt(E[posterior variance]); None if the posterior has none, or if the set was never seen, only its
+    mean and std were told."""
 
     def __post_init__(self) -> None:
         of_posterior = self.std if self.posterior_std is None else self.posterior_std
@@ -118,7 +119,7 @@ def read(path: Path) -> ModelFile:
             raise ValueError(f"statistics of {len(statistics.mean)} channels, latents of {config.latent_channels}")
         priors = None
         if (about := from_json(Header | None, header.get("priors"), where="priors")) is not None:
-            priors = from_tensors(about, of_priors, config.latent_channels)
+            priors = from_tensors(about, of_priors, config.coded_channels, config.codes)
         elif of_priors:
             raise ValueError(f"tensors {sorted(of_priors)[:5]} of priors that the header does not know")
     except KeyError as error:

@@ -138,6 +138,15 @@ def check_unconditional(codec: Codec, what: str) -> None:
         raise UserError(f"the model is told which of {len(classes)} classes an image is of; {what} cannot tell it")
 
 
+def check_gaussian(codec: Codec) -> None:
+    """Raise `UserError` for a model whose latents have no mean and log-variance to store."""
+    if (kind := codec.config.bottleneck.kind) != "gaussian":
+        raise UserError(
+            f"latents in safetensors are a Gaussian's mean and log-variance, which a {kind} bottleneck has not; "
+            "write .lc files"
+        )
+
+
 class Resume(NamedTuple):
     """What is done of what a command was asked for."""
 

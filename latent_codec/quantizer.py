@@ -56,11 +56,15 @@ def dither(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return (2 * ((bits >> 48) & 0xFFFF) + 1 - 2**16).reshape(shape)
 
 
-def base_steps(std: np.ndarray, posterior_std: np.ndarray) -> np.ndarray:
+def base_steps(std: np.ndarray, posterior_std: np.ndarray | None) -> np.ndarray:
     """Each channel's step at step 1, (z,) float32, from its latents' standard deviation and its posterior's.
 
     A model that hardly adds noise would get steps that no bitstream wants; they are at least sqrt(12) / 1024 of `std`.
+    Where there is no posterior, nothing says how exact latents must be: one step for all, whose error at step 1 is 1/16
+    of the root mean square of `std`.
     """
+    if posterior_std is None:
+        posterior_std = np.full_like(std, np.sqrt(np.mean(std**2)) / 16)
     return (STEP_OF_STD * np.maximum(posterior_std, std / 1024)).astype(np.float32)
 
 

@@ -98,6 +98,10 @@ class _Ours:
         self.codec, self.sample = codec, sample
         check_channels(codec)
         check_unconditional(codec, "a .lc file")
+        if (kind := codec.config.bottleneck.kind) != "gaussian":
+            raise UserError(
+                f"--rd sets files beside the KL of a posterior, which a {kind} bottleneck has not; leave it out"
+            )
         self._networks = Networks(codec, compute)
         self._coders = [StreamCodec(codec, compute.device)]  # of the best prior; refuses a model without any
         if self._coders[0].prior.kind != "factorized":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from latent_codec.bitstream import Header, Stream, pack, settings
@@ -12,7 +13,7 @@ from latent_codec.images import Geometry
 from latent_codec.prior import PriorKind
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Prior, decode, encode, ideal_bits, passes
-from latent_codec.quantizer import Quantized, dequantize, quantize
+from latent_codec.quantizer import STEP_ONE, Quantized, dequantize, quantize
 
 
 class Coded(NamedTuple):
@@ -42,13 +43,25 @@ class StreamCodec:
         self.stream_id = codec.priors.stream_id(codec.model_id, self.prior.kind)
         self._coder = Coder(self.prior.tables)
 
-    def quantize(self, mean: torch.Tensor, step: int, seed: int | None) -> Quantized:
-        """Integers for one posterior's mean (z, h, w); raises `UserError` as `quantizer.quantize` does."""
-        return quantize(mean, self.base, step, seed)
+    def quantize(self, coded: torch.Tensor, step: int, seed: int | None) -> Quantized:
+        """Integers for what one posterior has to be coded (channels, h, w); raises `UserError` as `quantizer` does.
+
+        A codebook's indices are integers as they are: `step` must be `STEP_ONE`, and nothing is dithered.
+        """
+        if self.codec.config.codes is None:
+            return quantize(coded, self.base, step, seed)
+        assert step == STEP_ONE and seed is None
+        if bool((coded < 0).any()):
+            raise UserError("the model's latents are not finite; try --dtype float32")
+        return Quantized(coded.cpu().numpy().astype(np.int32), step, seed)
 
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
-        """Latents (z, h, w) float32, as a decoder reads them."""
-        return dequantize(quantized, self.base)
+        """Latents (z, h, w) float32, as a decoder reads them, on the CPU."""
+        if self.codec.config.codes is None:
+            return dequantize(quantized, self.base)
+        indices = torch.from_numpy(quantized.values.astype(np.int64))  # (1, h, w)
+        with torch.no_grad():
+            return self.codec.bottleneck.look_up(indices)[0]
 
     def compress(self, images: Sequence[tuple[Quantized, Geometry]]) -> list[Coded]:
         """A file for each image; all of one shape."""
@@ -68,7 +81,7 @@ class StreamCodec:
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Latents (z, h, w) float32 of streams whose latents have one shape, or what is wrong with a stream."""
-        shapes = [settings(s, self.codec.config.latent_channels, self.codec.factor) for s in streams]
+        shapes = [settings(s, self.codec.config, self.codec.factor) for s in streams]
         results = decode(self.prior, self._coder, [s.payload for s in streams], shapes, self.device)
         return [r if isinstance(r, UserError) else self.dequantize(r) for r in results]
 
@@ -97,7 +110,7 @@ class StreamReader:
                 f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); "
                 "give the right one with --model"
             )
-        return kind, settings(stream, self.codec.config.latent_channels, self.codec.factor).shape
+        return kind, settings(stream, self.codec.config, self.codec.factor).shape
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Latents of streams for which `check` gave the same."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images import in_channels, in_rgb
@@ -59,9 +59,7 @@ def check_tile(codec: Codec, tile: int) -> None:
         raise UserError(f"--tile {tile} is no multiple of the model's {factor}; give {below} or {below + factor}")
 
 
-def encode(
-    codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None
-) -> DiagonalGaussian:
+def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> Posterior:
     """The posterior, on the CPU, of pixels (b, c, h, w) as `Codec.encode` takes them, wherever they are.
 
     A model of grey images also takes uint8 RGB, whose luma it sees.
@@ -76,7 +74,7 @@ def encode(
         check_tile(codec, tile)
     if tile is not None and cuts(pixels[0, 0].numel(), tile):
         return _encode_tiles(codec, pixels, tile, labels)
-    return _on_cpu(codec.encode(pixels.to(_device(codec)), _there(codec, labels)))
+    return codec.encode(pixels.to(_device(codec)), _there(codec, labels)).cpu()
 
 
 def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,10 +107,6 @@ def _decode(
 
 def _there(codec: Codec, labels: torch.Tensor | None) -> torch.Tensor | None:
     return None if labels is None else labels.to(_device(codec))
-
-
-def _on_cpu(posterior: DiagonalGaussian) -> DiagonalGaussian:
-    return DiagonalGaussian(posterior.mean.cpu(), posterior.logvar.cpu(), posterior.clamped.cpu())
 
 
 def _device(codec: Codec) -> torch.device:
@@ -163,14 +157,14 @@ class _Direction(NamedTuple):
     margin: int | None
 
 
-def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Tensor | None) -> DiagonalGaussian:
+def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Tensor | None) -> Posterior:
     # What is blended is the network's output, means and log-variances, and clamped once: the result estimates what the
     # network would say of the whole. Blending variances would differ by (difference of the log-variances)^2 / 8.
     margin = codec.backbone.encoder_margin
     network = partial(codec.features, labels=_there(codec, labels))
     direction = _Direction(network, torch.Tensor.float, codec.factor, 1, margin)
     features = _tiled(direction, pixels, tile // codec.factor, _device(codec))  # (b, features * z, h/f, w/f)
-    return codec.bottleneck(features)  # has no parameters: it works wherever its input is
+    return codec.bottleneck(features)  # works wherever its input is
 
 
 def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor | None, convert: _Map) -> torch.Tensor:
@@ -226,7 +220,7 @@ class EncodeError(NamedTuple):
     """What tiles change of an encoded image, and of the image that is decoded in tiles from that."""
 
     largest: float
-    """Of the posterior's means, in standard deviations of the untiled posterior."""
+    """Of the posterior's means, in standard deviations of the untiled posterior; of one that has none, as they are."""
     rms: float
     psnr_whole: float
     """Of the image that is encoded and decoded whole, dB."""
@@ -255,8 +249,10 @@ def encode_error(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Te
     """Measure tiling on pixels (b, c, h, w) uint8 that fit into memory whole; they are cut whatever their area."""
     pixels = in_channels(pixels, codec.config.image_channels)
     whole, tiled = encode(codec, pixels, None, labels), _encode_tiles(codec, pixels, tile, labels)
+    difference = tiled.mean - whole.mean
+    if isinstance(whole, DiagonalGaussian):
+        difference = difference / whole.std
     convert = codec.likelihood.to_uint8
-    difference = (tiled.mean - whole.mean) / whole.std
     return EncodeError(
         difference.abs().amax().item(),
         difference.square().mean().sqrt().item(),

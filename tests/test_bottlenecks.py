@@ -8,8 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from latent_codec.bottlenecks import BOTTLENECKS, DiagonalGaussian, DiagonalGaussianBottleneck
-from latent_codec.config import DiagonalGaussianConfig
+from latent_codec.bottlenecks import BOTTLENECKS, DiagonalGaussian, DiagonalGaussianBottleneck, IdentityBottleneck
+from latent_codec.config import (
+    BottleneckConfig,
+    DiagonalGaussianConfig,
+    FiniteScalarConfig,
+    IdentityConfig,
+    VectorQuantizerConfig,
+)
 
 TRAINED_HERE = DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0)
 IMPORTED = DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
@@ -85,7 +91,7 @@ def test_under_autocast_kl_sample_and_gradients_are_finite_float32(
     shape = (1, 4, 8, 8)
     features = features_of(torch.full(shape, mean), torch.full(shape, logvar)).to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
-        posterior = DiagonalGaussianBottleneck(config)(features)
+        posterior = DiagonalGaussianBottleneck(config, 4)(features)
         z = posterior.sample(torch.Generator().manual_seed(0))
         kl = posterior.kl()
         (kl.sum() + z.sum()).backward()
@@ -100,7 +106,7 @@ def test_under_autocast_kl_does_not_overflow_or_lose_digits_on_a_large_latent(dt
     generator = torch.Generator().manual_seed(0)
     features = (3 * torch.randn((1, 32, 128, 128), generator=generator)).to(dtype)
     with torch.autocast("cpu", dtype=dtype):
-        posterior = DiagonalGaussianBottleneck(TRAINED_HERE)(features)
+        posterior = DiagonalGaussianBottleneck(TRAINED_HERE, 4)(features)
         kl = posterior.kl()
     mean, logvar = features.chunk(2, dim=1)
     expected = reference_kl(mean, logvar.double().clamp(-16, 11))
@@ -111,7 +117,7 @@ def test_under_autocast_kl_does_not_overflow_or_lose_digits_on_a_large_latent(dt
 @autocast_types
 def test_autocast_changes_nothing_about_a_posterior(dtype: torch.dtype) -> None:
     features = torch.randn((2, 8, 5, 5), generator=torch.Generator().manual_seed(2))
-    bottleneck = DiagonalGaussianBottleneck(TRAINED_HERE)
+    bottleneck = DiagonalGaussianBottleneck(TRAINED_HERE, 4)
     plain = bottleneck(features)
     with torch.autocast("cpu", dtype=dtype):
         cast = bottleneck(features)
@@ -132,7 +138,7 @@ def test_the_clamp_is_hard(config: DiagonalGaussianConfig) -> None:
     low, high = config.logvar_min, config.logvar_max
     raw = torch.tensor([low - 100, low - 1e-3, low + 1e-3, 0.0, high - 1e-3, high + 1e-3, high + 100])
     features = features_of(torch.zeros(1, 7, 1, 1), raw.reshape(1, 7, 1, 1)).requires_grad_()
-    posterior = DiagonalGaussianBottleneck(config)(features)
+    posterior = DiagonalGaussianBottleneck(config, 4)(features)
     expected = torch.tensor([low, low, raw[2].item(), 0.0, raw[4].item(), high, high])
     assert torch.equal(posterior.logvar.detach().flatten(), expected)
     posterior.logvar.sum().backward()
@@ -142,7 +148,7 @@ def test_the_clamp_is_hard(config: DiagonalGaussianConfig) -> None:
 
 def test_the_mean_is_not_clamped() -> None:
     mean = torch.tensor([-1e6, 1e6]).reshape(1, 2, 1, 1)
-    assert torch.equal(DiagonalGaussianBottleneck(TRAINED_HERE)(features_of(mean, mean)).mean, mean)
+    assert torch.equal(DiagonalGaussianBottleneck(TRAINED_HERE, 4)(features_of(mean, mean)).mean, mean)
 
 
 @pytest.mark.parametrize("logvar", [-60.0, -20.0, 15.0, 40.0])
@@ -157,7 +163,7 @@ def test_the_posterior_itself_clamps_nothing(logvar: float) -> None:
 @given(st.lists(st.floats(-40, 30, width=32), min_size=1, max_size=12))
 def test_clamped_is_the_share_of_changed_logvars(raw: list[float]) -> None:
     logvar = torch.tensor(raw).reshape(1, -1, 1, 1)
-    posterior = DiagonalGaussianBottleneck(TRAINED_HERE)(features_of(torch.full_like(logvar, 1e3), logvar))
+    posterior = DiagonalGaussianBottleneck(TRAINED_HERE, 4)(features_of(torch.full_like(logvar, 1e3), logvar))
     expected = sum(not -16 <= v <= 11 for v in raw) / len(raw)
     assert posterior.clamped.shape == ()
     assert posterior.clamped.item() == pytest.approx(expected, abs=1e-6)
@@ -165,7 +171,7 @@ def test_clamped_is_the_share_of_changed_logvars(raw: list[float]) -> None:
 
 def test_features_are_means_first() -> None:
     features = torch.randn((2, 6, 3, 4), generator=torch.Generator().manual_seed(0))
-    posterior = DiagonalGaussianBottleneck(TRAINED_HERE)(features)
+    posterior = DiagonalGaussianBottleneck(TRAINED_HERE, 4)(features)
     assert torch.equal(posterior.mean, features[:, :3])
     assert torch.equal(posterior.logvar, features[:, 3:])
     assert torch.equal(posterior.mode(), features[:, :3])
@@ -216,13 +222,35 @@ def test_noise_of_another_shape_is_an_error_even_if_it_would_broadcast(shape: tu
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, -2.0), (math.nan, 1.0), (0.0, math.nan)])
 def test_an_empty_logvar_range_is_an_error_that_names_both_limits(low: float, high: float) -> None:
     with pytest.raises(ValueError, match=r"logvar_min.*logvar_max"):
-        DiagonalGaussianBottleneck(DiagonalGaussianConfig(logvar_min=low, logvar_max=high))
+        DiagonalGaussianBottleneck(DiagonalGaussianConfig(logvar_min=low, logvar_max=high), 4)
 
 
-@pytest.mark.parametrize("bottleneck", BOTTLENECKS.values(), ids=BOTTLENECKS.keys())
-def test_a_bottleneck_turns_features_per_latent_times_z_channels_into_z(
-    bottleneck: type[DiagonalGaussianBottleneck],
-) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        TRAINED_HERE,
+        IdentityConfig(),
+        VectorQuantizerConfig(codes=7),
+        FiniteScalarConfig(levels=(3, 2, 5, 2, 4)),
+    ],
+    ids=lambda config: config.kind,
+)
+def test_a_bottleneck_turns_features_per_latent_times_z_channels_into_z(config: BottleneckConfig) -> None:
     z = 5
-    features = torch.zeros(2, bottleneck.features_per_latent * z, 3, 4)
-    assert bottleneck(TRAINED_HERE)(features).mode().shape == (2, z, 3, 4)
+    bottleneck = BOTTLENECKS[config.kind](config, z)
+    features = torch.randn(2, bottleneck.features_per_latent * z, 3, 4, generator=torch.Generator().manual_seed(0))
+    posterior = bottleneck(features)
+    assert posterior.mode().shape == posterior.mean.shape == (2, z, 3, 4)
+    assert posterior.sample(torch.zeros(2, z, 3, 4)).shape == (2, z, 3, 4)
+    assert posterior.kl().shape == (2,) and (posterior.kl() >= 0).all()
+    torch.testing.assert_close(posterior.kl(), posterior.kl_map().flatten(1).sum(1))
+
+
+def test_an_identity_gives_what_the_encoder_says_and_charges_nothing() -> None:
+    features = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).half()
+    posterior = IdentityBottleneck(IdentityConfig(), 3)(features)
+    noise = torch.ones(2, 3, 4, 5)
+    assert torch.equal(posterior.mean, features.float())
+    assert torch.equal(posterior.sample(noise), posterior.mode())
+    assert torch.equal(posterior.coded, posterior.mean)
+    assert torch.equal(posterior.kl(), torch.zeros(2))

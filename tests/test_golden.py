@@ -46,7 +46,7 @@ def test_integers_latents_and_pixels_are_what_they_were(name: str, codec: Codec)
     data = (GOLDEN / f"{name}.lc").read_bytes()
     stream = bitstream.unpack(data)
     streams = StreamCodec(codec, "cpu", stream.header.prior)
-    settings = bitstream.settings(stream, codec.config.latent_channels, codec.factor)
+    settings = bitstream.settings(stream, codec.config, codec.factor)
     (quantized,) = decode(streams.prior, Coder(streams.prior.tables), [stream.payload], [settings], "cpu")
     assert isinstance(quantized, Quantized)
     assert sha256(quantized.values, "<i4") == EXPECTED[name]["values"]

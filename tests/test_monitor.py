@@ -9,7 +9,7 @@ from test_train_families import write_digits
 from tiny_run import flags, log_lines, run
 
 from train.monitor import signs_of_collapse
-from train.presets import mnist_iwae, mnist_vae
+from train.presets import autoencoder, mnist_iwae, mnist_vae
 
 SOUND = {"kl_per_latent": 0.5, "active_channels": 20.0, "clamped": 0.0, "shuffle_cost": 50.0}
 TOY = flags(
@@ -41,6 +41,10 @@ def test_a_warm_up_is_waited_for_and_a_cost_that_is_not_known_is_no_sign() -> No
     dead = SOUND | {"kl_per_latent": 0.0}
     assert [len(list(signs_of_collapse(dead, config, step))) for step in (49, 50)] == [0, 1]
     assert list(signs_of_collapse(SOUND | {"shuffle_cost": math.nan}, config, 50)) == []
+
+
+def test_a_kl_that_is_a_constant_is_no_sign() -> None:
+    assert list(signs_of_collapse(SOUND | {"kl_per_latent": 0.0}, autoencoder(), 1000)) == []
 
 
 @pytest.fixture(scope="module")

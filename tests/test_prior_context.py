@@ -35,7 +35,7 @@ def flat_tables(count: int) -> Tables:
 
 
 def as_priors(context: ContextPrior) -> Priors:
-    factorized = FactorizedPrior(context.channels, flat_tables(LEVELS * context.channels))
+    factorized = FactorizedPrior(context.channels, None, flat_tables(LEVELS * context.channels))
     return Priors(np.ones(context.channels, np.float32), factorized, context)
 
 
@@ -279,7 +279,7 @@ def test_unsound_models_are_refused(change: Callable[[dict[str, Any]], None], me
 
 def test_tensors_are_the_whole_prior() -> None:
     before = as_priors(prior((2, 1, 2)))
-    after = from_tensors(to_header(before), to_tensors(before), 5)
+    after = from_tensors(to_header(before), to_tensors(before), 5, None)
     for name, tensor in to_tensors(before).items():
         assert torch.equal(to_tensors(after)[name], tensor)
     assert after.context is not None and after.context.config == before.context.config  # pyright: ignore
@@ -327,13 +327,13 @@ def test_unsound_tensors_are_refused(name: str, replace: Callable[[Any], Any], m
     if tensor is not None:
         tensors[f"prior.{name}"] = tensor
     with pytest.raises(ValueError, match=message):
-        from_tensors(to_header(priors), tensors, 4)
+        from_tensors(to_header(priors), tensors, 4, None)
 
 
 def test_priors_of_other_channels_are_refused() -> None:
     priors = as_priors(prior((1, 3)))
     with pytest.raises(ValueError, match="5 positive"):
-        from_tensors(to_header(priors), to_tensors(priors), 5)
+        from_tensors(to_header(priors), to_tensors(priors), 5, None)
     wider = to_tensors(priors) | {"prior.base": torch.ones(5)}
     with pytest.raises(ValueError, match="5 channels"):
-        from_tensors(to_header(priors), wider, 5)
+        from_tensors(to_header(priors), wider, 5, None)

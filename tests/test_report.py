@@ -26,7 +26,7 @@ from latent_codec.compute import Compute, Networks
 from latent_codec.config import DiscretizedLogisticConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation import evaluate
-from latent_codec.images import pad, read_image
+from latent_codec.images import in_channels, pad, read_image
 from latent_codec.inputs import find_images
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
@@ -37,11 +37,12 @@ from latent_codec.report.html import escaped, tag
 from latent_codec.report.likelihood import likelihood_bounds
 from latent_codec.report.survey import EDGES, image_key, survey
 from latent_codec.streams import StreamCodec
+from train.presets import mnist_cvae
 
 CPU = Compute("cpu", "float32", 4, 2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}
 HOSTILE = "x<script>alert(1)<!--\"'&amp;\u202egnp.png"
-LIKE = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8))
+LIKE = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8), None)
 OPTIONS = Options(report_images=3, bound_images=2, bound_samples=3, baseline_data=None, seed=5)
 
 
@@ -218,7 +219,7 @@ def test_pictures_are_what_they_are_called(codec: Codec, photos: Path, tmp_path:
 def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[torch.Tensor] = []
 
-    def decode(latents: list[torch.Tensor]) -> torch.Tensor:
+    def decode(latents: list[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
         drawn.append(torch.stack(latents))
         return torch.zeros(len(latents), 3, 8, 8, dtype=torch.uint8)
 
@@ -235,6 +236,27 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
             assert channel.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * len(channel)))
     codec.statistics = None
     assert "no latent statistics" in pictures.prior_samples(codec, networks, LIKE, 0).body
+
+
+def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Draw) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conditional = Codec(mnist_cvae().codec).eval()
+    classes = conditional.config.classes
+    for i in (3, 7):
+        draw(tmp_path / "photos" / classes[i] / "a.png", 28, 28, mode="L", seed=i)
+    text, results = write(conditional, tmp_path / "photos", tmp_path / "out")
+    page = Parsed(text)
+    found = page.pixels("reconstructions")[1::4]
+    for i, shown in zip((3, 7), found, strict=True):
+        pixels = in_channels(read_image(tmp_path / "photos" / classes[i] / "a.png").pixels, 1)[None]
+        with torch.inference_mode():
+            for label in (i, 0):
+                labels = torch.tensor([label])
+                decoded = conditional.decode_uint8(conditional.encode(pixels, labels).mode(), labels)[0]
+                assert torch.equal(shown, decoded.expand(3, -1, -1)) == (label == i)
+    assert all(f"class {classes[i]}" in page.text for i in range(8))
+    assert "class" in results["jpeg"]["left_out"]
 
 
 def test_bounds_are_those_of_images_from_all_over_the_set(codec: Codec, photos: Path) -> None:

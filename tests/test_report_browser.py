@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from latent_codec import cli
+from latent_codec.codec import Codec
+from train.presets import mnist_vae
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -25,17 +28,24 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
+@pytest.fixture(scope="module", params=["lite", "mlp"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
+    """A report on a small model of photographs, or on one of binary digits, under names that try to break out."""
     folder = tmp_path_factory.mktemp("report")
+    model, size, mode = model_file, (48, 40), "RGB"
+    if request.param == "mlp":
+        model, size, mode = folder / "mlp.safetensors", (28, 28), "L"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            Codec(mnist_vae().codec).save(model)
     for i in range(3):
-        image = Image.effect_mandelbrot((48, 40), (-2 + i / 4, -1.5, 1, 1.5), 99).convert("RGB")
+        image = Image.effect_mandelbrot(size, (-2 + i / 4, -1.5, 1, 1.5), 99).convert(mode)
         path = folder / "photos" / f"{i}<script>document.title='broken'<b>.png"
         path.parent.mkdir(exist_ok=True)
         image.save(path, format="PNG")
     args = ["--report", "--out", str(folder / "out"), "--lpips-net", "none", "--device", "cpu", "--bound-samples", "2"]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["evaluate", str(model_file), str(folder / "photos"), *args])
+        cli.main(["evaluate", str(model), str(folder / "photos"), *args])
     assert stopped.value.code == 0
     return folder / "out" / "report.html"
 

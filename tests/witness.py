@@ -48,6 +48,12 @@ class Model(NamedTuple):
         backbone = self.config["backbone"]
         return backbone["patch"] if "patch" in backbone else 2 ** (len(backbone["widths"]) - 1)
 
+    @property
+    def codes(self) -> int | None:
+        """Of a codebook."""
+        bottleneck = self.config["bottleneck"]
+        return {"vq": bottleneck.get("codes"), "fsq": math.prod(bottleneck.get("levels", []))}.get(bottleneck["kind"])
+
     def stream_id(self, kind: str) -> bytes:
         digest = hashlib.sha256(self.model_id.encode())
         for name in sorted(self.tensors):
@@ -218,14 +224,18 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
         raise RefusalError("no such prior")
     if header.stream_id != model.stream_id(kind):
         raise RefusalError("stream id")
+    if model.codes is not None and (header.step != 1024 or header.seed is not None):
+        raise RefusalError("no step")
     shape = (
-        model.config["latent_channels"],
+        model.config["latent_channels"] if model.codes is None else 1,
         -(-header.height // model.factor),
         -(-header.width // model.factor),
     )
     if math.prod(shape) * -math.log2(1 - 2**-10) > 8 * len(payload):
         raise RefusalError("too short")
     ans = Ans(payload)
+    if model.codes is not None:
+        return _indices(ans, model, shape)
     tables = Tables(*(model.tensors[f"prior.{kind}.{name}"] for name in ("counts", "sizes", "first")))
     if kind == "context":
         values, fine = _context(ans, tables, model, header, shape)
@@ -236,6 +246,21 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
         raise RefusalError("magnitude")
     size = model.tensors["prior.base"].astype(np.float64) * header.step
     return Decoded(values, (fine.astype(np.float64) * size[:, None, None] * 2.0**-27).astype(np.float32))
+
+
+def _indices(ans: Ans, model: Model, shape: tuple[int, int, int]) -> Decoded:
+    tables = Tables(*(model.tensors[f"prior.factorized.{name}"] for name in ("counts", "sizes", "first")))
+    values = np.array(tables.read(ans, [0] * math.prod(shape)), np.int64).reshape(shape)
+    ans.finish()
+    if values.min() < 0 or values.max() >= model.codes:
+        raise RefusalError("no such code")
+    if model.config["bottleneck"]["kind"] == "vq":
+        return Decoded(values, model.tensors["bottleneck.codebook"][values[0]].transpose(2, 0, 1).astype(np.float32))
+    latents, rest = [], values[0]
+    for levels in model.config["bottleneck"]["levels"]:
+        latents.append(((2 * (rest % levels) - (levels - 1)) / (levels - 1)).astype(np.float32))
+        rest = rest // levels
+    return Decoded(values, np.stack(latents))
 
 
 def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int, int]) -> tuple[Array, Array]:

@@ -66,7 +66,7 @@ class Judge:
     def _decode(self, kind: PriorKind, streams: list[Stream]) -> Sequence[Quantized | Exception]:
         config, factor = self._codec.config, self._codec.factor
         try:
-            about = [settings(stream, config.latent_channels, factor) for stream in streams]
+            about = [settings(stream, config, factor) for stream in streams]
             payloads = [stream.payload for stream in streams]
             return decode(self._codecs[kind].prior, self._coders[kind], payloads, about, "cpu")
         except Exception as error:

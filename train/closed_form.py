@@ -110,4 +110,7 @@ def start_from_closed_form(codec: Codec, moments: PatchMoments) -> None:
     """Set the codec's linear path; raises `UserError` where the closed form does not apply."""
     check_closed_form(codec)
     assert isinstance(codec.likelihood, Gaussian) and isinstance(codec.backbone, LinearBackbone | LiteBackbone)
-    codec.backbone.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))
+    if codec.config.bottleneck.kind in ("identity", "vq"):  # nothing to scale latents by
+        codec.backbone.start_from_components(moments)
+    else:
+        codec.backbone.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))

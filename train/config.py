@@ -9,6 +9,23 @@ from latent_codec.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """How the codebook of a vector quantiser is trained."""
+
+    commitment: float
+    """Nats for a unit of squared distance of an encoder's output to its code (van den Oord et al. 2017, eq. 3)."""
+    codebook: Literal["ema", "gradient"]
+    """`ema`: codes are running averages of the outputs they stand for (Razavi et al. 2019, eq. 2); `gradient`: they
+    follow the gradient of the squared distance, one nat for a unit."""
+    codebook_decay: float
+    """Of the running averages, those of the codes' use among them, per step."""
+    revive_below: float
+    """A code whose share of all positions is below this part of an even share is dead; 0 leaves the dead alone."""
+    revive_every: int
+    """Steps between the times when dead codes are put on encoder outputs chosen at random."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ELBOConfig:
     kind: ClassVar[str] = "elbo"
     beta: float
@@ -28,6 +45,8 @@ class ELBOConfig:
     lpips_weight: float
     """Nats per pixel for one unit of LPIPS; 0 leaves LPIPS out."""
     lpips_net: Literal["alex", "squeeze", "vgg"]
+    codebook: CodebookConfig | None = None
+    """There exactly if the bottleneck is `vq`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +167,7 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"LPIPS compares RGB images, and the model's have {channels} channels: set lpips_weight to 0")
     elif (steps := config.objective.mode_steps) is not None and not 0 < steps[0] <= steps[1]:
         raise UserError(f"mode_steps is {steps}; it must be two positive steps, the smaller one first")
+    _check_bottleneck(config)
 
 
 def check_diffusion(config: DiffusionConfig) -> None:
@@ -170,6 +190,32 @@ def _check_numbers(config: TrainConfig | DiffusionConfig) -> None:
         from_json(type(config), to_json(config))
     except ValueError as error:  # a float that is not finite would be written, but not read again
         raise UserError(f"{error}; give another value") from error
+
+
+def _check_bottleneck(config: TrainConfig) -> None:
+    """Raise `UserError` for parts of the objective that this bottleneck has nothing for."""
+    objective, kind = config.objective, config.codec.bottleneck.kind
+    if isinstance(objective, IWAEConfig):
+        if kind != "gaussian":
+            raise UserError(f"importance samples need a Gaussian posterior, which a {kind} bottleneck has not")
+        return
+    if (kind == "vq") != (objective.codebook is not None):
+        raise UserError(
+            f"a {kind} bottleneck and codebook {objective.codebook}: vq needs its training, others have none"
+        )
+    if kind != "gaussian":
+        for name, off in (("warmup", "none"), ("free_bits", 0.0), ("mode_weight", 0.0)):
+            if (value := getattr(objective, name)) != off:
+                raise UserError(f"{name} is {value}, which is about a Gaussian posterior, not {kind}; set it to {off}")
+    if (codebook := objective.codebook) is not None:
+        if codebook.commitment < 0 or codebook.revive_below < 0:
+            raise UserError(
+                f"commitment {codebook.commitment} and revive_below {codebook.revive_below} must not be negative"
+            )
+        if not 0 <= codebook.codebook_decay < 1:
+            raise UserError(f"codebook_decay is {codebook.codebook_decay}; it must be at least 0 and below 1")
+        if codebook.revive_every < 1:
+            raise UserError(f"revive_every is {codebook.revive_every}; it must be at least 1")
 
 
 def flat(value: Any, name: str = "") -> dict[str, str | int | float | bool]:

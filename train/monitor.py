@@ -32,7 +32,8 @@ def signs_of_collapse(values: Mapping[str, float], config: TrainConfig, step: in
     if step < max(config.lr_warmup_steps, getattr(config.objective, "warmup_steps", 0)):
         return
     remedy = "lower --beta, lengthen --warmup-steps or give --free-bits"
-    if (kl := values["kl_per_latent"]) < LEAST_KL:
+    is_gaussian = config.codec.bottleneck.kind == "gaussian"  # other bottlenecks' KL is a constant
+    if is_gaussian and (kl := values["kl_per_latent"]) < LEAST_KL:
         text = f"the KL is {kl:.2g} nats per latent element, below {LEAST_KL}: latents say nothing; {remedy}"
         yield Sign("kl_vanished", text)
     active, channels = values["active_channels"], config.codec.latent_channels

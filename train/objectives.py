@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.bottlenecks import DiagonalGaussian, Posterior
+from latent_codec.codebooks import Codes
 from latent_codec.codec import Codec
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.perceptual import LPIPS
@@ -30,6 +31,8 @@ class Losses(NamedTuple):
     clamped: torch.Tensor  # share of clamped logvars
     latent_mean: torch.Tensor  # (z,) average of the posterior means
     latent_square: torch.Tensor  # (z,) average of their squares
+    penalty: torch.Tensor  # of a vector quantiser, commitment and codebook; 0 of others
+    code_use: torch.Tensor  # (K, 1 + z) as `Codes.use` gives it; (1, 1), 1, where there is no codebook
 
 
 class ELBO(nn.Module):
@@ -40,6 +43,9 @@ class ELBO(nn.Module):
 
     The mode's NLL (`mode_weight`, `mode_steps`) changes nothing for the encoder: the rate-distortion trade-off stays
     the ELBO's.
+
+    A vector quantiser adds its commitment, and the codebook's own loss where gradients train it (van den Oord et al.
+    2017, eq. 3). The KL against a uniform prior over the codes is in the bound; it is a constant.
     """
 
     def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:
@@ -61,9 +67,11 @@ class ELBO(nn.Module):
         params = codec.likelihood_params(z, labels)
         nll = -codec.likelihood.log_prob(params, x).mean()
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
-        loss = nll + beta * self._charged(kl_map)
+        penalty = self._penalty(posterior)
+        loss = nll + beta * self._charged(kl_map) + penalty
         nll_mode = torch.zeros_like(nll)
         if self.config.mode_weight > 0:
+            assert isinstance(posterior, DiagonalGaussian)
             mode, weight = self._decoded_mode(posterior, keys)
             nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)).mean()
             loss = loss + self.config.mode_weight * nll_mode
@@ -87,7 +95,19 @@ class ELBO(nn.Module):
                 clamped=posterior.clamped,
                 latent_mean=mean.mean((0, 2, 3)),
                 latent_square=mean.square().mean((0, 2, 3)),
+                penalty=penalty.detach(),
+                code_use=posterior.use() if isinstance(posterior, Codes) else torch.ones(1, 1, device=x.device),
             )
+
+    def _penalty(self, posterior: Posterior) -> torch.Tensor:
+        """Averaged over the batch."""
+        config = self.config.codebook
+        if config is None or not isinstance(posterior, Codes):
+            return torch.zeros((), device=posterior.mean.device)
+        penalty = config.commitment * posterior.commitment()
+        if config.codebook == "gradient":
+            penalty = penalty + posterior.codebook_loss()
+        return penalty.mean()
 
     @torch.no_grad()
     def _decoded_mode(self, posterior: DiagonalGaussian, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +152,7 @@ class IWAE(nn.Module):
         codec, k = self.codec, self.config.samples
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
         posterior = codec.encode(x, labels)
+        assert isinstance(posterior, DiagonalGaussian)
         noise = normal(keys, (k, *posterior.mean.shape[1:])).transpose(0, 1)  # (k, b, z, h/f, w/f)
         z = posterior.mean + posterior.std * noise
         params = codec.likelihood_params(z.flatten(0, 1), labels.repeat(k))  # (k * b, params * c, h, w)
@@ -154,6 +175,8 @@ class IWAE(nn.Module):
                 clamped=posterior.clamped,
                 latent_mean=mean.mean((0, 2, 3)),
                 latent_square=mean.square().mean((0, 2, 3)),
+                penalty=zero,
+                code_use=torch.ones(1, 1, device=x.device),
             )
 
 

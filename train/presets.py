@@ -8,12 +8,16 @@ from latent_codec.config import (
     CodecConfig,
     ConvConfig,
     DiagonalGaussianConfig,
+    DiscretizedLogisticConfig,
+    FiniteScalarConfig,
     GaussianConfig,
+    IdentityConfig,
     LinearConfig,
     LiteConfig,
     MLPConfig,
+    VectorQuantizerConfig,
 )
-from train.config import ELBOConfig, IWAEConfig, TrainConfig
+from train.config import CodebookConfig, ELBOConfig, IWAEConfig, TrainConfig
 
 
 def photo() -> TrainConfig:
@@ -167,5 +171,73 @@ def mnist_cvae() -> TrainConfig:
     )
 
 
-_ALL: tuple[Callable[[], TrainConfig], ...] = (photo, pca, conv, mnist_vae, mnist_iwae, mnist_cvae)
+def autoencoder() -> TrainConfig:
+    """A deterministic autoencoder of the shipped codec's shape: no posterior, no rate."""
+    base = photo()
+    codec = dataclasses.replace(base.codec, bottleneck=IdentityConfig())
+    return dataclasses.replace(base, codec=codec, objective=dataclasses.replace(base.objective, mode_weight=0.0))
+
+
+def vqvae() -> TrainConfig:
+    """A VQ-VAE: one of 512 codes for each 4x4 pixels, averaged, the dead ones revived."""
+    base = photo()
+    codec = dataclasses.replace(
+        base.codec,
+        latent_channels=16,
+        backbone=LiteConfig(
+            patch=4,
+            stem=4,
+            encoder_widths=(64,),
+            encoder_depths=(2,),
+            decoder_widths=(64,),
+            decoder_depths=(3,),
+        ),
+        bottleneck=VectorQuantizerConfig(codes=512),
+    )
+    codebook = CodebookConfig(commitment=1.0, codebook="ema", codebook_decay=0.99, revive_below=0.25, revive_every=50)
+    objective = dataclasses.replace(base.objective, mode_weight=0.0, codebook=codebook)
+    return dataclasses.replace(base, codec=codec, objective=objective, batch_size=16, crop=64)
+
+
+def fsq() -> TrainConfig:
+    """Finite scalar quantisation: one of 8 x 5 x 5 x 5 codes for each 4x4 pixels, nothing to train in them."""
+    base = vqvae()
+    codec = dataclasses.replace(base.codec, latent_channels=4, bottleneck=FiniteScalarConfig(levels=(8, 5, 5, 5)))
+    return dataclasses.replace(base, codec=codec, objective=dataclasses.replace(base.objective, codebook=None))
+
+
+def logistic() -> TrainConfig:
+    """Probabilities of whole pixel values, for bits/dim of 32x32 crops: logistics, one or (--components) several."""
+    base = photo()
+    codec = dataclasses.replace(
+        base.codec,
+        latent_channels=16,
+        backbone=LiteConfig(
+            patch=4,
+            stem=4,
+            encoder_widths=(64,),
+            encoder_depths=(2,),
+            decoder_widths=(64,),
+            decoder_depths=(2,),
+        ),
+        likelihood=DiscretizedLogisticConfig(components=1),
+    )
+    objective = dataclasses.replace(base.objective, mode_weight=0.0, warmup="linear", warmup_steps=500)
+    return dataclasses.replace(
+        base, codec=codec, objective=objective, closed_form=False, batch_size=16, crop=32, eval_crop=32
+    )
+
+
+_ALL: tuple[Callable[[], TrainConfig], ...] = (
+    photo,
+    pca,
+    conv,
+    autoencoder,
+    vqvae,
+    fsq,
+    logistic,
+    mnist_vae,
+    mnist_iwae,
+    mnist_cvae,
+)
 PRESETS = {preset.__name__: preset for preset in _ALL}

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -81,11 +81,13 @@ class Trainer:
         progress: Progress,
         task: Task,
         log: RunLog,
+        after_step: Callable[[Any, int], None] | None = None,
     ) -> None:
+        """`after_step` gets a taken step's losses, this process' own, and its number from 1, before "ema" follows."""
         self.config, self.out, self.accelerator, self.log = config, out, accelerator, log
         self.objective, self.modules, self.optimizer = objective, modules, optimizer
-        self.trained, self.ema = modules.values()
-        self.progress, self.task = progress, task
+        self.trained, self.ema = list(modules.values())[:2]
+        self.progress, self.task, self.after_step = progress, task, after_step
 
     def loop(self, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts, quiet: bool) -> int:
         config, progress = self.config, self.progress
@@ -137,6 +139,8 @@ class Trainer:
         agreed = agree(accelerator, torch.isfinite(losses.loss) & torch.isfinite(norm), interrupts)
         if agreed.finite:
             self.optimizer.step()
+            if self.after_step is not None:
+                self.after_step(losses, self.progress.step + 1)
             self._update_ema()
             self.progress.skipped_in_a_row = 0
         else:

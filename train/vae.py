@@ -15,6 +15,7 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
 from latent_codec.config import to_json
 from latent_codec.errors import UserError
@@ -23,8 +24,9 @@ from latent_codec.modelfile import check_state
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
-from train.checkpoints import Progress
+from train.checkpoints import Progress, Saved
 from train.closed_form import all_patch_moments, mean_pixels, patch_moments, start_from_closed_form, start_from_mean
+from train.codebook import CodebookTraining, averages_of
 from train.config import ELBOConfig, IWAEConfig, TrainConfig, flat
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
@@ -72,7 +74,11 @@ def train(run: Run) -> int:
     optimizer = torch.optim.AdamW(
         codec.parameters(), lr=config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay
     )
-    modules = {"codec": codec, "ema": ema}
+    modules: dict[str, Saved] = {"codec": codec, "ema": ema}
+    settings = config.objective.codebook if isinstance(config.objective, ELBOConfig) else None
+    averages = averages_of(codec, settings)
+    if averages is not None:
+        modules["codebook"] = averages.to(accelerator.device)
     progress = checkpoints.restore(run.out / "checkpoints", modules, optimizer)
     check_same_step(accelerator, progress)
 
@@ -95,6 +101,12 @@ def train(run: Run) -> int:
     elif progress.step == 0 and config.mean_start:
         start_from_mean(codec, mean_pixels(images, plan._replace(rank=0, world=1, micro_batches=1), len(sources)))
         ema.load_state_dict(codec.state_dict())
+    codebook = None
+    if settings is not None and averages is not None:
+        codebook = CodebookTraining(settings, codec, averages, accelerator, images, plan)
+        if progress.step == 0:
+            codebook.start(keep=run.start_from is not None)
+            ema.load_state_dict(codec.state_dict())
     if config.compile:
         objective.compile()
     # Everything is in its place; Accelerate would move a resumed Adam's step counts to the GPU, one wait for each.
@@ -106,8 +118,9 @@ def train(run: Run) -> int:
 
     crops = centre_crops(held_out, labels_of(codec, held_out), config.codec.image_channels, config.eval_crop)
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
+    after_step = None if codebook is None else codebook.after_step
     task = VAETask(config, run.out, ema, Validation(crops), log)
-    trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log)
+    trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log, after_step)
     _announce(run, accelerator, codec, sources, progress)
     with interrupts:
         code = trainer.loop(images.batches(plan, progress.step, config.steps), interrupts, quiet)
@@ -140,6 +153,9 @@ class VAETask:
         }
         if isinstance(config.objective, ELBOConfig) and config.objective.mode_weight > 0:
             values["nll_mode"] = losses.nll_mode.item()
+        if config.codec.codes is not None:
+            values["perplexity"] = perplexity(losses.code_use[:, 0])
+            values["penalty"] = losses.penalty.item()
         if isinstance(config.objective, ELBOConfig) and config.objective.lpips_weight > 0:
             values["lpips"] = losses.lpips.item()
         return values

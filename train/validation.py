@@ -7,9 +7,12 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codebooks import Codes, perplexity
 from latent_codec.codec import Codec
 from latent_codec.files import atomic_path
 from latent_codec.images import in_rgb
+from latent_codec.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from train.data import CentreCrops
 from train.objectives import PIXELS
@@ -29,11 +32,13 @@ class Validation:
     def measure(self, codec: Codec, batch: int = 8) -> dict[str, float]:
         """NLL, KL and ELBO in nats per image, PSNR of the mode, KL in bits per pixel, active channels.
 
-        And for signs of collapse: KL in nats per latent element, the share of clamped log-variances, and how many nats
-        per image the latents of the image before it cost (NaN if there is no other).
+        Of a codebook also the perplexity of its codes, and their entropy in bits per pixel; of a likelihood of whole
+        pixel values the ELBO in bits per dimension. And for signs of collapse: KL in nats per latent element, the share
+        of clamped log-variances, and how many nats per image the latents of the image before it cost (NaN if there is
+        no other).
         """
         device = next(codec.parameters()).device
-        nll, kl, psnr, mean, square, clamped, costs = ([] for _ in range(7))
+        nll, kl, psnr, mean, square, clamped, costs, use = ([] for _ in range(8))
         batches = zip(*(t.split(batch) for t in (self.pixels, self.keys, self.labels)), strict=True)
         for pixels, keys, labels in ((t.to(device) for t in found) for found in batches):
             x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
@@ -49,9 +54,18 @@ class Validation:
             psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3))))
             mean.append(posterior.mean.mean((2, 3)))  # (b, z)
             square.append(posterior.mean.square().mean((2, 3)))
+            if isinstance(posterior, Codes):
+                use.append(posterior.use()[:, 0] * len(pixels))
         side = self.pixels.shape[-1]
+        more: dict[str, float] = {}
+        if use:
+            more["perplexity"] = perplexity(torch.stack(use).sum(0))
+            more["code_bpp"] = math.log2(more["perplexity"]) / codec.factor**2
+        if isinstance(codec.likelihood, DiscretizedLogistic):
+            nelbo = (torch.cat(nll) + torch.cat(kl)).mean().item()
+            more["bits_per_dim"] = nelbo / math.log(2) / math.prod(self.pixels.shape[1:])
         elements = codec.config.latent_channels * (side // codec.factor) ** 2
-        return {
+        return more | {
             "nll": torch.cat(nll).mean().item(),
             "kl": torch.cat(kl).mean().item(),
             "nelbo": (torch.cat(nll) + torch.cat(kl)).mean().item(),
@@ -65,15 +79,15 @@ class Validation:
 
     @torch.no_grad()
     def write_grid(self, path: Path, codec: Codec) -> None:
-        """A PNG whose rows are input, decoded mode, decoded sample and decoded prior sample."""
+        """A PNG whose rows are input, decoded mode and, of a Gaussian posterior, decoded sample and prior sample."""
         device = next(codec.parameters()).device
         pixels, keys, labels = (t[:_COLUMNS].to(device) for t in (self.pixels, self.keys, self.labels))
         posterior = codec.encode(pixels, labels)
         shape = tuple(posterior.mean.shape[1:])
-        latents = posterior.mode(), posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)
-        rows = in_rgb(
-            torch.stack([pixels, *(codec.decode_uint8(z, labels) for z in latents)])
-        )  # (rows, n, 3, side, side)
+        latents = [posterior.mode()]
+        if isinstance(posterior, DiagonalGaussian):
+            latents += [posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)]
+        rows = in_rgb(torch.stack([pixels, *(codec.decode_uint8(z, labels) for z in latents)]))
         picture = rearrange(rows, "r n c h w -> (r h) (n w) c").cpu().numpy()
         with atomic_path(path) as temporary:
             Image.fromarray(picture).save(temporary, format="PNG")

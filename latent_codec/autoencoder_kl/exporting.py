@@ -17,7 +17,7 @@ from latent_codec import modelfile
 from latent_codec.autoencoder_kl import activations, settings
 from latent_codec.autoencoder_kl.folding import Tensors, fold
 from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig, dumps, to_json
+from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, dumps, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import atomic_folder, write_text
 from latent_codec.modelfile import LatentStatistics
@@ -175,6 +175,8 @@ def _measure(
     network = ConvBackbone(parts.backbone, config.image_channels, config.latent_channels, 2, 1, 0)
     network.load_state_dict(parts.tensors)
     network = network.eval().to(device)
+    assert isinstance(config.bottleneck, DiagonalGaussianConfig)
+    low, high = config.bottleneck.logvar_min, config.bottleneck.logvar_max
     std = torch.ones(config.latent_channels) if statistics is None else torch.tensor(statistics.std)
     moved = 2 * std.log().to(device)[:, None, None]  # what the folding took from the log-variances
     made_up = activations.made_up_images(config.image_channels, network.factor)
@@ -185,7 +187,7 @@ def _measure(
             x = codec.likelihood.from_uint8(pixels.to(device))
             mean, logvar = network.encode(x).float().chunk(2, dim=1)
             theirs = logvar.clamp(*settings.LOGVAR_RANGE)
-            ours = (logvar + moved).clamp(config.bottleneck.logvar_min, config.bottleneck.logvar_max) - moved
+            ours = (logvar + moved).clamp(low, high) - moved
             clamped += ((ours - theirs).abs() > 1e-3).float().mean().item()
             network.decode(mean + torch.exp(0.5 * theirs) * activations.standard_noise(mean))
             count += 1

@@ -14,6 +14,7 @@ from latent_codec.caches.convert import CONSUMERS, Converted
 from latent_codec.caches.items import Stored
 from latent_codec.caches.options import CacheName, Options
 from latent_codec.codec import Codec
+from latent_codec.config import DiagonalGaussianConfig
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import disk_errors, make_folder
 from latent_codec.images import Geometry
@@ -31,6 +32,7 @@ from latent_codec.latents import (
     write_shard,
 )
 from latent_codec.ledger import Ledger
+from latent_codec.pipeline import check_gaussian
 from latent_codec.summary import Summary
 
 _MOST_IMAGES = 512  # in a shard, which is in memory while it is made
@@ -98,6 +100,8 @@ class _Gathered:
     def __init__(self, folder: Path, codec: Codec, store: StoredDtype) -> None:
         self._folder, self._codec = folder, codec
         self._store: StoredDtype = store
+        check_gaussian(codec)
+        assert isinstance(codec.config.bottleneck, DiagonalGaussianConfig)
         self._model_id, self._clamp = codec.model_id, codec.config.bottleneck
         self._header: Header | None = None
         self._rows: list[Row] = []

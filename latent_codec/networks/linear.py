@@ -67,26 +67,44 @@ class LinearBackbone(nn.Module):
         2019). Principal components come first. A component weaker than the noise would get weight zero, a saddle
         that no gradient leaves; it keeps a small weight instead.
         """
+        variance, basis = self._components(moments)
+        variance = variance.clamp(min=1.05 * sigma**2)
+        gain = torch.sqrt(variance - sigma**2)  # (z,) W = U (L - s^2 I)^(1/2)
+        project = (gain / variance) * basis  # (d, z): M^-1 W' transposed, with M = L in this basis
+        self._set(moments, project, gain * basis, torch.log(sigma**2 / variance))  # s^2 M^-1
+
+    @torch.no_grad()
+    def start_from_components(self, moments: PatchMoments) -> None:
+        """Set the weights to the first principal components, an orthonormal basis in and out.
+
+        Distances of latents are then distances of pixels, which is what a codebook's nearest vector is meant by.
+        """
+        basis = self._components(moments)[1]
+        self._set(moments, basis, basis, None)
+
+    def _components(self, moments: PatchMoments) -> tuple[torch.Tensor, torch.Tensor]:
+        """Variances (z,) and directions (d, z) of the strongest components, in order; float64."""
         z, p, c = self.latent_channels, self.factor, self.image_channels
         if moments.covariance.shape[0] != c * p * p:
             raise ValueError(f"moments of {moments.covariance.shape[0]} values do not fit patches of {c}x{p}x{p}")
         if z > c * p * p:
             raise ValueError(f"{z} latent channels exceed the {c * p * p} dimensions of a {c}x{p}x{p} patch")
         variance, basis = torch.linalg.eigh(moments.covariance)
-        variance, basis = variance.flip(0)[:z], basis.flip(1)[:, :z]  # strongest first
-        variance = variance.clamp(min=1.05 * sigma**2)
-        gain = torch.sqrt(variance - sigma**2)  # (z,) W = U (L - s^2 I)^(1/2)
-        project = (gain / variance) * basis  # (d, z): M^-1 W' transposed, with M = L in this basis
-        logvar = torch.log(sigma**2 / variance)  # s^2 M^-1
+        return variance.flip(0)[:z], basis.flip(1)[:, :z]
 
+    def _set(
+        self, moments: PatchMoments, project: torch.Tensor, back: torch.Tensor, logvar: torch.Tensor | None
+    ) -> None:
+        """Both convolutions from matrices (d, z) around the mean; log-variances (z,) where there are any."""
+        z, p, c = self.latent_channels, self.factor, self.image_channels
         weight = torch.zeros(self.encoder.weight.shape, dtype=torch.float64)  # (features, c, p, p)
         bias = torch.zeros(weight.shape[0], dtype=torch.float64)
         weight[:z] = project.T.reshape(z, c, p, p)
         bias[:z] = -(moments.mean.repeat_interleave(p * p) @ project)
-        if weight.shape[0] == 2 * z:
+        if weight.shape[0] == 2 * z and logvar is not None:
             bias[z:] = logvar
         out = torch.zeros(self.decoder.weight.shape, dtype=torch.float64)  # (z, params * c, p, p)
-        out[:, :c] = (gain * basis).T.reshape(z, c, p, p)
+        out[:, :c] = back.T.reshape(z, c, p, p)
         out_bias = torch.zeros(out.shape[1], dtype=torch.float64)
         out_bias[:c] = moments.mean
         self.load_state_dict(

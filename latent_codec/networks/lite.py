@@ -115,6 +115,9 @@ class LiteBackbone(nn.Module):
     def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
         self.linear.start_from_closed_form(moments, sigma)
 
+    def start_from_components(self, moments: PatchMoments) -> None:
+        self.linear.start_from_components(moments)
+
 
 def _check(config: LiteConfig) -> None:
     if config.stem < 2:

@@ -24,7 +24,7 @@ class Priors(NamedTuple):
     """A model's quantiser and priors."""
 
     base: np.ndarray
-    """(z,) float32: each channel's quantisation step at step 1."""
+    """(z,) float32: each channel's quantisation step at step 1; of a codebook's indices (1,), 1."""
     factorized: FactorizedPrior
     context: ContextPrior | None
 
@@ -83,8 +83,11 @@ def to_header(priors: Priors) -> Header:
     return Header(context=None if priors.context is None else priors.context.config)
 
 
-def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int) -> Priors:
-    """Priors of a model with `channels` latent channels; raises `ValueError` for anything missing, extra or unsound."""
+def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int, codes: int | None) -> Priors:
+    """Priors of a model whose streams hold `channels` integers at each position, or an index of `codes`.
+
+    Raises `ValueError` for anything missing, extra or unsound.
+    """
     left = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
     def take(name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +104,9 @@ def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int
     base = take("base", torch.float32).numpy()
     if base.shape != (channels,) or not (np.isfinite(base).all() and (base > 0).all()):
         raise ValueError(f"the quantiser's steps {base.shape} are not {channels} positive numbers")
-    factorized = FactorizedPrior(channels, take_tables("factorized"))
+    factorized = FactorizedPrior(channels, codes, take_tables("factorized"))
+    if codes is not None and (base[0] != 1 or header.context is not None):
+        raise ValueError("a codebook's indices have a step of 1 and no context prior")
     context = None
     if (config := header.context) is not None:
         order, gain, width_offset = (take(f"context.{name}", torch.int32).numpy() for name in _ARRAYS)

@@ -83,7 +83,8 @@ def decode(
             found = rest + choice.centre  # (b, g, n)
             _put(values, channels, where, found)
             _put(known, channels, where, found * 2**17 + dithers[:, channels][:, :, where])
-    return reader.finish(values, settings)
+    limits = prior.limits if isinstance(prior, FactorizedPrior) else (-LIMIT, LIMIT)
+    return reader.finish(values, settings, limits)
 
 
 class _Reader:
@@ -113,16 +114,19 @@ class _Reader:
                     self.outcomes[i] = error
         return values
 
-    def finish(self, values: np.ndarray, settings: Sequence[Settings]) -> list[Quantized | UserError]:
-        """Each one's latents from values (b, z, h, w), once its decoder has come to the right end."""
+    def finish(
+        self, values: np.ndarray, settings: Sequence[Settings], limits: tuple[int, int]
+    ) -> list[Quantized | UserError]:
+        """Each one's latents from values (b, z, h, w) within limits, once its decoder has come to the right end."""
+        low, high = limits
         results: list[Quantized | UserError] = []
         for decoder, value, s in zip(self.outcomes, values, settings, strict=True):
             try:
                 if isinstance(decoder, UserError):
                     raise decoder
                 decoder.finish()
-                if np.abs(value).max(initial=0) > LIMIT:
-                    raise UserError(f"damaged: a latent exceeds {LIMIT} steps")
+                if value.min(initial=low) < low or value.max(initial=high) > high:
+                    raise UserError(f"damaged: a latent is outside {low} to {high}")
                 results.append(Quantized(value.astype(np.int32), s.step, s.seed))
             except UserError as error:
                 results.append(error)

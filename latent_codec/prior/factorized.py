@@ -1,4 +1,7 @@
-"""The factorised prior: each latent on its own, by its channel's table for the step's quarter octave."""
+"""The factorised prior: each latent on its own, by its channel's table for the step's quarter octave.
+
+A codebook's indices are whole numbers already: they have one table.
+"""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -7,7 +10,7 @@ import numpy as np
 import torch
 
 from latent_codec.prior.tables import Tables, join, normalize
-from latent_codec.quantizer import octave_eighths, quantize, step_code
+from latent_codec.quantizer import LIMIT, octave_eighths, quantize, step_code
 
 _FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; beyond them the nearest tables serve
 LEVELS = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
@@ -25,17 +28,26 @@ def level_step(level: int) -> float:
 
 
 class FactorizedPrior:
-    """Table level * channels + c for channel c; one pass, symbols in order (z, h, w)."""
+    """Table level * channels + c for channel c; one pass, symbols in order (z, h, w). Of `codes`, one table for all."""
 
     kind: Literal["factorized"] = "factorized"
 
-    def __init__(self, channels: int, tables: Tables) -> None:
-        if len(tables) != LEVELS * channels:
+    def __init__(self, channels: int, codes: int | None, tables: Tables) -> None:
+        if codes is None and len(tables) != LEVELS * channels:
             raise ValueError(f"{len(tables)} tables do not fit {LEVELS} levels of {channels} channels")
-        self.channels, self.tables = channels, tables
+        if codes is not None and (tables.sizes.tolist(), tables.first.tolist()) != ([codes + 1], [0]):
+            raise ValueError(f"the indices of {codes} codes have one table, which holds exactly them")
+        self.channels, self.codes, self.tables = channels, codes, tables
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The least and the largest integer that a stream may hold."""
+        return (-LIMIT, LIMIT) if self.codes is None else (0, self.codes - 1)
 
     def select(self, step: int, shape: tuple[int, int, int]) -> np.ndarray:
         """The tables of all symbols of one image, (z * h * w,) int64."""
+        if self.codes is not None:
+            return np.zeros(shape[1] * shape[2], np.int64)
         return np.repeat(level(step) * self.channels + np.arange(self.channels), shape[1] * shape[2])
 
 
@@ -51,7 +63,12 @@ def fit(means: torch.Tensor, base: np.ndarray) -> FactorizedPrior:
     for i in range(LEVELS):
         values = quantize(means[:, None], base, step_code(level_step(i)), None).values[:, 0]
         tables += _level_tables(values)
-    return FactorizedPrior(len(means), join(tables))
+    return FactorizedPrior(len(means), None, join(tables))
+
+
+def fit_codes(counts: np.ndarray) -> FactorizedPrior:
+    """The table of a codebook from how often each code was seen (K,); half a count more for each and the escape."""
+    return FactorizedPrior(1, len(counts), join([(0, normalize(np.r_[counts + 0.5, 0.5]))]))
 
 
 def _level_tables(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

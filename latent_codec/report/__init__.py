@@ -13,7 +13,6 @@ from latent_codec.evaluation import Report
 from latent_codec.files import write_text
 from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.pipeline import check_unconditional
 from latent_codec.rd_report import Report as RateDistortion
 from latent_codec.report import about, jpeg, latent_space, likelihood, page, pictures, rate
 from latent_codec.report.baselines import baselines
@@ -77,7 +76,6 @@ def write_report(
     `others` are models to set beside this one, by what the user calls them. Raises `UserError` if an image has gone
     since it was evaluated, or LPIPS' weights or `baseline_data` cannot be had.
     """
-    check_unconditional(evaluated.codec, "a report's prior samples and interpolations")
     lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
     found = {source.name: source for source in find_images(evaluated.where)}
     names = [record["path"] for record in evaluated.report.images]

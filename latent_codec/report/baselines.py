@@ -11,7 +11,7 @@ from tqdm import tqdm
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.evaluation import Report, compare, mean_defined
-from latent_codec.images import pad
+from latent_codec.images import in_channels, in_rgb, pad
 from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS
 from latent_codec.report import pca
@@ -120,31 +120,33 @@ def why_no_pca(codec: Codec, sources: Sequence[Source], data: str | None) -> str
 
 def _pca_pairs(codec: Codec, sources: Sequence[Source], data: str | None, quiet: bool) -> tuple[str, Pairs]:
     """In words what PCA was fitted to, and what it makes of the images."""
-    size = codec.factor, codec.config.latent_channels
-    words = f"{size[1]} components of {size[0]}x{size[0]} patches, closed form, fitted to "
+    patch, components, channels = codec.factor, codec.config.latent_channels, codec.config.image_channels
+    words = f"{components} components of {patch}x{patch} patches, closed form, fitted to "
+
+    def fit(images: Sequence[Source]) -> Reconstruct:
+        model = pca.fit((in_channels(x, channels) for x in _pixels(images, "PCA", quiet)), patch, components)
+        return lambda x: in_rgb(model.reconstruct(in_channels(x, channels)))
+
     if data is not None:
         fitted = find_images(data)
-        model = pca.fit(_pixels(fitted, "PCA", quiet), *size)
         where = Path(data).name or data
-        return f"{words}{len(fitted)} images of {where}", _pairs(sources, model.reconstruct, "PCA", quiet)
+        return f"{words}{len(fitted)} images of {where}", _pairs(sources, fit(fitted), "PCA", quiet)
     halves = sources[::2], sources[1::2]
-    fitted = [pca.fit(_pixels(half, "PCA", quiet), *size) for half in halves]
+    fitted = [fit(half) for half in halves]
 
     def pairs() -> Pairs:
         for half, other in zip(halves, reversed(fitted), strict=True):
-            yield from _pairs(half, other.reconstruct, "PCA", quiet)
+            yield from _pairs(half, other, "PCA", quiet)
 
     return f"{words}every other image and measured on the rest, then the other way round", pairs()
 
 
 def _coded_pairs(codec: Codec, sources: Sequence[Source], compute: Compute, quiet: bool) -> Pairs:
     networks = Networks(codec, compute._replace(tile=default_tile(codec)))
-
-    def reconstruct(pixels: torch.Tensor) -> torch.Tensor:
-        decoded = networks.decode_uint8([networks.encode([pad(pixels, codec.factor)]).mode()[0]])[0]
-        return decoded[:, : pixels.shape[1], : pixels.shape[2]]
-
-    return _pairs(sources, reconstruct, "baseline", quiet)
+    for source, pixels in zip(sources, _pixels(sources, "baseline", quiet), strict=True):
+        labels = codec.class_numbers([source.label])
+        z = networks.encode([pad(pixels, codec.factor)], labels).mode()
+        yield pixels, networks.decode_uint8([z[0]], labels)[0, :, : pixels.shape[1], : pixels.shape[2]]
 
 
 def _pixels(sources: Sequence[Source], what: str, quiet: bool) -> Iterator[torch.Tensor]:

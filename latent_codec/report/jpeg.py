@@ -75,6 +75,8 @@ def jpeg_at_equal_bytes(
     quiet: bool,
 ) -> Section:
     """Over all images; those of `names` that have a JPEG are shown."""
+    if codec.config.classes:
+        return left_out(NAME, TITLE, "no .lc file holds the class that this model has to be told")
     if codec.priors is None:
         return left_out(NAME, TITLE, "the model has no prior, so it makes no .lc files; `export --data` gives it one")
     coder = StreamCodec(codec, networks.compute.device)
@@ -148,11 +150,11 @@ def _measure(
 
 def _ours(image: Image, coder: StreamCodec, networks: Networks) -> tuple[bytes, torch.Tensor]:
     """An image's file and what `decode` would write of it, (3, h, w) uint8."""
-    mean = networks.encode([pad(image.pixels, coder.codec.factor)]).mean[0]
-    quantized = coder.quantize(mean, STEP_ONE, None)
-    (coded,) = coder.compress([(quantized, image.geometry)])
+    coded = networks.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
+    quantized = coder.quantize(coded, STEP_ONE, None)
+    (file,) = coder.compress([(quantized, image.geometry)])
     decoded = crop(networks.decode_uint8([coder.dequantize(quantized)])[0], image.geometry)
-    return coded.data, as_shown(decoded, image.geometry)
+    return file.data, as_shown(decoded, image.geometry)
 
 
 def _strip(row: Row, original: torch.Tensor, ours: torch.Tensor, jpeg: torch.Tensor) -> Html:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -9,7 +10,8 @@ from tqdm import tqdm
 from latent_codec.bounds import bounds
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
-from latent_codec.images import pad
+from latent_codec.config import BernoulliConfig, GaussianConfig
+from latent_codec.images import in_channels, pad
 from latent_codec.report.html import paragraphs
 from latent_codec.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
 from latent_codec.report.pictures import SIDE, Shown, shown_side
@@ -17,14 +19,16 @@ from latent_codec.report.survey import image_key
 
 NAME, TITLE = "bounds", "ELBO and IWAE bound"
 
-_DENSITIES = {"gaussian"}
 
-_WORDS = {
-    "gaussian": "The likelihood is a density: its logarithm can be of either sign, depends on the likelihood's sigma "
-    "and is no code length, so there are no bits per dimension, and other likelihoods' bounds are not comparable.",
-    "bernoulli": "Bits per dimension are of pixels that are 0 or 1 (uint8 from 128 up is 1), not of 8-bit pixels.",
-    "discretized_logistic": "Bits per dimension are of 8-bit pixels: comparable between all models of them.",
-}
+class Bound(NamedTuple):
+    """Of one image, in nats."""
+
+    image: str
+    dimensions: int
+    """Height x width x channels as the network sees them."""
+    elbo: float
+    iwae: float
+    effective_samples: float
 
 
 def likelihood_bounds(
@@ -33,49 +37,73 @@ def likelihood_bounds(
     """With `samples` importance samples for each of `images`."""
     if not is_gaussian(codec):
         return left_out(NAME, TITLE, NOT_GAUSSIAN)
-    device = next(codec.parameters()).device
-    elbo, iwae, effective, dimensions = [], [], [], []
-    for name, pixels in tqdm(images, "bounds", unit="image", disable=quiet or None):
-        x = pad(pixels, codec.factor)[None].to(device)  # (1, c, h, w)
-        at_once = max(1, compute.batch_size * SIDE**2 // x[0, 0].numel())
-        with compute.autocast():
-            found = bounds(codec, x, image_key(seed, name)[None], samples, at_once=at_once)
-        elbo.append(found.elbo.item())
-        iwae.append(found.iwae.item())
-        effective.append(found.effective_samples.item())
-        dimensions.append(x.numel())
+    found = [_measure(codec, compute, image, seed, samples) for image in tqdm(images, "bounds", disable=quiet or None)]
     of = (
-        f"mean over {len(images)} images spread evenly over the set, of each the middle of up to "
-        f"{shown_side(codec)} pixels a side; {samples} draws each from the posterior, seed {seed}"
+        f"mean over {len(images)} images spread evenly over the set, of each the middle of up to {shown_side(codec)} "
+        f"pixels a side; {samples} draws each from the posterior, seed {seed}"
     )
-    pairs = (
-        ("elbo", "ELBO", elbo, "log p(x given z) averaged, less the KL in closed form (Kingma & Welling 2014, eq. 7)"),
-        ("iwae", f"IWAE bound, k = {samples}", iwae, "log of the average importance weight (Burda et al. 2016, eq. 8)"),
-    )
-    numbers = [Number(name, label, _mean(v), "nats per image", f"{words}; {of}") for name, label, v, words in pairs]
-    numbers.append(
+    elbo, iwae = "ELBO", f"IWAE bound, k = {samples}"
+    numbers = [
+        Number(
+            "elbo",
+            elbo,
+            _mean([b.elbo for b in found]),
+            "nats per image",
+            f"log p(x given z) averaged, less the KL in closed form (Kingma & Welling 2014, eq. 7); {of}",
+        ),
+        Number(
+            "iwae",
+            iwae,
+            _mean([b.iwae for b in found]),
+            "nats per image",
+            f"log of the average importance weight (Burda et al. 2016, eq. 8); {of}",
+        ),
         Number(
             "effective_samples",
             "effective samples",
-            _mean(effective),
+            _mean([b.effective_samples for b in found]),
             f"of {samples}",
             "(sum of weights)^2 / sum of their squares (Kong et al. 1994); near 1, more samples would raise the bound",
-        )
-    )
-    kind = codec.config.likelihood.kind
-    if kind not in _DENSITIES:
-        for name, label, values, _ in pairs:
-            rate = _mean([-v / d / math.log(2) for v, d in zip(values, dimensions, strict=True)])
-            protocol = f"-{label} over an image's height x width x channels as the network sees it; {of}"
-            numbers.append(Number(f"{name}_bits_per_dim", f"bits per dimension by the {label}", rate, "", protocol))
-    records = [
-        {"image": image.name, "dimensions": d, "elbo": e, "iwae": i, "effective_samples": n}
-        for image, d, e, i, n in zip(images, dimensions, elbo, iwae, effective, strict=True)
+        ),
     ]
-    words = paragraphs(
-        "Both are lower bounds of log p(x), in nats. " + _WORDS[kind],
-    )
-    return Section(NAME, TITLE, words, numbers, {"images": records})
+    if not isinstance(codec.config.likelihood, GaussianConfig):
+        rates = {elbo: [b.elbo / b.dimensions for b in found], iwae: [b.iwae / b.dimensions for b in found]}
+        for name, (label, values) in zip(("elbo", "iwae"), rates.items(), strict=True):
+            protocol = f"-({label}) over an image's height x width x channels as the network sees it; {of}"
+            rate = -_mean(values) / math.log(2)
+            numbers.append(Number(f"{name}_bits_per_dim", f"bits per dimension by the {label}", rate, "", protocol))
+    words = paragraphs(f"Both are lower bounds of log p(x), in nats. {_meaning(codec)}")
+    return Section(NAME, TITLE, words, numbers, {"images": [bound._asdict() for bound in found]})
+
+
+def _measure(codec: Codec, compute: Compute, image: Shown, seed: int, samples: int) -> Bound:
+    device = next(codec.parameters()).device
+    x = in_channels(pad(image.pixels, codec.factor), codec.config.image_channels)[None].to(device)  # (1, c, h, w)
+    at_once = max(1, compute.batch_size * SIDE**2 // x[0, 0].numel())
+    labels, key = codec.class_numbers([image.label]).to(device), image_key(seed, image.name)[None]
+    with compute.autocast():
+        found = bounds(codec, x, key, samples, at_once=at_once, labels=labels)
+    return Bound(image.name, x.numel(), found.elbo.item(), found.iwae.item(), found.effective_samples.item())
+
+
+def _meaning(codec: Codec) -> str:
+    """What a value says under this likelihood."""
+    match codec.config.likelihood:
+        case GaussianConfig():
+            return (
+                "The likelihood is a density: its logarithm can be of either sign, depends on the likelihood's sigma "
+                "and is no code length, so there are no bits per dimension, and other likelihoods' bounds are not "
+                "comparable."
+            )
+        case BernoulliConfig(pixels=pixels):
+            how = (
+                "1 from 128 up" if pixels == "threshold" else "1 with probability v / 255, drawn once by seed and name"
+            )
+            return (
+                f"Bits per dimension are of pixels that are 0 or 1 (a value v of 8 bits is {how}), not of 8-bit pixels."
+            )
+        case _:
+            return "Bits per dimension are of 8-bit pixels: comparable between all models of them."
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -41,6 +41,8 @@ class Shown(NamedTuple):
 
     name: str
     pixels: torch.Tensor  # (3, h, w) uint8, sides up to `SIDE` or the model's factor, whichever is larger
+    label: str | None
+    """Its class, by its folder; of use to conditional models only."""
 
 
 def middle(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -65,16 +67,17 @@ def shown(codec: Codec, sources: Sequence[Source], count: int) -> list[Shown]:
     """
     side, count = shown_side(codec), min(count, len(sources))
     chosen = (sources[i * len(sources) // count] for i in range(count))
-    return [Shown(s.name, middle(s.read().pixels, side, side).clone()) for s in chosen]
+    return [Shown(s.name, middle(s.read().pixels, side, side).clone(), s.label) for s in chosen]
 
 
 def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], seed: int) -> Section:
     strips, records = [], []
-    for name, pixels in images:
-        posterior = networks.encode([pad(pixels, codec.factor)])
+    for name, pixels, label in images:
+        labels = codec.class_numbers([label])
+        posterior = networks.encode([pad(pixels, codec.factor)], labels)
         noise = normal(image_key(seed, name)[None], tuple(posterior.mean.shape[1:]))
         latents = torch.cat([posterior.mode(), posterior.sample(noise)])
-        mode, sample = networks.decode_uint8(list(latents))[..., : pixels.shape[1], : pixels.shape[2]]
+        mode, sample = networks.decode_uint8(list(latents), labels.repeat(2))[..., : pixels.shape[1], : pixels.shape[2]]
         psnrs = [metrics.psnr(pixels[None], x[None]).item() for x in (mode, sample)]
         difference = (128 + _GAIN * (mode.int() - pixels.int())).clamp(0, 255).to(torch.uint8)
         of = f"of {name}"
@@ -104,15 +107,19 @@ def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> S
     height, width = (-(-min(side, size) // codec.factor) for size in like.pixels.shape[1:])
     shape = (codec.config.latent_channels, height, width)
     numbers = torch.arange(_SAMPLES)
+    classes = codec.config.classes
+    labels = codec.class_numbers([classes[i % len(classes)] if classes else None for i in range(_SAMPLES)])
+    captions = [f"class {classes[i]}" for i in labels.tolist()] if classes else None
     z = normal(fold(seed, _PRIOR, numbers), shape)
-    strips = [_strip("z ~ N(0, I)", networks.decode_uint8(list(z)), "Sample of N(0, I), decoded")]
+    strips = [_strip("z ~ N(0, I)", networks.decode_uint8(list(z), labels), "Sample of N(0, I), decoded", captions)]
     if (statistics := codec.statistics) is None:
         words = "The model has no latent statistics, so there are no samples of its latents' own scale."
     else:
         shift, scale = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
         z = shift + scale * normal(fold(seed, _AGGREGATE, numbers), shape)
         heading = f"z ~ each channel's Gaussian over {statistics.source}"
-        strips.append(_strip(heading, networks.decode_uint8(list(z)), "Sample of the channels' Gaussians, decoded"))
+        alt = "Sample of the channels' Gaussians, decoded"
+        strips.append(_strip(heading, networks.decode_uint8(list(z), labels), alt, captions))
         words = (
             "The second row has each channel's mean and standard deviation by the model's statistics, and no more of "
             "the aggregate posterior: neither channels nor positions depend on each other."
@@ -132,9 +139,11 @@ def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) ->
     for a, b in pairs:
         height, width = (min(side, *(image.pixels.shape[i] for image in (a, b))) for i in (1, 2))
         parts = [pad(middle(image.pixels, height, width), codec.factor) for image in (a, b)]
-        first, last = networks.encode(parts).mode()
+        labels = codec.class_numbers([a.label, b.label])
+        first, last = networks.encode(parts, labels).mode()
         weights = torch.linspace(0, 1, _STEPS)[:, None, None, None]
-        decoded = networks.decode_uint8(list(torch.lerp(first, last, weights)))[..., :height, :width]
+        z = torch.lerp(first, last, weights)
+        decoded = networks.decode_uint8(list(z), labels[:1].repeat(_STEPS))[..., :height, :width]
         mixed = torch.lerp(decoded[:1].float(), decoded[-1:].float(), weights).round().to(torch.uint8)
         heading = join(name_of(a.name), " to ", name_of(b.name))
         of = f"{a.name} and {b.name}"
@@ -144,7 +153,8 @@ def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) ->
         ]
     words = paragraphs(
         "Between the modes of two images along a straight line, decoded; below it the two ends' pixels mixed in the "
-        "same shares. A latent line that looks like mixed pixels says that the latents are little more than pixels."
+        "same shares. A latent line that looks like mixed pixels says that the latents are little more than pixels.",
+        *(["All are decoded as of the first image's class."] if codec.config.classes else []),
     )
     return Section(name, title, join(words, *strips), [], {})
 
@@ -155,13 +165,14 @@ def traversals(codec: Codec, networks: Networks, image: Shown, found: Survey) ->
         return left_out(name, title, NOT_CONTINUOUS)
     side = _side(codec, _SMALL_SIDE)
     part = middle(image.pixels, side, side)
-    mode = networks.encode([pad(part, codec.factor)]).mode()  # (1, z, h, w)
+    labels = codec.class_numbers([image.label])
+    mode = networks.encode([pad(part, codec.factor)], labels).mode()  # (1, z, h, w)
     moves = torch.linspace(-_REACH, _REACH, _STEPS)
     strips = []
     for channel in found.by_activity[:_CHANNELS]:
         z = mode.repeat(_STEPS, 1, 1, 1)
         z[:, channel] += (moves * found.std[channel])[:, None, None]
-        decoded = networks.decode_uint8(list(z))[..., : part.shape[1], : part.shape[2]]
+        decoded = networks.decode_uint8(list(z), labels.repeat(_STEPS))[..., : part.shape[1], : part.shape[2]]
         heading = f"channel {channel}: std {written(float(found.std[channel]))}"
         if is_gaussian(codec):
             heading += f", KL {written(float(found.kl[channel]))} nats per element"

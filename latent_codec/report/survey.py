@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.codec import Codec
 from latent_codec.compute import Networks
 from latent_codec.images import pad
@@ -75,7 +75,7 @@ def survey(codec: Codec, sources: Sequence[Source], networks: Networks, seed: in
     moments, draws, scaled = _Moments(codec.config.latent_channels), _Pooled(), _Pooled()
     statistics = codec.statistics
     for source in tqdm(sources, "posteriors", unit="image", disable=quiet or None):
-        posterior = networks.encode([pad(source.read().pixels, codec.factor)])
+        posterior = networks.encode([pad(source.read().pixels, codec.factor)], codec.class_numbers([source.label]))
         moments.add(posterior)
         z = posterior.sample(normal(image_key(seed, source.name)[None], tuple(posterior.mean.shape[1:])))
         draws.add(z)
@@ -95,7 +95,7 @@ class _Moments:
         self._count = 0
         self._sums = torch.zeros(4, channels, dtype=torch.float64)
 
-    def add(self, posterior: DiagonalGaussian) -> None:
+    def add(self, posterior: Posterior) -> None:
         mean = posterior.mean[0].double()  # (z, h, w)
         terms = [mean, mean.square()]
         if isinstance(posterior, DiagonalGaussian):

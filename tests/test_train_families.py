@@ -14,6 +14,7 @@ from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
+from latent_codec.config import IdentityConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images import in_channels
@@ -22,7 +23,8 @@ from latent_codec.latents import Latents
 from latent_codec.lc_folder import encode_streams
 from latent_codec.rate import Rate
 from tools.nll import Options, measure
-from train.presets import mnist_cvae
+from train.config import check
+from train.presets import mnist_cvae, mnist_iwae
 
 SMALL = flags(
     "--encoder-widths 12 --decoder-widths 12 --latent-channels 4 --batch-size 8 --steps 12 --save-every 6 "
@@ -134,6 +136,13 @@ def test_folder_tools_take_a_conditional_models_class_from_the_folder(digits: Pa
     assert decode_folder(codec, tmp_path / "z", tmp_path / "back", COMPUTE, quiet=True).done == 35
     with pytest.raises(UserError, match=r"which of 2 classes an image is of; a \.lc file cannot"):
         encode_streams(codec, digits, tmp_path / "lc", COMPUTE, rate=Rate(), quiet=True)
+
+
+def test_draws_are_weighed_of_a_gaussian_posterior_alone() -> None:
+    config = mnist_iwae()
+    check(config)
+    with pytest.raises(UserError, match="a gaussian posterior, which identity has not"):
+        check(dataclasses.replace(config, codec=dataclasses.replace(config.codec, bottleneck=IdentityConfig())))
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"samples is {config.objective.samples}; it must be at least 1")
         if config.codec.bottleneck.kind != "gaussian":
             kind = config.codec.bottleneck.kind
-            raise UserError(f"iwae weighs draws from a gaussian posterior; a {kind} bottleneck has none: take an elbo")
+            raise UserError(f"iwae weighs draws from a gaussian posterior, which {kind} has not: take an elbo")
     elif config.objective.lpips_weight > 0 and config.codec.image_channels != 3:
         channels = config.codec.image_channels
         raise UserError(f"LPIPS compares RGB images, and the model's have {channels} channels: set lpips_weight to 0")

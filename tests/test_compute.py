@@ -69,10 +69,10 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def limited(owner: Any, name: str, pixels: int) -> None:
         real = getattr(owner, name)
 
-        def call(self: Any, images: Any) -> Any:
+        def call(self: Any, images: Any, labels: Any = None) -> Any:
             if len(images) > 2 or images[0][0].numel() * pixels >= 1600:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(self, images)
+            return real(self, images, labels)
 
         monkeypatch.setattr(owner, name, call)
 

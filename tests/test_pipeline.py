@@ -42,9 +42,9 @@ def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
     def watch(owner: Any, name: str, tensors: Callable[[Any, Any], Iterable[torch.Tensor]]) -> None:
         real = getattr(owner, name)
 
-        def watched(self: Any, images: Any) -> Any:
+        def watched(self: Any, images: Any, labels: Any = None) -> Any:
             nonlocal most
-            result = real(self, images)
+            result = real(self, images, labels)
             for tensor in tensors(images, result):
                 alive.add(tensor)
             most = max(most, len(alive))

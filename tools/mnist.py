@@ -6,13 +6,10 @@ python -m tools.mnist score    CLASSIFIER.safetensors SAMPLES    SAMPLES/DIGIT/*
 """
 
 import dataclasses
-import gzip
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Union
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
@@ -36,33 +33,21 @@ _BORDER = 2
 
 
 class Digits(NamedTuple):
-    images: np.ndarray  # (n, 28, 28) uint8, white on black
-    labels: np.ndarray  # (n,) uint8
+    images: torch.Tensor  # (n, 28, 28) uint8, white on black
+    labels: torch.Tensor  # (n,) int64
+    names: list[str]  # "7/train-00042"
 
 
 def read_digits(raw: Path, split: Split) -> Digits:
     """LeCun's IDX files of a folder; raises `UserError` for one that is missing or no such file."""
-    name = _NAMES[split]
-    images = _read_idx(raw / f"{name}-images-idx3-ubyte", 3)
-    labels = _read_idx(raw / f"{name}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels) or images.shape[1:] != (28, 28):
-        raise UserError(f"{raw}: {images.shape} images and {len(labels)} labels are not MNIST's")
-    return Digits(images, labels)
-
-
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    zipped = path.with_name(f"{path.name}.gz")
-    if not path.is_file() and not zipped.is_file():
-        raise UserError(f"{path}: not there, nor {zipped.name}; give MNIST's raw folder")
-    data = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
-    head = np.frombuffer(data[: 4 * (1 + dimensions)], ">u4")
-    if len(head) != 1 + dimensions or head[0] != 0x0800 + dimensions:
-        raise UserError(f"{path}: no IDX file of bytes in {dimensions} dimensions")
-    shape = [int(n) for n in head[1:]]
-    values = np.frombuffer(data, np.uint8, offset=4 * (1 + dimensions))
-    if len(values) != math.prod(shape):
-        raise UserError(f"{path}: says {shape} and holds {len(values)} bytes")
-    return values.reshape(shape)
+    name = f"{_NAMES[split]}-images-idx3-ubyte"
+    path = raw / name if (raw / name).is_file() else raw / f"{name}.gz"
+    sources = find_images(path)
+    if any(source.label is None for source in sources):
+        raise UserError(f"{path}: no labels beside it; give MNIST's raw folder, with all four files")
+    images = torch.stack([source.read().pixels[0] for source in sources])
+    labels = torch.tensor([int(source.label or 0) for source in sources])
+    return Digits(images, labels, [source.name for source in sources])
 
 
 class Classifier(nn.Module):
@@ -92,28 +77,28 @@ class Classifier(nn.Module):
         return torch.cat([self(part[:, None].float() / 255).argmax(1) for part in pixels.split(500)])
 
 
-def _bordered(images: np.ndarray) -> torch.Tensor:
+def _bordered(images: torch.Tensor) -> torch.Tensor:
     """(n, 28, 28) -> (n, 32, 32) uint8."""
-    return F.pad(torch.from_numpy(images.copy()), [_BORDER] * 4)
+    return F.pad(images, [_BORDER] * 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Write:
-    """Write each digit as a PNG of 32x32 into the folder of its class, DST/7/00042.png."""
+    """Write each digit as a PNG of 32x32 into the folder of its class, DST/7/train-00042.png."""
 
     raw: tyro.conf.Positional[Path]
     dst: tyro.conf.Positional[Path]
     split: Split = "train"
 
     def run(self) -> None:
-        images, labels = read_digits(self.raw, self.split)
-        for label in range(10):
-            make_folder(self.dst / str(label))
-        pairs = zip(_bordered(images).numpy(), labels.tolist(), strict=True)
-        for number, (image, label) in enumerate(tqdm(pairs, "writing", len(labels), disable=None)):
-            with atomic_path(self.dst / str(label) / f"{number:05d}.png") as temporary:
+        digits = read_digits(self.raw, self.split)
+        pairs = zip(_bordered(digits.images).numpy(), digits.names, strict=True)
+        for image, name in tqdm(pairs, "writing", len(digits.names), disable=None):
+            path = self.dst / f"{name}.png"
+            make_folder(path.parent)
+            with atomic_path(path) as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
-        print(f"wrote {len(labels)} digits to {self.dst}")
+        print(f"wrote {len(digits.names)} digits to {self.dst}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,8 +111,8 @@ class Classify:
     seed: int = 0
 
     def run(self) -> None:
-        images, labels = read_digits(self.raw, "train")
-        x, y = _bordered(images), torch.from_numpy(labels.astype(np.int64))
+        digits = read_digits(self.raw, "train")
+        x, y = _bordered(digits.images), digits.labels
         torch.manual_seed(self.seed)  # of the first weights; the order is counted
         net = Classifier()
         orders = [permutation(len(x), fold(self.seed, epoch)).split(128) for epoch in range(self.epochs)]
@@ -141,8 +126,8 @@ class Classify:
             optimizer.step()
             schedule.step()
         save_tensors(self.dst, net.state_dict(), {"format": "pt"})
-        images, labels = read_digits(self.raw, "test")
-        right = net.recognise(_bordered(images)) == torch.from_numpy(labels.astype(np.int64))
+        digits = read_digits(self.raw, "test")
+        right = net.recognise(_bordered(digits.images)) == digits.labels
         print(f"wrote {self.dst}: recognises {right.float().mean().item():.2%} of {len(right)} test digits")
 
 
@@ -159,11 +144,13 @@ class Score:
         check_state(net.state_dict(), tensors, str(self.classifier))
         net.load_state_dict(tensors)
         right: list[torch.Tensor] = []
-        for label in range(10):
-            sources = find_images(self.samples / str(label))
+        for label in [str(digit) for digit in range(10) if (self.samples / str(digit)).is_dir()]:
+            sources = find_images(self.samples / label)
             pixels = torch.stack([_grey(source.read_bytes(), source.name) for source in sources])
-            right.append(net.recognise(pixels) == label)
+            right.append(net.recognise(pixels) == int(label))
             print(f"{label}: {right[-1].float().mean().item():.1%} of {len(sources)}")
+        if not right:
+            raise UserError(f"{self.samples}: no folder 0 ... 9 in it")
         print(f"all: {torch.cat(right).float().mean().item():.2%} of {len(torch.cat(right))}")
 
 

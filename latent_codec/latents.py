@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -216,12 +216,14 @@ _KINDS: dict[StoredDtype, _Kind] = {
 
 
 @contextlib.contextmanager
-def _naming(entry: Entry) -> Iterator[None]:
-    """What goes wrong with an image's shard as `UserError`."""
+def _naming(current: Callable[[], Entry]) -> Iterator[None]:
+    """What goes wrong with the shard of the image at hand as `UserError`."""
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        if isinstance(error, UserError):
+            raise
+        reason, entry = (error.strerror if isinstance(error, OSError) else None) or error, current()
         raise UserError(f"{entry.path}: shard {entry.shard} cannot be read: {reason}") from error
 
 
@@ -249,11 +251,19 @@ class Moments(NamedTuple):
     paths: list[str]
     labels: torch.Tensor  # (b,) int64, as in `LatentSample`
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes each tensor is a file handle: small ones go as lists."""
+        return _moments, (self.mean, self.logvar, self.keys.tolist(), self.paths, self.labels.tolist())
+
     def to(self, device: torch.device | str) -> "Moments":
         mean, logvar, keys, labels = (
             t.to(device, non_blocking=True) for t in (self.mean, self.logvar, self.keys, self.labels)
         )
         return Moments(mean, logvar, keys, self.paths, labels)
+
+
+def _moments(mean: torch.Tensor, logvar: torch.Tensor, keys: list[int], paths: list[str], labels: list[int]) -> Moments:
+    return Moments(mean, logvar, torch.tensor(keys), paths, torch.tensor(labels))
 
 
 class Latents(Dataset[LatentSample]):
@@ -355,27 +365,28 @@ class Latents(Dataset[LatentSample]):
         """Means and log-variances of images of one size, mirrored or not, (b, z, h, w) of the stored type each."""
         kind, size = _KINDS[self.header.dtype], self._size(indices[0])
         spans: dict[tuple[str, bool], tuple[Span, Span]] = {}
-        values: np.ndarray | None = None
-        both = torch.empty(0)
-        for place in sorted(range(len(indices)), key=lambda i: self._place(indices[i])):  # as they lie on the disk
-            entry, flip = self.entries[indices[place]], flips[place]
-            if self._size(indices[place]) != size:
-                raise UserError(f"{entry.path}: its latents are no {size} as {self.entries[indices[0]].path}'s")
-            with _naming(entry):
+        both, values, bits = torch.empty(0), np.empty(0, np.uint8), np.empty(0, kind.bits)
+        entry = self.entries[indices[0]]
+        with _naming(lambda: entry):
+            for place in sorted(range(len(indices)), key=lambda i: self._place(indices[i])):  # as they lie on the disk
+                entry, flip = self.entries[indices[place]], flips[place]
+                if self._size(indices[place]) != size:
+                    raise UserError(f"{entry.path}: its latents are no {size} as {self.entries[indices[0]].path}'s")
                 if (entry.shard, flip) not in spans:
                     spans[entry.shard, flip] = self._spans(entry.shard, size, flip)
                 found = spans[entry.shard, flip]
-                if values is None:
+                if not both.numel():
                     both = _empty((2, len(indices), *found[0].shape[1:]), kind.dtype)
                     values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
+                    bits = values.view(kind.bits)  # (2, b, z, h, w)
                 elif found[0].shape[1] != both.shape[2]:
                     raise ValueError(f"it holds {found[0].shape[1]} channels, others {both.shape[2]}")
                 for part, span in enumerate(found):
                     self._reader.read(entry.shard, span, entry.row, values[part, place])
-            if (values[:, place].view(kind.bits) & kind.magnitude).max() >= kind.infinity:
-                raise UserError(
-                    f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again"
-                )
+                if (bits[:, place] & kind.magnitude).max() >= kind.infinity:  # while it is in the processor's cache
+                    raise UserError(
+                        f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again"
+                    )
         return both[0], both[1]
 
     def _place(self, index: int) -> tuple[str, int]:

@@ -20,11 +20,10 @@ from latent_codec.errors import FatalError, UserError
 from latent_codec.files import disk_errors
 from latent_codec.images import DEFAULT_MAX_PIXELS, Geometry, Image, ImageFormat, mirrored, pad, read_image
 from latent_codec.inputs import Source, find_images
-from latent_codec.latents import (
+from latent_codec.latent_files import (
     INDEX,
     Entry,
     Header,
-    Latents,
     Row,
     StoredDtype,
     header_of,
@@ -36,6 +35,7 @@ from latent_codec.latents import (
     write_index,
     write_shard,
 )
+from latent_codec.latents import Latents
 from latent_codec.ledger import Claim, Ledger, Record, sha256_of
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.outputs import Output, image_output, make_outputs
@@ -91,8 +91,8 @@ def encode_folder(
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents`), with `flips` that
-    of the mirrored image as well.
+    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latent_files`), with `flips`
+    that of the mirrored image as well.
 
     The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if
     nothing is found, an option makes no sense, the model is none of grey or RGB images or has no Gaussian posterior, or

@@ -20,7 +20,8 @@ from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
 from latent_codec.images import Geometry, crop, write_image
 from latent_codec.inputs import find_images
-from latent_codec.latents import Latents, stored_files
+from latent_codec.latent_files import stored_files
+from latent_codec.latents import Latents
 from latent_codec.lc_folder import encode_streams
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import OVERWRITE

@@ -13,7 +13,7 @@ from latent_codec.codec import Codec, resolve
 from latent_codec.config import CodecConfig, dumps
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source
-from latent_codec.latents import INDEX, parts, read_index
+from latent_codec.latent_files import INDEX, parts, read_index
 from latent_codec.lc_folder import find_streams
 from latent_codec.prior import Priors
 from latent_codec.quantizer import STEP_ONE

@@ -17,7 +17,7 @@ from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.errors import UserError
 from latent_codec.images import DEFAULT_MAX_PIXELS, Image, ImageFormat, crop
 from latent_codec.inputs import Source, find_files, find_images
-from latent_codec.latents import INDEX, stored_files
+from latent_codec.latent_files import INDEX, stored_files
 from latent_codec.noise import fold, text_key
 from latent_codec.outputs import Output, image_output, make_outputs
 from latent_codec.pipeline import (

@@ -18,7 +18,8 @@ from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
-from latent_codec.latents import INDEX, Latents, stored_files, stored_shards
+from latent_codec.latent_files import INDEX, stored_files, stored_shards
+from latent_codec.latents import Latents
 from latent_codec.pipeline import OVERWRITE
 from latent_codec.summary import Summary
 

@@ -11,7 +11,7 @@ from tiny_folder import Kind, Task, temporary_files
 from latent_codec import plan
 from latent_codec.errors import UserError
 from latent_codec.files import DiskError
-from latent_codec.latents import INDEX
+from latent_codec.latent_files import INDEX
 from latent_codec.ledger import FAILURES
 from latent_codec.rate import Rate
 

@@ -18,7 +18,8 @@ from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.info import describe
-from latent_codec.latents import INDEX, Latents, stored_shards
+from latent_codec.latent_files import INDEX, stored_shards
+from latent_codec.latents import Latents
 
 SIZES = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
 

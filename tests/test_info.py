@@ -18,7 +18,7 @@ from latent_codec.compute import Compute
 from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.info import count_flops, describe
-from latent_codec.latents import INDEX
+from latent_codec.latent_files import INDEX
 from latent_codec.lc_folder import encode_streams
 from latent_codec.rate import Rate
 from train.presets import photo

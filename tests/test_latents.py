@@ -12,15 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latent_codec import latents as latents_module
 from latent_codec import modelfile
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry
-from latent_codec.latents import (
+from latent_codec.latent_files import (
     INDEX,
-    Latents,
     Row,
     StoredDtype,
     check_model,
@@ -32,6 +30,7 @@ from latent_codec.latents import (
     write_index,
     write_shard,
 )
+from latent_codec.latents import Latents
 from latent_codec.modelfile import KEY
 from latent_codec.noise import fold, normal, text_key
 
@@ -414,7 +413,7 @@ def test_the_dataset_works_in_a_data_loader(codec: Codec, tmp_path: Path) -> Non
 
 def test_entries_are_checked_however_they_are_made(codec: Codec, tmp_path: Path) -> None:
     store(tmp_path, codec, ("a.png",))
-    (entry,) = latents_module.Latents(tmp_path).entries
+    (entry,) = Latents(tmp_path).entries
     for change in ({"path": "../a"}, {"shard": "/a"}, {"row": -1}):
         with pytest.raises(ValueError):
             dataclasses.replace(entry, **change)

@@ -24,7 +24,8 @@ from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
-from latent_codec.latents import Latents, StoredDtype, stored_files
+from latent_codec.latent_files import StoredDtype, stored_files
+from latent_codec.latents import Latents
 
 SINGLE = [name for name in EVERY if name not in ("mar", "edm2")]
 NAMELESS = "npy"

@@ -22,7 +22,8 @@ from latent_codec import cli, pipeline, plan
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
-from latent_codec.latents import INDEX, Latents, stored_shards
+from latent_codec.latent_files import INDEX, stored_shards
+from latent_codec.latents import Latents
 from latent_codec.ledger import FAILURES
 from latent_codec.pipeline import OVERWRITE, RESUME
 from latent_codec.plan import Share

@@ -15,7 +15,8 @@ from latent_codec.batches import Rows
 from latent_codec.caches.convert import Converted, convert
 from latent_codec.caches.options import CacheName, Options
 from latent_codec.codec import Codec
-from latent_codec.latents import Latents, Row, header_of, row, write_index, write_shard
+from latent_codec.latent_files import Row, header_of, row, write_index, write_shard
+from latent_codec.latents import Latents
 
 PATHS = ("cat/a.jpg", "cat/b.c.png", "dog/ü/a.png", "dog/d.png")
 

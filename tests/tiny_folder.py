@@ -17,7 +17,8 @@ from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
 from latent_codec.files import atomic_path
-from latent_codec.latents import INDEX, Latents
+from latent_codec.latent_files import INDEX
+from latent_codec.latents import Latents
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.ledger import Ledger
 from latent_codec.pipeline import RESUME, Resume

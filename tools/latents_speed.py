@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from latent_codec.batches import Rows, ShapeBatches
 from latent_codec.images import Geometry
-from latent_codec.latents import FORMAT_VERSION, Entry, Header, Latents, Row, write_index, write_shard
+from latent_codec.latent_files import FORMAT_VERSION, Entry, Header, Row, write_index, write_shard
+from latent_codec.latents import Latents
 from tools.report import machine, report
 
 _UNIT = 128

@@ -23,7 +23,8 @@ from latent_codec.diffusion.config import LatentSpace
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.diffusion.sampling import Wanted, check_codec, draw_latents, write_grid
 from latent_codec.errors import UserError
-from latent_codec.latents import Latents, check_model
+from latent_codec.latent_files import check_model
+from latent_codec.latents import Latents
 from latent_codec.noise import fold, text_key
 from train import checkpoints
 from train.config import DiffusionConfig, check_diffusion, flat

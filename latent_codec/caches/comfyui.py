@@ -12,7 +12,8 @@ from safetensors import safe_open
 from latent_codec.caches.items import PIXELS, Found, ImageCache, Item, Stored
 from latent_codec.caches.options import Options
 from latent_codec.caches.tensors import about_in, file_bytes, latents_in
-from latent_codec.latents import Entry, Latents
+from latent_codec.latent_files import Entry
+from latent_codec.latents import Latents
 from latent_codec.modelfile import KEY, LatentStatistics
 
 _LATENT, _RAW = "latent_tensor", "latent_format_version_0"

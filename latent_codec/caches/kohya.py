@@ -17,7 +17,8 @@ from latent_codec.caches.items import PIXELS, Found, ImageCache, Item, Stored
 from latent_codec.caches.options import Options
 from latent_codec.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.errors import UserError
-from latent_codec.latents import Entry, Latents
+from latent_codec.latent_files import Entry
+from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
 
 ARCHITECTURES = ("sd", "sdxl", "flux")

@@ -16,7 +16,8 @@ from latent_codec.caches.options import Options
 from latent_codec.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.caches.tensors import about_in, file_bytes, latents_in
 from latent_codec.errors import UserError
-from latent_codec.latents import Entry, Latents
+from latent_codec.latent_files import Entry
+from latent_codec.latents import Latents
 from latent_codec.modelfile import KEY, LatentStatistics
 
 _KEY = re.compile(r"latents_(\d+x)?\d+x\d+_[a-z]+\d+")

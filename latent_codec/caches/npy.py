@@ -11,7 +11,8 @@ from latent_codec.caches import arrays
 from latent_codec.caches.items import PIXELS, Found, ImageCache, Item, Stored
 from latent_codec.caches.options import Options
 from latent_codec.caches.scaling import chosen_scaling
-from latent_codec.latents import Entry, Latents
+from latent_codec.latent_files import Entry
+from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
 
 

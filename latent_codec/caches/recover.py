@@ -18,7 +18,7 @@ from latent_codec.config import DiagonalGaussianConfig
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import disk_errors, make_folder
 from latent_codec.images import Geometry
-from latent_codec.latents import (
+from latent_codec.latent_files import (
     INDEX,
     Entry,
     Header,

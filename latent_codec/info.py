@@ -1,4 +1,4 @@
-"""What a file is: a model, a `.lc` file or a folder of them, a folder of latents or one shard of it."""
+"""What a file is: a model of images or of their latents, a `.lc` file or a folder, a folder of latents or one shard."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,9 @@ def describe(where: str, model: str | None = None) -> str:
     if path.name == INDEX:
         return _describe_latents(path)
     path = resolve(where)
-    return _describe_latents(path) if _is_shard(path) else _describe_model(path)
+    if _is_shard(path):
+        return _describe_latents(path)
+    return _describe_diffusion(path) if "transformer" in modelfile.read_header(path) else _describe_model(path)
 
 
 def _is_shard(path: Path) -> bool:
@@ -99,6 +101,21 @@ def _describe_model(path: Path) -> str:
     lines += _describe_priors(codec.priors)
     if codec.provenance:
         lines.append(f"training    {_describe_training(codec.provenance)}")
+    return "\n".join(lines)
+
+
+def _describe_diffusion(path: Path) -> str:
+    from latent_codec.diffusion.model import Diffusion  # needs an extra
+
+    model = Diffusion.load(path)
+    classes = ", ".join(model.latents.classes) or "none: an unconditional model"
+    lines = [
+        f"diffusion   {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {modelfile.FORMAT_VERSION}",
+        f"id          {model.model_id}",
+        f"network     {model.config}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+        f"latents     {' x '.join(map(str, model.shape))} of model {model.latents.codec_id}",
+        f"classes     {classes}",
+    ]
     return "\n".join(lines)
 
 

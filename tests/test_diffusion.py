@@ -14,6 +14,7 @@ from latent_codec.diffusion.config import LatentSpace, TransformerConfig
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.diffusion.sampling import SETTINGS, Wanted, choose, draw, draw_latents, sample
 from latent_codec.errors import UserError
+from latent_codec.info import describe
 from latent_codec.modelfile import save_tensors
 from latent_codec.noise import fold, normal
 from train.config import FlowConfig
@@ -124,6 +125,14 @@ def test_a_saved_model_is_loaded_whole(codec: Codec, tmp_path: Path) -> None:
     assert found.model_id == model.model_id and not found.training
     assert torch.equal(found(*inputs(model)), model(*inputs(model)))
     assert make(codec, classes=("a", "c")).model_id != model.model_id
+
+
+def test_info_says_whose_latents_it_draws(codec: Codec, tmp_path: Path) -> None:
+    model = make(codec)
+    model.save(tmp_path / "m.safetensors")
+    text = describe(str(tmp_path / "m.safetensors"))
+    assert model.model_id in text and codec.model_id in text
+    assert "classes     a, b" in text and "4 x 4 x 4" in text
 
 
 def test_what_is_no_diffusion_model_is_refused_by_its_reason(codec: Codec, tmp_path: Path, model_file: Path) -> None:

@@ -47,7 +47,7 @@ def _process_name(_: int) -> str:
 
 
 def temporary_of(name: str) -> str | None:
-    """The `process_name` in a name that `atomic_path` gave to a temporary file; None for any other."""
+    """The `process_name` in a name that a temporary file or folder was given here; None for any other."""
     found = _TEMPORARY.fullmatch(name)
     return found and found[1]
 
@@ -65,6 +65,21 @@ def temporary_path(folder: Path, name: str) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, named as temporary files are and removed with all that is in it at the end.
+
+    For libraries that make temporary files of their own: killed, they leave nothing that is not known to be left over.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = _temporary(path)
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put(temporary: Path, path: Path, mode: int | None = None) -> None:

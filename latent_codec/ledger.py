@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -189,14 +190,17 @@ class Ledger:
         return claim
 
     def _remove_stale(self) -> None:
-        """Temporary files of processes that were killed; those of programs that use no ledger stay."""
+        """Temporary files and folders of processes that were killed; those of programs that use no ledger stay."""
         others = [path for path in self._processes.iterdir() if path != self._alive]
         dead = {path: held for path in others if (held := try_lock(path)) is not None}
         names = {path.name for path in dead}
-        for top, _, files in os.walk(self.folder) if dead else ():
+        for top, folders, files in os.walk(self.folder) if dead else ():
             for name in files:
                 if temporary_of(name) in names:
                     Path(top, name).unlink(missing_ok=True)
+            for name in folders:
+                if temporary_of(name) in names:
+                    shutil.rmtree(Path(top, name), ignore_errors=True)
         for path, held in dead.items():
             path.unlink(missing_ok=True)
             held.release()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from latent_codec.config import CodecConfig, dumps, from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_path
+from latent_codec.files import put, temporary_folder, temporary_path
 from latent_codec.prior import PREFIX, Header, Priors, from_tensors, to_header, to_tensors
 
 KEY = "latent_codec"
@@ -92,8 +92,11 @@ def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically; raises `OSError` if the disk refuses."""
     try:
-        with atomic_path(path) as temporary:
+        # safetensors writes into a file of its own making beside the one that it is given, and renames it.
+        with temporary_folder(path) as folder, temporary_path(folder, path.name) as temporary:
+            mode = temporary.stat().st_mode
             save_file(tensors, temporary, metadata=metadata)
+            put(temporary, path, mode)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
 

@@ -5,12 +5,22 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from latent_codec import files
+from latent_codec import files, modelfile
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_folder, atomic_path, make_folder, write_text
+from latent_codec.files import (
+    atomic_folder,
+    atomic_path,
+    make_folder,
+    process_name,
+    temporary_folder,
+    temporary_of,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,3 +189,27 @@ def test_where_the_last_rename_fails_the_old_folder_is_back(tmp_path: Path, monk
         fill(temporary, "new")
     assert [f.name for f in tmp_path.iterdir()] == ["folder"]
     assert (tmp_path / "folder" / "b.txt").read_text() == "old"
+
+
+def test_what_a_library_leaves_half_written_is_known_to_be_left_over(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), temporary_folder(tmp_path / "sub" / "a.safetensors") as folder:
+        (folder / ".tmpAbCdEf").write_text("half")
+        assert temporary_of(folder.name) == process_name() and folder.parent == tmp_path / "sub"
+        raise KeyboardInterrupt
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+@pytest.mark.usefixtures("umask_027")
+def test_safetensors_own_temporary_files_lie_in_such_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    real = modelfile.save_file
+
+    def spy(tensors: Any, path: Path, **options: Any) -> None:
+        seen.append(path)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(modelfile, "save_file", spy)
+    modelfile.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
+    assert seen[0].parent.parent == tmp_path and temporary_of(seen[0].parent.name) == process_name()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert mode(tmp_path / "a.safetensors") == 0o640

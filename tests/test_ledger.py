@@ -278,8 +278,11 @@ def test_a_live_process_keeps_its_files_and_a_killed_one_loses_both(folder: Path
         child.kill()
         child.join()
     assert begun.exists()
+    of_library = begun.with_name(begun.name.replace("a.out", "b.out"))  # a folder for a library's own temporary files
+    of_library.mkdir()
+    (of_library / ".tmpAbCdEf").write_text("half of a shard")
     with Ledger(folder, "streams", {}):
-        assert not begun.exists()
+        assert not begun.exists() and not of_library.exists()
     assert all(path.exists() for path in others)
     assert list((folder / ".latent_codec" / "processes").iterdir()) == []
 

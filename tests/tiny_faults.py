@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -57,13 +58,19 @@ def hang(step: int) -> None:
 
 def die_in_save(step: int, where: Literal["between files", "before rename", "before prune"]) -> None:
     """SIGKILL itself within the save of this step."""
-    real = checkpoints.save
+    real, remove = checkpoints.save, shutil.rmtree
+
+    def end(path: Any, *args: Any, **options: Any) -> None:
+        if where == "before prune" and not Path(path).name.startswith("step-"):
+            remove(path, *args, **options)  # what a file was written in goes before
+        else:
+            _die()
 
     def save(folder: Any, modules: dict[str, Codec], optimizer: Any, progress: Any, *, keep: int) -> Any:
         if progress.step == step and where == "between files":
             modules["ema"].save = _die
         elif progress.step == step:
-            setattr(*{"before rename": (os, "rename"), "before prune": (shutil, "rmtree")}[where], _die)
+            setattr(*{"before rename": (os, "rename"), "before prune": (shutil, "rmtree")}[where], end)
         return real(folder, modules, optimizer, progress, keep=keep)
 
     checkpoints.save = save

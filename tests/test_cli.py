@@ -15,6 +15,7 @@ from PIL import Image
 
 from latent_codec import __version__, bitstream, cli, compression, lc_folder, plan
 from latent_codec.codec import Codec
+from latent_codec.commands.folders import Decode, Encode
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
 from latent_codec.lc_folder import dither_seed
@@ -93,8 +94,8 @@ def test_wrong_usage_is_2_and_says_so_on_stderr(run: Run, args: list[str]) -> No
 
 
 def test_the_pixel_limit_is_the_readers() -> None:
-    assert cli.Encode(src="a", dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
-    assert cli.Decode(src=Path("a"), dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
+    assert Encode(src="a", dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
+    assert Decode(src=Path("a"), dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
 
 
 def test_encode_then_decode_gives_every_image_back(

@@ -1,0 +1,217 @@
+"""Folders of images, streams and latents: encode, decode, convert."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from latent_codec.caches.options import CacheName, Options
+from latent_codec.commands.options import ComputeOptions, ResumeOptions, load
+from latent_codec.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Compress images: to small .lc files, or to latents in safetensors for training on."""
+
+    src: tyro.conf.Positional[str]
+    """An image, a folder (its tree is kept), a tar file, or a quoted glob."""
+    dst: tyro.conf.Positional[Path]
+    """Folder for the outputs: a/b.jpg becomes a/b.jpg.lc."""
+    model: str = "photo"
+    """A shipped model's name or a file."""
+    format: Literal["lc", "safetensors"] = "lc"
+    """Entropy-coded files, one an image; or the posteriors' means and log-variances in shards under an index."""
+    step: float | None = None
+    """lc: the quantiser's step; larger is smaller and worse, 1 is the default."""
+    bpp: float | None = None
+    """lc: find each image's step so that its file has at most this many bits per pixel, instead of --step."""
+    psnr: float | None = None
+    """lc: find each image's step so that it decodes with at least this PSNR in dB, instead of --step."""
+    max_bytes: int | None = None
+    """lc: no file exceeds this; it comes before --step, --bpp and --psnr."""
+    sample: int | None = None
+    """lc: store a draw around the posterior's mean, by this seed and the image's name; by default the mean, rounded."""
+    prior: Literal["context", "factorized"] | None = None
+    """lc: what the entropy coder goes by: context is smaller, factorized faster; by default the best of the model's."""
+    store: Literal["float16", "bfloat16", "float32"] | None = None
+    """safetensors: number type on disk, by default float16."""
+    flips: bool = False
+    """safetensors: store the posteriors of the images mirrored left to right as well."""
+    tar: bool = False
+    """lc: put the files into tar shards, as WebDataset reads them, about 128 in each."""
+    background: str = "#ffffff"
+    """Colour that transparent images are laid on; alpha itself is not kept."""
+    max_pixels: int = 2**27
+    """Larger images are refused before they are decoded."""
+    resume: tyro.conf.OmitArgPrefixes[ResumeOptions] = dataclasses.field(default_factory=ResumeOptions)
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
+
+    def run(self) -> int:
+        summary = self._to_streams() if self.format == "lc" else self._to_latents()
+        print(summary)
+        return 1 if summary.failures else 0
+
+    def _to_streams(self):
+        self._refuse(("store",), "for --format safetensors; a .lc file's numbers are integers")
+        if self.flips:
+            raise UserError("--flips is for --format safetensors; a .lc file is of one image")
+        from latent_codec.lc_folder import encode_streams
+        from latent_codec.rate import Rate
+
+        rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
+        codec, compute = load(self.model, self.compute)
+        return encode_streams(
+            codec,
+            self.src,
+            self.dst,
+            compute,
+            rate=rate,
+            sample=self.sample,
+            prior=self.prior,
+            background=self.background,
+            max_pixels=self.max_pixels,
+            tar=self.tar,
+            resume=self.resume.options(),
+        )
+
+    def _to_latents(self):
+        flags = ("step", "bpp", "psnr", "max_bytes", "sample", "prior")
+        self._refuse(flags, "for --format lc; latents in safetensors keep the whole posterior")
+        if self.tar:
+            raise UserError("--tar is for --format lc; latents in safetensors are in shards as it is")
+        from latent_codec.compression import encode_folder
+
+        codec, compute = load(self.model, self.compute)
+        return encode_folder(
+            codec,
+            self.src,
+            self.dst,
+            compute,
+            store=self.store or "float16",
+            flips=self.flips,
+            background=self.background,
+            max_pixels=self.max_pixels,
+            resume=self.resume.options(),
+        )
+
+    def _refuse(self, fields: tuple[str, ...], reason: str) -> None:
+        """Raise `UserError` if any of these was given."""
+        if given := [f"--{name.replace('_', '-')}" for name in fields if getattr(self, name) is not None]:
+            raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Decode .lc files or latents to images; names are kept whole: a.jpg.lc becomes a.jpg.png."""
+
+    src: tyro.conf.Positional[Path]
+    """What `encode` wrote: a folder, a tar file, or one .lc file."""
+    dst: tyro.conf.Positional[Path]
+    """Folder for the images."""
+    model: str = "photo"
+    """The model that made them."""
+    image_format: Literal["png", "webp", "jpg"] = "png"
+    tar: bool = False
+    """Put the images into tar shards, as WebDataset reads them, about 128 in each."""
+    sample: int | None = None
+    """Latents: decode a draw from the posterior with this seed; by default its mode. A .lc file's draw is in it."""
+    max_pixels: int = 2**27
+    """Of .lc files those of larger images are refused before anything is allocated for them."""
+    resume: tyro.conf.OmitArgPrefixes[ResumeOptions] = dataclasses.field(default_factory=ResumeOptions)
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
+
+    def run(self) -> int:
+        from latent_codec.compression import decode_folder
+        from latent_codec.lc_folder import decode_streams, is_streams
+
+        streams = is_streams(self.src)
+        if streams and self.sample is not None:
+            raise UserError(
+                f"{self.src}: what a .lc file draws is decided when it is made; give --sample to encode, not to decode"
+            )
+        codec, compute = load(self.model, self.compute)
+        if streams:
+            summary = decode_streams(
+                codec,
+                self.src,
+                self.dst,
+                compute,
+                image_format=self.image_format,
+                max_pixels=self.max_pixels,
+                tar=self.tar,
+                resume=self.resume.options(),
+            )
+        else:
+            summary = decode_folder(
+                codec,
+                self.src,
+                self.dst,
+                compute,
+                image_format=self.image_format,
+                sample=self.sample,
+                tar=self.tar,
+                resume=self.resume.options(),
+            )
+        print(summary)
+        return 1 if summary.failures else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write latents as other programs train from them; with --from make latents of such files."""
+
+    src: tyro.conf.Positional[Path]
+    """Latents that `encode --format safetensors` made; with --from what another program made."""
+    dst: tyro.conf.Positional[Path]
+    """A folder."""
+    to: CacheName | None = None
+    from_: Annotated[CacheName | None, tyro.conf.arg(name="from")] = None
+    model: str | None = None
+    """from: the model whose latents they are."""
+    arch: str | None = None
+    """kohya: sd, sdxl or flux. musubi: hv, hv15, wan, qi, kr2, zi, f2d, f2k4b or f2k9b."""
+    scale: Literal["raw", "normalized"] | None = None
+    """npy, webdataset: latents as the model gives them, or scaled."""
+    scaling_factor: float | None = None
+    """Where latents are scaled: (z - shift) * factor, instead of each channel by the model's statistics."""
+    shift_factor: float | None = None
+    seed: int | None = None
+    """to: of the draw, by default 0; MAR and EDM2 take the whole posterior."""
+    epoch: int | None = None
+    """to: draws of different epochs are independent; by default 0."""
+    store: Literal["float16", "bfloat16", "float32"] | None = None
+    """from: number type on disk, by default float16."""
+    overwrite: bool = False
+    """Replace files that are there already and differ."""
+
+    def run(self) -> int:
+        if (self.to is None) == (self.from_ is None):
+            raise UserError("give either --to and the name of a program, or --from and one")
+        converted = self._to(self.to) if self.to is not None else self._from()
+        for note in converted.notes:
+            print(note)
+        print(converted.summary)
+        return 1 if converted.summary.failures else 0
+
+    def _options(self) -> Options:
+        fields = (field.name for field in dataclasses.fields(Options))
+        return Options(**{name: getattr(self, name) for name in fields})
+
+    def _to(self, name: CacheName):
+        if self.model is not None or self.store is not None:
+            raise UserError("--model and --store are for --from; --to writes latents as they were stored")
+        from latent_codec.caches.convert import convert
+
+        return convert(self.src, self.dst, name, self._options(), overwrite=self.overwrite)
+
+    def _from(self):
+        assert self.from_ is not None
+        if self.model is None:
+            raise UserError("no cache says for certain which model its latents are of; give --model")
+        from latent_codec.caches.recover import recover
+        from latent_codec.codec import Codec
+
+        codec, store = Codec.load(self.model), self.store or "float16"
+        return recover(self.src, self.dst, self.from_, codec, self._options(), store=store, overwrite=self.overwrite)

@@ -1,0 +1,102 @@
+"""Model files: info, export, import."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from latent_codec.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """Say what a model file, a .lc file or a folder of them, or latents are."""
+
+    file: tyro.conf.Positional[str]
+    model: str | None = None
+    """For .lc files: the model that is compared with theirs, by default photo."""
+
+    def run(self) -> int:
+        from latent_codec.info import describe
+
+        print(describe(self.file, self.model))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Turn a training run (its averaged weights) or a model into one self-describing model file."""
+
+    source: tyro.conf.Positional[Path]
+    """A run's folder, or a model file."""
+    dst: tyro.conf.Positional[Path]
+    """A model file; with --to diffusers a folder."""
+    to: Literal["safetensors", "diffusers"] = "safetensors"
+    """A model file of ours, or the folder of an AutoencoderKL for pipelines of diffusers."""
+    data: tuple[Path, ...] = ()
+    """Images (folders or tar files) to measure latent statistics on; a model keeps those it has without it."""
+    images: int = 256
+    """How many of them, from the first."""
+    half: bool = False
+    """Store float16."""
+    fold: bool = True
+    """diffusers: latents normalised within the model, right for any pipeline; without, they stay as they are, and
+    scaling_factor, shift_factor and (4 channels) latents_mean and latents_std tell the pipeline what to do."""
+
+    def run(self) -> int:
+        if self.to == "diffusers":
+            return self._to_diffusers()
+        if not self.fold:
+            raise UserError("--no-fold is for --to diffusers; a model file of ours keeps its latents as they are")
+        from latent_codec.export import export
+
+        codec = export(self.source, self.dst, data=self.data, images=self.images, half=self.half)
+        print(f"wrote {self.dst} ({self.dst.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
+        return 0
+
+    def _to_diffusers(self) -> int:
+        from latent_codec.autoencoder_kl.exporting import check_folder, export_folder
+        from latent_codec.export import calibration_images, prepare
+
+        check_folder(self.dst)
+        codec = prepare(self.source, data=self.data, images=self.images)
+        images = calibration_images(codec, self.data, self.images)
+        measured = export_folder(codec, self.dst, images=images, normalize=self.fold, half=self.half)
+        print(f"wrote {self.dst}, an AutoencoderKL; {measured}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Turn an AutoencoderKL (diffusers' folder, or a safetensors file in its or the original layout) into a model file.
+
+    What `export --to diffusers` wrote becomes the model that it was.
+    """
+
+    src: tyro.conf.Positional[Path]
+    """A folder with config.json, or one safetensors file: an autoencoder's, or a whole checkpoint with one in it."""
+    dst: tyro.conf.Positional[Path]
+    """A model file."""
+    scaling_factor: float | None = None
+    """What pipelines multiply its latents by, if no config.json says it: latents get statistics by it."""
+    shift_factor: float | None = None
+    """What pipelines subtract before that."""
+    half: bool = False
+    """Store float16."""
+
+    def run(self) -> int:
+        from latent_codec.autoencoder_kl.importing import import_model
+
+        codec = import_model(
+            self.src,
+            self.dst,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+            half=self.half,
+        )
+        print(f"wrote {self.dst} ({self.dst.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
+        print(f"  {codec.config.backbone}, {codec.config.latent_channels} latent channels")
+        statistics = codec.statistics
+        print(f"  latent statistics: {statistics.source if statistics else 'none; measure them with export --data'}")
+        return 0

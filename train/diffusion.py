@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import hashlib
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from train.flow import FlowLosses, FlowMatching
 from train.interrupts import Interrupts
 from train.latents import PosteriorCrops
 from train.logs import RunLog
+from train.program import main_of, run_of_preset
 from train.runs import check_processes, check_same_step, claim
 from train.trainer import Trainer
 
@@ -59,20 +59,13 @@ class DiffusionRun:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    presets = {
-        name: DiffusionRun(latents=tyro.MISSING, out=tyro.MISSING, config=preset()) for name, preset in PRESETS.items()
-    }
-    about = {name: (preset.__doc__ or "").splitlines()[0] for name, preset in PRESETS.items()}
-    kind = tyro.extras.subcommand_type_from_defaults(presets, about)
-    run: DiffusionRun = tyro.cli(
-        kind, prog="train.diffusion", description=__doc__, config=(tyro.conf.AvoidSubcommands,)
-    )
-    try:
-        code = train(run)
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"train.diffusion: {error}") from error
-    sys.exit(code)
+    def work() -> int:
+        def run(config: DiffusionConfig) -> DiffusionRun:
+            return DiffusionRun(latents=tyro.MISSING, out=tyro.MISSING, config=config)
+
+        return train(run_of_preset("train.diffusion", __doc__, PRESETS, run))
+
+    main_of("train.diffusion", work)
 
 
 def train(run: DiffusionRun) -> int:

@@ -7,8 +7,6 @@ command resumes. `accelerate launch -m train.prior ...` for several processes.
 
 import dataclasses
 import json
-import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
 from train.interrupts import Interrupts, agree
 from train.latents import LatentCrops
 from train.logs import RunLog
+from train.program import main_of
 from train.provenance import git_commit
 from train.schedules import learning_rate_at
 
@@ -83,12 +82,7 @@ class Run:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        code = train(tyro.cli(Run, prog="train.prior", description=__doc__))
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"train.prior: {error}") from error
-    sys.exit(code)
+    main_of("train.prior", lambda: train(tyro.cli(Run, prog="train.prior", description=__doc__)))
 
 
 def train(run: Run) -> int:

@@ -5,9 +5,7 @@ Rerunning the same command resumes. Precision and the number of processes come f
 """
 
 import copy
-import logging
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -34,6 +32,7 @@ from train.logs import RunLog
 from train.monitor import signs_of_collapse
 from train.objectives import ELBO, IWAE, Losses
 from train.presets import PRESETS
+from train.program import main_of, run_of_preset
 from train.runs import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.schedules import beta_at
 from train.trainer import Trainer
@@ -41,16 +40,13 @@ from train.validation import Validation, active_channels
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    presets = {name: Run(data=tyro.MISSING, out=tyro.MISSING, config=preset()) for name, preset in PRESETS.items()}
-    about = {name: (preset.__doc__ or "").splitlines()[0] for name, preset in PRESETS.items()}
-    kind = tyro.extras.subcommand_type_from_defaults(presets, about)
-    run: Run = tyro.cli(kind, prog="train.vae", description=__doc__, config=(tyro.conf.AvoidSubcommands,))
-    try:
-        code = train(run)
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"train.vae: {error}") from error
-    sys.exit(code)
+    def work() -> int:
+        def run(config: TrainConfig) -> Run:
+            return Run(data=tyro.MISSING, out=tyro.MISSING, config=config)
+
+        return train(run_of_preset("train.vae", __doc__, PRESETS, run))
+
+    main_of("train.vae", work)
 
 
 def train(run: Run) -> int:

@@ -56,8 +56,8 @@ def save(
 ) -> Path:
     """Write a checkpoint into `folder` and prune all but the newest `keep`.
 
-    `modules` by the names of their files; the first is what the optimizer trains. Those of later steps go too: the
-    run came back from an earlier one because they are damaged.
+    `modules` by the names of their files; the first is what the optimizer trains, and it may train others beside it.
+    Checkpoints of later steps go too: the run came back from an earlier one because they are damaged.
     """
     final = folder / f"step-{progress.step:08d}"
     staged = folder / f".{final.name}.tmp"
@@ -68,7 +68,7 @@ def save(
     for name, module in modules.items():
         module.save(staged / files[name])
     trained = next(iter(modules))
-    moments = optimizer_tensors(optimizer, modules[trained])
+    moments = optimizer_tensors(optimizer, _Together(modules))
     modelfile.save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
     hashes = {name: _sha256(staged / name) for name in (*files.values(), _OPTIMIZER)}
     state = dataclasses.asdict(progress) | {"sha256": hashes}
@@ -106,11 +106,23 @@ def restore(folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.O
             tensors = load_file(file)
             modelfile.check_state(module.state_dict(), tensors, str(file))
             module.load_state_dict(tensors)
-        load_optimizer(optimizer, next(iter(modules.values())), load_file(path / _OPTIMIZER))
+        load_optimizer(optimizer, _Together(modules), load_file(path / _OPTIMIZER))
         return progress
     if finished:
         raise UserError(f"{folder}: all {len(finished)} checkpoints are damaged; start again with another --out")
     return Progress()
+
+
+class _Together:
+    """All that the optimizer may train, the first module's parameters by their own names."""
+
+    def __init__(self, modules: Mapping[str, Saved]) -> None:
+        self.modules = modules
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for i, (prefix, module) in enumerate(self.modules.items()):
+            for name, parameter in module.named_parameters():
+                yield name if i == 0 else f"{prefix}.{name}", parameter
 
 
 def _finished(folder: Path) -> list[Path]:
@@ -144,7 +156,11 @@ def _verify(staged: Path, file: str, written: dict[str, torch.Tensor]) -> None:
             raise OSError(f"{staged}: tensor {name} reads back differently from what was written; check the disk")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: Saved | torch.nn.Module) -> dict[str, torch.Tensor]:
+class Named(Protocol):
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: Named) -> dict[str, torch.Tensor]:
     """Adam's moments by parameter name: `backbone.x.weight/exp_avg`."""
     names = {id(p): name for name, p in module.named_parameters()}
     return {
@@ -154,9 +170,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: Saved | torch.nn
     }
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, module: Saved | torch.nn.Module, tensors: dict[str, torch.Tensor]
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, module: Named, tensors: dict[str, torch.Tensor]) -> None:
     parameters = dict(module.named_parameters())
     for name, value in tensors.items():
         parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]

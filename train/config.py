@@ -59,9 +59,26 @@ class IWAEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JointConfig:
+    """The ELBO of a range of noise levels, a learned prior in the place of N(0, I)."""
+
+    kind: ClassVar[str] = "joint"
+    noise_steps: tuple[float, float]
+    """What the posterior's standard deviation is multiplied by, drawn anew for each image between these two, evenly in
+    its logarithm: noise as large as that of a quantiser's step."""
+    mode_weight: float
+    """Weight of the NLL of the mode, quantised at that same step as a bitstream does it; its gradient stops at the
+    latents."""
+    prior_groups: tuple[int, ...]
+    """Latent channels of each group of the context prior, those with most bits first."""
+    prior_width: int
+    """Features of the context prior's layers, at most 112."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     codec: CodecConfig
-    objective: ELBOConfig | IWAEConfig
+    objective: ELBOConfig | IWAEConfig | JointConfig
     closed_form: bool
     """Start the linear path from probabilistic PCA of the training images' patches."""
     closed_form_crops: int | None
@@ -162,6 +179,8 @@ def check(config: TrainConfig) -> None:
         if config.codec.bottleneck.kind != "gaussian":
             kind = config.codec.bottleneck.kind
             raise UserError(f"iwae weighs draws from a gaussian posterior, which {kind} has not: take an elbo")
+    elif isinstance(config.objective, JointConfig):
+        _check_joint(config.objective, config.codec)
     elif config.objective.lpips_weight > 0 and config.codec.image_channels != 3:
         channels = config.codec.image_channels
         raise UserError(f"LPIPS compares RGB images, and the model's have {channels} channels: set lpips_weight to 0")
@@ -192,12 +211,33 @@ def _check_numbers(config: TrainConfig | DiffusionConfig) -> None:
         raise UserError(f"{error}; give another value") from error
 
 
+def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
+    if codec.bottleneck.kind != "gaussian":
+        kind = codec.bottleneck.kind
+        raise UserError(f"joint scales the noise of a Gaussian posterior, which a {kind} bottleneck has not")
+    if codec.classes:
+        raise UserError(f"a .lc file, whose prior this trains, cannot tell which of {len(codec.classes)} classes it is")
+    if not 0 < joint.noise_steps[0] <= joint.noise_steps[1]:
+        raise UserError(f"noise_steps is {joint.noise_steps}; it must be two positive steps, the smaller one first")
+    if joint.mode_weight < 0:
+        raise UserError(f"mode_weight is {joint.mode_weight}; it must not be negative")
+    if sum(joint.prior_groups) != codec.latent_channels or min(joint.prior_groups, default=0) < 1:
+        channels = codec.latent_channels
+        raise UserError(
+            f"prior_groups {joint.prior_groups} must be positive and add up to the {channels} latent channels"
+        )
+    if not 1 <= joint.prior_width <= 112:
+        raise UserError(f"prior_width is {joint.prior_width}; it must be from 1 to 112, or sums would not be exact")
+
+
 def _check_bottleneck(config: TrainConfig) -> None:
     """Raise `UserError` for parts of the objective that this bottleneck has nothing for."""
     objective, kind = config.objective, config.codec.bottleneck.kind
     if isinstance(objective, IWAEConfig):
         if kind != "gaussian":
             raise UserError(f"importance samples need a Gaussian posterior, which a {kind} bottleneck has not")
+        return
+    if isinstance(objective, JointConfig):
         return
     if (kind == "vq") != (objective.codebook is not None):
         raise UserError(

@@ -81,7 +81,7 @@ class ContextNet(nn.Module):
         bits = hashes(fold(seeds), means[0].numel()).view(means.shape)[:, order]  # as `quantizer.dither` has them
         offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
         offset = offset * with_dither[:, None, None, None]
-        size = self.base.double()[:, None, None] * step[:, None, None, None] / STEP_ONE
+        size = self.base.double()[:, None, None] * step[:, None, None, None] / STEP_ONE  # a bitstream's float64
         scaled = means[:, order].double() / size
         values = torch.where(with_dither[:, None, None, None], (scaled - offset).round(), round_down_zone(scaled))
         return Drawn(values.float(), offset.float(), step.long(), with_dither, seeds)
@@ -90,7 +90,8 @@ class ContextNet(nn.Module):
         """Bits per latent position of each image, (b,)."""
         step = drawn.step.float()[:, None, None, None]
         scale = step * self.gain[:, None, None] * 2.0**-19  # (b, z, 1, 1) of an input's units in a step
-        x = ((drawn.values + drawn.offset) * scale + 0.5).floor().clamp(-TOP, TOP) / UNIT
+        x = (drawn.values + drawn.offset) * scale
+        x = (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # whole numbers; the gradient passes through
         total = torch.zeros(len(x), device=x.device)
         for span, net in zip(self.spans, self.nets, strict=True):
             outputs = self._run(net, span, x, drawn)  # (b, 2g, n)
@@ -121,6 +122,50 @@ class ContextNet(nn.Module):
         y = net[2](y).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
 
+    def noisy(self, z: torch.Tensor, step: torch.Tensor) -> Drawn:
+        """Latents (b, z, h, w) that hold noise of their own, as large as that of steps (b,): not rounded at all."""
+        code = (STEP_ONE * step).round()
+        values = self.reorder(z) / self.sizes(code)
+        none = torch.zeros((), device=z.device).expand_as(values)
+        return Drawn(values, none, code.long(), torch.ones_like(code, dtype=torch.bool), torch.zeros_like(code.long()))
+
+    def rounded(self, means: torch.Tensor, step: torch.Tensor) -> Drawn:
+        """Means (b, z, h, w) as a bitstream without dither holds them at steps (b,)."""
+        code = (STEP_ONE * step).round()
+        values = round_down_zone(self.reorder(means) / self.sizes(code))
+        no = torch.zeros_like(code, dtype=torch.bool)
+        return Drawn(values, torch.zeros_like(values), code.long(), no, torch.zeros_like(code.long()))
+
+    def latents(self, drawn: Drawn) -> torch.Tensor:
+        """What a decoder reads, (b, z, h, w) in the model's order of channels."""
+        z = (drawn.values + drawn.offset) * self.sizes(drawn.step)
+        return z[:, torch.from_numpy(np.argsort(self.order)).to(z.device)]
+
+    def sizes(self, step: torch.Tensor) -> torch.Tensor:
+        """Widths of one step of each channel (b, z, 1, 1), in the prior's order, for stored steps (b,)."""
+        return self.base[:, None, None] * (step.float() / STEP_ONE)[:, None, None, None]
+
+    def reorder(self, z: torch.Tensor) -> torch.Tensor:
+        return z[:, torch.from_numpy(self.order).to(z.device)]
+
+    @torch.no_grad()
+    def thaw(self, prior: ContextPrior) -> None:
+        """Take over the weights of a frozen prior: the inverse of `freeze`, but for what rounding lost.
+
+        Raises `ValueError` if it is of other groups or another width, or orders the channels otherwise.
+        """
+        if prior.config != self.config or not np.array_equal(prior.order, self.order):
+            raise ValueError(
+                f"a prior of {prior.config} does not fit one of {self.config}, or orders channels otherwise"
+            )
+        for span, net, frozen in zip(self.spans, self.nets, prior.passes, strict=True):
+            for layer, numbers, (inputs, outputs) in zip(net, frozen.layers, _units(span), strict=True):  # pyright: ignore[reportArgumentType]
+                power = torch.exp2(numbers.shift.double())
+                units = torch.as_tensor(outputs, dtype=torch.float64).expand(len(power))
+                weight = numbers.weight.double() * (inputs / (units * power))[:, None]
+                layer.weight.copy_(weight.unflatten(1, layer.weight.shape[1:]))
+                layer.bias.copy_(numbers.bias.double() / (units * power))
+
     @torch.no_grad()
     def freeze(self, tables: Tables) -> ContextPrior:
         """The same prior in integers, its tables given."""
@@ -130,14 +175,19 @@ class ContextNet(nn.Module):
         offset = np.round(152 - 8 * np.log2(by_channel)).astype(np.int64)
         passes = []
         for span, net in zip(self.spans, self.nets, strict=True):
-            g = span.stop - span.start
-            units = [_HIDDEN] * 3, torch.tensor([_LOCATED] * g + [_WIDE] * g)
             layers = [
                 _frozen(layer, inputs, outputs)
-                for layer, inputs, outputs in zip(net, (UNIT, *units[0]), (*units[0], units[1]), strict=True)  # pyright: ignore[reportArgumentType]
+                for layer, (inputs, outputs) in zip(net, _units(span), strict=True)  # pyright: ignore[reportArgumentType]
             ]
             passes.append(Pass(tuple(layers)))  # pyright: ignore[reportArgumentType]
         return ContextPrior(self.config, self.order, by_channel, offset, passes, tables)
+
+
+def _units(span: Span) -> list[tuple[int, int | torch.Tensor]]:
+    """Integers per unit of each layer's inputs and outputs; of the last layer's outputs (2g,) row by row."""
+    g = span.stop - span.start
+    last = torch.tensor([_LOCATED] * g + [_WIDE] * g)
+    return [(UNIT, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, last)]
 
 
 def _net(width: int, span: Span) -> nn.ModuleList:

@@ -15,7 +15,7 @@ from latent_codec.quantizer import STEP_OF_STD, round_down_zone
 from train.config import ELBOConfig, IWAEConfig
 
 # What a key is folded with; the posterior's noise uses the key as it is.
-_STEP = 1  # the quantiser's step
+STEP = 1  # the quantiser's step
 PIXELS = 2  # drawn pixels
 
 
@@ -78,12 +78,12 @@ class ELBO(nn.Module):
         lpips = torch.zeros_like(nll)
         if self.lpips is not None:
             mean = codec.likelihood.mean(params)
-            lpips = self.lpips(_signed(codec, mean), _signed(codec, x)).mean()
+            lpips = self.lpips(signed(codec, mean), signed(codec, x)).mean()
             loss = loss + self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
         with torch.no_grad():
             mse = torch.full_like(nll, math.nan)
             if measure:
-                mse = (_signed(codec, codec.likelihood.mean(params)) - _signed(codec, x)).square().mean() / 4
+                mse = (signed(codec, codec.likelihood.mean(params)) - signed(codec, x)).square().mean() / 4
             mean = posterior.mean.detach()
             return Losses(
                 loss=loss,
@@ -120,7 +120,7 @@ class ELBO(nn.Module):
         if self.config.mode_steps is None:
             return mode, torch.ones(len(mode), device=mode.device)
         low, high = (math.log(step) for step in self.config.mode_steps)
-        step = torch.exp(low + (high - low) * uniform(fold(keys, _STEP))).float()  # (b,)
+        step = torch.exp(low + (high - low) * uniform(fold(keys, STEP))).float()  # (b,)
         std = posterior.std.square().mean((2, 3), keepdim=True).sqrt()  # (b, z, 1, 1)
         size = STEP_OF_STD * std * step[:, None, None, None]
         return size * round_down_zone(mode / size), step.clamp(min=1).square().reciprocal()
@@ -163,7 +163,7 @@ class IWAE(nn.Module):
         with torch.no_grad():
             mse = torch.full((), math.nan, device=x.device)
             if measure:
-                mse = (_signed(codec, codec.likelihood.mean(params)) - _signed(codec, copies)).square().mean() / 4
+                mse = (signed(codec, codec.likelihood.mean(params)) - signed(codec, copies)).square().mean() / 4
             mean, zero = posterior.mean.detach(), torch.zeros((), device=x.device)
             return Losses(
                 loss=loss,
@@ -180,7 +180,7 @@ class IWAE(nn.Module):
             )
 
 
-def _signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:
-    """Pixels in the likelihood's range -> [-1, 1]."""
+def signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:
+    """Pixels in the likelihood's range, brought to [-1, 1]."""
     low, high = codec.likelihood.data_range
     return (x - low) * (2.0 / (high - low)) - 1.0

@@ -17,7 +17,7 @@ from latent_codec.config import (
     MLPConfig,
     VectorQuantizerConfig,
 )
-from train.config import CodebookConfig, ELBOConfig, IWAEConfig, TrainConfig
+from train.config import CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
 
 def photo() -> TrainConfig:
@@ -72,6 +72,13 @@ def photo() -> TrainConfig:
         keep_checkpoints=2,
         max_skipped=25,
     )
+
+
+def photo_joint() -> TrainConfig:
+    """The shipped codec's last phase: the encoder learns what the context prior charges, at all rates at once."""
+    base = photo()
+    objective = JointConfig(noise_steps=(0.35, 4.0), mode_weight=1.0, prior_groups=(4, 8, 20), prior_width=96)
+    return dataclasses.replace(base, objective=objective, closed_form=False, learning_rate=2e-4)
 
 
 def pca() -> TrainConfig:
@@ -230,6 +237,7 @@ def logistic() -> TrainConfig:
 
 _ALL: tuple[Callable[[], TrainConfig], ...] = (
     photo,
+    photo_joint,
     pca,
     conv,
     autoencoder,

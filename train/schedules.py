@@ -3,7 +3,7 @@
 import math
 from typing import Protocol
 
-from train.config import ELBOConfig, IWAEConfig, TrainConfig
+from train.config import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
 
 class LearningRate(Protocol):
@@ -17,9 +17,9 @@ class LearningRate(Protocol):
     def lr_warmup_steps(self) -> int: ...
 
 
-def beta_at(config: ELBOConfig | IWAEConfig, step: int) -> float:
+def beta_at(config: ELBOConfig | IWAEConfig | JointConfig, step: int) -> float:
     """The KL's weight at a step, from 0 up to `config.beta`; with any but 1 the importance-weighted bound is none."""
-    if isinstance(config, IWAEConfig):
+    if not isinstance(config, ELBOConfig):
         return 1.0
     if config.warmup == "none" or config.warmup_steps == 0:
         return config.beta

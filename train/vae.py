@@ -5,7 +5,9 @@ Rerunning the same command resumes. Precision and the number of processes come f
 """
 
 import copy
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,9 +27,10 @@ from train import checkpoints
 from train.checkpoints import Progress, Saved
 from train.closed_form import all_patch_moments, mean_pixels, patch_moments, start_from_closed_form, start_from_mean
 from train.codebook import CodebookTraining, averages_of
-from train.config import ELBOConfig, IWAEConfig, TrainConfig, flat
+from train.config import ELBOConfig, IWAEConfig, JointConfig, TrainConfig, flat
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
+from train.joint import Joint, measure, prior_of
 from train.logs import RunLog
 from train.monitor import signs_of_collapse
 from train.objectives import ELBO, IWAE, Losses
@@ -71,6 +74,9 @@ def train(run: Run) -> int:
         codec.parameters(), lr=config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay
     )
     modules: dict[str, Saved] = {"codec": codec, "ema": ema}
+    if isinstance(objective, Joint):
+        modules["prior"] = objective.prior  # pyright: ignore[reportArgumentType]
+        optimizer.add_param_group({"params": list(objective.prior.parameters())})
     settings = config.objective.codebook if isinstance(config.objective, ELBOConfig) else None
     averages = averages_of(codec, settings)
     if averages is not None:
@@ -116,6 +122,8 @@ def train(run: Run) -> int:
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
     after_step = None if codebook is None else codebook.after_step
     task = VAETask(config, run.out, ema, Validation(crops), log)
+    if isinstance(objective, Joint):
+        task.more = functools.partial(measure, objective.prior, ema, crops)
     trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log, after_step)
     _announce(run, accelerator, codec, sources, progress)
     with interrupts:
@@ -129,6 +137,7 @@ class VAETask:
 
     def __init__(self, config: TrainConfig, out: Path, ema: Codec, validation: Validation, log: RunLog) -> None:
         self.config, self.out, self.ema, self.validation, self.log = config, out, ema, validation, log
+        self.more: Callable[[], dict[str, float]] = dict  # what else is measured
 
     def arguments(self, step: int, measure: bool) -> tuple[torch.Tensor, bool]:
         """The KL's weight, and whether the expected pixels are measured."""
@@ -147,7 +156,7 @@ class VAETask:
             "active_channels": active_channels(losses.latent_mean, losses.latent_square),
             "clamped": losses.clamped.item(),
         }
-        if isinstance(config.objective, ELBOConfig) and config.objective.mode_weight > 0:
+        if not isinstance(config.objective, IWAEConfig) and config.objective.mode_weight > 0:
             values["nll_mode"] = losses.nll_mode.item()
         if config.codec.codes is not None:
             values["perplexity"] = perplexity(losses.code_use[:, 0])
@@ -158,7 +167,7 @@ class VAETask:
 
     def evaluate(self, step: int) -> dict[str, float]:
         self.validation.write_grid(self.out / "grids" / f"step-{step:08d}.png", self.ema)
-        values = self.validation.measure(self.ema)
+        values = self.validation.measure(self.ema) | self.more()
         for sign in signs_of_collapse(values, self.config, step):
             self.log.warn(sign.name, step, sign.text)
         return values
@@ -173,10 +182,13 @@ def start_from_model(codec: Codec, source: str) -> None:
     codec.load_state_dict(model.state_dict())
 
 
-def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE:
+def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
     config = run.config.objective
     if isinstance(config, IWAEConfig):
         return IWAE(config, codec)
+    if isinstance(config, JointConfig):
+        assert run.start_from is not None
+        return Joint(config, codec, prior_of(config, run.start_from))
     return ELBO(config, codec, LPIPS(config.lpips_net, run.lpips_backbone) if config.lpips_weight > 0 else None)
 
 

@@ -1,0 +1,134 @@
+"""The joint phase: encoder, decoder and context prior trained together over a range of rates."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from latent_codec.bottlenecks import DiagonalGaussian
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from latent_codec.modelfile import KEY, save_tensors
+from latent_codec.noise import fold, normal, uniform
+from latent_codec.prior.context import ContextConfig
+from train.config import JointConfig
+from train.context_net import ContextNet
+from train.data import CentreCrops
+from train.objectives import PIXELS, STEP, Losses, signed
+
+MEASURED = (0.5, 1.0, 2.0)
+"""Steps at which a run says what its latents cost and what they are worth."""
+
+
+class TrainedPrior(ContextNet):
+    """A context prior in training that a run's checkpoints hold."""
+
+    def save(self, path: Path) -> None:
+        save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}, {KEY: "{}"})
+
+
+def prior_of(config: JointConfig, source: str) -> TrainedPrior:
+    """The prior to begin with: that of a model if it has one of this shape, else random weights for its quantiser.
+
+    Raises `UserError` if the model has no quantiser.
+    """
+    model = Codec.load(source)
+    if model.priors is None or model.statistics is None:
+        raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
+    net = TrainedPrior(
+        ContextConfig(groups=config.prior_groups, width=config.prior_width), model.priors.base, model.statistics
+    )
+    context = model.priors.context
+    if context is not None and context.config == net.config:
+        net.thaw(context)
+    return net
+
+
+class Joint(nn.Module):
+    """The ELBO of a posterior whose noise is scaled by a step s, under a prior that knows s, in nats per image.
+
+    q_s(z given x) = N(mean, s^2 std^2); p_s is the context prior's density at step s. As a coarser quantiser's error
+    grows with s^2, so may the likelihood's: for each image NLL / s^2 + KL(q_s, p_s) (the multi-rate objective that a
+    beta of s^2 makes of the VAE's, Higgins et al. 2017), and all of it times s^2 where s is below 1, so that neither
+    end outweighs the other. The KL is -log p_s of the one sample, less the entropy of q_s (Balle et al. 2017, eq. 13,
+    with Gaussian noise and a prior that sees its context).
+
+    The decoder also learns the mode quantised at s, and the prior the integers that a bitstream would hold; both
+    change nothing for the encoder.
+    """
+
+    def __init__(self, config: JointConfig, codec: Codec, prior: ContextNet) -> None:
+        super().__init__()
+        self.config, self.codec, self.prior = config, codec, prior
+
+    def forward(
+        self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
+    ) -> Losses:
+        """As `train.objectives.ELBO.forward`; `kl` in the losses is that of the steps drawn."""
+        codec, prior = self.codec, self.prior
+        x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
+        posterior = codec.encode(x, labels)
+        assert isinstance(posterior, DiagonalGaussian)
+        low, high = (math.log(step) for step in self.config.noise_steps)
+        step = torch.exp(low + (high - low) * uniform(fold(keys, STEP))).float()  # (b,)
+        noise = normal(keys, tuple(posterior.mean.shape[1:]))
+        z = posterior.mean + step[:, None, None, None] * posterior.std * noise  # (b, z, h/f, w/f)
+        params = codec.likelihood_params(z, labels)
+        nll = -codec.likelihood.log_prob(params, x)  # (b,)
+        kl = self._kl(posterior, z, step)  # (b,)
+
+        with torch.no_grad():
+            rounded = prior.rounded(posterior.mean, step)
+            mode = prior.latents(rounded)
+        nll_mode = -codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)  # (b,)
+        integers = prior.bits(rounded) * mode.shape[2:].numel() * math.log(2)  # (b,) nats
+
+        coarse, fine = step.clamp(min=1).square().reciprocal(), step.clamp(max=1).square()
+        loss = (coarse * (nll + self.config.mode_weight * nll_mode) + fine * (beta * kl + integers)).mean()
+        with torch.no_grad():
+            mse = torch.full((), math.nan, device=x.device)
+            if measure:
+                mse = (signed(codec, codec.likelihood.mean(params)) - signed(codec, x)).square().mean() / 4
+            mean, zero = posterior.mean, torch.zeros((), device=x.device)
+            return Losses(
+                loss=loss,
+                nll=nll.mean(),
+                kl=kl.mean(),
+                nll_mode=(coarse * nll_mode).mean(),
+                lpips=zero,
+                mse=mse,
+                clamped=posterior.clamped,
+                latent_mean=mean.mean((0, 2, 3)),
+                latent_square=mean.square().mean((0, 2, 3)),
+                penalty=zero,
+                code_use=torch.ones(1, 1, device=x.device),
+            )
+
+    def _kl(self, posterior: DiagonalGaussian, z: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """KL(q_s, p_s) of each image in nats, (b,), by one sample; the entropy of q_s is exact.
+
+        The prior gives the mass of a quantiser's cell around z; its density is that over the cell's size.
+        """
+        mass = self.prior.bits(self.prior.noisy(z, step)) * z.shape[2:].numel() * math.log(2)  # (b,)
+        cell = self.prior.base.log().sum() * z.shape[2:].numel()  # of step 1; the step itself is in both and cancels
+        entropy = posterior.std.log().flatten(1).sum(1) + 0.5 * math.log(2 * math.pi * math.e) * z[0].numel()
+        return mass + cell - entropy
+
+
+@torch.no_grad()
+def measure(prior: ContextNet, codec: Codec, crops: CentreCrops, batch: int = 8) -> dict[str, float]:
+    """At each of `MEASURED` steps: bits per pixel of rounded latents under the prior, PSNR of what they decode to."""
+    device = next(codec.parameters()).device
+    values: dict[str, float] = {}
+    means = [codec.encode(p.to(device)).mean for p in crops.pixels.split(batch)]
+    for step in MEASURED:
+        bits, psnr = [], []
+        for mean, pixels in zip(means, crops.pixels.split(batch), strict=True):
+            drawn = prior.rounded(mean, torch.full((len(mean),), step, device=device))
+            bits.append(prior.bits(drawn) / codec.factor**2)
+            error = codec.decode_uint8(prior.latents(drawn)).float() - pixels.to(device).float()
+            psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3)).clamp(min=1e-6)))
+        values[f"bpp_step_{step:g}"] = torch.cat(bits).mean().item()
+        values[f"psnr_step_{step:g}"] = torch.cat(psnr).mean().item()
+    return values

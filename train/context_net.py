@@ -51,14 +51,18 @@ class ContextNet(nn.Module):
     base: torch.Tensor
     gain: torch.Tensor
 
-    def __init__(self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics) -> None:
-        """`base`: (z,) the quantiser's steps. Raises `ValueError` if the groups do not add up to the channels."""
+    def __init__(
+        self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
+    ) -> None:
+        """`base`: (z,) the quantiser's steps; `order`: (z,) channels in their groups' order, by default those with most
+        bits first. Raises `ValueError` if the groups do not add up to the channels.
+        """
         super().__init__()
         if sum(config.groups) != len(base):
             raise ValueError(f"groups {config.groups} do not add up to the model's {len(base)} latent channels")
         self.config, self.spans = config, spans(config)
         std = np.array(statistics.std)
-        self.order = np.argsort(-std / base, kind="stable")  # most bits first
+        self.order = np.argsort(-std / base, kind="stable") if order is None else order
         # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step where that is coarser.
         gain = np.minimum(np.round(base * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
         self.register_buffer("base", torch.from_numpy(base[self.order]), persistent=False)

@@ -3,13 +3,14 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.modelfile import KEY, save_tensors
+from latent_codec.modelfile import LatentStatistics, save_tensors
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.context import ContextConfig
 from train.config import JointConfig
@@ -22,10 +23,14 @@ MEASURED = (0.5, 1.0, 2.0)
 
 
 class TrainedPrior(ContextNet):
-    """A context prior in training that a run's checkpoints hold."""
+    """A context prior in training that a run's checkpoints hold, `prior.safetensors`."""
+
+    def __init__(self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics) -> None:
+        super().__init__(config, base, statistics)
+        self.register_buffer("channels", torch.from_numpy(self.order))  # for those that go on from the weights
 
     def save(self, path: Path) -> None:
-        save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}, {KEY: "{}"})
+        save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}, {"format": "pt"})
 
 
 def prior_of(config: JointConfig, source: str) -> TrainedPrior:

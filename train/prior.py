@@ -26,6 +26,7 @@ from latent_codec.config import dumps, to_json
 from latent_codec.errors import UserError
 from latent_codec.export import PRIOR_RUN_MODEL
 from latent_codec.files import make_folder
+from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import PREFIX, Priors
 from latent_codec.prior.coding import ideal_bits, passes
 from latent_codec.prior.context import ContextConfig
@@ -74,6 +75,9 @@ class Run:
     """Folders of the model's latents to train on."""
     val: tuple[Path, ...] = ()
     """Folders of other images' latents: at the end the frozen prior is measured on them beside its float original."""
+    start_from: Path | None = None
+    """What a new run starts from: a run of `train.vae` whose objective is joint, or a model with a context prior, of
+    the same groups and width."""
     out: Path
     """The run's folder: model.safetensors, checkpoint.safetensors, log.jsonl. An existing run is resumed."""
     max_minutes: float | None = None
@@ -99,11 +103,12 @@ def train(run: Run) -> int:
     described: dict[str, Any] = {"model_id": model_id, "latents_sha256": crops.fingerprint} | flat(
         to_json(config), "config"
     )
+    described["start_from"] = None if run.start_from is None else run.start_from.name
     make_folder(run.out)
 
     set_seed(config.seed)
     context = ContextConfig(groups=config.groups, width=config.width)
-    net = ContextNet(context, codec.priors.base, codec.statistics).to(accelerator.device)
+    net = make_net(context, codec.priors.base, codec.statistics, run.start_from).to(accelerator.device)
     net.freeze(logistic_tables())  # what cannot be frozen is not worth training
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
     checkpoint = run.out / "checkpoint.safetensors"
@@ -152,6 +157,33 @@ def train(run: Run) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
+
+
+def make_net(
+    context: ContextConfig, base: np.ndarray, statistics: LatentStatistics, start_from: Path | None
+) -> ContextNet:
+    """A context prior with random weights, or those of `start_from`; raises `UserError` if that has none that fit."""
+    if start_from is None:
+        return ContextNet(context, base, statistics)
+    try:
+        if not start_from.is_dir():
+            priors = Codec.load(start_from).priors
+            if priors is None or priors.context is None:
+                raise UserError(f"--start-from {start_from}: a model without a context prior")
+            net = ContextNet(context, base, statistics, priors.context.order)
+            net.thaw(priors.context)
+            return net
+        files = sorted(start_from.glob("checkpoints/step-*/prior.safetensors"))
+        if not files:
+            raise UserError(f"--start-from {start_from}: no checkpoint with a prior, as runs of a joint objective have")
+        tensors = load_file(files[-1])
+        order = tensors.pop("channels").numpy()
+        net = ContextNet(context, base, statistics, order)
+        modelfile.check_state(net.state_dict(), tensors, str(files[-1]))
+        net.load_state_dict(tensors)
+    except ValueError as error:
+        raise UserError(f"--start-from {start_from}: {error}") from error
+    return net
 
 
 def _check(run: Run, accelerator: Accelerator) -> None:

@@ -34,7 +34,8 @@ STATISTICS = LatentStatistics(
 SMALL = flags(
     "photo_joint --encoder-widths 8 8 --decoder-widths 8 8 --encoder-depths 1 1 --decoder-depths 1 1 "
     "--latent-channels 4 --prior-groups 1 3 --prior-width 8 --batch-size 4 --crop 32 --eval-crop 32 --steps 6 "
-    "--save-every 1 --keep-checkpoints 99 --log-every 1 --eval-every 3 --val-images 2 --lr-warmup-steps 2 --learning-rate 0.004"
+    "--save-every 1 --keep-checkpoints 99 --log-every 1 --eval-every 3 --val-images 2 --lr-warmup-steps 2 "
+    "--learning-rate 0.004"
 )
 
 

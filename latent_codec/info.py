@@ -166,14 +166,18 @@ def _describe_stream(path: Path, model: str | None) -> str:
         image.append(f"turned upright from EXIF orientation {geometry.orientation}")
     if geometry.background is not None:
         image.append(f"transparency laid on {geometry.background}")
+    codec, called = _model_of(header, model)
     drawn = "the mean, rounded" if header.seed is None else f"a draw, dithered with seed {header.seed}"
+    latents = f"{drawn}, step {header.step / STEP_ONE:.4g}"
+    if codec is not None and codec.config.codes is not None:
+        latents = f"indices of a codebook of {codec.config.codes}"
     return "\n".join(
         [
             f"stream      {path.name}, {size} bytes, format {bitstream.VERSION}",
             f"image       {', '.join(image)}",
-            f"model       {_model_of(header, model)}",
+            f"model       {called}",
             f"prior       {header.prior}",
-            f"latents     {drawn}, step {header.step / STEP_ONE:.4g}",
+            f"latents     {latents}",
             f"payload     {len(payload)} bytes, {bitstream.OVERHEAD} more of header and checksums",
             f"on disk     {8 * size / (geometry.width * geometry.height):.3f} bits per pixel",
         ]
@@ -193,15 +197,15 @@ def _describe_streams(folder: Path, sources: list[Source], model: str | None) ->
     return "\n".join(
         [
             f"streams     {len(found)} images, {size / 1e6:.2f} MB",
-            *(f"model       {_model_of(h, model)}, {h.prior} prior" for h in kinds.values()),
+            *(f"model       {_model_of(h, model)[1]}, {h.prior} prior" for h in kinds.values()),
             f"latents     {len(found) - dithered} rounded, {dithered} dithered, step {steps[0]:.4g} to {steps[-1]:.4g}",
             f"on disk     {8 * size / pixels:.3f} bits per pixel",
         ]
     )
 
 
-def _model_of(header: Header, model: str | None) -> str:
-    """Whether a stream is of the model that is called so; only one that a user names has to be there."""
+def _model_of(header: Header, model: str | None) -> tuple[Codec | None, str]:
+    """The model that is called so if a stream is its, and what to say; only one that a user names has to be there."""
     name = model or _DEFAULT_MODEL
     text = f"stream id {header.stream_id.hex()}"
     try:
@@ -209,12 +213,12 @@ def _model_of(header: Header, model: str | None) -> str:
     except UserError:
         if model is not None:
             raise
-        return text
+        return None, text
     try:
         matches = StreamCodec(codec, "cpu", header.prior).stream_id == header.stream_id
     except UserError:  # no such prior
         matches = False
-    return f"{name} ({text})" if matches else f"not {name} ({text})"
+    return (codec, f"{name} ({text})") if matches else (None, f"not {name} ({text})")
 
 
 def _describe_latents(path: Path) -> str:

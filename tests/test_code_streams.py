@@ -167,6 +167,14 @@ def test_info_says_how_many_codes(model: Codec, tmp_path: Path) -> None:
     assert f"a table of {model.config.codes} codes" in describe(str(tmp_path / "model.safetensors"))
 
 
+@codebooks
+def test_info_calls_a_files_latents_indices(model: Codec, photos: Path, tmp_path: Path) -> None:
+    name = next(iter(encode(model, photos, tmp_path / "lc")))
+    text = describe(str(tmp_path / "lc" / name), str(tmp_path / "model.safetensors"))
+    assert f"latents     indices of a codebook of {model.config.codes}\n" in text
+    assert "the mean, rounded, step 1" in describe(str(tmp_path / "lc" / name), None)  # the file alone cannot tell
+
+
 # What is damaged is refused
 
 

@@ -88,7 +88,7 @@ def test_rates_are_compared_only_where_both_curves_are(measured: Measured) -> No
 def test_a_curve_of_half_the_bytes_has_half_the_rate_however_little_they_overlap() -> None:
     rates, values = np.array([0.1, 0.2, 0.4, 0.8]), [20.0, 24.0, 28.0, 32.0]
     tested = Curve.of(list(rates / 2), list(values), SCALES["psnr"])
-    anchor = Curve.of(list(rates[1:]) + [1.6, 3.2], [*values[1:], 36.0, 40.0], SCALES["psnr"])
+    anchor = Curve.of([*rates[1:], 1.6, 3.2], [*values[1:], 36.0, 40.0], SCALES["psnr"])
     assert delta_rate(anchor, tested, 0.9).percent is None
     assert delta_rate(anchor, tested, 0.25).percent == pytest.approx(-50, abs=0.1)
 

@@ -122,6 +122,9 @@ def test_the_command_measures_what_is_missing_and_no_more(small: dict[str, Any],
     run(small | {"data": str(tmp_path / "photos")})
     made = {path: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
     assert {path.name for path in made} == {PAGE, PLOT, SHEET}
+    text = (tmp_path / "docs" / PAGE).read_text(encoding="utf-8")
+    assert "No published curve is of this set." in text  # which is not Kodak's
+    assert "(published)" not in (tmp_path / "docs" / PLOT).read_text(encoding="utf-8")
     stamps = {key: small[key].stat().st_mtime_ns for key in ("rd_json", "quality_json", "crops_json")}
     run(small)  # without images: all is there
     assert {path: path.read_bytes() for path in made} == made

@@ -31,11 +31,17 @@ def curve(rd: dict[str, Any], codec: str, metric: str) -> Curve:
     return Curve.of([p["bpp"] for p in own], [p[metric] for p in own], SCALES[metric])
 
 
+def published(rd: dict[str, Any]) -> tuple[PublishedCurve, ...]:
+    """The curves to set beside those measured: none, if the images were others than all of Kodak's."""
+    about = rd["about"]
+    return CURVES if about["set"].lower() == "kodak" and about["images"] == 24 else ()
+
+
 def against_published(rd: dict[str, Any]) -> list[tuple[PublishedCurve, Delta]]:
     """Delta rates of our best prior in PSNR, where the curves overlap."""
     ours = curve(rd, best(rd), "psnr")
     found = []
-    for other in CURVES:
+    for other in published(rd):
         anchor = Curve.of([x for x, _ in other.points], [y for _, y in other.points], SCALES["psnr"])
         found.append((other, delta_rate(anchor, ours, PUBLISHED_OVERLAP)))
     return found

@@ -8,6 +8,7 @@ from tools.results import costs, tables
 from tools.results.curves import against_published, best, points
 from tools.results.measured import Measured
 from tools.results.plot import svg
+from tools.results.published import CURVES
 
 TEMPLATES = Path(__file__).parent
 PAGE, PLOT, SHEET = "results.md", "results.svg", "results.jpg"
@@ -85,10 +86,15 @@ def figures(measured: Measured, codec: Codec) -> dict[str, str]:
     for peer in ("JPEG", "WebP", "AVIF"):
         delta = rd["against"].get(peer, {}).get("delta_rates", {}).get("psnr", {}).get("percent")
         found[peer.lower()] = "not compared" if delta is None else f"{delta:+.0f}%"
+    found |= {_field(other.name): "not compared" for other in CURVES}
     for other, delta in against_published(rd):
-        name = other.name.replace("-", "_").lower()
-        found[name] = "not compared" if delta.percent is None else f"{delta.percent:+.0f}%"
+        found[_field(other.name)] = "not compared" if delta.percent is None else f"{delta.percent:+.0f}%"
     return found
+
+
+def _field(name: str) -> str:
+    """A published codec's name, as the text's braces have it."""
+    return name.replace("-", "_").lower()
 
 
 def _training(codec: Codec) -> dict[str, str]:

@@ -6,8 +6,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from latent_codec.curves import SCALES
-from tools.results.curves import best, metrics_of, points
-from tools.results.published import CURVES
+from tools.results.curves import best, metrics_of, points, published
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 300, 46, 54, 66
 """Of a panel and what surrounds it, in the picture's units."""
@@ -19,7 +18,15 @@ _MEASURED = {
     "WebP": ("WebP", "#2a7f4f"),
     "AVIF": ("AVIF", "#2b5fa8"),
 }
-_PUBLISHED = ("#b9a03c", "#8a6d3b", "#7b4fa3", "#c46fa8", "#1c9aa8", "#1b2a5c", "#7c9a2d")
+_PUBLISHED = {
+    "bmshj2018-factorized": "#b9a03c",
+    "bmshj2018-hyperprior": "#8a6d3b",
+    "mbt2018-mean": "#7b4fa3",
+    "cheng2020-anchor": "#c46fa8",
+    "ELIC": "#1c9aa8",
+    "VTM": "#1b2a5c",
+    "AV1": "#7c9a2d",
+}
 
 _AXES = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM, -10 log10(1 - x), dB", "lpips": "LPIPS (lower is better)"}
 
@@ -81,7 +88,7 @@ def _lines(rd: dict[str, Any], metric: str) -> list[_Line]:
     of = SCALES[metric].of if metric == "ms_ssim" else float
     found = []
     if metric == "psnr":
-        found += [_Line(c.name, colour, True, list(c.points)) for c, colour in zip(CURVES, _PUBLISHED, strict=True)]
+        found += [_Line(c.name, _PUBLISHED[c.name], True, list(c.points)) for c in published(rd)]
     codecs = list(dict.fromkeys(p["codec"] for p in rd["summary"]["points"]))
     for codec in reversed(codecs):
         label, colour = _MEASURED[codec]

@@ -52,6 +52,8 @@ def measured_deltas(rd: dict[str, Any]) -> str:
 
 def published_deltas(rd: dict[str, Any]) -> str:
     rows = [[c.name, delta_cell(d), overlap(d), c.source] for c, d in against_published(rd)]
+    if not rows:
+        return "No published curve is of this set."
     return markdown(["photo against (published)", "PSNR", "compared over", "source"], rows)
 
 

@@ -64,10 +64,10 @@ def figures(measured: Measured, codec: Codec) -> dict[str, str]:
     finest, one = ours[0], min(ours, key=lambda p: abs(p["value"] - 1))
     photo = next(iter(stages.values()))
     found = _training(codec) | {
-        "ceiling": f"{photo['psnr']:.1f}",
-        "ceiling_room": f"{photo['psnr'] - finest['psnr']:.1f}",
+        "ceiling": f"{photo['psnr']:.2f}",
+        "ceiling_room": f"{photo['psnr'] - finest['psnr']:.2f}",
         "finest_step": f"{finest['value']:g}",
-        "finest_psnr": f"{finest['psnr']:.1f}",
+        "finest_psnr": f"{finest['psnr']:.2f}",
         "finest_bpp": f"{finest['bpp']:.2f}",
         "one_bpp": f"{one['bpp']:.3f}",
         "one_psnr": f"{one['psnr']:.2f}",

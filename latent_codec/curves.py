@@ -93,8 +93,11 @@ class Delta(NamedTuple):
     """Points of both curves that were not used (see `Curve`)."""
 
 
-def delta_rate(anchor: Curve, tested: Curve) -> Delta:
-    """How much less or more rate `tested` needs than `anchor` (Bjontegaard 2001), by the package of that name."""
+def delta_rate(anchor: Curve, tested: Curve, least_overlap: float = LEAST_OVERLAP) -> Delta:
+    """How much less or more rate `tested` needs than `anchor` (Bjontegaard 2001), by the package of that name.
+
+    There is none where `anchor` covers less than `least_overlap` of the range of quality of `tested`.
+    """
     left_out = anchor.left_out + tested.left_out
     fewest = min(len(anchor.rates), len(tested.rates))
     if fewest < LEAST_POINTS:
@@ -102,8 +105,8 @@ def delta_rate(anchor: Curve, tested: Curve) -> Delta:
     low = float(max(anchor.qualities[0], tested.qualities[0]))
     high = float(min(anchor.qualities[-1], tested.qualities[-1]))
     share = max(high - low, 0.0) / float(tested.qualities[-1] - tested.qualities[0])
-    if share < LEAST_OVERLAP:
-        reason = f"the curves share {share:.0%} of the tested one's range, less than {LEAST_OVERLAP:.0%}"
+    if share < least_overlap:
+        reason = f"the curves share {share:.0%} of the tested one's range, less than {least_overlap:.0%}"
         return Delta(None, reason, None, None, share, left_out)
     import bjontegaard  # optional, see `check_extra`
 

@@ -18,10 +18,20 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def report(results: dict[str, dict[str, Any]], about: dict[str, Any], out: Path | None, **more: Any) -> None:
-    """Print the results and what a reader needs to repeat them; `more` goes to the file alone."""
-    command = shlex.join(["python", "-m", "tools.benchmark", *sys.argv[1:]])
-    found = {"results": results, "about": {"command": command, "commit": git_commit()} | about}
+def report(
+    results: dict[str, dict[str, Any]],
+    about: dict[str, Any],
+    out: Path | None,
+    *,
+    command: list[str] | None = None,
+    **more: Any,
+) -> None:
+    """Print the results and what a reader needs to repeat them; `more` goes to the file alone.
+
+    `command` holds the arguments of `tools.benchmark`, by default those of this process.
+    """
+    words = shlex.join(["python", "-m", "tools.benchmark", *(sys.argv[1:] if command is None else command)])
+    found = {"results": results, "about": {"command": words, "commit": git_commit()} | about}
     print(json.dumps(found, indent=1))
     if out is not None:
         write_text(out, json.dumps(found | more, indent=1) + "\n")

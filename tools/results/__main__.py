@@ -1,0 +1,87 @@
+"""The comparison page from measurements: `python -m tools.results --data KODAK`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from latent_codec.commands.options import ComputeOptions, load
+from latent_codec.curves import check_extra
+from latent_codec.errors import UserError
+from latent_codec.files import make_folder, write_text
+from tools.results.crops import Detail, Sheet
+from tools.results.measured import Measuring, gather
+from tools.results.page import PAGE, PLOT, SHEET, page, plot
+
+DETAILS = (
+    Detail("people/astronaut.jpg", 180, 58),
+    Detail("places/pavilion.jpg", 250, 130),
+    Detail("animals/cat.jpg", 138, 64),
+)
+"""Of the example photographs."""
+
+SIDE = 88  # pixels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """Write docs/results.md with its plot and its picture. What has not been measured of the model is measured first.
+
+    A JSON file of the same model is taken as it is; one of another model is measured anew and replaced.
+    """
+
+    model: str = "photo"
+    """A shipped model's name or a file."""
+    data: str | None = None
+    """Images to measure on; not needed where the JSON files are the model's."""
+    others: tuple[str, ...] = ()
+    """Models to measure as first stages beside this one, such as PCA of the same latent size."""
+    taef2: Path | None = None
+    """Folder with TAEF2's encoder.safetensors and decoder.safetensors, to measure it, too."""
+    rd_json: Path = Path("checkpoints/photo-rd.json")
+    quality_json: Path = Path("checkpoints/photo.json")
+    crops_json: Path = Path("checkpoints/photo-crops.json")
+    photos: Path = Path("examples/photos")
+    """The example photographs, of which details are shown."""
+    anew: bool = False
+    """Measure all again."""
+    lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
+    lpips_backbone: Path | None = None
+    """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
+    out: Path = Path("docs")
+    """Folder for results.md, results.svg and results.jpg."""
+    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
+
+    def run(self, details: tuple[Detail, ...] = DETAILS, **settings: Any) -> None:
+        """`settings` are further ones of `Measuring`."""
+        check_extra()
+        make_folder(self.out)
+        codec, compute = load(self.model, self.compute)
+        measuring = Measuring(
+            model=self.model,
+            data=self.data,
+            others=self.others,
+            taef2=self.taef2,
+            lpips_net=None if self.lpips_net == "none" else self.lpips_net,
+            lpips_backbone=self.lpips_backbone,
+            compute=compute,
+            **settings,
+        )
+        sheet = Sheet(photos=self.photos, details=details, side=SIDE, steps=(1.0, 2.0), path=self.out / SHEET)
+        files = {"rd": self.rd_json, "quality": self.quality_json, "crops": self.crops_json}
+        measured = gather(codec, measuring, sheet, **files, anew=self.anew)
+        write_text(self.out / PLOT, plot(measured))
+        write_text(self.out / PAGE, page(measured, codec))
+        print(f"wrote {self.out / PAGE}")
+
+
+def main() -> None:
+    try:
+        tyro.cli(Results, prog="tools.results", description=__doc__).run()
+    except UserError as error:
+        raise SystemExit(f"tools.results: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

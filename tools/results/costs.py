@@ -1,0 +1,59 @@
+"""What networks cost: parameters, and FLOPs of one 256x256 image, counted from their shapes alone."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from latent_codec.codec import Codec
+from latent_codec.config import CodecConfig, ConvConfig
+from latent_codec.info import count_flops
+from tools.peers import Taef2, sd_codec
+from train.presets import pca
+
+SIDE = 256
+"""Pixels."""
+
+
+class Costs(NamedTuple):
+    parameters: int
+    """Of encoder and decoder; an entropy model's are not among them."""
+    encoder: float
+    """FLOPs, at 2 per multiply-accumulate."""
+    decoder: float
+
+
+def of_config(config: CodecConfig) -> Costs:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Codec(config).parameters())
+    flops = count_flops(config, SIDE)
+    return Costs(parameters, flops.encoder, flops.decoder)
+
+
+def of_pca(channels: int) -> Costs:
+    return of_config(dataclasses.replace(pca().codec, latent_channels=channels))
+
+
+def of_sd_shape(channels: int) -> Costs:
+    """Of Stable Diffusion's AutoencoderKL; FLUX.1's, of 16 channels, lacks the 1x1 convolutions at its ends."""
+    with torch.device("meta"):
+        config = sd_codec().config
+    backbone = config.backbone
+    assert isinstance(backbone, ConvConfig)
+    if channels == 16:
+        backbone = dataclasses.replace(backbone, quant_conv=False, post_quant_conv=False)
+    return of_config(dataclasses.replace(config, latent_channels=channels, backbone=backbone))
+
+
+def of_taef2() -> Costs:
+    with torch.device("meta"):
+        model = Taef2()
+        pixels = torch.zeros(1, 3, SIDE, SIDE)
+        latents = torch.zeros(1, Taef2.latent_channels, SIDE // Taef2.factor, SIDE // Taef2.factor)
+        with FlopCounterMode(display=False) as encoder:
+            model.encoder(pixels)
+        with FlopCounterMode(display=False) as decoder:
+            model.decoder(latents)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Costs(parameters, encoder.get_total_flops(), decoder.get_total_flops())

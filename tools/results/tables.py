@@ -1,0 +1,124 @@
+"""The page's tables, as Markdown, from the measured files."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from latent_codec.codec import Codec
+from latent_codec.curves import Delta
+from tools.results import costs
+from tools.results.costs import Costs
+from tools.results.curves import against_published, best, metrics_of, points
+from tools.results.published import STAGES
+
+NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
+_FORMATS = {"psnr": ".2f", "ssim": ".4f", "ms_ssim": ".4f", "lpips": ".4f"}
+
+_PCA = {
+    "ppca32": ("probabilistic PCA at photo's first sigma", 32),
+    "pca32": ("PCA of 8x8 patches", 32),
+    "pca16": ("PCA of 8x8 patches", 16),
+}
+"""Words for, and channels of, the models of the quality file that are no networks."""
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def value(metric: str, number: float | None) -> str:
+    return "-" if number is None else f"{number:{_FORMATS[metric]}}"
+
+
+def rates(rd: dict[str, Any]) -> str:
+    """Our files by step."""
+    names = metrics_of(rd)
+    rows = [
+        [f"{p['value']:g}", f"{p['bpp']:.3f}", *(value(name, p[name]) for name in names)] for p in points(rd, best(rd))
+    ]
+    return markdown(["step", "bpp", *(NAMES[name] for name in names)], rows)
+
+
+def measured_deltas(rd: dict[str, Any]) -> str:
+    """Against the codecs of the same run, in every metric."""
+    names = [name for name in metrics_of(rd) if name in next(iter(rd["against"].values()))["delta_rates"]]
+    rows = []
+    for peer, found in rd["against"].items():
+        deltas = [Delta(**found["delta_rates"][name]) for name in names]
+        rows.append([peer, *(delta_cell(d) for d in deltas), overlap(deltas[names.index("psnr")])])
+    header = ["photo against", *(NAMES[name].removesuffix(", dB") for name in names), "PSNR compared over"]
+    return markdown(header, rows)
+
+
+def published_deltas(rd: dict[str, Any]) -> str:
+    rows = [[c.name, delta_cell(d), overlap(d), c.source] for c, d in against_published(rd)]
+    if not rows:
+        return "No published curve is of this set."
+    return markdown(["photo against (published)", "PSNR", "compared over", "source"], rows)
+
+
+def delta_cell(delta: Delta) -> str:
+    return f"- ({delta.reason})" if delta.percent is None else f"{delta.percent:+.1f}%"
+
+
+def overlap(delta: Delta) -> str:
+    if delta.low is None or delta.high is None or delta.share is None:
+        return "-"
+    return f"{delta.low:.1f} to {delta.high:.1f} dB, {delta.share:.0%} of photo's range"
+
+
+class _Stage(NamedTuple):
+    name: str
+    set: str
+    factor: int
+    channels: int
+    psnr: float
+    ssim: float
+    lpips: float | None
+    costs: Costs | None
+
+    def cells(self) -> list[str]:
+        side = costs.SIDE // self.factor
+        shown = [f"{self.psnr:.2f}", f"{self.ssim:.3f}", "-" if self.lpips is None else f"{self.lpips:.3f}"]
+        latent = f"{side}x{side}x{self.channels}"
+        if self.costs is None:
+            return [self.name, self.set, latent, *shown, "-", "-", "-"]
+        gflop = [f"{flops / 1e9:,.{1 if flops > 1e9 else 2}f}" for flops in (self.costs.encoder, self.costs.decoder)]
+        millions = self.costs.parameters / 1e6
+        return [self.name, self.set, latent, *shown, *gflop, f"{millions:,.{2 if millions > 0.1 else 3}f}"]
+
+
+def stages(quality: dict[str, Any], codec: Codec) -> str:
+    """First stages of latent diffusion: measured ones, then published ones, each with its set."""
+    header = ["first stage", "set", "latent of 256x256", "PSNR, dB", "SSIM", "LPIPS"]
+    header += ["encoder, GFLOP", "decoder, GFLOP", "parameters, M"]
+    rows = [_measured_stage(name, found, quality, codec).cells() for name, found in quality["results"].items()]
+    for s in STAGES:
+        cost = costs.of_sd_shape(s.channels) if s.sd_shape else None
+        stage = _Stage(f"{s.name} (published)", s.set, s.factor, s.channels, s.psnr, s.ssim, s.lpips, cost)
+        rows.append(stage.cells())
+    return markdown(header, rows)
+
+
+def _measured_stage(name: str, found: dict[str, Any], quality: dict[str, Any], codec: Codec) -> _Stage:
+    cost: Costs | None = None
+    words = name
+    if found.get("model_id") == codec.model_id:
+        words, cost = f"**{name}**", costs.of_config(codec.config)
+    elif name in _PCA:
+        words, channels = _PCA[name]
+        cost = costs.of_pca(channels)
+    elif name == "TAEF2":
+        words, cost = "TAEF2 (another project's, not a VAE)", costs.of_taef2()
+    quantities = (found["psnr"], found["ssim"], found.get("lpips"))
+    return _Stage(words, quality["about"]["set"], found["factor"], found["latent_channels"], *quantities, cost)
+
+
+def crops(found: dict[str, Any]) -> str:
+    """A row for each of the picture's, with every file's bytes."""
+    codecs = [file["codec"] for file in found["rows"][0]["files"]]
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{f['bytes']:,} B, {f['setting']}, {f['psnr']:.2f} dB" for f in row["files"]]
+        rows.append([f"`{row['image']}`", *cells])
+    return markdown(["image", *codecs], rows)

@@ -11,6 +11,7 @@ import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd integer nearest 2^64 / phi, as int64
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+_MASK = 2**64 - 1
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -26,14 +27,27 @@ def mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift(x, 31)
 
 
+def _mix_integer(x: int) -> int:
+    """`mix` of an integer modulo 2^64, as int64."""
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _MIX[0]) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX[1]) & _MASK
+    return _wrap(x ^ (x >> 31))
+
+
 def fold(*keys: int | torch.Tensor) -> torch.Tensor:
-    """One int64 key from several (integers or broadcastable int64 tensors); order matters."""
-    state = torch.zeros((), dtype=torch.int64)
+    """One int64 key from several (integers or broadcastable int64 tensors); order matters.
+
+    Integers stay integers until they meet a tensor: nothing is copied to a device, which would wait for it.
+    """
+    state: int | torch.Tensor = 0
     for key in keys:
-        if not isinstance(key, torch.Tensor):
-            key = torch.tensor(_wrap(key), dtype=torch.int64, device=state.device)
-        state = mix(state.to(key.device) ^ mix(key))
-    return state
+        mixed = mix(key) if isinstance(key, torch.Tensor) else _mix_integer(key)
+        if isinstance(state, torch.Tensor) and isinstance(mixed, torch.Tensor):
+            state = state.to(mixed.device)
+        state = state ^ mixed
+        state = mix(state) if isinstance(state, torch.Tensor) else _mix_integer(state)
+    return state if isinstance(state, torch.Tensor) else torch.tensor(state)
 
 
 def hashes(keys: torch.Tensor, n: int) -> torch.Tensor:

@@ -174,6 +174,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: Named, tensors: dic
     parameters = dict(module.named_parameters())
     for name, value in tensors.items():
         parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
-        if key != "step":  # a moment lies as its parameter does (device, channels_last); Adam counts on the CPU
+        if key != "step":  # a moment lies as its parameter does (device, channels_last)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        elif optimizer.defaults.get("fused"):  # which counts where it computes; others count on the CPU
+            value = value.to(parameter.device)
         optimizer.state[parameter][key] = value

@@ -155,6 +155,33 @@ class DiffusionConfig:
     """Non-finite steps in a row after which the run stops."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """How `train.prior` fits a context prior."""
+
+    groups: tuple[int, ...] = (4, 8, 20)
+    """Latent channels of each group, those with most bits first; they add up to the model's."""
+    width: int = 96
+    """Features of the networks' layers; at most 112, or their integer sums would not be exact."""
+    step_range: tuple[float, float] = (0.5, 8.0)
+    """Quantiser steps that the prior learns, drawn evenly in their logarithm."""
+    dithered: float = 0.2
+    """Share of the images that are quantised with dither."""
+    steps: int = 8_000
+    """Optimizer steps in all; the cosine learning rate ends here."""
+    batch_size: int = 8
+    """Images per optimizer step, over all processes."""
+    crop: int = 32
+    """Side of the square crops, in latent positions; even."""
+    learning_rate: float = 2e-3
+    lr_warmup_steps: int = 200
+    count_images: int = 1_024
+    """Images whose quantised latents give the frozen tables their frequencies."""
+    seed: int = 0
+    log_every: int = 100
+    save_every: int = 500
+
+
 _COUNTS = (
     "batch_size",
     "accumulation",

@@ -10,7 +10,7 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from itertools import islice, repeat
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from latent_codec.errors import UserError
 from latent_codec.images import in_channels
 from latent_codec.inputs import Source
 from latent_codec.noise import below, fold, permutation, uniform
+from train.packed import Boxes, Packed, to_device
 
 log = logging.getLogger(__name__)
 _ORDER, _TOP, _LEFT, _FLIP, _NOISE = range(5)  # what a key is used for
@@ -53,14 +54,13 @@ def _epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
 
 def draw(samples: Sequence[int], n: int, seed: int) -> Draw:
     """Which image each sample number shows, out of n, and its key."""
-    image = torch.stack([_epoch_order(n, seed, i // n)[i % n] for i in samples])
-    return Draw(image, fold(seed, torch.tensor(samples)))
-
-
-class Boxes(NamedTuple):
-    top: torch.Tensor  # (b,) int64
-    left: torch.Tensor  # (b,) int64
-    flip: torch.Tensor  # (b,) bool
+    number = torch.tensor(samples)  # (b,)
+    epoch, place = number // n, number % n
+    image = torch.empty_like(number)
+    for one in epoch.unique().tolist():
+        of_epoch = epoch == one
+        image[of_epoch] = _epoch_order(n, seed, one)[place[of_epoch]]
+    return Draw(image, fold(seed, number))
 
 
 def crop_boxes(key: torch.Tensor, height: torch.Tensor, width: torch.Tensor, crop: int, flip: bool) -> Boxes:
@@ -109,6 +109,10 @@ class Batches(Protocol):
     def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]: ...
 
 
+_AHEAD = 64
+"""Micro-batches whose crops are chosen at once, on the CPU: choosing is many small operations, gathering is few."""
+
+
 class MemoryImages:
     """All images decoded once into one uint8 tensor on the device; crops are gathered there."""
 
@@ -124,7 +128,6 @@ class MemoryImages:
     ) -> None:
         """`labels` (n,) are the sources' classes."""
         images = _read_all(sources, channels, quiet)
-        self.channels = channels
         good = [i for i, image in enumerate(images) if image is not None]
         if not good:
             raise UserError(f"none of the {len(sources)} images could be read; the first reason stands above")
@@ -132,32 +135,18 @@ class MemoryImages:
         images.clear()
         # A broken image's turn goes to the next readable one, as when streaming.
         self.row = torch.searchsorted(torch.tensor(good), torch.arange(len(sources))) % len(good)
-        self.labels = labels[torch.tensor(good)]
-        self.height = torch.tensor([k.shape[1] for k in kept])
-        self.width = torch.tensor([k.shape[2] for k in kept])
-        sizes = channels * self.height * self.width
-        self.start = torch.cumsum(sizes, 0) - sizes
-        self.data = torch.cat([k.reshape(-1) for k in kept]).to(device)
+        self.labels = labels[torch.tensor(good)].long()
+        self.packed = Packed(kept, device)
 
     def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
-        for samples in plan.schedule(first_step, last_step):
-            yield self.crops(draw(samples, len(self.row), plan.seed), plan)
-
-    def crops(self, drawn: Draw, plan: Plan) -> Batch:
-        row = self.row[drawn.image]
-        height, width = self.height[row], self.width[row]
-        box = crop_boxes(drawn.key, height, width, plan.crop, plan.flip)
-        device = self.data.device
-        start, height, width, top, left, flip = (
-            t.to(device, non_blocking=True)[:, None, None, None]
-            for t in (self.start[row], height, width, box.top, box.left, box.flip)
-        )
-        side = torch.arange(plan.crop, device=device)
-        x = torch.where(flip, plan.crop - 1 - side, side) + left  # (b, 1, 1, crop)
-        y = side[:, None] + top  # (b, 1, crop, 1)
-        channel = torch.arange(self.channels, device=device)[:, None, None]  # (c, 1, 1)
-        index = start + (channel * height + y) * width + x  # (b, c, crop, crop)
-        return Batch(self.data[index], fold(drawn.key, _NOISE).to(device), self.labels[row].to(device))
+        schedule = plan.schedule(first_step, last_step)
+        while ahead := list(islice(schedule, _AHEAD)):
+            drawn = draw([i for samples in ahead for i in samples], len(self.row), plan.seed)
+            row, keys = self.row[drawn.image], fold(drawn.key, _NOISE)
+            box = crop_boxes(drawn.key, self.packed.height[row], self.packed.width[row], plan.crop, plan.flip)
+            chosen = to_device(torch.stack([keys, self.labels[row], *self.packed.places(row, box)]), self.packed.device)
+            for part in chosen.split(len(ahead[0]), dim=1):  # (2 + places, b)
+                yield Batch(self.packed.crops(part[2:], plan.crop), part[0], part[1])
 
 
 class StreamedImages(Dataset[Batch]):

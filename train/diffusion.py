@@ -84,7 +84,9 @@ def train(run: DiffusionRun) -> int:
     model.provenance = {"training": {"config": to_json(config)} | described}
     ema = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
     objective = FlowMatching(config.objective, model).to(accelerator.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     modules = {"diffusion": model, "ema": ema}
     progress = checkpoints.restore(run.out / "checkpoints", modules, optimizer)
     check_same_step(accelerator, progress)

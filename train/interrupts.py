@@ -1,4 +1,4 @@
-"""Reasons to end a run early, and the agreement of all processes about them and about bad steps."""
+"""Reasons to end a run early, and the agreement of all processes about them."""
 
 import signal
 import time
@@ -46,20 +46,29 @@ class Interrupts:
 
 
 class Agreement(NamedTuple):
-    """What all processes hold to be true of this step."""
+    """What all processes hold to be true after a step."""
 
-    finite: bool
     signal: int
     out_of_time: bool
 
+    def __bool__(self) -> bool:
+        """Whether the run ends."""
+        return bool(self.signal) or self.out_of_time
 
-def agree(accelerator: Accelerator, finite: torch.Tensor, interrupts: Interrupts) -> Agreement:
-    """One small reduction: a bad step, a signal or the end of time on any process counts for all."""
-    mine = (1.0 - finite.float(), float(interrupts.signal), float(interrupts.out_of_time))
+
+def agree(accelerator: Accelerator, interrupts: Interrupts) -> Agreement:
+    """One small reduction: a signal or the end of time on any process counts for all."""
+    mine = torch.tensor([float(interrupts.signal), float(interrupts.out_of_time)], device=accelerator.device)
     if accelerator.num_processes > 1:
-        flags = torch.stack([torch.as_tensor(v, device=accelerator.device, dtype=torch.float32) for v in mine])
-        flags = torch.as_tensor(accelerator.gather(flags[None])).amax(0)
-    else:
-        flags = torch.tensor([float(v) for v in mine])
-    bad, number, late = flags.tolist()
-    return Agreement(finite=bad == 0, signal=int(number), out_of_time=late > 0)
+        mine = torch.as_tensor(accelerator.gather(mine[None])).amax(0)
+    number, late = mine.tolist()
+    return Agreement(signal=int(number), out_of_time=late > 0)
+
+
+HEAR_EVERY = 8
+"""Steps on a GPU between two times when the host waits for it to hear of bad steps and processes agree to end."""
+
+
+def is_heard(device: torch.device, step: int) -> bool:
+    """Whether the host hears after this step: on a CPU, which nothing has to wait for, always."""
+    return device.type == "cpu" or step % HEAR_EVERY == 0

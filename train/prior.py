@@ -32,39 +32,15 @@ from latent_codec.prior.coding import ideal_bits, passes
 from latent_codec.prior.context import ContextConfig
 from latent_codec.quantizer import Quantized
 from train.checkpoints import load_optimizer, optimizer_tensors
-from train.config import flat
+from train.config import PriorConfig, flat
 from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
-from train.interrupts import Interrupts, agree
+from train.interrupts import Interrupts, agree, is_heard
 from train.latents import LatentCrops
 from train.logs import RunLog
 from train.program import main_of
 from train.provenance import git_commit
 from train.schedules import learning_rate_at
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PriorConfig:
-    groups: tuple[int, ...] = (4, 8, 20)
-    """Latent channels of each group, those with most bits first; they add up to the model's."""
-    width: int = 96
-    """Features of the networks' layers; at most 112, or their integer sums would not be exact."""
-    step_range: tuple[float, float] = (0.5, 8.0)
-    """Quantiser steps that the prior learns, drawn evenly in their logarithm."""
-    dithered: float = 0.2
-    """Share of the images that are quantised with dither."""
-    steps: int = 8_000
-    """Optimizer steps in all; the cosine learning rate ends here."""
-    batch_size: int = 8
-    """Images per optimizer step, over all processes."""
-    crop: int = 32
-    """Side of the square crops, in latent positions; even."""
-    learning_rate: float = 2e-3
-    lr_warmup_steps: int = 200
-    count_images: int = 1_024
-    """Images whose quantised latents give the frozen tables their frequencies."""
-    seed: int = 0
-    log_every: int = 100
-    save_every: int = 500
+from train.steps import Skipped, Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +58,7 @@ class Run:
     """The run's folder: model.safetensors, checkpoint.safetensors, log.jsonl. An existing run is resumed."""
     max_minutes: float | None = None
     """End cleanly with a checkpoint after this many minutes; the same command goes on."""
-    config: tyro.conf.OmitArgPrefixes[PriorConfig] = PriorConfig()
+    config: tyro.conf.OmitArgPrefixes[PriorConfig] = dataclasses.field(default_factory=PriorConfig)
 
 
 def main() -> None:
@@ -99,7 +75,7 @@ def train(run: Run) -> int:
     if codec.priors is None or codec.statistics is None:
         raise UserError(f"{run.model}: has no quantiser yet; `latent-codec export {run.model} DST --data IMAGES` first")
     model_id = codec.model_id
-    crops = LatentCrops(run.latents, model_id, config.crop)
+    crops = LatentCrops(run.latents, model_id, config.crop, accelerator.device)
     described: dict[str, Any] = {"model_id": model_id, "latents_sha256": crops.fingerprint} | flat(
         to_json(config), "config"
     )
@@ -110,7 +86,7 @@ def train(run: Run) -> int:
     context = ContextConfig(groups=config.groups, width=config.width)
     net = make_net(context, codec.priors.base, codec.statistics, run.start_from).to(accelerator.device)
     net.freeze(logistic_tables())  # what cannot be frozen is not worth training
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     checkpoint = run.out / "checkpoint.safetensors"
     step = _restore(checkpoint, net, optimizer, described)
     wrapped, optimizer_ = accelerator.prepare(net, optimizer, device_placement=[True, False])
@@ -123,32 +99,31 @@ def train(run: Run) -> int:
     world, rank = accelerator.num_processes, accelerator.process_index
     size = config.batch_size // world
     bar = tqdm(total=config.steps, initial=step, disable=not accelerator.is_main_process or None, unit="step")
-    started, seen = time.monotonic(), 0
+    started, seen, steps = time.monotonic(), 0, Steps(accelerator, optimizer_, Skipped(0, 0))
     with interrupts, bar:
         while step < config.steps:
             for group in optimizer_.param_groups:
                 group["lr"] = learning_rate_at(config, step)
             first = step * config.batch_size + rank * size
-            batch = crops.batch(range(first, first + size), config.seed).to(accelerator.device)
+            batch = crops.batch(range(first, first + size), config.seed)
             loss = wrapped(batch.means, batch.keys, config.step_range, config.dithered)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(net.parameters(), 1e3)
-            agreed = agree(accelerator, torch.isfinite(loss.detach()), interrupts)
-            if agreed.finite:
-                optimizer_.step()
-            optimizer_.zero_grad()
+            steps.take(loss.detach())
             step, seen = step + 1, seen + config.batch_size
             bar.update()
+            last, saving = step == config.steps, step % config.save_every == 0
+            heard = last or saving or is_heard(accelerator.device, step)
+            agreed = agree(accelerator, interrupts) if heard else None
             if step % config.log_every == 0:
                 mean = torch.as_tensor(accelerator.reduce(loss.detach(), "mean")).item()
                 speed = seen / (time.monotonic() - started)
                 values = {"bits_per_position": mean, "grad_norm": float(norm or 0), "images_per_s": speed}
                 log.write("train", step, values | {"learning_rate": learning_rate_at(config, step - 1)})
                 started, seen = time.monotonic(), 0
-            ending = bool(agreed.signal or agreed.out_of_time) and step < config.steps
-            if accelerator.is_main_process and (step % config.save_every == 0 or step == config.steps or ending):
+            if accelerator.is_main_process and (saving or last or agreed):
                 _save(checkpoint, net, optimizer, described, step)
-            if ending:
+            if agreed and not last:
                 accelerator.print(f"stopped at step {step} of {config.steps}; the same command goes on from here")
                 accelerator.end_training()
                 return 128 + agreed.signal if agreed.signal else 0

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from latent_codec.errors import UserError
 from train import checkpoints
 from train.checkpoints import Progress, Saved
-from train.interrupts import Agreement, Interrupts, agree
+from train.interrupts import Agreement, Interrupts, agree, is_heard
 from train.logs import RunLog
 from train.schedules import LearningRate, learning_rate_at
+from train.steps import Skipped, Steps
 
 
 class LoopConfig(LearningRate, Protocol):
@@ -61,7 +62,6 @@ class Task(Protocol):
 class Step(NamedTuple):
     losses: Any  # a named tuple of tensors, as the objective returns it; its `loss` is what is minimised
     norm: torch.Tensor  # of the gradient before it was scaled down
-    agreed: Agreement
 
 
 class Trainer:
@@ -83,11 +83,13 @@ class Trainer:
         log: RunLog,
         after_step: Callable[[Any, int], None] | None = None,
     ) -> None:
-        """`after_step` gets a taken step's losses, this process' own, and its number from 1, before "ema" follows."""
+        """`optimizer` is a fused Adam as Accelerate prepared it. `after_step` gets a taken step's losses, this process'
+        own, and its number from 1, before "ema" follows."""
         self.config, self.out, self.accelerator, self.log = config, out, accelerator, log
         self.objective, self.modules, self.optimizer = objective, modules, optimizer
         self.trained, self.ema = list(modules.values())[:2]
         self.progress, self.task, self.after_step = progress, task, after_step
+        self.steps = Steps(accelerator, optimizer, Skipped(progress.skipped, progress.skipped_in_a_row))
 
     def loop(self, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts, quiet: bool) -> int:
         config, progress = self.config, self.progress
@@ -99,28 +101,28 @@ class Trainer:
             self._save()
         while progress.step < config.steps:
             measure = (progress.step + 1) % config.log_every == 0
-            losses, norm, agreed = self._step(batches, interrupts, measure)
+            losses, norm = self._step(batches, measure)
             progress.step += 1
+            last, saving = progress.step == config.steps, progress.step % config.save_every == 0
+            heard = measure or last or saving or is_heard(self.accelerator.device, progress.step)
+            agreed = self._hear(interrupts) if heard else None
             progress.minutes = started + (time.monotonic() - begun) / 60
             seen += config.batch_size
             bar.update()
             if measure:
                 self._log(losses, norm, seen / (time.monotonic() - window))
                 seen, window = 0, time.monotonic()
-            self._stop_if_hopeless()
-            last = progress.step == config.steps
             if progress.step % config.eval_every == 0 or last:
                 self._evaluate()
                 window, seen = time.monotonic(), 0
-            ending = agreed.signal or agreed.out_of_time
-            if progress.step % config.save_every == 0 or last or ending:
+            if saving or last or agreed:
                 self._save()
-            if ending and not last:
+            if agreed and not last:
                 return self._farewell(agreed)
         return 0
 
-    def _step(self, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts, measure: bool) -> Step:
-        """One optimizer step, or one step that all processes skip together."""
+    def _step(self, batches: Iterator[tuple[Any, ...]], measure: bool) -> Step:
+        """One optimizer step, or one step that all processes skip together; a GPU may still be at it afterwards."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, self.progress.step)
@@ -132,33 +134,36 @@ class Trainer:
                 losses = self.objective(*next(batches), *arguments)
                 accelerator.backward(losses.loss / config.accumulation)
             micro.append(type(losses)(*(v.detach() for v in losses)))
-        losses = type(micro[0])(*(torch.stack(v).mean(0) for v in zip(*micro, strict=True)))
+        losses = micro[0]
+        if len(micro) > 1:
+            losses = type(losses)(*(torch.stack(v).mean(0) for v in zip(*micro, strict=True)))
         limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
         norm = accelerator.clip_grad_norm_(self.trained.parameters(), limit)
         assert norm is not None
-        agreed = agree(accelerator, torch.isfinite(losses.loss) & torch.isfinite(norm), interrupts)
-        if agreed.finite:
-            self.optimizer.step()
-            if self.after_step is not None:
-                self.after_step(losses, self.progress.step + 1)
-            self._update_ema()
-            self.progress.skipped_in_a_row = 0
-        else:
-            if accelerator.scaler is not None:
-                accelerator.scaler.update()  # lower the scale; the step itself is never taken
-            self.progress.skipped += 1
-            self.progress.skipped_in_a_row += 1
-        self.optimizer.zero_grad()
-        return Step(losses, norm, agreed)
+        taken = self.progress.step - self.steps.skipped  # before this one
+        finite = self.steps.take(losses.loss, norm)
+        if self.after_step is not None and bool(finite):
+            self.after_step(losses, self.progress.step + 1)
+        self._update_ema(finite, taken)
+        return Step(losses, norm)
 
     @torch.no_grad()
-    def _update_ema(self) -> None:
-        """Decay rises with the step, so that early averages forget the start."""
-        taken = self.progress.step - self.progress.skipped
-        decay = min(self.config.ema_decay, (1 + taken) / (10 + taken)) if self.config.ema_decay > 0 else 0.0
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.ema.parameters()), list(self.trained.parameters()), 1.0 - decay
-        )
+    def _update_ema(self, finite: torch.Tensor, taken: torch.Tensor) -> None:
+        """Decay rises with the steps taken, so that early averages forget the start; a skipped step moves nothing."""
+        decay = ((1.0 + taken) / (10.0 + taken)).clamp(max=max(self.config.ema_decay, 0.0))
+        weight = (1.0 - decay) * finite  # () float32
+        ema: list[torch.Tensor] = list(self.ema.parameters())
+        trained: list[torch.Tensor] = list(self.trained.parameters())
+        change = torch._foreach_sub(trained, ema)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(change, weight)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(ema, change)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _hear(self, interrupts: Interrupts) -> Agreement:
+        """Wait for the device: what was skipped, and whether the run ends here."""
+        skipped = self.steps.counts()
+        self.progress.skipped, self.progress.skipped_in_a_row = skipped
+        self._stop_if_hopeless()
+        return agree(self.accelerator, interrupts)
 
     def _stop_if_hopeless(self) -> None:
         if self.progress.skipped_in_a_row >= self.config.max_skipped:

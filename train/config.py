@@ -26,6 +26,24 @@ class CodebookConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """A discriminator of patches that decoded images are trained to pass (Esser et al. 2021; Rombach et al. 2022)."""
+
+    adversarial_start: int
+    """Steps before the contest begins; until then neither side is trained on it."""
+    adversarial_weight: float
+    """With `adaptive` the length of the generator's gradient at the decoder's last layer, as a share of the
+    reconstruction's; without, nats per pixel for one unit of the mean score."""
+    adaptive: bool
+    most_weight: float
+    """The adaptive weight is no larger: nats per image for one unit of the mean score."""
+    discriminator_width: int
+    """Features of the discriminator's first layer, a multiple of 32."""
+    discriminator_layers: int
+    """Layers that halve the image; 3 see patches of 70x70 pixels."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ELBOConfig:
     kind: ClassVar[str] = "elbo"
     beta: float
@@ -47,6 +65,8 @@ class ELBOConfig:
     lpips_net: Literal["alex", "squeeze", "vgg"]
     codebook: CodebookConfig | None = None
     """There exactly if the bottleneck is `vq`."""
+    adversarial: AdversarialConfig | None = None
+    """None: no discriminator."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,6 +233,8 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"LPIPS compares RGB images, and the model's have {channels} channels: set lpips_weight to 0")
     elif (steps := config.objective.mode_steps) is not None and not 0 < steps[0] <= steps[1]:
         raise UserError(f"mode_steps is {steps}; it must be two positive steps, the smaller one first")
+    if isinstance(config.objective, ELBOConfig) and config.objective.adversarial is not None:
+        _check_adversarial(config.objective.adversarial, config)
     _check_bottleneck(config)
 
 
@@ -236,6 +258,25 @@ def _check_numbers(config: TrainConfig | DiffusionConfig) -> None:
         from_json(type(config), to_json(config))
     except ValueError as error:  # a float that is not finite would be written, but not read again
         raise UserError(f"{error}; give another value") from error
+
+
+def _check_adversarial(adversarial: AdversarialConfig, config: TrainConfig) -> None:
+    for name in ("adversarial_start", "adversarial_weight", "most_weight"):
+        if (value := getattr(adversarial, name)) < 0:
+            raise UserError(f"{name} is {value}; it must not be negative")
+    width, layers = adversarial.discriminator_width, adversarial.discriminator_layers
+    if width < 32 or width % 32 or layers < 1:
+        raise UserError(
+            f"discriminator_width {width} must be a multiple of 32, and discriminator_layers {layers} at least 1"
+        )
+    if config.crop // 2**layers < 3:
+        raise UserError(
+            f"crop {config.crop} is too small for {layers} discriminator_layers, which need {3 * 2**layers} pixels"
+        )
+    if config.compile and adversarial.adaptive:
+        raise UserError("compile cannot take the gradients that the adaptive weight needs; leave out one of the two")
+    if config.codec.likelihood.kind == "bernoulli":
+        raise UserError("a discriminator would tell binary pixels from expected ones by their values alone")
 
 
 def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:

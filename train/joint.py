@@ -13,6 +13,7 @@ from latent_codec.errors import UserError
 from latent_codec.modelfile import LatentStatistics, save_tensors
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.context import ContextConfig
+from train.adversarial import no_contest
 from train.config import JointConfig
 from train.context_net import ContextNet
 from train.data import CentreCrops
@@ -108,6 +109,7 @@ class Joint(nn.Module):
                 latent_square=mean.square().mean((0, 2, 3)),
                 penalty=zero,
                 code_use=torch.ones(1, 1, device=x.device),
+                contest=torch.stack(no_contest(x)),
             )
 
     def _kl(self, posterior: DiagonalGaussian, z: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

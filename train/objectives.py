@@ -12,6 +12,7 @@ from latent_codec.codec import Codec
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_OF_STD, round_down_zone
+from train.adversarial import Adversary, Contest, last_weight, no_contest
 from train.config import ELBOConfig, IWAEConfig
 
 # What a key is folded with; the posterior's noise uses the key as it is.
@@ -33,6 +34,7 @@ class Losses(NamedTuple):
     latent_square: torch.Tensor  # (z,) average of their squares
     penalty: torch.Tensor  # of a vector quantiser, commitment and codebook; 0 of others
     code_use: torch.Tensor  # (K, 1 + z) as `Codes.use` gives it; (1, 1), 1, where there is no codebook
+    contest: torch.Tensor  # (5,) as `Contest` names them; zeros where there is no adversary
 
 
 class ELBO(nn.Module):
@@ -46,20 +48,33 @@ class ELBO(nn.Module):
 
     A vector quantiser adds its commitment, and the codebook's own loss where gradients train it (van den Oord et al.
     2017, eq. 3). The KL against a uniform prior over the codes is in the bound; it is a constant.
+
+    An adversary adds the generator's loss, and the discriminator's own.
     """
 
     def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:
+        """Draws the discriminator's weights, if there is to be one."""
         super().__init__()
         if (lpips is not None) != (config.lpips_weight > 0):
             raise ValueError("an LPIPS module is needed exactly when lpips_weight is positive")
         self.config = config
         self.codec = codec
         self.lpips = lpips
+        settings = config.adversarial
+        self.adversary = None if settings is None else Adversary(settings, codec.config.image_channels)
 
     def forward(
-        self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
+        self,
+        pixels: torch.Tensor,
+        keys: torch.Tensor,
+        labels: torch.Tensor,
+        beta: torch.Tensor,
+        measure: bool,
+        contest: bool = False,
     ) -> Losses:
-        """pixels (b, c, h, w) uint8; keys (b,) int64 for the posterior's noise; labels (b,) int64; beta a scalar."""
+        """pixels (b, c, h, w) uint8; keys (b,) int64 for the posterior's noise; labels (b,) int64; beta a scalar;
+        `contest`: whether the adversary takes part yet.
+        """
         codec = self.codec
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
         posterior = codec.encode(x, labels)
@@ -68,18 +83,24 @@ class ELBO(nn.Module):
         nll = -codec.likelihood.log_prob(params, x).mean()
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
         penalty = self._penalty(posterior)
-        loss = nll + beta * self._charged(kl_map) + penalty
+        loss = beta * self._charged(kl_map) + penalty
         nll_mode = torch.zeros_like(nll)
         if self.config.mode_weight > 0:
             assert isinstance(posterior, DiagonalGaussian)
             mode, weight = self._decoded_mode(posterior, keys)
             nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)).mean()
             loss = loss + self.config.mode_weight * nll_mode
-        lpips = torch.zeros_like(nll)
+        lpips, played = torch.zeros_like(nll), no_contest(nll)
+        reconstruction = nll
         if self.lpips is not None:
             mean = codec.likelihood.mean(params)
             lpips = self.lpips(signed(codec, mean), signed(codec, x)).mean()
-            loss = loss + self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
+            reconstruction = nll + self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
+        loss = loss + reconstruction
+        if self.adversary is not None:
+            real, fake = signed(codec, x), signed(codec, codec.likelihood.mean(params))
+            played = self.adversary(real, fake, reconstruction, last_weight(codec.backbone.decoder), contest)
+            loss = loss + played.generator + played.discriminator
         with torch.no_grad():
             mse = torch.full_like(nll, math.nan)
             if measure:
@@ -97,6 +118,7 @@ class ELBO(nn.Module):
                 latent_square=mean.square().mean((0, 2, 3)),
                 penalty=penalty.detach(),
                 code_use=posterior.use() if isinstance(posterior, Codes) else torch.ones(1, 1, device=x.device),
+                contest=torch.stack(Contest(*(t.detach() for t in played))),
             )
 
     def _penalty(self, posterior: Posterior) -> torch.Tensor:
@@ -177,6 +199,7 @@ class IWAE(nn.Module):
                 latent_square=mean.square().mean((0, 2, 3)),
                 penalty=zero,
                 code_use=torch.ones(1, 1, device=x.device),
+                contest=torch.stack(no_contest(x)),
             )
 
 

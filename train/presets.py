@@ -17,7 +17,7 @@ from latent_codec.config import (
     MLPConfig,
     VectorQuantizerConfig,
 )
-from train.config import CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
+from train.config import AdversarialConfig, CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
 
 def photo() -> TrainConfig:
@@ -118,6 +118,41 @@ def conv() -> TrainConfig:
         learning_rate=1e-4,
         lr_warmup_steps=1_000,
     )
+
+
+def kl_f8c4() -> TrainConfig:
+    """An AutoencoderKL of half the usual width (f8, 4 channels) for latent diffusion: LPIPS and an adversary.
+
+    The trade-off of latent diffusion's own (Rombach et al. 2022, appendix G), there an L1 of 1 nat for each value of
+    each pixel, LPIPS once for each of the three values, and 1e-6 of the KL: a Gaussian of sigma 1/4 pulls as hard as
+    that L1 where the error is 1/16, which is what such a model ends at.
+    """
+    base = conv()
+    objective = dataclasses.replace(
+        base.objective,
+        beta=1e-6,
+        warmup="none",
+        warmup_steps=0,
+        mode_weight=0.0,  # at this beta the posterior is so narrow that a sample is the mode
+        mode_steps=None,
+        lpips_weight=3.0,
+        adversarial=AdversarialConfig(
+            adversarial_start=10_000,
+            adversarial_weight=0.5,
+            adaptive=True,
+            most_weight=1e6,
+            discriminator_width=64,
+            discriminator_layers=3,
+        ),
+    )
+    codec = dataclasses.replace(base.codec, likelihood=GaussianConfig(scale="fixed", sigma=0.25))
+    return dataclasses.replace(base, codec=codec, objective=objective, steps=24_000)
+
+
+def kl_f8c16() -> TrainConfig:
+    """The same with 16 latent channels."""
+    base = kl_f8c4()
+    return dataclasses.replace(base, codec=dataclasses.replace(base.codec, latent_channels=16))
 
 
 def mnist_vae() -> TrainConfig:
@@ -240,6 +275,8 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     photo_joint,
     pca,
     conv,
+    kl_f8c4,
+    kl_f8c16,
     autoencoder,
     vqvae,
     fsq,

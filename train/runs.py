@@ -19,7 +19,7 @@ from latent_codec.inputs import Source, find_all
 from latent_codec.noise import text_key
 from train.checkpoints import Progress
 from train.closed_form import check_closed_form, check_mean_start
-from train.config import JointConfig, TrainConfig, check, flat
+from train.config import ELBOConfig, JointConfig, TrainConfig, check, flat
 from train.data import fingerprint
 from train.provenance import git_commit
 
@@ -82,6 +82,9 @@ def check_run(run: Run, accelerator: Accelerator) -> None:
     check_processes(config, run.log_with, accelerator)
     if isinstance(config.objective, JointConfig) and run.start_from is None:
         raise UserError("a joint phase begins with a model that has a quantiser: name it with --start-from")
+    adversarial = isinstance(config.objective, ELBOConfig) and config.objective.adversarial is not None
+    if adversarial and accelerator.mixed_precision == "fp16":
+        raise UserError("fp16 is too coarse for the gradients of an adversary's adaptive weight: choose bf16")
     codec = Codec(config.codec)
     if config.codec.image_channels not in (1, 3):
         raise UserError(f"image_channels is {config.codec.image_channels}; set it to 1 (grey) or 3 (RGB)")

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -77,6 +78,9 @@ def train(run: Run) -> int:
     if isinstance(objective, Joint):
         modules["prior"] = objective.prior  # pyright: ignore[reportArgumentType]
         optimizer.add_param_group({"params": list(objective.prior.parameters())})
+    elif isinstance(objective, ELBO) and objective.adversary is not None:
+        modules["discriminator"] = objective.adversary.net
+        optimizer.add_param_group({"params": list(objective.adversary.net.parameters()), "weight_decay": 0.0})
     settings = config.objective.codebook if isinstance(config.objective, ELBOConfig) else None
     averages = averages_of(codec, settings)
     if averages is not None:
@@ -139,11 +143,16 @@ class VAETask:
         self.config, self.out, self.ema, self.validation, self.log = config, out, ema, validation, log
         self.more: Callable[[], dict[str, float]] = dict  # what else is measured
 
-    def arguments(self, step: int, measure: bool) -> tuple[torch.Tensor, bool]:
-        """The KL's weight, and whether the expected pixels are measured: compiled, always, for two graphs cost more."""
+    def arguments(self, step: int, measure: bool) -> tuple[Any, ...]:
+        """The KL's weight, and whether the expected pixels are measured: compiled, always, for two graphs cost more;
+        with an adversary, whether it takes part."""
         device = next(self.ema.parameters()).device
         beta = torch.full((), beta_at(self.config.objective, step), device=device)  # no copy that waits for the device
-        return beta, measure or self.config.compile
+        measure = measure or self.config.compile
+        objective = self.config.objective
+        if isinstance(objective, ELBOConfig) and objective.adversarial is not None:
+            return beta, measure, step >= objective.adversarial.adversarial_start
+        return beta, measure
 
     def values(self, losses: Losses, step: int) -> dict[str, float]:
         config = self.config
@@ -164,6 +173,9 @@ class VAETask:
             values["penalty"] = losses.penalty.item()
         if isinstance(config.objective, ELBOConfig) and config.objective.lpips_weight > 0:
             values["lpips"] = losses.lpips.item()
+        if isinstance(config.objective, ELBOConfig) and config.objective.adversarial is not None:
+            names = ("generator", "discriminator", "adversarial_weight", "score_real", "score_fake")
+            values |= dict(zip(names, losses.contest.tolist(), strict=True))
         return values
 
     def evaluate(self, step: int) -> dict[str, float]:

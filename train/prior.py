@@ -77,6 +77,7 @@ def train(run: Run) -> int:
     )
     make_folder(run.out)
 
+    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth looking for
     set_seed(config.seed)
     context = ContextConfig(groups=config.groups, width=config.width)
     net = ContextNet(context, codec.priors.base, codec.statistics).to(accelerator.device)

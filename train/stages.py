@@ -1,9 +1,7 @@
 """The recipe's stages, each a call of a program that stands by itself, and what of them is done."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 
 from latent_codec.codec import Codec
 from latent_codec.commands.options import ComputeOptions, load
@@ -22,10 +20,12 @@ from latent_codec.errors import UserError
 from latent_codec.export import PRIOR_RUN_MODEL, export
 from latent_codec.files import make_folder, write_text
 from latent_codec.inputs import find_images
+from latent_codec.latent_files import INDEX
 from latent_codec.noise import text_key
 from latent_codec.pipeline import Resume
 from latent_codec.plan import WHOLE
 from train import prior, vae
+from train.accelerate_state import accelerate_as
 from train.config import PriorConfig, flat
 from train.figure import draw_figure
 from train.recipe import Recipe, codec_config, preset_of
@@ -100,7 +100,7 @@ def advance(recipe: Recipe, started: float) -> int:
     """
     if recipe.figure_images:
         check_extra()
-    with _accelerate("no"):
+    with accelerate_as("no"):
         place = PartialState()
         device, processes = torch.device(place.device or "cpu"), place.num_processes
     if processes > 1:
@@ -117,7 +117,7 @@ def advance(recipe: Recipe, started: float) -> int:
         "draw the figure": kitchen.draw_figure,
     }
     for name, work in stages.items():
-        if name in kitchen.state.done:
+        if name in kitchen.state.done and not (work == kitchen.encode_images and kitchen.lacks_latents):
             continue
         try:
             kitchen.need(recipe.finish_minutes)
@@ -126,7 +126,7 @@ def advance(recipe: Recipe, started: float) -> int:
         except EndOfCallError as end:
             print(f"{name}: {end}; the same command goes on from here", flush=True)
             return end.code
-        kitchen.state.done.append(name)
+        kitchen.state.done = [*kitchen.state.done, *([] if name in kitchen.state.done else [name])]
         kitchen.state.write()
     print(f"done: {kitchen.model}")
     return 0
@@ -186,7 +186,7 @@ class _Kitchen:
             max_minutes=self._training_minutes(),
             config=config,
         )
-        with _accelerate("bf16" if self.on_gpu else "no"):
+        with accelerate_as("bf16" if self.on_gpu else "no"):
             self._check(vae.train(run))
 
     def measure_quantizer(self) -> None:
@@ -204,6 +204,12 @@ class _Kitchen:
         codec, compute = load(str(self.quantized), options)
         for where, folder in [*self._latents(), (self.recipe.val, self.recipe.out / "latents" / "val")]:
             print(encode_folder(codec, where, folder, compute, resume=Resume("hash", False, WHOLE)), flush=True)
+
+    @property
+    def lacks_latents(self) -> bool:
+        """They are large, and may stay behind when a recipe moves to another machine; a trained prior needs none."""
+        folders = [self.recipe.out / "latents" / "val", *(folder for _, folder in self._latents())]
+        return "train the prior" not in self.state.done and not all((f / INDEX).exists() for f in folders)
 
     def _latents(self) -> Iterator[tuple[Path, Path]]:
         for i, where in enumerate(self.recipe.data):
@@ -240,7 +246,7 @@ class _Kitchen:
             max_minutes=max(1e-3, self.clock.left - self.recipe.finish_minutes),
             config=config,
         )
-        with _accelerate("no"):  # in float32: its integers are to follow
+        with accelerate_as("no"):  # in float32: its integers are to follow
             self._check(prior.train(run))
 
     def write_model(self) -> None:
@@ -289,20 +295,3 @@ class _Kitchen:
     def _check(self, code: int) -> None:
         if code:
             raise EndOfCallError(code, "interrupted")
-
-
-@contextlib.contextmanager
-def _accelerate(precision: str) -> Iterator[None]:
-    """A program's own Accelerate: by itself a process sets it up once, in one precision."""
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.get(name)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ[name] = precision
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -249,3 +249,12 @@ def test_permutation_places_each_index_uniformly() -> None:
     for position in range(n):
         counts[position] = torch.bincount(places[:, position], minlength=n)
     assert chi_square_excess(counts) < 4
+
+
+@given(keys=st.lists(int64, min_size=1, max_size=4))
+def test_integers_fold_as_tensors_do(keys: list[int]) -> None:
+    tensors = [torch.tensor([key]) for key in keys]
+    whole = noise.fold(*tensors)
+    assert noise.fold(*keys).tolist() == whole[0].tolist()
+    assert torch.equal(noise.fold(*keys[:-1], tensors[-1]), whole)
+    assert torch.equal(noise.fold(tensors[0], *keys[1:]), whole)

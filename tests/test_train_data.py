@@ -14,6 +14,8 @@ from PIL import Image
 
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source, find_images
+from latent_codec.noise import fold, permutation
+from train import data
 from train.data import (
     Batch,
     Batches,
@@ -230,6 +232,34 @@ def test_the_ranks_crops_together_are_those_of_one_process(
 def test_each_epoch_shows_each_image_once(n: int, seed: int, epoch: int) -> None:
     drawn = draw(range(epoch * n, (epoch + 1) * n), n, seed)
     assert sorted(drawn.image.tolist()) == list(range(n))
+
+
+@given(
+    start=st.integers(0, 50),
+    count=st.integers(1, 40),
+    n=st.integers(1, 20),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    stride=st.integers(1, 3),
+)
+def test_samples_drawn_together_are_those_drawn_one_by_one(
+    start: int, count: int, n: int, seed: int, stride: int
+) -> None:
+    """By the definition: sample i is image permutation(seed, i // n)[i % n], its key fold(seed, i)."""
+    samples = range(start, start + count * stride, stride)
+    drawn = draw(samples, n, seed)
+    for i, image, key in zip(samples, drawn.image.tolist(), drawn.key.tolist(), strict=True):
+        assert image == int(permutation(n, fold(seed, 0, i // n))[i % n])
+        assert key == int(fold(seed, i))
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_how_far_ahead_crops_are_chosen_changes_none(
+    sources: list[Source], monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    plan = PLAN._replace(micro_batches=2)
+    whole = collect(memory(sources), plan, last=5)
+    monkeypatch.setattr(data, "_AHEAD", ahead)
+    assert_same(collect(memory(sources), plan, last=5), whole)
 
 
 def test_epochs_differ_in_order_and_every_sample_has_its_own_key() -> None:

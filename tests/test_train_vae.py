@@ -403,6 +403,17 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(argv: list
     assert json.loads((checkpoint(out, 8) / "state.json").read_text())["skipped_in_a_row"] == 0
 
 
+def test_bad_steps_that_the_host_hears_of_later_are_skipped_alike(argv: list[str], tmp_path: Path) -> None:
+    one, other = tmp_path / "at once", tmp_path / "later"
+    argv = [*argv, *flags("--save-every 4 --log-every 8")]
+    run(argv, one, patch=partial(tiny_faults.nan_loss, 3, 5, 6))
+    run(argv, other, patch=partial(tiny_faults.hear_rarely_nan_loss, 3, 5, 6))
+    for step in (4, 8):
+        assert_same_tensors(tensors(one, step), tensors(other, step))
+    found = [json.loads((checkpoint(out, 8) / "state.json").read_text()) for out in (one, other)]
+    assert [(state["skipped"], state["skipped_in_a_row"]) for state in found] == [(3, 0)] * 2
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_all_processes_skip_what_is_not_finite_on_one(argv: list[str], tmp_path: Path, accumulation: int) -> None:
     out = tmp_path / "run"

@@ -33,14 +33,19 @@ def _is_rank(rank: int) -> bool:
 
 def stall(step: int, rank: int = 0) -> None:
     """Before this step, wait until SIGTERM or SIGINT has been noted."""
-    real = trainer.Trainer._step
+    real, loop = trainer.Trainer._step, trainer.Trainer.loop
+    noted: list[Interrupts] = []
 
-    def slow(self: trainer.Trainer, batches: Iterator, noted: Interrupts, measure: bool) -> Any:
-        while _is_rank(rank) and self.progress.step + 1 == step and not noted.signal:
+    def looped(self: trainer.Trainer, batches: Iterator, interrupts: Interrupts, quiet: bool) -> int:
+        noted.append(interrupts)
+        return loop(self, batches, interrupts, quiet)
+
+    def slow(self: trainer.Trainer, *args: Any) -> Any:
+        while _is_rank(rank) and self.progress.step + 1 == step and not noted[0].signal:
             time.sleep(0.01)
-        return real(self, batches, noted, measure)
+        return real(self, *args)
 
-    _TRAINER._step = slow
+    _TRAINER.loop, _TRAINER._step = looped, slow
 
 
 def hang(step: int) -> None:
@@ -91,6 +96,12 @@ def nan_loss(*steps: int, rank: int = 0) -> None:
         return losses._replace(loss=losses.loss * math.nan if step == min(steps, default=1) else losses.loss + math.nan)
 
     _ELBO.forward = forward
+
+
+def hear_rarely_nan_loss(*steps: int) -> None:
+    """`nan_loss`, and the host hears of it as it does of a GPU's: at a save."""
+    nan_loss(*steps)
+    trainer.is_heard = lambda *_: False
 
 
 def no_checkpoints(rank: int) -> None:

@@ -24,6 +24,7 @@ from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_c
 from tools.latents_speed import LatentsSpeed
 from tools.peers import Taef2, diffusers_peer, sd_codec
 from tools.report import machine, report
+from tools.training_speed import TrainingSpeed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,7 @@ def main() -> None:
         Annotated[Quality, tyro.conf.subcommand("quality")],
         Annotated[Coding, tyro.conf.subcommand("coding")],
         Annotated[LatentsSpeed, tyro.conf.subcommand("latents")],
+        Annotated[TrainingSpeed, tyro.conf.subcommand("training")],
     ]
     command: Any = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
     try:

@@ -21,7 +21,6 @@ from latent_codec.prior.context import (
     Layer,
     Pass,
     Span,
-    at_parity,
     spans,
     table_scale,
 )
@@ -50,6 +49,7 @@ class ContextNet(nn.Module):
 
     base: torch.Tensor
     gain: torch.Tensor
+    permutation: torch.Tensor  # `order` on the device
 
     def __init__(
         self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
@@ -66,6 +66,7 @@ class ContextNet(nn.Module):
         # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step where that is coarser.
         gain = np.minimum(np.round(base * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
         self.register_buffer("base", torch.from_numpy(base[self.order]), persistent=False)
+        self.register_buffer("permutation", torch.from_numpy(self.order), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
         self.nets = nn.ModuleList(_net(config.width, span) for span in self.spans)
 
@@ -81,7 +82,7 @@ class ContextNet(nn.Module):
         step = (STEP_ONE * torch.exp(low + (high - low) * uniform(fold(keys, _STEP)))).round()  # (b,)
         with_dither = uniform(fold(keys, _DITHERED)) < dithered
         seeds = fold(keys, _NOISE)
-        order = torch.from_numpy(self.order).to(means.device)
+        order = self.permutation
         bits = hashes(fold(seeds), means[0].numel()).view(means.shape)[:, order]  # as `quantizer.dither` has them
         offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
         offset = offset * with_dither[:, None, None, None]
@@ -111,7 +112,8 @@ class ContextNet(nn.Module):
 
     def _run(self, net: nn.Module, span: Span, x: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         b, _, h, w = x.shape
-        first = torch.from_numpy(at_parity((h, w), 0)).to(x.device, x.dtype)
+        row, column = (torch.arange(side, device=x.device) for side in (h, w))
+        first = ((row[:, None] + column) % 2 == 0).to(x.dtype)  # (h, w), as `at_parity`; made where it is used
         known = x[:, : span.inputs]
         if span.parity:  # of its own group the pass sees the first half
             known = torch.cat([known[:, : span.start], known[:, span.start :] * first], 1)

@@ -82,6 +82,7 @@ def train(run: Run) -> int:
     described["start_from"] = None if run.start_from is None else run.start_from.name
     make_folder(run.out)
 
+    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth looking for
     set_seed(config.seed)
     context = ContextConfig(groups=config.groups, width=config.width)
     net = make_net(context, codec.priors.base, codec.statistics, run.start_from).to(accelerator.device)

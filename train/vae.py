@@ -64,6 +64,7 @@ def train(run: Run) -> int:
     claim(run.out, config, described, accelerator)
     quiet = not accelerator.is_main_process  # progress bars also want a terminal: tqdm sees to that
 
+    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth looking for
     set_seed(config.seed)  # initial weights; all later randomness is counted, not drawn from a state
     codec = Codec(config.codec)
     ema = copy.deepcopy(codec)

@@ -1,0 +1,128 @@
+"""The recipe: a plan from a measured speed, calls that end within their minutes, and a model at the end."""
+
+import dataclasses
+import json
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import write_images
+
+from latent_codec.codec import Codec
+from latent_codec.config import CodecConfig, ConvConfig
+from latent_codec.errors import UserError
+from latent_codec.images import pad
+from latent_codec.inputs import find_images
+from train import recipe as program
+from train import stages
+from train.config import PriorConfig
+from train.presets import conv
+from train.recipe import Recipe, codec_config, preset_of
+from train.stages import Clock, Plan, advance
+
+
+def pack(folder: Path, tar: Path) -> Path:
+    with tarfile.open(tar, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.add(file, file.name)
+    return tar
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Recipe:
+    folder = tmp_path_factory.mktemp("recipe")
+    shards = tuple(pack(write_images(folder / f"{i}", 4, seed=i), folder / f"train-{i}.tar") for i in range(2))
+    return Recipe(
+        data=shards,
+        val=pack(write_images(folder / "val", 4, seed=9), folder / "val.tar"),
+        out=folder / "run",
+        minutes=10.0,
+        total_minutes=0.02,
+        start_from=str(model_file),
+        batch_size=2,
+        crop=32,
+        prior=PriorConfig(groups=(1, 3), width=8, batch_size=2, crop=2, count_images=4),
+        probe_steps=8,
+        finish_minutes=0.01,
+        figure_images=2,
+    )
+
+
+def now(recipe: Recipe) -> int:
+    return advance(recipe, time.monotonic())
+
+
+def state(recipe: Recipe) -> dict[str, Any]:
+    return json.loads((recipe.out / "recipe.json").read_text())
+
+
+def test_a_call_cut_by_its_minutes_is_finished_by_the_next(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[bool] = []
+
+    def minutes(kitchen: Any) -> float:
+        """Enough to measure the speed, and one step of the training."""
+        measured.append("codec" in kitchen.state.plans)
+        return 1e-5 if measured[-1] else 10.0
+
+    monkeypatch.setattr(stages._Kitchen, "_training_minutes", minutes)
+    assert now(tiny) == 0 and measured == [False, True]
+    plan = Plan(**state(tiny)["plans"]["codec"])
+    assert plan.steps == round(0.02 * 60 * 0.8 * plan.images_per_s / 2) > 1
+    assert [p.name for p in (tiny.out / "codec" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert "the same command goes on from here" in capsys.readouterr().out
+    assert state(tiny)["done"] == [] and not (tiny.out / "codec-speed").exists()
+    with pytest.raises(UserError, match=r"other flags \(total_minutes, prior.width\)"):
+        now(dataclasses.replace(tiny, total_minutes=1.0, prior=dataclasses.replace(tiny.prior, width=9)))
+
+    monkeypatch.undo()
+    assert now(tiny) == 0
+    assert Plan(**state(tiny)["plans"]["codec"]) == plan and len(state(tiny)["done"]) == 6
+    assert f"from step 1 to {plan.steps}" in capsys.readouterr().out
+    codec, start = Codec.load(tiny.out / "photo.safetensors"), Codec.load(tiny.start_from)
+    assert codec.config == start.config and codec.model_id != start.model_id
+    assert codec.priors is not None and codec.priors.context is not None
+    pixels = find_images(tiny.val)[0].read().pixels
+    assert torch.isfinite(codec.encode(pad(pixels, codec.factor)[None]).mean).all()
+    for name in ("trained", "start"):
+        found = json.loads((tiny.out / "figure" / name / "rd.json").read_text())
+        assert found["about"]["images"] == 2
+
+    assert now(tiny) == 0  # nothing is left to do
+    assert capsys.readouterr().out.splitlines() == [f"done: {tiny.out / 'photo.safetensors'}"]
+
+
+def test_no_stage_starts_with_too_little_time(tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = dataclasses.replace(tiny, out=tmp_path / "run", finish_minutes=11.0)
+    assert now(recipe) == 0
+    assert "and 11 are kept" in capsys.readouterr().out
+    assert not (recipe.out / "codec").exists()
+
+
+def test_the_clock_runs_from_the_start_of_the_process() -> None:
+    assert Clock(time.monotonic() - 60, 5.0).left == pytest.approx(4.0, abs=0.1)
+
+
+def test_steps_and_learning_rate_follow_from_the_batch(tiny: Recipe, model_file: Path) -> None:
+    preset = preset_of(Codec.load(model_file).config)
+    plain = dataclasses.replace(tiny, compile=None)
+    rates = [codec_config(plain, preset, batch, 1000, True).learning_rate for batch in (8, 32, 256)]
+    assert rates == pytest.approx([4e-4, 8e-4, 1e-3])
+    config = codec_config(plain, preset, 64, 1000, True)
+    assert config.compile and config.channels_last and not config.closed_form and config.lr_warmup_steps == 100
+    assert not codec_config(plain, preset, 64, 1000, False).compile
+    assert Plan(steps=1000, batch_size=64, images_per_s=640.0).every(2.0) == 1200
+
+
+def test_what_no_plan_can_be_made_of_is_refused(tiny: Recipe) -> None:
+    for name, value in (("minutes", 0.1), ("total_minutes", 0.0), ("prior_share", 1.0), ("probe_steps", 3)):
+        with pytest.raises(UserError, match=name):
+            program.check(dataclasses.replace(tiny, **{name: value}))
+    config: CodecConfig = conv().codec
+    assert isinstance(config.backbone, ConvConfig)
+    with pytest.raises(UserError, match="lite models with a gaussian posterior, not conv"):
+        preset_of(config)

@@ -1,0 +1,240 @@
+"""How near a training step comes to what its own convolutions and products reach alone on the device."""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
+
+from latent_codec.codec import Codec
+from latent_codec.errors import UserError
+from tools.report import machine, report
+from train import vae
+from train.accelerate_state import accelerate_as
+from train.config import ELBOConfig, TrainConfig
+from train.objectives import ELBO
+from train.recipe import preset_of
+from train.runs import Run
+
+LEAST_SHARE = 0.5
+"""Of the attainable rate, what a training step should reach."""
+
+
+class Shape(NamedTuple):
+    """What stands for a tensor of a recorded product."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self, device: str) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device).normal_()
+
+
+class Product(NamedTuple):
+    """One kind of convolution, matrix product or gradient of one, as autograd and autocast really call it."""
+
+    name: str
+    sizes: tuple[tuple[int, ...], ...]
+    dtype: str
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    flops: int
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every product that PyTorch counts operations of; the same one again is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: dict[str, Product] = {}
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        counted = flop_registry.get(func._overloadpacket)
+        if counted is not None:
+            shapes = tree_map(_shape_of, args)
+            key = f"{func}{shapes}"
+            self.counts[key] += 1
+            if key not in self.products:
+                flops = counted(*args, **(kwargs or {}), out_val=out)
+                found = [t for t in shapes if isinstance(t, Shape)]
+                name = str(func._overloadpacket).removeprefix("aten.")
+                sizes, dtype = tuple(t.size for t in found), str(found[0].dtype).removeprefix("torch.")
+                self.products[key] = Product(name, sizes, dtype, func, shapes, flops)
+        return out
+
+
+def _shape_of(value: Any) -> Any:
+    return Shape(tuple(value.shape), value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSpeed:
+    """Operations per second of a training step, of its convolutions and products each timed alone, and of one matrix
+    product. The step is that of train.vae with images in device memory, from drawing crops to averaged weights."""
+
+    model: str = "photo"
+    batch: int = 256
+    crop: int = 128
+    steps: int = 100
+    """Of a run; the last half of them counts."""
+    rounds: int = 5
+    """Each product is timed so often, in turn; medians count."""
+    matmul: int = 8192
+    """Side of the matrices whose product is the peak."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    precision: Literal["no", "bf16"] = "bf16"
+    compile: bool = True
+    out: Path | None = None
+    """JSON file for the results."""
+
+    def run(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: there is none; give --device cpu, with a small --batch and --matmul")
+        if min(self.batch, self.rounds, self.matmul) < 1 or self.steps < 2:
+            raise UserError(f"--steps {self.steps} must be at least 2, and --batch, --rounds and --matmul at least 1")
+        config = dataclasses.replace(
+            preset_of(Codec.load(self.model).config),
+            closed_form=False,
+            steps=self.steps,
+            batch_size=self.batch,
+            crop=self.crop,
+            compile=self.compile,
+            log_every=self.steps // 2,
+            eval_every=self.steps,
+            save_every=self.steps,
+        )
+        step = self._step_seconds(config)
+        recorder = self._record(config)
+        rows = self._time(recorder)
+        flops = sum(recorder.counts[key] * product.flops for key, product in recorder.products.items())
+        alone = sum(row["seconds_in_all"] for row in rows)
+        peak = self._peak()
+        results: dict[str, dict[str, Any]] = {
+            "step": {"seconds": step, "tflop": flops / 1e12, "tflops": flops / step / 1e12},
+            "products_alone": {"seconds": alone, "tflops": flops / alone / 1e12},
+            "matmul": {"tflops": peak / 1e12},
+            "shares": {
+                "step_of_products_alone": alone / step,
+                "step_of_matmul": flops / step / peak,
+                "products_alone_of_matmul": flops / alone / peak,
+                "least_step_of_products_alone": LEAST_SHARE,
+            },
+        }
+        print(_table(rows, step))
+        fields = ("batch", "crop", "steps", "rounds", "matmul", "precision", "compile")
+        about = {"model": self.model} | {name: getattr(self, name) for name in fields}
+        report(results, about | machine(self.device), self.out, products=rows)
+
+    def _step_seconds(self, config: TrainConfig) -> float:
+        """Of `train.vae` on images of noise, by its own log."""
+        with tempfile.TemporaryDirectory() as name, accelerate_as(self.precision, cpu=self.device == "cpu"):
+            folder = Path(name)
+            random, side = np.random.default_rng(0), max(256, config.crop)
+            (folder / "images").mkdir()
+            for i in range(16):
+                pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / f"{i:02d}.png")
+            config = dataclasses.replace(config, eval_crop=config.crop)
+            code = vae.train(Run(data=(folder / "images",), out=folder / "run", val_images=2, config=config))
+            if code:
+                raise UserError("the run was interrupted before its speed was known")
+            lines = map(json.loads, (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines())
+            speeds = [line["images_per_s"] for line in lines if line["kind"] == "train"]
+        return config.batch_size / speeds[-1]
+
+    def _record(self, config: TrainConfig) -> Recorder:
+        """Forward and backward of one batch, not compiled: what is to be computed, not how."""
+        codec = Codec(config.codec)
+        assert isinstance(config.objective, ELBOConfig)  # the preset's
+        objective = ELBO(config.objective, codec, None).to(self.device).to(memory_format=torch.channels_last)
+        pixels = torch.randint(0, 256, (self.batch, codec.config.image_channels, self.crop, self.crop))
+        labels = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        keys, beta = torch.arange(self.batch, device=self.device), torch.ones((), device=self.device)
+        with Recorder() as recorder:
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                losses = objective(pixels.to(self.device, torch.uint8), keys, labels, beta, False)
+            losses.loss.backward()
+        return recorder
+
+    def _time(self, recorder: Recorder) -> list[dict[str, Any]]:
+        """A row for each kind of product, those that take longest first."""
+        taken: dict[str, list[float]] = {key: [] for key in recorder.products}
+        for round_ in range(self.rounds + 1):
+            for key, product in recorder.products.items():
+                arguments = tree_map(
+                    lambda value: value.make(self.device) if isinstance(value, Shape) else value,
+                    product.arguments,
+                    is_leaf=lambda value: isinstance(value, Shape),
+                )
+                seconds = self._seconds(lambda call=product.call, given=arguments: call(*given))
+                if round_:
+                    taken[key].append(seconds)
+        rows = []
+        for key, product in recorder.products.items():
+            seconds, count = statistics.median(taken[key]), recorder.counts[key]
+            rows.append(
+                {
+                    "product": product.name,
+                    "sizes": product.sizes,
+                    "dtype": product.dtype,
+                    "count": count,
+                    "seconds_in_all": seconds * count,
+                    "tflops": product.flops / seconds / 1e12,
+                }
+            )
+        return sorted(rows, key=lambda row: -row["seconds_in_all"])
+
+    def _peak(self) -> float:
+        """Operations per second of one matrix product, the fastest of the rounds."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        a, b = (torch.randn(self.matmul, self.matmul, device=self.device, dtype=dtype) for _ in range(2))
+        self._seconds(lambda: a @ b)
+        return 2 * self.matmul**3 / min(self._seconds(lambda: a @ b) for _ in range(self.rounds))
+
+    def _seconds(self, call: Callable[[], Any]) -> float:
+        """Of one call. On a GPU ten follow one another between two events, so that launching them hides."""
+        if self.device == "cpu":
+            started = time.perf_counter()
+            call()
+            return time.perf_counter() - started
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()
+        begin.record()
+        for _ in range(_IN_A_ROW):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / _IN_A_ROW
+
+
+_IN_A_ROW = 10
+_SHOWN = 12
+
+
+def _table(rows: list[dict[str, Any]], step: float) -> str:
+    """The products that take longest, with their share of the step."""
+    lines = [f"{'product':22} {'times':>5} {'ms in all':>9} {'of step':>7} {'TFLOP/s':>8}  sizes"]
+    for row in rows[:_SHOWN]:
+        sizes = " ".join("x".join(map(str, size)) for size in row["sizes"])
+        lines.append(
+            f"{row['product'][:22]:22} {row['count']:5} {1e3 * row['seconds_in_all']:9.3f} "
+            f"{row['seconds_in_all'] / step:7.1%} {row['tflops']:8.3f}  {row['dtype']} {sizes}"
+        )
+    if len(rows) > _SHOWN:
+        rest = sum(row["seconds_in_all"] for row in rows[_SHOWN:])
+        lines.append(f"{f'{len(rows) - _SHOWN} more':22} {'':5} {1e3 * rest:9.3f} {rest / step:7.1%}")
+    return "\n".join(lines)

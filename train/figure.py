@@ -1,0 +1,60 @@
+"""Models side by side on a few photographs: bytes against quality, from whole files that are decoded again."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from latent_codec.commands.options import ComputeOptions, load
+from latent_codec.curves import SCALES, Curve, Delta, delta_rate
+from latent_codec.inputs import Source
+from latent_codec.ratedistortion import rate_distortion
+from latent_codec.rd_report import Report
+
+_STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+def draw_figure(sources: Sequence[Source], models: Mapping[str, str], out: Path, device: str) -> None:
+    """Measure models by name, the first against the others; those without a prior write no files and are left out.
+
+    Leaves OUT/NAME/rd.json and rd.png, and the photographs' own bytes in OUT/images.
+    """
+    images = out / "images"
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir(parents=True)
+    for i, source in enumerate(sources):
+        (images / f"{i:03d}{Path(source.name).suffix}").write_bytes(source.read_bytes())
+    reports: dict[str, Report] = {}
+    for name, model in models.items():
+        codec, compute = load(model, ComputeOptions(device=device))
+        if codec.priors is None:
+            print(f"{model}: has no prior, and is left out of the figure", flush=True)
+            continue
+        steps = " ".join(f"{step:g}" for step in _STEPS)
+        reports[name] = rate_distortion(
+            codec,
+            images,
+            compute,
+            steps=_STEPS,
+            sample=0,
+            out=out / name,
+            lpips_net=None,
+            lpips_backbone=None,
+            command=f"latent-codec evaluate {model} {images} --rd --steps {steps} --sample 0 --lpips-net none",
+        )
+        print(f"{name}\n{reports[name].table()}", flush=True)
+    first, *others = reports
+    for other in others:
+        for metric in ("psnr", "ms_ssim"):
+            delta = against(reports[first], reports[other], metric)
+            value = f"none ({delta.reason})" if delta.percent is None else f"{delta.percent:+.1f}%"
+            print(f"delta rate of {first} against {other}, {metric}: {value}", flush=True)
+
+
+def against(tested: Report, anchor: Report, metric: str) -> Delta:
+    """Bjontegaard's delta rate of the best prior's files of one model against another's."""
+    return delta_rate(_curve(anchor, metric), _curve(tested, metric))
+
+
+def _curve(report: Report, metric: str) -> Curve:
+    points = report.curve_points(report.codecs[0])
+    return Curve.of([p.bpp for p in points], [p.distortion[metric] for p in points], SCALES[metric])

@@ -1,0 +1,113 @@
+"""Move a shipped model forward on one GPU, a call at a time: `python -m train.recipe --data TARS --val TAR --out RUN`.
+
+Trains the codec from a model, measures its quantiser, encodes the images, trains the context prior, writes
+RUN/photo.safetensors and a figure on validation photographs beside the model it started from. A call ends within
+--minutes; the same command goes on, until all is done.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import tyro
+
+from latent_codec.config import CodecConfig, LiteConfig
+from latent_codec.errors import UserError
+from train.config import PriorConfig, TrainConfig
+from train.presets import photo
+from train.program import main_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    data: tuple[Path, ...]
+    """Tar shards or folders of images to train on."""
+    val: Path
+    """A tar file or a folder of other images: for the quantiser, and to measure on."""
+    out: Path
+    """The recipe's folder. What is there goes on."""
+    minutes: float
+    """Wall time of this call, from the start of the process: reading, compiling and saving are within it."""
+    total_minutes: float = 30.0
+    """Training time of the whole plan, over all calls, without reading, compiling and measuring. At the speed that the
+    first call measures it is a number of steps, at which the learning rates' cosines end."""
+    prior_share: float = 0.2
+    """Of the training time, what the context prior gets."""
+    start_from: str = "photo"
+    """A `lite` model (a file or a shipped one's name) to start from; its networks and likelihood stay what they are."""
+    batch_size: int | None = None
+    """Crops per step of the codec; by default 256 on a GPU of 16 GiB or more, 64 on a smaller one, 8 on a CPU."""
+    crop: int = 128
+    """Side of the codec's crops, in pixels."""
+    learning_rate: float | None = None
+    """Of the codec; by default the preset's times the square root of how much larger the batch is, up to 0.001."""
+    prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
+    """Of the context prior; steps follow from the plan, and a batch of 8 becomes 256 on a GPU."""
+    compile: bool | None = None
+    """Have torch compile the codec's training step; by default on a GPU."""
+    probe_steps: int = 80
+    """Steps of the throwaway run that measures the speed, the last quarter of which counts."""
+    save_minutes: float = 2.0
+    """Between two checkpoints."""
+    margin_minutes: float = 0.3
+    """Of a call, kept for the last checkpoint."""
+    finish_minutes: float = 1.5
+    """A stage starts only if a call has this much left: some cannot be interrupted, and a network compiles first."""
+    figure_images: int = 24
+    """Validation images of the figure, by the hashes of their names; 0 draws none."""
+
+
+def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int, on_gpu: bool) -> TrainConfig:
+    """The codec's training; `model` holds the parts of the model that it starts from."""
+    rate = min(1e-3, model.learning_rate * (batch_size / model.batch_size) ** 0.5)
+    return dataclasses.replace(
+        model,
+        closed_form=False,
+        steps=steps,
+        batch_size=batch_size,
+        crop=recipe.crop,
+        learning_rate=rate if recipe.learning_rate is None else recipe.learning_rate,
+        lr_warmup_steps=min(500, steps // 10),
+        compile=on_gpu if recipe.compile is None else recipe.compile,
+        keep_checkpoints=1,
+    )
+
+
+def preset_of(codec: CodecConfig) -> TrainConfig:
+    """The preset `photo` with the parts of a `lite` model; raises `UserError` for another."""
+    if not isinstance(codec.backbone, LiteConfig) or codec.bottleneck.kind != "gaussian":
+        raise UserError(
+            f"the recipe trains lite models with a gaussian posterior, not {codec.backbone.kind} and "
+            f"{codec.bottleneck.kind}: use train.vae and train.prior"
+        )
+    return dataclasses.replace(photo(), codec=codec)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise `UserError` for values of which no plan can be made."""
+    if recipe.minutes <= recipe.margin_minutes or recipe.total_minutes <= 0:
+        raise UserError(
+            f"minutes {recipe.minutes:g} must exceed margin_minutes {recipe.margin_minutes:g}, and total_minutes "
+            f"{recipe.total_minutes:g} must be positive"
+        )
+    if not 0 < recipe.prior_share < 1:
+        raise UserError(f"prior_share is {recipe.prior_share:g}; it is a share, between 0 and 1")
+    if recipe.probe_steps < 4:
+        raise UserError(f"probe_steps is {recipe.probe_steps}; the speed of fewer than 4 steps says nothing")
+
+
+def main() -> None:
+    started = time.monotonic()  # before torch is imported
+
+    def work() -> int:
+        recipe = tyro.cli(Recipe, prog="train.recipe", description=__doc__)
+        check(recipe)
+        from train.stages import advance  # imports torch
+
+        return advance(recipe, started)
+
+    main_of("train.recipe", work)
+
+
+if __name__ == "__main__":
+    main()

@@ -217,9 +217,10 @@ def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tm
         ours, theirs = tensors(tmp_path / "run", step), tensors(straight, step)
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            if name.startswith("optimizer/"):
+            # Attention does not depend on to_k's bias; its gradient is rounding.
+            if name.startswith("optimizer/") and "to_k.bias" not in name:
                 scale = float(theirs[name].abs().max())
-                assert float((ours[name] - theirs[name]).abs().max()) <= 1e-3 * scale + 1e-9, (step, name)
+                assert float((ours[name] - theirs[name]).abs().max()) <= 1e-3 * scale + 1e-6, (step, name)
 
 
 def test_the_model_is_exported_without_its_adversary(argv: list[str], straight: Path, tmp_path: Path) -> None:

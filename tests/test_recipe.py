@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tarfile
 import time
 from pathlib import Path
@@ -94,6 +95,25 @@ def test_a_call_cut_by_its_minutes_is_finished_by_the_next(
 
     assert now(tiny) == 0  # nothing is left to do
     assert capsys.readouterr().out.splitlines() == [f"done: {tiny.out / 'photo.safetensors'}"]
+
+
+def test_latents_that_stayed_on_another_machine_are_made_again(
+    tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = dataclasses.replace(tiny, out=tmp_path / "run", figure_images=0)
+    assert now(recipe) == 0
+    found = state(recipe)
+    shutil.rmtree(recipe.out / "latents")
+    shutil.rmtree(recipe.out / "prior")
+    (recipe.out / "recipe.json").write_text(json.dumps(found | {"done": found["done"][:3]}))
+    before = Codec.load(recipe.out / "photo.safetensors")
+    (recipe.out / "photo.safetensors").unlink()
+    capsys.readouterr()
+    assert now(recipe) == 0
+    text = capsys.readouterr().out
+    assert "encode the images" in text and "train the codec" not in text
+    after = Codec.load(recipe.out / "photo.safetensors")
+    assert after.model_id == before.model_id and after.priors is not None and after.priors.context is not None
 
 
 def test_no_stage_starts_with_too_little_time(tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,9 @@ def train(run: Run) -> int:
         optimizer.add_param_group({"params": list(objective.prior.parameters())})
     elif isinstance(objective, ELBO) and objective.adversary is not None:
         modules["discriminator"] = objective.adversary.net
-        optimizer.add_param_group({"params": list(objective.adversary.net.parameters()), "weight_decay": 0.0})
+        theirs = list(objective.adversary.net.parameters())
+        # A moving target wants a short memory (Esser et al. 2021); without decay it rests until the contest begins.
+        optimizer.add_param_group({"params": theirs, "betas": (0.5, 0.9), "weight_decay": 0.0})
     settings = config.objective.codebook if isinstance(config.objective, ELBOConfig) else None
     averages = averages_of(codec, settings)
     if averages is not None:

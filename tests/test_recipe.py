@@ -65,12 +65,12 @@ def test_a_call_cut_by_its_minutes_is_finished_by_the_next(
 ) -> None:
     measured: list[bool] = []
 
-    def minutes(kitchen: Any) -> float:
+    def minutes(of: Any) -> float:
         """Enough to measure the speed, and one step of the training."""
-        measured.append("codec" in kitchen.state.plans)
+        measured.append("codec" in of.state.plans)
         return 1e-5 if measured[-1] else 10.0
 
-    monkeypatch.setattr(stages._Kitchen, "_training_minutes", minutes)
+    monkeypatch.setattr(stages._Stages, "_training_minutes", minutes)
     assert now(tiny) == 0 and measured == [False, True]
     plan = Plan(**state(tiny)["plans"]["codec"])
     assert plan.steps == round(0.02 * 60 * 0.8 * plan.images_per_s / 2) > 1
@@ -121,6 +121,14 @@ def test_no_stage_starts_with_too_little_time(tiny: Recipe, tmp_path: Path, caps
     assert now(recipe) == 0
     assert "and 11 are kept" in capsys.readouterr().out
     assert not (recipe.out / "codec").exists()
+
+
+def test_a_call_too_short_to_measure_the_speed_fails(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages._Stages, "_training_minutes", lambda _: 1e-5)
+    assert now(dataclasses.replace(tiny, out=tmp_path / "run")) == 1
+    assert "give more --minutes" in capsys.readouterr().out
 
 
 def test_the_clock_runs_from_the_start_of_the_process() -> None:

@@ -213,17 +213,18 @@ def _finish(
     run: Run, codec: Codec, net: ContextNet, crops: LatentCrops, log: RunLog, described: dict[str, Any]
 ) -> None:
     """Freeze the prior, count its tables on training latents, measure it, and write the model."""
-    config, net = run.config, net.cpu().eval()
+    config, device = run.config, crops.packed.device
+    net.eval()
     assert codec.priors is not None
     start, coded = logistic_tables(), []
     for batch in crops.batches(config.count_images, config.batch_size, config.seed + 1):
         drawn = net.draw(batch.means, batch.keys, config.step_range, config.dithered)
-        for image in passes(net.freeze(start), _quantized(net, drawn), "cpu"):
+        for image in passes(net.freeze(start), _quantized(net, drawn), str(device)):  # exact on every device
             coded += image
     tables = counted_tables(start, *(np.concatenate(part) for part in zip(*coded, strict=True)))
     codec.priors = codec.priors._replace(context=net.freeze(tables))
     if run.val:
-        held_out = LatentCrops(run.val, crops.model_id, config.crop)
+        held_out = LatentCrops(run.val, crops.model_id, config.crop, device)
         for step in _MEASURED:
             log.write("eval", config.steps, _measure(net, codec.priors, held_out, step, config))
     codec.provenance = codec.provenance | {"prior": described | {"git_commit": git_commit()}}
@@ -246,7 +247,7 @@ def _measure(
         total["float"] += net.bits(drawn).sum().item() * config.crop**2
         for kind in ("context", "factorized"):
             prior = priors.choose(kind)
-            coded = passes(prior, _quantized(net, drawn), "cpu")
+            coded = passes(prior, _quantized(net, drawn), str(held_out.packed.device))
             total[kind] += sum(ideal_bits(prior, image) for image in coded)
     values = {f"{name}_bits": bits / len(held_out) / config.crop**2 for name, bits in total.items()}
     return {"step": step} | values | {"saved": 1 - total["context"] / total["factorized"]}

@@ -51,7 +51,7 @@ class Recipe:
     """Between two checkpoints."""
     margin_minutes: float = 0.3
     """Of a call, kept for the last checkpoint."""
-    finish_minutes: float = 1.5
+    finish_minutes: float = 2.0
     """A stage starts only if a call has this much left: some cannot be interrupted, and a network compiles first."""
     figure_images: int = 24
     """Validation images of the figure, by the hashes of their names; 0 draws none."""

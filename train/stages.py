@@ -95,8 +95,9 @@ class State:
 def advance(recipe: Recipe, started: float) -> int:
     """Go on with a recipe until it is done or the call's minutes are over; the exit code, 0 for both.
 
-    `started` is what `time.monotonic` said when the process began. Raises `UserError` as the programs do, and if there
-    are several processes.
+    It is 128 + a signal's number after one, and 1 if a whole call is too short to measure a speed. `started` is what
+    `time.monotonic` said when the process began. Raises `UserError` as the programs do, and if there are several
+    processes.
     """
     if recipe.figure_images:
         check_extra()
@@ -107,33 +108,34 @@ def advance(recipe: Recipe, started: float) -> int:
         raise UserError(f"the recipe is for one process, not {processes}: start train.vae and train.prior on several")
     make_folder(recipe.out)
     start = Codec.load(recipe.start_from)
-    kitchen = _Kitchen(recipe, Clock(started, recipe.minutes), State(recipe, start.model_id), start, device)
-    stages: dict[str, Callable[[], None]] = {
-        "train the codec": kitchen.train_codec,
-        "measure the quantiser": kitchen.measure_quantizer,
-        "encode the images": kitchen.encode_images,
-        "train the prior": kitchen.train_prior,
-        "write the model": kitchen.write_model,
-        "draw the figure": kitchen.draw_figure,
+    stages = _Stages(recipe, Clock(started, recipe.minutes), State(recipe, start.model_id), start, device)
+    work_of: dict[str, Callable[[], None]] = {
+        "train the codec": stages.train_codec,
+        "measure the quantiser": stages.measure_quantizer,
+        "encode the images": stages.encode_images,
+        "train the prior": stages.train_prior,
+        "write the model": stages.write_model,
+        "draw the figure": stages.draw_figure,
     }
-    for name, work in stages.items():
-        if name in kitchen.state.done and not (work == kitchen.encode_images and kitchen.lacks_latents):
+    for name, work in work_of.items():
+        if name in stages.state.done and not (work == stages.encode_images and stages.lacks_latents):
             continue
         try:
-            kitchen.need(recipe.finish_minutes)
-            print(f"{name}: {kitchen.clock.left:.1f} minutes left of this call", flush=True)
+            stages.need(recipe.finish_minutes)
+            print(f"{name}: {stages.clock.left:.1f} minutes left of this call", flush=True)
             work()
         except EndOfCallError as end:
             print(f"{name}: {end}; the same command goes on from here", flush=True)
             return end.code
-        kitchen.state.done = [*kitchen.state.done, *([] if name in kitchen.state.done else [name])]
-        kitchen.state.write()
-    print(f"done: {kitchen.model}")
+        stages.state.done = [*stages.state.done, *([] if name in stages.state.done else [name])]
+        stages.state.write()
+        stages.advanced = True
+    print(f"done: {stages.model}")
     return 0
 
 
 @dataclasses.dataclass
-class _Kitchen:
+class _Stages:
     """A method for each stage; one that has not come to its end raises `EndOfCallError`."""
 
     recipe: Recipe
@@ -141,6 +143,8 @@ class _Kitchen:
     state: State
     start: Codec
     device: torch.device
+    advanced: bool = False
+    """Whether this call has brought a stage to its end."""
 
     @property
     def model(self) -> Path:

@@ -268,7 +268,8 @@ class _Stages:
         folder, steps = self.recipe.out / f"{name}-speed", self.recipe.probe_steps
         shutil.rmtree(folder, ignore_errors=True)
         run(Plan(steps, batch_size, 1e6 * batch_size), folder)  # with no save before its end
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = folder / "log.jsonl"  # none was written if the first window was not reached
+        lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else [])
         speeds = [line["images_per_s"] for line in lines if line["kind"] == "train" and line["step"] > steps // 2]
         if not speeds:
             raise EndOfCallError(

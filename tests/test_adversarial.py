@@ -151,6 +151,7 @@ def test_before_the_start_there_is_no_contest() -> None:
     [
         ({"adversarial_weight": -1.0}, "adversarial_weight"),
         ({"adversarial_start": -1}, "adversarial_start"),
+        ({"adversarial_start": 24_000}, "not below steps 24000"),
         ({"discriminator_width": 48}, "multiple of 32"),
         ({"discriminator_layers": 8}, "crop 256 is too small"),
     ],

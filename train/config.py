@@ -264,10 +264,8 @@ def _check_adversarial(adversarial: AdversarialConfig, config: TrainConfig) -> N
     for name in ("adversarial_start", "adversarial_weight", "most_weight"):
         if (value := getattr(adversarial, name)) < 0:
             raise UserError(f"{name} is {value}; it must not be negative")
-    if adversarial.adversarial_start >= config.steps > 0:
-        raise UserError(
-            f"adversarial_start {adversarial.adversarial_start} is not below steps {config.steps}, so it would not begin"
-        )
+    if (start := adversarial.adversarial_start) >= config.steps > 0:
+        raise UserError(f"adversarial_start {start} is not below steps {config.steps}, so there would be no contest")
     width, layers = adversarial.discriminator_width, adversarial.discriminator_layers
     if width < 32 or width % 32 or layers < 1:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.export import export
-from train.adversarial import Adversary, PatchDiscriminator, last_weight, scores_along
+from train.adversarial import Adversary, Contest, PatchDiscriminator, last_weight, scores_along
 from train.config import AdversarialConfig, check
 from train.objectives import ELBO, Losses
 from train.presets import kl_f8c4
@@ -202,6 +203,26 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(argv: list[str], straight
     process.wait()
     run(argv, tmp_path / "run")
     assert_same_tensors(tensors(tmp_path / "run", 5), tensors(straight, 5))
+
+
+def test_a_gradient_of_the_discriminator_that_is_not_finite_skips_the_step(
+    argv: list[str], straight: Path, tmp_path: Path
+) -> None:
+    run(argv, tmp_path / "run", patch=_spoil)
+    assert [line["skipped"] for line in log_lines(tmp_path / "run", "train")] == [0, 0, 1, 2, 3]
+    assert_same_tensors(tensors(tmp_path / "run", 5), tensors(straight, 2))
+
+
+def _spoil() -> None:
+    """The discriminator's loss stays as it is and its gradient becomes NaN."""
+    real = Adversary.forward
+
+    def forward(self: Adversary, *args: Any) -> Contest:
+        played = real(self, *args)
+        nothing = (0 * self.net.score.weight.sum()).sqrt() if args[-1] else 0.0
+        return played._replace(discriminator=played.discriminator + nothing)
+
+    Adversary.forward = forward
 
 
 def _stall() -> None:

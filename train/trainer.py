@@ -88,6 +88,9 @@ class Trainer:
         self.config, self.out, self.accelerator, self.log = config, out, accelerator, log
         self.objective, self.modules, self.optimizer = objective, modules, optimizer
         self.trained, self.ema = list(modules.values())[:2]
+        own = {id(p) for p in self.trained.parameters()}
+        # A context prior or a discriminator, whose gradients are not scaled down but must be finite, too.
+        self._beside = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
         self.progress, self.task, self.after_step = progress, task, after_step
         self.steps = Steps(accelerator, optimizer, Skipped(progress.skipped, progress.skipped_in_a_row))
 
@@ -141,11 +144,15 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.trained.parameters(), limit)
         assert norm is not None
         taken = self.progress.step - self.steps.skipped  # before this one
-        finite = self.steps.take(losses.loss, norm)
+        finite = self.steps.take(losses.loss, norm, *self._norm_beside())
         if self.after_step is not None and bool(finite):
             self.after_step(losses, self.progress.step + 1)
         self._update_ema(finite, taken)
         return Step(losses, norm)
+
+    def _norm_beside(self) -> list[torch.Tensor]:
+        gradients = [p.grad for p in self._beside if p.grad is not None]
+        return [torch.nn.utils.get_total_norm(gradients)] if gradients else []
 
     @torch.no_grad()
     def _update_ema(self, finite: torch.Tensor, taken: torch.Tensor) -> None:

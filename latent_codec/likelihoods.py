@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, logsigmoid
+from torch.nn.functional import log_softmax, logsigmoid, softplus
 
 from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.noise import uniforms
@@ -57,7 +57,7 @@ class Likelihood(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Per element, (b, c, h, w), from params (p, b, c, h, w)."""
+        """Per element, (..., b, c, h, w), from params (p, ..., b, c, h, w) and x (b, c, h, w)."""
 
     @abc.abstractmethod
     def _mean(self, params: torch.Tensor) -> torch.Tensor: ...
@@ -66,11 +66,17 @@ class Likelihood(nn.Module, abc.ABC):
     def _sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor: ...
 
     def log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """log p(x given z) in nats per image, (b,) float32; params (b, p * c, h, w), x (b, c, h, w)."""
+        """log p(x given z) in nats per image, (b,) float32; params (b, p * c, h, w), x (b, c, h, w).
+
+        Of n z for each image, (n * b,): params are then (n * b, p * c, h, w), those of all images' first z first.
+        """
         if not torch.compiler.is_compiling():
             self.check(x)
         with float32_island(x):
-            return self._log_prob(self._split(params), x.float()).flatten(1).sum(1)
+            split = self._split(params)
+            if len(params) > len(x):
+                split = split.unflatten(1, (-1, len(x)))  # (p, n, b, c, h, w)
+            return self._log_prob(split, x.float()).flatten(-3).sum(-1).flatten()
 
     def mean(self, params: torch.Tensor) -> torch.Tensor:
         """The expected pixel, (b, c, h, w) float32 in this likelihood's range."""
@@ -250,7 +256,7 @@ class Bernoulli(Likelihood):
             )
 
     def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return -binary_cross_entropy_with_logits(params[0], x, reduction="none")
+        return -softplus((1 - 2 * x) * params[0])
 
     def _mean(self, params: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(params[0])

@@ -76,6 +76,9 @@ class IWAEConfig:
     kind: ClassVar[str] = "iwae"
     samples: int
     """Latents drawn for each image; with 1 it is the ELBO, its KL estimated by the same sample."""
+    gradient_samples: int = 0
+    """How many of them the gradient goes through, drawn in proportion to their weights: the same gradient on average,
+    for a third of the arithmetic. 0: all of them, each with its weight."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,6 +226,9 @@ def check(config: TrainConfig) -> None:
     if isinstance(config.objective, IWAEConfig):
         if config.objective.samples < 1:
             raise UserError(f"samples is {config.objective.samples}; it must be at least 1")
+        if not 0 <= config.objective.gradient_samples <= config.objective.samples:
+            found, limit = config.objective.gradient_samples, config.objective.samples
+            raise UserError(f"gradient_samples is {found}; it must be from 0 to the {limit} samples")
         if config.codec.bottleneck.kind != "gaussian":
             kind = config.codec.bottleneck.kind
             raise UserError(f"iwae weighs draws from a gaussian posterior, which {kind} has not: take an elbo")
@@ -303,11 +309,7 @@ def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
 def _check_bottleneck(config: TrainConfig) -> None:
     """Raise `UserError` for parts of the objective that this bottleneck has nothing for."""
     objective, kind = config.objective, config.codec.bottleneck.kind
-    if isinstance(objective, IWAEConfig):
-        if kind != "gaussian":
-            raise UserError(f"importance samples need a Gaussian posterior, which a {kind} bottleneck has not")
-        return
-    if isinstance(objective, JointConfig):
+    if not isinstance(objective, ELBOConfig):
         return
     if (kind == "vq") != (objective.codebook is not None):
         raise UserError(

@@ -18,6 +18,7 @@ from train.config import ELBOConfig, IWAEConfig
 # What a key is folded with; the posterior's noise uses the key as it is.
 STEP = 1  # the quantiser's step
 PIXELS = 2  # drawn pixels
+CHOSEN = 3  # samples that a gradient goes through
 
 
 class Losses(NamedTuple):
@@ -158,8 +159,10 @@ class ELBO(nn.Module):
 class IWAE(nn.Module):
     """Minus the importance-weighted bound of k samples, in nats per image (Burda et al. 2016, eq. 8).
 
-    -log (1/k) sum_i p(x given z_i) p(z_i) / q(z_i given x); a batch's loss is the average of its images'. `nll` and
-    `kl` in its losses are those of the same model's ELBO.
+    -log (1/k) sum_i w_i, w_i = p(x given z_i) p(z_i) / q(z_i given x); a batch's loss is the average of its images'.
+    Its gradient is the average of grad log w_i by the normalised weights (eq. 14). With `gradient_samples` it is that
+    of as many samples drawn by those weights, the same in expectation: k samples only pass forward. `nll` and `kl` in
+    its losses are those of the same model's ELBO.
     """
 
     def __init__(self, config: IWAEConfig, codec: Codec) -> None:
@@ -171,21 +174,30 @@ class IWAE(nn.Module):
         self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
     ) -> Losses:
         """As `ELBO.forward`; `beta` must be 1 and is not used."""
-        codec, k = self.codec, self.config.samples
+        codec, k, few = self.codec, self.config.samples, self.config.gradient_samples
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
         posterior = codec.encode(x, labels)
         assert isinstance(posterior, DiagonalGaussian)
         noise = normal(keys, (k, *posterior.mean.shape[1:])).transpose(0, 1)  # (k, b, z, h/f, w/f)
-        z = posterior.mean + posterior.std * noise
-        params = codec.likelihood_params(z.flatten(0, 1), labels.repeat(k))  # (k * b, params * c, h, w)
-        copies = x.expand(k, *x.shape).flatten(0, 1)  # (k * b, c, h, w)
-        log_prob = codec.likelihood.log_prob(params, copies).unflatten(0, (k, -1))  # (k, b)
-        bound = torch.logsumexp(log_prob + posterior.log_ratio(z), 0) - math.log(k)  # (b,)
-        loss = -bound.mean()
+        if few == 0:
+            log_prob, log_weight = self._weigh(x, posterior, noise, labels)  # (k, b) each
+            bound = torch.logsumexp(log_weight, 0) - math.log(k)  # (b,)
+            loss = -bound.mean()
+        else:
+            with torch.no_grad():  # in parts that a cache holds
+                parts = [self._weigh(x, posterior, part, labels) for part in noise.split(max(few, k // 10))]
+                log_prob, log_weight = (torch.cat(found) for found in zip(*parts, strict=True))
+                bound = torch.logsumexp(log_weight, 0) - math.log(k)
+                chosen = resampled(log_weight, few, uniform(fold(keys, CHOSEN)))  # (few, b)
+                noise_of = noise.gather(0, chosen[..., None, None, None].expand(-1, *noise.shape[1:]))
+            through = self._weigh(x, posterior, noise_of, labels)[1].mean(0)  # (b,)
+            loss = -(bound + through - through.detach()).mean()
         with torch.no_grad():
             mse = torch.full((), math.nan, device=x.device)
             if measure:
-                mse = (signed(codec, codec.likelihood.mean(params)) - signed(codec, copies)).square().mean() / 4
+                z = posterior.mean + posterior.std * noise[0]
+                decoded = codec.likelihood.mean(codec.likelihood_params(z, labels))
+                mse = (signed(codec, decoded) - signed(codec, x)).square().mean() / 4
             mean, zero = posterior.mean.detach(), torch.zeros((), device=x.device)
             return Losses(
                 loss=loss,
@@ -201,6 +213,26 @@ class IWAE(nn.Module):
                 code_use=torch.ones(1, 1, device=x.device),
                 contest=torch.stack(no_contest(x)),
             )
+
+    def _weigh(
+        self, x: torch.Tensor, posterior: DiagonalGaussian, noise: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p(x given z) and log w, (n, b) each, of noise (n, b, z, h/f, w/f)."""
+        n = len(noise)
+        z = posterior.mean + posterior.std * noise
+        params = self.codec.likelihood_params(z.flatten(0, 1), labels.repeat(n))  # (n * b, params * c, h, w)
+        log_prob = self.codec.likelihood.log_prob(params, x).unflatten(0, (n, -1))  # (n, b)
+        return log_prob, log_prob + posterior.log_ratio(z)
+
+
+def resampled(log_weight: torch.Tensor, n: int, offset: torch.Tensor) -> torch.Tensor:
+    """Which of k samples are drawn, (n, b) int64, by weights (k, b) that need no common scale; offset (b,) in [0, 1).
+
+    Systematic resampling (Kitagawa 1996): a share w of the weight is drawn floor(n w) or ceil(n w) times, n w on average.
+    """
+    upto = torch.softmax(log_weight.double(), 0).cumsum(0).t().contiguous()  # (b, k)
+    at = (torch.arange(n, device=upto.device) + offset[:, None]) / n  # (b, n)
+    return torch.searchsorted(upto, at, right=True).clamp(max=len(log_weight) - 1).t()
 
 
 def signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from latent_codec.noise import normal
 from train.config import IWAEConfig
-from train.objectives import ELBO, IWAE
+from train.objectives import ELBO, IWAE, resampled
 from train.presets import mnist_vae
 
 SIDE, Z, SIGMA = 2, 2, 0.5
@@ -96,3 +96,45 @@ def test_the_gradient_is_that_of_the_weighted_samples() -> None:
     for i, gradient in enumerate(found):
         expected = -sum(w * part[i] for w, part in zip(weights, parts, strict=True))
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_through_a_few_samples_is_that_of_all_on_average() -> None:
+    codec, many = linear(), torch.arange(20_000)
+    image = PIXELS[:1].expand(len(many), -1, -1, -1)
+    parameters = list(codec.parameters())
+
+    def gradient(few: int) -> list[torch.Tensor]:
+        objective = IWAE(IWAEConfig(samples=6, gradient_samples=few), codec)
+        loss = objective(image, many, torch.zeros_like(many), torch.tensor(1.0), False).loss
+        losses.append(loss.item())
+        return list(torch.autograd.grad(loss, parameters))
+
+    losses: list[float] = []
+    exact = gradient(0)
+    for few in (1, 2):
+        size = max(g.abs().max().item() for g in exact)
+        for found, expected in zip(gradient(few), exact, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * size)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)  # the loss is the bound, however few
+    elbo = ELBO(mnist_vae().objective, codec, None)  # pyright: ignore[reportArgumentType]
+    other = torch.autograd.grad(elbo(image, many, torch.zeros_like(many), torch.tensor(1.0), False).loss, parameters)
+    difference = max((a - b).abs().max().item() for a, b in zip(other, exact, strict=True))
+    assert difference > 0.1 * max(g.abs().max().item() for g in exact)  # unlike that of samples weighed alike
+
+
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_samples_are_drawn_by_their_weights(n: int) -> None:
+    """Each floor(n w) or ceil(n w) times, and n w on average."""
+    weights = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    offset = (torch.arange(1000) + 0.5) / 1000
+    drawn = resampled(weights.log()[:, None].expand(-1, 1000) + 80, n, offset)  # weights need no common scale
+    assert drawn.shape == (n, 1000)
+    counts = torch.stack([(drawn == i).sum(0) for i in range(4)]).double()  # (4, 1000)
+    torch.testing.assert_close(counts.mean(1).float(), n * weights, rtol=0, atol=2e-3)
+    assert bool((counts >= (n * weights).floor()[:, None]).all() and (counts <= (n * weights).ceil()[:, None]).all())
+
+
+@pytest.mark.parametrize("offset", [0.0, 1 - 2.0**-53])
+def test_one_sample_decides_where_the_others_weigh_nothing(offset: float) -> None:
+    drawn = resampled(torch.tensor([[-1e4], [0.0], [-1e4]]), 4, torch.tensor([offset], dtype=torch.float64))
+    assert drawn.flatten().tolist() == [1] * 4

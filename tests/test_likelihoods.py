@@ -233,6 +233,15 @@ def test_bernoulli_samples_have_the_mean_as_frequency() -> None:
 
 
 @everyone
+def test_log_prob_of_several_latents_of_each_image(name: str) -> None:
+    likelihood = ALL[name]
+    params, x = random_params(name, 15, 2, 4, 6), random_pixels(name, 3, 2, 4, 6)
+    found = likelihood.log_prob(params, x)
+    torch.testing.assert_close(found, likelihood.log_prob(params, x.repeat(5, 1, 1, 1)))
+    assert found.shape == (15,)
+
+
+@everyone
 def test_log_prob_is_summed_over_features_and_not_over_the_batch(name: str) -> None:
     likelihood = ALL[name]
     params, x = random_params(name, 3, 2, 4, 6), random_pixels(name, 3, 2, 4, 6)

@@ -30,6 +30,7 @@ SMALL = flags(
     "--encoder-widths 12 --decoder-widths 12 --latent-channels 4 --batch-size 8 --steps 12 --save-every 6 "
     "--log-every 1 --eval-every 12 --val-images 4 --lr-schedule cosine --learning-rate 0.01"
 )
+SAMPLES = flags("--samples 5 --gradient-samples 2")
 COMPUTE = Compute(device="cpu", dtype="float32", batch_size=8, workers=1)
 
 
@@ -56,7 +57,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def iwae(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "iwae"
-    run(["mnist_iwae", *SMALL, "--samples", "3", "--data", str(digits)], out)
+    run(["mnist_iwae", *SMALL, *SAMPLES, "--data", str(digits)], out)
     return out
 
 
@@ -68,14 +69,14 @@ def test_the_bound_falls_from_that_of_the_mean_image(iwae: Path) -> None:
 
 def test_two_processes_train_what_one_does(digits: Path, iwae: Path, tmp_path: Path) -> None:
     """Law 5, of an objective that draws several latents and its pixels."""
-    run_ranks(["mnist_iwae", *SMALL, "--samples", "3", "--data", str(digits)], tmp_path / "two", 2)
+    run_ranks(["mnist_iwae", *SMALL, *SAMPLES, "--data", str(digits)], tmp_path / "two", 2)
     one, two = tensors(iwae, 12), tensors(tmp_path / "two", 12)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(digits: Path, iwae: Path, tmp_path: Path) -> None:
-    argv = ["mnist_iwae", *SMALL, "--samples", "3", "--data", str(digits)]
+    argv = ["mnist_iwae", *SMALL, *SAMPLES, "--data", str(digits)]
     process = start(argv, tmp_path / "cut")
     process.wait_for(lambda: checkpoint(tmp_path / "cut", 6).exists())
     process.signal(9)
@@ -149,6 +150,7 @@ def test_draws_are_weighed_of_a_gaussian_posterior_alone() -> None:
     ("change", "message"),
     [
         ("mnist_iwae --samples 0", "samples is 0; it must be at least 1"),
+        ("mnist_iwae --gradient-samples 51", "gradient_samples is 51; it must be from 0 to the 50 samples"),
         ("mnist_vae --lr-schedule stages --lr-warmup-steps 5", "lr_warmup_steps is 5; stages have no warm-up"),
         ("mnist_cvae --val-images 4 --classes 0 2", "class '1', but the model knows 0, 2"),
         ("mnist_vae --lpips-weight 1", "LPIPS compares RGB images, and the model's have 1 channels"),

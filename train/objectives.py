@@ -228,11 +228,12 @@ class IWAE(nn.Module):
 def resampled(log_weight: torch.Tensor, n: int, offset: torch.Tensor) -> torch.Tensor:
     """Which of k samples are drawn, (n, b) int64, by weights (k, b) that need no common scale; offset (b,) in [0, 1).
 
-    Systematic resampling (Kitagawa 1996): a share w of the weight is drawn floor(n w) or ceil(n w) times, n w on average.
+    Systematic resampling (Kitagawa 1996): a share w of the weight is drawn floor(n w) or ceil(n w) times.
     """
     upto = torch.softmax(log_weight.double(), 0).cumsum(0).t().contiguous()  # (b, k)
-    at = (torch.arange(n, device=upto.device) + offset[:, None]) / n  # (b, n)
-    return torch.searchsorted(upto, at, right=True).clamp(max=len(log_weight) - 1).t()
+    upto = upto / upto[:, -1:]  # (0, 1] is the samples' that weigh anything, to the bit
+    at = (torch.arange(1, n + 1, device=upto.device) - offset[:, None]) / n  # (b, n) in (0, 1]
+    return torch.searchsorted(upto, at).t()
 
 
 def signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:

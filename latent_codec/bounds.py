@@ -62,18 +62,18 @@ def bounds(
     for start in range(0, k, each):
         samples = torch.arange(start, min(start + each, k))
         n = len(samples)
-        noise = normal(fold(keys[:, None], samples).flatten().to(x.device), tuple(posterior.mean.shape[1:]))
-        many = _repeated(posterior, n)  # (b * n, z, h/f, w/f)
-        params = codec.likelihood_params(many.sample(noise), None if labels is None else labels.repeat_interleave(n))
-        found = codec.likelihood.log_prob(params, x.repeat_interleave(n, 0))
-        log_likelihoods.append(found.double().cpu().view(b, n))
-        log_ratios.append(_log_ratio(many, noise).cpu().view(b, n))
+        noise = normal(fold(keys, samples[:, None]).flatten().to(x.device), tuple(posterior.mean.shape[1:]))
+        many = _repeated(posterior, n)  # (n * b, z, h/f, w/f)
+        params = codec.likelihood_params(many.sample(noise), None if labels is None else labels.repeat(n))
+        found = codec.likelihood.log_prob(params, x)
+        log_likelihoods.append(found.double().cpu().view(n, b).t())
+        log_ratios.append(_log_ratio(many, noise).cpu().view(n, b).t())
     log_likelihood = torch.cat(log_likelihoods, 1)
     return Bounds(log_likelihood, log_likelihood - torch.cat(log_ratios, 1), posterior.kl().double().cpu())
 
 
 def _repeated(posterior: DiagonalGaussian, n: int) -> DiagonalGaussian:
-    return DiagonalGaussian(posterior.mean.repeat_interleave(n, 0), posterior.logvar.repeat_interleave(n, 0))
+    return DiagonalGaussian(posterior.mean.repeat(n, 1, 1, 1), posterior.logvar.repeat(n, 1, 1, 1))
 
 
 def _log_ratio(posterior: DiagonalGaussian, noise: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ from latent_codec.noise import fold, normal, text_key, uniform
 from latent_codec.shard_reader import ShardReader, Span
 
 _FLIP = 1  # what a key is used for, beside the noise
+_CACHED = 2**18
+"""Bytes that are still in a processor's cache when they are looked at again."""
 
 
 class _Kind(NamedTuple):
@@ -75,6 +79,14 @@ class LatentBatch(NamedTuple):
     paths: list[str]
     labels: torch.Tensor  # (b,) int64, as in `LatentSample`
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As `Moments`."""
+        return _batch, (self.z, self.paths, self.labels.tolist())
+
+
+def _batch(z: torch.Tensor, paths: list[str], labels: list[int]) -> LatentBatch:
+    return LatentBatch(z, paths, torch.tensor(labels))
+
 
 class Moments(NamedTuple):
     """Posteriors of images of one size as they are stored, and what `Latents.draw` draws by."""
@@ -86,8 +98,16 @@ class Moments(NamedTuple):
     labels: torch.Tensor  # (b,) int64, as in `LatentSample`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes each tensor is a file handle: small ones go as lists."""
-        return _moments, (self.mean, self.logvar, self.keys.tolist(), self.paths, self.labels.tolist())
+        """Between processes each tensor is a file handle, which takes as long as reading does: small ones go as lists,
+        and the halves of one as one.
+        """
+        mean, logvar = self.mean, self.logvar
+        one = mean.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
+        if one and mean.is_contiguous() and logvar.storage_offset() == mean.storage_offset() + mean.numel():
+            both = mean.as_strided((2, *mean.shape), (mean.numel(), *mean.stride()))
+        else:
+            both = torch.stack([mean, logvar])
+        return _moments, (both, self.keys.tolist(), self.paths, self.labels.tolist())
 
     def to(self, device: torch.device | str) -> "Moments":
         mean, logvar, keys, labels = (
@@ -96,8 +116,8 @@ class Moments(NamedTuple):
         return Moments(mean, logvar, keys, self.paths, labels)
 
 
-def _moments(mean: torch.Tensor, logvar: torch.Tensor, keys: list[int], paths: list[str], labels: list[int]) -> Moments:
-    return Moments(mean, logvar, torch.tensor(keys), paths, torch.tensor(labels))
+def _moments(both: torch.Tensor, keys: list[int], paths: list[str], labels: list[int]) -> Moments:
+    return Moments(*both, torch.tensor(keys), paths, torch.tensor(labels))
 
 
 class Latents(Dataset[LatentSample]):
@@ -138,12 +158,10 @@ class Latents(Dataset[LatentSample]):
         """Names of the folders at the top, sorted; their places here are the labels."""
         numbers = {None: -1} | {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[e.label] for e in self.entries], dtype=torch.int64)  # (n,)
-        self._reader = ShardReader(self.folder)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
+        self.shapes = [latent_size(e.geometry, self.header.factor) for e in self.entries]
         """(height, width) of each image's latents, for `batches.ShapeBatches`."""
-        return [self._size(index) for index in range(len(self.entries))]
+        self._keys = torch.tensor([text_key(e.path) for e in self.entries], dtype=torch.int64)  # (n,)
+        self._reader = ShardReader(self.folder)
 
     def set_epoch(self, epoch: int) -> None:
         """Draws of different epochs are independent.
@@ -171,7 +189,7 @@ class Latents(Dataset[LatentSample]):
         rows, epoch = indices if isinstance(indices, Rows) else (indices, self.epoch)
         by_size: dict[tuple[int, int], list[int]] = {}
         for index in rows:
-            by_size.setdefault(self._size(index), []).append(index)
+            by_size.setdefault(self.shapes[index], []).append(index)
         found: dict[int, LatentSample] = {}
         for same in by_size.values():
             moments = self.moments(Rows(tuple(same), epoch))
@@ -181,10 +199,11 @@ class Latents(Dataset[LatentSample]):
 
     def moments(self, rows: Rows) -> Moments:
         """The posteriors of images of one size, to be drawn elsewhere: on a GPU noise costs next to nothing."""
+        chosen = torch.tensor(rows.indices)
         paths = [self.entries[index].path for index in rows.indices]
-        keys = fold(self.seed, rows.epoch, torch.tensor([text_key(path) for path in paths]))
+        keys = fold(self.seed, rows.epoch, self._keys[chosen])
         flips = uniform(fold(keys, _FLIP)) < 0.5 if self.flip else torch.zeros(len(keys), dtype=torch.bool)
-        return Moments(*self._read(rows.indices, flips.tolist()), keys, paths, self.labels[list(rows.indices)])
+        return Moments(*self._read(rows.indices, flips.tolist()), keys, paths, self.labels[chosen])
 
     def draw(self, moments: Moments) -> torch.Tensor:
         """mean + std * noise, scaled if it was asked for, (b, z, h, w) float32 on the moments' device."""
@@ -197,37 +216,36 @@ class Latents(Dataset[LatentSample]):
 
     def _read(self, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         """Means and log-variances of images of one size, mirrored or not, (b, z, h, w) of the stored type each."""
-        kind, size = _KINDS[self.header.dtype], self._size(indices[0])
-        spans: dict[tuple[str, bool], tuple[Span, Span]] = {}
-        both, values, bits = torch.empty(0), np.empty(0, np.uint8), np.empty(0, kind.bits)
-        entry = self.entries[indices[0]]
+        kind, size = _KINDS[self.header.dtype], self.shapes[indices[0]]
+        both, values = torch.empty(0), np.empty(0, np.uint8)
+        entries = [self.entries[index] for index in indices]
+        order = sorted((e.shard, flips[i], e.row, i) for i, e in enumerate(entries))  # as they lie on the disk
+        entry = entries[0]
         with _naming(lambda: entry):
-            for place in sorted(range(len(indices)), key=lambda i: self._place(indices[i])):  # as they lie on the disk
-                entry, flip = self.entries[indices[place]], flips[place]
-                if self._size(indices[place]) != size:
-                    raise UserError(f"{entry.path}: its latents are no {size} as {self.entries[indices[0]].path}'s")
-                if (entry.shard, flip) not in spans:
-                    spans[entry.shard, flip] = self._spans(entry.shard, size, flip)
-                found = spans[entry.shard, flip]
-                if not both.numel():
-                    both = _empty((2, len(indices), *found[0].shape[1:]), kind.dtype)
-                    values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
-                    bits = values.view(kind.bits)  # (2, b, z, h, w)
-                elif found[0].shape[1] != both.shape[2]:
-                    raise ValueError(f"it holds {found[0].shape[1]} channels, others {both.shape[2]}")
-                for part, span in enumerate(found):
-                    self._reader.read(entry.shard, span, entry.row, values[part, place])
-                if (bits[:, place] & kind.magnitude).max() >= kind.infinity:  # while it is in the processor's cache
+            for (shard, flip), run in groupby(order, itemgetter(0, 1)):
+                found: tuple[Span, Span] | None = None
+                for _, _, row, place in run:
+                    entry = entries[place]
+                    if self.shapes[indices[place]] != size:
+                        raise UserError(f"{entry.path}: its latents are no {size} as {entries[0].path}'s")
+                    if found is None:
+                        found = self._spans(shard, size, flip)
+                        if not both.numel():
+                            both = _empty((2, len(indices), *found[0].shape[1:]), kind.dtype)
+                            values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
+                        elif found[0].shape[1] != both.shape[2]:
+                            raise ValueError(f"it holds {found[0].shape[1]} channels, others {both.shape[2]}")
+                    self._reader.read(shard, found, row, (values[0, place], values[1, place]))
+            bits = values.view(kind.bits)  # (2, b, z, h, w)
+            for first in range(0, len(indices), step := max(1, _CACHED // bits[:, 0].nbytes)):
+                some = bits[:, first : first + step]
+                if (some & kind.magnitude).max() >= kind.infinity:
+                    worst = (some & kind.magnitude).max((0, 2, 3, 4))
+                    entry = entries[first + int((worst >= kind.infinity).argmax())]
                     raise UserError(
                         f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again"
                     )
         return both[0], both[1]
-
-    def _place(self, index: int) -> tuple[str, int]:
-        return self.entries[index].shard, self.entries[index].row
-
-    def _size(self, index: int) -> tuple[int, int]:
-        return latent_size(self.entries[index].geometry, self.header.factor)
 
     def _spans(self, shard: str, size: tuple[int, int], flip: bool) -> tuple[Span, Span]:
         """Where means and log-variances of a size are in a shard, (n, z, h, w) both; raises as `ShardReader.span`."""

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,16 +54,21 @@ class ShardReader:
             raise ValueError(f"it holds no tensor {name}")
         return spans[name]
 
-    def read(self, shard: str, span: Span, row: int, out: np.ndarray) -> None:
-        """Row `row` of a tensor of two or more dimensions into `out`, uint8 of its size; raises as `span` does."""
-        if row >= span.shape[0]:
-            raise ValueError(f"row {row} of {span.shape[0]}")
+    def read(self, shard: str, spans: Sequence[Span], row: int, outs: Sequence[np.ndarray]) -> None:
+        """Row `row` of each of some tensors of two or more dimensions into its `out`, uint8 of the row's size.
+
+        Raises as `span` does.
+        """
         file = self._files(shard)
         if file.size != self._headers(shard)[0]:
             self._headers.cache_clear()
             raise ValueError("it is another one than before")
-        if os.preadv(file.handle, [out.data], span.start + row * out.nbytes) != out.nbytes:
-            raise ValueError("it ends within a row")
+        for span, out in zip(spans, outs, strict=True):
+            if row >= span.shape[0]:
+                raise ValueError(f"row {row} of {span.shape[0]}")
+            size = out.nbytes
+            if os.preadv(file.handle, (out.data,), span.start + row * size) != size:
+                raise ValueError("it ends within a row")
 
     def _open(self, shard: str) -> "_File":
         return _File(self.folder / shard)

@@ -114,6 +114,22 @@ def test_a_pickled_copy_draws_the_same(latents: Latents) -> None:
         assert torch.equal(copy[i].z, sample.z) and copy[i][1:] == sample[1:]
 
 
+def test_what_workers_hand_over_is_one_tensor_and_comes_out_the_same(latents: Latents) -> None:
+    same = tuple(i for i, shape in enumerate(latents.shapes) if shape == latents.shapes[0])
+    moments = latents.moments(Rows(same, 1))
+    halved = Moments(moments.mean[::2], moments.logvar[::2], moments.keys[::2], moments.paths[::2], moments.labels[::2])
+    apart = Moments(moments.mean.clone(), moments.logvar.clone(), *moments[2:])
+    swapped = Moments(moments.logvar, moments.mean, *moments[2:])
+    for given in (moments, halved, apart, swapped, latents[Rows(same, 1)]):
+        assert sum(isinstance(part, torch.Tensor) for part in given.__reduce__()[1]) == 1
+        copy = pickle.loads(pickle.dumps(given))
+        assert type(copy) is type(given)
+        for one, other in zip(given, copy, strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    both = moments.__reduce__()[1][0]
+    assert both.data_ptr() == moments.mean.data_ptr()  # not copied
+
+
 def test_a_damaged_row_is_named_in_a_batch(codec: Codec, tmp_path: Path) -> None:
     store(tmp_path, codec, PATHS, "float16")
     latents = Latents(tmp_path)

@@ -28,7 +28,7 @@ def row_of(reader: ShardReader, shard: str, name: str, row: int) -> np.ndarray:
     span = reader.span(shard, name)
     item = {"F32": np.float32, "F16": np.float16}[span.dtype]
     out = np.empty(span.shape[1:], item)
-    reader.read(shard, span, row, out.view(np.uint8))
+    reader.read(shard, (span,), row, (out.view(np.uint8),))
     return out
 
 

@@ -17,6 +17,8 @@ class LinearConfig:
     kind: ClassVar[str] = "linear"
     patch: int
     """Pixels per latent element along one side (the downsampling factor)."""
+    lap: int = 0
+    """Pixels that a patch reaches beyond its own on each side, 0 to `patch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class LiteConfig:
     """Residual blocks of each resolution, finest first."""
     decoder_widths: tuple[int, ...]
     decoder_depths: tuple[int, ...]
+    lap: int = 0
+    """Pixels that a patch of the linear path reaches beyond its own on each side, 0 to `patch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

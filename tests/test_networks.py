@@ -504,6 +504,35 @@ def test_a_linear_latent_sees_exactly_its_patch() -> None:
     assert (gradient[..., 8:12, 12:16] != 0).all()
 
 
+def test_a_lapped_latent_sees_and_makes_pixels_around_its_patch() -> None:
+    network = LinearBackbone(LinearConfig(patch=4, lap=2), 3, 2, 2, 1, 0)
+    x = torch.rand((1, 3, 20, 24), generator=seeded(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(network.encode(x)[0, :, 2, 3].sum(), x)
+    assert support(gradient) == (6, 13, 10, 17)
+    z = torch.rand((1, 2, 5, 6), generator=seeded(1)).requires_grad_()
+    assert network.decode(z).shape == (1, 3, 20, 24)
+    (gradient,) = torch.autograd.grad(network.decode(z)[0, :, 8:12, 12:16].sum(), z)
+    assert support(gradient) == (1, 3, 2, 4)
+    assert network.encoder_margin == network.decoder_margin == 1
+
+
+def test_laps_weigh_nothing_in_the_closed_form() -> None:
+    moments = photograph_moments(3, 4)
+    plain, lapped = (LinearBackbone(LinearConfig(patch=4, lap=lap), 3, 6, 2, 1, 0) for lap in (0, 3))
+    for network in (plain, lapped):
+        network.start_from_closed_form(moments, 0.1)
+    x = torch.rand((2, 3, 12, 16), generator=seeded(2))
+    torch.testing.assert_close(lapped.encode(x), plain.encode(x), rtol=1e-4, atol=1e-4)
+    z = plain.encode(x).chunk(2, 1)[0]
+    torch.testing.assert_close(lapped.decode(z), plain.decode(z), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lap", [-1, 5])
+def test_a_lap_beyond_the_next_patch_is_refused(lap: int) -> None:
+    with pytest.raises(ValueError, match=f"lap {lap} must be from 0 to the patch of 4 pixels"):
+        LinearBackbone(LinearConfig(patch=4, lap=lap), 3, 2, 2, 1, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_leaves_a_linear_path_in_float32(dtype: torch.dtype) -> None:
     network = LinearBackbone(LinearConfig(patch=4), 3, 6, 2, 1, 0)

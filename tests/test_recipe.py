@@ -6,14 +6,14 @@ import shutil
 import tarfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from tiny_run import write_images
 
 from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig
+from latent_codec.config import CodecConfig, ConvConfig, LiteConfig
 from latent_codec.errors import UserError
 from latent_codec.images import pad
 from latent_codec.inputs import find_images
@@ -85,7 +85,8 @@ def test_a_call_cut_by_its_minutes_is_finished_by_the_next(
     assert Plan(**state(tiny)["plans"]["codec"]) == plan and len(state(tiny)["done"]) == 6
     assert f"from step 1 to {plan.steps}" in capsys.readouterr().out
     codec, start = Codec.load(tiny.out / "photo.safetensors"), Codec.load(tiny.start_from)
-    assert codec.config == start.config and codec.model_id != start.model_id
+    assert codec.config == preset_of(start.config).codec and codec.model_id != start.model_id
+    assert codec.config.backbone == dataclasses.replace(cast(LiteConfig, start.config.backbone), lap=4)
     assert codec.priors is not None and codec.priors.context is not None
     pixels = find_images(tiny.val)[0].read().pixels
     assert torch.isfinite(codec.encode(pad(pixels, codec.factor)[None]).mean).all()

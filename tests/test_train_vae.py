@@ -646,6 +646,19 @@ def test_a_run_may_start_from_a_model(argv: list[str], straight: Straight, tmp_p
     assert json.loads((tmp_path / "run" / "config.json").read_text())["start_from"] == wanted.model_id
 
 
+def test_a_start_from_a_model_gives_its_patches_laps(argv: list[str], straight: Straight, tmp_path: Path) -> None:
+    model = checkpoint(straight.out, STEPS) / "ema.safetensors"
+    run([*argv, *flags("--steps 1 --learning-rate 1e-12 --lap 4"), "--start-from", str(model)], tmp_path / "run")
+    started, wanted = Codec.load(checkpoint(tmp_path / "run", 1) / "codec.safetensors"), Codec.load(model)
+    assert started.state_dict()["backbone.linear.encoder.weight"].shape[-1] == 16
+    x = torch.rand((1, 3, 32, 40), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(started.encode(x).mean, wanted.encode(x).mean, rtol=1e-4, atol=1e-4)
+    z = wanted.encode(x).mean
+    torch.testing.assert_close(started.decode(z), wanted.decode(z), rtol=1e-4, atol=1e-4)
+    less = [*argv, *flags("--lap 0"), "--start-from", str(checkpoint(tmp_path / "run", 1) / "codec.safetensors")]
+    assert "its backbone or channels are others" in refused(less, tmp_path / "less")
+
+
 def test_a_start_from_a_model_of_another_shape_is_refused(argv: list[str], straight: Straight, tmp_path: Path) -> None:
     model = checkpoint(straight.out, STEPS) / "ema.safetensors"
     other = [*argv, *flags("--latent-channels 5"), "--start-from", str(model)]

@@ -21,7 +21,7 @@ from train.config import AdversarialConfig, CodebookConfig, ELBOConfig, IWAEConf
 
 
 def photo() -> TrainConfig:
-    """The shipped codec: lite, f8, 32 channels, a fixed rate-distortion trade-off, closed-form start."""
+    """The shipped codec's kind: lite, f8, 32 channels, a fixed rate-distortion trade-off, closed-form start."""
     return TrainConfig(
         codec=CodecConfig(
             image_channels=3,
@@ -33,6 +33,7 @@ def photo() -> TrainConfig:
                 encoder_depths=(1, 2),
                 decoder_widths=(64, 192),
                 decoder_depths=(2, 3),
+                lap=4,
             ),
             bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
             likelihood=GaussianConfig(scale="fixed", sigma=0.08),

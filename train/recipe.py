@@ -34,7 +34,8 @@ class Recipe:
     prior_share: float = 0.2
     """Of the training time, what the context prior gets."""
     start_from: str = "photo"
-    """A `lite` model (a file or a shipped one's name) to start from; its networks and likelihood stay what they are."""
+    """A `lite` model (a file or a shipped one's name) to start from. Its networks and likelihood stay, but patches lap
+    as the preset's."""
     batch_size: int | None = None
     """Crops per step of the codec; by default 256 on a GPU of 16 GiB or more, 64 on a smaller one, 8 on a CPU."""
     crop: int = 128
@@ -74,13 +75,17 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
 
 
 def preset_of(codec: CodecConfig) -> TrainConfig:
-    """The preset `photo` with the parts of a `lite` model; raises `UserError` for another."""
+    """The preset `photo` with the parts of a `lite` model, lapped as the preset; raises `UserError` for another."""
     if not isinstance(codec.backbone, LiteConfig) or codec.bottleneck.kind != "gaussian":
         raise UserError(
             f"the recipe trains lite models with a gaussian posterior, not {codec.backbone.kind} and "
             f"{codec.bottleneck.kind}: use train.vae and train.prior"
         )
-    return dataclasses.replace(photo(), codec=codec)
+    base = photo()
+    assert isinstance(base.codec.backbone, LiteConfig)
+    lap = min(max(codec.backbone.lap, base.codec.backbone.lap), codec.backbone.patch)
+    backbone = dataclasses.replace(codec.backbone, lap=lap)
+    return dataclasses.replace(base, codec=dataclasses.replace(codec, backbone=backbone))
 
 
 def check(recipe: Recipe) -> None:

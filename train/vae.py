@@ -5,6 +5,7 @@ Rerunning the same command resumes. Precision and the number of processes come f
 """
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,10 +16,11 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.nn.functional import pad
 
 from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
-from latent_codec.config import to_json
+from latent_codec.config import LinearConfig, LiteConfig, to_json
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source
 from latent_codec.modelfile import check_state
@@ -190,12 +192,21 @@ class VAETask:
 
 
 def start_from_model(codec: Codec, source: str) -> None:
-    """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts."""
+    """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts.
+
+    Its linear patches may reach less far: what is new weighs nothing.
+    """
     model = Codec.load(source)
-    if (model.config.backbone, model.config.latent_channels) != (codec.config.backbone, codec.config.latent_channels):
+    state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
+    if isinstance(backbone, LinearConfig | LiteConfig) and type(backbone) is type(own) and backbone.lap < own.lap:
+        grow = own.lap - backbone.lap
+        wider = {name for name, tensor in codec.state_dict().items() if tensor.shape != state[name].shape}
+        state |= {name: pad(state[name], (grow,) * 4) for name in wider}
+        backbone = dataclasses.replace(backbone, lap=own.lap)
+    if (backbone, model.config.latent_channels) != (own, codec.config.latent_channels):
         raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
-    check_state(codec.state_dict(), model.state_dict(), f"--start-from {source}")
-    codec.load_state_dict(model.state_dict())
+    check_state(codec.state_dict(), state, f"--start-from {source}")
+    codec.load_state_dict(state)
 
 
 def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:

@@ -21,13 +21,11 @@ class PatchMoments(NamedTuple):
 
 
 class LinearBackbone(nn.Module):
-    """Strided convolution in, its transpose out; a latent element sees exactly one patch.
+    """Strided convolution in, its transpose out; a latent element sees one patch and `lap` pixels around it.
 
     Both run in the precision of the weights whatever autocast does: strong components are known to a hundredth of
     their range, which bfloat16's 8 bits would drown.
     """
-
-    encoder_margin = decoder_margin = 0
 
     def __init__(
         self,
@@ -41,13 +39,17 @@ class LinearBackbone(nn.Module):
         super().__init__()
         if classes:
             raise ValueError(f"linear: principal components have no place for {classes} classes; take another backbone")
-        self.factor = config.patch
+        if not 0 <= config.lap <= config.patch:
+            raise ValueError(f"linear: lap {config.lap} must be from 0 to the patch of {config.patch} pixels")
+        self.factor, self.lap = config.patch, config.lap
+        self.encoder_margin = self.decoder_margin = min(self.lap, 1)
+        side = config.patch + 2 * config.lap
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.encoder = nn.Conv2d(
-            image_channels, features_per_latent * latent_channels, config.patch, stride=config.patch
+            image_channels, features_per_latent * latent_channels, side, stride=config.patch, padding=config.lap
         )
         self.decoder = nn.ConvTranspose2d(
-            latent_channels, params_per_channel * image_channels, config.patch, stride=config.patch
+            latent_channels, params_per_channel * image_channels, side, stride=config.patch, padding=config.lap
         )
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,16 +97,20 @@ class LinearBackbone(nn.Module):
     def _set(
         self, moments: PatchMoments, project: torch.Tensor, back: torch.Tensor, logvar: torch.Tensor | None
     ) -> None:
-        """Both convolutions from matrices (d, z) around the mean; log-variances (z,) where there are any."""
+        """Both convolutions from matrices (d, z) around the mean; log-variances (z,) where there are any.
+
+        What a patch sees beyond its own pixels weighs nothing yet.
+        """
         z, p, c = self.latent_channels, self.factor, self.image_channels
-        weight = torch.zeros(self.encoder.weight.shape, dtype=torch.float64)  # (features, c, p, p)
+        own = slice(self.lap, self.lap + p)
+        weight = torch.zeros(self.encoder.weight.shape, dtype=torch.float64)  # (features, c, p + 2 lap, p + 2 lap)
         bias = torch.zeros(weight.shape[0], dtype=torch.float64)
-        weight[:z] = project.T.reshape(z, c, p, p)
+        weight[:z, :, own, own] = project.T.reshape(z, c, p, p)
         bias[:z] = -(moments.mean.repeat_interleave(p * p) @ project)
         if weight.shape[0] == 2 * z and logvar is not None:
             bias[z:] = logvar
-        out = torch.zeros(self.decoder.weight.shape, dtype=torch.float64)  # (z, params * c, p, p)
-        out[:, :c] = back.T.reshape(z, c, p, p)
+        out = torch.zeros(self.decoder.weight.shape, dtype=torch.float64)  # (z, params * c, p + 2 lap, p + 2 lap)
+        out[:, :c, own, own] = back.T.reshape(z, c, p, p)
         out_bias = torch.zeros(out.shape[1], dtype=torch.float64)
         out_bias[:c] = moments.mean
         self.load_state_dict(

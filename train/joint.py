@@ -56,9 +56,9 @@ class Joint(nn.Module):
 
     q_s(z given x) = N(mean, s^2 std^2); p_s is the context prior's density at step s. As a coarser quantiser's error
     grows with s^2, so may the likelihood's: for each image NLL / s^2 + KL(q_s, p_s) (the multi-rate objective that a
-    beta of s^2 makes of the VAE's, Higgins et al. 2017), and all of it times s, NLL / s + s KL: bits fall about as
-    1 / s, so a percent of them weighs the same at all steps. The KL is -log p_s of the one sample, less the entropy of
-    q_s (Balle et al. 2017, eq. 13, with Gaussian noise and a prior that sees its context).
+    beta of s^2 makes of the VAE's, Higgins et al. 2017), and all of it times s^2 where s is below 1, so that neither
+    end outweighs the other. The KL is -log p_s of the one sample, less the entropy of q_s (Balle et al. 2017, eq. 13,
+    with Gaussian noise and a prior that sees its context).
 
     The decoder also learns the mode quantised at s, and the prior the integers that a bitstream would hold; both
     change nothing for the encoder.
@@ -90,8 +90,8 @@ class Joint(nn.Module):
         nll_mode = -codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)  # (b,)
         integers = prior.bits(rounded) * mode.shape[2:].numel() * math.log(2)  # (b,) nats
 
-        distortion = (nll + self.config.mode_weight * nll_mode) / step
-        loss = (distortion + step * (beta * kl + integers)).mean()
+        coarse, fine = step.clamp(min=1).square().reciprocal(), step.clamp(max=1).square()
+        loss = (coarse * (nll + self.config.mode_weight * nll_mode) + fine * (beta * kl + integers)).mean()
         with torch.no_grad():
             mse = torch.full((), math.nan, device=x.device)
             if measure:
@@ -101,7 +101,7 @@ class Joint(nn.Module):
                 loss=loss,
                 nll=nll.mean(),
                 kl=kl.mean(),
-                nll_mode=(nll_mode / step).mean(),
+                nll_mode=(coarse * nll_mode).mean(),
                 lpips=zero,
                 mse=mse,
                 clamped=posterior.clamped,

@@ -117,7 +117,7 @@ class Moments(NamedTuple):
 
 
 def _moments(both: torch.Tensor, keys: list[int], paths: list[str], labels: list[int]) -> Moments:
-    return Moments(*both, torch.tensor(keys), paths, torch.tensor(labels))
+    return Moments(both[0], both[1], torch.tensor(keys), paths, torch.tensor(labels))
 
 
 class Latents(Dataset[LatentSample]):

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
-from latent_codec.config import LinearConfig, LiteConfig, to_json
+from latent_codec.config import LiteConfig, to_json
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source
 from latent_codec.modelfile import check_state
@@ -194,15 +194,14 @@ class VAETask:
 def start_from_model(codec: Codec, source: str) -> None:
     """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts.
 
-    Its linear patches may reach less far: what is new weighs nothing.
+    The linear patches of a `lite` may reach less far: what is new weighs nothing.
     """
     model = Codec.load(source)
     state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
-    if isinstance(backbone, LinearConfig | LiteConfig) and type(backbone) is type(own) and backbone.lap < own.lap:
-        grow = own.lap - backbone.lap
-        wider = {name for name, tensor in codec.state_dict().items() if tensor.shape != state[name].shape}
-        state |= {name: pad(state[name], (grow,) * 4) for name in wider}
-        backbone = dataclasses.replace(backbone, lap=own.lap)
+    if isinstance(backbone, LiteConfig) and isinstance(own, LiteConfig) and backbone.lap < own.lap:
+        grow, backbone = own.lap - backbone.lap, dataclasses.replace(backbone, lap=own.lap)
+        for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
+            state[name] = pad(state[name], (grow,) * 4)
     if (backbone, model.config.latent_channels) != (own, codec.config.latent_channels):
         raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
     check_state(codec.state_dict(), state, f"--start-from {source}")

@@ -26,7 +26,9 @@ from train.presets import photo, photo_joint
 from train.prior import make_net
 
 Z = 4
-CONFIG = JointConfig(noise_steps=(0.5, 2.0), mode_weight=1.0, prior_groups=(1, 3), prior_width=8)
+CONFIG = JointConfig(
+    noise_steps=(0.5, 2.0), mode_weight=1.0, prior_groups=(1, 3), prior_width=8, prior_learning_rate=0.004
+)
 SHAPE = ContextConfig(groups=CONFIG.prior_groups, width=CONFIG.prior_width)
 STATISTICS = LatentStatistics(
     source="made up", images=2, mean=(0.0,) * Z, std=(1.0, 4.0, 2.0, 3.0), posterior_std=(0.5, 0.5, 0.25, 0.25)
@@ -249,6 +251,7 @@ def test_what_a_prior_cannot_start_from_is_refused(straight: Path, model: Path, 
         ({"mode_weight": -1.0}, "mode_weight"),
         ({"prior_groups": (4, 8)}, "add up to the 32"),
         ({"prior_width": 113}, "prior_width"),
+        ({"prior_learning_rate": 0.0}, "prior_learning_rate"),
     ],
 )
 def test_wrong_values_are_refused(fields: dict[str, object], message: str) -> None:
@@ -268,6 +271,29 @@ def test_a_model_without_a_quantiser_is_refused(tmp_path: Path) -> None:
     codec.save(tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="no quantiser"):
         prior_of(CONFIG, str(tmp_path / "bare.safetensors"))
+
+
+def test_a_prior_that_orders_channels_its_own_way_is_thawed_in_that_order(model: Path, tmp_path: Path) -> None:
+    codec = Codec.load(model)
+    assert codec.priors is not None and codec.priors.context is not None and codec.statistics is not None
+    order = codec.priors.context.order[::-1].copy()
+    net = ContextNet(SHAPE, codec.priors.base, codec.statistics, order)
+    codec.priors = codec.priors._replace(context=net.freeze(codec.priors.context.tables))
+    codec.save(tmp_path / "m.safetensors")
+    assert prior_of(CONFIG, str(tmp_path / "m.safetensors")).order.tolist() == order.tolist()
+
+
+def test_the_prior_learns_at_a_rate_of_its_own(argv: list[str], model: Path, tmp_path: Path) -> None:
+    """Adam's first step is as long as the learning rate."""
+    start, codecs = prior_of(CONFIG, str(model)).state_dict(), []
+    for rate in (1e-3, 1e-5):
+        out = tmp_path / f"{rate:g}"
+        run([*argv, *flags(f"--steps 1 --lr-warmup-steps 0 --prior-learning-rate {rate:g}")], out)
+        found = tensors(out, 1)
+        moved = max((found[f"prior/{k}"] - v).abs().max().item() for k, v in start.items() if k.startswith("nets"))
+        assert moved == pytest.approx(rate, rel=0.05)
+        codecs.append({name: value for name, value in found.items() if name.startswith("codec/")})
+    assert_same_tensors(*codecs)
 
 
 def test_a_context_net_without_an_order_takes_the_strongest_first() -> None:

@@ -96,6 +96,8 @@ class JointConfig:
     """Latent channels of each group of the context prior, those with most bits first."""
     prior_width: int
     """Features of the context prior's layers, at most 112."""
+    prior_learning_rate: float
+    """Of the context prior, on the codec's schedule: it has to follow latents that move."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +304,8 @@ def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
         raise UserError(
             f"prior_groups {joint.prior_groups} must be positive and add up to the {channels} latent channels"
         )
+    if not joint.prior_learning_rate > 0:
+        raise UserError(f"prior_learning_rate is {joint.prior_learning_rate}; it must be positive")
     if not 1 <= joint.prior_width <= 112:
         raise UserError(f"prior_width is {joint.prior_width}; it must be from 1 to 112, or sums would not be exact")
 

@@ -26,8 +26,10 @@ MEASURED = (0.5, 1.0, 2.0)
 class TrainedPrior(ContextNet):
     """A context prior in training that a run's checkpoints hold, `prior.safetensors`."""
 
-    def __init__(self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics) -> None:
-        super().__init__(config, base, statistics)
+    def __init__(
+        self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
+    ) -> None:
+        super().__init__(config, base, statistics, order)
         self.register_buffer("channels", torch.from_numpy(self.order))  # for those that go on from the weights
 
     def save(self, path: Path) -> None:
@@ -42,12 +44,11 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     model = Codec.load(source)
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
-    net = TrainedPrior(
-        ContextConfig(groups=config.prior_groups, width=config.prior_width), model.priors.base, model.statistics
-    )
-    context = model.priors.context
-    if context is not None and context.config == net.config:
-        net.thaw(context)
+    wanted, context = ContextConfig(groups=config.prior_groups, width=config.prior_width), model.priors.context
+    if context is None or context.config != wanted:
+        return TrainedPrior(wanted, model.priors.base, model.statistics)
+    net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)
+    net.thaw(context)
     return net
 
 

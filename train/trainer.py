@@ -19,6 +19,9 @@ from train.logs import RunLog
 from train.schedules import LearningRate, learning_rate_at
 from train.steps import Skipped, Steps
 
+RATE = "rate"
+"""In a group of an optimizer's parameters: what their learning rate is of the schedule's."""
+
 
 class LoopConfig(LearningRate, Protocol):
     """What the loop wants of a run's configuration; the fields are explained in `train.config.TrainConfig`."""
@@ -128,7 +131,7 @@ class Trainer:
         """One optimizer step, or one step that all processes skip together; a GPU may still be at it afterwards."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(config, self.progress.step)
+            group["lr"] = learning_rate_at(config, self.progress.step) * group.get(RATE, 1.0)
         arguments = self.task.arguments(self.progress.step, measure)
         micro: list[Any] = []
         for i in range(config.accumulation):

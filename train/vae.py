@@ -41,7 +41,7 @@ from train.presets import PRESETS
 from train.program import main_of, run_of_preset
 from train.runs import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.schedules import beta_at
-from train.trainer import Trainer
+from train.trainer import RATE, Trainer
 from train.validation import Validation, active_channels
 
 
@@ -80,7 +80,8 @@ def train(run: Run) -> int:
     modules: dict[str, Saved] = {"codec": codec, "ema": ema}
     if isinstance(objective, Joint):
         modules["prior"] = objective.prior  # pyright: ignore[reportArgumentType]
-        optimizer.add_param_group({"params": list(objective.prior.parameters())})
+        rate = objective.config.prior_learning_rate / config.learning_rate
+        optimizer.add_param_group({"params": list(objective.prior.parameters()), RATE: rate})
     elif isinstance(objective, ELBO) and objective.adversary is not None:
         modules["discriminator"] = objective.adversary.net
         theirs = list(objective.adversary.net.parameters())

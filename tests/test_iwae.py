@@ -138,3 +138,15 @@ def test_samples_are_drawn_by_their_weights(n: int) -> None:
 def test_one_sample_decides_where_the_others_weigh_nothing(offset: float) -> None:
     drawn = resampled(torch.tensor([[-1e4], [0.0], [-1e4]]), 4, torch.tensor([offset], dtype=torch.float64))
     assert drawn.flatten().tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_make_a_loss_that_is_none(bad: float) -> None:
+    """Which a step leaves out, where a sample that is not there would end the run."""
+    drawn = resampled(torch.full((3, 2), bad), 2, torch.tensor([0.0, 0.9]))
+    assert bool(((drawn >= 0) & (drawn < 3)).all())
+    codec = linear()
+    with torch.no_grad():
+        codec.backbone.decoder.bias.fill_(bad)
+    objective = IWAE(IWAEConfig(samples=3, gradient_samples=2), codec)
+    assert not torch.isfinite(objective(PIXELS, KEYS, torch.zeros_like(KEYS), torch.tensor(1.0), False).loss)

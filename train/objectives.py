@@ -233,7 +233,7 @@ def resampled(log_weight: torch.Tensor, n: int, offset: torch.Tensor) -> torch.T
     upto = torch.softmax(log_weight.double(), 0).cumsum(0).t().contiguous()  # (b, k)
     upto = upto / upto[:, -1:]  # (0, 1] is the samples' that weigh anything, to the bit
     at = (torch.arange(1, n + 1, device=upto.device) - offset[:, None]) / n  # (b, n) in (0, 1]
-    return torch.searchsorted(upto, at).t()
+    return torch.searchsorted(upto, at).clamp(max=len(log_weight) - 1).t()  # where weights are NaN, any will do
 
 
 def signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:

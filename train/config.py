@@ -78,7 +78,7 @@ class IWAEConfig:
     """Latents drawn for each image; with 1 it is the ELBO, its KL estimated by the same sample."""
     gradient_samples: int = 0
     """How many of them the gradient goes through, drawn in proportion to their weights: the same gradient on average,
-    for a third of the arithmetic. 0: all of them, each with its weight."""
+    at half the cost. 0: all of them, each with its weight."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

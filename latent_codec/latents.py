@@ -217,34 +217,27 @@ class Latents(Dataset[LatentSample]):
     def _read(self, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         """Means and log-variances of images of one size, mirrored or not, (b, z, h, w) of the stored type each."""
         kind, size = _KINDS[self.header.dtype], self.shapes[indices[0]]
-        both, values = torch.empty(0), np.empty(0, np.uint8)
         entries = [self.entries[index] for index in indices]
+        for entry, index in zip(entries, indices, strict=True):
+            if self.shapes[index] != size:
+                raise UserError(f"{entry.path}: its latents are no {size} as {entries[0].path}'s")
+        both, values = torch.empty(0), np.empty(0, np.uint8)
         order = sorted((e.shard, flips[i], e.row, i) for i, e in enumerate(entries))  # as they lie on the disk
         entry = entries[0]
         with _naming(lambda: entry):
-            for (shard, flip), run in groupby(order, itemgetter(0, 1)):
-                found: tuple[Span, Span] | None = None
+            for (shard, flip), rows in groupby(order, itemgetter(0, 1)):
+                run = list(rows)
+                entry = entries[run[0][3]]
+                found = self._spans(shard, size, flip)
+                if not both.numel():
+                    both = _empty((2, len(indices), *found[0].shape[1:]), kind.dtype)
+                    values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
+                elif found[0].shape[1] != both.shape[2]:
+                    raise ValueError(f"it holds {found[0].shape[1]} channels, others {both.shape[2]}")
                 for _, _, row, place in run:
                     entry = entries[place]
-                    if self.shapes[indices[place]] != size:
-                        raise UserError(f"{entry.path}: its latents are no {size} as {entries[0].path}'s")
-                    if found is None:
-                        found = self._spans(shard, size, flip)
-                        if not both.numel():
-                            both = _empty((2, len(indices), *found[0].shape[1:]), kind.dtype)
-                            values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
-                        elif found[0].shape[1] != both.shape[2]:
-                            raise ValueError(f"it holds {found[0].shape[1]} channels, others {both.shape[2]}")
                     self._reader.read(shard, found, row, (values[0, place], values[1, place]))
-            bits = values.view(kind.bits)  # (2, b, z, h, w)
-            for first in range(0, len(indices), step := max(1, _CACHED // bits[:, 0].nbytes)):
-                some = bits[:, first : first + step]
-                if (some & kind.magnitude).max() >= kind.infinity:
-                    worst = (some & kind.magnitude).max((0, 2, 3, 4))
-                    entry = entries[first + int((worst >= kind.infinity).argmax())]
-                    raise UserError(
-                        f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again"
-                    )
+        _check_finite(entries, values.view(kind.bits), kind)
         return both[0], both[1]
 
     def _spans(self, shard: str, size: tuple[int, int], flip: bool) -> tuple[Span, Span]:
@@ -254,6 +247,16 @@ class Latents(Dataset[LatentSample]):
         if not fits or not mean.dtype == logvar.dtype == _KINDS[self.header.dtype].name:
             raise ValueError(f"it holds {mean.dtype} {mean.shape} and {logvar.dtype} {logvar.shape}")
         return mean, logvar
+
+
+def _check_finite(entries: Sequence[Entry], bits: np.ndarray, kind: _Kind) -> None:
+    """Raise `UserError` for the first image whose numbers, as bits (2, b, z, h, w), are not all finite."""
+    step = max(1, _CACHED // bits[:, 0].nbytes)
+    for first in range(0, len(entries), step):
+        magnitudes = bits[:, first : first + step] & kind.magnitude
+        if magnitudes.max() >= kind.infinity:
+            entry = entries[first + int((magnitudes.max((0, 2, 3, 4)) >= kind.infinity).argmax())]
+            raise UserError(f"{entry.path}: row {entry.row} of shard {entry.shard} is damaged; encode the image again")
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,7 @@ from latent_codec.config import (
     DiagonalGaussianConfig,
     DiscretizedLogisticConfig,
     GaussianConfig,
+    IdentityConfig,
     LinearConfig,
     LiteConfig,
 )
@@ -24,6 +25,7 @@ from latent_codec.errors import UserError
 from latent_codec.inputs import find_images
 from train.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
 from train.data import Batches, MemoryImages, Plan
+from train.start import start_from_model
 
 PATCH, Z, SIGMA = 4, 6, 0.05
 D = 3 * PATCH**2
@@ -207,3 +209,72 @@ def test_where_there_is_no_closed_form_it_is_refused(images: Batches, change: di
     for refuse in (lambda: check_closed_form(codec), lambda: start_from_closed_form(codec, moments)):
         with pytest.raises(UserError, match=message):
             refuse()
+
+
+def of(config: CodecConfig, *, channels: int, lap: int = 0) -> CodecConfig:
+    assert isinstance(config.backbone, LiteConfig)
+    return dataclasses.replace(config, latent_channels=channels, backbone=dataclasses.replace(config.backbone, lap=lap))
+
+
+def silent(codec: Codec) -> Codec:
+    """Without what the residual networks say."""
+    with torch.no_grad():
+        for network in ("encoder", "decoder"):
+            last = [m for m in codec.backbone.get_submodule(network).modules() if isinstance(m, torch.nn.Conv2d)][-1]
+            last.weight.zero_()
+    return codec
+
+
+@pytest.mark.parametrize("lap", [0, 3])
+def test_channels_beside_a_linear_model_are_the_components_that_it_lacks(
+    images: Batches, tmp_path: Path, lap: int
+) -> None:
+    """Four more than six are the ten of the closed form, order and signs aside."""
+    silent(started(of(LITE, channels=Z), images)).save(tmp_path / "model.safetensors")
+    grown = silent(make(of(LITE, channels=Z + 4, lap=lap)))
+    start_from_model(grown, str(tmp_path / "model.safetensors"), images.batches(PLAN, 0, STEPS))
+    at_once, before = (silent(started(of(LITE, channels=z), images)) for z in (Z + 4, Z))
+    assert elbo(grown, images) == pytest.approx(elbo(at_once, images), rel=1e-5)
+    assert elbo(grown, images) > elbo(before, images) + 1
+
+
+@pytest.mark.parametrize("classes", [(), ("one", "two")])
+def test_channels_beside_a_trained_model_leave_its_own_as_they_were(
+    images: Batches, tmp_path: Path, classes: tuple[str, ...]
+) -> None:
+    """And gain, whatever the networks have come to say; a per-pixel sigma and classes keep their rows."""
+    scale = GaussianConfig(scale="per_pixel", sigma=SIGMA)
+    config = dataclasses.replace(of(LITE, channels=Z, lap=2), classes=classes, likelihood=scale)
+    model = started(config, images)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape) * parameter.square().mean().sqrt()
+    model.save(tmp_path / "model.safetensors")
+    grown = make(dataclasses.replace(config, latent_channels=Z + 4))
+    start_from_model(grown, str(tmp_path / "model.safetensors"), images.batches(PLAN, 0, STEPS))
+    batch = next(images.batches(PLAN, STEPS, STEPS + 1))
+    labels = torch.arange(len(batch.pixels)) % 2
+    with torch.no_grad():
+        own, posterior = model.encode(batch.pixels, labels), grown.encode(batch.pixels, labels)
+        torch.testing.assert_close(posterior.mean[:, :Z], own.mean)
+        torch.testing.assert_close(posterior.std[:, :Z], own.std)  # pyright: ignore[reportAttributeAccessIssue]
+        nothing = posterior.mean * (torch.arange(Z + 4) < Z)[:, None, None]
+        torch.testing.assert_close(grown.likelihood_params(nothing, labels), model.likelihood_params(own.mean, labels))
+        x = grown.likelihood.from_uint8(batch.pixels)
+        before = (model.decode(own.mean, labels) - x).square().mean()
+        after = (grown.decode(posterior.mean, labels) - x).square().mean()
+    assert after < 0.9 * before
+
+
+def test_a_model_with_more_channels_or_another_posterior_is_refused(images: Batches, tmp_path: Path) -> None:
+    started(of(LITE, channels=Z), images).save(tmp_path / "model.safetensors")
+    plain = dataclasses.replace(of(LITE, channels=Z), bottleneck=IdentityConfig())
+    make(plain).save(tmp_path / "plain.safetensors")
+    for config, source in (
+        (of(LITE, channels=Z - 1), "model"),
+        (of(plain, channels=Z + 1), "plain"),
+        (of(plain, channels=Z), "model"),
+    ):
+        with pytest.raises(UserError, match="--start-from"):
+            start_from_model(make(config), str(tmp_path / f"{source}.safetensors"), images.batches(PLAN, 0, STEPS))

@@ -14,7 +14,7 @@ from test_cli import run as run  # the fixture
 from latent_codec.codec import Codec
 from latent_codec.config import GaussianConfig
 from latent_codec.errors import UserError
-from train.vae import start_from_model
+from train.start import start_from_model
 
 
 @pytest.fixture
@@ -94,11 +94,11 @@ def test_training_can_start_from_an_imported_model(run: Run, tmp_path: Path) -> 
     codec = tiny_kl.codec(
         likelihood=GaussianConfig(scale="fixed", sigma=0.2)
     )  # as a preset: sigma and clamp of its own
-    start_from_model(codec, str(imported))
+    start_from_model(codec, str(imported), ())
     state = Codec.load(imported).state_dict()
     assert all(torch.equal(codec.state_dict()[name], state[name]) for name in state)
     with pytest.raises(UserError, match="its backbone or channels are others"):
-        start_from_model(tiny_kl.codec(tiny_kl.NO_QUANT), str(imported))
+        start_from_model(tiny_kl.codec(tiny_kl.NO_QUANT), str(imported), ())
 
 
 def test_mistakes_are_one_line(run: Run, model: Path, model_file: Path, photos: Path, tmp_path: Path) -> None:

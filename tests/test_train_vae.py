@@ -655,11 +655,19 @@ def test_a_start_from_a_model_gives_its_patches_laps(argv: list[str], straight: 
     torch.testing.assert_close(started.encode(x).mean, wanted.encode(x).mean, rtol=1e-4, atol=1e-4)
     z = wanted.encode(x).mean
     torch.testing.assert_close(started.decode(z), wanted.decode(z), rtol=1e-4, atol=1e-4)
+    fewer = [*argv, *flags("--latent-channels 3"), "--start-from", str(model)]
+    assert "its backbone or channels are others" in refused(fewer, tmp_path / "fewer")
     less = [*argv, *flags("--lap 0"), "--start-from", str(checkpoint(tmp_path / "run", 1) / "codec.safetensors")]
     assert "its backbone or channels are others" in refused(less, tmp_path / "less")
 
 
-def test_a_start_from_a_model_of_another_shape_is_refused(argv: list[str], straight: Straight, tmp_path: Path) -> None:
+def test_a_start_from_a_model_gives_it_channels(argv: list[str], straight: Straight, tmp_path: Path) -> None:
+    """More of them send more, and start where the model was."""
     model = checkpoint(straight.out, STEPS) / "ema.safetensors"
-    other = [*argv, *flags("--latent-channels 5"), "--start-from", str(model)]
-    assert "its backbone or channels are others" in refused(other, tmp_path / "run")
+    more = [*argv, *flags("--steps 1 --learning-rate 1e-12 --latent-channels 20"), "--start-from", str(model)]
+    run(more, tmp_path / "run")
+    started, wanted = Codec.load(checkpoint(tmp_path / "run", 1) / "codec.safetensors"), Codec.load(model)
+    assert started.config.latent_channels == 20
+    x = torch.rand((1, 3, 32, 40), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    own = wanted.config.latent_channels
+    torch.testing.assert_close(started.encode(x).mean[:, :own], wanted.encode(x).mean, rtol=1e-4, atol=1e-4)

@@ -5,7 +5,6 @@ Rerunning the same command resumes. Precision and the number of processes come f
 """
 
 import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,14 +15,11 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.nn.functional import pad
 
 from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
-from latent_codec.config import LiteConfig, to_json
-from latent_codec.errors import UserError
+from latent_codec.config import to_json
 from latent_codec.inputs import Source
-from latent_codec.modelfile import check_state
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.perceptual import LPIPS
 from train import checkpoints
@@ -41,8 +37,12 @@ from train.presets import PRESETS
 from train.program import main_of, run_of_preset
 from train.runs import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.schedules import beta_at
+from train.start import start_from_model
 from train.trainer import RATE, Trainer
 from train.validation import Validation, active_channels
+
+_START_CROPS = 1024
+"""New channels of a model to start from take their components of these: 262,144 patches of 8x8 at 128x128."""
 
 
 def main() -> None:
@@ -105,7 +105,8 @@ def train(run: Run) -> int:
         world=accelerator.num_processes,
     )
     if progress.step == 0 and run.start_from is not None:
-        start_from_model(codec, run.start_from)
+        whole = plan._replace(rank=0, world=1, micro_batches=1)
+        start_from_model(codec, run.start_from, images.batches(whole, 0, math.ceil(_START_CROPS / config.batch_size)))
         ema.load_state_dict(codec.state_dict())
     elif progress.step == 0 and config.closed_form:
         start_from_closed_form(codec, _moments(config, codec, sources, images, plan, quiet))
@@ -190,23 +191,6 @@ class VAETask:
         for sign in signs_of_collapse(values, self.config, step):
             self.log.warn(sign.name, step, sign.text)
         return values
-
-
-def start_from_model(codec: Codec, source: str) -> None:
-    """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts.
-
-    The linear patches of a `lite` may reach less far: what is new weighs nothing.
-    """
-    model = Codec.load(source)
-    state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
-    if isinstance(backbone, LiteConfig) and isinstance(own, LiteConfig) and backbone.lap < own.lap:
-        grow, backbone = own.lap - backbone.lap, dataclasses.replace(backbone, lap=own.lap)
-        for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
-            state[name] = pad(state[name], (grow,) * 4)
-    if (backbone, model.config.latent_channels) != (own, codec.config.latent_channels):
-        raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
-    check_state(codec.state_dict(), state, f"--start-from {source}")
-    codec.load_state_dict(state)
 
 
 def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:

@@ -1,0 +1,114 @@
+"""Beginning with the weights of another model, which may have fewer latent channels or shorter laps."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch.nn.functional import pad
+
+from latent_codec.codec import Codec
+from latent_codec.config import LiteConfig
+from latent_codec.errors import UserError
+from latent_codec.likelihoods import Gaussian
+from latent_codec.modelfile import check_state
+from train.data import Batch
+
+State = dict[str, torch.Tensor]
+
+
+def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> None:
+    """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts.
+
+    Of a `lite` the linear patches may reach less far: what is new weighs nothing. And one with a Gaussian posterior and
+    likelihood may have fewer latent channels: the new ones take from the crops of `batches` what the model leaves out.
+    """
+    model = Codec.load(source)
+    state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
+    more = codec.config.latent_channels - model.config.latent_channels
+    if isinstance(backbone, LiteConfig) and isinstance(own, LiteConfig):
+        grow = own.lap - backbone.lap
+        if grow > 0:
+            backbone = dataclasses.replace(backbone, lap=own.lap)
+        can_grow = backbone == own and codec.config.bottleneck.kind == model.config.bottleneck.kind == "gaussian"
+        if more > 0 and can_grow and isinstance(codec.likelihood, Gaussian) and isinstance(model.likelihood, Gaussian):
+            state = _more_channels(model, more, batches, float(codec.likelihood.sigma.detach()))
+            more = 0
+        if grow > 0:
+            for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
+                state[name] = pad(state[name], (grow,) * 4)
+    if backbone != own or more:
+        raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
+    check_state(codec.state_dict(), state, f"--start-from {source}")
+    codec.load_state_dict(state)
+
+
+def _more_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: float) -> State:
+    """The state of a `lite` with `more` channels behind its own, in the linear path alone.
+
+    They are the probabilistic principal components of what a linear map of a patch can tell of the model's error there
+    (reduced-rank regression; Izenman 1975), with noise `sigma`: never worse than without them.
+    """
+    z, p, c = model.config.latent_channels, model.factor, model.config.image_channels
+    new = _components(model, more, batches, sigma)
+    state = dict(model.state_dict())
+
+    def append(name: str, rows: torch.Tensor, *, parts: int = 1) -> None:
+        """Insert rows behind the model's channels: at the end, or in each half of means and log-variances."""
+        old = state[name]
+        rest, own = old[parts * z :], old[: parts * z].reshape(parts, z, *old.shape[1:])  # classes' rows come last
+        both = torch.cat([own, rows.to(old).reshape(parts, more, *old.shape[1:])], 1)
+        state[name] = torch.cat([both.flatten(0, 1), rest])
+
+    lap = model.state_dict()["backbone.linear.encoder.weight"].shape[-1] // 2 - p // 2
+
+    def kernels(columns: torch.Tensor) -> torch.Tensor:  # (d, more) -> (more, c, p + 2 lap, p + 2 lap)
+        return pad(columns.T.reshape(more, c, p, p), (lap,) * 4)
+
+    means = kernels(new.project)
+    append("backbone.linear.encoder.weight", torch.stack([means, torch.zeros_like(means)]), parts=2)
+    append("backbone.linear.encoder.bias", torch.stack([new.offset, new.logvar]), parts=2)
+    own = state["backbone.linear.decoder.weight"]
+    append("backbone.linear.decoder.weight", pad(kernels(new.back), (0, 0, 0, 0, 0, own.shape[1] - c)))
+    last = f"backbone.encoder.{len(model.backbone.get_submodule('encoder')) - 1}"  # pyright: ignore[reportArgumentType]
+    for name in (f"{last}.weight", f"{last}.bias"):
+        append(name, torch.zeros(2, more, *state[name].shape[1:]), parts=2)
+    first = "backbone.decoder.0.weight"  # (width, z + classes, 3, 3)
+    state[first] = state[first].transpose(0, 1)
+    append(first, torch.zeros(more, *state[first].shape[1:]))
+    state[first] = state[first].transpose(0, 1).contiguous()
+    return state
+
+
+class _Components(NamedTuple):
+    """A linear latent (n,) of a patch (d,): z = project' x + offset with log-variance `logvar`, and x + back z."""
+
+    project: torch.Tensor  # (d, n) float64
+    offset: torch.Tensor  # (n,)
+    back: torch.Tensor  # (d, n)
+    logvar: torch.Tensor  # (n,)
+
+
+@torch.no_grad()
+def _components(model: Codec, count: int, batches: Iterable[Batch], sigma: float) -> _Components:
+    p = model.factor
+    d = model.config.image_channels * p * p
+    total, outer, n = torch.zeros(2 * d, dtype=torch.float64), torch.zeros(2 * d, 2 * d, dtype=torch.float64), 0
+    for batch in batches:
+        labels = batch.labels.cpu()
+        x = model.likelihood.from_uint8(batch.pixels.cpu())
+        error = x - model.decode(model.encode(x, labels).mode(), labels)
+        both = rearrange([x, error], "two b c (h p) (w q) -> (b h w) (two c p q)", p=p, q=p).double()
+        total, outer, n = total + both.sum(0), outer + both.T @ both, n + len(both)
+    mean = rearrange(total / n, "(c d) -> c d", d=p * p).mean(1).repeat_interleave(p * p)  # of x a value per channel
+    mean[d:] = 0  # an error is one around nothing
+    average = total / n
+    moments = outer / n - torch.outer(mean, average) - torch.outer(average, mean) + torch.outer(mean, mean)
+    of_x, of_both = moments[:d, :d], moments[:d, d:]
+    predict = torch.linalg.lstsq(of_x, of_both, driver="gelsd").solution  # (d, d); x may be flat
+    variance, basis = torch.linalg.eigh(predict.T @ of_x @ predict)  # of what is predicted
+    variance, basis = variance.flip(0)[:count].clamp(min=1.05 * sigma**2), basis.flip(1)[:, :count]
+    gain = torch.sqrt(variance - sigma**2)
+    project = predict @ basis * (gain / variance)
+    return _Components(project, -(mean[:d] @ project), gain * basis, torch.log(sigma**2 / variance))

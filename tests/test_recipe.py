@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Recipe:
         start_from=str(model_file),
         batch_size=2,
         crop=32,
-        prior=PriorConfig(groups=(1, 3), width=8, batch_size=2, crop=2, count_images=4),
+        prior=PriorConfig(groups=(1,), width=8, batch_size=2, crop=2, count_images=4),
         probe_steps=8,
         finish_minutes=0.01,
         figure_images=2,

@@ -93,7 +93,8 @@ class JointConfig:
     """Weight of the NLL of the mode, quantised at that same step as a bitstream does it; its gradient stops at the
     latents."""
     prior_groups: tuple[int, ...]
-    """Latent channels of each group of the context prior, those with most bits first."""
+    """Latent channels of each group of the context prior but the last, those with most bits first; the last takes the
+    rest."""
     prior_width: int
     """Features of the context prior's layers, at most 112."""
     prior_learning_rate: float
@@ -184,8 +185,8 @@ class DiffusionConfig:
 class PriorConfig:
     """How `train.prior` fits a context prior."""
 
-    groups: tuple[int, ...] = (4, 8, 20)
-    """Latent channels of each group, those with most bits first; they add up to the model's."""
+    groups: tuple[int, ...] = (4, 8)
+    """Latent channels of each group but the last, those with most bits first; the last takes the rest."""
     width: int = 96
     """Features of the networks' layers; at most 112, or their integer sums would not be exact."""
     step_range: tuple[float, float] = (0.5, 8.0)
@@ -289,6 +290,14 @@ def _check_adversarial(adversarial: AdversarialConfig, config: TrainConfig) -> N
         raise UserError("a discriminator would tell binary pixels from expected ones by their values alone")
 
 
+def context_groups(sizes: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Channels of every group of a context prior, given those of all but the last; raises `UserError` if none are left
+    for that one."""
+    if min(sizes, default=1) < 1 or sum(sizes) >= channels:
+        raise UserError(f"groups {sizes} must be positive and leave some of the {channels} channels for the last group")
+    return (*sizes, channels - sum(sizes))
+
+
 def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
     if codec.bottleneck.kind != "gaussian":
         kind = codec.bottleneck.kind
@@ -299,11 +308,7 @@ def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
         raise UserError(f"noise_steps is {joint.noise_steps}; it must be two positive steps, the smaller one first")
     if joint.mode_weight < 0:
         raise UserError(f"mode_weight is {joint.mode_weight}; it must not be negative")
-    if sum(joint.prior_groups) != codec.latent_channels or min(joint.prior_groups, default=0) < 1:
-        channels = codec.latent_channels
-        raise UserError(
-            f"prior_groups {joint.prior_groups} must be positive and add up to the {channels} latent channels"
-        )
+    context_groups(joint.prior_groups, codec.latent_channels)
     if not joint.prior_learning_rate > 0:
         raise UserError(f"prior_learning_rate is {joint.prior_learning_rate}; it must be positive")
     if not 1 <= joint.prior_width <= 112:

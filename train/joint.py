@@ -14,7 +14,7 @@ from latent_codec.modelfile import LatentStatistics, save_tensors
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.context import ContextConfig
 from train.adversarial import no_contest
-from train.config import JointConfig
+from train.config import JointConfig, context_groups
 from train.context_net import ContextNet
 from train.data import CentreCrops
 from train.objectives import PIXELS, STEP, Losses, signed
@@ -44,7 +44,8 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     model = Codec.load(source)
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
-    wanted, context = ContextConfig(groups=config.prior_groups, width=config.prior_width), model.priors.context
+    groups = context_groups(config.prior_groups, model.config.latent_channels)
+    wanted, context = ContextConfig(groups=groups, width=config.prior_width), model.priors.context
     if context is None or context.config != wanted:
         return TrainedPrior(wanted, model.priors.base, model.statistics)
     net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)

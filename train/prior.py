@@ -32,7 +32,7 @@ from latent_codec.prior.coding import ideal_bits, passes
 from latent_codec.prior.context import ContextConfig
 from latent_codec.quantizer import Quantized
 from train.checkpoints import load_optimizer, optimizer_tensors
-from train.config import PriorConfig, flat
+from train.config import PriorConfig, context_groups, flat
 from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
 from train.interrupts import Interrupts, agree, is_heard
 from train.latents import LatentCrops
@@ -84,7 +84,8 @@ def train(run: Run) -> int:
 
     torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth looking for
     set_seed(config.seed)
-    context = ContextConfig(groups=config.groups, width=config.width)
+    groups = context_groups(config.groups, codec.config.latent_channels)
+    context = ContextConfig(groups=groups, width=config.width)
     net = make_net(context, codec.priors.base, codec.statistics, run.start_from).to(accelerator.device)
     net.freeze(logistic_tables())  # what cannot be frozen is not worth training
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)

@@ -43,6 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Recipe:
         minutes=10.0,
         total_minutes=0.02,
         start_from=str(model_file),
+        latent_channels=6,
         batch_size=2,
         crop=32,
         prior=PriorConfig(groups=(1,), width=8, batch_size=2, crop=2, count_images=4),
@@ -85,7 +86,7 @@ def test_a_call_cut_by_its_minutes_is_finished_by_the_next(
     assert Plan(**state(tiny)["plans"]["codec"]) == plan and len(state(tiny)["done"]) == 6
     assert f"from step 1 to {plan.steps}" in capsys.readouterr().out
     codec, start = Codec.load(tiny.out / "photo.safetensors"), Codec.load(tiny.start_from)
-    assert codec.config == preset_of(start.config).codec and codec.model_id != start.model_id
+    assert codec.config == preset_of(start.config, 6).codec and codec.model_id != start.model_id
     assert codec.config.backbone == dataclasses.replace(cast(LiteConfig, start.config.backbone), lap=4)
     assert codec.priors is not None and codec.priors.context is not None
     pixels = find_images(tiny.val)[0].read().pixels

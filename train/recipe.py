@@ -36,6 +36,8 @@ class Recipe:
     start_from: str = "photo"
     """A `lite` model (a file or a shipped one's name) to start from. Its networks and likelihood stay, but patches lap
     as the preset's."""
+    latent_channels: int | None = None
+    """What its channels grow to; by default they stay as many."""
     batch_size: int | None = None
     """Crops per step of the codec; by default 256 on a GPU of 16 GiB or more, 64 on a smaller one, 8 on a CPU."""
     crop: int = 128
@@ -74,8 +76,9 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
     )
 
 
-def preset_of(codec: CodecConfig) -> TrainConfig:
-    """The preset `photo` with the parts of a `lite` model, lapped as the preset; raises `UserError` for another."""
+def preset_of(codec: CodecConfig, latent_channels: int | None = None) -> TrainConfig:
+    """The preset `photo` with the parts of a `lite` model, lapped as the preset and of as many channels, if it is said;
+    raises `UserError` for another kind."""
     if not isinstance(codec.backbone, LiteConfig) or codec.bottleneck.kind != "gaussian":
         raise UserError(
             f"the recipe trains lite models with a gaussian posterior, not {codec.backbone.kind} and "
@@ -85,7 +88,8 @@ def preset_of(codec: CodecConfig) -> TrainConfig:
     assert isinstance(base.codec.backbone, LiteConfig)
     lap = min(max(codec.backbone.lap, base.codec.backbone.lap), codec.backbone.patch)
     backbone = dataclasses.replace(codec.backbone, lap=lap)
-    return dataclasses.replace(base, codec=dataclasses.replace(codec, backbone=backbone))
+    channels = codec.latent_channels if latent_channels is None else latent_channels
+    return dataclasses.replace(base, codec=dataclasses.replace(codec, backbone=backbone, latent_channels=channels))
 
 
 def check(recipe: Recipe) -> None:

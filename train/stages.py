@@ -26,7 +26,7 @@ from latent_codec.pipeline import Resume
 from latent_codec.plan import WHOLE
 from train import prior, vae
 from train.accelerate_state import accelerate_as
-from train.config import PriorConfig, flat
+from train.config import PriorConfig, TrainConfig, flat
 from train.figure import draw_figure
 from train.recipe import Recipe, codec_config, preset_of
 from train.runs import Run
@@ -73,7 +73,7 @@ class State:
 
     def __init__(self, recipe: Recipe, start_id: str) -> None:
         """Raises `UserError` if the folder is a recipe with other flags."""
-        fields = ("total_minutes", "prior_share", "batch_size", "crop", "learning_rate")
+        fields = ("total_minutes", "prior_share", "latent_channels", "batch_size", "crop", "learning_rate")
         flags = {"start_from": start_id} | {name: getattr(recipe, name) for name in fields}
         flags |= flat(to_json(recipe.prior), "prior")
         self.path, self.plans, self.done = recipe.out / "recipe.json", dict[str, Plan](), list[str]()
@@ -155,6 +155,10 @@ class _Stages:
         return self.recipe.out / "quantised.safetensors"
 
     @property
+    def preset(self) -> TrainConfig:
+        return preset_of(self.start.config, self.recipe.latent_channels)
+
+    @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
@@ -175,7 +179,7 @@ class _Stages:
 
     def _run_codec(self, plan: Plan, out: Path) -> None:
         """`train.vae` to its end or the call's."""
-        config = codec_config(self.recipe, preset_of(self.start.config), plan.batch_size, plan.steps, self.on_gpu)
+        config = codec_config(self.recipe, self.preset, plan.batch_size, plan.steps, self.on_gpu)
         config = dataclasses.replace(
             config,
             log_every=min(100, max(1, plan.steps // 4)),
@@ -290,7 +294,7 @@ class _Stages:
         if self.recipe.batch_size is not None:
             return self.recipe.batch_size
         if not self.on_gpu:
-            return preset_of(self.start.config).batch_size
+            return self.preset.batch_size
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return _GPU_BATCH if memory >= _LARGE_GPU else _SMALL_GPU_BATCH
 

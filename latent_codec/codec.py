@@ -1,6 +1,6 @@
 """The model: backbone + bottleneck + likelihood."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,5 +178,15 @@ def resolve(source: str | Path) -> Path:
     for folder in _SHIPPED:
         if (folder / f"{path}.safetensors").is_file():
             return folder / f"{path}.safetensors"
-    names = sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.safetensors")})
-    raise UserError(f"{source}: neither a file nor a shipped model; shipped are: {', '.join(names) or 'none'}")
+    raise UserError(f"{source}: neither a file nor a shipped model; shipped are: {', '.join(shipped()) or 'none'}")
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.safetensors")})
+
+
+def right_model(made_it: Callable[[Codec], bool]) -> str:
+    """What to tell someone whose file is another model's: the name of the shipped one that made it, if one did."""
+    name = next((name for name in shipped() if made_it(Codec.load(name))), None)
+    return "give the right one with --model" if name is None else f"give --model {name}, which made it"

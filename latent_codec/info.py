@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_codec import bitstream, modelfile
 from latent_codec.bitstream import SUFFIX, Header, Stream
-from latent_codec.codec import Codec, resolve
+from latent_codec.codec import Codec, resolve, shipped
 from latent_codec.config import CodecConfig, dumps
 from latent_codec.errors import UserError
 from latent_codec.inputs import Source
@@ -17,10 +17,9 @@ from latent_codec.latent_files import INDEX, parts, read_index
 from latent_codec.lc_folder import find_streams
 from latent_codec.prior import Priors
 from latent_codec.quantizer import STEP_ONE
-from latent_codec.streams import StreamCodec
+from latent_codec.streams import is_maker
 
 _SIDE = 256  # pixels, of the image whose computation is counted
-_DEFAULT_MODEL = "photo"
 _FLIPS = ", and the same of the images mirrored left to right"
 
 
@@ -43,7 +42,7 @@ def count_flops(config: CodecConfig, side: int = _SIDE) -> Flops:
 
 
 def describe(where: str, model: str | None = None) -> str:
-    """Text for people; `model`, by default "photo", is compared with that of `.lc` files.
+    """Text for people; `model`, by default the shipped ones, is compared with that of `.lc` files.
 
     Raises `UserError` if it is none of the kinds, or damaged.
     """
@@ -205,20 +204,13 @@ def _describe_streams(folder: Path, sources: list[Source], model: str | None) ->
 
 
 def _model_of(header: Header, model: str | None) -> tuple[Codec | None, str]:
-    """The model that is called so if a stream is its, and what to say; only one that a user names has to be there."""
-    name = model or _DEFAULT_MODEL
-    text = f"stream id {header.stream_id.hex()}"
-    try:
+    """The model that is called so, or a shipped one, if a stream is its, and what to say."""
+    text, names = f"stream id {header.stream_id.hex()}", shipped() if model is None else [model]
+    for name in names:
         codec = Codec.load(name)
-    except UserError:
-        if model is not None:
-            raise
-        return None, text
-    try:
-        matches = StreamCodec(codec, "cpu", header.prior).stream_id == header.stream_id
-    except UserError:  # no such prior
-        matches = False
-    return (codec, f"{name} ({text})") if matches else (None, f"not {name} ({text})")
+        if is_maker(codec, header.prior, header.stream_id):
+            return codec, f"{name} ({text})"
+    return None, f"not {' or '.join(names)} ({text})" if names else text
 
 
 def _describe_latents(path: Path) -> str:

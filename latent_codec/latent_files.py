@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
+from latent_codec.codec import Codec, right_model
 from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import check_name, write_text
@@ -229,5 +229,5 @@ def check_model(header: Header, model_id: str, where: str) -> None:
     if header.model_id != model_id:
         raise UserError(
             f"{where}: made by model {header.model_id[:12]}, but the model given is {model_id[:12]}; "
-            "give the right one with --model"
+            f"{right_model(lambda codec: codec.model_id == header.model_id)}"
         )

@@ -1,5 +1,6 @@
 """Posteriors -> streams and back, with one model: quantiser, prior, entropy coder and container together."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from latent_codec.bitstream import Header, Stream, pack, settings
-from latent_codec.codec import Codec
+from latent_codec.codec import Codec, right_model
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry
 from latent_codec.prior import PriorKind
@@ -86,6 +87,16 @@ class StreamCodec:
         return [r if isinstance(r, UserError) else self.dequantize(r) for r in results]
 
 
+def is_maker(codec: Codec, kind: PriorKind, stream_id: bytes) -> bool:
+    """Whether a stream of that id, coded under that prior, is the codec's."""
+    return codec.priors is not None and codec.priors.stream_id(codec.model_id, kind) == stream_id
+
+
+@functools.cache  # a folder may hold many files of one other model
+def _remedy(kind: PriorKind, stream_id: bytes) -> str:
+    return right_model(lambda codec: is_maker(codec, kind, stream_id))
+
+
 class StreamReader:
     """Decompresses streams of one codec whichever of its priors they were coded under."""
 
@@ -104,11 +115,10 @@ class StreamReader:
         """
         kind, found = stream.header.prior, stream.header.stream_id
         if kind not in self._coders:
-            raise UserError(f"coded under a {kind} prior, which the model has not; give the right one with --model")
+            raise UserError(f"coded under a {kind} prior, which the model has not; {_remedy(kind, found)}")
         if found != (wanted := self._coders[kind].stream_id):
             raise UserError(
-                f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); "
-                "give the right one with --model"
+                f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); {_remedy(kind, found)}"
             )
         return kind, settings(stream, self.codec.config, self.codec.factor).shape
 

@@ -381,9 +381,14 @@ def test_a_tampered_index_writes_nothing_anywhere(codec: Codec, tmp_path: Path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_latents_of_another_model_are_refused_before_any_work(codec: Codec, tmp_path: Path, latents: Path) -> None:
+def test_latents_of_another_model_are_refused_before_any_work(
+    codec: Codec, model_file: Path, tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
-    with pytest.raises(UserError, match="made by model"):
+    with pytest.raises(UserError, match=r"made by model .* give the right one with --model"):
+        decode(codec, latents, tmp_path / "out")
+    monkeypatch.setattr("latent_codec.codec._SHIPPED", (model_file.parent,))
+    with pytest.raises(UserError, match=rf"made by model .* give --model {model_file.stem}, which made it"):
         decode(codec, latents, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,8 @@ from conftest import Draw
 from PIL import Image
 
 from latent_codec import bitstream
-from latent_codec.bitstream import OVERHEAD
+from latent_codec import streams as streams_module
+from latent_codec.bitstream import OVERHEAD, unpack
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
@@ -21,6 +22,7 @@ from latent_codec.info import count_flops, describe
 from latent_codec.latent_files import INDEX
 from latent_codec.lc_folder import encode_streams
 from latent_codec.rate import Rate
+from latent_codec.streams import StreamReader
 from train.presets import photo
 
 
@@ -191,6 +193,24 @@ def test_a_streams_model_is_recognised(streams: Path, codec: Codec, model_file: 
 def test_a_default_model_that_is_not_there_is_no_obstacle(streams: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latent_codec.codec._SHIPPED", ())
     assert "model       stream id " in describe(str(streams / "plain.png.lc"))
+
+
+def test_a_stream_of_a_shipped_model_names_it_unasked(
+    streams: Path, codec: Codec, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does the error of decoding it with another one."""
+    monkeypatch.setattr("latent_codec.codec._SHIPPED", (tmp_path / "shipped",))
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped" / "maker.safetensors").write_bytes(model_file.read_bytes())
+    codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
+    codec.save(tmp_path / "shipped" / "another.safetensors")
+    for name in ("plain.png.lc", "special.jpg.lc"):
+        assert "model       maker (" in describe(str(streams / name))
+    streams_module._remedy.cache_clear()
+    stream = unpack((streams / "plain.png.lc").read_bytes())
+    with pytest.raises(UserError, match="give --model maker, which made it"):
+        StreamReader(codec, "cpu").check(stream)
+    streams_module._remedy.cache_clear()
 
 
 def test_a_folder_of_streams_is_counted_with_its_real_bytes(streams: Path, model_file: Path) -> None:

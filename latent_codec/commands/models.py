@@ -15,7 +15,7 @@ class Info:
 
     file: tyro.conf.Positional[str]
     model: str | None = None
-    """For .lc files: the model that is compared with theirs, by default photo."""
+    """For .lc files: the model that is compared with theirs, by default the shipped ones."""
 
     def run(self) -> int:
         from latent_codec.info import describe

@@ -15,7 +15,8 @@ from latent_codec.prior.tables import LEAST_BITS
 from latent_codec.quantizer import MIN_STEP, STEP_ONE
 
 SUFFIX = ".lc"
-VERSION = 1
+VERSIONS = (1, 2)
+"""In 2, rounded latents are coded around what the context prior expects."""
 _MAGIC = b"\x89LC\r\n\x1a\n"
 _HEADER = struct.Struct("<7sB8sIIBB3sHQII")
 """Magic, version, stream id, width, height, orientation, flags, background, step, dither seed, payload bytes, CRC-32 of
@@ -30,6 +31,8 @@ _GREY, _BACKGROUND, _DITHER, _CONTEXT = 1, 2, 4, 8
 class Header:
     """What a stream says of itself."""
 
+    version: int
+    """Of the format: the prior's."""
     stream_id: bytes
     """8 bytes that name the model, its quantiser and the prior (`Priors.stream_id`)."""
     geometry: Geometry
@@ -53,7 +56,7 @@ def pack(stream: Stream) -> bytes:
     flags |= _DITHER * (header.seed is not None) | _CONTEXT * (header.prior == "context")
     fields = _HEADER.pack(
         _MAGIC,
-        VERSION,
+        header.version,
         header.stream_id,
         geometry.width,
         geometry.height,
@@ -83,8 +86,8 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
     )
     if zlib.crc32(data[: _HEADER.size - _CHECKSUM.size]) != crc:
         raise UserError("damaged: its header does not match its checksum")
-    if version != VERSION:
-        raise UserError(f"format version {version}; this program reads {VERSION}: update latent-codec")
+    if version not in VERSIONS:
+        raise UserError(f"format version {version}; this program reads up to {max(VERSIONS)}: update latent-codec")
     if width * height > max_pixels:
         raise UserError(
             f"{width}x{height} = {width * height} pixels exceed the limit of {max_pixels}; raise --max-pixels if you "
@@ -111,6 +114,7 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
     except ValueError as error:
         raise UserError(f"damaged: {error}") from error
     header = Header(
+        version=version,
         stream_id=stream_id,
         geometry=geometry,
         prior="context" if flags & _CONTEXT else "factorized",

@@ -32,7 +32,7 @@ from latent_codec.pipeline import (
     in_batches,
 )
 from latent_codec.prior import PriorKind
-from latent_codec.quantizer import DEAD_ZONE, Quantized
+from latent_codec.quantizer import DEAD_ZONE, Scaled
 from latent_codec.rate import Rate, choose
 from latent_codec.shards import are_whole
 from latent_codec.streams import Coded, StreamCodec, StreamReader
@@ -147,7 +147,7 @@ def _coded(
     coder: StreamCodec, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int | None, fitting: Halving
 ) -> Iterator[tuple[Input[Image], Coded | UserError]]:
     """Streams of images of one shape: together where all take one step, else one by one."""
-    quantized: list[tuple[Input[Image], Quantized]] = []
+    scaled: list[tuple[Input[Image], Scaled]] = []
     for item, mean in batch:
         name, (pixels, geometry) = item.job.name, item.content
         seed = None if sample is None else dither_seed(sample, name)
@@ -157,16 +157,16 @@ def _coded(
             if not bool(torch.isfinite(mean).all()):
                 raise UserError("the model's latents are not finite; try --dtype float32")
             if rate.fixed_step is not None:
-                quantized.append((item, coder.quantize(mean, rate.fixed_step, seed)))
+                scaled.append((item, coder.scale(mean, rate.fixed_step, seed)))
             else:
                 yield item, choose(coder, mean, geometry, crop(pixels, geometry), seed, rate, tile)
         except UserError as error:
             yield item, error
 
-    def compress(images: list[tuple[Input[Image], Quantized]]) -> list[Coded]:
-        return coder.compress([(q, item.content.geometry) for item, q in images])
+    def compress(images: list[tuple[Input[Image], Scaled]]) -> list[Coded]:
+        return coder.compress([(own, item.content.geometry) for item, own in images])
 
-    for (item, _), coded in fitting(compress, quantized, math.prod(batch[0].item.shape)):
+    for (item, _), coded in fitting(compress, scaled, math.prod(batch[0].item.shape)):
         yield item, coded
 
 

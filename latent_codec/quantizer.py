@@ -68,45 +68,66 @@ def base_steps(std: np.ndarray, posterior_std: np.ndarray | None) -> np.ndarray:
     return (STEP_OF_STD * np.maximum(posterior_std, std / 1024)).astype(np.float32)
 
 
-class Quantized(NamedTuple):
-    """One image's latents as integers."""
+class Scaled(NamedTuple):
+    """One image's latents in quantisation steps, before they are made integers."""
 
-    values: np.ndarray  # (z, h, w) int32, magnitudes up to LIMIT
+    latents: np.ndarray  # (z, h, w) float64, magnitudes up to LIMIT
     step: int  # as `step_code` gives it
-    seed: int | None  # of the dither; None where the mean was rounded
+    seed: int | None  # of the dither; None where the mean is rounded
 
-    def fine(self) -> np.ndarray:
-        """Values with their dither in 1 / 2^17 of a step, (z, h, w) int64."""
-        return fine(self.values, self.seed)
-
-
-def fine(values: np.ndarray, seed: int | None) -> np.ndarray:
-    offset = 0 if seed is None else dither(seed, values.shape)
-    return values.astype(np.int64) * 2**17 + offset
+    def dither(self) -> np.ndarray:
+        """(z, h, w) int64 in 1 / 2^17 of a step, 0 where there is none."""
+        return np.zeros(self.latents.shape, np.int64) if self.seed is None else dither(self.seed, self.latents.shape)
 
 
-def quantize(mean: torch.Tensor, base: np.ndarray, step: int, seed: int | None) -> Quantized:
-    """Integers for the posterior's mean (z, h, w) at a stored step; `base` (z,) float32 are the channels' steps at 1.
+class Quantized(NamedTuple):
+    """One image's latents as a bitstream holds them."""
+
+    fine: np.ndarray  # (z, h, w) int64, in 1 / 2^17 of a step
+    step: int
+    seed: int | None
+
+    @property
+    def values(self) -> np.ndarray:
+        """The nearest whole steps, (z, h, w) int32: of dithered latents, or those rounded around 0, what is coded."""
+        return nearest(self.fine).astype(np.int32)
+
+    def scaled(self) -> Scaled:
+        """What gives exactly these integers when it is coded again."""
+        return Scaled(self.fine / 2**17, self.step, self.seed)
+
+
+def nearest(fine: np.ndarray) -> np.ndarray:
+    return (fine + 2**16) >> 17
+
+
+def scale(mean: torch.Tensor, base: np.ndarray, step: int, seed: int | None) -> Scaled:
+    """The posterior's mean (z, h, w) in steps, for a stored step; `base` (z,) float32 are the channels' steps at 1.
 
     Raises `UserError` if a value is not finite or exceeds `LIMIT` steps.
     """
     size = torch.from_numpy(base.astype(np.float64) * (step / STEP_ONE))[:, None, None]
-    scaled = mean.detach().cpu().double() / size  # (z, h, w) in steps
-    if seed is None:
-        values = round_down_zone(scaled)
-    else:
-        values = (scaled - torch.from_numpy(dither(seed, tuple(mean.shape))) / 2**17).round()
-    worst = values.abs().amax().item() if values.numel() else 0.0
+    scaled = mean.detach().cpu().double() / size  # (z, h, w)
+    worst = scaled.abs().amax().item() if scaled.numel() else 0.0
     if not worst <= LIMIT:  # also true of NaN
         raise UserError(
             f"a latent is {worst:g} steps large at step {step / STEP_ONE:g}, more than a bitstream's {LIMIT}; "
             "give a larger --step"
         )
-    return Quantized(values.numpy().astype(np.int32), step, seed)
+    return Scaled(scaled.numpy(), step, seed)
+
+
+def to_integers(latents: np.ndarray, offset: np.ndarray, dithered: np.ndarray) -> np.ndarray:
+    """Integers, int64, such that they and `offset` (1 / 2^17 of a step) come near latents given in steps.
+
+    Where `dithered` they are the nearest, else rounded down as `round_down_zone` does. The arrays' shapes agree.
+    """
+    rest = torch.from_numpy(latents - offset / 2**17)
+    return torch.where(torch.from_numpy(dithered), rest.round(), round_down_zone(rest)).long().numpy()
 
 
 def dequantize(quantized: Quantized, base: np.ndarray) -> torch.Tensor:
     """Latents (z, h, w) float32: the mean's rounded value, or with dither a draw around the mean."""
     size = base.astype(np.float64) * quantized.step  # exact: 24 bits by 16
-    product = quantized.fine() * size[:, None, None]  # the one rounding in float64
+    product = quantized.fine * size[:, None, None]  # the one rounding in float64
     return torch.from_numpy((product * 2.0**-27).astype(np.float32))

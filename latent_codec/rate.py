@@ -9,7 +9,7 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry, as_shown, crop
 from latent_codec.metrics import psnr
-from latent_codec.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, Quantized, step_code
+from latent_codec.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, step_code
 from latent_codec.streams import Coded, StreamCodec
 from latent_codec.tiling import decode_uint8
 
@@ -70,7 +70,7 @@ def choose(
     the finest step that fits is taken. PSNR is measured on what `decode` would write, with the same `tile`. Raises
     `UserError`, with the best that can be had, if the image cannot be coded so.
     """
-    codec.quantize(mean, _COARSEST, seed)  # raises for what no step can hold
+    codec.scale(mean, _COARSEST, seed)  # raises for what no step can hold
     if rate.psnr is not None:
         first = finest = _coarsest_of_quality(codec, mean, geometry, pixels, seed, rate.psnr, tile)
     elif rate.bpp is not None:
@@ -81,12 +81,8 @@ def choose(
     if rate.bpp is not None:
         limits.append(int(rate.bpp * geometry.width * geometry.height / 8))
     if not limits:
-        return _coded(codec, codec.quantize(mean, first, seed), geometry)
+        return codec.compress([(codec.scale(mean, first, seed), geometry)])[0]
     return _finest_of_size(codec, mean, geometry, seed, min(limits), first, finest)
-
-
-def _coded(codec: StreamCodec, quantized: Quantized, geometry: Geometry) -> Coded:
-    return codec.compress([(quantized, geometry)])[0]
 
 
 def _finest_of_size(
@@ -99,10 +95,10 @@ def _finest_of_size(
     def excess(step: int) -> float:
         nonlocal best, smallest
         try:
-            quantized = codec.quantize(mean, step, seed)
+            scaled = codec.scale(mean, step, seed)
         except UserError:  # too fine for what a stream can hold
             return math.inf
-        coded = _coded(codec, quantized, geometry)
+        (coded,) = codec.compress([(scaled, geometry)])
         size = len(coded.data)
         smallest = min(smallest, size)
         if size <= limit and (best is None or step < best.quantized.step):
@@ -139,9 +135,10 @@ def _coarsest_of_quality(
     def excess(step: int) -> float:
         nonlocal best
         try:
-            z = codec.dequantize(codec.quantize(mean, step, seed))
+            scaled = codec.scale(mean, step, seed)
         except UserError:  # too fine for what a stream can hold
             return math.inf
+        z = codec.dequantize(codec.quantize(scaled))
         with torch.inference_mode():
             decoded = decode_uint8(codec.codec, z[None], tile)[0]
         reached = psnr(as_shown(crop(decoded, geometry), geometry)[None], original).item()

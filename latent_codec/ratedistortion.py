@@ -123,16 +123,18 @@ class _Ours:
     def versions(self, mean: torch.Tensor, geometry: Geometry, name: str) -> Iterator[_Version]:
         for step, dithered in self._settings:
             seed = dither_seed(self.sample, name) if dithered else None
-            quantized = self._coders[0].quantize(mean, step_code(step), seed)
-            files, latents = [], []
-            for coder in self._coders:  # they share the quantiser
-                (coded,) = coder.compress([(quantized, geometry)])
-                setting = Setting(coder.prior.kind, "step", step, dithered)
-                files.append(_File(setting, len(coded.data), coded.ideal_bits))
-                latents.append(self._read(coded.data))
-            if not all(torch.equal(z, latents[0]) for z in latents):
-                raise RuntimeError(f"{name}: the priors' files of step {step:g} decode to different latents")
-            yield _Version(self._decode(latents[0], geometry), files)
+            found: list[tuple[torch.Tensor, list[_File]]] = []  # latents, and the files that hold them
+            for coder in self._coders:
+                (coded,) = coder.compress([(coder.scale(mean, step_code(step), seed), geometry)])
+                file = _File(Setting(coder.prior.kind, "step", step, dithered), len(coded.data), coded.ideal_bits)
+                latents = self._read(coded.data)
+                same = [files for other, files in found if torch.equal(other, latents)]
+                if same:  # two priors that round alike
+                    same[0].append(file)
+                else:
+                    found.append((latents, [file]))
+            for latents, files in found:
+                yield _Version(self._decode(latents, geometry), files)
 
     def _read(self, data: bytes) -> torch.Tensor:
         """Latents (z, h, w) from a file's bytes, as any reader of it gets them."""

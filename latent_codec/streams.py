@@ -13,8 +13,8 @@ from latent_codec.errors import UserError
 from latent_codec.images import Geometry
 from latent_codec.prior import PriorKind
 from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import Prior, decode, encode, ideal_bits, passes
-from latent_codec.quantizer import STEP_ONE, Quantized, dequantize, quantize
+from latent_codec.prior.coding import Coding, Prior, decode, encode, ideal_bits, quantize
+from latent_codec.quantizer import STEP_ONE, Quantized, Scaled, dequantize, scale
 
 
 class Coded(NamedTuple):
@@ -44,17 +44,21 @@ class StreamCodec:
         self.stream_id = codec.priors.stream_id(codec.model_id, self.prior.kind)
         self._coder = Coder(self.prior.tables)
 
-    def quantize(self, coded: torch.Tensor, step: int, seed: int | None) -> Quantized:
-        """Integers for what one posterior has to be coded (channels, h, w); raises `UserError` as `quantizer` does.
+    def scale(self, coded: torch.Tensor, step: int, seed: int | None) -> Scaled:
+        """What one posterior has to be coded (channels, h, w) in steps; raises `UserError` as `quantizer.scale` does.
 
         A codebook's indices are integers as they are: `step` must be `STEP_ONE`, and nothing is dithered.
         """
         if self.codec.config.codes is None:
-            return quantize(coded, self.base, step, seed)
+            return scale(coded, self.base, step, seed)
         assert step == STEP_ONE and seed is None
         if bool((coded < 0).any()):
             raise UserError("the model's latents are not finite; try --dtype float32")
-        return Quantized(coded.cpu().numpy().astype(np.int32), step, seed)
+        return Scaled(coded.cpu().numpy().astype(np.float64), step, seed)
+
+    def quantize(self, image: Scaled) -> Quantized:
+        """The integers that `compress` codes."""
+        return quantize(self.prior, [image], self.device)[0].quantized
 
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         """Latents (z, h, w) float32, as a decoder reads them, on the CPU."""
@@ -64,21 +68,23 @@ class StreamCodec:
         with torch.no_grad():
             return self.codec.bottleneck.look_up(indices)[0]
 
-    def compress(self, images: Sequence[tuple[Quantized, Geometry]]) -> list[Coded]:
+    def compress(self, images: Sequence[tuple[Scaled, Geometry]]) -> list[Coded]:
         """A file for each image; all of one shape."""
-        coded = passes(self.prior, [q for q, _ in images], self.device)
-        return [self._file(q, g, c) for (q, g), c in zip(images, coded, strict=True)]
+        codings = quantize(self.prior, [image for image, _ in images], self.device)
+        return [self._file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
 
-    def _file(self, quantized: Quantized, geometry: Geometry, coded: list) -> Coded:
+    def _file(self, coding: Coding, geometry: Geometry) -> Coded:
+        quantized, passes = coding
         header = Header(
+            version=self.prior.version,
             stream_id=self.stream_id,
             geometry=geometry,
             prior=self.prior.kind,
             step=quantized.step,
             seed=quantized.seed,
         )
-        data = pack(Stream(header, encode(self._coder, coded)))
-        return Coded(data, ideal_bits(self.prior, coded), quantized)
+        data = pack(Stream(header, encode(self._coder, passes)))
+        return Coded(data, ideal_bits(self.prior, passes), quantized)
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Latents (z, h, w) float32 of streams whose latents have one shape, or what is wrong with a stream."""
@@ -120,6 +126,8 @@ class StreamReader:
             raise UserError(
                 f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); {_remedy(kind, found)}"
             )
+        if (version := stream.header.version) != (own := self._coders[kind].prior.version):
+            raise UserError(f"damaged: it says format version {version}, and this model's streams are of {own}")
         return kind, settings(stream, self.codec.config, self.codec.factor).shape
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:

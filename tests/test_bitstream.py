@@ -20,12 +20,12 @@ from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry
 from latent_codec.prior import PriorKind
-from latent_codec.quantizer import LIMIT, Quantized
+from latent_codec.quantizer import DEAD_ZONE, LIMIT, Scaled
 from latent_codec.streams import StreamCodec, StreamReader
 from tools import fuzz
 from tools.mutants import Mutant, mutate, sealed
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden" / "2"
 MODEL = GOLDEN / "tiny.safetensors"
 PRIORS: list[PriorKind] = ["factorized", "context"]
 
@@ -54,11 +54,11 @@ def geometry(width: int, height: int) -> Geometry:
     return Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
 
 
-def image(width: int, height: int, step: int = 1024, seed: int | None = None, data: int = 0) -> Quantized:
+def image(width: int, height: int, step: int = 1024, seed: int | None = None, data: int = 0) -> Scaled:
     """Latents of the tiny model, 4 channels at 1/8, of the sizes that pictures give."""
     shape = (4, -(-height // 8), -(-width // 8))
     values = np.random.default_rng(data).laplace(size=shape) * np.array([9, 4, 3, 2])[:, None, None]
-    return Quantized(np.round(values).clip(-LIMIT, LIMIT).astype(np.int32), step, seed)
+    return Scaled(values.clip(-LIMIT, LIMIT), step, seed)
 
 
 @functools.cache
@@ -91,6 +91,7 @@ geometries = st.builds(
 )
 headers = st.builds(
     Header,
+    version=st.sampled_from([1, 2]),
     stream_id=st.binary(min_size=8, max_size=8),
     geometry=geometries,
     prior=st.sampled_from(PRIORS),
@@ -107,7 +108,8 @@ def test_a_container_gives_back_what_it_holds(header: Header, payload: bytes) ->
     found, its_payload = witness.read_stream(data)
     g = header.geometry
     assert its_payload == payload
-    assert (found.stream_id, found.step, found.seed) == (header.stream_id, header.step, header.seed)
+    assert (found.version, found.stream_id) == (header.version, header.stream_id)
+    assert (found.step, found.seed) == (header.step, header.seed)
     assert (found.width, found.height, found.orientation) == (g.width, g.height, g.orientation)
     assert (bool(found.flags & 1), bool(found.flags & 8)) == (g.mode == "L", header.prior == "context")
     assert g.background == ("#" + found.background.hex() if found.flags & 2 else None)
@@ -124,8 +126,12 @@ def test_a_container_gives_back_what_it_holds(header: Header, payload: bytes) ->
 def test_latents_come_back_to_the_bit_from_both_decoders(
     prior: PriorKind, width: int, height: int, step: int, seed: int | None, data: int
 ) -> None:
-    quantized = image(width, height, step, seed, data)
-    (coded,) = streams(prior).compress([(quantized, geometry(width, height))])
+    latents = image(width, height, step, seed, data)
+    (coded,) = streams(prior).compress([(latents, geometry(width, height))])
+    quantized = coded.quantized
+    assert np.abs(quantized.fine / 2**17 - latents.latents).max() <= 0.5 + DEAD_ZONE * (seed is None)
+    assert np.array_equal(streams(prior).quantize(latents).fine, quantized.fine)
+    assert streams(prior).compress([(quantized.scaled(), geometry(width, height))])[0].data == coded.data
     assert coded.ideal_bits <= 8 * (len(coded.data) - OVERHEAD) <= 1.001 * coded.ideal_bits + 65
     assert torch.equal(read(coded.data), streams(prior).dequantize(quantized))
     again = witness.decode(coded.data, independent())
@@ -199,7 +205,7 @@ def test_checks_come_in_the_documented_order() -> None:
     """A file in which everything is wrong, repaired step by step: each time the next check speaks."""
     sound = streams("context").compress([(image(64, 64), geometry(64, 64))])[0].data
     assert sound == crafted(sound)
-    fields: dict[str, Any] = {"version": 2, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
+    fields: dict[str, Any] = {"version": 3, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
     short = sound[:47] + b"abc\0" + sound[-4:]  # a payload of 4 bytes that are no sound end of one
 
     def file(*, damaged: bool = True, extra: bytes = b"x") -> bytes:
@@ -210,7 +216,7 @@ def test_checks_come_in_the_documented_order() -> None:
         ("does not start like one", "magic", b"?" + file()[1:40]),
         ("cut off within its header", "cut header", file()[:40]),
         ("does not match its checksum", "header checksum", file()[:43] + bytes(4) + file()[47:]),
-        ("format version 2", "version", file()),
+        ("format version 3", "version", file()),
     ]
     fields["version"] = 1
     stages.append(("exceed the limit", "pixels", file()))
@@ -223,6 +229,8 @@ def test_checks_come_in_the_documented_order() -> None:
     fields["orientation"] = 1
     stages.append(("made by another model", "stream id", file(extra=b"", damaged=False)))
     fields["stream_id"] = streams("context").stream_id
+    stages.append(("says format version 1", "another version", file(extra=b"", damaged=False)))
+    fields["version"] = 2
     stages.append(("cannot hold", "too short", file(extra=b"", damaged=False)))
     fields["width"] = 1
     stages.append(("do not end as they should", "words", file(extra=b"", damaged=False)))
@@ -253,7 +261,7 @@ def test_a_prior_that_the_model_has_not_is_refused_before_its_stream_id() -> Non
         {"width": 0},
         {"height": 0},
         {"width": 0, "height": 0},
-        *({"version": n} for n in (0, 2, 255)),
+        *({"version": n} for n in (0, 3, 255)),
     ],
 )
 def test_headers_that_no_encoder_writes_are_refused(fields: dict[str, Any]) -> None:

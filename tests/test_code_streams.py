@@ -24,7 +24,6 @@ from latent_codec.info import describe
 from latent_codec.inputs import find_images
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.prior.coder import Coder
-from latent_codec.quantizer import Quantized
 from latent_codec.rate import Rate
 from latent_codec.ratedistortion import rate_distortion
 from latent_codec.streams import StreamCodec, StreamReader
@@ -226,9 +225,10 @@ def test_indices_beyond_the_codebook_and_steps_are_refused(model: Codec, tmp_pat
 @codebooks
 def test_latents_that_are_not_finite_are_an_error(model: Codec) -> None:
     with pytest.raises(UserError, match="not finite"):
-        StreamCodec(model, "cpu").quantize(torch.tensor([[[3, -1]]]), 1024, None)
-    good = StreamCodec(model, "cpu").quantize(torch.tensor([[[3, 1]]]), 1024, None)
-    assert isinstance(good, Quantized) and good.values.tolist() == [[[3, 1]]]
+        StreamCodec(model, "cpu").scale(torch.tensor([[[3, -1]]]), 1024, None)
+    coder = StreamCodec(model, "cpu")
+    good = coder.quantize(coder.scale(torch.tensor([[[3, 1]]]), 1024, None))
+    assert good.values.tolist() == [[[3, 1]]]
 
 
 @pytest.mark.parametrize("bottleneck", [IdentityConfig()])

@@ -42,7 +42,7 @@ def test_sizes_are_those_of_files_and_close_to_the_ideal(codec: Codec, images: l
         for image, size in zip(images, SIZES.values(), strict=True):
             with torch.inference_mode():
                 mean = codec.encode(pad(image.pixels, codec.factor)[None]).mean[0]
-            (coded,) = coder.compress([(coder.quantize(mean, step_code(sizes.step), None), image.geometry)])
+            (coded,) = coder.compress([(coder.scale(mean, step_code(sizes.step), None), image.geometry)])
             bpp.append(8 * len(coded.data) / math.prod(size))
             excess.append(len(coded.data) - 1.01 * coded.ideal_bits / 8)
         assert sizes.bpp == pytest.approx(np.mean(bpp)) and sizes.worst_excess == pytest.approx(max(excess))
@@ -55,7 +55,7 @@ def test_every_part_is_timed_for_every_prior(codec: Codec, images: list[Image], 
     codec.priors = codec.priors if context else codec.priors._replace(context=None)
     seconds = time_coding(codec, images, 1.0, rounds=2, device="cpu")
     assert seconds.priors.keys() == ({"factorized", "context"} if context else {"factorized"})
-    parts = [seconds.encoder, seconds.quantize, seconds.dequantize, seconds.decoder]
+    parts = [seconds.encoder, seconds.scale, seconds.dequantize, seconds.decoder]
     assert min(parts + [value for prior in seconds.priors.values() for value in prior]) > 0
     assert seconds.symbols == np.mean([4 * 3 * 2, 4 * 9 * 17])
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Draw
+from plain_integers import quantize
 
 from latent_codec import export as export_module
 from latent_codec.codec import Codec
@@ -17,7 +18,7 @@ from latent_codec.export import calibrate, export
 from latent_codec.images import pad
 from latent_codec.inputs import Source, find_images
 from latent_codec.modelfile import LatentStatistics
-from latent_codec.quantizer import base_steps, quantize, step_code
+from latent_codec.quantizer import base_steps, step_code
 
 
 @pytest.fixture

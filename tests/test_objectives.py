@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_integers import quantize
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -21,7 +22,7 @@ from latent_codec.config import (
 )
 from latent_codec.noise import normal
 from latent_codec.perceptual import LPIPS
-from latent_codec.quantizer import dequantize, quantize, step_code
+from latent_codec.quantizer import dequantize, step_code
 from train.config import ELBOConfig
 from train.objectives import ELBO, Losses
 from train.presets import photo

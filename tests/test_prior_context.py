@@ -15,19 +15,19 @@ from tiny_prior import context_prior, context_tables
 
 from latent_codec.prior import Priors, context, from_tensors, to_header, to_tensors
 from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import Settings, decode, encode, passes
+from latent_codec.prior.coding import Settings, decode, encode, quantize
 from latent_codec.prior.context import Choice, ContextConfig, ContextPrior, Layer, Pass, spans
 from latent_codec.prior.factorized import LEVELS, FactorizedPrior
 from latent_codec.prior.tables import Tables
-from latent_codec.quantizer import LIMIT, Quantized, dither
+from latent_codec.quantizer import LIMIT, Quantized, Scaled
 
 tables = functools.cache(context_tables)
 GROUPS = [(1, 3), (4,), (2, 1, 2)]
 
 
 @functools.cache
-def prior(groups: tuple[int, ...], seed: int = 0) -> ContextPrior:
-    return context_prior(groups, 8, seed, tables())
+def prior(groups: tuple[int, ...], seed: int = 0, *, centred: bool = True) -> ContextPrior:
+    return context_prior(groups, 8, seed, tables(), centred=centred)
 
 
 def flat_tables(count: int) -> Tables:
@@ -44,32 +44,35 @@ def as_witness(context: ContextPrior) -> witness.Model:
     return witness.Model({}, {"context": dataclasses.asdict(context.config)}, tensors, "")
 
 
-def image(channels: int, h: int, w: int, step: int, seed: int | None, data: int = 0) -> Quantized:
-    """Small values mostly, some of the largest."""
+def image(channels: int, h: int, w: int, step: int, seed: int | None, data: int = 0) -> Scaled:
+    """Small values mostly, some of the largest; whole steps."""
     rng = np.random.default_rng(data)
     values = np.round(rng.standard_t(1.5, (channels, h, w)) * 2).clip(-LIMIT, LIMIT)
     values[rng.random(values.shape) < 0.02] = LIMIT
-    return Quantized(values.astype(np.int32), step, seed)
+    return Scaled(values, step, seed)
 
 
-def choices(context: ContextPrior, images: list[Quantized], device: str = "cpu") -> list[Choice]:
+def fine(image: Scaled) -> np.ndarray:
+    return image.latents.astype(np.int64) * 2**17 + image.dither()
+
+
+def choices(context: ContextPrior, images: list[Scaled], device: str = "cpu") -> list[Choice]:
     """What every pass decodes by if all of the images were known, which no decoder ever has: all that matters here."""
-    known = np.stack([q.fine() for q in images])
-    dithers = np.stack([q.fine() - q.values.astype(np.int64) * 2**17 for q in images])
-    steps = np.array([q.step for q in images])
-    return [context.select(n, known, dithers, steps, device) for n in range(len(context.spans))]
+    known, dithers = (np.stack(arrays) for arrays in zip(*((fine(i), i.dither()) for i in images), strict=True))
+    dithered, steps = np.array([i.seed is not None for i in images]), np.array([i.step for i in images])
+    return [context.select(n, known, dithers, dithered, steps, device) for n in range(len(context.spans))]
 
 
 def assert_equal(found: list[Choice], expected: list[Choice]) -> None:
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one.centre, other.centre)
-        np.testing.assert_array_equal(one.table, other.table)
+        for array, expected_array in zip(one, other, strict=True):
+            np.testing.assert_array_equal(array, expected_array)
 
 
-def assert_as_the_format_says(context: ContextPrior, q: Quantized) -> None:
-    d = np.zeros(q.values.shape, np.int64) if q.seed is None else dither(q.seed, q.values.shape)
+def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
     for number, found in enumerate(choices(context, [q])):
-        expected = witness.choose(as_witness(context), number, q.fine(), d, q.step)
+        expected = witness.choose(as_witness(context), number, fine(q), q.dither(), q.step, q.seed is not None)
+        assert found.offset.ravel().tolist() == expected.offsets
         assert found.centre.ravel().tolist() == expected.centres
         assert found.table.ravel().tolist() == expected.tables
 
@@ -82,17 +85,19 @@ def assert_as_the_format_says(context: ContextPrior, q: Quantized) -> None:
     st.integers(16, 65535),
     st.none() | st.integers(0, 2**64 - 1),
     st.integers(0, 99),
+    st.booleans(),
 )
 def test_the_network_is_plain_int64_arithmetic(
-    groups: tuple[int, ...], weights: int, h: int, w: int, step: int, seed: int | None, data: int
+    groups: tuple[int, ...], weights: int, h: int, w: int, step: int, seed: int | None, data: int, centred: bool
 ) -> None:
-    assert_as_the_format_says(prior(groups, weights), image(sum(groups), h, w, step, seed, data))
+    context = prior(groups, weights, centred=centred)
+    assert_as_the_format_says(context, image(sum(groups), h, w, step, seed, data))
 
 
 def test_sums_at_the_limit_of_float32_are_exact() -> None:
     """All weights and inputs as large as can be, rows of 936 of them, and a bias that fills 2^24 to the last unit."""
     rng = np.random.default_rng(0)
-    config = ContextConfig(groups=(100, 1), width=104)
+    config = ContextConfig(groups=(100, 1), width=104, centred=True)
 
     def layer(inputs: int, outputs: int, shift: int) -> Layer:
         weight = torch.from_numpy(rng.choice([-127, 127], (outputs, inputs)).astype(np.int8))
@@ -106,35 +111,34 @@ def test_sums_at_the_limit_of_float32_are_exact() -> None:
         nets.append(Pass(*[tuple(layer(*size, shift) for size, shift in zip(sizes, (17, 16, 1, 1), strict=True))]))
     gain, zeros = np.full(101, 2**15), np.zeros(101, np.int64)
     extreme = ContextPrior(config, np.arange(101), gain, zeros, nets, tables())
-    values = rng.choice([-LIMIT, LIMIT], (101, 3, 4)).astype(np.int32)
-    assert_as_the_format_says(extreme, Quantized(values, 65535, None))
-    assert_as_the_format_says(extreme, Quantized(values, 65535, 3))
+    values = rng.choice([-LIMIT, LIMIT], (101, 3, 4)).astype(np.float64)
+    assert_as_the_format_says(extreme, Scaled(values, 65535, None))
+    assert_as_the_format_says(extreme, Scaled(values, 65535, 3))
 
 
 @pytest.fixture(scope="module")
-def several() -> list[Quantized]:
+def several() -> list[Scaled]:
     """Images of one shape, large enough for several strips and for work in several threads."""
     return [image(4, 33, 47, 1024 + 500 * i, i if i % 2 else None, i) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
-def plain(several: list[Quantized]) -> list[Choice]:
+def plain(several: list[Scaled]) -> list[Choice]:
     return choices(prior((1, 3)), several)
 
 
 @pytest.mark.parametrize("strip", [1, 300, 1000])
 def test_strips_give_what_the_whole_gives(
-    monkeypatch: pytest.MonkeyPatch, strip: int, several: list[Quantized], plain: list[Choice]
+    monkeypatch: pytest.MonkeyPatch, strip: int, several: list[Scaled], plain: list[Choice]
 ) -> None:
     monkeypatch.setattr(context, "_STRIP", strip)
     assert_equal(choices(prior((1, 3)), several), plain)
 
 
-def test_a_batch_gives_what_each_image_gives(several: list[Quantized], plain: list[Choice]) -> None:
+def test_a_batch_gives_what_each_image_gives(several: list[Scaled], plain: list[Choice]) -> None:
     alone = [choices(prior((1, 3)), [q]) for q in several]
     for number, whole in enumerate(plain):
-        np.testing.assert_array_equal(np.concatenate([a[number].centre for a in alone]), whole.centre)
-        np.testing.assert_array_equal(np.concatenate([a[number].table for a in alone]), whole.table)
+        assert_equal([Choice(*map(np.concatenate, zip(*(a[number] for a in alone), strict=True)))], [whole])
 
 
 @pytest.fixture
@@ -144,21 +148,21 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def test_threads_do_not_matter(threads: Callable[[int], None], several: list[Quantized], plain: list[Choice]) -> None:
+def test_threads_do_not_matter(threads: Callable[[int], None], several: list[Scaled], plain: list[Choice]) -> None:
     for count in (1, 2, 3):
         threads(count)
         assert_equal(choices(prior((1, 3)), several), plain)
 
 
 def test_float64_as_other_devices_use_it_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, several: list[Quantized], plain: list[Choice]
+    monkeypatch: pytest.MonkeyPatch, several: list[Scaled], plain: list[Choice]
 ) -> None:
     monkeypatch.setattr(context, "_dtype", lambda device: torch.float64)
     assert_equal(choices(prior((1, 3)), several), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_same(several: list[Quantized], plain: list[Choice]) -> None:
+def test_a_gpu_gives_the_same(several: list[Scaled], plain: list[Choice]) -> None:
     assert_equal(choices(prior((1, 3)), several, "cuda"), plain)
 
 
@@ -171,14 +175,14 @@ def matmul_precision() -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize("precision", ["medium", "high"])
 def test_coarse_matrix_products_do_not_matter(
-    matmul_precision: Callable[[str], None], precision: str, several: list[Quantized], plain: list[Choice]
+    matmul_precision: Callable[[str], None], precision: str, several: list[Scaled], plain: list[Choice]
 ) -> None:
     matmul_precision(precision)
     assert_equal(choices(prior((1, 3)), several), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_around_it_does_not_matter(dtype: torch.dtype, several: list[Quantized], plain: list[Choice]) -> None:
+def test_autocast_around_it_does_not_matter(dtype: torch.dtype, several: list[Scaled], plain: list[Choice]) -> None:
     with torch.autocast("cpu", dtype):
         assert_equal(choices(prior((1, 3)), several), plain)
 
@@ -188,10 +192,10 @@ def test_a_pass_is_blind_to_what_is_not_decoded_yet(
     groups: tuple[int, ...], h: int, w: int, dithered: bool, data: st.DataObject
 ) -> None:
     model, q = prior(groups), image(sum(groups), h, w, 1024, 3 if dithered else None)
-    place = tuple(data.draw(st.integers(0, n - 1)) for n in q.values.shape)
-    changed = q.values.copy()
-    changed[place] = data.draw(st.integers(-LIMIT, LIMIT).filter(lambda v: v != q.values[place]))
-    before, after = (passes(model, [x], "cpu")[0] for x in (q, q._replace(values=changed)))
+    place = tuple(data.draw(st.integers(0, n - 1)) for n in q.latents.shape)
+    changed = q.latents.copy()
+    changed[place] = data.draw(st.integers(-LIMIT, LIMIT).filter(lambda v: abs(v - q.latents[place]) > 1))
+    before, after = (quantize(model, [x], "cpu")[0].passes for x in (q, q._replace(latents=changed)))
     for (values, chosen), (others, also_chosen) in zip(before, after, strict=True):
         np.testing.assert_array_equal(also_chosen, chosen)
         if (values != others).any():
@@ -208,16 +212,17 @@ def test_decoding_undoes_encoding_and_a_damaged_neighbour_does_not_matter(
 ) -> None:
     model = prior(groups)
     images = [image(sum(groups), *size, 700 + i, i if i % 2 else None, i) for i in range(4)]
-    payloads = [encode(Coder(tables()), coded) for coded in passes(model, images, "cpu")]
-    assert payloads == [encode(Coder(tables()), passes(model, [q], "cpu")[0]) for q in images]
-    settings = [Settings(q.values.shape, q.step, q.seed) for q in images]  # pyright: ignore[reportArgumentType]
+    codings = quantize(model, images, "cpu")
+    payloads = [encode(Coder(tables()), coding.passes) for coding in codings]
+    assert payloads == [encode(Coder(tables()), quantize(model, [q], "cpu")[0].passes) for q in images]
+    settings = [Settings(q.latents.shape, q.step, q.seed) for q in images]  # pyright: ignore[reportArgumentType]
     payloads[1], payloads[2] = payloads[1][:-4], b"\xff" * 20
     found = decode(model, Coder(tables()), payloads, settings, "cpu")
     assert [isinstance(f, Quantized) for f in found] == [True, False, False, True]
     for i in (0, 3):
         one = found[i]
         assert isinstance(one, Quantized)
-        np.testing.assert_array_equal(one.values, images[i].values)
+        np.testing.assert_array_equal(one.fine, codings[i].quantized.fine)
         assert (one.step, one.seed) == (images[i].step, images[i].seed)
 
 

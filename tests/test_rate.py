@@ -56,12 +56,12 @@ class Subject:
 
     @functools.cache  # noqa: B019 (one for each test)
     def size(self, step: int) -> int:
-        quantized = self.stream.quantize(self.mean, step, self.seed)
-        return len(self.stream.compress([(quantized, self.geometry)])[0].data)
+        scaled = self.stream.scale(self.mean, step, self.seed)
+        return len(self.stream.compress([(scaled, self.geometry)])[0].data)
 
     @functools.cache  # noqa: B019
     def psnr(self, step: int) -> float:
-        z = self.stream.dequantize(self.stream.quantize(self.mean, step, self.seed))
+        z = self.stream.dequantize(self.stream.quantize(self.stream.scale(self.mean, step, self.seed)))
         with torch.inference_mode():
             decoded = crop(self.stream.codec.decode_uint8(z[None]), self.geometry)[0]
         return metrics.psnr(as_shown(decoded, self.geometry)[None], self.pixels[None]).item()
@@ -165,7 +165,7 @@ def test_steps_too_fine_for_a_stream_are_passed_over(subject: Subject) -> None:
     step = subject.choose(bpp=1e6).quantized.step
     assert finest <= step <= finest * (1 + 1 / 256) + 2
     with pytest.raises(UserError, match="larger --step"):
-        subject.stream.quantize(subject.mean, round(finest * 0.99), subject.seed)
+        subject.stream.scale(subject.mean, round(finest * 0.99), subject.seed)
 
 
 @pytest.mark.parametrize("rate", [{}, {"bpp": 5.0}, {"psnr": 16.0}, {"max_bytes": 1000}])

@@ -399,7 +399,7 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
         image = source.read()
         with torch.inference_mode():
             mean = codec.encode(pad(image.pixels, 8)[None]).mean[0]
-        (coded,) = coder.compress([(coder.quantize(mean, STEP_ONE, None), image.geometry)])
+        (coded,) = coder.compress([(coder.scale(mean, STEP_ONE, None), image.geometry)])
         assert record["ours"]["bytes"] == len(coded.data)
         assert record["jpeg"] is None or record["jpeg"]["bytes"] <= record["ours"]["bytes"]
     assert [r["jpeg"] is None for r in section.records["images"]] == [False, False, True]

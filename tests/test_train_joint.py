@@ -20,7 +20,7 @@ from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.context import ContextConfig
 from latent_codec.quantizer import STEP_OF_STD
 from train.config import JointConfig, check
-from train.context_net import ContextNet
+from train.context_net import Coded, ContextNet, Drawn
 from train.joint import Joint, TrainedPrior, prior_of
 from train.presets import photo, photo_joint
 from train.prior import make_net
@@ -29,7 +29,7 @@ Z = 4
 CONFIG = JointConfig(
     noise_steps=(0.5, 2.0), mode_weight=1.0, prior_groups=(1,), prior_width=8, prior_learning_rate=0.004
 )
-SHAPE = ContextConfig(groups=(1, 3), width=CONFIG.prior_width)
+SHAPE = ContextConfig(groups=(1, 3), width=CONFIG.prior_width, centred=True)
 STATISTICS = LatentStatistics(
     source="made up", images=2, mean=(0.0,) * Z, std=(1.0, 4.0, 2.0, 3.0), posterior_std=(0.5, 0.5, 0.25, 0.25)
 )
@@ -100,14 +100,14 @@ def test_the_kl_is_exact_in_expectation_where_the_prior_is_a_normal(monkeypatch:
     codec = tiny_codec()
     objective = Joint(CONFIG, codec, net_of(codec))
 
-    def bits(drawn: object) -> torch.Tensor:
-        z = objective.prior.latents(drawn)  # pyright: ignore[reportArgumentType]
-        size = objective.prior.sizes(drawn.step)  # pyright: ignore[reportAttributeAccessIssue]
+    def code(drawn: Drawn) -> Coded:
+        size = objective.prior.sizes(drawn.step)
+        z = drawn.scaled * size
         log_mass = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
         log_mass = log_mass + size.log().expand_as(z).flatten(1).sum(1)
-        return -log_mass / math.log(2) / z.shape[2:].numel()
+        return Coded(-log_mass / math.log(2) / z.shape[2:].numel(), z)
 
-    monkeypatch.setattr(objective.prior, "bits", bits)
+    monkeypatch.setattr(objective.prior, "code", code)
     n, generator = 40_000, torch.Generator().manual_seed(0)
     mean, logvar = torch.randn(2, 1, Z, 2, 2, generator=generator)
     posterior = DiagonalGaussian(mean.expand(n, -1, -1, -1), logvar.expand(n, -1, -1, -1))
@@ -151,7 +151,7 @@ def test_the_prior_prices_the_encoder() -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.05)  # a new network's last layer may not look at its inputs
-    net.bits(net.noisy(z, torch.ones(1))).sum().backward()
+    net.code(net.noisy(z, torch.ones(1))).bits.sum().backward()
     assert z.grad is not None and (z.grad != 0).all()
 
 

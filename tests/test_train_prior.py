@@ -23,9 +23,9 @@ from latent_codec.images import Geometry
 from latent_codec.latent_files import header_of, row, write_index, write_shard
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
-from latent_codec.prior.coding import ideal_bits, passes
+from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import TABLES, ContextConfig, ContextPrior, table_scale
-from latent_codec.quantizer import STEP_OF_STD, quantize
+from latent_codec.quantizer import STEP_OF_STD, dequantize, scale
 from train import prior as program
 from train.context_net import ContextNet, counted_tables, logistic_tables
 from train.latents import LatentCrops
@@ -73,7 +73,7 @@ def net_of(places: tuple[Path, Path], width: int = 8) -> ContextNet:
     codec = Codec.load(places[0])
     assert codec.priors is not None and codec.statistics is not None
     torch.manual_seed(0)
-    return ContextNet(ContextConfig(groups=GROUPS, width=width), codec.priors.base, codec.statistics)
+    return ContextNet(ContextConfig(groups=GROUPS, width=width, centred=True), codec.priors.base, codec.statistics)
 
 
 def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
@@ -164,9 +164,9 @@ def test_drawn_latents_are_those_of_the_quantiser(places: tuple[Path, Path]) -> 
     drawn = net.draw(batch.means, batch.keys, (0.5, 4.0), 0.5)
     assert 0 < int(drawn.dithered.sum()) < 16
     assert codec.priors is not None
-    for mean, found in zip(batch.means, program._quantized(net, drawn), strict=True):
-        expected = quantize(mean, codec.priors.base, found.step, found.seed)
-        assert np.array_equal(found.values, expected.values)
+    for mean, found in zip(batch.means, program._scaled(net, drawn), strict=True):
+        expected = scale(mean, codec.priors.base, found.step, found.seed)
+        assert np.array_equal(found.latents, expected.latents)
         assert 512 <= found.step <= 4096
 
 
@@ -179,9 +179,15 @@ def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path]) ->
     batch = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(12), 0)
     drawn = net.draw(batch.means, batch.keys, (0.7, 2.0), 0.3)
     with torch.no_grad():
-        wanted = net.bits(drawn).double().numpy() * 64
+        coded = net.code(drawn)
+    wanted = coded.bits.double().numpy() * 64
     prior = net.freeze(logistic_tables())
-    found = [ideal_bits(prior, image) for image in passes(prior, program._quantized(net, drawn), "cpu")]
+    codings = quantize(prior, program._scaled(net, drawn), "cpu")
+    found = [ideal_bits(prior, coding.passes) for coding in codings]
+    base = Codec.load(places[0]).priors.base  # pyright: ignore[reportOptionalMemberAccess]
+    read = torch.stack([dequantize(coding.quantized, base) for coding in codings])
+    size = torch.from_numpy(base)[:, None, None] * (drawn.step / 1024)[:, None, None, None]
+    assert ((coded.latents - read) / size).abs().mean() < 0.02  # an eighth apart where a location is at an edge
     assert np.sum(found) == pytest.approx(np.sum(wanted), rel=0.03)
     assert np.corrcoef(found, wanted)[0, 1] > 0.99
 

@@ -21,10 +21,12 @@ def _table(location: float, scale: float, reach: float) -> tuple[int, np.ndarray
     return -last, normalize(np.r_[np.diff(cumulative) + 1e-9, 1 - cumulative[-1] + cumulative[0] + 1e-6])
 
 
-def context_prior(groups: tuple[int, ...], width: int, seed: int, tables: Tables | None = None) -> ContextPrior:
+def context_prior(
+    groups: tuple[int, ...], width: int, seed: int, tables: Tables | None = None, *, centred: bool
+) -> ContextPrior:
     """Random weights over the whole range; outputs of a few steps and of medium width."""
     rng = np.random.default_rng(seed)
-    config, channels = ContextConfig(groups=groups, width=width), sum(groups)
+    config, channels = ContextConfig(groups=groups, width=width, centred=centred), sum(groups)
     passes = []
     for span in spans(config):
         outputs = span.stop - span.start

@@ -27,6 +27,7 @@ class RefusalError(Exception):
 
 
 class Header(NamedTuple):
+    version: int
     stream_id: bytes
     width: int
     height: int
@@ -53,6 +54,11 @@ class Model(NamedTuple):
         """Of a codebook."""
         bottleneck = self.config["bottleneck"]
         return {"vq": bottleneck.get("codes"), "fsq": math.prod(bottleneck.get("levels", []))}.get(bottleneck["kind"])
+
+    @property
+    def centred(self) -> bool:
+        """Of the context prior."""
+        return self.priors["context"].get("centred", False)
 
     def stream_id(self, kind: str) -> bytes:
         digest = hashlib.sha256(self.model_id.encode())
@@ -88,7 +94,7 @@ def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
         raise RefusalError("cut header")
     if zlib.crc32(data[:43]) != struct.unpack("<I", data[43:47])[0]:
         raise RefusalError("header checksum")
-    if data[7] != 1:
+    if data[7] not in (1, 2):
         raise RefusalError("version")
     width, height, orientation, flags = struct.unpack("<IIBB", data[16:26])
     step, seed, length = struct.unpack("<HQI", data[29:43])
@@ -104,7 +110,7 @@ def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
     if not width or not height or not 1 <= orientation <= 8:
         raise RefusalError("geometry")
     return Header(
-        data[8:16], width, height, orientation, flags, data[26:29], step, seed if flags & 4 else None
+        data[7], data[8:16], width, height, orientation, flags, data[26:29], step, seed if flags & 4 else None
     ), payload
 
 
@@ -212,7 +218,7 @@ def dither(seed: int | None, shape: tuple[int, int, int]) -> Array:
 
 
 class Decoded(NamedTuple):
-    values: Array  # (z, h, w) int64
+    values: Array  # (z, h, w) int64, the nearest whole steps
     latents: Array  # (z, h, w) float32
 
 
@@ -224,6 +230,8 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
         raise RefusalError("no such prior")
     if header.stream_id != model.stream_id(kind):
         raise RefusalError("stream id")
+    if header.version != (2 if kind == "context" and model.centred else 1):
+        raise RefusalError("another version")
     if model.codes is not None and (header.step != 1024 or header.seed is not None):
         raise RefusalError("no step")
     shape = (
@@ -237,11 +245,9 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
     if model.codes is not None:
         return _indices(ans, model, shape)
     tables = Tables(*(model.tensors[f"prior.{kind}.{name}"] for name in ("counts", "sizes", "first")))
-    if kind == "context":
-        values, fine = _context(ans, tables, model, header, shape)
-    else:
-        values, fine = _factorized(ans, tables, header, shape)
+    fine = _context(ans, tables, model, header, shape) if kind == "context" else _factorized(ans, tables, header, shape)
     ans.finish()
+    values = (fine + 2**16) // 2**17
     if np.abs(values).max() > 16383:
         raise RefusalError("magnitude")
     size = model.tensors["prior.base"].astype(np.float64) * header.step
@@ -263,34 +269,30 @@ def _indices(ans: Ans, model: Model, shape: tuple[int, int, int]) -> Decoded:
     return Decoded(values, np.stack(latents))
 
 
-def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int, int]) -> tuple[Array, Array]:
+def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int, int]) -> Array:
     z, h, w = shape
     level = (min(max(octave(header.step), -16), 40) + 16) // 2
     found = tables.read(ans, [level * z + c for c in range(z) for _ in range(h * w)])
-    values = np.array(found, np.int64).reshape(shape)
-    return values, values * 2**17 + dither(header.seed, shape)
+    return np.array(found, np.int64).reshape(shape) * 2**17 + dither(header.seed, shape)
 
 
-def _context(
-    ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]
-) -> tuple[Array, Array]:
-    d = dither(header.seed, shape)
-    values, fine = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+def _context(ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]) -> Array:
+    d, fine = dither(header.seed, shape), np.zeros(shape, np.int64)
     for number in range(2 * len(model.priors["context"]["groups"])):
-        positions, centres, numbers = choose(model, number, fine, d, header.step)
-        for (c, y, x), centre, rest in zip(positions, centres, tables.read(ans, numbers), strict=True):
-            values[c, y, x] = centre + rest
-            fine[c, y, x] = (centre + rest) * 2**17 + d[c, y, x]
-    return values, fine
+        positions, offsets, centres, numbers = choose(model, number, fine, d, header.step, header.seed is not None)
+        for place, offset, centre, rest in zip(positions, offsets, centres, tables.read(ans, numbers), strict=True):
+            fine[place] = (centre + rest) * 2**17 + offset
+    return fine
 
 
 class Choice(NamedTuple):
     positions: list[tuple[int, int, int]]  # channel, row, column
+    offsets: list[int]
     centres: list[int]
     tables: list[int]
 
 
-def choose(model: Model, number: int, fine: Array, d: Array, step: int) -> Choice:
+def choose(model: Model, number: int, fine: Array, d: Array, step: int, dithered: bool) -> Choice:
     """What a pass decodes by; `fine` is 0 where nothing is decoded yet, `d` all 0 without dither."""
     order, gain, width_offset = (
         [int(n) for n in model.tensors[f"prior.context.{name}"]] for name in ("order", "gain", "width_offset")
@@ -298,19 +300,22 @@ def choose(model: Model, number: int, fine: Array, d: Array, step: int) -> Choic
     groups, (group, parity) = model.priors["context"]["groups"], divmod(number, 2)
     start = sum(groups[:group])
     stop = start + groups[group]
-    x = inputs(order[: stop if parity else start], fine, gain, step, bool(d.any()))
+    x = inputs(order[: stop if parity else start], fine, gain, step, dithered)
     outputs = network(model, number, x)  # (2 (stop - start), h, w)
-    choice = Choice([], [], [])
+    choice = Choice([], [], [], [])
     for j, row, column in itertools.product(range(stop - start), *map(range, fine.shape[1:])):
         if (row + column) % 2 == parity:
             c = order[start + j]
             scale = step * gain[c]
             located, wide = int(outputs[j, row, column]), int(outputs[stop - start + j, row, column])
             eighths = (located * 2**36 - 8 * int(d[c, row, column]) * scale + scale * 2**16) // (scale * 2**17)
-            eighths = min(max(eighths, -131064), 131064)
+            eighths, offset = min(max(eighths, -131064), 131064), int(d[c, row, column])
+            if model.centred and not dithered:
+                eighths, offset = 0, eighths * 2**14
             centre = (eighths + 4) >> 3
             i = min(max(wide - octave(step) + width_offset[c], 0), 88)
             choice.positions.append((c, row, column))
+            choice.offsets.append(offset)
             choice.centres.append(centre)
             choice.tables.append(8 * i + eighths - 8 * centre + 4 if i < 56 else i + 392)
     return choice

@@ -170,7 +170,7 @@ def _coding_ratios(seconds: Seconds, kind: str) -> dict[str, float]:
     """One prior's times as ratios: to the encoder network, and as shares of coding in all of encode and decode."""
     own = seconds.priors[kind]
     encode, decode = own.encode_network + own.encode_coder, own.decode
-    coding, uncoding = encode + seconds.quantize, decode + seconds.dequantize
+    coding, uncoding = encode + seconds.scale, decode + seconds.dequantize
     return {
         "encode_prior_over_encoder_network": encode / seconds.encoder,
         "decode_prior_over_encoder_network": decode / seconds.encoder,

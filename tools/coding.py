@@ -14,8 +14,8 @@ from latent_codec.errors import UserError
 from latent_codec.images import Image, pad
 from latent_codec.prior import Priors
 from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, passes
-from latent_codec.quantizer import Quantized, dequantize, quantize, step_code
+from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize
+from latent_codec.quantizer import Quantized, Scaled, dequantize, scale, step_code
 from latent_codec.streams import StreamCodec
 
 LARGEST_LOSS = 1.01
@@ -48,7 +48,7 @@ class Seconds(NamedTuple):
     """Per image, medians over rounds of means over images; reading and writing files is not in them."""
 
     encoder: float
-    quantize: float
+    scale: float
     dequantize: float
     decoder: float
     priors: dict[str, PriorSeconds]
@@ -68,22 +68,22 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
             with torch.inference_mode():
                 with clock("encoder"):
                     mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0].cpu()
-                with clock("quantize"):
-                    quantized = quantize(mean, priors.base, step_code(step), None)
+                with clock("scale"):
+                    scaled = scale(mean, priors.base, step_code(step), None)
                 for prior, coder in zip(kinds, coders, strict=True):
-                    _time_prior(prior, coder, quantized, clock, device)
+                    quantized = _time_prior(prior, coder, scaled, clock, device)
                 with clock("dequantize"):
                     latents = dequantize(quantized, priors.base)
                 with clock("decoder"):
                     codec.decode_uint8(latents[None].to(device)).cpu()
-            symbols += quantized.values.size if round_ == 0 else 0
+            symbols += scaled.latents.size if round_ == 0 else 0
         if round_:
             for name, seconds in clock.seconds.items():
                 taken[name].append(seconds / len(images))
     median = {name: statistics.median(values) for name, values in taken.items()}
     return Seconds(
         encoder=median["encoder"],
-        quantize=median["quantize"],
+        scale=median["scale"],
         dequantize=median["dequantize"],
         decoder=median["decoder"],
         priors={p.kind: PriorSeconds(**{f: median[f"{p.kind} {f}"] for f in PriorSeconds._fields}) for p in kinds},
@@ -91,24 +91,25 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
     )
 
 
-def _time_prior(prior: Prior, coder: Coder, quantized: Quantized, clock: "_Clock", device: str) -> None:
+def _time_prior(prior: Prior, coder: Coder, scaled: Scaled, clock: "_Clock", device: str) -> Quantized:
     with clock(f"{prior.kind} encode_network"):
-        (coded,) = passes(prior, [quantized], device)
+        (coding,) = quantize(prior, [scaled], device)
     with clock(f"{prior.kind} encode_coder"):
-        payload = encode(coder, coded)
-    z, h, w = quantized.values.shape
-    settings = Settings((z, h, w), quantized.step, quantized.seed)
+        payload = encode(coder, coding.passes)
+    z, h, w = scaled.latents.shape
+    settings = Settings((z, h, w), scaled.step, scaled.seed)
     with clock(f"{prior.kind} decode"):
         (found,) = decode(prior, coder, [payload], [settings], device)
     with clock(f"{prior.kind} decode_coder"):
-        _read(coder, payload, coded)
-    if isinstance(found, UserError) or not (found.values == quantized.values).all():
+        _read(coder, payload, coding.passes)
+    if isinstance(found, UserError) or not (found.fine == coding.quantized.fine).all():
         raise RuntimeError(f"the {prior.kind} prior's payload does not decode to what was coded")
+    return found
 
 
-def _read(coder: Coder, payload: bytes, coded: Sequence[Values]) -> None:
+def _read(coder: Coder, payload: bytes, passes: Sequence[Values]) -> None:
     decoder = coder.decoder(payload)
-    for _, tables in coded:
+    for _, tables in passes:
         decoder.read(tables)
     decoder.finish()
 
@@ -156,8 +157,8 @@ def measure_sizes(codec: Codec, images: Sequence[Image], steps: Sequence[float],
         area = image.geometry.width * image.geometry.height
         for step in steps:
             for coder in coders:
-                quantized = coder.quantize(mean, step_code(step), None)
-                (coded,) = coder.compress([(quantized, image.geometry)])
+                scaled = coder.scale(mean, step_code(step), None)
+                (coded,) = coder.compress([(scaled, image.geometry)])
                 excess = len(coded.data) - LARGEST_LOSS * coded.ideal_bits / 8
                 row = (8 * len(coded.data) / area, coded.ideal_bits / area, excess)
                 found[coder.prior.kind, step].append(row)

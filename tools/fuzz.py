@@ -29,7 +29,7 @@ from latent_codec.quantizer import Quantized
 from latent_codec.streams import StreamCodec, StreamReader
 from tools.mutants import Kind, Mutant, mutate
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "2"
 
 
 class Verdict(NamedTuple):
@@ -90,7 +90,7 @@ class Judge:
             return Verdict("WRONG", "decoded, although its checksums are those of something else")
         streams, geometry = self._codecs[stream.header.prior], stream.header.geometry
         try:
-            again = streams.compress([(result, geometry)])[0].data
+            again = streams.compress([(result.scaled(), geometry)])[0].data
             pixels = crop(self._codec.decode_uint8(streams.dequantize(result)[None])[0], geometry)
         except Exception as error:
             return _crashed(error)

@@ -142,8 +142,8 @@ class Encode(_Folder):
             def network_and_coding(_: int) -> None:
                 for start, batch in enumerate(self.batches(images)):
                     means = networks.encode(batch).mean
-                    quantized = [coder.quantize(mean, STEP_ONE, None) for mean in means]
-                    coder.compress(list(zip(quantized, geometries[start * self.batch_size :], strict=False)))
+                    scaled = [coder.scale(mean, STEP_ONE, None) for mean in means]
+                    coder.compress(list(zip(scaled, geometries[start * self.batch_size :], strict=False)))
 
             def command(name: str, *flags: str) -> Contender:
                 return lambda i: run("tools.encode", src, Path(temporary, f"{name} {i}"), *self.flags, *flags)

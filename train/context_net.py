@@ -25,7 +25,7 @@ from latent_codec.prior.context import (
     table_scale,
 )
 from latent_codec.prior.tables import Tables, join, normalize
-from latent_codec.quantizer import STEP_ONE, round_down_zone
+from latent_codec.quantizer import LIMIT, STEP_ONE, round_down_zone
 
 _HIDDEN = 16  # integers per unit of an activation
 _LOCATED, _WIDE = 8 * UNIT, 8  # integers per unit of the last layer's two outputs
@@ -35,13 +35,22 @@ _STEP, _DITHERED, _NOISE = range(3)  # what a key is used for
 
 
 class Drawn(NamedTuple):
-    """Latents as a bitstream would hold them, channels in the prior's order."""
+    """Latents to be coded, channels in the prior's order."""
 
-    values: torch.Tensor  # (b, z, h, w) whole numbers
-    offset: torch.Tensor  # (b, z, h, w) dither in steps, 0 where there is none
+    scaled: torch.Tensor  # (b, z, h, w) in steps
+    dither: torch.Tensor  # (b, z, h, w) in steps, 0 where there is none
     step: torch.Tensor  # (b,) as stored
     dithered: torch.Tensor  # (b,) bool
     seeds: torch.Tensor  # (b,) int64, of the dither
+    exact: bool = False
+    """They hold noise of their own and are not made integers."""
+
+
+class Coded(NamedTuple):
+    bits: torch.Tensor
+    """Per latent position of each image, (b,)."""
+    latents: torch.Tensor
+    """What a decoder reads, (b, z, h, w) in the model's order of channels."""
 
 
 class ContextNet(nn.Module):
@@ -74,7 +83,7 @@ class ContextNet(nn.Module):
         self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float
     ) -> torch.Tensor:
         """Bits per latent position, averaged over images (b, z, h, w) whose quantisation `keys` (b,) decide."""
-        return self.bits(self.draw(means, keys, steps, dithered)).mean()
+        return self.code(self.draw(means, keys, steps, dithered)).bits.mean()
 
     def draw(self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float) -> Drawn:
         """Each image quantised at a step between the two, evenly in its logarithm; a share of them with dither."""
@@ -87,65 +96,78 @@ class ContextNet(nn.Module):
         offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
         offset = offset * with_dither[:, None, None, None]
         size = self.base.double()[:, None, None] * step[:, None, None, None] / STEP_ONE  # a bitstream's float64
-        scaled = means[:, order].double() / size
-        values = torch.where(with_dither[:, None, None, None], (scaled - offset).round(), round_down_zone(scaled))
-        return Drawn(values.float(), offset.float(), step.long(), with_dither, seeds)
+        return Drawn(means[:, order].double() / size, offset, step.long(), with_dither, seeds)
 
-    def bits(self, drawn: Drawn) -> torch.Tensor:
-        """Bits per latent position of each image, (b,)."""
-        step = drawn.step.float()[:, None, None, None]
-        scale = step * self.gain[:, None, None] * 2.0**-19  # (b, z, 1, 1) of an input's units in a step
-        x = (drawn.values + drawn.offset) * scale
-        x = (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # whole numbers; the gradient passes through
-        total = torch.zeros(len(x), device=x.device)
+    def code(self, drawn: Drawn) -> Coded:
+        """Latents as a bitstream holds them, pass by pass, and their bits.
+
+        What is coded are integers; the width of their distribution learns from these, its location from the latents
+        before they are rounded: whole steps lie around the location, so that integers do not say where it should be.
+        """
+        b, _, h, w = drawn.scaled.shape
+        scale = drawn.step.float()[:, None, None, None] * self.gain[:, None, None] * 2.0**-19  # of inputs' units a step
+        known: list[torch.Tensor] = []  # (b, channels, h, w) each, in steps
+        total = torch.zeros(b, device=drawn.scaled.device)
         for span, net in zip(self.spans, self.nets, strict=True):
-            outputs = self._run(net, span, x, drawn)  # (b, 2g, n)
-            located, wide = outputs.float().chunk(2, dim=1)
             group = slice(span.start, span.stop)
             unit = scale[:, group, :, 0] / UNIT  # (b, g, 1)
-            values, offset = (_at(t[:, group], span.parity) for t in (drawn.values, drawn.offset))
-            with float32_island(x):
-                total = total + _logistic_bits(
-                    values + offset - located / unit, (torch.exp2(wide) / unit).clamp(2.0**-5, 2.0**6)
-                )
-        return total / x.shape[2:].numel()
+            outputs = self._run(net, span, self._inputs(known, scale), drawn)  # (b, 2g, n)
+            located, wide = outputs.float().chunk(2, dim=1)
+            located = located / unit
+            width = (torch.exp2(wide) / unit).clamp(2.0**-5, 2.0**6)
+            own, dither = (_at(t[:, group], span.parity) for t in (drawn.scaled, drawn.dither))
+            with float32_island(own):
+                if drawn.exact:
+                    found = own
+                    total = total + _logistic_bits(own - located, width)
+                else:
+                    dithered = drawn.dithered[:, None, None]
+                    found = _rounded(own, dither, dithered, located.detach())
+                    total = total + _logistic_bits(found - located.detach(), width)
+                    learn = _logistic_bits(torch.where(dithered, found, own.float()) - located, width.detach())
+                    total = total + learn - learn.detach()
+            placed = _placed(found, (h, w), span.parity)
+            known = [*known[:-1], known[-1] + placed] if span.parity else [*known, placed]
+        z = torch.cat(known, 1) * self.sizes(drawn.step)
+        latents = z[:, torch.from_numpy(np.argsort(self.order)).to(z.device)]
+        return Coded(total / (h * w), latents)
 
-    def _run(self, net: nn.Module, span: Span, x: torch.Tensor, drawn: Drawn) -> torch.Tensor:
-        b, _, h, w = x.shape
-        row, column = (torch.arange(side, device=x.device) for side in (h, w))
-        first = ((row[:, None] + column) % 2 == 0).to(x.dtype)  # (h, w), as `at_parity`; made where it is used
-        known = x[:, : span.inputs]
-        if span.parity:  # of its own group the pass sees the first half
-            known = torch.cat([known[:, : span.start], known[:, span.start :] * first], 1)
+    def _inputs(self, known: list[torch.Tensor], scale: torch.Tensor) -> torch.Tensor | None:
+        """Known latents as a network sees them, whole numbers of its unit."""
+        if not known:
+            return None
+        x = torch.cat(known, 1)
+        x = x * scale[:, : x.shape[1]]
+        return (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # the gradient passes through
+
+    def _run(self, net: nn.Module, span: Span, known: torch.Tensor | None, drawn: Drawn) -> torch.Tensor:
+        b, _, h, w = drawn.scaled.shape
+        device = drawn.scaled.device
+        row, column = (torch.arange(side, device=device) for side in (h, w))
         octave = torch.round(8 * torch.log2(drawn.step.float() / STEP_ONE)) * 4 / UNIT
-        signals = torch.ones(b, SIGNALS, h, w, device=x.device)
-        signals[:, 1] = first
+        signals = torch.ones(b, SIGNALS, h, w, device=device)
+        signals[:, 1] = ((row[:, None] + column) % 2 == 0).float()  # as `at_parity`; made where it is used
         signals[:, 2] = octave.clamp(-TOP / UNIT, TOP / UNIT)[:, None, None]
-        signals[:, 3] = drawn.dithered[:, None, None].to(x.dtype)
+        signals[:, 3] = drawn.dithered[:, None, None].float()
         top = TOP / _HIDDEN
-        y = net[0](torch.cat([known, signals], 1)).clamp(0, top)  # pyright: ignore[reportIndexIssue]
+        y = net[0](signals if known is None else torch.cat([known, signals], 1)).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         y = _conv_at(net[1], y, span.parity).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         y = net[2](y).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
 
     def noisy(self, z: torch.Tensor, step: torch.Tensor) -> Drawn:
         """Latents (b, z, h, w) that hold noise of their own, as large as that of steps (b,): not rounded at all."""
-        code = (STEP_ONE * step).round()
-        values = self.reorder(z) / self.sizes(code)
-        none = torch.zeros((), device=z.device).expand_as(values)
-        return Drawn(values, none, code.long(), torch.ones_like(code, dtype=torch.bool), torch.zeros_like(code.long()))
+        return self._drawn(z, step, exact=True)
 
     def rounded(self, means: torch.Tensor, step: torch.Tensor) -> Drawn:
-        """Means (b, z, h, w) as a bitstream without dither holds them at steps (b,)."""
-        code = (STEP_ONE * step).round()
-        values = round_down_zone(self.reorder(means) / self.sizes(code))
-        no = torch.zeros_like(code, dtype=torch.bool)
-        return Drawn(values, torch.zeros_like(values), code.long(), no, torch.zeros_like(code.long()))
+        """Means (b, z, h, w) to be coded at steps (b,) without dither."""
+        return self._drawn(means, step, exact=False)
 
-    def latents(self, drawn: Drawn) -> torch.Tensor:
-        """What a decoder reads, (b, z, h, w) in the model's order of channels."""
-        z = (drawn.values + drawn.offset) * self.sizes(drawn.step)
-        return z[:, torch.from_numpy(np.argsort(self.order)).to(z.device)]
+    def _drawn(self, z: torch.Tensor, step: torch.Tensor, exact: bool) -> Drawn:
+        code = (STEP_ONE * step).round()
+        scaled = self.reorder(z) / self.sizes(code)
+        none = torch.zeros((), device=z.device).expand_as(scaled)
+        return Drawn(scaled, none, code.long(), torch.full_like(code, exact, dtype=torch.bool), code.long(), exact)
 
     def sizes(self, step: torch.Tensor) -> torch.Tensor:
         """Widths of one step of each channel (b, z, 1, 1), in the prior's order, for stored steps (b,)."""
@@ -160,7 +182,8 @@ class ContextNet(nn.Module):
 
         Raises `ValueError` if it is of other groups or another width, or orders the channels otherwise.
         """
-        if prior.config != self.config or not np.array_equal(prior.order, self.order):
+        same = (prior.config.groups, prior.config.width) == (self.config.groups, self.config.width)
+        if not same or not np.array_equal(prior.order, self.order):
             raise ValueError(
                 f"a prior of {prior.config} does not fit one of {self.config}, or orders channels otherwise"
             )
@@ -218,6 +241,25 @@ def _conv_at(layer: nn.Module, x: torch.Tensor, parity: int) -> torch.Tensor:
     x = pad(x, (1, 1, 1, 1))
     rows = (x[:, :, top:, left:] for top, left in ((0, parity), (1, 1 - parity)))
     return torch.cat([conv2d(r, layer.weight, layer.bias, stride=2) for r in rows], 2)
+
+
+def _placed(values: torch.Tensor, size: tuple[int, int], parity: int) -> torch.Tensor:
+    """The inverse of `_at`, (b, c, h, w) of values (b, c, n): 0 at the other parity."""
+    rows = values.unflatten(2, (size[0], size[1] // 2))  # even rows, then odd ones
+    even, odd = rows.chunk(2, dim=2)
+    nothing = torch.zeros_like(even)
+    columns = [(even, nothing), (nothing, odd)] if parity == 0 else [(nothing, even), (odd, nothing)]
+    # (b, c, h / 2, 2, w / 2, 2): row of its pair, column of its pair
+    return torch.stack([torch.stack(pair, -1) for pair in columns], 3).flatten(2, 3).flatten(3)
+
+
+@torch.no_grad()
+def _rounded(scaled: torch.Tensor, dither: torch.Tensor, dithered: torch.Tensor, located: torch.Tensor) -> torch.Tensor:
+    """Latents in steps as a bitstream holds them, float32: whole steps around the dither or what was expected."""
+    expected = ((8 * located + 0.5).floor() / 8).clamp(-LIMIT, LIMIT)  # in eighths, as the frozen prior has it
+    offset = torch.where(dithered, dither, expected.to(dither.dtype))
+    rest = scaled - offset
+    return (torch.where(dithered, rest.round(), round_down_zone(rest)) + offset).float()
 
 
 def _logistic_bits(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -45,8 +45,8 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
     groups = context_groups(config.prior_groups, model.config.latent_channels)
-    wanted, context = ContextConfig(groups=groups, width=config.prior_width), model.priors.context
-    if context is None or context.config != wanted:
+    wanted, context = ContextConfig(groups=groups, width=config.prior_width, centred=True), model.priors.context
+    if context is None or (context.config.groups, context.config.width) != (groups, config.prior_width):
         return TrainedPrior(wanted, model.priors.base, model.statistics)
     net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)
     net.thaw(context)
@@ -88,9 +88,9 @@ class Joint(nn.Module):
 
         with torch.no_grad():
             rounded = prior.rounded(posterior.mean, step)
-            mode = prior.latents(rounded)
-        nll_mode = -codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)  # (b,)
-        integers = prior.bits(rounded) * mode.shape[2:].numel() * math.log(2)  # (b,) nats
+        coded = prior.code(rounded)  # what the latents are has no gradient
+        nll_mode = -codec.likelihood.log_prob(codec.likelihood_params(coded.latents, labels), x)  # (b,)
+        integers = coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
 
         coarse, fine = step.clamp(min=1).square().reciprocal(), step.clamp(max=1).square()
         loss = (coarse * (nll + self.config.mode_weight * nll_mode) + fine * (beta * kl + integers)).mean()
@@ -119,7 +119,7 @@ class Joint(nn.Module):
 
         The prior gives the mass of a quantiser's cell around z; its density is that over the cell's size.
         """
-        mass = self.prior.bits(self.prior.noisy(z, step)) * z.shape[2:].numel() * math.log(2)  # (b,)
+        mass = self.prior.code(self.prior.noisy(z, step)).bits * z.shape[2:].numel() * math.log(2)  # (b,)
         cell = self.prior.base.log().sum() * z.shape[2:].numel()  # of step 1; the step itself is in both and cancels
         entropy = posterior.std.log().flatten(1).sum(1) + 0.5 * math.log(2 * math.pi * math.e) * z[0].numel()
         return mass + cell - entropy
@@ -134,9 +134,9 @@ def measure(prior: ContextNet, codec: Codec, crops: CentreCrops, batch: int = 8)
     for step in MEASURED:
         bits, psnr = [], []
         for mean, pixels in zip(means, crops.pixels.split(batch), strict=True):
-            drawn = prior.rounded(mean, torch.full((len(mean),), step, device=device))
-            bits.append(prior.bits(drawn) / codec.factor**2)
-            error = codec.decode_uint8(prior.latents(drawn)).float() - pixels.to(device).float()
+            coded = prior.code(prior.rounded(mean, torch.full((len(mean),), step, device=device)))
+            bits.append(coded.bits / codec.factor**2)
+            error = codec.decode_uint8(coded.latents).float() - pixels.to(device).float()
             psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3)).clamp(min=1e-6)))
         values[f"bpp_step_{step:g}"] = torch.cat(bits).mean().item()
         values[f"psnr_step_{step:g}"] = torch.cat(psnr).mean().item()

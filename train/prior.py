@@ -28,9 +28,9 @@ from latent_codec.export import PRIOR_RUN_MODEL
 from latent_codec.files import make_folder
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import PREFIX, Priors
-from latent_codec.prior.coding import ideal_bits, passes
+from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import ContextConfig
-from latent_codec.quantizer import Quantized
+from latent_codec.quantizer import Scaled
 from train.checkpoints import load_optimizer, optimizer_tensors
 from train.config import PriorConfig, context_groups, flat
 from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
@@ -85,7 +85,7 @@ def train(run: Run) -> int:
     torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth looking for
     set_seed(config.seed)
     groups = context_groups(config.groups, codec.config.latent_channels)
-    context = ContextConfig(groups=groups, width=config.width)
+    context = ContextConfig(groups=groups, width=config.width, centred=True)
     net = make_net(context, codec.priors.base, codec.statistics, run.start_from).to(accelerator.device)
     net.freeze(logistic_tables())  # what cannot be frozen is not worth training
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
@@ -220,8 +220,8 @@ def _finish(
     start, coded = logistic_tables(), []
     for batch in crops.batches(config.count_images, config.batch_size, config.seed + 1):
         drawn = net.draw(batch.means, batch.keys, config.step_range, config.dithered)
-        for image in passes(net.freeze(start), _quantized(net, drawn), str(device)):  # exact on every device
-            coded += image
+        for coding in quantize(net.freeze(start), _scaled(net, drawn), str(device)):  # exact on every device
+            coded += coding.passes
     tables = counted_tables(start, *(np.concatenate(part) for part in zip(*coded, strict=True)))
     codec.priors = codec.priors._replace(context=net.freeze(tables))
     if run.val:
@@ -245,22 +245,22 @@ def _measure(
     total = {"float": 0.0, "context": 0.0, "factorized": 0.0}
     for batch in held_out.batches(len(held_out), config.batch_size, config.seed):
         drawn = net.draw(batch.means, batch.keys, (step, step), 0.0)
-        total["float"] += net.bits(drawn).sum().item() * config.crop**2
+        total["float"] += net.code(drawn).bits.sum().item() * config.crop**2
         for kind in ("context", "factorized"):
             prior = priors.choose(kind)
-            coded = passes(prior, _quantized(net, drawn), str(held_out.packed.device))
-            total[kind] += sum(ideal_bits(prior, image) for image in coded)
+            codings = quantize(prior, _scaled(net, drawn), str(held_out.packed.device))
+            total[kind] += sum(ideal_bits(prior, coding.passes) for coding in codings)
     values = {f"{name}_bits": bits / len(held_out) / config.crop**2 for name, bits in total.items()}
     return {"step": step} | values | {"saved": 1 - total["context"] / total["factorized"]}
 
 
-def _quantized(net: ContextNet, drawn: Drawn) -> list[Quantized]:
-    """A batch as the bitstream has it, channels in the model's order."""
-    values = np.empty(drawn.values.shape, np.int32)
-    values[:, net.order] = drawn.values.cpu().numpy()
+def _scaled(net: ContextNet, drawn: Drawn) -> list[Scaled]:
+    """A batch as the bitstream takes it, channels in the model's order."""
+    latents = np.empty(drawn.scaled.shape, np.float64)
+    latents[:, net.order] = drawn.scaled.cpu().numpy()
     steps, dithered = drawn.step.tolist(), drawn.dithered.tolist()
     seeds = [seed % 2**64 if d else None for seed, d in zip(drawn.seeds.tolist(), dithered, strict=True)]
-    return [Quantized(v, s, seed) for v, s, seed in zip(values, steps, seeds, strict=True)]
+    return [Scaled(own, s, seed) for own, s, seed in zip(latents, steps, seeds, strict=True)]
 
 
 def _is_half(path: Path) -> bool:

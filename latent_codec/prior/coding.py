@@ -9,7 +9,7 @@ from latent_codec.errors import UserError
 from latent_codec.prior.coder import Coder, Decoder
 from latent_codec.prior.context import ContextPrior, at_parity
 from latent_codec.prior.factorized import FactorizedPrior
-from latent_codec.quantizer import LIMIT, Quantized, dither
+from latent_codec.quantizer import LIMIT, Quantized, Scaled, dither, nearest, to_integers
 
 Prior = FactorizedPrior | ContextPrior
 Values = tuple[np.ndarray, np.ndarray]  # what is coded and under which tables, (n,) each
@@ -23,25 +23,39 @@ class Settings(NamedTuple):
     seed: int | None
 
 
-def passes(prior: Prior, images: Sequence[Quantized], device: str) -> list[list[Values]]:
-    """Each image's passes in the order of decoding; the images have one shape."""
-    if isinstance(prior, FactorizedPrior):
-        return [[(q.values.reshape(-1), prior.select(q.step, q.values.shape))] for q in images]
-    known = np.stack([q.fine() for q in images])  # (b, z, h, w)
-    values = np.stack([q.values for q in images])
-    dithers = known - values.astype(np.int64) * 2**17
-    steps = np.array([q.step for q in images], np.int64)
+class Coding(NamedTuple):
+    """One image made integers under a prior."""
+
+    quantized: Quantized
+    passes: list[Values]  # in the order of decoding
+
+
+def quantize(prior: Prior, images: Sequence[Scaled], device: str) -> list[Coding]:
+    """Each image's integers and what they are coded under; the images have one shape."""
+    latents = np.stack([image.latents for image in images])  # (b, z, h, w)
+    dithers = np.stack([image.dither() for image in images])
+    dithered = np.array([image.seed is not None for image in images])
     coded: list[list[Values]] = [[] for _ in images]
-    decoded = np.zeros_like(known)
-    for number, span in enumerate(prior.spans):
-        choice = prior.select(number, decoded, dithers, steps, device)
-        where = at_parity(known.shape[2:], span.parity)
-        channels = prior.order[span.start : span.stop]
-        rest = values[:, channels][:, :, where] - choice.centre  # (b, g, n)
-        for image, r, table in zip(coded, rest, choice.table, strict=True):
-            image.append((r.reshape(-1), table.reshape(-1)))
-        _put(decoded, channels, where, known[:, channels][:, :, where])
-    return coded
+    if isinstance(prior, FactorizedPrior):
+        values = to_integers(latents, dithers, dithered[:, None, None, None])
+        fine = values * 2**17 + dithers
+        for image, passes, own in zip(images, coded, values, strict=True):
+            passes.append((own.reshape(-1), prior.select(image.step, own.shape)))
+    else:
+        steps = np.array([image.step for image in images], np.int64)
+        fine = np.zeros_like(dithers)
+        for number, span in enumerate(prior.spans):
+            choice = prior.select(number, fine, dithers, dithered, steps, device)
+            where = at_parity(fine.shape[2:], span.parity)
+            channels = prior.order[span.start : span.stop]
+            values = to_integers(latents[:, channels][:, :, where], choice.offset, dithered[:, None, None])  # (b, g, n)
+            for passes, rest, table in zip(coded, values - choice.centre, choice.table, strict=True):
+                passes.append((rest.reshape(-1), table.reshape(-1)))
+            _put(fine, channels, where, values * 2**17 + choice.offset)
+    return [
+        Coding(Quantized(own, image.step, image.seed), passes)
+        for image, own, passes in zip(images, fine, coded, strict=True)
+    ]
 
 
 def _put(array: np.ndarray, channels: np.ndarray, where: np.ndarray, values: np.ndarray) -> None:
@@ -50,13 +64,13 @@ def _put(array: np.ndarray, channels: np.ndarray, where: np.ndarray, values: np.
     array[:, channels[:, None], rows, columns] = values
 
 
-def ideal_bits(prior: Prior, coded: Sequence[Values]) -> float:
+def ideal_bits(prior: Prior, passes: Sequence[Values]) -> float:
     """The prior's code length of one image's passes."""
-    return sum(prior.tables.bits(values, tables) for values, tables in coded)
+    return sum(prior.tables.bits(values, tables) for values, tables in passes)
 
 
-def encode(coder: Coder, coded: Sequence[Values]) -> bytes:
-    return coder.encode(list(coded))
+def encode(coder: Coder, passes: Sequence[Values]) -> bytes:
+    return coder.encode(list(passes))
 
 
 def decode(
@@ -65,26 +79,24 @@ def decode(
     """The inverse for images of one shape: each one's latents, or what is wrong with its payload."""
     shape = settings[0].shape
     reader = _Reader(coder, payloads)
-    values = np.zeros((len(payloads), *shape), np.int64)
+    dithers = np.stack([np.zeros(shape, np.int64) if s.seed is None else dither(s.seed, shape) for s in settings])
     if isinstance(prior, FactorizedPrior):
         tables = np.stack([prior.select(s.step, shape) for s in settings])
-        values[:] = reader.read(tables).reshape(values.shape)
+        fine = reader.read(tables).reshape(dithers.shape) * 2**17 + dithers
     else:
-        dithers = np.stack([np.zeros(shape, np.int64) if s.seed is None else dither(s.seed, shape) for s in settings])
+        dithered = np.array([s.seed is not None for s in settings])
         steps = np.array([s.step for s in settings], np.int64)
-        known = np.zeros_like(values)
+        fine = np.zeros_like(dithers)
         for number, span in enumerate(prior.spans):
             if reader.idle:
                 break
-            choice = prior.select(number, known, dithers, steps, device)
+            choice = prior.select(number, fine, dithers, dithered, steps, device)
             where = at_parity(shape[1:], span.parity)
             channels = prior.order[span.start : span.stop]
             rest = reader.read(choice.table.reshape(len(payloads), -1)).reshape(choice.table.shape)
-            found = rest + choice.centre  # (b, g, n)
-            _put(values, channels, where, found)
-            _put(known, channels, where, found * 2**17 + dithers[:, channels][:, :, where])
+            _put(fine, channels, where, (rest + choice.centre) * 2**17 + choice.offset)  # (b, g, n)
     limits = prior.limits if isinstance(prior, FactorizedPrior) else (-LIMIT, LIMIT)
-    return reader.finish(values, settings, limits)
+    return reader.finish(fine, settings, limits)
 
 
 class _Reader:
@@ -115,19 +127,23 @@ class _Reader:
         return values
 
     def finish(
-        self, values: np.ndarray, settings: Sequence[Settings], limits: tuple[int, int]
+        self, fine: np.ndarray, settings: Sequence[Settings], limits: tuple[int, int]
     ) -> list[Quantized | UserError]:
-        """Each one's latents from values (b, z, h, w) within limits, once its decoder has come to the right end."""
+        """Each one's latents from fine values (b, z, h, w), once its decoder has come to the right end.
+
+        To the nearest step they must lie within the limits.
+        """
         low, high = limits
         results: list[Quantized | UserError] = []
-        for decoder, value, s in zip(self.outcomes, values, settings, strict=True):
+        for decoder, own, s in zip(self.outcomes, fine, settings, strict=True):
             try:
                 if isinstance(decoder, UserError):
                     raise decoder
                 decoder.finish()
-                if value.min(initial=low) < low or value.max(initial=high) > high:
+                values = nearest(own)
+                if values.min(initial=low) < low or values.max(initial=high) > high:
                     raise UserError(f"damaged: a latent is outside {low} to {high}")
-                results.append(Quantized(value.astype(np.int32), s.step, s.seed))
+                results.append(Quantized(own, s.step, s.seed))
             except UserError as error:
                 results.append(error)
         return results

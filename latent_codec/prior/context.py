@@ -51,6 +51,8 @@ class ContextConfig:
     """Channels of each group, in the order of decoding."""
     width: int
     """Features of each layer but the last."""
+    centred: bool = False
+    """Rounded latents lie whole steps from where the network expects them, rather than from 0."""
 
 
 class Layer(NamedTuple):
@@ -96,6 +98,11 @@ class ContextPrior:
 
     kind: Literal["context"] = "context"
 
+    @property
+    def version(self) -> int:
+        """Of the streams coded under it."""
+        return 2 if self.config.centred else 1
+
     def __init__(
         self,
         config: ContextConfig,
@@ -111,27 +118,32 @@ class ContextPrior:
         self.channels = sum(config.groups)
         _check(self)
 
-    def select(self, number: int, known: np.ndarray, dithers: np.ndarray, steps: np.ndarray, device: str) -> "Choice":
+    def select(
+        self, number: int, known: np.ndarray, dithers: np.ndarray, dithered: np.ndarray, steps: np.ndarray, device: str
+    ) -> "Choice":
         """What pass `number` decodes by, for images of one shape.
 
         known: (b, z, h, w) int64, the fine values (`Quantized.fine`) decoded so far, others 0; dithers: of the same
-        shape, all of an image 0 where it has no dither; steps: (b,) int64 as stored.
+        shape; dithered: (b,) bool, without it an image's dithers are 0; steps: (b,) int64 as stored.
         """
         span = self.spans[number]
-        inputs = self._inputs(span, known, np.any(dithers, axis=(1, 2, 3)), steps)  # (b, span.inputs + SIGNALS, h, w)
+        inputs = self._inputs(span, known, dithered, steps)  # (b, span.inputs + SIGNALS, h, w)
         outputs = _run(self.passes[number], torch.from_numpy(inputs), span.parity, device)  # (b, 2g, n) int64
         located, wide = np.split(outputs, 2, axis=1)  # (b, g, n) each
         channels = self.order[span.start : span.stop]
         scale = (steps[:, None] * self.gain[channels])[:, :, None]  # (b, g, 1), below 2^31
-        offsets = dithers[:, channels][:, :, at_parity(known.shape[2:], span.parity)]
+        offset = dithers[:, channels][:, :, at_parity(known.shape[2:], span.parity)]
         # Eighths of a step: located is in eighths of an input's unit, of which scale / 2^19 make one step.
-        eighths = (located * 2**36 - 8 * offsets * scale + scale * 2**16) // (scale * 2**17)
+        eighths = (located * 2**36 - 8 * offset * scale + scale * 2**16) // (scale * 2**17)
         eighths = np.clip(eighths, -8 * LIMIT, 8 * LIMIT)
+        if self.config.centred:
+            rounded = ~dithered[:, None, None]
+            offset, eighths = np.where(rounded, eighths * 2**14, offset), np.where(rounded, 0, eighths)
         centre = (eighths + 4) >> 3
         octave = np.array([octave_eighths(int(s)) for s in steps])[:, None, None]
         width = np.clip(wide - octave + self.width_offset[channels][:, None], 0, _WIDE - 1)
         steep = width * _FRACTIONS + eighths - 8 * centre + 4
-        return Choice(centre, np.where(width < _STEEP, steep, width + _STEEP * (_FRACTIONS - 1)))
+        return Choice(offset, centre, np.where(width < _STEEP, steep, width + _STEEP * (_FRACTIONS - 1)))
 
     def _inputs(self, span: Span, known: np.ndarray, dithered: np.ndarray, steps: np.ndarray) -> np.ndarray:
         b, _, h, w = known.shape
@@ -149,7 +161,8 @@ class ContextPrior:
 class Choice(NamedTuple):
     """For each value of a pass, in the order (channel, row, column): (b, g, n) int64 both."""
 
-    centre: np.ndarray  # the value less this is what is coded
+    offset: np.ndarray  # of fine values from whole steps
+    centre: np.ndarray  # whole steps less this are what is coded
     table: np.ndarray
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from latent_codec.prior.tables import Tables, join, normalize
-from latent_codec.quantizer import LIMIT, octave_eighths, quantize, step_code
+from latent_codec.quantizer import LIMIT, octave_eighths, scale, step_code, to_integers
 
 _FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; beyond them the nearest tables serve
 LEVELS = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
@@ -31,6 +31,8 @@ class FactorizedPrior:
     """Table level * channels + c for channel c; one pass, symbols in order (z, h, w). Of `codes`, one table for all."""
 
     kind: Literal["factorized"] = "factorized"
+    version = 1
+    """Of the streams coded under it."""
 
     def __init__(self, channels: int, codes: int | None, tables: Tables) -> None:
         if codes is None and len(tables) != LEVELS * channels:
@@ -57,11 +59,12 @@ _KEPT = 1e-5  # share of the values, at either end, that may be left to the esca
 def fit(means: torch.Tensor, base: np.ndarray) -> FactorizedPrior:
     """Tables from posterior means (z, n) of a calibration set, rounded at each level's step; `base` (z,) of `Priors`.
 
-    Raises `UserError` as `quantize` does.
+    Raises `UserError` as `quantizer.scale` does.
     """
     tables: list[tuple[int, np.ndarray]] = []
     for i in range(LEVELS):
-        values = quantize(means[:, None], base, step_code(level_step(i)), None).values[:, 0]
+        latents = scale(means[:, None], base, step_code(level_step(i)), None).latents[:, 0]
+        values = to_integers(latents, np.zeros(()), np.zeros((), bool))
         tables += _level_tables(values)
     return FactorizedPrior(len(means), None, join(tables))
 

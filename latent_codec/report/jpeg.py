@@ -151,9 +151,8 @@ def _measure(
 def _ours(image: Image, coder: StreamCodec, networks: Networks) -> tuple[bytes, torch.Tensor]:
     """An image's file and what `decode` would write of it, (3, h, w) uint8."""
     coded = networks.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
-    quantized = coder.quantize(coded, STEP_ONE, None)
-    (file,) = coder.compress([(quantized, image.geometry)])
-    decoded = crop(networks.decode_uint8([coder.dequantize(quantized)])[0], image.geometry)
+    (file,) = coder.compress([(coder.scale(coded, STEP_ONE, None), image.geometry)])
+    decoded = crop(networks.decode_uint8([coder.dequantize(file.quantized)])[0], image.geometry)
     return file.data, as_shown(decoded, image.geometry)
 
 

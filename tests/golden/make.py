@@ -1,11 +1,10 @@
-"""Makes the frozen streams of version 1, once: `python tests/golden/make.py` in the repository's root.
+"""Makes the frozen streams of a version, once: `python tests/golden/make.py VERSION` in the repository's root.
 
-Never again for this version: tests/test_golden.py holds every later version of the program to what lies here. A new
-format version adds a folder of its own.
+Never again for that version: tests/test_golden.py holds every later version of the program to what lies here.
 
-`tiny.safetensors`: 4 channels, the closed-form linear path of examples/photos, a random context prior. NAME.lc: a
-detail of a photograph; NAME.png: its pixels as decoded then; golden.json: SHA-256 of each one's integers (int32) and
-latents (float32), little-endian in raster order.
+In the folder VERSION, `tiny.safetensors`: 4 channels, the closed-form linear path of examples/photos, a random context
+prior. NAME.lc: a detail of a photograph; NAME.png: its pixels as decoded then; golden.json: SHA-256 of each one's
+integers (the nearest whole steps, int32) and latents (float32), little-endian in raster order.
 """
 
 import hashlib
@@ -28,9 +27,10 @@ from latent_codec.prior import PriorKind, Priors, factorized
 from latent_codec.quantizer import base_steps, step_code
 from latent_codec.streams import StreamCodec
 
-HERE = Path(__file__).parent
-PHOTOS = HERE.parent.parent / "examples" / "photos"
-sys.path.insert(0, str(HERE.parent))
+VERSION = int(sys.argv[1])
+HERE = Path(__file__).parent / str(VERSION)
+PHOTOS = HERE.parent.parent.parent / "examples" / "photos"
+sys.path.insert(0, str(HERE.parent.parent))
 
 from tiny_prior import context_prior  # noqa: E402 (its folder has just been named)
 
@@ -102,7 +102,7 @@ def tiny_codec() -> Codec:
         posterior_std=tuple(deviation.tolist()),
     )
     base = base_steps(std.numpy(), deviation.numpy())
-    codec.priors = Priors(base, factorized.fit(means, base), context_prior((1, 3), 8, seed=1))
+    codec.priors = Priors(base, factorized.fit(means, base), context_prior((1, 3), 8, seed=1, centred=VERSION == 2))
     codec.provenance = {"note": "made by tests/golden/make.py"}
     return codec
 
@@ -121,7 +121,7 @@ def make(codec: Codec, name: str, case: Case) -> dict[str, str]:
     )
     streams = StreamCodec(codec, "cpu", case.prior)
     mean = codec.encode(pad(detail, codec.factor)[None]).mean[0]
-    coded = streams.compress([(streams.quantize(mean, step_code(case.step), case.seed), geometry)])[0]
+    coded = streams.compress([(streams.scale(mean, step_code(case.step), case.seed), geometry)])[0]
     (HERE / f"{name}.lc").write_bytes(coded.data)
     (z,) = streams.decompress([bitstream.unpack(coded.data)])
     assert isinstance(z, torch.Tensor)
@@ -135,7 +135,8 @@ def make(codec: Codec, name: str, case: Case) -> dict[str, str]:
 @torch.inference_mode()
 def main() -> None:
     if list(HERE.glob("*.lc")):
-        raise SystemExit("the streams of version 1 are frozen; delete them only if none was ever published")
+        raise SystemExit(f"the streams of version {VERSION} are frozen; delete them only if none was ever published")
+    HERE.mkdir(exist_ok=True)
     tiny_codec().save(HERE / "tiny.safetensors", half=True)
     codec = Codec.load(HERE / "tiny.safetensors")
     about = {name: make(codec, name, case) for name, case in CASES.items()}

@@ -132,7 +132,7 @@ def _ours(
     """The file, and the image decoded from its bytes."""
     networks, coder = Networks(codec, compute), StreamCodec(codec, compute.device)
     mean = networks.encode([pad(pixels, codec.factor)]).mean[0]  # (z, h/f, w/f)
-    (coded,) = coder.compress([(coder.quantize(mean, step_code(step), None), geometry)])
+    (coded,) = coder.compress([(coder.scale(mean, step_code(step), None), geometry)])
     reader = StreamReader(codec, compute.device)
     stream = unpack(coded.data)
     reader.check(stream)

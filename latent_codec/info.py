@@ -143,7 +143,7 @@ def _describe_priors(priors: Priors | None) -> list[str]:
         groups = ", ".join(map(str, context.config.groups))
         lines.append(
             f"            context: groups of {groups} channels, width {context.config.width}, "
-            f"{len(context.tables)} tables"
+            f"{len(context.tables)} tables; streams of format {context.version}"
         )
     return lines
 
@@ -172,7 +172,7 @@ def _describe_stream(path: Path, model: str | None) -> str:
         latents = f"indices of a codebook of {codec.config.codes}"
     return "\n".join(
         [
-            f"stream      {path.name}, {size} bytes, format {bitstream.VERSION}",
+            f"stream      {path.name}, {size} bytes, format {header.version}",
             f"image       {', '.join(image)}",
             f"model       {called}",
             f"prior       {header.prior}",

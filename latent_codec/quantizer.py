@@ -1,7 +1,8 @@
 """Real-valued latents <-> integers: the lossy step of the bitstream.
 
 A channel's step is `--step` times sqrt(12) times its posterior standard deviation over a calibration set, so that at
-step 1 an error that is uniform over one step has the posterior's own variance. Rounding the mean is the default.
+step 1 an error that is uniform over one step has the posterior's own variance. Rounding the mean is the default: to
+whole steps from 0 or, under a centred context prior, from what the prior expects (Minnen, Balle & Toderici 2018).
 Subtractive dither (universal quantisation: Ziv 1985; Agustsson & Theis 2020) makes the error independent of the image
 and exactly uniform: what the decoder reads is then a draw around the mean, a stochastic latent in a file.
 

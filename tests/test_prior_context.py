@@ -226,6 +226,21 @@ def test_decoding_undoes_encoding_and_a_damaged_neighbour_does_not_matter(
         assert (one.step, one.seed) == (images[i].step, images[i].seed)
 
 
+@pytest.mark.parametrize("groups", GROUPS)
+def test_what_a_centred_prior_expects_is_coded_as_zeros(groups: tuple[int, ...]) -> None:
+    model = prior(groups)
+    expected = np.zeros((1, sum(groups), 6, 5), np.int64)
+    steps, none = np.array([1500]), np.zeros(1, bool)
+    for number, span in enumerate(model.spans):
+        choice = model.select(number, expected, np.zeros_like(expected), none, steps, "cpu")
+        rows, columns = np.nonzero(context.at_parity((6, 5), span.parity))
+        expected[:, model.order[span.start : span.stop][:, None], rows, columns] = choice.offset
+    assert len(np.unique(expected % 2**17)) > 5 and not (expected % 2**14).any()  # eighths of a step
+    (coding,) = quantize(model, [Scaled(expected[0] / 2**17, 1500, None)], "cpu")
+    np.testing.assert_array_equal(coding.quantized.fine, expected[0])
+    assert not any(values.any() for values, _ in coding.passes)
+
+
 # Unsound models
 
 

@@ -24,8 +24,9 @@ from latent_codec.latent_files import header_of, row, write_index, write_shard
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.coding import ideal_bits, quantize
-from latent_codec.prior.context import TABLES, ContextConfig, ContextPrior, table_scale
+from latent_codec.prior.context import TABLES, ContextConfig, ContextPrior, at_parity, table_scale
 from latent_codec.quantizer import STEP_OF_STD, dequantize, scale
+from train import context_net
 from train import prior as program
 from train.context_net import ContextNet, counted_tables, logistic_tables
 from train.latents import LatentCrops
@@ -190,6 +191,28 @@ def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path]) ->
     assert ((coded.latents - read) / size).abs().mean() < 0.02  # an eighth apart where a location is at an edge
     assert np.sum(found) == pytest.approx(np.sum(wanted), rel=0.03)
     assert np.corrcoef(found, wanted)[0, 1] > 0.99
+
+
+def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path]) -> None:
+    """What lies within half a step of its expectation is 0 wherever that is: the integers do not say where."""
+    net = net_of(places)
+    means = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(4), 0).means
+    drawn = net.rounded(means, torch.full((4,), 60.0))
+    coded = net.code(drawn)
+    assert not torch.equal(coded.latents, torch.zeros_like(means))
+    coded.bits.sum().backward()
+    for span, layers in zip(net.spans, net.nets, strict=True):
+        gradient = layers[3].weight.grad  # pyright: ignore
+        located, wide = gradient.split(span.stop - span.start)  # pyright: ignore
+        assert located.abs().amax() > 0 and wide.abs().amax() > 0
+
+
+def test_passes_put_values_back_where_they_were_taken() -> None:
+    x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
+    parts = [context_net._placed(context_net._at(x, parity), (4, 6), parity) for parity in (0, 1)]
+    assert torch.equal(sum(parts), x)
+    for parity, part in enumerate(parts):
+        assert not part[:, :, ~torch.from_numpy(at_parity((4, 6), parity))].any()
 
 
 def test_logistic_tables_have_the_logistics_masses() -> None:

@@ -70,10 +70,9 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
                     mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0].cpu()
                 with clock("scale"):
                     scaled = scale(mean, priors.base, step_code(step), None)
-                for prior, coder in zip(kinds, coders, strict=True):
-                    quantized = _time_prior(prior, coder, scaled, clock, device)
+                found = [_time_prior(p, coder, scaled, clock, device) for p, coder in zip(kinds, coders, strict=True)]
                 with clock("dequantize"):
-                    latents = dequantize(quantized, priors.base)
+                    latents = dequantize(found[-1], priors.base)
                 with clock("decoder"):
                     codec.decode_uint8(latents[None].to(device)).cpu()
             symbols += scaled.latents.size if round_ == 0 else 0

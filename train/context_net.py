@@ -31,6 +31,8 @@ _HIDDEN = 16  # integers per unit of an activation
 _LOCATED, _WIDE = 8 * UNIT, 8  # integers per unit of the last layer's two outputs
 _RANGE = 4.0  # standard deviations of a channel that an input can show
 _MOST_GAIN = 2**14
+_BITS_OF_ERROR = 12 / (2 * math.log(2))
+"""What a squared error of one step is worth: a uniform quantiser's dD / dR is -2 ln(2) D, and its D is 1 / 12."""
 _STEP, _DITHERED, _NOISE = range(3)  # what a key is used for
 
 
@@ -101,8 +103,9 @@ class ContextNet(nn.Module):
     def code(self, drawn: Drawn) -> Coded:
         """Latents as a bitstream holds them, pass by pass, and their bits.
 
-        What is coded are integers; the width of their distribution learns from these, its location from the latents
-        before they are rounded: whole steps lie around the location, so that integers do not say where it should be.
+        The width of a distribution learns from the integers. Its location cannot, for whole steps lie around it: it
+        learns from the latents before they are rounded, by what these would cost where they are and by the squared
+        error that it leaves where the integer is 0, so that a decoder reads the location itself.
         """
         b, _, h, w = drawn.scaled.shape
         scale = drawn.step.float()[:, None, None, None] * self.gain[:, None, None] * 2.0**-19  # of inputs' units a step
@@ -124,7 +127,10 @@ class ContextNet(nn.Module):
                     dithered = drawn.dithered[:, None, None]
                     found = _rounded(own, dither, dithered, located.detach())
                     total = total + _logistic_bits(found - located.detach(), width)
-                    learn = _logistic_bits(torch.where(dithered, found, own.float()) - located, width.detach())
+                    distance = torch.where(dithered, found, own.float()) - located
+                    read = ~dithered & ((found - located.detach()).abs() < 0.5)
+                    error = torch.where(read, distance, 0).square().flatten(1).sum(1)
+                    learn = _logistic_bits(distance, width.detach()) + _BITS_OF_ERROR * error
                     total = total + learn - learn.detach()
             placed = _placed(found, (h, w), span.parity)
             known = [*known[:-1], known[-1] + placed] if span.parity else [*known, placed]

@@ -195,7 +195,13 @@ def test_the_log_says_what_latents_cost_and_are_worth(straight: Path) -> None:
 
 def test_all_three_parts_are_trained(straight: Path) -> None:
     first, last = tensors(straight, 1), tensors(straight, 6)
-    for part in ("codec/backbone.encoder", "codec/backbone.decoder", "prior/nets", "ema/backbone.decoder"):
+    for part in (
+        "codec/backbone.encoder",
+        "codec/backbone.decoder",
+        "prior/nets",
+        "prior_ema/nets",
+        "ema/backbone.decoder",
+    ):
         changed = [not torch.equal(first[name], last[name]) for name in first if name.startswith(part)]
         assert changed and sum(changed) > len(changed) / 2, part
 
@@ -226,7 +232,7 @@ def test_the_prior_goes_on_from_the_run(argv: list[str], straight: Path, tmp_pat
     codec = export(straight, tmp_path / "model.safetensors", data=data, images=3, half=False)
     assert codec.priors is not None and codec.statistics is not None and codec.priors.context is None
     net = make_net(SHAPE, codec.priors.base, codec.statistics, straight)
-    trained = load_file(checkpoint(straight, 6) / "prior.safetensors")
+    trained = load_file(checkpoint(straight, 6) / "prior_ema.safetensors")
     assert net.order.tolist() == trained.pop("channels").tolist()
     assert_same_tensors(dict(net.state_dict()), trained)
 

@@ -24,7 +24,7 @@ MEASURED = (0.5, 1.0, 2.0)
 
 
 class TrainedPrior(ContextNet):
-    """A context prior in training that a run's checkpoints hold, `prior.safetensors`."""
+    """A context prior that a run's checkpoints hold: `prior.safetensors`, and averaged in `prior_ema.safetensors`."""
 
     def __init__(
         self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None

@@ -150,7 +150,7 @@ def make_net(
             net = ContextNet(context, base, statistics, priors.context.order)
             net.thaw(priors.context)
             return net
-        files = sorted(start_from.glob("checkpoints/step-*/prior.safetensors"))
+        files = sorted(start_from.glob("checkpoints/step-*/prior_ema.safetensors"))
         if not files:
             raise UserError(f"--start-from {start_from}: no checkpoint with a prior, as runs of a joint objective have")
         tensors = load_file(files[-1])

@@ -70,7 +70,8 @@ class Step(NamedTuple):
 class Trainer:
     """The loop and what one step does.
 
-    `modules` are what a checkpoint holds, by name: the first is trained, the second, "ema", its average.
+    `modules` are what a checkpoint holds, by name: the first is trained, the second, "ema", its average; where one is
+    trained beside it, NAME, "NAME_ema" is that one's.
     """
 
     def __init__(
@@ -90,7 +91,10 @@ class Trainer:
         own, and its number from 1, before "ema" follows."""
         self.config, self.out, self.accelerator, self.log = config, out, accelerator, log
         self.objective, self.modules, self.optimizer = objective, modules, optimizer
-        self.trained, self.ema = list(modules.values())[:2]
+        self.trained, ema = list(modules.values())[:2]
+        pairs = [(self.trained, ema)] + [(m, modules[f"{n}_ema"]) for n, m in modules.items() if f"{n}_ema" in modules]
+        self._averaged: list[torch.Tensor] = [p for module, _ in pairs for p in module.parameters()]
+        self._averages: list[torch.Tensor] = [p for _, average in pairs for p in average.parameters()]
         own = {id(p) for p in self.trained.parameters()}
         # A context prior or a discriminator, whose gradients are not scaled down but must be finite, too.
         self._beside = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
@@ -162,11 +166,9 @@ class Trainer:
         """Decay rises with the steps taken, so that early averages forget the start; a skipped step moves nothing."""
         decay = ((1.0 + taken) / (10.0 + taken)).clamp(max=max(self.config.ema_decay, 0.0))
         weight = (1.0 - decay) * finite  # () float32
-        ema: list[torch.Tensor] = list(self.ema.parameters())
-        trained: list[torch.Tensor] = list(self.trained.parameters())
-        change = torch._foreach_sub(trained, ema)  # pyright: ignore[reportPrivateImportUsage]
+        change = torch._foreach_sub(self._averaged, self._averages)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(change, weight)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(ema, change)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(self._averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
     def _hear(self, interrupts: Interrupts) -> Agreement:
         """Wait for the device: what was skipped, and whether the run ends here."""

@@ -79,7 +79,8 @@ def train(run: Run) -> int:
     )
     modules: dict[str, Saved] = {"codec": codec, "ema": ema}
     if isinstance(objective, Joint):
-        modules["prior"] = objective.prior  # pyright: ignore[reportArgumentType]
+        averaged = copy.deepcopy(objective.prior).eval().requires_grad_(False)
+        modules |= {"prior": objective.prior, "prior_ema": averaged}  # pyright: ignore[reportAssignmentType]
         rate = objective.config.prior_learning_rate / config.learning_rate
         optimizer.add_param_group({"params": list(objective.prior.parameters()), RATE: rate})
     elif isinstance(objective, ELBO) and objective.adversary is not None:
@@ -134,7 +135,7 @@ def train(run: Run) -> int:
     after_step = None if codebook is None else codebook.after_step
     task = VAETask(config, run.out, ema, Validation(crops), log)
     if isinstance(objective, Joint):
-        task.more = functools.partial(measure, objective.prior, ema, crops)
+        task.more = functools.partial(measure, modules["prior_ema"], ema, crops)  # pyright: ignore[reportArgumentType]
     trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log, after_step)
     _announce(run, accelerator, codec, sources, progress)
     with interrupts:

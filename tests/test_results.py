@@ -132,7 +132,7 @@ def test_the_command_measures_what_is_missing_and_no_more(small: dict[str, Any],
 
 
 def test_results_of_another_model_are_not_taken(small: dict[str, Any], tmp_path: Path) -> None:
-    other = {"about": {"model_id": "of another"}}
+    other = {"about": {"model_id": "of another", "stream_ids": {"context": "of another"}}}
     small["rd_json"].write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"rd\.json: holds nothing of this model"):
         run(small)

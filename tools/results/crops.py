@@ -86,6 +86,7 @@ def make_sheet(codec: Codec, compute: Compute, sheet: Sheet, record: Path) -> No
         temporary.write_bytes(data)
     about: dict[str, Any] = {
         "model_id": codec.model_id,
+        "stream_id": StreamCodec(codec, compute.device).stream_id.hex(),
         "sheet_sha256": hashlib.sha256(data).hexdigest(),
         "side": sheet.side,
         "zoom": ZOOM,

@@ -12,6 +12,7 @@ from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.files import write_text
 from latent_codec.ratedistortion import rate_distortion
+from latent_codec.streams import StreamCodec
 from tools.benchmark import Quality
 from tools.report import machine
 from tools.results.crops import Sheet, make_sheet
@@ -56,16 +57,23 @@ def gather(
     Raises `UserError` if something must be measured and it is not said on what, or if a file is none of these.
     """
 
-    def of(path: Path, found_id: Callable[[dict[str, Any]], str], measure: Callable[[], None]) -> dict[str, Any]:
-        if anew or not _is_of(path, codec.model_id, found_id):
+    def of(path: Path, found: Callable[[dict[str, Any]], str], own: str, measure: Callable[[], None]) -> dict[str, Any]:
+        if anew or not _is_of(path, own, found):
             print(f"measuring {path}", file=sys.stderr)
             measure()
         return json.loads(path.read_text(encoding="utf-8"))
 
+    stream = StreamCodec(codec, measuring.compute.device)  # files are of a model and its prior
+    own, kind = stream.stream_id.hex(), stream.prior.kind
     return Measured(
-        rd=of(rd, lambda d: d["about"]["model_id"], lambda: _measure_rd(codec, measuring, rd)),
-        quality=of(quality, _first_model, lambda: _measure_quality(measuring, quality)),
-        crops=of(crops, lambda d: d["about"]["model_id"], lambda: make_sheet(codec, measuring.compute, sheet, crops)),
+        rd=of(rd, lambda d: d["about"].get("stream_ids", {}).get(kind), own, lambda: _measure_rd(codec, measuring, rd)),
+        quality=of(quality, _first_model, codec.model_id, lambda: _measure_quality(measuring, quality)),
+        crops=of(
+            crops,
+            lambda d: d["about"].get("stream_id"),
+            own,
+            lambda: make_sheet(codec, measuring.compute, sheet, crops),
+        ),
     )
 
 
@@ -73,11 +81,11 @@ def _first_model(found: dict[str, Any]) -> str:
     return next(iter(found["results"].values()))["model_id"]
 
 
-def _is_of(path: Path, model_id: str, found_id: Callable[[dict[str, Any]], str]) -> bool:
+def _is_of(path: Path, own: str, found: Callable[[dict[str, Any]], str]) -> bool:
     if not path.exists():
         return False
     try:
-        return found_id(json.loads(path.read_text(encoding="utf-8"))) == model_id
+        return found(json.loads(path.read_text(encoding="utf-8"))) == own
     except (ValueError, KeyError, StopIteration, AttributeError, TypeError) as error:
         raise UserError(f"{path}: no results of this kind ({error!r}); give another file or remove it") from error
 

@@ -102,12 +102,12 @@ def _training(codec: Codec) -> dict[str, str]:
     training = codec.provenance.get("training", {})
     config = training.get("config", {})
     objective = config.get("objective", {})
-    steps = objective.get("mode_steps")
+    steps = objective.get("mode_steps") or objective.get("noise_steps")
     return {
         "data_images": f"{training['data_images']:,}" if "data_images" in training else "an unknown number of",
         "crop": str(config.get("crop", "?")),
         "steps": f"{config['steps']:,}" if "steps" in config else "?",
-        "lpips_weight": f"{objective['lpips_weight']:g}" if "lpips_weight" in objective else "unknown",
+        "lpips_weight": f"{objective.get('lpips_weight', 0):g}" if objective else "unknown",
         "finest_mode_step": f"{steps[0]:g}" if steps else "1",
     }
 

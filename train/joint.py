@@ -62,6 +62,9 @@ class Joint(nn.Module):
     end outweighs the other. The KL is -log p_s of the one sample, less the entropy of q_s (Balle et al. 2017, eq. 13,
     with Gaussian noise and a prior that sees its context).
 
+    A prior that learns would follow latents anywhere, and they do wander off, beyond what its inputs can show. So each
+    image also pays what N(0, I) charges for its channels' means.
+
     The decoder also learns the mode quantised at s, and the prior the integers that a bitstream would hold; both
     change nothing for the encoder.
     """
@@ -93,7 +96,9 @@ class Joint(nn.Module):
         integers = coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
 
         coarse, fine = step.clamp(min=1).square().reciprocal(), step.clamp(max=1).square()
-        loss = (coarse * (nll + self.config.mode_weight * nll_mode) + fine * (beta * kl + integers)).mean()
+        off_centre = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
+        rate = beta * kl + integers + off_centre
+        loss = (coarse * (nll + self.config.mode_weight * nll_mode) + fine * rate).mean()
         with torch.no_grad():
             mse = torch.full((), math.nan, device=x.device)
             if measure:

@@ -119,6 +119,21 @@ def test_the_kl_is_exact_in_expectation_where_the_prior_is_a_normal(monkeypatch:
     assert found.mean().item() == pytest.approx(exact.item(), abs=4 * found.std().item() / math.sqrt(n))
 
 
+def test_images_pay_what_a_normal_charges_for_their_channels_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = tiny_codec()
+    objective = Joint(dataclasses.replace(CONFIG, noise_steps=(2.0, 2.0)), codec, net_of(codec))
+    monkeypatch.setattr(codec, "likelihood_params", lambda z, labels: torch.zeros(len(z), 3, 32, 32))
+    monkeypatch.setattr(objective.prior, "code", lambda drawn: Coded(torch.zeros(3), drawn.scaled))
+    noise, losses = torch.randn(3, Z, 4, 4, generator=torch.Generator().manual_seed(1)), []
+    noise = noise - noise.mean((2, 3), keepdim=True)
+    for shift in (0.0, 0.5):
+        monkeypatch.setattr(
+            codec, "encode", lambda x, labels, m=noise + shift: DiagonalGaussian(m, torch.zeros_like(m))
+        )
+        losses.append(objective(*batch(), torch.tensor(1.0), False).loss.item())
+    assert losses[1] - losses[0] == pytest.approx(16 * Z * 0.5 * 0.5**2, rel=1e-3)
+
+
 def test_a_batch_costs_the_mean_of_its_images() -> None:
     codec = tiny_codec()
     objective = Joint(CONFIG, codec, net_of(codec))

@@ -158,6 +158,25 @@ def test_the_quantised_mode_teaches_the_decoder_and_the_integers_the_prior_alone
     assert any(not torch.allclose(a, b) for a, b in zip(gradients[0][1], gradients[1][1], strict=True))
 
 
+def test_a_decoder_alone_learns_both_kinds_of_latents() -> None:
+    """By lot: the loss is on average the two NLLs of the whole objective, and for the decoder alone."""
+    codec = tiny_codec()
+    fixed = dataclasses.replace(CONFIG, noise_steps=(1.5, 1.5), mode_weight=3.0)
+    alone = Joint(dataclasses.replace(fixed, decoder_alone=True), codec, net_of(codec))
+    pixels = batch(1)[0].expand(400, -1, -1, -1)
+    keys, labels = torch.arange(400), torch.zeros(400, dtype=torch.int64)
+    found = alone(pixels, keys, labels, torch.tensor(1.0), False)
+    found.loss.backward()
+    for name, parameter in alone.named_parameters():
+        assert (parameter.grad is not None) == (".decoder." in name), name
+    with torch.no_grad():
+        whole = Joint(fixed, codec, net_of(codec))(pixels, keys, labels, torch.tensor(1.0), False)
+    assert found.nll_mode.item() == pytest.approx(whole.nll_mode.item(), rel=0.1)
+    assert found.nll.item() == pytest.approx(whole.nll.item(), rel=0.25)
+    expected = found.nll.item() / 1.5**2 + 3 * found.nll_mode.item()
+    assert found.loss.item() == pytest.approx(expected, rel=1e-4) and found.kl.item() == 0
+
+
 def test_the_prior_prices_the_encoder() -> None:
     """The gradient of the rate reaches the latents by themselves and by what they tell of others."""
     codec = tiny_codec()
@@ -240,6 +259,30 @@ def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tm
         for name in theirs:
             scale = float(theirs[name].abs().max()) if name.startswith("optimizer/") else 1.0
             assert float((ours[name] - theirs[name]).abs().max()) <= 1e-4 * scale + 1e-6, (step, name)
+
+
+def test_a_decoder_alone_leaves_what_files_hold_as_it_was(argv: list[str], model: Path, tmp_path: Path) -> None:
+    """Deeper here by a block; killed and resumed, too."""
+    words = [*argv, *flags("--decoder-alone --decoder-depths 1 2 --lap 0 --steps 4")]
+    run(words, tmp_path / "straight")
+    process = start(words, tmp_path / "run")
+    process.wait_for(lambda: checkpoint(tmp_path / "run", 2).exists())
+    process.signal(9)
+    process.wait()
+    run(words, tmp_path / "run")
+    assert_same_tensors(tensors(tmp_path / "run", 4), tensors(tmp_path / "straight", 4))
+    before, after = (
+        Codec.load(model),
+        export(tmp_path / "run", tmp_path / "m.safetensors", data=(), images=1, half=False),
+    )
+    assert before.priors is not None and after.priors is not None and after.statistics == before.statistics
+    assert_same_tensors(to_tensors(after.priors), to_tensors(before.priors))
+    kept = {name: t for name, t in before.state_dict().items() if ".decoder." not in name}
+    assert_same_tensors({name: after.state_dict()[name] for name in kept}, kept)
+    name = "backbone.linear.decoder.weight"
+    assert not torch.equal(after.state_dict()[name], before.state_dict()[name])
+    x = torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(after.encode(x).mean, before.encode(x).mean, rtol=0, atol=0)
 
 
 def test_the_prior_goes_on_from_the_run(argv: list[str], straight: Path, tmp_path: Path) -> None:

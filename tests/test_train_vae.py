@@ -661,6 +661,25 @@ def test_a_start_from_a_model_gives_its_patches_laps(argv: list[str], straight: 
     assert "its backbone or channels are others" in refused(less, tmp_path / "less")
 
 
+def test_a_start_from_a_model_gives_it_blocks(argv: list[str], straight: Straight, tmp_path: Path) -> None:
+    """That add nothing until they are trained, and then do."""
+    model = checkpoint(straight.out, STEPS) / "ema.safetensors"
+    wanted = Codec.load(model)
+    deeper = [*argv, *flags("--encoder-depths 2 1 --decoder-depths 3 2"), "--start-from", str(model)]
+    run([*deeper, *flags("--steps 1 --learning-rate 1e-12")], tmp_path / "run")
+    started = Codec.load(checkpoint(tmp_path / "run", 1) / "codec.safetensors")
+    assert sum(p.numel() for p in started.parameters()) > sum(p.numel() for p in wanted.parameters())
+    x = torch.rand((1, 3, 32, 40), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(started.encode(x).mean, wanted.encode(x).mean, rtol=1e-4, atol=1e-4)
+    z = wanted.encode(x).mean
+    torch.testing.assert_close(started.decode(z), wanted.decode(z), rtol=1e-4, atol=1e-4)
+    run([*deeper, *flags("--steps 2")], tmp_path / "trained")
+    for tensor in Codec.load(checkpoint(tmp_path / "trained", 2) / "codec.safetensors").state_dict().values():
+        assert tensor.count_nonzero() > 0
+    shallow = [*argv, "--start-from", str(checkpoint(tmp_path / "run", 1) / "codec.safetensors")]
+    assert "its backbone or channels are others" in refused(shallow, tmp_path / "shallow")
+
+
 def test_a_start_from_a_model_gives_it_channels(argv: list[str], straight: Straight, tmp_path: Path) -> None:
     """More of them send more, and start where the model was."""
     model = checkpoint(straight.out, STEPS) / "ema.safetensors"

@@ -22,6 +22,7 @@ from latent_codec import modelfile
 from latent_codec.config import dumps
 from latent_codec.errors import UserError
 from latent_codec.files import fsync, write_text
+from latent_codec.prior import PREFIX
 
 log = logging.getLogger(__name__)
 _OPTIMIZER = "optimizer.safetensors"
@@ -103,7 +104,7 @@ def restore(folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.O
             continue
         for name, module in modules.items():
             file = path / f"{name}.safetensors"
-            tensors = load_file(file)
+            tensors = {name: t for name, t in load_file(file).items() if not name.startswith(PREFIX)}
             modelfile.check_state(module.state_dict(), tensors, str(file))
             module.load_state_dict(tensors)
         load_optimizer(optimizer, _Together(modules), load_file(path / _OPTIMIZER))

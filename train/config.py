@@ -99,6 +99,8 @@ class JointConfig:
     """Features of the context prior's layers, at most 112."""
     prior_learning_rate: float
     """Of the context prior, on the codec's schedule: it has to follow latents that move."""
+    decoder_alone: bool = False
+    """Encoder, quantiser and prior stay as they are, and with them what files take: the decoder alone learns."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,10 @@ from train.adversarial import no_contest
 from train.config import JointConfig, context_groups
 from train.context_net import ContextNet
 from train.data import CentreCrops
-from train.objectives import PIXELS, STEP, Losses, signed
+from train.objectives import CHOSEN, PIXELS, STEP, Losses, signed
+
+_ENCODES = {"encoder", "quant_conv"}
+"""Parts of a backbone that make latents."""
 
 MEASURED = (0.5, 1.0, 2.0)
 """Steps at which a run says what its latents cost and what they are worth."""
@@ -67,11 +70,18 @@ class Joint(nn.Module):
 
     The decoder also learns the mode quantised at s, and the prior the integers that a bitstream would hold; both
     change nothing for the encoder.
+
+    With `decoder_alone` only the two NLLs are left, of the decoder's weights; each image has one of them, by lot.
     """
 
     def __init__(self, config: JointConfig, codec: Codec, prior: ContextNet) -> None:
+        """With `decoder_alone` no other weights of `codec` and `prior` will have a gradient."""
         super().__init__()
         self.config, self.codec, self.prior = config, codec, prior
+        if config.decoder_alone:
+            prior.requires_grad_(False)
+            for name, parameter in codec.named_parameters():
+                parameter.requires_grad_(not _ENCODES & set(name.split(".")))
 
     def forward(
         self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
@@ -85,20 +95,26 @@ class Joint(nn.Module):
         step = torch.exp(low + (high - low) * uniform(fold(keys, STEP))).float()  # (b,)
         noise = normal(keys, tuple(posterior.mean.shape[1:]))
         z = posterior.mean + step[:, None, None, None] * posterior.std * noise  # (b, z, h/f, w/f)
-        params = codec.likelihood_params(z, labels)
-        nll = -codec.likelihood.log_prob(params, x)  # (b,)
-        kl = self._kl(posterior, z, step)  # (b,)
-
         with torch.no_grad():
             rounded = prior.rounded(posterior.mean, step)
         coded = prior.code(rounded)  # what the latents are has no gradient
-        nll_mode = -codec.likelihood.log_prob(codec.likelihood_params(coded.latents, labels), x)  # (b,)
-        integers = coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
-
         coarse, fine = step.clamp(min=1).square().reciprocal(), step.clamp(max=1).square()
-        off_centre = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
-        rate = beta * kl + integers + off_centre
-        loss = (coarse * (nll + self.config.mode_weight * nll_mode) + fine * rate).mean()
+        weight = self.config.mode_weight
+        if self.config.decoder_alone:
+            lot = uniform(fold(keys, CHOSEN)) * (1 + weight) < weight  # (b,)
+            params = codec.likelihood_params(torch.where(lot[:, None, None, None], coded.latents, z), labels)
+            either = -codec.likelihood.log_prob(params, x) * (1 + weight)  # (b,)
+            nll, nll_mode = torch.where(lot, 0, either), torch.where(lot, either / max(weight, 1e-9), 0)
+            kl = torch.zeros_like(nll)
+            loss = (coarse * either).mean()
+        else:
+            params = codec.likelihood_params(z, labels)
+            nll = -codec.likelihood.log_prob(params, x)  # (b,)
+            kl = self._kl(posterior, z, step)  # (b,)
+            nll_mode = -codec.likelihood.log_prob(codec.likelihood_params(coded.latents, labels), x)  # (b,)
+            integers = coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
+            off_centre = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
+            loss = (coarse * (nll + weight * nll_mode) + fine * (beta * kl + integers + off_centre)).mean()
         with torch.no_grad():
             mse = torch.full((), math.nan, device=x.device)
             if measure:

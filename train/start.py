@@ -1,4 +1,4 @@
-"""Beginning with the weights of another model, which may have fewer latent channels or shorter laps."""
+"""Beginning with the weights of another model, which may have fewer latent channels or blocks, or shorter laps."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -21,16 +21,20 @@ State = dict[str, torch.Tensor]
 def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> None:
     """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts.
 
-    Of a `lite` the linear patches may reach less far: what is new weighs nothing. And one with a Gaussian posterior and
-    likelihood may have fewer latent channels: the new ones take from the crops of `batches` what the model leaves out.
+    Of a `lite` the linear patches may reach less far and its networks be less deep: what is new weighs nothing. And one
+    with a Gaussian posterior and likelihood may have fewer latent channels: the new ones take from the crops of
+    `batches` what the model leaves out.
     """
     model = Codec.load(source)
     state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
     more = codec.config.latent_channels - model.config.latent_channels
     if isinstance(backbone, LiteConfig) and isinstance(own, LiteConfig):
-        grow = own.lap - backbone.lap
+        grow, shallow = own.lap - backbone.lap, backbone
         if grow > 0:
             backbone = dataclasses.replace(backbone, lap=own.lap)
+        if _deeper(backbone, own):
+            depths = {"encoder_depths": own.encoder_depths, "decoder_depths": own.decoder_depths}
+            backbone = dataclasses.replace(backbone, **depths)
         can_grow = backbone == own and codec.config.bottleneck.kind == model.config.bottleneck.kind == "gaussian"
         if more > 0 and can_grow and isinstance(codec.likelihood, Gaussian) and isinstance(model.likelihood, Gaussian):
             state = _more_channels(model, more, batches, float(codec.likelihood.sigma.detach()))
@@ -38,10 +42,50 @@ def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> Non
         if grow > 0:
             for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
                 state[name] = pad(state[name], (grow,) * 4)
+        if backbone == own:
+            state = _more_blocks(state, shallow, own, codec.state_dict())
     if backbone != own or more:
         raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
     check_state(codec.state_dict(), state, f"--start-from {source}")
     codec.load_state_dict(state)
+
+
+def _deeper(model: LiteConfig, own: LiteConfig) -> bool:
+    """Whether each resolution has at least as many blocks as the model's."""
+    found = (*model.encoder_depths, *model.decoder_depths), (*own.encoder_depths, *own.decoder_depths)
+    same = len(model.encoder_depths) == len(own.encoder_depths), len(model.decoder_depths) == len(own.decoder_depths)
+    return all(same) and all(ours >= theirs for theirs, ours in zip(*found, strict=True))
+
+
+def _more_blocks(state: State, model: LiteConfig, own: LiteConfig, fresh: State) -> State:
+    """The state of a `lite` of other depths, its own blocks first at each resolution: the new ones add nothing yet.
+
+    `fresh`: a state of the deeper network, of whose new blocks the first convolutions are kept.
+    """
+    for name, before, after, first in (
+        ("encoder", model.encoder_depths, own.encoder_depths, 1),  # behind the shuffled pixels
+        ("decoder", model.decoder_depths[::-1], own.decoder_depths[::-1], 0),
+    ):
+        prefix, places = f"backbone.{name}.", {part: first + i for i, part in enumerate(_parts(after))}
+        number = {str(first + i): str(places[part]) for i, part in enumerate(_parts(before))}
+        moved = {}
+        for key, tensor in state.items():
+            old, _, rest = key.removeprefix(prefix).partition(".")
+            moved[f"{prefix}{number[old]}.{rest}" if key.startswith(prefix) else key] = tensor
+        state = moved | {
+            key: torch.zeros_like(tensor) if ".conv2." in key else tensor
+            for key, tensor in fresh.items()
+            if key.startswith(prefix) and key not in moved
+        }
+    return state
+
+
+def _parts(depths: tuple[int, ...]) -> list[tuple[str, int, int]]:
+    """What a residual network of a `lite` consists of, in order, by resolution and number."""
+    parts = [("first", 0, 0)]
+    for i, depth in enumerate(depths):
+        parts += [("scale", i, 0)] * (i > 0) + [("block", i, k) for k in range(depth)]
+    return [*parts, ("activation", 0, 0), ("last", 0, 0)]
 
 
 def _more_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: float) -> State:

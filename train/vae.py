@@ -74,15 +74,21 @@ def train(run: Run) -> int:
     ema = ema.to(accelerator.device).eval().requires_grad_(False)
     if config.channels_last:
         objective, ema = objective.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
+    trained = [p for p in codec.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        codec.parameters(), lr=config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+        trained, lr=config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
     )
     modules: dict[str, Saved] = {"codec": codec, "ema": ema}
     if isinstance(objective, Joint):
         averaged = copy.deepcopy(objective.prior).eval().requires_grad_(False)
         modules |= {"prior": objective.prior, "prior_ema": averaged}  # pyright: ignore[reportAssignmentType]
-        rate = objective.config.prior_learning_rate / config.learning_rate
-        optimizer.add_param_group({"params": list(objective.prior.parameters()), RATE: rate})
+        if objective.config.decoder_alone:
+            assert run.start_from is not None
+            start = Codec.load(run.start_from)
+            ema.statistics, ema.priors = start.statistics, start.priors  # still right: `export` finds them there
+        else:
+            rate = objective.config.prior_learning_rate / config.learning_rate
+            optimizer.add_param_group({"params": list(objective.prior.parameters()), RATE: rate})
     elif isinstance(objective, ELBO) and objective.adversary is not None:
         modules["discriminator"] = objective.adversary.net
         theirs = list(objective.adversary.net.parameters())

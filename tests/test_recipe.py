@@ -43,6 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Recipe:
         minutes=10.0,
         total_minutes=0.02,
         start_from=str(model_file),
+        objective="elbo",
         latent_channels=6,
         batch_size=2,
         crop=32,
@@ -86,7 +87,7 @@ def test_a_call_cut_by_its_minutes_is_finished_by_the_next(
     assert Plan(**state(tiny)["plans"]["codec"]) == plan and len(state(tiny)["done"]) == 6
     assert f"from step 1 to {plan.steps}" in capsys.readouterr().out
     codec, start = Codec.load(tiny.out / "photo.safetensors"), Codec.load(tiny.start_from)
-    assert codec.config == preset_of(start.config, 6).codec and codec.model_id != start.model_id
+    assert codec.config == preset_of(start.config, "elbo", 6).codec and codec.model_id != start.model_id
     assert codec.config.backbone == dataclasses.replace(cast(LiteConfig, start.config.backbone), lap=4)
     assert codec.priors is not None and codec.priors.context is not None
     pixels = find_images(tiny.val)[0].read().pixels
@@ -118,6 +119,22 @@ def test_latents_that_stayed_on_another_machine_are_made_again(
     assert after.model_id == before.model_id and after.priors is not None and after.priors.context is not None
 
 
+def test_the_joint_objectives_prior_goes_on_where_the_codecs_run_left_it(tiny: Recipe, tmp_path: Path) -> None:
+    """From a model with a quantiser, which the recipe's own is."""
+    assert now(dataclasses.replace(tiny, out=tmp_path / "first", figure_images=0)) == 0
+    start = tmp_path / "first" / "photo.safetensors"
+    joint = {"objective": "joint", "latent_channels": None, "start_from": str(start)}
+    recipe = dataclasses.replace(tiny, out=tmp_path / "run", figure_images=0, **joint)
+    assert now(recipe) == 0
+    config = json.loads((recipe.out / "codec" / "config.json").read_text())["config"]["objective"]
+    assert (config["kind"], config["prior_groups"], config["prior_width"]) == ("joint", [1], 8)
+    codec = Codec.load(recipe.out / "photo.safetensors")
+    assert codec.provenance["prior"]["start_from"] == "codec" and codec.config == Codec.load(start).config
+    assert codec.priors is not None and codec.priors.context is not None
+    with pytest.raises(UserError, match="other flags"):
+        now(dataclasses.replace(recipe, objective="elbo"))
+
+
 def test_no_stage_starts_with_too_little_time(tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = dataclasses.replace(tiny, out=tmp_path / "run", finish_minutes=11.0)
     assert now(recipe) == 0
@@ -138,7 +155,7 @@ def test_the_clock_runs_from_the_start_of_the_process() -> None:
 
 
 def test_steps_and_learning_rate_follow_from_the_batch(tiny: Recipe, model_file: Path) -> None:
-    preset = preset_of(Codec.load(model_file).config)
+    preset = preset_of(Codec.load(model_file).config, "elbo")
     plain = dataclasses.replace(tiny, compile=None)
     rates = [codec_config(plain, preset, batch, 1000, True).learning_rate for batch in (8, 32, 256)]
     assert rates == pytest.approx([4e-4, 8e-4, 1e-3])
@@ -155,4 +172,6 @@ def test_what_no_plan_can_be_made_of_is_refused(tiny: Recipe) -> None:
     config: CodecConfig = conv().codec
     assert isinstance(config.backbone, ConvConfig)
     with pytest.raises(UserError, match="lite models with a gaussian posterior, not conv"):
-        preset_of(config)
+        preset_of(config, "joint")
+    with pytest.raises(UserError, match="--objective elbo"):
+        program.check(dataclasses.replace(tiny, objective="joint"))

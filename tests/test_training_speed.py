@@ -10,12 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from tools.training_speed import Recorder, TrainingSpeed
+from train.recipe import Objective
 
 
-def test_the_command_sets_a_step_beside_its_products(model_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["joint", "elbo"])
+def test_the_command_sets_a_step_beside_its_products(objective: Objective, model_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     TrainingSpeed(
         model=str(model_file),
+        objective=objective,
         batch=2,
         crop=32,
         steps=4,

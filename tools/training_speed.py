@@ -22,9 +22,10 @@ from latent_codec.errors import UserError
 from tools.report import machine, report
 from train import vae
 from train.accelerate_state import accelerate_as
-from train.config import ELBOConfig, TrainConfig
+from train.config import ELBOConfig, JointConfig, TrainConfig
+from train.joint import Joint, prior_of
 from train.objectives import ELBO
-from train.recipe import preset_of
+from train.recipe import Objective, preset_of
 from train.runs import Run
 
 LEAST_SHARE = 0.5
@@ -87,6 +88,8 @@ class TrainingSpeed:
     product. The step is that of train.vae with images in device memory, from drawing crops to averaged weights."""
 
     model: str = "photo"
+    objective: Objective = "joint"
+    """As the recipe's."""
     batch: int = 256
     crop: int = 128
     steps: int = 100
@@ -106,8 +109,14 @@ class TrainingSpeed:
             raise UserError("--device cuda: there is none; give --device cpu, with a small --batch and --matmul")
         if min(self.batch, self.rounds, self.matmul) < 1 or self.steps < 2:
             raise UserError(f"--steps {self.steps} must be at least 2, and --batch, --rounds and --matmul at least 1")
+        model = Codec.load(self.model)
+        preset = preset_of(model.config, self.objective)
+        if isinstance(preset.objective, JointConfig) and model.priors is not None and model.priors.context is not None:
+            shape = model.priors.context.config
+            own = {"prior_groups": shape.groups[:-1], "prior_width": shape.width}
+            preset = dataclasses.replace(preset, objective=dataclasses.replace(preset.objective, **own))
         config = dataclasses.replace(
-            preset_of(Codec.load(self.model).config),
+            preset,
             closed_form=False,
             steps=self.steps,
             batch_size=self.batch,
@@ -135,7 +144,7 @@ class TrainingSpeed:
             },
         }
         print(_table(rows, step))
-        fields = ("batch", "crop", "steps", "rounds", "matmul", "precision", "compile")
+        fields = ("objective", "batch", "crop", "steps", "rounds", "matmul", "precision", "compile")
         about = {"model": self.model} | {name: getattr(self, name) for name in fields}
         report(results, about | machine(self.device), self.out, products=rows)
 
@@ -149,7 +158,9 @@ class TrainingSpeed:
                 pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "images" / f"{i:02d}.png")
             config = dataclasses.replace(config, eval_crop=config.crop)
-            code = vae.train(Run(data=(folder / "images",), out=folder / "run", val_images=2, config=config))
+            code = vae.train(
+                Run(data=(folder / "images",), out=folder / "run", val_images=2, start_from=self.model, config=config)
+            )
             if code:
                 raise UserError("the run was interrupted before its speed was known")
             lines = map(json.loads, (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines())
@@ -159,8 +170,12 @@ class TrainingSpeed:
     def _record(self, config: TrainConfig) -> Recorder:
         """Forward and backward of one batch, not compiled: what is to be computed, not how."""
         codec = Codec(config.codec)
-        assert isinstance(config.objective, ELBOConfig)  # the preset's
-        objective = ELBO(config.objective, codec, None).to(self.device).to(memory_format=torch.channels_last)
+        if isinstance(config.objective, JointConfig):
+            objective = Joint(config.objective, codec, prior_of(config.objective, self.model))
+        else:
+            assert isinstance(config.objective, ELBOConfig)  # the preset's
+            objective = ELBO(config.objective, codec, None)
+        objective = objective.to(self.device).to(memory_format=torch.channels_last)
         pixels = torch.randint(0, 256, (self.batch, codec.config.image_channels, self.crop, self.crop))
         labels = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         keys, beta = torch.arange(self.batch, device=self.device), torch.ones((), device=self.device)

@@ -61,6 +61,7 @@ class ContextNet(nn.Module):
     base: torch.Tensor
     gain: torch.Tensor
     permutation: torch.Tensor  # `order` on the device
+    inverse: torch.Tensor  # of the permutation
 
     def __init__(
         self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
@@ -78,6 +79,7 @@ class ContextNet(nn.Module):
         gain = np.minimum(np.round(base * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
         self.register_buffer("base", torch.from_numpy(base[self.order]), persistent=False)
         self.register_buffer("permutation", torch.from_numpy(self.order), persistent=False)
+        self.register_buffer("inverse", torch.from_numpy(np.argsort(self.order)), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
         self.nets = nn.ModuleList(_net(config.width, span) for span in self.spans)
 
@@ -135,8 +137,7 @@ class ContextNet(nn.Module):
             placed = _placed(found, (h, w), span.parity)
             known = [*known[:-1], known[-1] + placed] if span.parity else [*known, placed]
         z = torch.cat(known, 1) * self.sizes(drawn.step)
-        latents = z[:, torch.from_numpy(np.argsort(self.order)).to(z.device)]
-        return Coded(total / (h * w), latents)
+        return Coded(total / (h * w), z[:, self.inverse])
 
     def _inputs(self, known: list[torch.Tensor], scale: torch.Tensor) -> torch.Tensor | None:
         """Known latents as a network sees them, whole numbers of its unit."""
@@ -180,7 +181,7 @@ class ContextNet(nn.Module):
         return self.base[:, None, None] * (step.float() / STEP_ONE)[:, None, None, None]
 
     def reorder(self, z: torch.Tensor) -> torch.Tensor:
-        return z[:, torch.from_numpy(self.order).to(z.device)]
+        return z[:, self.permutation]
 
     @torch.no_grad()
     def thaw(self, prior: ContextPrior) -> None:

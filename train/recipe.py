@@ -8,14 +8,17 @@ RUN/photo.safetensors and a figure on validation photographs beside the model it
 import dataclasses
 import time
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from latent_codec.config import CodecConfig, LiteConfig
 from latent_codec.errors import UserError
-from train.config import PriorConfig, TrainConfig
-from train.presets import photo
+from train.config import JointConfig, PriorConfig, TrainConfig
+from train.presets import photo, photo_joint
 from train.program import main_of
+
+Objective = Literal["joint", "elbo"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,9 @@ class Recipe:
     start_from: str = "photo"
     """A `lite` model (a file or a shipped one's name) to start from. Its networks and likelihood stay, but patches lap
     as the preset's."""
+    objective: Objective = "joint"
+    """`joint`: the codec trains as by `photo_joint`, its context prior with it. `elbo`: as by `photo`, for a model
+    that has no quantiser yet, or whose channels grow."""
     latent_channels: int | None = None
     """What its channels grow to; by default they stay as many."""
     batch_size: int | None = None
@@ -62,9 +68,18 @@ class Recipe:
 
 def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int, on_gpu: bool) -> TrainConfig:
     """The codec's training; `model` holds the parts of the model that it starts from."""
-    rate = min(1e-3, model.learning_rate * (batch_size / model.batch_size) ** 0.5)
+    more = (batch_size / model.batch_size) ** 0.5
+    rate, objective = min(1e-3, model.learning_rate * more), model.objective
+    if isinstance(objective, JointConfig):
+        objective = dataclasses.replace(
+            objective,
+            prior_groups=recipe.prior.groups,
+            prior_width=recipe.prior.width,
+            prior_learning_rate=min(recipe.prior.learning_rate, objective.prior_learning_rate * more),
+        )
     return dataclasses.replace(
         model,
+        objective=objective,
         closed_form=False,
         steps=steps,
         batch_size=batch_size,
@@ -76,15 +91,15 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
     )
 
 
-def preset_of(codec: CodecConfig, latent_channels: int | None = None) -> TrainConfig:
-    """The preset `photo` with the parts of a `lite` model, lapped as the preset and of as many channels, if it is said;
-    raises `UserError` for another kind."""
+def preset_of(codec: CodecConfig, objective: Objective, latent_channels: int | None = None) -> TrainConfig:
+    """The objective's preset with the parts of a `lite` model, lapped as the preset and of as many channels, if it is
+    said; raises `UserError` for another kind."""
     if not isinstance(codec.backbone, LiteConfig) or codec.bottleneck.kind != "gaussian":
         raise UserError(
             f"the recipe trains lite models with a gaussian posterior, not {codec.backbone.kind} and "
             f"{codec.bottleneck.kind}: use train.vae and train.prior"
         )
-    base = photo()
+    base = photo_joint() if objective == "joint" else photo()
     assert isinstance(base.codec.backbone, LiteConfig)
     lap = min(max(codec.backbone.lap, base.codec.backbone.lap), codec.backbone.patch)
     backbone = dataclasses.replace(codec.backbone, lap=lap)
@@ -98,6 +113,11 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"minutes {recipe.minutes:g} must exceed margin_minutes {recipe.margin_minutes:g}, and total_minutes "
             f"{recipe.total_minutes:g} must be positive"
+        )
+    if recipe.objective == "joint" and recipe.latent_channels is not None:
+        raise UserError(
+            f"latent_channels {recipe.latent_channels} and a joint objective, whose model needs a quantiser for them: "
+            "let them grow with --objective elbo, then start from that model"
         )
     if not 0 < recipe.prior_share < 1:
         raise UserError(f"prior_share is {recipe.prior_share:g}; it is a share, between 0 and 1")

@@ -73,7 +73,7 @@ class State:
 
     def __init__(self, recipe: Recipe, start_id: str) -> None:
         """Raises `UserError` if the folder is a recipe with other flags."""
-        fields = ("total_minutes", "prior_share", "latent_channels", "batch_size", "crop", "learning_rate")
+        fields = ("total_minutes", "prior_share", "objective", "latent_channels", "batch_size", "crop", "learning_rate")
         flags = {"start_from": start_id} | {name: getattr(recipe, name) for name in fields}
         flags |= flat(to_json(recipe.prior), "prior")
         self.path, self.plans, self.done = recipe.out / "recipe.json", dict[str, Plan](), list[str]()
@@ -156,7 +156,7 @@ class _Stages:
 
     @property
     def preset(self) -> TrainConfig:
-        return preset_of(self.start.config, self.recipe.latent_channels)
+        return preset_of(self.start.config, self.recipe.objective, self.recipe.latent_channels)
 
     @property
     def on_gpu(self) -> bool:
@@ -250,6 +250,7 @@ class _Stages:
             model=str(self.quantized),
             latents=tuple(folder for _, folder in self._latents()),
             val=(self.recipe.out / "latents" / "val",) if measured else (),
+            start_from=self.recipe.out / "codec" if self.recipe.objective == "joint" else None,
             out=out,
             max_minutes=max(1e-3, self.clock.left - self.recipe.finish_minutes),
             config=config,

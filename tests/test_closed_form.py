@@ -2,48 +2,24 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_closed_form import LINEAR, LITE, PATCH, PLAN, SIGMA, STEPS, D, Z, crops, elbo, make, smooth_images, started
 
-from latent_codec.codec import Codec
 from latent_codec.config import (
-    CodecConfig,
     ConvConfig,
-    DiagonalGaussianConfig,
     DiscretizedLogisticConfig,
     GaussianConfig,
-    IdentityConfig,
-    LinearConfig,
-    LiteConfig,
 )
 from latent_codec.errors import UserError
 from latent_codec.inputs import find_images
 from train.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
-from train.data import Batches, MemoryImages, Plan
-from train.start import start_from_model
+from train.data import Batches
 
-PATCH, Z, SIGMA = 4, 6, 0.05
-D = 3 * PATCH**2
-PLAN = Plan(seed=0, crop=16, flip=True, batch_size=8, micro_batches=1, rank=0, world=1)
-STEPS = 6
-LINEAR = CodecConfig(
-    image_channels=3,
-    latent_channels=Z,
-    backbone=LinearConfig(patch=PATCH),
-    bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-    likelihood=GaussianConfig(scale="fixed", sigma=SIGMA),
-)
-LITE = dataclasses.replace(
-    LINEAR,
-    backbone=LiteConfig(
-        patch=PATCH, stem=2, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
-    ),
-)
 CONV = ConvConfig(
     widths=(8, 8, 8), layers_per_block=1, groups=4, mid_attention=False, quant_conv=True, post_quant_conv=True
 )
@@ -51,32 +27,7 @@ CONV = ConvConfig(
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Batches:
-    """Smooth Gaussian fields of unequal brightness in R, G and B, within the range of pixels."""
-    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for i in range(6):
-        field = random.normal(size=(32, 40, 3))
-        for axis in (0, 1):
-            field = (field + np.roll(field, 1, axis) + np.roll(field, 2, axis)) / math.sqrt(3)
-        field = np.clip(field * 35 + np.array([150, 128, 90]), 0, 255)
-        Image.fromarray(np.rint(field).astype(np.uint8)).save(folder / f"{i}.png")
-    sources = find_images(folder)
-    return MemoryImages(sources, torch.zeros(len(sources)), 3, PLAN.crop, torch.device("cpu"), quiet=True)
-
-
-def make(config: CodecConfig) -> Codec:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Codec(config)
-
-
-def started(config: CodecConfig, images: Batches) -> Codec:
-    codec = make(config)
-    start_from_closed_form(codec, patch_moments(images, PLAN, codec, STEPS, quiet=True))
-    return codec
-
-
-def crops(images: Batches) -> torch.Tensor:
-    return torch.cat([batch.pixels for batch in images.batches(PLAN, 0, STEPS)])
+    return smooth_images(tmp_path_factory.mktemp("images"))
 
 
 def patches(images: Batches) -> np.ndarray:
@@ -86,27 +37,6 @@ def patches(images: Batches) -> np.ndarray:
         for top in range(0, 16, PATCH):
             rows += [image[:, top : top + PATCH, left : left + PATCH].ravel() for left in range(0, 16, PATCH)]
     return np.array(rows)
-
-
-def noises(z: int) -> Iterator[torch.Tensor]:
-    """2z points whose mean is 0 and covariance 1: they integrate a quadratic over the noise exactly."""
-    for axis in torch.eye(z) * math.sqrt(z):
-        yield from (axis, -axis)
-
-
-@torch.no_grad()
-def elbo(codec: Codec, images: Batches) -> float:
-    """Nats per patch, exact over the noise where the decoder is linear and patches do not overlap."""
-    x = codec.likelihood.from_uint8(crops(images))
-    posterior = codec.encode(x)
-    log_probs = [
-        codec.likelihood.log_prob(
-            codec.likelihood_params(posterior.sample(e[:, None, None].expand_as(posterior.mean))), x
-        ).double()
-        for e in noises(codec.config.latent_channels)
-    ]
-    total = torch.stack(log_probs).mean(0) - posterior.kl().double()
-    return float(total.mean()) / (16 // PATCH) ** 2
 
 
 def test_patch_moments_are_those_of_numpy(images: Batches) -> None:
@@ -209,72 +139,3 @@ def test_where_there_is_no_closed_form_it_is_refused(images: Batches, change: di
     for refuse in (lambda: check_closed_form(codec), lambda: start_from_closed_form(codec, moments)):
         with pytest.raises(UserError, match=message):
             refuse()
-
-
-def of(config: CodecConfig, *, channels: int, lap: int = 0) -> CodecConfig:
-    assert isinstance(config.backbone, LiteConfig)
-    return dataclasses.replace(config, latent_channels=channels, backbone=dataclasses.replace(config.backbone, lap=lap))
-
-
-def silent(codec: Codec) -> Codec:
-    """Without what the residual networks say."""
-    with torch.no_grad():
-        for network in ("encoder", "decoder"):
-            last = [m for m in codec.backbone.get_submodule(network).modules() if isinstance(m, torch.nn.Conv2d)][-1]
-            last.weight.zero_()
-    return codec
-
-
-@pytest.mark.parametrize("lap", [0, 3])
-def test_channels_beside_a_linear_model_are_the_components_that_it_lacks(
-    images: Batches, tmp_path: Path, lap: int
-) -> None:
-    """Four more than six are the ten of the closed form, order and signs aside."""
-    silent(started(of(LITE, channels=Z), images)).save(tmp_path / "model.safetensors")
-    grown = silent(make(of(LITE, channels=Z + 4, lap=lap)))
-    start_from_model(grown, str(tmp_path / "model.safetensors"), images.batches(PLAN, 0, STEPS))
-    at_once, before = (silent(started(of(LITE, channels=z), images)) for z in (Z + 4, Z))
-    assert elbo(grown, images) == pytest.approx(elbo(at_once, images), rel=1e-5)
-    assert elbo(grown, images) > elbo(before, images) + 1
-
-
-@pytest.mark.parametrize("classes", [(), ("one", "two")])
-def test_channels_beside_a_trained_model_leave_its_own_as_they_were(
-    images: Batches, tmp_path: Path, classes: tuple[str, ...]
-) -> None:
-    """And gain, whatever the networks have come to say; a per-pixel sigma and classes keep their rows."""
-    scale = GaussianConfig(scale="per_pixel", sigma=SIGMA)
-    config = dataclasses.replace(of(LITE, channels=Z, lap=2), classes=classes, likelihood=scale)
-    model = started(config, images)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape) * parameter.square().mean().sqrt()
-    model.save(tmp_path / "model.safetensors")
-    grown = make(dataclasses.replace(config, latent_channels=Z + 4))
-    start_from_model(grown, str(tmp_path / "model.safetensors"), images.batches(PLAN, 0, STEPS))
-    batch = next(images.batches(PLAN, STEPS, STEPS + 1))
-    labels = torch.arange(len(batch.pixels)) % 2
-    with torch.no_grad():
-        own, posterior = model.encode(batch.pixels, labels), grown.encode(batch.pixels, labels)
-        torch.testing.assert_close(posterior.mean[:, :Z], own.mean)
-        torch.testing.assert_close(posterior.std[:, :Z], own.std)  # pyright: ignore[reportAttributeAccessIssue]
-        nothing = posterior.mean * (torch.arange(Z + 4) < Z)[:, None, None]
-        torch.testing.assert_close(grown.likelihood_params(nothing, labels), model.likelihood_params(own.mean, labels))
-        x = grown.likelihood.from_uint8(batch.pixels)
-        before = (model.decode(own.mean, labels) - x).square().mean()
-        after = (grown.decode(posterior.mean, labels) - x).square().mean()
-    assert after < 0.9 * before
-
-
-def test_a_model_with_more_channels_or_another_posterior_is_refused(images: Batches, tmp_path: Path) -> None:
-    started(of(LITE, channels=Z), images).save(tmp_path / "model.safetensors")
-    plain = dataclasses.replace(of(LITE, channels=Z), bottleneck=IdentityConfig())
-    make(plain).save(tmp_path / "plain.safetensors")
-    for config, source in (
-        (of(LITE, channels=Z - 1), "model"),
-        (of(plain, channels=Z + 1), "plain"),
-        (of(plain, channels=Z), "model"),
-    ):
-        with pytest.raises(UserError, match="--start-from"):
-            start_from_model(make(config), str(tmp_path / f"{source}.safetensors"), images.batches(PLAN, 0, STEPS))

@@ -1,0 +1,84 @@
+"""Codecs small enough to be compared with what theory says of them, and images for their closed form."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latent_codec.codec import Codec
+from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, LiteConfig
+from latent_codec.inputs import find_images
+from train.closed_form import patch_moments, start_from_closed_form
+from train.data import Batches, MemoryImages, Plan
+
+PATCH, Z, SIGMA = 4, 6, 0.05
+D = 3 * PATCH**2
+PLAN = Plan(seed=0, crop=16, flip=True, batch_size=8, micro_batches=1, rank=0, world=1)
+STEPS = 6
+LINEAR = CodecConfig(
+    image_channels=3,
+    latent_channels=Z,
+    backbone=LinearConfig(patch=PATCH),
+    bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+    likelihood=GaussianConfig(scale="fixed", sigma=SIGMA),
+)
+LITE = dataclasses.replace(
+    LINEAR,
+    backbone=LiteConfig(
+        patch=PATCH, stem=2, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
+    ),
+)
+
+
+def smooth_images(folder: Path) -> Batches:
+    """Smooth Gaussian fields of unequal brightness in R, G and B, within the range of pixels."""
+    random = np.random.default_rng(0)
+    for i in range(6):
+        field = random.normal(size=(32, 40, 3))
+        for axis in (0, 1):
+            field = (field + np.roll(field, 1, axis) + np.roll(field, 2, axis)) / math.sqrt(3)
+        field = np.clip(field * 35 + np.array([150, 128, 90]), 0, 255)
+        Image.fromarray(np.rint(field).astype(np.uint8)).save(folder / f"{i}.png")
+    sources = find_images(folder)
+    return MemoryImages(sources, torch.zeros(len(sources)), 3, PLAN.crop, torch.device("cpu"), quiet=True)
+
+
+def make(config: CodecConfig) -> Codec:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Codec(config)
+
+
+def started(config: CodecConfig, images: Batches) -> Codec:
+    codec = make(config)
+    start_from_closed_form(codec, patch_moments(images, PLAN, codec, STEPS, quiet=True))
+    return codec
+
+
+def crops(images: Batches) -> torch.Tensor:
+    return torch.cat([batch.pixels for batch in images.batches(PLAN, 0, STEPS)])
+
+
+def noises(z: int) -> Iterator[torch.Tensor]:
+    """2z points whose mean is 0 and covariance 1: they integrate a quadratic over the noise exactly."""
+    for axis in torch.eye(z) * math.sqrt(z):
+        yield from (axis, -axis)
+
+
+@torch.no_grad()
+def elbo(codec: Codec, images: Batches) -> float:
+    """Nats per patch, exact over the noise where the decoder is linear and patches do not overlap."""
+    x = codec.likelihood.from_uint8(crops(images))
+    posterior = codec.encode(x)
+    log_probs = [
+        codec.likelihood.log_prob(
+            codec.likelihood_params(posterior.sample(e[:, None, None].expand_as(posterior.mean))), x
+        ).double()
+        for e in noises(codec.config.latent_channels)
+    ]
+    total = torch.stack(log_probs).mean(0) - posterior.kl().double()
+    return float(total.mean()) / (16 // PATCH) ** 2

@@ -208,6 +208,21 @@ def test_thawing_is_the_inverse_of_freezing(model: Path) -> None:
             assert torch.equal(one[name], other[name]), name
 
 
+def test_a_decoder_alone_wants_the_prior_of_the_files(model: Path, tmp_path: Path) -> None:
+    alone = dataclasses.replace(CONFIG, decoder_alone=True)
+    assert prior_of(alone, str(model)).config == SHAPE
+    with pytest.raises(UserError, match="its context prior is to stay"):
+        prior_of(dataclasses.replace(alone, prior_width=16), str(model))
+    tiny_codec().save(tmp_path / "factorised.safetensors")
+    with pytest.raises(UserError, match="not none"):
+        prior_of(alone, str(tmp_path / "factorised.safetensors"))
+
+
+def test_channels_without_a_quantiser_are_refused(argv: list[str], tmp_path: Path) -> None:
+    process = start([*argv, "--latent-channels", "5"], tmp_path / "run")
+    assert process.wait() == 1 and "its quantiser is for 4 latent channels, not 5" in process.text
+
+
 def test_another_shape_of_prior_starts_anew(model: Path) -> None:
     net = prior_of(dataclasses.replace(CONFIG, prior_width=16), str(model))
     assert net.config.width == 16

@@ -42,13 +42,16 @@ class TrainedPrior(ContextNet):
 def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     """The prior to begin with: that of a model if it has one of this shape, else random weights for its quantiser.
 
-    Raises `UserError` if the model has no quantiser.
+    Raises `UserError` if the model has no quantiser, or if the decoder alone is to learn and it has no such prior.
     """
     model = Codec.load(source)
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
     groups = context_groups(config.prior_groups, model.config.latent_channels)
     wanted, context = ContextConfig(groups=groups, width=config.prior_width, centred=True), model.priors.context
+    if config.decoder_alone and (context is None or context.config != wanted):
+        found = "none" if context is None else context.config
+        raise UserError(f"--start-from {source}: its context prior is to stay and should be {wanted}, not {found}")
     if context is None or (context.config.groups, context.config.width) != (groups, config.prior_width):
         return TrainedPrior(wanted, model.priors.base, model.statistics)
     net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
 from latent_codec.config import to_json
+from latent_codec.errors import UserError
 from latent_codec.inputs import Source
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.perceptual import LPIPS
@@ -206,7 +207,13 @@ def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
         return IWAE(config, codec)
     if isinstance(config, JointConfig):
         assert run.start_from is not None
-        return Joint(config, codec, prior_of(config, run.start_from))
+        prior = prior_of(config, run.start_from)
+        if len(prior.order) != codec.config.latent_channels:
+            raise UserError(
+                f"--start-from {run.start_from}: its quantiser is for {len(prior.order)} latent channels, not "
+                f"{codec.config.latent_channels}; let them grow by `photo`, then `latent-codec export` it"
+            )
+        return Joint(config, codec, prior)
     return ELBO(config, codec, LPIPS(config.lpips_net, run.lpips_backbone) if config.lpips_weight > 0 else None)
 
 

@@ -177,6 +177,23 @@ def test_a_decoder_alone_learns_both_kinds_of_latents() -> None:
     assert found.loss.item() == pytest.approx(expected, rel=1e-4) and found.kl.item() == 0
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_it_compiles_to_one_graph_and_computes_the_same(alone: bool) -> None:
+    """As the recipe has it on a GPU, where a break in the graph would wait for the host."""
+    codec = tiny_codec()
+    objective = Joint(dataclasses.replace(CONFIG, decoder_alone=alone), codec, net_of(codec))
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            objective.compile(backend="aot_eager", fullgraph=True)
+        objective.zero_grad()
+        objective(*batch(), torch.tensor(1.0), True).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_the_prior_prices_the_encoder() -> None:
     """The gradient of the rate reaches the latents by themselves and by what they tell of others."""
     codec = tiny_codec()

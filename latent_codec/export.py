@@ -62,7 +62,7 @@ def prepare(run_or_model: Path, *, data: tuple[Path, ...], images: int, quiet: b
     elif run_or_model.is_dir():
         checkpoint = newest_checkpoint(run_or_model)
         codec = Codec.load(checkpoint / "ema.safetensors")
-        codec.provenance = _provenance(run_or_model, checkpoint)
+        codec.provenance = _provenance(run_or_model, checkpoint) | codec.provenance
     else:
         codec = Codec.load(resolve(run_or_model))
     if data:

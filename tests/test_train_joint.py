@@ -69,6 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     codec = tiny_codec()
     assert codec.priors is not None
     codec.priors = codec.priors._replace(context=net_of(codec, seed=5).freeze(context_tables()))
+    codec.provenance = {"training": "made up", "prior": {"steps": 1}}
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     codec.save(path)
     return path
@@ -309,6 +310,7 @@ def test_a_decoder_alone_leaves_what_files_hold_as_it_was(argv: list[str], model
     )
     assert before.priors is not None and after.priors is not None and after.statistics == before.statistics
     assert_same_tensors(to_tensors(after.priors), to_tensors(before.priors))
+    assert after.provenance["prior"] == {"steps": 1} and after.provenance["training"]["data_images"] == 6
     kept = {name: t for name, t in before.state_dict().items() if ".decoder." not in name}
     assert_same_tensors({name: after.state_dict()[name] for name in kept}, kept)
     name = "backbone.linear.decoder.weight"

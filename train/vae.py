@@ -87,6 +87,7 @@ def train(run: Run) -> int:
             assert run.start_from is not None
             start = Codec.load(run.start_from)
             ema.statistics, ema.priors = start.statistics, start.priors  # still right: `export` finds them there
+            ema.provenance = {name: value for name, value in start.provenance.items() if name == "prior"}
         else:
             rate = objective.config.prior_learning_rate / config.learning_rate
             optimizer.add_param_group({"params": list(objective.prior.parameters()), RATE: rate})

@@ -106,7 +106,6 @@ def _training(codec: Codec) -> dict[str, str]:
     return {
         "data_images": f"{training['data_images']:,}" if "data_images" in training else "an unknown number of",
         "crop": str(config.get("crop", "?")),
-        "steps": f"{config['steps']:,}" if "steps" in config else "?",
         "lpips_weight": f"{objective.get('lpips_weight', 0):g}" if objective else "unknown",
         "finest_mode_step": f"{steps[0]:g}" if steps else "1",
     }

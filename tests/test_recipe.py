@@ -19,7 +19,7 @@ from latent_codec.images import pad
 from latent_codec.inputs import find_images
 from train import recipe as program
 from train import stages
-from train.config import PriorConfig
+from train.config import JointConfig, PriorConfig
 from train.presets import conv
 from train.recipe import Recipe, codec_config, preset_of
 from train.stages import Clock, Plan, advance
@@ -159,6 +159,11 @@ def test_steps_and_learning_rate_follow_from_the_batch(tiny: Recipe, model_file:
     plain = dataclasses.replace(tiny, compile=None)
     rates = [codec_config(plain, preset, batch, 1000, True).learning_rate for batch in (8, 32, 256)]
     assert rates == pytest.approx([4e-4, 8e-4, 1e-3])
+    joint = codec_config(plain, preset_of(Codec.load(model_file).config, "joint"), 32, 1000, True)
+    assert isinstance(joint.objective, JointConfig)
+    assert joint.learning_rate == pytest.approx(2e-4)
+    assert joint.objective.prior_learning_rate == pytest.approx(1e-3)  # its lead over the codec's stays
+    assert (joint.objective.prior_groups, joint.objective.prior_width) == (plain.prior.groups, plain.prior.width)
     config = codec_config(plain, preset, 64, 1000, True)
     assert config.compile and config.channels_last and not config.closed_form and config.lr_warmup_steps == 100
     assert not codec_config(plain, preset, 64, 1000, False).compile

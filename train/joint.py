@@ -51,7 +51,10 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     wanted, context = ContextConfig(groups=groups, width=config.prior_width, centred=True), model.priors.context
     if config.decoder_alone and (context is None or context.config != wanted):
         found = "none" if context is None else context.config
-        raise UserError(f"--start-from {source}: its context prior is to stay and should be {wanted}, not {found}")
+        raise UserError(
+            f"--start-from {source}: its context prior is to stay and should be {wanted}, not {found}; give the "
+            "model's --prior-groups and --prior-width, or train one by train.prior first"
+        )
     if context is None or (context.config.groups, context.config.width) != (groups, config.prior_width):
         return TrainedPrior(wanted, model.priors.base, model.statistics)
     net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)

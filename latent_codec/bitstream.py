@@ -15,7 +15,7 @@ from latent_codec.prior.tables import LEAST_BITS
 from latent_codec.quantizer import MIN_STEP, STEP_ONE
 
 SUFFIX = ".lc"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 """In 2, rounded latents are coded around what the context prior expects."""
 _MAGIC = b"\x89LC\r\n\x1a\n"
 _HEADER = struct.Struct("<7sB8sIIBB3sHQII")

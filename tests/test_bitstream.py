@@ -205,7 +205,7 @@ def test_checks_come_in_the_documented_order() -> None:
     """A file in which everything is wrong, repaired step by step: each time the next check speaks."""
     sound = streams("context").compress([(image(64, 64), geometry(64, 64))])[0].data
     assert sound == crafted(sound)
-    fields: dict[str, Any] = {"version": 3, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
+    fields: dict[str, Any] = {"version": 4, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
     short = sound[:47] + b"abc\0" + sound[-4:]  # a payload of 4 bytes that are no sound end of one
 
     def file(*, damaged: bool = True, extra: bytes = b"x") -> bytes:
@@ -216,7 +216,7 @@ def test_checks_come_in_the_documented_order() -> None:
         ("does not start like one", "magic", b"?" + file()[1:40]),
         ("cut off within its header", "cut header", file()[:40]),
         ("does not match its checksum", "header checksum", file()[:43] + bytes(4) + file()[47:]),
-        ("format version 3", "version", file()),
+        ("format version 4", "version", file()),
     ]
     fields["version"] = 1
     stages.append(("exceed the limit", "pixels", file()))
@@ -261,7 +261,7 @@ def test_a_prior_that_the_model_has_not_is_refused_before_its_stream_id() -> Non
         {"width": 0},
         {"height": 0},
         {"width": 0, "height": 0},
-        *({"version": n} for n in (0, 3, 255)),
+        *({"version": n} for n in (0, 4, 255)),
     ],
 )
 def test_headers_that_no_encoder_writes_are_refused(fields: dict[str, Any]) -> None:

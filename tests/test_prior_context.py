@@ -22,12 +22,17 @@ from latent_codec.prior.tables import Tables
 from latent_codec.quantizer import LIMIT, Quantized, Scaled
 
 tables = functools.cache(context_tables)
-GROUPS = [(1, 3), (4,), (2, 1, 2)]
+SHAPES = [((1, 3), ()), ((4,), ()), ((2, 1, 2), ()), ((1, 3), (2,)), ((4,), (1,)), ((2, 1, 2), (1, 0, 3))]
+"""Groups and levels."""
+
+Shape = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @functools.cache
-def prior(groups: tuple[int, ...], seed: int = 0, *, centred: bool = True) -> ContextPrior:
-    return context_prior(groups, 8, seed, tables(), centred=centred)
+def prior(
+    groups: tuple[int, ...], levels: tuple[int, ...] = (), seed: int = 0, *, centred: bool = True
+) -> ContextPrior:
+    return context_prior(groups, 8, seed, tables(), centred=centred, levels=levels)
 
 
 def flat_tables(count: int) -> Tables:
@@ -78,7 +83,7 @@ def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
 
 
 @given(
-    st.sampled_from(GROUPS),
+    st.sampled_from(SHAPES),
     st.integers(0, 2),
     st.integers(1, 5),
     st.integers(1, 5),
@@ -88,9 +93,10 @@ def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
     st.booleans(),
 )
 def test_the_network_is_plain_int64_arithmetic(
-    groups: tuple[int, ...], weights: int, h: int, w: int, step: int, seed: int | None, data: int, centred: bool
+    shape: Shape, weights: int, h: int, w: int, step: int, seed: int | None, data: int, centred: bool
 ) -> None:
-    context = prior(groups, weights, centred=centred)
+    groups, levels = shape
+    context = prior(groups, levels, weights, centred=centred or bool(levels))
     assert_as_the_format_says(context, image(sum(groups), h, w, step, seed, data))
 
 
@@ -187,11 +193,11 @@ def test_autocast_around_it_does_not_matter(dtype: torch.dtype, several: list[Sc
         assert_equal(choices(prior((1, 3)), several), plain)
 
 
-@given(st.sampled_from(GROUPS), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
+@given(st.sampled_from(SHAPES), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
 def test_a_pass_is_blind_to_what_is_not_decoded_yet(
-    groups: tuple[int, ...], h: int, w: int, dithered: bool, data: st.DataObject
+    shape: Shape, h: int, w: int, dithered: bool, data: st.DataObject
 ) -> None:
-    model, q = prior(groups), image(sum(groups), h, w, 1024, 3 if dithered else None)
+    model, q = prior(*shape), image(sum(shape[0]), h, w, 1024, 3 if dithered else None)
     place = tuple(data.draw(st.integers(0, n - 1)) for n in q.latents.shape)
     changed = q.latents.copy()
     changed[place] = data.draw(st.integers(-LIMIT, LIMIT).filter(lambda v: abs(v - q.latents[place]) > 1))
@@ -205,13 +211,11 @@ def test_a_pass_is_blind_to_what_is_not_decoded_yet(
         pytest.fail("the change is in no pass")
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (7, 9)])
-def test_decoding_undoes_encoding_and_a_damaged_neighbour_does_not_matter(
-    groups: tuple[int, ...], size: tuple[int, int]
-) -> None:
-    model = prior(groups)
-    images = [image(sum(groups), *size, 700 + i, i if i % 2 else None, i) for i in range(4)]
+def test_decoding_undoes_encoding_and_a_damaged_neighbour_does_not_matter(shape: Shape, size: tuple[int, int]) -> None:
+    model = prior(*shape)
+    images = [image(sum(shape[0]), *size, 700 + i, i if i % 2 else None, i) for i in range(4)]
     codings = quantize(model, images, "cpu")
     payloads = [encode(Coder(tables()), coding.passes) for coding in codings]
     assert payloads == [encode(Coder(tables()), quantize(model, [q], "cpu")[0].passes) for q in images]
@@ -226,14 +230,14 @@ def test_decoding_undoes_encoding_and_a_damaged_neighbour_does_not_matter(
         assert (one.step, one.seed) == (images[i].step, images[i].seed)
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-def test_what_a_centred_prior_expects_is_coded_as_zeros(groups: tuple[int, ...]) -> None:
-    model = prior(groups)
-    expected = np.zeros((1, sum(groups), 6, 5), np.int64)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_centred_prior_expects_is_coded_as_zeros(shape: Shape) -> None:
+    model = prior(*shape)
+    expected = np.zeros((1, sum(shape[0]), 6, 5), np.int64)
     steps, none = np.array([1500]), np.zeros(1, bool)
     for number, span in enumerate(model.spans):
         choice = model.select(number, expected, np.zeros_like(expected), none, steps, "cpu")
-        rows, columns = np.nonzero(context.at_parity((6, 5), span.parity))
+        rows, columns = np.nonzero(span.where((6, 5)))
         expected[:, model.order[span.start : span.stop][:, None], rows, columns] = choice.offset
     assert len(np.unique(expected % 2**17)) > 5 and not (expected % 2**14).any()  # eighths of a step
     (coding,) = quantize(model, [Scaled(expected[0] / 2**17, 1500, None)], "cpu")
@@ -264,6 +268,11 @@ def changed_layer(number: int, i: int, **fields: Any) -> Callable[[dict[str, Any
         (changed(config=ContextConfig(groups=(4, 0), width=8)), "groups"),
         (changed(config=ContextConfig(groups=(5, -1), width=8)), "groups"),
         (changed(config=ContextConfig(groups=(1, 3), width=0)), "width 0"),
+        (changed(config=ContextConfig(groups=(1, 3), width=8, centred=True, levels=(0, 0, 1))), "levels"),
+        (changed(config=ContextConfig(groups=(1, 3), width=8, centred=True, levels=(7,))), "levels"),
+        (changed(config=ContextConfig(groups=(1, 3), width=8, centred=True, levels=(-1,))), "levels"),
+        (changed(config=ContextConfig(groups=(1, 3), width=8, levels=(1,))), "centred"),
+        (changed(config=ContextConfig(groups=(1, 3), width=8, centred=True, levels=(1,))), "networks"),
         (changed(config=ContextConfig(groups=(1, 3), width=9)), "shape"),
         (changed(config=ContextConfig(groups=(3, 1), width=8)), "shape"),
         (changed(config=ContextConfig(groups=(4,), width=8)), "networks"),

@@ -24,7 +24,7 @@ from latent_codec.latent_files import header_of, row, write_index, write_shard
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.coding import ideal_bits, quantize
-from latent_codec.prior.context import TABLES, ContextConfig, ContextPrior, at_parity, table_scale
+from latent_codec.prior.context import TABLES, ContextConfig, ContextPrior, Sites, Span, table_scale
 from latent_codec.quantizer import STEP_OF_STD, dequantize, scale
 from train import context_net
 from train import prior as program
@@ -208,11 +208,15 @@ def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path
 
 
 def test_passes_put_values_back_where_they_were_taken() -> None:
-    x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
-    parts = [context_net._placed(context_net._at(x, parity), (4, 6), parity) for parity in (0, 1)]
-    assert torch.equal(sum(parts), x)
-    for parity, part in enumerate(parts):
-        assert not part[:, :, ~torch.from_numpy(at_parity((4, 6), parity))].any()
+    x = torch.arange(2 * 3 * 8 * 12).reshape(2, 3, 8, 12).float()
+    for passes in (
+        [Span(0, 3, Sites.EVEN), Span(0, 3, Sites.ODD)],
+        [Span(0, 3, Sites.ALL, 4), *(Span(0, 3, s, n) for n in (2, 1) for s in (Sites.CENTRES, Sites.ODD))],
+    ):
+        parts = [context_net._placed(context_net._at(x, span), (8, 12), span) for span in passes]
+        assert torch.equal(sum(parts), x)
+        for span, part in zip(passes, parts, strict=True):
+            assert not part[:, :, ~torch.from_numpy(span.where((8, 12)))].any()
 
 
 def test_logistic_tables_have_the_logistics_masses() -> None:

@@ -22,11 +22,17 @@ def _table(location: float, scale: float, reach: float) -> tuple[int, np.ndarray
 
 
 def context_prior(
-    groups: tuple[int, ...], width: int, seed: int, tables: Tables | None = None, *, centred: bool
+    groups: tuple[int, ...],
+    width: int,
+    seed: int,
+    tables: Tables | None = None,
+    *,
+    centred: bool,
+    levels: tuple[int, ...] = (),
 ) -> ContextPrior:
     """Random weights over the whole range; outputs of a few steps and of medium width."""
     rng = np.random.default_rng(seed)
-    config, channels = ContextConfig(groups=groups, width=width, centred=centred), sum(groups)
+    config, channels = ContextConfig(groups=groups, width=width, centred=centred, levels=levels), sum(groups)
     passes = []
     for span in spans(config):
         outputs = span.stop - span.start

@@ -60,6 +60,17 @@ class Model(NamedTuple):
         """Of the context prior."""
         return self.priors["context"].get("centred", False)
 
+    @property
+    def levels(self) -> list[int]:
+        """Of the context prior's groups."""
+        found = list(self.priors["context"].get("levels", []))
+        return found + [0] * (len(self.priors["context"]["groups"]) - len(found))
+
+    @property
+    def version(self) -> int:
+        """Of streams under the context prior."""
+        return 3 if any(self.levels) else 2 if self.centred else 1
+
     def stream_id(self, kind: str) -> bytes:
         digest = hashlib.sha256(self.model_id.encode())
         for name in sorted(self.tensors):
@@ -94,7 +105,7 @@ def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
         raise RefusalError("cut header")
     if zlib.crc32(data[:43]) != struct.unpack("<I", data[43:47])[0]:
         raise RefusalError("header checksum")
-    if data[7] not in (1, 2):
+    if data[7] not in (1, 2, 3):
         raise RefusalError("version")
     width, height, orientation, flags = struct.unpack("<IIBB", data[16:26])
     step, seed, length = struct.unpack("<HQI", data[29:43])
@@ -230,7 +241,7 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
         raise RefusalError("no such prior")
     if header.stream_id != model.stream_id(kind):
         raise RefusalError("stream id")
-    if header.version != (2 if kind == "context" and model.centred else 1):
+    if header.version != (model.version if kind == "context" else 1):
         raise RefusalError("another version")
     if model.codes is not None and (header.step != 1024 or header.seed is not None):
         raise RefusalError("no step")
@@ -278,7 +289,7 @@ def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int,
 
 def _context(ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]) -> Array:
     d, fine = dither(header.seed, shape), np.zeros(shape, np.int64)
-    for number in range(2 * len(model.priors["context"]["groups"])):
+    for number in range(len(passes(model))):
         positions, offsets, centres, numbers = choose(model, number, fine, d, header.step, header.seed is not None)
         for place, offset, centre, rest in zip(positions, offsets, centres, tables.read(ans, numbers), strict=True):
             fine[place] = (centre + rest) * 2**17 + offset
@@ -292,22 +303,41 @@ class Choice(NamedTuple):
     tables: list[int]
 
 
+def passes(model: Model) -> list[tuple[int, int, str]]:
+    """Group, stride and kind of each."""
+    found: list[tuple[int, int, str]] = []
+    for group, level in enumerate(model.levels):
+        if level:
+            found.append((group, 2**level, "whole"))
+            for k in range(level - 1, -1, -1):
+                found += [(group, 2**k, "centres"), (group, 2**k, "odd")]
+        else:
+            found += [(group, 1, "even"), (group, 1, "odd")]
+    return found
+
+
+def belongs(kind: str, y: int, x: int) -> bool:
+    """Whether a pass decodes the position at row y and column x of its grid."""
+    return {"whole": True, "centres": y % 2 == x % 2 == 1, "even": (y + x) % 2 == 0, "odd": (y + x) % 2 == 1}[kind]
+
+
 def choose(model: Model, number: int, fine: Array, d: Array, step: int, dithered: bool) -> Choice:
     """What a pass decodes by; `fine` is 0 where nothing is decoded yet, `d` all 0 without dither."""
     order, gain, width_offset = (
         [int(n) for n in model.tensors[f"prior.context.{name}"]] for name in ("order", "gain", "width_offset")
     )
-    groups, (group, parity) = model.priors["context"]["groups"], divmod(number, 2)
+    groups, (group, stride, kind) = model.priors["context"]["groups"], passes(model)[number]
     start = sum(groups[:group])
     stop = start + groups[group]
-    x = inputs(order[: stop if parity else start], fine, gain, step, dithered)
-    outputs = network(model, number, x)  # (2 (stop - start), h, w)
+    grid = fine[:, ::stride, ::stride]
+    x = inputs(order[: stop if kind in ("odd", "centres") else start], grid, gain, step, dithered)
+    outputs = network(model, number, x)  # (2 (stop - start), rows, columns) of the grid
     choice = Choice([], [], [], [])
-    for j, row, column in itertools.product(range(stop - start), *map(range, fine.shape[1:])):
-        if (row + column) % 2 == parity:
-            c = order[start + j]
+    for j, y, x in itertools.product(range(stop - start), *map(range, grid.shape[1:])):
+        if belongs(kind, y, x):
+            c, row, column = order[start + j], stride * y, stride * x
             scale = step * gain[c]
-            located, wide = int(outputs[j, row, column]), int(outputs[stop - start + j, row, column])
+            located, wide = int(outputs[j, y, x]), int(outputs[stop - start + j, y, x])
             eighths = (located * 2**36 - 8 * int(d[c, row, column]) * scale + scale * 2**16) // (scale * 2**17)
             eighths, offset = min(max(eighths, -131064), 131064), int(d[c, row, column])
             if model.centred and not dithered:

@@ -113,7 +113,7 @@ class TrainingSpeed:
         preset = preset_of(model.config, self.objective)
         if isinstance(preset.objective, JointConfig) and model.priors is not None and model.priors.context is not None:
             shape = model.priors.context.config
-            own = {"prior_groups": shape.groups[:-1], "prior_width": shape.width}
+            own = {"prior_groups": shape.groups[:-1], "prior_levels": shape.levels, "prior_width": shape.width}
             preset = dataclasses.replace(preset, objective=dataclasses.replace(preset.objective, **own))
         config = dataclasses.replace(
             preset,

@@ -99,6 +99,8 @@ class JointConfig:
     """Features of the context prior's layers, at most 112."""
     prior_learning_rate: float
     """Of the context prior, on the codec's schedule: it has to follow latents that move."""
+    prior_levels: tuple[int, ...] = ()
+    """How often the grid of each group of the context prior is coarsened before its first pass; the rest: not."""
     decoder_alone: bool = False
     """Encoder, quantiser and prior stay as they are, and with them what files take: the decoder alone learns."""
 
@@ -189,6 +191,9 @@ class PriorConfig:
 
     groups: tuple[int, ...] = (4, 8)
     """Latent channels of each group but the last, those with most bits first; the last takes the rest."""
+    levels: tuple[int, ...] = ()
+    """How often each group's grid is coarsened before its first pass: with 2, every fourth row and column comes first
+    and what lies between follows in four passes. The rest: not."""
     width: int = 96
     """Features of the networks' layers; at most 112, or their integer sums would not be exact."""
     step_range: tuple[float, float] = (0.5, 8.0)
@@ -200,7 +205,7 @@ class PriorConfig:
     batch_size: int = 8
     """Images per optimizer step, over all processes."""
     crop: int = 32
-    """Side of the square crops, in latent positions; even."""
+    """Side of the square crops, in latent positions; even, and a multiple of the coarsest grid's spacing."""
     learning_rate: float = 2e-3
     lr_warmup_steps: int = 200
     count_images: int = 1_024
@@ -300,6 +305,14 @@ def context_groups(sizes: tuple[int, ...], channels: int) -> tuple[int, ...]:
     return (*sizes, channels - sum(sizes))
 
 
+def context_spacing(levels: tuple[int, ...], groups: tuple[int, ...]) -> int:
+    """Latent positions that the side of what a context prior trains on must be a multiple of, given all its groups;
+    raises `UserError` if the levels do not fit them."""
+    if len(levels) > len(groups) or min(levels, default=0) < 0:
+        raise UserError(f"levels {levels} must be one number for each of {len(groups)} groups at most, none negative")
+    return 2 ** max([1, *levels])
+
+
 def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
     if codec.bottleneck.kind != "gaussian":
         kind = codec.bottleneck.kind
@@ -310,7 +323,8 @@ def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
         raise UserError(f"noise_steps is {joint.noise_steps}; it must be two positive steps, the smaller one first")
     if joint.mode_weight < 0:
         raise UserError(f"mode_weight is {joint.mode_weight}; it must not be negative")
-    context_groups(joint.prior_groups, codec.latent_channels)
+    groups = context_groups(joint.prior_groups, codec.latent_channels)
+    context_spacing(joint.prior_levels, groups)
     if not joint.prior_learning_rate > 0:
         raise UserError(f"prior_learning_rate is {joint.prior_learning_rate}; it must be positive")
     if not 1 <= joint.prior_width <= 112:

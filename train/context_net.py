@@ -20,6 +20,7 @@ from latent_codec.prior.context import (
     ContextPrior,
     Layer,
     Pass,
+    Sites,
     Span,
     spans,
     table_scale,
@@ -116,11 +117,11 @@ class ContextNet(nn.Module):
         for span, net in zip(self.spans, self.nets, strict=True):
             group = slice(span.start, span.stop)
             unit = scale[:, group, :, 0] / UNIT  # (b, g, 1)
-            outputs = self._run(net, span, self._inputs(known, scale), drawn)  # (b, 2g, n)
+            outputs = self._run(net, span, self._inputs(known, span, scale), drawn)  # (b, 2g, n)
             located, wide = outputs.float().chunk(2, dim=1)
             located = located / unit
             width = (torch.exp2(wide) / unit).clamp(2.0**-5, 2.0**6)
-            own, dither = (_at(t[:, group], span.parity) for t in (drawn.scaled, drawn.dither))
+            own, dither = (_at(t[:, group], span) for t in (drawn.scaled, drawn.dither))
             with float32_island(own):
                 if drawn.exact:
                     found = own
@@ -134,31 +135,31 @@ class ContextNet(nn.Module):
                     error = torch.where(read, distance, 0).square().flatten(1).sum(1)
                     learn = _logistic_bits(distance, width.detach()) + _BITS_OF_ERROR * error
                     total = total + learn - learn.detach()
-            placed = _placed(found, (h, w), span.parity)
-            known = [*known[:-1], known[-1] + placed] if span.parity else [*known, placed]
+            placed = _placed(found, (h, w), span)
+            known = [*known[:-1], known[-1] + placed] if span.inputs > span.start else [*known, placed]
         z = torch.cat(known, 1) * self.sizes(drawn.step)
         return Coded(total / (h * w), z[:, self.inverse])
 
-    def _inputs(self, known: list[torch.Tensor], scale: torch.Tensor) -> torch.Tensor | None:
-        """Known latents as a network sees them, whole numbers of its unit."""
+    def _inputs(self, known: list[torch.Tensor], span: Span, scale: torch.Tensor) -> torch.Tensor | None:
+        """Known latents as a span's network sees them, whole numbers of its unit."""
         if not known:
             return None
-        x = torch.cat(known, 1)
+        x = torch.cat([_grid(t, span) for t in known], 1)
         x = x * scale[:, : x.shape[1]]
         return (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # the gradient passes through
 
     def _run(self, net: nn.Module, span: Span, known: torch.Tensor | None, drawn: Drawn) -> torch.Tensor:
-        b, _, h, w = drawn.scaled.shape
+        b, _, h, w = _grid(drawn.scaled, span).shape
         device = drawn.scaled.device
         row, column = (torch.arange(side, device=device) for side in (h, w))
         octave = torch.round(8 * torch.log2(drawn.step.float() / STEP_ONE)) * 4 / UNIT
         signals = torch.ones(b, SIGNALS, h, w, device=device)
-        signals[:, 1] = ((row[:, None] + column) % 2 == 0).float()  # as `at_parity`; made where it is used
+        signals[:, 1] = ((row[:, None] + column) % 2 == 0).float()  # as `at_sites`; made where it is used
         signals[:, 2] = octave.clamp(-TOP / UNIT, TOP / UNIT)[:, None, None]
         signals[:, 3] = drawn.dithered[:, None, None].float()
         top = TOP / _HIDDEN
         y = net[0](signals if known is None else torch.cat([known, signals], 1)).clamp(0, top)  # pyright: ignore[reportIndexIssue]
-        y = _conv_at(net[1], y, span.parity).clamp(0, top)  # pyright: ignore[reportIndexIssue]
+        y = _conv_at(net[1], y, span.sites).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         y = net[2](y).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
 
@@ -187,14 +188,17 @@ class ContextNet(nn.Module):
     def thaw(self, prior: ContextPrior) -> None:
         """Take over the weights of a frozen prior: the inverse of `freeze`, but for what rounding lost.
 
-        Raises `ValueError` if it is of other groups or another width, or orders the channels otherwise.
+        Of a prior with other groups or levels, those of passes that decode the same channels at the same positions; the
+        others stay as they are. Raises `ValueError` if no pass does, or if the width or the channels' order differ.
         """
-        same = (prior.config.groups, prior.config.width) == (self.config.groups, self.config.width)
-        if not same or not np.array_equal(prior.order, self.order):
+        passes = dict(zip(prior.spans, prior.passes, strict=True))
+        common = [(span, net, passes[span]) for span, net in zip(self.spans, self.nets, strict=True) if span in passes]
+        same = prior.config.width == self.config.width and np.array_equal(prior.order, self.order)
+        if not same or not common:
             raise ValueError(
                 f"a prior of {prior.config} does not fit one of {self.config}, or orders channels otherwise"
             )
-        for span, net, frozen in zip(self.spans, self.nets, prior.passes, strict=True):
+        for span, net, frozen in common:
             for layer, numbers, (inputs, outputs) in zip(net, frozen.layers, _units(span), strict=True):  # pyright: ignore[reportArgumentType]
                 power = torch.exp2(numbers.shift.double())
                 units = torch.as_tensor(outputs, dtype=torch.float64).expand(len(power))
@@ -237,27 +241,45 @@ def _net(width: int, span: Span) -> nn.ModuleList:
     return nn.ModuleList([*layers, nn.Conv2d(width, 2 * (span.stop - span.start), 1)])
 
 
-def _at(x: torch.Tensor, parity: int) -> torch.Tensor:
-    """Values of (b, c, h, w), even sides, at one parity: even rows, then odd ones; (b, c, n)."""
-    return torch.cat([x[:, :, 0::2, parity::2], x[:, :, 1::2, 1 - parity :: 2]], 2).flatten(2)
+_RUNS: dict[Sites, tuple[tuple[int, int, int], ...]] = {
+    Sites.EVEN: ((0, 0, 2), (1, 1, 2)),
+    Sites.ODD: ((0, 1, 2), (1, 0, 2)),
+    Sites.CENTRES: ((1, 1, 2),),
+    Sites.ALL: ((0, 0, 1),),
+}
+"""First row, first column and stride of the rectangles that sites of a grid fall into, in the order of `_at`."""
 
 
-def _conv_at(layer: nn.Module, x: torch.Tensor, parity: int) -> torch.Tensor:
-    """A 3x3 convolution at the positions that `_at` takes, in its order."""
+def _grid(x: torch.Tensor, span: Span) -> torch.Tensor:
+    """What a span's network sees of (b, c, h, w)."""
+    return x[:, :, :: span.spacing, :: span.spacing]
+
+
+def _at(x: torch.Tensor, span: Span) -> torch.Tensor:
+    """Values of (b, c, h, w) at a span's sites, (b, c, n); its grid has even sides where it takes not all of it."""
+    grid = _grid(x, span)
+    runs = [grid[:, :, row::stride, column::stride] for row, column, stride in _RUNS[span.sites]]
+    return torch.cat(runs, 2).flatten(2)
+
+
+def _conv_at(layer: nn.Module, x: torch.Tensor, sites: Sites) -> torch.Tensor:
+    """A 3x3 convolution of a grid at its sites, in the order of `_at`."""
     assert isinstance(layer, nn.Conv2d)
     x = pad(x, (1, 1, 1, 1))
-    rows = (x[:, :, top:, left:] for top, left in ((0, parity), (1, 1 - parity)))
-    return torch.cat([conv2d(r, layer.weight, layer.bias, stride=2) for r in rows], 2)
+    found = (conv2d(x[:, :, r:, c:], layer.weight, layer.bias, stride=stride) for r, c, stride in _RUNS[sites])
+    return torch.cat(list(found), 2)
 
 
-def _placed(values: torch.Tensor, size: tuple[int, int], parity: int) -> torch.Tensor:
-    """The inverse of `_at`, (b, c, h, w) of values (b, c, n): 0 at the other parity."""
-    rows = values.unflatten(2, (size[0], size[1] // 2))  # even rows, then odd ones
-    even, odd = rows.chunk(2, dim=2)
-    nothing = torch.zeros_like(even)
-    columns = [(even, nothing), (nothing, odd)] if parity == 0 else [(nothing, even), (odd, nothing)]
-    # (b, c, h / 2, 2, w / 2, 2): row of its pair, column of its pair
-    return torch.stack([torch.stack(pair, -1) for pair in columns], 3).flatten(2, 3).flatten(3)
+def _placed(values: torch.Tensor, size: tuple[int, int], span: Span) -> torch.Tensor:
+    """The inverse of `_at`, (b, c, h, w) of values (b, c, n): 0 elsewhere."""
+    placed = values.new_zeros(*values.shape[:2], *size)
+    grid, first = _grid(placed, span), 0
+    for row, column, stride in _RUNS[span.sites]:
+        run = grid[:, :, row::stride, column::stride]
+        stop = first + run[0, 0].numel()
+        run.copy_(values[:, :, first:stop].unflatten(2, run.shape[2:]))
+        first = stop
+    return placed
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The joint phase: encoder, decoder and context prior trained together over a range of rates."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -48,14 +49,15 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
     groups = context_groups(config.prior_groups, model.config.latent_channels)
-    wanted, context = ContextConfig(groups=groups, width=config.prior_width, centred=True), model.priors.context
+    wanted = ContextConfig(groups=groups, width=config.prior_width, centred=True, levels=config.prior_levels)
+    context = model.priors.context
     if config.decoder_alone and (context is None or context.config != wanted):
         found = "none" if context is None else context.config
         raise UserError(
             f"--start-from {source}: its context prior is to stay and should be {wanted}, not {found}; give the "
-            "model's --prior-groups and --prior-width, or train one by train.prior first"
+            "model's --prior-groups, --prior-levels and --prior-width, or train one by train.prior first"
         )
-    if context is None or (context.config.groups, context.config.width) != (groups, config.prior_width):
+    if context is None or dataclasses.replace(context.config, centred=True) != wanted:
         return TrainedPrior(wanted, model.priors.base, model.statistics)
     net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)
     net.thaw(context)

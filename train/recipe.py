@@ -74,6 +74,7 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
         objective = dataclasses.replace(
             objective,
             prior_groups=recipe.prior.groups,
+            prior_levels=recipe.prior.levels,
             prior_width=recipe.prior.width,
             prior_learning_rate=min(recipe.prior.learning_rate, objective.prior_learning_rate * more),
         )

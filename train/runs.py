@@ -19,7 +19,7 @@ from latent_codec.inputs import Source, find_all
 from latent_codec.noise import text_key
 from train.checkpoints import Progress
 from train.closed_form import check_closed_form, check_mean_start
-from train.config import ELBOConfig, JointConfig, TrainConfig, check, flat
+from train.config import ELBOConfig, JointConfig, TrainConfig, check, context_groups, context_spacing, flat
 from train.data import fingerprint
 from train.provenance import git_commit
 
@@ -88,9 +88,13 @@ def check_run(run: Run, accelerator: Accelerator) -> None:
     codec = Codec(config.codec)
     if config.codec.image_channels not in (1, 3):
         raise UserError(f"image_channels is {config.codec.image_channels}; set it to 1 (grey) or 3 (RGB)")
+    unit, why = codec.factor, "the model's factor"
+    if isinstance(joint := config.objective, JointConfig):
+        groups = context_groups(joint.prior_groups, config.codec.latent_channels)
+        unit, why = unit * context_spacing(joint.prior_levels, groups), f"{why} and its context prior's coarsest grid"
     for name, side in (("crop", config.crop), ("eval_crop", config.eval_crop)):
-        if side % codec.factor:
-            raise UserError(f"{name} {side} is no multiple of the model's factor {codec.factor}")
+        if side % unit:
+            raise UserError(f"{name} {side} is no multiple of {unit}, {why}")
     if config.closed_form:
         check_closed_form(codec)
     if config.mean_start:

@@ -7,7 +7,7 @@ import numpy as np
 
 from latent_codec.errors import UserError
 from latent_codec.prior.coder import Coder, Decoder
-from latent_codec.prior.context import ContextPrior, at_parity
+from latent_codec.prior.context import ContextPrior
 from latent_codec.prior.factorized import FactorizedPrior
 from latent_codec.quantizer import LIMIT, Quantized, Scaled, dither, nearest, to_integers
 
@@ -46,7 +46,7 @@ def quantize(prior: Prior, images: Sequence[Scaled], device: str) -> list[Coding
         fine = np.zeros_like(dithers)
         for number, span in enumerate(prior.spans):
             choice = prior.select(number, fine, dithers, dithered, steps, device)
-            where = at_parity(fine.shape[2:], span.parity)
+            where = span.where(fine.shape[2:])
             channels = prior.order[span.start : span.stop]
             values = to_integers(latents[:, channels][:, :, where], choice.offset, dithered[:, None, None])  # (b, g, n)
             for passes, rest, table in zip(coded, values - choice.centre, choice.table, strict=True):
@@ -91,7 +91,7 @@ def decode(
             if reader.idle:
                 break
             choice = prior.select(number, fine, dithers, dithered, steps, device)
-            where = at_parity(shape[1:], span.parity)
+            where = span.where(shape[1:])
             channels = prior.order[span.start : span.stop]
             rest = reader.read(choice.table.reshape(len(payloads), -1)).reshape(choice.table.shape)
             _put(fine, channels, where, (rest + choice.centre) * 2**17 + choice.offset)  # (b, g, n)

@@ -1,8 +1,9 @@
 """The context prior: a network of integers that reads what is decoded already and chooses a table for each symbol.
 
 Channels fall into groups, strongest first; each group is decoded in two passes, the positions with even row + column,
-then the others. One small network per pass sees all that is known by then and says where each value lies and how wide
-its distribution is, both on integer grids. Every grid point has a frozen frequency table.
+then the others, or in more of them from a coarse grid to finer ones. One small network per pass sees all that is known
+by then and says where each value lies and how wide its distribution is, both on integer grids. Every grid point has a
+frozen frequency table.
 
 All arithmetic is exact. Weights and activations are integers up to 127, so sums of products stay below 2^24 and float32
 holds every one of them, in whatever order a machine adds. Convolutions are spelled out as matrix products, because a
@@ -10,6 +11,7 @@ library's convolution may go by a transform that is not exact. On devices other 
 """
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -53,6 +55,15 @@ class ContextConfig:
     """Features of each layer but the last."""
     centred: bool = False
     """Rounded latents lie whole steps from where the network expects them, rather than from 0."""
+    levels: tuple[int, ...] = ()
+    """How often each group's grid is coarsened before its first pass, 0 to `MAX_LEVELS`; groups without a number: 0."""
+
+    def __post_init__(self) -> None:
+        """Groups that are not coarsened at the end go without a number: a prior has one configuration."""
+        levels = list(self.levels)
+        while levels and levels[-1] == 0:
+            levels.pop()
+        object.__setattr__(self, "levels", tuple(levels))
 
 
 class Layer(NamedTuple):
@@ -69,23 +80,50 @@ class Pass(NamedTuple):
     layers: tuple[Layer, Layer, Layer, Layer]
 
 
+MAX_LEVELS = 6
+
+
+class Sites(enum.Enum):
+    """Positions of a grid that one pass decodes, the grid's own rows and columns counted from 0."""
+
+    EVEN = "row + column even"
+    ODD = "row + column odd"
+    ALL = "all"
+    CENTRES = "row and column odd"
+
+
 class Span(NamedTuple):
-    """What a pass decodes: channels start .. stop of the order, at positions of one parity."""
+    """What a pass decodes: channels start .. stop of the order, at sites of the grid of every `spacing`-th row and
+    column. Its network sees that grid alone."""
 
     start: int
     stop: int
-    parity: int
+    sites: Sites
+    spacing: int = 1
 
     @property
     def inputs(self) -> int:
-        """Channels that the pass' network reads."""
-        return self.stop if self.parity else self.start
+        """Channels that the pass' network reads: the group's own only if some of their positions are decoded."""
+        return self.stop if self.sites in (Sites.ODD, Sites.CENTRES) else self.start
+
+    def where(self, size: Sequence[int]) -> np.ndarray:
+        """The pass' positions among all of a size (h, w), bool."""
+        found = np.zeros(tuple(size), bool)
+        grid = found[:: self.spacing, :: self.spacing]
+        grid[:] = at_sites(grid.shape, self.sites)
+        return found
 
 
 def spans(config: ContextConfig) -> list[Span]:
     """The passes in order."""
     stops = np.cumsum(config.groups).tolist()
-    return [Span(b - g, b, parity) for b, g in zip(stops, config.groups, strict=True) for parity in (0, 1)]
+    found: list[Span] = []
+    for i, (stop, group) in enumerate(zip(stops, config.groups, strict=True)):
+        levels = config.levels[i] if i < len(config.levels) else 0
+        first = [(Sites.ALL, levels)] if levels else [(Sites.EVEN, 0), (Sites.ODD, 0)]
+        finer = [(sites, n) for n in reversed(range(levels)) for sites in (Sites.CENTRES, Sites.ODD)]
+        found += [Span(stop - group, stop, sites, 2**n) for sites, n in [*first, *finer]]
+    return found
 
 
 class ContextPrior:
@@ -101,7 +139,7 @@ class ContextPrior:
     @property
     def version(self) -> int:
         """Of the streams coded under it."""
-        return 2 if self.config.centred else 1
+        return 3 if self.config.levels else 2 if self.config.centred else 1
 
     def __init__(
         self,
@@ -127,12 +165,12 @@ class ContextPrior:
         shape; dithered: (b,) bool, without it an image's dithers are 0; steps: (b,) int64 as stored.
         """
         span = self.spans[number]
-        inputs = self._inputs(span, known, dithered, steps)  # (b, span.inputs + SIGNALS, h, w)
-        outputs = _run(self.passes[number], torch.from_numpy(inputs), span.parity, device)  # (b, 2g, n) int64
+        inputs = self._inputs(span, known, dithered, steps)  # (b, span.inputs + SIGNALS, h, w) of the span's grid
+        outputs = _run(self.passes[number], torch.from_numpy(inputs), span.sites, device)  # (b, 2g, n) int64
         located, wide = np.split(outputs, 2, axis=1)  # (b, g, n) each
         channels = self.order[span.start : span.stop]
         scale = (steps[:, None] * self.gain[channels])[:, :, None]  # (b, g, 1), below 2^31
-        offset = dithers[:, channels][:, :, at_parity(known.shape[2:], span.parity)]
+        offset = dithers[:, channels][:, :, span.where(known.shape[2:])]
         # Eighths of a step: located is in eighths of an input's unit, of which scale / 2^19 make one step.
         eighths = (located * 2**36 - 8 * offset * scale + scale * 2**16) // (scale * 2**17)
         eighths = np.clip(eighths, -8 * LIMIT, 8 * LIMIT)
@@ -146,13 +184,14 @@ class ContextPrior:
         return Choice(offset, centre, np.where(width < _STEEP, steep, width + _STEEP * (_FRACTIONS - 1)))
 
     def _inputs(self, span: Span, known: np.ndarray, dithered: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        known = known[:, :, :: span.spacing, :: span.spacing]
         b, _, h, w = known.shape
         channels = self.order[: span.inputs]
         scale = steps[:, None, None, None] * self.gain[channels][:, None, None]  # below 2^31; a product below 2^62
         x = np.zeros((b, span.inputs + SIGNALS, h, w), np.int64)
         x[:, : span.inputs] = (known[:, channels] * scale + 2 ** (INPUT_BITS - 1)) >> INPUT_BITS
         x[:, -4] = UNIT
-        x[:, -3] = UNIT * at_parity((h, w), 0)
+        x[:, -3] = UNIT * at_sites((h, w), Sites.EVEN)
         x[:, -2] = np.array([4 * octave_eighths(int(s)) for s in steps])[:, None, None]
         x[:, -1] = UNIT * dithered[:, None, None]
         return np.clip(x, -TOP, TOP)
@@ -166,16 +205,25 @@ class Choice(NamedTuple):
     table: np.ndarray
 
 
-def at_parity(size: Sequence[int], parity: int) -> np.ndarray:
-    """Positions with even row + column (parity 0) or odd (1), (h, w) bool for a size (h, w)."""
-    return (np.arange(size[0])[:, None] + np.arange(size[1])) % 2 == parity
+def at_sites(size: Sequence[int], sites: Sites) -> np.ndarray:
+    """Which positions of a grid of a size (h, w) these are, (h, w) bool."""
+    row, column = np.arange(size[0])[:, None] % 2, np.arange(size[1]) % 2
+    match sites:
+        case Sites.EVEN:
+            return row == column
+        case Sites.ODD:
+            return row != column
+        case Sites.CENTRES:
+            return (row & column).astype(bool)
+        case Sites.ALL:
+            return np.ones(tuple(size), bool)
 
 
 _STRIP = 2**15  # positions that go through a network at once: what bounds its memory
 
 
-def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
-    """The network's outputs (b, 2g, n) int64 at the n positions of a parity, from inputs (b, c, h, w).
+def _run(net: Pass, x: torch.Tensor, sites: Sites, device: str) -> np.ndarray:
+    """The network's outputs (b, 2g, n) int64 at the n sites, from inputs (b, c, h, w).
 
     By strips of rows, which see what they need of their neighbours: the result is the whole image's. Features lie last,
     so that a neighbourhood is nine runs of memory.
@@ -190,9 +238,9 @@ def _run(net: Pass, x: torch.Tensor, parity: int, device: str) -> np.ndarray:
         for top in range(0, h, rows):
             bottom = min(top + rows, h)
             first, last = max(top - 1, 0), min(bottom + 1, h)  # rows of the first layer that the second one sees
-            y = _apply(layers[0], _patches(x[:, first : last + 2], None)).clamp_(0, TOP)
+            y = _apply(layers[0], _patches(x[:, first : last + 2], Sites.ALL)).clamp_(0, TOP)
             y = pad(y.unflatten(1, (-1, w)), (0, 0, 1, 1, int(top == 0), int(bottom == h)))
-            y = _apply(layers[1], _patches(y, parity)).clamp_(0, TOP)  # (b, n, width)
+            y = _apply(layers[1], _patches(y, sites)).clamp_(0, TOP)  # (b, n, width)
             y = _apply(layers[2], y).clamp_(0, TOP)
             outputs.append(_apply(layers[3], y).cpu().to(torch.int64))
     return torch.cat(outputs, 1).movedim(2, 1).numpy()
@@ -218,12 +266,11 @@ def _apply(layer: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return (x @ weight).add_(offset).div_(divisor).floor_()
 
 
-def _patches(x: torch.Tensor, parity: int | None) -> torch.Tensor:
-    """3x3 neighbourhoods (b, n, 9 * c) of padded x (b, h + 2, w + 2, c), at all positions or at those of one parity."""
+def _patches(x: torch.Tensor, sites: Sites) -> torch.Tensor:
+    """3x3 neighbourhoods (b, n, 9 * c) of padded x (b, h + 2, w + 2, c) at its sites."""
     h, w = x.shape[1] - 2, x.shape[2] - 2
     corner = torch.arange(h)[:, None] * (w + 2) + torch.arange(w)  # (h, w) of each position's upper left neighbour
-    if parity is not None:
-        corner = corner[torch.from_numpy(at_parity((h, w), parity))]
+    corner = corner[torch.from_numpy(at_sites((h, w), sites))]
     shift = torch.arange(3)[:, None] * (w + 2) + torch.arange(3)  # (3, 3)
     index = (corner.reshape(-1, 1) + shift.reshape(1, -1)).reshape(-1).to(x.device)  # (n * 9,)
     return x.flatten(1, 2).index_select(1, index).unflatten(1, (-1, 9)).flatten(2)
@@ -233,6 +280,11 @@ def _check(prior: ContextPrior) -> None:
     z, width = prior.channels, prior.config.width
     if min(prior.config.groups, default=0) < 1 or width < 1:
         raise ValueError(f"context prior of groups {prior.config.groups} and width {width}")
+    levels = prior.config.levels
+    if len(levels) > len(prior.config.groups) or not all(0 <= n <= MAX_LEVELS for n in levels):
+        raise ValueError(f"levels {levels} of {len(prior.config.groups)} groups; each may be 0 to {MAX_LEVELS}")
+    if levels and not prior.config.centred:
+        raise ValueError("a context prior with levels has to be centred")
     if prior.order.shape != (z,) or sorted(prior.order.tolist()) != list(range(z)):
         raise ValueError(f"the order of {z} channels is {prior.order.tolist()}")
     if prior.gain.shape != (z,) or prior.gain.min() < 1 or prior.gain.max() > 2**15 or prior.width_offset.shape != (z,):

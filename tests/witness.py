@@ -329,15 +329,15 @@ def choose(model: Model, number: int, fine: Array, d: Array, step: int, dithered
     groups, (group, stride, kind) = model.priors["context"]["groups"], passes(model)[number]
     start = sum(groups[:group])
     stop = start + groups[group]
-    grid = fine[:, ::stride, ::stride]
-    x = inputs(order[: stop if kind in ("odd", "centres") else start], grid, gain, step, dithered)
-    outputs = network(model, number, x)  # (2 (stop - start), rows, columns) of the grid
+    seen = 1 if group else stride
+    channels = order[: stop if kind in ("odd", "centres") else start]
+    outputs = network(model, number, inputs(channels, fine[:, ::seen, ::seen], gain, step, dithered))
     choice = Choice([], [], [], [])
-    for j, y, x in itertools.product(range(stop - start), *map(range, grid.shape[1:])):
-        if belongs(kind, y, x):
-            c, row, column = order[start + j], stride * y, stride * x
+    for j, row, column in itertools.product(range(stop - start), *map(range, fine.shape[1:])):
+        if row % stride == column % stride == 0 and belongs(kind, row // stride, column // stride):
+            c = order[start + j]
             scale = step * gain[c]
-            located, wide = int(outputs[j, y, x]), int(outputs[stop - start + j, y, x])
+            located, wide = (int(outputs[k, row // seen, column // seen]) for k in (j, stop - start + j))
             eighths = (located * 2**36 - 8 * int(d[c, row, column]) * scale + scale * 2**16) // (scale * 2**17)
             eighths, offset = min(max(eighths, -131064), 131064), int(d[c, row, column])
             if model.centred and not dithered:

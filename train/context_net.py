@@ -144,22 +144,22 @@ class ContextNet(nn.Module):
         """Known latents as a span's network sees them, whole numbers of its unit."""
         if not known:
             return None
-        x = torch.cat([_grid(t, span) for t in known], 1)
+        x = torch.cat([_view(t, span) for t in known], 1)
         x = x * scale[:, : x.shape[1]]
         return (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # the gradient passes through
 
     def _run(self, net: nn.Module, span: Span, known: torch.Tensor | None, drawn: Drawn) -> torch.Tensor:
-        b, _, h, w = _grid(drawn.scaled, span).shape
+        b, _, h, w = _view(drawn.scaled, span).shape
         device = drawn.scaled.device
         row, column = (torch.arange(side, device=device) for side in (h, w))
         octave = torch.round(8 * torch.log2(drawn.step.float() / STEP_ONE)) * 4 / UNIT
         signals = torch.ones(b, SIGNALS, h, w, device=device)
-        signals[:, 1] = ((row[:, None] + column) % 2 == 0).float()  # as `at_sites`; made where it is used
+        signals[:, 1] = ((row[:, None] + column) % 2 == 0).float()  # as a frozen prior's; made where it is used
         signals[:, 2] = octave.clamp(-TOP / UNIT, TOP / UNIT)[:, None, None]
         signals[:, 3] = drawn.dithered[:, None, None].float()
         top = TOP / _HIDDEN
         y = net[0](signals if known is None else torch.cat([known, signals], 1)).clamp(0, top)  # pyright: ignore[reportIndexIssue]
-        y = _conv_at(net[1], y, span.sites).clamp(0, top)  # pyright: ignore[reportIndexIssue]
+        y = _conv_at(net[1], y, span).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         y = net[2](y).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
 
@@ -247,35 +247,39 @@ _RUNS: dict[Sites, tuple[tuple[int, int, int], ...]] = {
     Sites.CENTRES: ((1, 1, 2),),
     Sites.ALL: ((0, 0, 1),),
 }
-"""First row, first column and stride of the rectangles that sites of a grid fall into, in the order of `_at`."""
 
 
-def _grid(x: torch.Tensor, span: Span) -> torch.Tensor:
+def _runs(span: Span, unit: int) -> list[tuple[int, int, int]]:
+    """First row, first column and stride of the rectangles that a span's positions fall into, in the order of `_at`,
+    the spacing of its grid being `unit`."""
+    return [(row * unit, column * unit, stride * unit) for row, column, stride in _RUNS[span.sites]]
+
+
+def _view(x: torch.Tensor, span: Span) -> torch.Tensor:
     """What a span's network sees of (b, c, h, w)."""
-    return x[:, :, :: span.spacing, :: span.spacing]
+    return x[:, :, :: span.view, :: span.view]
 
 
 def _at(x: torch.Tensor, span: Span) -> torch.Tensor:
-    """Values of (b, c, h, w) at a span's sites, (b, c, n); its grid has even sides where it takes not all of it."""
-    grid = _grid(x, span)
-    runs = [grid[:, :, row::stride, column::stride] for row, column, stride in _RUNS[span.sites]]
-    return torch.cat(runs, 2).flatten(2)
+    """Values of (b, c, h, w) at a span's positions, (b, c, n). Sides are multiples of twice the spacing of its grid,
+    or of the spacing where it takes all of it."""
+    found = [x[:, :, row::stride, column::stride] for row, column, stride in _runs(span, span.spacing)]
+    return torch.cat(found, 2).flatten(2)
 
 
-def _conv_at(layer: nn.Module, x: torch.Tensor, sites: Sites) -> torch.Tensor:
-    """A 3x3 convolution of a grid at its sites, in the order of `_at`."""
+def _conv_at(layer: nn.Module, x: torch.Tensor, span: Span) -> torch.Tensor:
+    """A 3x3 convolution of what a span's network sees at its positions, in the order of `_at`."""
     assert isinstance(layer, nn.Conv2d)
-    x = pad(x, (1, 1, 1, 1))
-    found = (conv2d(x[:, :, r:, c:], layer.weight, layer.bias, stride=stride) for r, c, stride in _RUNS[sites])
-    return torch.cat(list(found), 2)
+    x, runs = pad(x, (1, 1, 1, 1)), _runs(span, span.spacing // span.view)
+    found = [conv2d(x[:, :, r:, c:], layer.weight, layer.bias, stride=stride) for r, c, stride in runs]
+    return torch.cat(found, 2)
 
 
 def _placed(values: torch.Tensor, size: tuple[int, int], span: Span) -> torch.Tensor:
     """The inverse of `_at`, (b, c, h, w) of values (b, c, n): 0 elsewhere."""
-    placed = values.new_zeros(*values.shape[:2], *size)
-    grid, first = _grid(placed, span), 0
-    for row, column, stride in _RUNS[span.sites]:
-        run = grid[:, :, row::stride, column::stride]
+    placed, first = values.new_zeros(*values.shape[:2], *size), 0
+    for row, column, stride in _runs(span, span.spacing):
+        run = placed[:, :, row::stride, column::stride]
         stop = first + run[0, 0].numel()
         run.copy_(values[:, :, first:stop].unflatten(2, run.shape[2:]))
         first = stop

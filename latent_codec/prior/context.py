@@ -94,7 +94,7 @@ class Sites(enum.Enum):
 
 class Span(NamedTuple):
     """What a pass decodes: channels start .. stop of the order, at sites of the grid of every `spacing`-th row and
-    column. Its network sees that grid alone."""
+    column."""
 
     start: int
     stop: int
@@ -106,11 +106,16 @@ class Span(NamedTuple):
         """Channels that the pass' network reads: the group's own only if some of their positions are decoded."""
         return self.stop if self.sites in (Sites.ODD, Sites.CENTRES) else self.start
 
+    @property
+    def view(self) -> int:
+        """Spacing of what the pass' network sees: the grid alone in the first group, which has nothing else to see."""
+        return 1 if self.start else self.spacing
+
     def where(self, size: Sequence[int]) -> np.ndarray:
         """The pass' positions among all of a size (h, w), bool."""
         found = np.zeros(tuple(size), bool)
         grid = found[:: self.spacing, :: self.spacing]
-        grid[:] = at_sites(grid.shape, self.sites)
+        grid[:] = _at_sites(grid.shape, self.sites)
         return found
 
 
@@ -165,12 +170,14 @@ class ContextPrior:
         shape; dithered: (b,) bool, without it an image's dithers are 0; steps: (b,) int64 as stored.
         """
         span = self.spans[number]
-        inputs = self._inputs(span, known, dithered, steps)  # (b, span.inputs + SIGNALS, h, w) of the span's grid
-        outputs = _run(self.passes[number], torch.from_numpy(inputs), span.sites, device)  # (b, 2g, n) int64
+        where = span.where(known.shape[2:])
+        inputs = self._inputs(span, known, dithered, steps)  # (b, span.inputs + SIGNALS, h, w) of the span's view
+        sites = torch.from_numpy(where[:: span.view, :: span.view])
+        outputs = _run(self.passes[number], torch.from_numpy(inputs), sites, device)  # (b, 2g, n) int64
         located, wide = np.split(outputs, 2, axis=1)  # (b, g, n) each
         channels = self.order[span.start : span.stop]
         scale = (steps[:, None] * self.gain[channels])[:, :, None]  # (b, g, 1), below 2^31
-        offset = dithers[:, channels][:, :, span.where(known.shape[2:])]
+        offset = dithers[:, channels][:, :, where]
         # Eighths of a step: located is in eighths of an input's unit, of which scale / 2^19 make one step.
         eighths = (located * 2**36 - 8 * offset * scale + scale * 2**16) // (scale * 2**17)
         eighths = np.clip(eighths, -8 * LIMIT, 8 * LIMIT)
@@ -184,14 +191,14 @@ class ContextPrior:
         return Choice(offset, centre, np.where(width < _STEEP, steep, width + _STEEP * (_FRACTIONS - 1)))
 
     def _inputs(self, span: Span, known: np.ndarray, dithered: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        known = known[:, :, :: span.spacing, :: span.spacing]
+        known = known[:, :, :: span.view, :: span.view]
         b, _, h, w = known.shape
         channels = self.order[: span.inputs]
         scale = steps[:, None, None, None] * self.gain[channels][:, None, None]  # below 2^31; a product below 2^62
         x = np.zeros((b, span.inputs + SIGNALS, h, w), np.int64)
         x[:, : span.inputs] = (known[:, channels] * scale + 2 ** (INPUT_BITS - 1)) >> INPUT_BITS
         x[:, -4] = UNIT
-        x[:, -3] = UNIT * at_sites((h, w), Sites.EVEN)
+        x[:, -3] = UNIT * _at_sites((h, w), Sites.EVEN)
         x[:, -2] = np.array([4 * octave_eighths(int(s)) for s in steps])[:, None, None]
         x[:, -1] = UNIT * dithered[:, None, None]
         return np.clip(x, -TOP, TOP)
@@ -205,7 +212,7 @@ class Choice(NamedTuple):
     table: np.ndarray
 
 
-def at_sites(size: Sequence[int], sites: Sites) -> np.ndarray:
+def _at_sites(size: Sequence[int], sites: Sites) -> np.ndarray:
     """Which positions of a grid of a size (h, w) these are, (h, w) bool."""
     row, column = np.arange(size[0])[:, None] % 2, np.arange(size[1]) % 2
     match sites:
@@ -222,8 +229,8 @@ def at_sites(size: Sequence[int], sites: Sites) -> np.ndarray:
 _STRIP = 2**15  # positions that go through a network at once: what bounds its memory
 
 
-def _run(net: Pass, x: torch.Tensor, sites: Sites, device: str) -> np.ndarray:
-    """The network's outputs (b, 2g, n) int64 at the n sites, from inputs (b, c, h, w).
+def _run(net: Pass, x: torch.Tensor, sites: torch.Tensor, device: str) -> np.ndarray:
+    """The network's outputs (b, 2g, n) int64 at n sites, given as (h, w) bool, from inputs (b, c, h, w).
 
     By strips of rows, which see what they need of their neighbours: the result is the whole image's. Features lie last,
     so that a neighbourhood is nine runs of memory.
@@ -231,16 +238,16 @@ def _run(net: Pass, x: torch.Tensor, sites: Sites, device: str) -> np.ndarray:
     b, _, h, w = x.shape
     dtype = _dtype(device)
     layers = [_floats(layer, taps, device, dtype) for layer, taps in zip(net.layers, (9, 9, 1, 1), strict=True)]
-    rows = max(2, _STRIP // (b * w) // 2 * 2)  # even, so that every strip begins with the same pattern
+    rows = max(1, _STRIP // (b * w))
     x = pad(x.movedim(1, 3).to(device, dtype), (0, 0, 1, 1, 1, 1))  # (b, h + 2, w + 2, c)
     outputs = []
     with float32_island(x), torch.inference_mode():
         for top in range(0, h, rows):
             bottom = min(top + rows, h)
             first, last = max(top - 1, 0), min(bottom + 1, h)  # rows of the first layer that the second one sees
-            y = _apply(layers[0], _patches(x[:, first : last + 2], Sites.ALL)).clamp_(0, TOP)
+            y = _apply(layers[0], _patches(x[:, first : last + 2])).clamp_(0, TOP)
             y = pad(y.unflatten(1, (-1, w)), (0, 0, 1, 1, int(top == 0), int(bottom == h)))
-            y = _apply(layers[1], _patches(y, sites)).clamp_(0, TOP)  # (b, n, width)
+            y = _apply(layers[1], _patches(y, sites[top:bottom])).clamp_(0, TOP)  # (b, n, width)
             y = _apply(layers[2], y).clamp_(0, TOP)
             outputs.append(_apply(layers[3], y).cpu().to(torch.int64))
     return torch.cat(outputs, 1).movedim(2, 1).numpy()
@@ -266,11 +273,12 @@ def _apply(layer: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return (x @ weight).add_(offset).div_(divisor).floor_()
 
 
-def _patches(x: torch.Tensor, sites: Sites) -> torch.Tensor:
-    """3x3 neighbourhoods (b, n, 9 * c) of padded x (b, h + 2, w + 2, c) at its sites."""
+def _patches(x: torch.Tensor, sites: torch.Tensor | None = None) -> torch.Tensor:
+    """3x3 neighbourhoods (b, n, 9 * c) of padded x (b, h + 2, w + 2, c), at sites (h, w) bool or everywhere."""
     h, w = x.shape[1] - 2, x.shape[2] - 2
     corner = torch.arange(h)[:, None] * (w + 2) + torch.arange(w)  # (h, w) of each position's upper left neighbour
-    corner = corner[torch.from_numpy(at_sites((h, w), sites))]
+    if sites is not None:
+        corner = corner[sites]
     shift = torch.arange(3)[:, None] * (w + 2) + torch.arange(3)  # (3, 3)
     index = (corner.reshape(-1, 1) + shift.reshape(1, -1)).reshape(-1).to(x.device)  # (n * 9,)
     return x.flatten(1, 2).index_select(1, index).unflatten(1, (-1, 9)).flatten(2)

@@ -21,7 +21,7 @@ from latent_codec.streams import StreamCodec, StreamReader
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {
-    f"{v}/{name}": e for v in (1, 2) for name, e in json.loads((GOLDEN / f"{v}/golden.json").read_text()).items()
+    f"{v}/{name}": e for v in (1, 2, 3) for name, e in json.loads((GOLDEN / f"{v}/golden.json").read_text()).items()
 }
 NAMES = sorted(EXPECTED)
 
@@ -75,7 +75,7 @@ def test_the_second_decoder_finds_the_same(name: str) -> None:
     assert sha256(found.latents, "<f4") == EXPECTED[name]["latents"]
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_the_headers_are_what_they_were(version: int) -> None:
     folder = GOLDEN / str(version)
     turned = bitstream.unpack((folder / "odd-turned.lc").read_bytes()).header

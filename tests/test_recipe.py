@@ -47,7 +47,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Recipe:
         latent_channels=6,
         batch_size=2,
         crop=32,
-        prior=PriorConfig(groups=(1,), width=8, batch_size=2, crop=2, count_images=4),
+        prior=PriorConfig(groups=(1,), levels=(1,), width=8, batch_size=2, crop=2, count_images=4),
         probe_steps=8,
         finish_minutes=0.01,
         figure_images=2,
@@ -127,7 +127,8 @@ def test_the_joint_objectives_prior_goes_on_where_the_codecs_run_left_it(tiny: R
     recipe = dataclasses.replace(tiny, out=tmp_path / "run", figure_images=0, **joint)
     assert now(recipe) == 0
     config = json.loads((recipe.out / "codec" / "config.json").read_text())["config"]["objective"]
-    assert (config["kind"], config["prior_groups"], config["prior_width"]) == ("joint", [1], 8)
+    assert (config["kind"], config["prior_groups"], config["prior_levels"]) == ("joint", [1], [1])
+    assert config["prior_width"] == 8
     codec = Codec.load(recipe.out / "photo.safetensors")
     assert codec.provenance["prior"]["start_from"] == "codec" and codec.config == Codec.load(start).config
     assert codec.priors is not None and codec.priors.context is not None
@@ -163,7 +164,9 @@ def test_steps_and_learning_rate_follow_from_the_batch(tiny: Recipe, model_file:
     assert isinstance(joint.objective, JointConfig)
     assert joint.learning_rate == pytest.approx(2e-4)
     assert joint.objective.prior_learning_rate == pytest.approx(1e-3)  # its lead over the codec's stays
-    assert (joint.objective.prior_groups, joint.objective.prior_width) == (plain.prior.groups, plain.prior.width)
+    objective, prior = joint.objective, plain.prior
+    assert (objective.prior_groups, objective.prior_levels) == (prior.groups, prior.levels)
+    assert objective.prior_width == prior.width
     config = codec_config(plain, preset, 64, 1000, True)
     assert config.compile and config.channels_last and not config.closed_form and config.lr_warmup_steps == 100
     assert not codec_config(plain, preset, 64, 1000, False).compile

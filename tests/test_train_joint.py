@@ -27,16 +27,21 @@ from train.prior import make_net
 
 Z = 4
 CONFIG = JointConfig(
-    noise_steps=(0.5, 2.0), mode_weight=1.0, prior_groups=(1,), prior_width=8, prior_learning_rate=0.004
+    noise_steps=(0.5, 2.0),
+    mode_weight=1.0,
+    prior_groups=(1,),
+    prior_levels=(2,),
+    prior_width=8,
+    prior_learning_rate=0.004,
 )
-SHAPE = ContextConfig(groups=(1, 3), width=CONFIG.prior_width, centred=True)
+SHAPE = ContextConfig(groups=(1, 3), width=CONFIG.prior_width, centred=True, levels=(2,))
 STATISTICS = LatentStatistics(
     source="made up", images=2, mean=(0.0,) * Z, std=(1.0, 4.0, 2.0, 3.0), posterior_std=(0.5, 0.5, 0.25, 0.25)
 )
 SMALL = flags(
     "photo_joint --encoder-widths 8 8 --decoder-widths 8 8 --encoder-depths 1 1 --decoder-depths 1 1 "
-    "--latent-channels 4 --prior-groups 1 --prior-width 8 --batch-size 4 --crop 32 --eval-crop 32 --steps 6 "
-    "--save-every 1 --keep-checkpoints 99 --log-every 1 --eval-every 3 --val-images 2 --lr-warmup-steps 2 "
+    "--latent-channels 4 --prior-groups 1 --prior-levels 2 --prior-width 8 --batch-size 4 --crop 32 --eval-crop 32 "
+    "--steps 6 --save-every 1 --keep-checkpoints 99 --log-every 1 --eval-every 3 --val-images 2 --lr-warmup-steps 2 "
     "--learning-rate 0.004"
 )
 
@@ -348,6 +353,7 @@ def test_what_a_prior_cannot_start_from_is_refused(straight: Path, model: Path, 
         ({"noise_steps": (2.0, 1.0)}, "noise_steps"),
         ({"mode_weight": -1.0}, "mode_weight"),
         ({"prior_groups": (4, 28)}, "leave some of the 32 channels"),
+        ({"prior_levels": (7,)}, "levels"),
         ({"prior_width": 113}, "prior_width"),
         ({"prior_learning_rate": 0.0}, "prior_learning_rate"),
     ],

@@ -33,7 +33,7 @@ from train.latents import LatentCrops
 from train.prior import PriorConfig, Run, train
 
 CHANNELS = 4
-GROUPS = (1, 3)
+GROUPS, LEVELS = (1, 3), (2,)
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +65,27 @@ def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> tuple[
 
 def run(places: tuple[Path, Path], out: Path, steps: int = 6, **fields: object) -> Run:
     model, latents = places
-    config = {"groups": GROUPS[:-1], "width": 8, "steps": steps, "batch_size": 2, "crop": 8, "count_images": 4} | fields
+    config = {
+        "groups": GROUPS[:-1],
+        "levels": LEVELS,
+        "width": 8,
+        "steps": steps,
+        "batch_size": 2,
+        "crop": 8,
+        "count_images": 4,
+    } | fields
     config |= {"save_every": 2, "log_every": 2, "lr_warmup_steps": 1}
     return Run(model=str(model), latents=(latents,), val=(latents,), out=out, config=PriorConfig(**config))  # pyright: ignore[reportArgumentType]
 
 
-def net_of(places: tuple[Path, Path], width: int = 8) -> ContextNet:
+def net_of(
+    places: tuple[Path, Path], width: int = 8, levels: tuple[int, ...] = LEVELS, groups: tuple[int, ...] = GROUPS
+) -> ContextNet:
     codec = Codec.load(places[0])
     assert codec.priors is not None and codec.statistics is not None
     torch.manual_seed(0)
-    return ContextNet(ContextConfig(groups=GROUPS, width=width, centred=True), codec.priors.base, codec.statistics)
+    config = ContextConfig(groups=groups, width=width, centred=True, levels=levels)
+    return ContextNet(config, codec.priors.base, codec.statistics)
 
 
 def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
@@ -129,7 +140,8 @@ def test_a_run_with_other_settings_or_latents_is_refused_by_name(tmp_path: Path,
     train(run(places, tmp_path / "run", steps=2))
     with pytest.raises(UserError, match=r"other settings \(config.width\)"):
         train(run(places, tmp_path / "run", steps=2, width=16))
-    for name, value in (("crop", 7), ("batch_size", 0), ("step_range", (2.0, 1.0)), ("dithered", 2.0)):
+    wrong = {"crop": 6, "batch_size": 0, "step_range": (2.0, 1.0), "dithered": 2.0, "levels": (-1,)}
+    for name, value in wrong.items():
         with pytest.raises(UserError, match=name):
             train(run(places, tmp_path / "other", **{name: value}))
     for groups in ((1, 3), (0,)):  # of four channels
@@ -171,9 +183,10 @@ def test_drawn_latents_are_those_of_the_quantiser(places: tuple[Path, Path]) -> 
         assert 512 <= found.step <= 4096
 
 
-def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("levels", [(), (2, 1), (0, 3)])
+def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path], levels: tuple[int, ...]) -> None:
     """Same tables, so what differs is the rounding of weights, activations and grids."""
-    net = net_of(places, width=16)
+    net = net_of(places, 16, levels)
     with torch.no_grad():
         for layers in net.nets:
             layers[3].weight.mul_(0.3)  # pyright: ignore
@@ -188,7 +201,7 @@ def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path]) ->
     base = Codec.load(places[0]).priors.base  # pyright: ignore[reportOptionalMemberAccess]
     read = torch.stack([dequantize(coding.quantized, base) for coding in codings])
     size = torch.from_numpy(base)[:, None, None] * (drawn.step / 1024)[:, None, None, None]
-    assert ((coded.latents - read) / size).abs().mean() < 0.02  # an eighth apart where a location is at an edge
+    assert ((coded.latents - read) / size).abs().mean() < 0.03  # an eighth apart where a location is at an edge
     assert np.sum(found) == pytest.approx(np.sum(wanted), rel=0.03)
     assert np.corrcoef(found, wanted)[0, 1] > 0.99
 
@@ -272,6 +285,28 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, places: tuple[Path, 
     for parameter, found in zip(net.parameters(), torch.load(tmp_path / "gradients"), strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_prior_of_other_levels_hands_on_the_passes_that_both_have(places: tuple[Path, Path]) -> None:
+    before, net = net_of(places, levels=(0, 1)), net_of(places)
+    fresh = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert [span in before.spans for span in net.spans] == [False, False, False, False, True, False, True]
+    with torch.no_grad():
+        for parameter in before.parameters():
+            parameter.mul_(1.5)
+    frozen = before.freeze(logistic_tables())
+    net.thaw(frozen)
+    after = net.freeze(logistic_tables())
+    for number, span in enumerate(net.spans):
+        if span in before.spans:
+            taken = frozen.passes[before.spans.index(span)]
+            for one, other in zip(after.passes[number].layers, taken.layers, strict=True):
+                assert torch.equal(one.weight * 2.0 ** -one.shift[:, None], other.weight * 2.0 ** -other.shift[:, None])
+        else:
+            own = {k: t for k, t in net.state_dict().items() if k.startswith(f"nets.{number}.")}
+            assert own and all(torch.equal(t, fresh[k]) for k, t in own.items())
+    with pytest.raises(ValueError, match="does not fit"):
+        net_of(places, groups=(4,)).thaw(frozen)
 
 
 def test_what_is_frozen_is_sound(places: tuple[Path, Path]) -> None:

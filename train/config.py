@@ -7,6 +7,8 @@ from latent_codec.config import CodecConfig, dumps, from_json, to_json
 from latent_codec.diffusion.config import TransformerConfig
 from latent_codec.errors import UserError
 
+MAX_LEVELS = 6  # `latent_codec.prior.context.MAX_LEVELS`, without torch
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookConfig:
@@ -95,12 +97,12 @@ class JointConfig:
     prior_groups: tuple[int, ...]
     """Latent channels of each group of the context prior but the last, those with most bits first; the last takes the
     rest."""
+    prior_levels: tuple[int, ...]
+    """As `PriorConfig.levels`."""
     prior_width: int
     """Features of the context prior's layers, at most 112."""
     prior_learning_rate: float
     """Of the context prior, on the codec's schedule: it has to follow latents that move."""
-    prior_levels: tuple[int, ...] = ()
-    """How often the grid of each group of the context prior is coarsened before its first pass; the rest: not."""
     decoder_alone: bool = False
     """Encoder, quantiser and prior stay as they are, and with them what files take: the decoder alone learns."""
 
@@ -189,11 +191,11 @@ class DiffusionConfig:
 class PriorConfig:
     """How `train.prior` fits a context prior."""
 
-    groups: tuple[int, ...] = (4, 8)
+    groups: tuple[int, ...] = (1, 3, 8)
     """Latent channels of each group but the last, those with most bits first; the last takes the rest."""
-    levels: tuple[int, ...] = ()
+    levels: tuple[int, ...] = (3, 1, 1)
     """How often each group's grid is coarsened before its first pass: with 2, every fourth row and column comes first
-    and what lies between follows in four passes. The rest: not."""
+    and what lies between follows in four passes. Groups without a number: not at all; numbers without a group: none."""
     width: int = 96
     """Features of the networks' layers; at most 112, or their integer sums would not be exact."""
     step_range: tuple[float, float] = (0.5, 8.0)
@@ -305,11 +307,15 @@ def context_groups(sizes: tuple[int, ...], channels: int) -> tuple[int, ...]:
     return (*sizes, channels - sum(sizes))
 
 
-def context_spacing(levels: tuple[int, ...], groups: tuple[int, ...]) -> int:
-    """Latent positions that the side of what a context prior trains on must be a multiple of, given all its groups;
-    raises `UserError` if the levels do not fit them."""
-    if len(levels) > len(groups) or min(levels, default=0) < 0:
-        raise UserError(f"levels {levels} must be one number for each of {len(groups)} groups at most, none negative")
+def context_levels(levels: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the groups; raises `UserError` if one is out of range."""
+    if not all(0 <= level <= MAX_LEVELS for level in levels):
+        raise UserError(f"levels {levels} must be from 0 to {MAX_LEVELS}")
+    return levels[: len(groups)]
+
+
+def context_spacing(levels: tuple[int, ...]) -> int:
+    """Latent positions that the side of what a context prior trains on must be a multiple of."""
     return 2 ** max([1, *levels])
 
 
@@ -324,7 +330,7 @@ def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
     if joint.mode_weight < 0:
         raise UserError(f"mode_weight is {joint.mode_weight}; it must not be negative")
     groups = context_groups(joint.prior_groups, codec.latent_channels)
-    context_spacing(joint.prior_levels, groups)
+    context_levels(joint.prior_levels, groups)
     if not joint.prior_learning_rate > 0:
         raise UserError(f"prior_learning_rate is {joint.prior_learning_rate}; it must be positive")
     if not 1 <= joint.prior_width <= 112:

@@ -15,7 +15,7 @@ from latent_codec.modelfile import LatentStatistics, save_tensors
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.context import ContextConfig
 from train.adversarial import no_contest
-from train.config import JointConfig, context_groups
+from train.config import JointConfig, context_groups, context_levels
 from train.context_net import ContextNet
 from train.data import CentreCrops
 from train.objectives import CHOSEN, PIXELS, STEP, Losses, signed
@@ -49,7 +49,8 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
     groups = context_groups(config.prior_groups, model.config.latent_channels)
-    wanted = ContextConfig(groups=groups, width=config.prior_width, centred=True, levels=config.prior_levels)
+    levels = context_levels(config.prior_levels, groups)
+    wanted = ContextConfig(groups=groups, width=config.prior_width, centred=True, levels=levels)
     context = model.priors.context
     if config.decoder_alone and (context is None or context.config != wanted):
         found = "none" if context is None else context.config

@@ -79,7 +79,12 @@ def photo_joint() -> TrainConfig:
     """The shipped codec's last phase: the encoder learns what the context prior charges, at all rates at once."""
     base = photo()
     objective = JointConfig(
-        noise_steps=(0.35, 4.0), mode_weight=1.0, prior_groups=(4, 8), prior_width=96, prior_learning_rate=5e-4
+        noise_steps=(0.35, 4.0),
+        mode_weight=1.0,
+        prior_groups=(1, 3, 8),
+        prior_levels=(3, 1, 1),
+        prior_width=96,
+        prior_learning_rate=5e-4,
     )
     return dataclasses.replace(base, objective=objective, closed_form=False, learning_rate=1e-4)
 

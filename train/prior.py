@@ -32,7 +32,7 @@ from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import ContextConfig
 from latent_codec.quantizer import Scaled
 from train.checkpoints import load_optimizer, optimizer_tensors
-from train.config import PriorConfig, context_groups, context_spacing, flat
+from train.config import PriorConfig, context_groups, context_levels, context_spacing, flat
 from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
 from train.interrupts import Interrupts, agree, is_heard
 from train.latents import LatentCrops
@@ -85,9 +85,10 @@ def train(run: Run) -> int:
     torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth looking for
     set_seed(config.seed)
     groups = context_groups(config.groups, codec.config.latent_channels)
-    if config.crop % (spacing := context_spacing(config.levels, groups)):
-        raise UserError(f"crop is {config.crop}; with levels {config.levels} it must be a multiple of {spacing}")
-    context = ContextConfig(groups=groups, width=config.width, centred=True, levels=config.levels)
+    levels = context_levels(config.levels, groups)
+    if config.crop % (spacing := context_spacing(levels)):
+        raise UserError(f"crop is {config.crop}; with levels {levels} it must be a multiple of {spacing}")
+    context = ContextConfig(groups=groups, width=config.width, centred=True, levels=levels)
     net = make_net(context, codec.priors.base, codec.statistics, run.start_from).to(accelerator.device)
     net.freeze(logistic_tables())  # what cannot be frozen is not worth training
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)

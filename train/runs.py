@@ -19,7 +19,16 @@ from latent_codec.inputs import Source, find_all
 from latent_codec.noise import text_key
 from train.checkpoints import Progress
 from train.closed_form import check_closed_form, check_mean_start
-from train.config import ELBOConfig, JointConfig, TrainConfig, check, context_groups, context_spacing, flat
+from train.config import (
+    ELBOConfig,
+    JointConfig,
+    TrainConfig,
+    check,
+    context_groups,
+    context_levels,
+    context_spacing,
+    flat,
+)
 from train.data import fingerprint
 from train.provenance import git_commit
 
@@ -91,7 +100,8 @@ def check_run(run: Run, accelerator: Accelerator) -> None:
     unit, why = codec.factor, "the model's factor"
     if isinstance(joint := config.objective, JointConfig):
         groups = context_groups(joint.prior_groups, config.codec.latent_channels)
-        unit, why = unit * context_spacing(joint.prior_levels, groups), f"{why} and its context prior's coarsest grid"
+        unit *= context_spacing(context_levels(joint.prior_levels, groups))
+        why += " times the spacing of its context prior's coarsest grid"
     for name, side in (("crop", config.crop), ("eval_crop", config.eval_crop)):
         if side % unit:
             raise UserError(f"{name} {side} is no multiple of {unit}, {why}")

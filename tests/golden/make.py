@@ -102,7 +102,9 @@ def tiny_codec() -> Codec:
         posterior_std=tuple(deviation.tolist()),
     )
     base = base_steps(std.numpy(), deviation.numpy())
-    codec.priors = Priors(base, factorized.fit(means, base), context_prior((1, 3), 8, seed=1, centred=VERSION == 2))
+    levels = (2, 1) if VERSION == 3 else ()
+    context = context_prior((1, 3), 8, seed=1, centred=VERSION >= 2, levels=levels)
+    codec.priors = Priors(base, factorized.fit(means, base), context)
     codec.provenance = {"note": "made by tests/golden/make.py"}
     return codec
 

@@ -69,6 +69,14 @@ class Networks:
             self._report(z, labels, 1, tiling.decode_error)
         return pixels
 
+    def nll_gradient(self, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """-log p(x given z) in nats and its gradient (z, h, w) float32, on the CPU, of one image's latents (z, h, w).
+
+        pixels: (3, height, width) uint8, not padded. Where tiles are blended their own parts count alone.
+        """
+        with torch.inference_mode(False), self.compute.autocast(), _compiling(self.compute.compile):
+            return tiling.nll_gradient(self.codec, z.clone(), pixels.clone(), self.compute.tile)
+
     def _report(self, x: torch.Tensor, labels: torch.Tensor | None, scale: int, measure: Callable[..., object]) -> None:
         """Say on stderr, once, what tiles change of x, which has `scale` elements along a side for each latent one."""
         height, width = (size // scale for size in x.shape[2:])

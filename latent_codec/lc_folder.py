@@ -34,6 +34,7 @@ from latent_codec.pipeline import (
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Scaled
 from latent_codec.rate import Rate, choose
+from latent_codec.refining import Refiner
 from latent_codec.shards import are_whole
 from latent_codec.streams import Coded, StreamCodec, StreamReader
 from latent_codec.summary import Summary
@@ -53,6 +54,7 @@ def encode_streams(
     compute: Compute,
     *,
     rate: Rate,
+    refine: int = 0,
     sample: int | None = None,
     prior: PriorKind | None = None,
     background: str = "#ffffff",
@@ -64,18 +66,22 @@ def encode_streams(
     """Compress every image found at `where`; `a/b.jpg` becomes `folder/a/b.jpg.lc`, or with `tar` a tar's member.
 
     The posterior's mean is rounded, or with `sample` dithered by (sample, name) alone: what is decoded is then a draw
-    around it. `prior` is the kind to code under, by default the best the model has. Raises `UserError` before any work
-    if nothing is found, an option makes no sense, the model has no such prior or is none of grey or RGB images, or
-    `folder` holds latents; and as `outputs.make_outputs` does.
+    around it. `refine` are rounds of `refining.Refiner`, which move latents before they are rounded. `prior` is the
+    kind to code under, by default the best the model has. Raises `UserError` before any work if nothing is found, an
+    option makes no sense, the model has no such prior or is none of grey or RGB images, or `folder` holds latents; and
+    as `outputs.make_outputs` does.
     """
     check_channels(codec)
     check_unconditional(codec, "a .lc file")
     check_options(background, max_pixels)
     if sample is not None and not 0 <= sample < 2**64:
         raise UserError(f"--sample {sample} is no seed of 64 bits; give one from 0 to {2**64 - 1}")
+    if sample is not None and refine:
+        raise UserError("--refine moves what is rounded, and --sample draws around the mean; leave out one of the two")
     _check_rate(codec, rate, sample)
     networks = Networks(codec, compute)
     coder = StreamCodec(codec, compute.device, prior)
+    refiner = Refiner(coder, networks, refine)
     sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
@@ -86,6 +92,7 @@ def encode_streams(
         "dead_zone": DEAD_ZONE,
         "background": background,
     } | networks.settings
+    settings |= {"refine": refine} if refine else {}
     options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
     fitting, fitting_coder = Halving(), Halving()
 
@@ -109,7 +116,7 @@ def encode_streams(
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
         def code(batch: list[_Encoded]) -> list[tuple[Input[Image], Coded | UserError]]:
             with work.summary.timing("coding"):
-                return list(_coded(coder, batch, rate, sample, compute.tile, fitting_coder))
+                return list(_coded(refiner, batch, rate, sample, compute.tile, fitting_coder))
 
         for _, future in work.coder.map(code, encoded(jobs, work), ahead=2):
             for item, coded in future.result():
@@ -144,9 +151,10 @@ class _Encoded(NamedTuple):
 
 
 def _coded(
-    coder: StreamCodec, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int | None, fitting: Halving
+    refiner: Refiner, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int | None, fitting: Halving
 ) -> Iterator[tuple[Input[Image], Coded | UserError]]:
     """Streams of images of one shape: together where all take one step, else one by one."""
+    coder = refiner.coder
     scaled: list[tuple[Input[Image], Scaled]] = []
     for item, mean in batch:
         name, (pixels, geometry) = item.job.name, item.content
@@ -156,10 +164,12 @@ def _coded(
                 raise mean
             if not bool(torch.isfinite(mean).all()):
                 raise UserError("the model's latents are not finite; try --dtype float32")
+            shown = crop(pixels, geometry)
+            scale = partial(refiner.scale, mean, shown, seed=seed)
             if rate.fixed_step is not None:
-                scaled.append((item, coder.scale(mean, rate.fixed_step, seed)))
+                scaled.append((item, scale(rate.fixed_step)))
             else:
-                yield item, choose(coder, mean, geometry, crop(pixels, geometry), seed, rate, tile)
+                yield item, choose(coder, scale, geometry, shown, rate, tile)
         except UserError as error:
             yield item, error
 

@@ -9,7 +9,7 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry, as_shown, crop
 from latent_codec.metrics import psnr
-from latent_codec.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, step_code
+from latent_codec.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
 from latent_codec.streams import Coded, StreamCodec
 from latent_codec.tiling import decode_uint8
 
@@ -54,25 +54,23 @@ class Rate:
         return None
 
 
+Scale = Callable[[int], Scaled]
+"""What one image has to be coded at a stored step; raises `UserError` as `StreamCodec.scale` does."""
+
+
 def choose(
-    codec: StreamCodec,
-    mean: torch.Tensor,
-    geometry: Geometry,
-    pixels: torch.Tensor,
-    seed: int | None,
-    rate: Rate,
-    tile: int | None,
+    codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, rate: Rate, tile: int | None
 ) -> Coded:
-    """One image's stream as `rate` asks, from the posterior's mean (z, h, w) and its pixels (3, height, width) uint8.
+    """One image's stream as `rate` asks, from what is coded at each step and its pixels (3, height, width) uint8.
 
     Bits per pixel and bytes are those of the whole file, header included; no file found exceeds them. The search is
     exact to 1/512 of the step. Size is not strictly monotone in the step: of the files that were tried the one with
     the finest step that fits is taken. PSNR is measured on what `decode` would write, with the same `tile`. Raises
     `UserError`, with the best that can be had, if the image cannot be coded so.
     """
-    codec.scale(mean, _COARSEST, seed)  # raises for what no step can hold
+    scale(_COARSEST)  # raises for what no step can hold
     if rate.psnr is not None:
-        first = finest = _coarsest_of_quality(codec, mean, geometry, pixels, seed, rate.psnr, tile)
+        first = finest = _coarsest_of_quality(codec, scale, geometry, pixels, rate.psnr, tile)
     elif rate.bpp is not None:
         first, finest = STEP_ONE, _FINEST
     else:
@@ -81,13 +79,11 @@ def choose(
     if rate.bpp is not None:
         limits.append(int(rate.bpp * geometry.width * geometry.height / 8))
     if not limits:
-        return codec.compress([(codec.scale(mean, first, seed), geometry)])[0]
-    return _finest_of_size(codec, mean, geometry, seed, min(limits), first, finest)
+        return codec.compress([(scale(first), geometry)])[0]
+    return _finest_of_size(codec, scale, geometry, min(limits), first, finest)
 
 
-def _finest_of_size(
-    codec: StreamCodec, mean: torch.Tensor, geometry: Geometry, seed: int | None, limit: int, first: int, finest: int
-) -> Coded:
+def _finest_of_size(codec: StreamCodec, scale: Scale, geometry: Geometry, limit: int, first: int, finest: int) -> Coded:
     """The finest step, `finest` at most, whose file has up to `limit` bytes; `first` is where the search begins."""
     best: Coded | None = None
     smallest = math.inf
@@ -95,7 +91,7 @@ def _finest_of_size(
     def excess(step: int) -> float:
         nonlocal best, smallest
         try:
-            scaled = codec.scale(mean, step, seed)
+            scaled = scale(step)
         except UserError:  # too fine for what a stream can hold
             return math.inf
         (coded,) = codec.compress([(scaled, geometry)])
@@ -119,13 +115,7 @@ def _finest_of_size(
 
 
 def _coarsest_of_quality(
-    codec: StreamCodec,
-    mean: torch.Tensor,
-    geometry: Geometry,
-    pixels: torch.Tensor,
-    seed: int | None,
-    target: float,
-    tile: int | None,
+    codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, target: float, tile: int | None
 ) -> int:
     """The coarsest step at which the decoded image comes up to `target` dB."""
     original = as_shown(pixels, geometry)[None]
@@ -135,7 +125,7 @@ def _coarsest_of_quality(
     def excess(step: int) -> float:
         nonlocal best
         try:
-            scaled = codec.scale(mean, step, seed)
+            scaled = scale(step)
         except UserError:  # too fine for what a stream can hold
             return math.inf
         z = codec.dequantize(codec.quantize(scaled))

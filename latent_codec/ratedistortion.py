@@ -25,6 +25,7 @@ from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import check_channels, check_unconditional
 from latent_codec.quantizer import step_code
 from latent_codec.rd_report import Record, Report, Row, Setting, report
+from latent_codec.refining import Refiner
 from latent_codec.streams import StreamCodec, StreamReader
 from latent_codec.summary import Summary
 
@@ -38,6 +39,7 @@ def rate_distortion(
     compute: Compute,
     *,
     steps: Sequence[float],
+    refine: int = 0,
     sample: int,
     out: Path | None,
     lpips_net: Net | None,
@@ -47,6 +49,7 @@ def rate_distortion(
 ) -> Report:
     """Measure the codec at every step, and the peers at their qualities, on the images at `where`.
 
+    `refine` are rounds of `refining.Refiner`: with them there are rows of the best prior without dither alone.
     `sample` seeds the dither of the rows that have one. `out` keeps rd.json and rd.png; nothing else is written.
     `command` is what the report says it came from. Images that cannot be read, or that a peer refuses, are reported
     and left out of all curves. Raises `UserError` before any work if the packages of the extra `rd` are not there, the
@@ -55,7 +58,7 @@ def rate_distortion(
     check_extra()
     if out is not None:
         make_folder(out)
-    ours = _Ours(codec, compute, steps, sample)
+    ours = _Ours(codec, compute, steps, refine, sample)
     lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
     peers = peer_codecs.available()
     sources = find_images(where)
@@ -92,7 +95,7 @@ class _Version(NamedTuple):
 class _Ours:
     """The codec's own files of one image after another."""
 
-    def __init__(self, codec: Codec, compute: Compute, steps: Sequence[float], sample: int) -> None:
+    def __init__(self, codec: Codec, compute: Compute, steps: Sequence[float], refine: int, sample: int) -> None:
         if not steps or len(set(steps)) != len(steps):
             raise UserError(f"--steps {' '.join(f'{s:g}' for s in steps)}: give at least one, each once")
         self.codec, self.sample = codec, sample
@@ -104,10 +107,13 @@ class _Ours:
             )
         self._networks = Networks(codec, compute)
         self._coders = [StreamCodec(codec, compute.device)]  # of the best prior; refuses a model without any
-        if self._coders[0].prior.kind != "factorized":
+        self._refiner = Refiner(self._coders[0], self._networks, refine)
+        if self._coders[0].prior.kind != "factorized" and not refine:
             self._coders.append(StreamCodec(codec, compute.device, "factorized"))
         self._reader = StreamReader(codec, compute.device)
-        self._settings = [(step, False) for step in sorted(steps)] + [(DITHERED_STEP, True)]
+        self._settings = [(step, False) for step in sorted(steps)]
+        if not refine:
+            self._settings.append((DITHERED_STEP, True))
         for step in steps:
             step_code(step)  # refuses what no stream can have
 
@@ -120,12 +126,17 @@ class _Ours:
         posterior = self._networks.encode([pad(image.pixels, self.codec.factor)])
         return posterior.mean[0], posterior.kl().item() / np.log(2)
 
-    def versions(self, mean: torch.Tensor, geometry: Geometry, name: str) -> Iterator[_Version]:
+    def versions(self, mean: torch.Tensor, image: Image, name: str) -> Iterator[_Version]:
+        geometry, pixels = image.geometry, crop(image.pixels, image.geometry)
         for step, dithered in self._settings:
             seed = dither_seed(self.sample, name) if dithered else None
             found: list[tuple[torch.Tensor, list[_File]]] = []  # latents, and the files that hold them
             for coder in self._coders:
-                (coded,) = coder.compress([(coder.scale(mean, step_code(step), seed), geometry)])
+                if self._refiner.rounds:
+                    scaled = self._refiner.scale(mean, pixels, step_code(step), seed=None)
+                else:
+                    scaled = coder.scale(mean, step_code(step), seed)
+                (coded,) = coder.compress([(scaled, geometry)])
                 file = _File(Setting(coder.prior.kind, "step", step, dithered), len(coded.data), coded.ideal_bits)
                 latents = self._read(coded.data)
                 same = [files for other, files in found if torch.equal(other, latents)]
@@ -165,7 +176,7 @@ def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None
     mean, kl_bits = ours.encode(image)
     rows = []
     for versions in (
-        ours.versions(mean, image.geometry, source.name),
+        ours.versions(mean, image, source.name),
         _peer_versions(to_pil(image.pixels, image.geometry), peers),
     ):
         for decoded, files in versions:

@@ -16,7 +16,7 @@ from latent_codec.errors import UserError
 from latent_codec.images import Geometry, as_shown, crop, pad
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.networks.lite import LiteBackbone
-from latent_codec.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, step_code
+from latent_codec.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
 from latent_codec.rate import FINEST_FOR_PSNR, Rate, choose
 from latent_codec.streams import Coded, StreamCodec
 
@@ -52,7 +52,10 @@ class Subject:
         self.stream = StreamCodec(codec, "cpu", self.stream.prior.kind)
 
     def choose(self, **rate: Any) -> Coded:
-        return choose(self.stream, self.mean, self.geometry, self.pixels, self.seed, Rate(**rate), None)
+        def scale(step: int) -> Scaled:
+            return self.stream.scale(self.mean, step, self.seed)
+
+        return choose(self.stream, scale, self.geometry, self.pixels, Rate(**rate), None)
 
     @functools.cache  # noqa: B019 (one for each test)
     def size(self, step: int) -> int:

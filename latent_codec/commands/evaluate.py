@@ -43,6 +43,8 @@ class Evaluate:
     """Rate-distortion curves; needs the extra `rd`."""
     steps: tuple[float, ...] = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
     """Quantiser steps of --rd."""
+    refine: int = 0
+    """Rounds of `encode --refine` for the files of --rd."""
     sample: int = 0
     """Seed of the dither in the row of --rd that has one, at step 1, and of all that the report draws."""
     lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
@@ -52,6 +54,8 @@ class Evaluate:
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:
+        if self.refine and not self.rd:
+            raise UserError("--refine is of the files that --rd measures; give --rd as well, or leave it out")
         if self.pages.report:
             return self._report()
         report = self._rate_distortion() if self.rd else self._evaluate()
@@ -108,19 +112,24 @@ class Evaluate:
             self.dir,
             compute,
             steps=self.steps,
+            refine=self.refine,
             sample=self.sample,
             out=self.out,
             lpips_net=self._net,
             lpips_backbone=self.lpips_backbone,
-            command=self._command("--rd", "--steps", *(f"{s:g}" for s in self.steps)),
+            command=self._command(*self._rd_flags()),
         )
 
     def _report_flags(self) -> list[str]:
         numbers = ("report_images", "bound_images", "bound_samples")
         flags = ["--report", *(f"--{n.replace('_', '-')}={getattr(self.pages, n)}" for n in numbers)]
-        flags += ["--rd", "--steps", *(f"{s:g}" for s in self.steps)] if self.rd else []
+        flags += self._rd_flags() if self.rd else []
         flags += ["--baseline", *self.pages.baseline] if self.pages.baseline else []
         return flags + (["--baseline-data", self.pages.baseline_data] if self.pages.baseline_data else [])
+
+    def _rd_flags(self) -> list[str]:
+        refine = ["--refine", str(self.refine)] if self.refine else []
+        return ["--rd", "--steps", *(f"{s:g}" for s in self.steps), *refine]
 
     def _command(self, *flags: str) -> str:
         """What makes the same results again; where they go and how fast is not part of it."""

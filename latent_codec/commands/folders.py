@@ -31,6 +31,9 @@ class Encode:
     """lc: find each image's step so that it decodes with at least this PSNR in dB, instead of --step."""
     max_bytes: int | None = None
     """lc: no file exceeds this; it comes before --step, --bpp and --psnr."""
+    refine: int = 0
+    """lc: rounds of moving the latents by what the decoder makes of them before they are rounded: better files of about
+    the same size, for two decodings' time or three each; 3 is usual."""
     sample: int | None = None
     """lc: store a draw around the posterior's mean, by this seed and the image's name; by default the mean, rounded."""
     prior: Literal["context", "factorized"] | None = None
@@ -68,6 +71,7 @@ class Encode:
             self.dst,
             compute,
             rate=rate,
+            refine=self.refine,
             sample=self.sample,
             prior=self.prior,
             background=self.background,
@@ -79,6 +83,8 @@ class Encode:
     def _to_latents(self):
         flags = ("step", "bpp", "psnr", "max_bytes", "sample", "prior")
         self._refuse(flags, "for --format lc; latents in safetensors keep the whole posterior")
+        if self.refine:
+            raise UserError("--refine is for --format lc; latents in safetensors keep the whole posterior")
         if self.tar:
             raise UserError("--tar is for --format lc; latents in safetensors are in shards as it is")
         from latent_codec.compression import encode_folder

@@ -69,6 +69,22 @@ def ideal_bits(prior: Prior, passes: Sequence[Values]) -> float:
     return sum(prior.tables.bits(values, tables) for values, tables in passes)
 
 
+def neighbours(prior: Prior, coding: Coding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bits of each of one image's integers, and of those one below and above under the same table, (z, h, w) each."""
+    fine = coding.quantized.fine
+    found = [np.zeros(fine.shape) for _ in range(3)]
+    for number, (values, tables) in enumerate(coding.passes):
+        for array, change in zip(found, (0, -1, 1), strict=True):
+            bits = prior.tables.each_bits(values + change, tables)
+            if isinstance(prior, FactorizedPrior):
+                array[:] = bits.reshape(fine.shape)
+            else:
+                span = prior.spans[number]
+                channels = prior.order[span.start : span.stop]
+                _put(array[None], channels, span.where(fine.shape[1:]), bits.reshape(1, len(channels), -1))
+    return found[0], found[1], found[2]
+
+
 def encode(coder: Coder, passes: Sequence[Values]) -> bytes:
     return coder.encode(list(passes))
 

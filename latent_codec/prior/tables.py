@@ -60,9 +60,12 @@ class Tables:
 
     def bits(self, values: np.ndarray, tables: np.ndarray) -> float:
         """Ideal code length of values (n,) under tables (n,), the 16 raw bits of each escape included."""
+        return float(self.each_bits(values, tables).sum())
+
+    def each_bits(self, values: np.ndarray, tables: np.ndarray) -> np.ndarray:
+        """Of each value apart, (n,) float64."""
         symbols, escaped = self.symbols(values, tables)
-        counts = self.counts[self._start[tables] + symbols]
-        return float(TOTAL_BITS * len(values) - np.log2(counts).sum() + 16 * escaped.sum())
+        return TOTAL_BITS - np.log2(self.counts[self._start[tables] + symbols]) + 16 * escaped
 
 
 def normalize(weights: np.ndarray) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import torch
 
@@ -40,6 +40,7 @@ from latent_codec.streams import Coded, StreamCodec, StreamReader
 from latent_codec.summary import Summary
 
 PRIORS = get_args(PriorKind)
+T = TypeVar("T")
 
 
 def dither_seed(seed: int, name: str) -> int:
@@ -156,6 +157,14 @@ def _coded(
     """Streams of images of one shape: together where all take one step, else one by one."""
     coder = refiner.coder
     scaled: list[tuple[Input[Image], Scaled]] = []
+    elements = math.prod(batch[0].item.shape)
+
+    def alone(call: Callable[[], T]) -> T:
+        ((_, found),) = fitting(lambda _: [call()], [None], elements)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
     for item, mean in batch:
         name, (pixels, geometry) = item.job.name, item.content
         seed = None if sample is None else dither_seed(sample, name)
@@ -167,16 +176,16 @@ def _coded(
             shown = crop(pixels, geometry)
             scale = partial(refiner.scale, mean, shown, seed=seed)
             if rate.fixed_step is not None:
-                scaled.append((item, scale(rate.fixed_step)))
+                scaled.append((item, alone(partial(scale, rate.fixed_step))))
             else:
-                yield item, choose(coder, scale, geometry, shown, rate, tile)
+                yield item, alone(partial(choose, coder, scale, geometry, shown, rate, tile))
         except UserError as error:
             yield item, error
 
     def compress(images: list[tuple[Input[Image], Scaled]]) -> list[Coded]:
         return coder.compress([(own, item.content.geometry) for item, own in images])
 
-    for (item, _), coded in fitting(compress, scaled, math.prod(batch[0].item.shape)):
+    for (item, _), coded in fitting(compress, scaled, elements):
         yield item, coded
 
 

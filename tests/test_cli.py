@@ -200,6 +200,10 @@ def test_flags_without_sense_are_refused_in_one_sentence(
     refuse(run("encode", photos, out, *model, "--store", "float32"), "--store is for --format safetensors")
     for flag in ("--step", "--bpp", "--psnr", "--max-bytes", "--sample"):
         refuse(run("encode", photos, out, *model, *LATENTS, flag, 1), f"{flag} is for --format lc")
+    refuse(run("encode", photos, out, *model, *LATENTS, "--refine", 2), "--refine is for --format lc")
+    refuse(run("encode", photos, out, *model, "--refine", -1), "--refine -1 must not be negative")
+    refuse(run("encode", photos, out, *model, "--refine", 2, "--sample", 1), "leave out one of the two")
+    refuse(run("evaluate", model_file, photos, "--refine", 2), "give --rd as well")
     flags = ("--prior", "context", "--max-bytes", 9)
     refuse(run("encode", photos, out, *model, *LATENTS, *flags), "--max-bytes and --prior are for --format lc")
     refuse(run("encode", photos, out, *model, "--step", 1, "--bpp", 1), "--step 1 and --bpp 1 each decide")

@@ -24,7 +24,7 @@ from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import check_channels, check_unconditional
 from latent_codec.quantizer import step_code
-from latent_codec.rd_report import Record, Report, Row, Setting, report
+from latent_codec.rd_report import REFINED, Record, Report, Row, Setting, report
 from latent_codec.refining import Refiner
 from latent_codec.streams import StreamCodec, StreamReader
 from latent_codec.summary import Summary
@@ -49,7 +49,7 @@ def rate_distortion(
 ) -> Report:
     """Measure the codec at every step, and the peers at their qualities, on the images at `where`.
 
-    `refine` are rounds of `refining.Refiner`: with them there are rows of the best prior without dither alone.
+    With `refine` there are also rows of the best prior after so many rounds of `refining.Refiner`, without dither.
     `sample` seeds the dither of the rows that have one. `out` keeps rd.json and rd.png; nothing else is written.
     `command` is what the report says it came from. Images that cannot be read, or that a peer refuses, are reported
     and left out of all curves. Raises `UserError` before any work if the packages of the extra `rd` are not there, the
@@ -71,7 +71,7 @@ def rate_distortion(
             summary.fail(source.name, error)
     if not records:
         raise UserError(f"{where}: none of the {summary.found} images could be used")
-    result = report(codec, where, compute, records, ours.stream_ids, peers, lpips, command, summary.failures)
+    result = report(codec, where, compute, records, ours.stream_ids, refine, peers, lpips, command, summary.failures)
     if out is not None:
         result.write(out)
     return result
@@ -108,12 +108,10 @@ class _Ours:
         self._networks = Networks(codec, compute)
         self._coders = [StreamCodec(codec, compute.device)]  # of the best prior; refuses a model without any
         self._refiner = Refiner(self._coders[0], self._networks, refine)
-        if self._coders[0].prior.kind != "factorized" and not refine:
+        if self._coders[0].prior.kind != "factorized":
             self._coders.append(StreamCodec(codec, compute.device, "factorized"))
         self._reader = StreamReader(codec, compute.device)
-        self._settings = [(step, False) for step in sorted(steps)]
-        if not refine:
-            self._settings.append((DITHERED_STEP, True))
+        self._settings = [(step, False) for step in sorted(steps)] + [(DITHERED_STEP, True)]
         for step in steps:
             step_code(step)  # refuses what no stream can have
 
@@ -127,16 +125,12 @@ class _Ours:
         return posterior.mean[0], posterior.kl().item() / np.log(2)
 
     def versions(self, mean: torch.Tensor, image: Image, name: str) -> Iterator[_Version]:
-        geometry, pixels = image.geometry, crop(image.pixels, image.geometry)
+        geometry = image.geometry
         for step, dithered in self._settings:
             seed = dither_seed(self.sample, name) if dithered else None
             found: list[tuple[torch.Tensor, list[_File]]] = []  # latents, and the files that hold them
             for coder in self._coders:
-                if self._refiner.rounds:
-                    scaled = self._refiner.scale(mean, pixels, step_code(step), seed=None)
-                else:
-                    scaled = coder.scale(mean, step_code(step), seed)
-                (coded,) = coder.compress([(scaled, geometry)])
+                (coded,) = coder.compress([(coder.scale(mean, step_code(step), seed), geometry)])
                 file = _File(Setting(coder.prior.kind, "step", step, dithered), len(coded.data), coded.ideal_bits)
                 latents = self._read(coded.data)
                 same = [files for other, files in found if torch.equal(other, latents)]
@@ -146,6 +140,16 @@ class _Ours:
                     found.append((latents, [file]))
             for latents, files in found:
                 yield _Version(self._decode(latents, geometry), files)
+        if self._refiner.rounds:
+            yield from self._refined(mean, image)
+
+    def _refined(self, mean: torch.Tensor, image: Image) -> Iterator[_Version]:
+        geometry, pixels = image.geometry, crop(image.pixels, image.geometry)
+        for step in (step for step, dithered in self._settings if not dithered):
+            scaled = self._refiner.scale(mean, pixels, step_code(step), seed=None)
+            (coded,) = self._refiner.coder.compress([(scaled, geometry)])
+            file = _File(Setting(REFINED, "step", step, False), len(coded.data), coded.ideal_bits)
+            yield _Version(self._decode(self._read(coded.data), geometry), [file])
 
     def _read(self, data: bytes) -> torch.Tensor:
         """Latents (z, h, w) from a file's bytes, as any reader of it gets them."""

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from latent_codec.curves import SCALES
 from latent_codec.files import atomic_path
-from latent_codec.rd_report import Point, Report
+from latent_codec.rd_report import REFINED, Point, Report
 
 
 class _Style(NamedTuple):
@@ -22,6 +22,7 @@ class _Style(NamedTuple):
 
 _STYLES = {
     "context": _Style("ours, context prior", "#c1272d", "o", "-"),
+    REFINED: _Style("ours, refined", "#7a1020", "v", "-"),
     "factorized": _Style("ours, factorised prior", "#e8871e", "o", "--"),
     "JPEG": _Style("JPEG", "#555555", "s", "-"),
     "WebP": _Style("WebP", "#2a7f4f", "^", "-"),

@@ -18,6 +18,9 @@ from latent_codec.perceptual import LPIPS
 
 RESULTS, PLOT = "rd.json", "rd.png"
 
+REFINED = "refined"
+"""Names the rows of our best prior's files that were refined."""
+
 RATES = tuple(i / 100 for i in range(25, 85, 5))
 """Bits per pixel at which quality is compared."""
 
@@ -114,6 +117,8 @@ class Report(NamedTuple):
     kl_bpp: float
     points: list[Point]
     against: list[Against]
+    refined_against: list[Against]
+    """Of the refined files, if there are any."""
     notes: list[str]
     records: list[Record]
     failures: dict[str, str]
@@ -135,6 +140,7 @@ class Report(NamedTuple):
             "notes": self.notes,
             "summary": {"kl_bpp": self.kl_bpp, "points": [point.json() for point in self.points]},
             "against": {a.peer: a.json() for a in self.against},
+            "refined_against": {a.peer: a.json() for a in self.refined_against},
             "images": [record.json() for record in self.records],
             "failures": self.failures,
         }
@@ -159,8 +165,8 @@ class Report(NamedTuple):
             shown = " ".join("-".rjust(int(f[0])) if v is None else f"{v:{f}}" for v, f in columns)
             yield f"{point.setting.codec:11} {point.setting!s:17} {point.bpp:7.4f} {shown}"
         yield from self._posterior()
-        best = self.codecs[0]
-        for a in self.against:
+        named = [(self.codecs[0], a) for a in self.against] + [(REFINED, a) for a in self.refined_against]
+        for best, a in named:
             deltas = "; ".join(f"{name} {_percent(delta)}" for name, delta in a.delta_rates.items())
             yield f"delta rate of {best} against {a.peer}: {deltas}"
             yield f"PSNR of {best} over {a.peer}, dB at bpp: " + _gains(a.psnr_gains)
@@ -188,6 +194,7 @@ def report(
     compute: Compute,
     records: list[Record],
     stream_ids: dict[str, str],
+    refine: int,
     peers: Sequence[Peer],
     lpips: LPIPS | None,
     command: str,
@@ -203,10 +210,12 @@ def report(
         about=about,
         protocol=RD_PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
         settings={f"{kind} (ours)": f"stream id {name}" for kind, name in stream_ids.items()}
+        | ({REFINED: f"files of the {best} prior after {refine} rounds of `encode --refine`"} if refine else {})
         | {peer.name: peer.settings() for peer in peers},
         kl_bpp=float(np.mean([record.kl_bpp for record in records])),
         points=points,
         against=[_against(points, best, peer.name) for peer in peers],
+        refined_against=[_against(points, REFINED, peer.name) for peer in peers] if refine else [],
         notes=[f"{name} left out: this Pillow was built without it" for name in missing],
         records=records,
         failures=failures,

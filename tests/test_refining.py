@@ -187,9 +187,11 @@ def test_measured_files_are_refined(codec: Codec, photos: Path, monkeypatch: pyt
     plain, refined = (
         rate_distortion(codec, photos, CPU, steps=(0.7, 1.0), refine=n, quiet=True, **options) for n in (0, 4)
     )
-    assert [str(p.setting) for p in refined.points] == ["step 0.7", "step 1"] and refined.codecs == ["context"]
-    for before, after in zip(plain.curve_points("context"), refined.points, strict=True):
-        assert before.setting == after.setting and before.ideal_bpp != after.ideal_bpp
+    assert refined.codecs == ["context", "factorized", "refined"] and "refined" not in plain.codecs
+    assert refined.curve_points("context") == plain.curve_points("context")
+    for before, after in zip(plain.curve_points("context"), refined.curve_points("refined"), strict=True):
+        assert before.setting.value == after.setting.value and before.ideal_bpp != after.ideal_bpp
+    assert "4 rounds of `encode --refine`" in refined.settings["refined"]
 
 
 def test_indices_are_not_refined(codec: Codec, photos: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_published_curves_ascend() -> None:
 
 def test_rates_are_compared_only_where_both_curves_are(measured: Measured) -> None:
     ours = [p["psnr"] for p in measured.rd["summary"]["points"] if p["codec"] == "context" and not p["dithered"]]
-    for curve, delta in against_published(measured.rd):
+    for curve, delta in against_published(measured.rd, "context"):
         theirs = [psnr for _, psnr in curve.points]
         assert delta.low == max(min(ours), min(theirs)) and delta.high == min(max(ours), max(theirs))
 

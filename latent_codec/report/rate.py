@@ -37,6 +37,7 @@ def rate_distortion(report: Report | None) -> Section:
     records = {
         "points": [p.json() for p in report.points],
         "delta_rates": {a.peer: a.json()["delta_rates"] for a in report.against},
+        "refined_delta_rates": {a.peer: a.json()["delta_rates"] for a in report.refined_against},
         "protocol": report.protocol,
     }
     return Section(NAME, TITLE, join(words, figure, _delta_rates(report), every), [], records)
@@ -46,7 +47,9 @@ def _delta_rates(report: Report) -> Html:
     if not report.against:
         return Html()
     head = ("", *(METRICS[name] for name in report.against[0].delta_rates))
-    return table(head, [(f"against {a.peer}", *map(_percent, a.delta_rates.values())) for a in report.against])
+    named = [(f"against {a.peer}", a) for a in report.against]
+    named += [(f"refined, against {a.peer}", a) for a in report.refined_against]
+    return table(head, [(words, *map(_percent, a.delta_rates.values())) for words, a in named])
 
 
 def _percent(delta: Delta) -> str:

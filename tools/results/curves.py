@@ -37,9 +37,11 @@ def published(rd: dict[str, Any]) -> tuple[PublishedCurve, ...]:
     return CURVES if about["set"].lower() == "kodak" and about["images"] == 24 else ()
 
 
-def against_published(rd: dict[str, Any]) -> list[tuple[PublishedCurve, Delta]]:
-    """Delta rates of our best prior in PSNR, where the curves overlap."""
-    ours = curve(rd, best(rd), "psnr")
+def against_published(rd: dict[str, Any], codec: str) -> list[tuple[PublishedCurve, Delta]]:
+    """Delta rates of one of our kinds of files in PSNR, where the curves overlap; none if there are no such files."""
+    if not points(rd, codec):
+        return []
+    ours = curve(rd, codec, "psnr")
     found = []
     for other in published(rd):
         anchor = Curve.of([x for x, _ in other.points], [y for _, y in other.points], SCALES["psnr"])

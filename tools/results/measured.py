@@ -21,6 +21,9 @@ from train.provenance import git_commit
 STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 """Those of `latent-codec evaluate --rd`."""
 
+REFINE = 3
+"""Rounds of `encode --refine` for the files that are refined."""
+
 
 class Measuring(NamedTuple):
     """What to measure on and with; needed only where a file is missing or another model's."""
@@ -34,6 +37,7 @@ class Measuring(NamedTuple):
     lpips_backbone: Path | None
     compute: Compute
     steps: tuple[float, ...] = STEPS
+    refine: int = REFINE
 
     def where(self, missing: Path) -> str:
         if self.data is None:
@@ -94,13 +98,14 @@ def _measure_rd(codec: Codec, measuring: Measuring, path: Path) -> None:
     where = measuring.where(path)
     command = ["latent-codec", "evaluate", measuring.model, where, "--rd", "--steps"]
     command += [f"{step:g}" for step in measuring.steps]
-    command += ["--sample", "0", "--lpips-net", measuring.lpips_net or "none"]
+    command += ["--refine", str(measuring.refine), "--sample", "0", "--lpips-net", measuring.lpips_net or "none"]
     command += [] if measuring.lpips_backbone is None else ["--lpips-backbone", str(measuring.lpips_backbone)]
     report = rate_distortion(
         codec,
         where,
         measuring.compute,
         steps=measuring.steps,
+        refine=measuring.refine,
         sample=0,
         out=None,
         lpips_net=measuring.lpips_net,

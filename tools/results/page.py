@@ -28,6 +28,7 @@ def page(measured: Measured, codec: Codec) -> str:
         "sheet": SHEET,
         "rates": tables.rates(measured.rd),
         "measured_deltas": tables.measured_deltas(measured.rd),
+        "refined_deltas": tables.measured_deltas(measured.rd, "refined_against"),
         "published_deltas": tables.published_deltas(measured.rd),
         "settings": "; ".join(f"{k}: {v}" for k, v in measured.rd["settings"].items() if "(ours)" not in k),
         "rd_source": _source(measured.rd["about"]),
@@ -87,7 +88,7 @@ def figures(measured: Measured, codec: Codec) -> dict[str, str]:
         delta = rd["against"].get(peer, {}).get("delta_rates", {}).get("psnr", {}).get("percent")
         found[peer.lower()] = "not compared" if delta is None else f"{delta:+.0f}%"
     found |= {_field(other.name): "not compared" for other in CURVES}
-    for other, delta in against_published(rd):
+    for other, delta in against_published(rd, best(rd)):
         found[_field(other.name)] = "not compared" if delta.percent is None else f"{delta.percent:+.0f}%"
     return found
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from latent_codec.curves import SCALES
+from latent_codec.rd_report import REFINED
 from tools.results.curves import best, metrics_of, points, published
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 300, 46, 54, 66
@@ -14,6 +15,7 @@ WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 300, 46, 54, 66
 _MEASURED = {
     "context": ("photo, context prior", "#c1272d"),
     "factorized": ("photo, factorised prior", "#e8871e"),
+    REFINED: ("photo, refined", "#7a1020"),
     "JPEG": ("JPEG", "#444444"),
     "WebP": ("WebP", "#2a7f4f"),
     "AVIF": ("AVIF", "#2b5fa8"),

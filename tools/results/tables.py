@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from latent_codec.codec import Codec
 from latent_codec.curves import Delta
+from latent_codec.rd_report import REFINED
 from tools.results import costs
 from tools.results.costs import Costs
 from tools.results.curves import against_published, best, metrics_of, points
@@ -31,30 +32,42 @@ def value(metric: str, number: float | None) -> str:
 
 
 def rates(rd: dict[str, Any]) -> str:
-    """Our files by step."""
+    """Our files by step, and those refined."""
     names = metrics_of(rd)
-    rows = [
-        [f"{p['value']:g}", f"{p['bpp']:.3f}", *(value(name, p[name]) for name in names)] for p in points(rd, best(rd))
-    ]
-    return markdown(["step", "bpp", *(NAMES[name] for name in names)], rows)
+    refined = {p["value"]: p for p in points(rd, REFINED)}
+    header = ["bpp", *(NAMES[name] for name in names)]
+    header = ["step", *header, *([f"refined: {header[0]}", *header[1:]] if refined else [])]
+    rows = []
+    for p in points(rd, best(rd)):
+        row = [f"{p['value']:g}"]
+        for point in [p, refined[p["value"]]] if refined else [p]:
+            row += [f"{point['bpp']:.3f}", *(value(name, point[name]) for name in names)]
+        rows.append(row)
+    return markdown(header, rows)
 
 
-def measured_deltas(rd: dict[str, Any]) -> str:
-    """Against the codecs of the same run, in every metric."""
+def measured_deltas(rd: dict[str, Any], found_by: str = "against") -> str:
+    """Against the codecs of the same run, in every metric; with "refined_against" of refined files."""
     names = [name for name in metrics_of(rd) if name in next(iter(rd["against"].values()))["delta_rates"]]
     rows = []
-    for peer, found in rd["against"].items():
+    for peer, found in rd[found_by].items():
         deltas = [Delta(**found["delta_rates"][name]) for name in names]
         rows.append([peer, *(delta_cell(d) for d in deltas), overlap(deltas[names.index("psnr")])])
-    header = ["photo against", *(NAMES[name].removesuffix(", dB") for name in names), "PSNR compared over"]
+    who = "photo" if found_by == "against" else "photo, refined,"
+    header = [f"{who} against", *(NAMES[name].removesuffix(", dB") for name in names), "PSNR compared over"]
     return markdown(header, rows)
 
 
 def published_deltas(rd: dict[str, Any]) -> str:
-    rows = [[c.name, delta_cell(d), overlap(d), c.source] for c, d in against_published(rd)]
-    if not rows:
+    plain, refined = against_published(rd, best(rd)), against_published(rd, REFINED)
+    if not plain:
         return "No published curve is of this set."
-    return markdown(["photo against (published)", "PSNR", "compared over", "source"], rows)
+    rows = [
+        [c.name, delta_cell(d), *([delta_cell(refined[i][1])] if refined else []), overlap(d), c.source]
+        for i, (c, d) in enumerate(plain)
+    ]
+    header = ["photo against (published)", "PSNR", *(["refined"] if refined else []), "compared over", "source"]
+    return markdown(header, rows)
 
 
 def delta_cell(delta: Delta) -> str:

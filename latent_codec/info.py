@@ -140,9 +140,10 @@ def _describe_priors(priors: Priors | None) -> list[str]:
         f"priors      factorized: {len(priors.factorized.tables)} tables",
     ]
     if (context := priors.context) is not None:
-        groups = ", ".join(map(str, context.config.groups))
+        groups, levels = (", ".join(map(str, n)) for n in (context.config.groups, context.config.levels))
         lines.append(
-            f"            context: groups of {groups} channels, width {context.config.width}, "
+            f"            context: groups of {groups} channels,{f' levels {levels},' if levels else ''} width "
+            f"{context.config.width}, "
             f"{len(context.tables)} tables; streams of format {context.version}"
         )
     return lines

@@ -55,7 +55,7 @@ def test_every_part_is_timed_for_every_prior(codec: Codec, images: list[Image], 
     codec.priors = codec.priors if context else codec.priors._replace(context=None)
     seconds = time_coding(codec, images, 1.0, rounds=2, device="cpu")
     assert seconds.priors.keys() == ({"factorized", "context"} if context else {"factorized"})
-    parts = [seconds.encoder, seconds.scale, seconds.dequantize, seconds.decoder]
+    parts = [seconds.encoder, seconds.scale, seconds.dequantize, seconds.decoder, seconds.refine]
     assert min(parts + [value for prior in seconds.priors.values() for value in prior]) > 0
     assert seconds.symbols == np.mean([4 * 3 * 2, 4 * 9 * 17])
 
@@ -83,4 +83,5 @@ def test_the_command_reports_ratios_and_savings(
     assert results["files"]["worst_excess_bytes"] <= results["files"]["allowed"] == 64
     for prior in ("context", "factorized"):
         assert 0 < results[prior]["share_of_encode"] < 1 and 0 < results[prior]["share_of_decode"] < 1
+    assert results["refine"]["rounds"] == 3 and results["refine"]["times_as_long_to_encode"] > 2
     assert found["about"]["threads"] == torch.get_num_threads() and found["about"]["images"] == 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Draw
 from PIL import Image
+from tiny_prior import context_prior
 
 from latent_codec import bitstream
 from latent_codec import streams as streams_module
@@ -141,6 +142,11 @@ def test_priors_are_described(codec: Codec, tmp_path: Path) -> None:
     assert f"factorized: {len(codec.priors.factorized.tables)} tables" in text
     assert f"context: groups of 1, 3 channels, width 8, {len(codec.priors.context.tables)} tables" in text
     assert "steps of 0.1 to 0.25" in text
+    codec.priors = codec.priors._replace(context=context_prior((1, 3), 8, 0, centred=True, levels=(2, 1)))
+    codec.save(tmp_path / "levels.safetensors")
+    assert "groups of 1, 3 channels, levels 2, 1, width 8, 481 tables; streams of format 3" in describe(
+        str(tmp_path / "levels.safetensors")
+    )
     codec.priors = codec.priors._replace(context=None)
     codec.save(tmp_path / "one.safetensors")
     assert "context" not in describe(str(tmp_path / "one.safetensors"))

@@ -10,18 +10,23 @@ from typing import NamedTuple
 import torch
 
 from latent_codec.codec import Codec
+from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
-from latent_codec.images import Image, pad
+from latent_codec.images import Image, crop, pad
 from latent_codec.prior import Priors
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize
 from latent_codec.quantizer import Quantized, Scaled, dequantize, scale, step_code
+from latent_codec.refining import Refiner
 from latent_codec.streams import StreamCodec
 
 LARGEST_LOSS = 1.01
 """A file may take this times the ideal code length and `LARGEST_OVERHEAD` bytes."""
 
 LARGEST_OVERHEAD = 64
+
+REFINE = 3
+"""Rounds of `encode --refine` that are timed."""
 
 
 def priors_of(codec: Codec) -> tuple[Priors, list[Prior]]:
@@ -54,12 +59,16 @@ class Seconds(NamedTuple):
     priors: dict[str, PriorSeconds]
     symbols: float
     """Mean number of an image's latents."""
+    refine: float
+    """`REFINE` rounds of it under the best prior, of one round's images alone."""
 
 
 def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int, device: str) -> Seconds:
     """All parts of coding one image, then the next, so that noise hits all alike; the first round is not counted."""
     priors, kinds = priors_of(codec)
     coders = [Coder(prior.tables) for prior in kinds]
+    compute = Compute(device, "float32", batch_size=1, workers=1)
+    refiner = Refiner(StreamCodec(codec, device), Networks(codec, compute), REFINE)
     taken: dict[str, list[float]] = defaultdict(list)
     symbols = 0
     for round_ in range(rounds + 1):
@@ -75,6 +84,9 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
                     latents = dequantize(found[-1], priors.base)
                 with clock("decoder"):
                     codec.decode_uint8(latents[None].to(device)).cpu()
+            if round_ == 1:
+                with clock("refine"):
+                    refiner.scale(mean, crop(image.pixels, image.geometry), scaled.step, seed=None)
             symbols += scaled.latents.size if round_ == 0 else 0
         if round_:
             for name, seconds in clock.seconds.items():
@@ -87,6 +99,7 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
         decoder=median["decoder"],
         priors={p.kind: PriorSeconds(**{f: median[f"{p.kind} {f}"] for f in PriorSeconds._fields}) for p in kinds},
         symbols=symbols / len(images),
+        refine=median["refine"],
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from latent_codec.compute import Networks
 from latent_codec.errors import UserError
 from latent_codec.prior.coding import neighbours, quantize
-from latent_codec.quantizer import STEP_ONE, Scaled
+from latent_codec.quantizer import LIMIT, STEP_ONE, Scaled
 from latent_codec.streams import StreamCodec
 
 _RATE = 1 / 600
@@ -48,8 +48,10 @@ class Refiner:
             cost, slope = self._cost(found, pixels)
             if cost < least:
                 best, least = found, cost
+            if not np.isfinite(slope).all():  # float16 has its limits
+                break
             if left:
-                found = found._replace(latents=found.latents - _RATE * slope)
+                found = found._replace(latents=np.clip(found.latents - _RATE * slope, -LIMIT, LIMIT))
         return best
 
     def _cost(self, scaled: Scaled, pixels: torch.Tensor) -> tuple[float, np.ndarray]:

@@ -111,7 +111,7 @@ def nll_gradient(codec: Codec, z: torch.Tensor, pixels: torch.Tensor, tile: int 
     pixels: (3, height, width) uint8 of the image, latents' padding left out. The model's parameters get no gradient.
     Of tiles each answers for its own part; where a backbone sees the whole image at once that is an estimate.
     """
-    x = codec.likelihood.from_uint8(in_channels(pixels, codec.config.image_channels))
+    pixels = in_channels(pixels, codec.config.image_channels)
     factor, margin, device = codec.factor, codec.backbone.decoder_margin, _device(codec)
     side = max(z.shape[1:]) if tile is None or not cuts(z[0].numel() * factor**2, tile) else tile // factor
     shared = side // 8 if margin is None else margin
@@ -119,11 +119,12 @@ def nll_gradient(codec: Codec, z: torch.Tensor, pixels: torch.Tensor, tile: int 
     rows, columns = spans(z.shape[1], side, shared), spans(z.shape[2], side, shared)
     for row, column in ((row, column) for row in rows for column in columns):
         part = z[None, :, row.read(1), column.read(1)].to(device).requires_grad_()
-        own = x[None, :, row.first * factor : row.last * factor, column.first * factor : column.last * factor]
+        own = pixels[None, :, row.first * factor : row.last * factor, column.first * factor : column.last * factor]
+        x = codec.likelihood.from_uint8(own.to(device))
         with torch.enable_grad():
             params = codec.likelihood_params(part)[..., row.own(factor), column.own(factor)]
-            params = params[..., : own.shape[2], : own.shape[3]]  # without the padding
-            nll = -codec.likelihood.log_prob(params, own.to(device)).sum()
+            params = params[..., : x.shape[2], : x.shape[3]]  # without the padding
+            nll = -codec.likelihood.log_prob(params, x).sum()
             (found,) = torch.autograd.grad(nll, part)
         total += nll.item()
         gradient[:, row.read(1), column.read(1)] += found[0].float().cpu()

@@ -200,3 +200,16 @@ def test_indices_are_not_refined(codec: Codec, photos: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="this model's are indices"):
         encode(codec, photos, tmp_path / "out", refine=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Networks.nll_gradient
+
+    def broken(self: Networks, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
+        nll, gradient = real(self, z, pixels)
+        return nll, gradient / 0
+
+    monkeypatch.setattr(Networks, "nll_gradient", broken)
+    plain = subject.stream.scale(subject.mean, STEP_ONE, None)
+    found = refiner(subject, 3).scale(subject.mean, subject.pixels, STEP_ONE, seed=None)
+    np.testing.assert_array_equal(found.latents, plain.latents)

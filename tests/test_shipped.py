@@ -44,23 +44,29 @@ def test_results_and_card_are_the_models_own(photo: Codec) -> None:
 def test_the_table_of_files_is_what_was_measured() -> None:
     points = results("photo-rd.json")["summary"]["points"]
     measured = {(p["codec"], p["value"], p["dithered"]): p for p in points}
-    for step, context, psnr, ms_ssim, lpips, factorized, its_psnr in rows(CARD, "step | bpp"):
+    names = ("bpp", "psnr", "ms_ssim", "lpips")
+    columns = [*(("context", n) for n in names), ("factorized", "bpp"), ("factorized", "psnr")]
+    columns += [("refined", n) for n in names]
+    table = rows(CARD, "step | bpp")
+    assert len(table) == len([key for key in measured if key[0] == "context"])
+    for step, *cells in table:
         value, dithered = float(step.split(",")[0]), "dither" in step
-        best, plain = (measured[kind, value, dithered] for kind in ("context", "factorized"))
-        pairs = (context, best["bpp"]), (psnr, best["psnr"]), (factorized, plain["bpp"]), (its_psnr, plain["psnr"])
-        for shown, exact in pairs:
-            assert float(shown) == pytest.approx(exact, abs=0.5001 * 10.0 ** -len(shown.split(".")[1]))
-        assert float(ms_ssim) == pytest.approx(best["ms_ssim"], abs=5.1e-5)
-        assert float(lpips) == pytest.approx(best["lpips"], abs=5.1e-5)
+        for shown, (kind, name) in zip(cells, columns, strict=True):
+            if shown == "-":
+                assert dithered and kind == "refined"
+            else:
+                exact = measured[kind, value, dithered][name]
+                assert float(shown) == pytest.approx(exact, abs=0.5001 * 10.0 ** -len(shown.split(".")[1]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_table_of_delta_rates_is_what_was_measured(page: Path) -> None:
-    against = results("photo-rd.json")["against"]
+    found = results("photo-rd.json")
+    columns = [(kind, m) for kind in ("against", "refined_against") for m in ("psnr", "ms_ssim", "lpips")]
     for name, *shown in rows(page, "against"):
-        deltas = against[name.split()[0]]["delta_rates"]
-        for percent, metric in zip(shown, ("psnr", "ms_ssim", "lpips"), strict=True):
-            assert float(percent.rstrip("%")) == pytest.approx(deltas[metric]["percent"], abs=0.0501)
+        for percent, (kind, metric) in zip(shown, columns, strict=True):
+            exact = found[kind][name.split()[0]]["delta_rates"][metric]["percent"]
+            assert float(percent.rstrip("%")) == pytest.approx(exact, abs=0.0501)
 
 
 def test_the_table_of_latents_is_what_was_measured() -> None:

@@ -24,8 +24,9 @@ from latent_codec.latent_files import header_of, row, write_index, write_shard
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.coding import ideal_bits, quantize
-from latent_codec.prior.context import TABLES, ContextConfig, ContextPrior, Sites, Span, table_scale
+from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, Sites, Span, table_scale
 from latent_codec.quantizer import STEP_OF_STD, dequantize, scale
+from train import config as train_config
 from train import context_net
 from train import prior as program
 from train.context_net import ContextNet, counted_tables, logistic_tables
@@ -230,6 +231,10 @@ def test_passes_put_values_back_where_they_were_taken() -> None:
         assert torch.equal(sum(parts), x)
         for span, part in zip(passes, parts, strict=True):
             assert not part[:, :, ~torch.from_numpy(span.where((8, 12)))].any()
+
+
+def test_both_sides_know_the_same_limit_of_levels() -> None:
+    assert train_config.MAX_LEVELS == MAX_LEVELS
 
 
 def test_logistic_tables_have_the_logistics_masses() -> None:

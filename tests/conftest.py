@@ -74,7 +74,7 @@ def _tiny_priors() -> Priors:
     means = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)) * spread
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        context = ContextNet(ContextConfig(groups=(1, 3), width=8, centred=True), base, statistics).freeze(
+        context = ContextNet(ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,)), base, statistics).freeze(
             logistic_tables()
         )
     return Priors(base, factorized.fit(means, base), context)

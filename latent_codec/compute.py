@@ -75,7 +75,8 @@ class Networks:
         pixels: (3, height, width) uint8, not padded. Where tiles are blended their own parts count alone.
         """
         with torch.inference_mode(False), self.compute.autocast(), _compiling(self.compute.compile):
-            return tiling.nll_gradient(self.codec, z.clone(), pixels.clone(), self.compute.tile)
+            z, pixels = z.clone(), pixels.clone()  # what inference mode has made takes no part in a gradient
+            return tiling.nll_gradient(self.codec, z, pixels, self.compute.tile)
 
     def _report(self, x: torch.Tensor, labels: torch.Tensor | None, scale: int, measure: Callable[..., object]) -> None:
         """Say on stderr, once, what tiles change of x, which has `scale` elements along a side for each latent one."""

@@ -17,6 +17,9 @@ from latent_codec.prior.coding import neighbours, quantize
 from latent_codec.quantizer import LIMIT, STEP_ONE, Scaled
 from latent_codec.streams import StreamCodec
 
+USUAL_ROUNDS = 3
+"""What is measured and recommended: more gain little, or lose again where the step is coarse."""
+
 _RATE = 1 / 600
 """Squared steps that latents move for a nat per step. A uniform quantiser's own error has a curvature of 12 nats per
 squared step at the slope that NLL / s^2 asks for: this is a fiftieth of Newton's step. Twice as much gains sooner and
@@ -29,7 +32,7 @@ class Refiner:
     def __init__(self, coder: StreamCodec, networks: Networks, rounds: int) -> None:
         """Raises `UserError` if the rounds are negative, or the model has nothing that could be moved."""
         if rounds < 0:
-            raise UserError(f"--refine {rounds} must not be negative; 3 is usual")
+            raise UserError(f"--refine {rounds} must not be negative; {USUAL_ROUNDS} is usual")
         if rounds and coder.codec.config.codes is not None:
             raise UserError("--refine moves latents before they are rounded; this model's are indices: leave it out")
         self.coder, self.networks, self.rounds = coder, networks, rounds

@@ -25,6 +25,9 @@ tables = functools.cache(context_tables)
 SHAPES = [((1, 3), ()), ((4,), ()), ((2, 1, 2), ()), ((1, 3), (2,)), ((4,), (1,)), ((2, 1, 2), (1, 0, 3))]
 """Groups and levels."""
 
+LARGE = (1, 3), (2,)
+"""With passes of every kind."""
+
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -130,7 +133,7 @@ def several() -> list[Scaled]:
 
 @pytest.fixture(scope="module")
 def plain(several: list[Scaled]) -> list[Choice]:
-    return choices(prior((1, 3)), several)
+    return choices(prior(*LARGE), several)
 
 
 @pytest.mark.parametrize("strip", [1, 300, 1000])
@@ -138,11 +141,11 @@ def test_strips_give_what_the_whole_gives(
     monkeypatch: pytest.MonkeyPatch, strip: int, several: list[Scaled], plain: list[Choice]
 ) -> None:
     monkeypatch.setattr(context, "_STRIP", strip)
-    assert_equal(choices(prior((1, 3)), several), plain)
+    assert_equal(choices(prior(*LARGE), several), plain)
 
 
 def test_a_batch_gives_what_each_image_gives(several: list[Scaled], plain: list[Choice]) -> None:
-    alone = [choices(prior((1, 3)), [q]) for q in several]
+    alone = [choices(prior(*LARGE), [q]) for q in several]
     for number, whole in enumerate(plain):
         assert_equal([Choice(*map(np.concatenate, zip(*(a[number] for a in alone), strict=True)))], [whole])
 
@@ -157,19 +160,19 @@ def threads() -> Iterator[Callable[[int], None]]:
 def test_threads_do_not_matter(threads: Callable[[int], None], several: list[Scaled], plain: list[Choice]) -> None:
     for count in (1, 2, 3):
         threads(count)
-        assert_equal(choices(prior((1, 3)), several), plain)
+        assert_equal(choices(prior(*LARGE), several), plain)
 
 
 def test_float64_as_other_devices_use_it_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, several: list[Scaled], plain: list[Choice]
 ) -> None:
     monkeypatch.setattr(context, "_dtype", lambda device: torch.float64)
-    assert_equal(choices(prior((1, 3)), several), plain)
+    assert_equal(choices(prior(*LARGE), several), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_same(several: list[Scaled], plain: list[Choice]) -> None:
-    assert_equal(choices(prior((1, 3)), several, "cuda"), plain)
+    assert_equal(choices(prior(*LARGE), several, "cuda"), plain)
 
 
 @pytest.fixture
@@ -184,13 +187,13 @@ def test_coarse_matrix_products_do_not_matter(
     matmul_precision: Callable[[str], None], precision: str, several: list[Scaled], plain: list[Choice]
 ) -> None:
     matmul_precision(precision)
-    assert_equal(choices(prior((1, 3)), several), plain)
+    assert_equal(choices(prior(*LARGE), several), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_around_it_does_not_matter(dtype: torch.dtype, several: list[Scaled], plain: list[Choice]) -> None:
     with torch.autocast("cpu", dtype):
-        assert_equal(choices(prior((1, 3)), several), plain)
+        assert_equal(choices(prior(*LARGE), several), plain)
 
 
 @given(st.sampled_from(SHAPES), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())

@@ -19,8 +19,9 @@ from latent_codec.info import count_flops
 from latent_codec.inputs import find_images
 from latent_codec.likelihoods import to_signed
 from latent_codec.perceptual import LPIPS
+from latent_codec.refining import USUAL_ROUNDS
 from tools import throughput
-from tools.coding import LARGEST_OVERHEAD, REFINE, Seconds, Sizes, measure_sizes, time_coding
+from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_coding
 from tools.latents_speed import LatentsSpeed
 from tools.peers import Taef2, diffusers_peer, sd_codec
 from tools.report import machine, report
@@ -160,7 +161,7 @@ class Coding:
         del results["seconds_per_image"]["priors"]
         results |= {kind: _coding_ratios(seconds, kind) for kind in seconds.priors}
         plain = seconds.encoder + seconds.scale + sum(list(seconds.priors.values())[-1][:2])
-        results["refine"] = {"rounds": REFINE, "times_as_long_to_encode": 1 + seconds.refine / plain}
+        results["refine"] = {"rounds": USUAL_ROUNDS, "times_as_long_to_encode": 1 + seconds.refine / plain}
         results["files"] = {"sizes": [s._asdict() for s in sizes], "context_saves": _savings(sizes)}
         results["files"] |= {"worst_excess_bytes": max(s.worst_excess for s in sizes), "allowed": LARGEST_OVERHEAD}
         about = {"model_id": codec.model_id, "set": Path(self.dir).name, "images": len(images), "rounds": self.rounds}

@@ -17,16 +17,13 @@ from latent_codec.prior import Priors
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize
 from latent_codec.quantizer import Quantized, Scaled, dequantize, scale, step_code
-from latent_codec.refining import Refiner
+from latent_codec.refining import USUAL_ROUNDS, Refiner
 from latent_codec.streams import StreamCodec
 
 LARGEST_LOSS = 1.01
 """A file may take this times the ideal code length and `LARGEST_OVERHEAD` bytes."""
 
 LARGEST_OVERHEAD = 64
-
-REFINE = 3
-"""Rounds of `encode --refine` that are timed."""
 
 
 def priors_of(codec: Codec) -> tuple[Priors, list[Prior]]:
@@ -60,7 +57,7 @@ class Seconds(NamedTuple):
     symbols: float
     """Mean number of an image's latents."""
     refine: float
-    """`REFINE` rounds of it under the best prior, of one round's images alone."""
+    """`USUAL_ROUNDS` of it under the best prior, of one round's images alone."""
 
 
 def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int, device: str) -> Seconds:
@@ -68,7 +65,7 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
     priors, kinds = priors_of(codec)
     coders = [Coder(prior.tables) for prior in kinds]
     compute = Compute(device, "float32", batch_size=1, workers=1)
-    refiner = Refiner(StreamCodec(codec, device), Networks(codec, compute), REFINE)
+    refiner = Refiner(StreamCodec(codec, device), Networks(codec, compute), USUAL_ROUNDS)
     taken: dict[str, list[float]] = defaultdict(list)
     symbols = 0
     for round_ in range(rounds + 1):

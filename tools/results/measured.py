@@ -12,6 +12,7 @@ from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.files import write_text
 from latent_codec.ratedistortion import rate_distortion
+from latent_codec.refining import USUAL_ROUNDS
 from latent_codec.streams import StreamCodec
 from tools.benchmark import Quality
 from tools.report import machine
@@ -20,9 +21,6 @@ from train.provenance import git_commit
 
 STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 """Those of `latent-codec evaluate --rd`."""
-
-REFINE = 3
-"""Rounds of `encode --refine` for the files that are refined."""
 
 
 class Measuring(NamedTuple):
@@ -37,7 +35,7 @@ class Measuring(NamedTuple):
     lpips_backbone: Path | None
     compute: Compute
     steps: tuple[float, ...] = STEPS
-    refine: int = REFINE
+    refine: int = USUAL_ROUNDS
 
     def where(self, missing: Path) -> str:
         if self.data is None:

@@ -13,7 +13,7 @@ import torch
 
 from latent_codec.compute import Networks
 from latent_codec.errors import UserError
-from latent_codec.prior.coding import neighbours, quantize
+from latent_codec.prior.coding import neighbours
 from latent_codec.quantizer import LIMIT, STEP_ONE, Scaled
 from latent_codec.streams import StreamCodec
 
@@ -59,7 +59,7 @@ class Refiner:
 
     def _cost(self, scaled: Scaled, pixels: torch.Tensor) -> tuple[float, np.ndarray]:
         """In nats, and its gradient with respect to latents in steps, (z, h, w) float64."""
-        (coding,) = quantize(self.coder.prior, [scaled], self.coder.device)
+        coding = self.coder.code(scaled)
         weight = (STEP_ONE / scaled.step) ** 2
         nll, gradient = self.networks.nll_gradient(self.coder.dequantize(coding.quantized), pixels)
         size = self.coder.base.astype(np.float64) * (scaled.step / STEP_ONE)

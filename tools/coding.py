@@ -16,6 +16,7 @@ from latent_codec.images import Image, crop, pad
 from latent_codec.prior import Priors
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize
+from latent_codec.prior.feedback import Feedback
 from latent_codec.quantizer import Quantized, Scaled, dequantize, scale, step_code
 from latent_codec.refining import USUAL_ROUNDS, Refiner
 from latent_codec.streams import StreamCodec
@@ -76,7 +77,10 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
                     mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0].cpu()
                 with clock("scale"):
                     scaled = scale(mean, priors.base, step_code(step), None)
-                found = [_time_prior(p, coder, scaled, clock, device) for p, coder in zip(kinds, coders, strict=True)]
+                found = [
+                    _time_prior(p, coder, scaled, clock, device, priors.feedback)
+                    for p, coder in zip(kinds, coders, strict=True)
+                ]
                 with clock("dequantize"):
                     latents = dequantize(found[-1], priors.base)
                 with clock("decoder"):
@@ -100,9 +104,11 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
     )
 
 
-def _time_prior(prior: Prior, coder: Coder, scaled: Scaled, clock: "_Clock", device: str) -> Quantized:
+def _time_prior(
+    prior: Prior, coder: Coder, scaled: Scaled, clock: "_Clock", device: str, feedback: Feedback | None
+) -> Quantized:
     with clock(f"{prior.kind} encode_network"):
-        (coding,) = quantize(prior, [scaled], device)
+        (coding,) = quantize(prior, [scaled], device, feedback)
     with clock(f"{prior.kind} encode_coder"):
         payload = encode(coder, coding.passes)
     z, h, w = scaled.latents.shape

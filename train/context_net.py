@@ -25,6 +25,7 @@ from latent_codec.prior.context import (
     spans,
     table_scale,
 )
+from latent_codec.prior.feedback import REACH, WEIGHT_BITS, Feedback
 from latent_codec.prior.tables import Tables, join, normalize
 from latent_codec.quantizer import LIMIT, STEP_ONE, round_down_zone
 
@@ -63,12 +64,18 @@ class ContextNet(nn.Module):
     gain: torch.Tensor
     permutation: torch.Tensor  # `order` on the device
     inverse: torch.Tensor  # of the permutation
+    feedback: torch.Tensor | None  # (z, z, 5, 5) of errors in steps, in the prior's order
 
     def __init__(
-        self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
+        self,
+        config: ContextConfig,
+        base: np.ndarray,
+        statistics: LatentStatistics,
+        order: np.ndarray | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
         """`base`: (z,) the quantiser's steps; `order`: (z,) channels in their groups' order, by default those with most
-        bits first. Raises `ValueError` if the groups do not add up to the channels.
+        bits first; `feedback`: what rounding goes by. Raises `ValueError` if the groups do not add up to the channels.
         """
         super().__init__()
         if sum(config.groups) != len(base):
@@ -82,6 +89,10 @@ class ContextNet(nn.Module):
         self.register_buffer("permutation", torch.from_numpy(self.order), persistent=False)
         self.register_buffer("inverse", torch.from_numpy(np.argsort(self.order)), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
+        weights = None if feedback is None else feedback.weights[self.order][:, self.order] * 2.0**-WEIGHT_BITS
+        self.register_buffer(
+            "feedback", None if weights is None else torch.from_numpy(weights).float(), persistent=False
+        )
         self.nets = nn.ModuleList(_net(config.width, span) for span in self.spans)
 
     def forward(
@@ -113,6 +124,7 @@ class ContextNet(nn.Module):
         b, _, h, w = drawn.scaled.shape
         scale = drawn.step.float()[:, None, None, None] * self.gain[:, None, None] * 2.0**-19  # of inputs' units a step
         known: list[torch.Tensor] = []  # (b, channels, h, w) each, in steps
+        errors = torch.zeros_like(drawn.scaled, dtype=torch.float32)  # (b, z, h, w) of what is known, in steps
         total = torch.zeros(b, device=drawn.scaled.device)
         for span, net in zip(self.spans, self.nets, strict=True):
             group = slice(span.start, span.stop)
@@ -128,6 +140,9 @@ class ContextNet(nn.Module):
                     total = total + _logistic_bits(own - located, width)
                 else:
                     dithered = drawn.dithered[:, None, None]
+                    meant = own
+                    if self.feedback is not None and span.inputs:
+                        own = torch.where(dithered, own, own - self._feed_back(errors, span))
                     found = _rounded(own, dither, dithered, located.detach())
                     total = total + _logistic_bits(found - located.detach(), width)
                     distance = torch.where(dithered, found, own.float()) - located
@@ -135,10 +150,18 @@ class ContextNet(nn.Module):
                     error = torch.where(read, distance, 0).square().flatten(1).sum(1)
                     learn = _logistic_bits(distance, width.detach()) + _BITS_OF_ERROR * error
                     total = total + learn - learn.detach()
+                    errors[:, group] += _placed((found - meant).float().detach(), (h, w), span)
             placed = _placed(found, (h, w), span)
             known = [*known[:-1], known[-1] + placed] if span.inputs > span.start else [*known, placed]
         z = torch.cat(known, 1) * self.sizes(drawn.step)
         return Coded(total / (h * w), z[:, self.inverse])
+
+    @torch.no_grad()
+    def _feed_back(self, errors: torch.Tensor, span: Span) -> torch.Tensor:
+        """What is to be taken off a span's latents in steps, (b, g, n), as `Feedback.shift` adds it."""
+        assert self.feedback is not None
+        weights = self.feedback[span.start : span.stop, : span.inputs]
+        return _at(conv2d(errors[:, : span.inputs], weights, padding=REACH), span)
 
     def _inputs(self, known: list[torch.Tensor], span: Span, scale: torch.Tensor) -> torch.Tensor | None:
         """Known latents as a span's network sees them, whole numbers of its unit."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -30,10 +30,12 @@ from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import PREFIX, Priors
 from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import ContextConfig
+from latent_codec.prior.feedback import Feedback
 from latent_codec.quantizer import Scaled
 from train.checkpoints import load_optimizer, optimizer_tensors
 from train.config import PriorConfig, context_groups, context_levels, context_spacing, flat
 from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
+from train.feedback import PLACES, measure
 from train.interrupts import Interrupts, agree, is_heard
 from train.latents import LatentCrops
 from train.logs import RunLog
@@ -89,7 +91,8 @@ def train(run: Run) -> int:
     if config.crop % (spacing := context_spacing(levels)):
         raise UserError(f"crop is {config.crop}; with levels {levels} it must be a multiple of {spacing}")
     context = ContextConfig(groups=groups, width=config.width, centred=True, levels=levels)
-    net = make_net(context, codec.priors.base, codec.statistics, run.start_from).to(accelerator.device)
+    feedback = _measure_feedback(codec, crops, config, accelerator)
+    net = make_net(context, codec.priors.base, codec.statistics, run.start_from, feedback).to(accelerator.device)
     net.freeze(logistic_tables())  # what cannot be frozen is not worth training
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     checkpoint = run.out / "checkpoint.safetensors"
@@ -133,6 +136,7 @@ def train(run: Run) -> int:
                 accelerator.end_training()
                 return 128 + agreed.signal if agreed.signal else 0
     if accelerator.is_main_process:
+        codec.priors = codec.priors._replace(feedback=feedback)
         _finish(run, codec, net, crops, log, described)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -140,17 +144,21 @@ def train(run: Run) -> int:
 
 
 def make_net(
-    context: ContextConfig, base: np.ndarray, statistics: LatentStatistics, start_from: Path | None
+    context: ContextConfig,
+    base: np.ndarray,
+    statistics: LatentStatistics,
+    start_from: Path | None,
+    feedback: Feedback | None = None,
 ) -> ContextNet:
     """A context prior with random weights, or those of `start_from`; raises `UserError` if that has none that fit."""
     if start_from is None:
-        return ContextNet(context, base, statistics)
+        return ContextNet(context, base, statistics, feedback=feedback)
     try:
         if not start_from.is_dir():
             priors = Codec.load(start_from).priors
             if priors is None or priors.context is None:
                 raise UserError(f"--start-from {start_from}: a model without a context prior")
-            net = ContextNet(context, base, statistics, priors.context.order)
+            net = ContextNet(context, base, statistics, priors.context.order, feedback)
             net.thaw(priors.context)
             return net
         files = sorted(start_from.glob("checkpoints/step-*/prior_ema.safetensors"))
@@ -158,12 +166,25 @@ def make_net(
             raise UserError(f"--start-from {start_from}: no checkpoint with a prior, as runs of a joint objective have")
         tensors = load_file(files[-1])
         order = tensors.pop("channels").numpy()
-        net = ContextNet(context, base, statistics, order)
+        net = ContextNet(context, base, statistics, order, feedback)
         modelfile.check_state(net.state_dict(), tensors, str(files[-1]))
         net.load_state_dict(tensors)
     except ValueError as error:
         raise UserError(f"--start-from {start_from}: {error}") from error
     return net
+
+
+def _measure_feedback(
+    codec: Codec, crops: LatentCrops, config: PriorConfig, accelerator: Accelerator
+) -> Feedback | None:
+    """By the main process, for a rounding is enough to make another's differ."""
+    found: list[Feedback | None] = [None]
+    if accelerator.is_main_process:
+        assert codec.priors is not None
+        (places,) = (batch.means for batch in crops.batches(PLACES, PLACES, config.seed + 2))
+        found = [measure(codec, places, codec.priors.base)]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def _check(run: Run, accelerator: Accelerator) -> None:
@@ -223,7 +244,9 @@ def _finish(
     start, coded = logistic_tables(), []
     for batch in crops.batches(config.count_images, config.batch_size, config.seed + 1):
         drawn = net.draw(batch.means, batch.keys, config.step_range, config.dithered)
-        for coding in quantize(net.freeze(start), _scaled(net, drawn), str(device)):  # exact on every device
+        for coding in quantize(
+            net.freeze(start), _scaled(net, drawn), str(device), codec.priors.feedback
+        ):  # exact on every device
             coded += coding.passes
     tables = counted_tables(start, *(np.concatenate(part) for part in zip(*coded, strict=True)))
     codec.priors = codec.priors._replace(context=net.freeze(tables))
@@ -251,7 +274,7 @@ def _measure(
         total["float"] += net.code(drawn).bits.sum().item() * config.crop**2
         for kind in ("context", "factorized"):
             prior = priors.choose(kind)
-            codings = quantize(prior, _scaled(net, drawn), str(held_out.packed.device))
+            codings = quantize(prior, _scaled(net, drawn), str(held_out.packed.device), priors.feedback)
             total[kind] += sum(ideal_bits(prior, coding.passes) for coding in codings)
     values = {f"{name}_bits": bits / len(held_out) / config.crop**2 for name, bits in total.items()}
     return {"step": step} | values | {"saved": 1 - total["context"] / total["factorized"]}

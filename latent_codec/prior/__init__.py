@@ -13,6 +13,7 @@ import torch
 from latent_codec.config import dumps
 from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, Pass, spans
 from latent_codec.prior.factorized import FactorizedPrior
+from latent_codec.prior.feedback import REACH, Feedback
 from latent_codec.prior.tables import Tables
 
 PriorKind = Literal["context", "factorized"]
@@ -27,6 +28,8 @@ class Priors(NamedTuple):
     """(z,) float32: each channel's quantisation step at step 1; of a codebook's indices (1,), 1."""
     factorized: FactorizedPrior
     context: ContextPrior | None
+    feedback: Feedback | None = None
+    """What an encoder rounds by under the context prior; streams do not depend on it."""
 
     def choose(self, kind: PriorKind | None) -> FactorizedPrior | ContextPrior:
         """The prior of a kind, by default the best there is; raises `KeyError` if there is none of that kind."""
@@ -54,6 +57,8 @@ class Priors(NamedTuple):
 def to_tensors(priors: Priors) -> dict[str, torch.Tensor]:
     """All numbers by name; `from_tensors` is the inverse."""
     tensors = {"base": torch.from_numpy(priors.base)} | _tables_to_tensors("factorized", priors.factorized.tables)
+    if priors.feedback is not None:
+        tensors["feedback"] = torch.from_numpy(priors.feedback.weights)
     if (context := priors.context) is not None:
         tensors |= _tables_to_tensors("context", context.tables)
         for name in _ARRAYS:
@@ -119,6 +124,12 @@ def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int
         context = ContextPrior(config, order, gain, width_offset, nets, take_tables("context"))
         if context.channels != channels:
             raise ValueError(f"a context prior of {context.channels} channels for latents of {channels}")
+    feedback = None
+    if "feedback" in left:
+        weights = take("feedback", torch.int16).numpy()
+        if weights.shape != (shape := (channels, channels, *[2 * REACH + 1] * 2)):
+            raise ValueError(f"error feedback has weights of shape {weights.shape}, not {shape}")
+        feedback = Feedback(weights)
     if left:
         raise ValueError(f"tensors {sorted(left)[:5]} are unknown")
-    return Priors(base, factorized, context)
+    return Priors(base, factorized, context, feedback)

@@ -9,6 +9,7 @@ from latent_codec.errors import UserError
 from latent_codec.prior.coder import Coder, Decoder
 from latent_codec.prior.context import ContextPrior
 from latent_codec.prior.factorized import FactorizedPrior
+from latent_codec.prior.feedback import Feedback, exact_errors
 from latent_codec.quantizer import LIMIT, Quantized, Scaled, dither, nearest, to_integers
 
 Prior = FactorizedPrior | ContextPrior
@@ -30,8 +31,12 @@ class Coding(NamedTuple):
     passes: list[Values]  # in the order of decoding
 
 
-def quantize(prior: Prior, images: Sequence[Scaled], device: str) -> list[Coding]:
-    """Each image's integers and what they are coded under; the images have one shape."""
+def quantize(prior: Prior, images: Sequence[Scaled], device: str, feedback: Feedback | None = None) -> list[Coding]:
+    """Each image's integers and what they are coded under; the images have one shape.
+
+    With `feedback` the passes of a context prior make up for the rounding of those before, but where there is dither: a
+    draw's errors are to be independent.
+    """
     latents = np.stack([image.latents for image in images])  # (b, z, h, w)
     dithers = np.stack([image.dither() for image in images])
     dithered = np.array([image.seed is not None for image in images])
@@ -43,15 +48,22 @@ def quantize(prior: Prior, images: Sequence[Scaled], device: str) -> list[Coding
             passes.append((own.reshape(-1), prior.select(image.step, own.shape)))
     else:
         steps = np.array([image.step for image in images], np.int64)
-        fine = np.zeros_like(dithers)
+        fine, errors = np.zeros_like(dithers), np.zeros(latents.shape)
         for number, span in enumerate(prior.spans):
             choice = prior.select(number, fine, dithers, dithered, steps, device)
             where = span.where(fine.shape[2:])
             channels = prior.order[span.start : span.stop]
-            values = to_integers(latents[:, channels][:, :, where], choice.offset, dithered[:, None, None])  # (b, g, n)
+            own = target = latents[:, channels][:, :, where]  # (b, g, n)
+            if feedback is not None and span.inputs and not dithered.all():
+                seen = prior.order[: span.inputs]
+                shift = feedback.shift(errors[:, seen], seen, channels, where)
+                target = own + np.where(dithered[:, None, None], 0, shift)
+            values = to_integers(target, choice.offset, dithered[:, None, None])
             for passes, rest, table in zip(coded, values - choice.centre, choice.table, strict=True):
                 passes.append((rest.reshape(-1), table.reshape(-1)))
-            _put(fine, channels, where, values * 2**17 + choice.offset)
+            rounded = values * 2**17 + choice.offset
+            _put(fine, channels, where, rounded)
+            _put(errors, channels, where, exact_errors(rounded, own))
     return [
         Coding(Quantized(own, image.step, image.seed), passes)
         for image, own, passes in zip(images, fine, coded, strict=True)

@@ -1,0 +1,56 @@
+"""The weights of error feedback: the Gram matrix of a decoder's Jacobian, averaged over places in images."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from latent_codec.codec import Codec
+from latent_codec.prior.feedback import REACH, WEIGHT_BITS, Feedback
+
+PLACES = 24
+"""So many images are enough, one place of each."""
+
+_SIDE = 2 * REACH + 9  # of the latents around a place that are decoded
+
+
+@torch.no_grad()
+def measure(codec: Codec, latents: Iterable[torch.Tensor], base: np.ndarray) -> Feedback | None:
+    """Of the decoder around the middle of each image's latents (z, h, w); `base` (z,) are the quantiser's steps.
+
+    None where no latents are large enough, or where the decoder sees the whole image at once, whose Gram matrix is no
+    matter of neighbours and too costly to measure.
+    """
+    if codec.backbone.decoder_margin is None or codec.config.codes is not None:
+        return None
+    total = None
+    for own in latents:
+        side = min(_SIDE, *own.shape[1:])
+        if side > 2 * REACH:
+            top, left = ((s - side) // 2 for s in own.shape[1:])
+            gram = _gram(codec, own[:, top : top + side, left : left + side], torch.from_numpy(base))
+            total = gram if total is None else total + gram
+    if total is None:
+        return None
+    own = (
+        total[:, :, REACH, REACH].diagonal().clamp(min=1e-12)
+    )  # a channel that changes nothing has nothing to make up for
+    weights = torch.round(total / own[:, None, None, None] * 2**WEIGHT_BITS).clamp(-(2**15) + 1, 2**15 - 1)
+    return Feedback(weights.to(torch.int16).numpy())
+
+
+def _gram(codec: Codec, z: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """(z, z, 5, 5) float64 in squared pixels: of each channel's step in the middle, with steps of all around it."""
+    device, middle = next(codec.parameters()).device, z.shape[1] // 2
+    channels = len(z)
+    base = base.to(device)
+    around = z.to(device).expand(channels, -1, -1, -1).clone()  # one copy for each channel that is moved
+    moved = around.clone()
+    moved[range(channels), range(channels), middle, middle] += base
+    labels = torch.zeros(channels, dtype=torch.int64, device=device)
+    with torch.enable_grad():
+        pixels = codec.decode(around.requires_grad_(), labels)
+        change = codec.decode(moved, labels) - pixels
+        (rows,) = torch.autograd.grad(pixels, around, change.detach())  # J' (change of the pixels)
+    near = slice(middle - REACH, middle + REACH + 1)
+    return (rows[:, :, near, near] * base[:, None, None]).double().cpu()

@@ -96,6 +96,7 @@ def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
     before, after = Codec.load(places[0]), Codec.load(tmp_path / "run" / "model.safetensors")
     assert after.model_id == before.model_id and after.statistics == before.statistics
     assert after.priors is not None and after.priors.context is not None
+    assert after.priors.feedback is not None and after.priors.feedback.weights.shape == (CHANNELS, CHANNELS, 5, 5)
     evaluated = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     evaluated = [line for line in evaluated if line["kind"] == "eval"]
     assert len(evaluated) == 4
@@ -106,6 +107,20 @@ def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
     assert dumps({k: v.tolist() for k, v in to_tensors(copied.priors).items()}) == dumps(  # pyright: ignore
         {k: v.tolist() for k, v in to_tensors(after.priors).items()}
     )
+
+
+def test_error_feedback_is_a_choice(tmp_path: Path, places: tuple[Path, Path]) -> None:
+    """It is what the latents that tables are counted on were rounded by, too."""
+    models = []
+    for feedback in (True, False):
+        train(run(places, tmp_path / str(feedback), steps=0, feedback=feedback))
+        models.append(Codec.load(tmp_path / str(feedback) / "model.safetensors"))
+    one, other = (model.priors for model in models)
+    assert one is not None and other is not None and one.context is not None and other.context is not None
+    assert one.feedback is not None and other.feedback is None
+    for layer, same in zip(one.context.passes[0].layers, other.context.passes[0].layers, strict=True):
+        assert torch.equal(layer.weight, same.weight)
+    assert not np.array_equal(one.context.tables.counts, other.context.tables.counts)
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(

@@ -202,6 +202,8 @@ class PriorConfig:
     """Quantiser steps that the prior learns, drawn evenly in their logarithm."""
     dithered: float = 0.2
     """Share of the images that are quantised with dither."""
+    feedback: bool = True
+    """Measure the decoder's error feedback, round by it here, and leave it to encoders in the model file."""
     steps: int = 8_000
     """Optimizer steps in all; the cosine learning rate ends here."""
     batch_size: int = 8

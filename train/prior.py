@@ -177,9 +177,9 @@ def make_net(
 def _measure_feedback(
     codec: Codec, crops: LatentCrops, config: PriorConfig, accelerator: Accelerator
 ) -> Feedback | None:
-    """By the main process, for a rounding is enough to make another's differ."""
+    """By the main process alone: one rounding would be enough to make another's differ."""
     found: list[Feedback | None] = [None]
-    if accelerator.is_main_process:
+    if config.feedback and accelerator.is_main_process:
         assert codec.priors is not None
         (places,) = (batch.means for batch in crops.batches(PLACES, PLACES, config.seed + 2))
         found = [measure(codec, places, codec.priors.base)]

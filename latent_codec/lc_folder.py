@@ -94,6 +94,7 @@ def encode_streams(
         "background": background,
     } | networks.settings
     settings |= {"refine": refine} if refine else {}
+    settings |= {"feedback": coder.feedback.digest} if coder.feedback else {}
     options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
     fitting, fitting_coder = Halving(), Halving()
 

@@ -41,7 +41,7 @@ class StreamCodec:
         except KeyError as error:
             raise UserError(f"the model has no {prior} prior; fit one with train.prior") from error
         self.codec, self.device, self.base = codec, device, codec.priors.base
-        self._feedback = codec.priors.feedback
+        self.feedback = codec.priors.feedback if self.prior.kind == "context" else None  # what it rounds by
         self.stream_id = codec.priors.stream_id(codec.model_id, self.prior.kind)
         self._coder = Coder(self.prior.tables)
 
@@ -63,7 +63,7 @@ class StreamCodec:
 
     def code(self, image: Scaled) -> Coding:
         """The integers, and what they are coded under."""
-        return quantize(self.prior, [image], self.device, self._feedback)[0]
+        return quantize(self.prior, [image], self.device, self.feedback)[0]
 
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         """Latents (z, h, w) float32, as a decoder reads them, on the CPU."""
@@ -75,7 +75,7 @@ class StreamCodec:
 
     def compress(self, images: Sequence[tuple[Scaled, Geometry]]) -> list[Coded]:
         """A file for each image; all of one shape."""
-        codings = quantize(self.prior, [image for image, _ in images], self.device, self._feedback)
+        codings = quantize(self.prior, [image for image, _ in images], self.device, self.feedback)
         return [self._file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
 
     def _file(self, coding: Coding, geometry: Geometry) -> Coded:

@@ -188,6 +188,9 @@ def test_streams_and_their_decoder_do_not_depend_on_it(codec: Codec) -> None:
     codec.priors = codec.priors._replace(feedback=feedback(4))
     fed = StreamCodec(codec, "cpu")
     assert fed.stream_id == plain.stream_id
+    assert (
+        fed.feedback is not None and plain.feedback is None and StreamCodec(codec, "cpu", "factorized").feedback is None
+    )
     (image,) = images(4, 1, (8, 8))
     geometry = Geometry(width=64, height=64, orientation=1, mode="RGB", background=None)
     one, other = (s.compress([(image, geometry)])[0] for s in (plain, fed))

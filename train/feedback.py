@@ -32,9 +32,7 @@ def measure(codec: Codec, latents: Iterable[torch.Tensor], base: np.ndarray) -> 
             total = gram if total is None else total + gram
     if total is None:
         return None
-    own = (
-        total[:, :, REACH, REACH].diagonal().clamp(min=1e-12)
-    )  # a channel that changes nothing has nothing to make up for
+    own = total[:, :, REACH, REACH].diagonal().clamp(min=1e-12)  # of a channel that does nothing, nothing is asked
     weights = torch.round(total / own[:, None, None, None] * 2**WEIGHT_BITS).clamp(-(2**15) + 1, 2**15 - 1)
     return Feedback(weights.to(torch.int16).numpy())
 

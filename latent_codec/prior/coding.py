@@ -63,7 +63,8 @@ def quantize(prior: Prior, images: Sequence[Scaled], device: str, feedback: Feed
                 passes.append((rest.reshape(-1), table.reshape(-1)))
             rounded = values * 2**17 + choice.offset
             _put(fine, channels, where, rounded)
-            _put(errors, channels, where, exact_errors(rounded, own))
+            if feedback is not None:
+                _put(errors, channels, where, exact_errors(rounded, own))
     return [
         Coding(Quantized(own, image.step, image.seed), passes)
         for image, own, passes in zip(images, fine, coded, strict=True)

@@ -10,6 +10,7 @@ exact solution, which lets undecoded latents have their share, gains less: many 
 G is a property of the decoder, averaged over places in images. No decoder of streams needs to know.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,11 @@ class Feedback(NamedTuple):
     """
 
     weights: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that tell one from another."""
+        return hashlib.sha256(self.weights.astype("<i2").tobytes()).hexdigest()[:16]
 
     def shift(self, errors: np.ndarray, seen: np.ndarray, channels: np.ndarray, where: np.ndarray) -> np.ndarray:
         """How far from their means, in steps, latents of some channels are best, (b, g, n) float64.

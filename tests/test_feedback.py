@@ -176,7 +176,7 @@ def test_training_rounds_as_a_file_does(codec: Codec) -> None:
         ]
         files = [c.quantized.fine / 2**17 for c in quantize(nets[0].freeze(logistic_tables()), scaled, "cpu", use)]
         shares.append((abs(read.detach().numpy() - np.stack(files)) < 1e-3).mean())
-    assert shares[0] > 0.99 > 0.97 > shares[1]  # of values: a sum in float32 may end beyond an edge
+    assert shares[0] > 0.995 > 0.98 > shares[1]  # of values: a sum in float32 may end beyond an edge
 
 
 # --- files
@@ -210,8 +210,8 @@ def test_a_model_file_holds_it(codec: Codec, tmp_path: Path) -> None:
     assert np.array_equal(found.priors.feedback.weights, feedback(4).weights)
     assert found.model_id == Codec.load(tmp_path / "plain.safetensors").model_id
     for wrong, message in (
-        (feedback(3).weights, "not (4, 4, 5, 5)"),
-        (np.zeros((4, 4, 5, 5), np.int32), "torch.int32"),
+        (feedback(3).weights, "not (4, 4, 3, 3)"),
+        (np.zeros((4, 4, 3, 3), np.int32), "torch.int32"),
     ):
         codec.priors = codec.priors._replace(feedback=Feedback(wrong))
         codec.save(tmp_path / "wrong.safetensors")
@@ -235,7 +235,7 @@ def test_refining_rounds_by_it(codec: Codec) -> None:
 def test_where_there_are_no_neighbours_there_is_no_feedback(codec: Codec) -> None:
     assert codec.priors is not None
     base = codec.priors.base
-    assert measure(codec, [torch.zeros(4, 4, 9)], base) is None
+    assert measure(codec, [torch.zeros(4, 2, 9)], base) is None
     assert measure(codec, [], base) is None
     config = dataclasses.replace(
         codec.config,
@@ -253,6 +253,6 @@ def test_where_there_are_no_neighbours_there_is_no_feedback(codec: Codec) -> Non
 
 def test_small_latents_are_measured_as_they_are(codec: Codec) -> None:
     assert codec.priors is not None
-    found = measure(codec, [torch.zeros(4, 5, 7)], codec.priors.base)
+    found = measure(codec, [torch.zeros(4, 3, 7)], codec.priors.base)
     assert found is not None and found.weights.shape == (4, 4, WIDE, WIDE)
     assert (found.weights[range(4), range(4), REACH, REACH] == 2**14).all()

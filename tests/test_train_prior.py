@@ -96,7 +96,7 @@ def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
     before, after = Codec.load(places[0]), Codec.load(tmp_path / "run" / "model.safetensors")
     assert after.model_id == before.model_id and after.statistics == before.statistics
     assert after.priors is not None and after.priors.context is not None
-    assert after.priors.feedback is not None and after.priors.feedback.weights.shape == (CHANNELS, CHANNELS, 5, 5)
+    assert after.priors.feedback is not None and after.priors.feedback.weights.shape == (CHANNELS, CHANNELS, 3, 3)
     evaluated = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     evaluated = [line for line in evaluated if line["kind"] == "eval"]
     assert len(evaluated) == 4

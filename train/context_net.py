@@ -64,7 +64,7 @@ class ContextNet(nn.Module):
     gain: torch.Tensor
     permutation: torch.Tensor  # `order` on the device
     inverse: torch.Tensor  # of the permutation
-    feedback: torch.Tensor | None  # (z, z, 5, 5) of errors in steps, in the prior's order
+    feedback: torch.Tensor | None  # (z, z, 3, 3) of errors in steps, in the prior's order
 
     def __init__(
         self,

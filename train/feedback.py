@@ -38,7 +38,7 @@ def measure(codec: Codec, latents: Iterable[torch.Tensor], base: np.ndarray) -> 
 
 
 def _gram(codec: Codec, z: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """(z, z, 5, 5) float64 in squared pixels: of each channel's step in the middle, with steps of all around it."""
+    """(z, z, 3, 3) float64 in squared pixels: of each channel's step in the middle, with steps of all around it."""
     device, middle = next(codec.parameters()).device, z.shape[1] // 2
     channels = len(z)
     base = base.to(device)

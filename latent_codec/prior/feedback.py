@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-REACH = 2
+REACH = 1
 """Latent positions to each side whose errors count."""
 
 WEIGHT_BITS = 14
@@ -27,7 +27,7 @@ _STRIP = 2**12  # positions that are looked at at once: what bounds the memory
 
 
 class Feedback(NamedTuple):
-    """Weights (z, z, 5, 5) int16, in 1 / 2^14: what errors of channel j, so many rows and columns away, count for i.
+    """Weights (z, z, 3, 3) int16, in 1 / 2^14: what errors of channel j, so many rows and columns away, count for i.
 
     Sums are of integers below 2^53, so float64 holds them exactly, in whatever order a machine adds.
     """
@@ -46,9 +46,9 @@ class Feedback(NamedTuple):
         are not known; where: (h, w) bool, the n positions.
         """
         b, _, h, w = errors.shape
-        weights = self.weights[channels][:, seen].astype(np.float64)  # (g, seen, 5, 5)
+        weights = self.weights[channels][:, seen].astype(np.float64)  # (g, seen, 3, 3)
         padded = np.pad(errors.clip(-_LARGEST_ERROR, _LARGEST_ERROR), ((0, 0), (0, 0), (REACH, REACH), (REACH, REACH)))
-        windows = sliding_window_view(padded, weights.shape[2:], (2, 3))  # (b, seen, h, w, 5, 5)
+        windows = sliding_window_view(padded, weights.shape[2:], (2, 3))  # (b, seen, h, w, 3, 3)
         rows = max(1, _STRIP // (b * w))
         parts = [
             np.tensordot(

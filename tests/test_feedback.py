@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_rate import Subject
-from tiny_prior import context_prior
+from tiny_prior import context_prior, feedback
 from torch.nn.functional import conv2d, pad
 
 from latent_codec.bitstream import unpack
@@ -27,13 +27,6 @@ from train.context_net import ContextNet, logistic_tables
 from train.feedback import measure
 
 WIDE = 2 * REACH + 1
-
-
-def feedback(channels: int, seed: int = 0) -> Feedback:
-    """Random weights, as large as a real decoder's."""
-    rng = np.random.default_rng(seed)
-    weights = rng.normal(0, 2**14 / 20, (channels, channels, WIDE, WIDE)).round().astype(np.int16)
-    return Feedback(weights)
 
 
 def images(channels: int, count: int, size: tuple[int, int], step: int = STEP_ONE) -> list[Scaled]:
@@ -161,7 +154,8 @@ def test_training_rounds_as_a_file_does(codec: Codec) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,))
-        nets = [ContextNet(config, base, codec.statistics, feedback=f) for f in (use, None)]
+        nets = [ContextNet(config, base, codec.statistics) for _ in range(2)]
+    nets[0].round_by(use)
     assert nets[0].state_dict().keys() == nets[1].state_dict().keys()  # nothing of it is in a checkpoint
     for net in nets:
         zero(net)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_prior import context_tables
+from tiny_prior import context_tables, feedback
 from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors, write_images
 
 from latent_codec.bottlenecks import DiagonalGaussian
@@ -183,11 +183,14 @@ def test_a_decoder_alone_learns_both_kinds_of_latents() -> None:
     assert found.loss.item() == pytest.approx(expected, rel=1e-4) and found.kl.item() == 0
 
 
+@pytest.mark.parametrize("fed_back", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_it_compiles_to_one_graph_and_computes_the_same(alone: bool) -> None:
+def test_it_compiles_to_one_graph_and_computes_the_same(alone: bool, fed_back: bool) -> None:
     """As the recipe has it on a GPU, where a break in the graph would wait for the host."""
     codec = tiny_codec()
-    objective = Joint(dataclasses.replace(CONFIG, decoder_alone=alone), codec, net_of(codec))
+    net = net_of(codec)
+    net.round_by(feedback(Z) if fed_back else None)
+    objective = Joint(dataclasses.replace(CONFIG, decoder_alone=alone), codec, net)
     gradients = []
     for compiled in (False, True):
         if compiled:
@@ -229,6 +232,20 @@ def test_thawing_is_the_inverse_of_freezing(model: Path) -> None:
             torch.testing.assert_close(one[name] * scale[0], other[name] * scale[1], rtol=0, atol=0)
         elif not name.endswith("shift"):
             assert torch.equal(one[name], other[name]), name
+
+
+def test_a_run_rounds_as_the_model_it_starts_from(model: Path, tmp_path: Path) -> None:
+    assert prior_of(CONFIG, str(model)).feedback is None
+    codec = Codec.load(model)
+    assert codec.priors is not None
+    codec.priors = codec.priors._replace(feedback=feedback(Z))
+    codec.save(tmp_path / "fed.safetensors")
+    for width in (CONFIG.prior_width, 16):  # thawed, and anew
+        net = prior_of(dataclasses.replace(CONFIG, prior_width=width), str(tmp_path / "fed.safetensors"))
+        assert net.feedback is not None
+        i, j = 2, 1  # in the prior's order
+        expected = feedback(Z).weights[net.order[i], net.order[j]] / 2**14
+        assert torch.equal(net.feedback[i, j], torch.from_numpy(expected).float())
 
 
 def test_a_decoder_alone_wants_the_prior_of_the_files(model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from latent_codec.prior.context import SIGNALS, TABLES, ContextConfig, ContextPrior, Layer, Pass, spans, table_scale
+from latent_codec.prior.feedback import REACH, Feedback
 from latent_codec.prior.tables import Tables, join, normalize
 
 
@@ -48,6 +49,13 @@ def context_prior(
         passes=passes,
         tables=context_tables() if tables is None else tables,
     )
+
+
+def feedback(channels: int, seed: int = 0) -> Feedback:
+    """Random weights, as large as a real decoder's."""
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(0, 2**14 / 20, (channels, channels, *[2 * REACH + 1] * 2)).round().astype(np.int16)
+    return Feedback(weights)
 
 
 def _layer(

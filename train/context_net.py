@@ -67,15 +67,10 @@ class ContextNet(nn.Module):
     feedback: torch.Tensor | None  # (z, z, 3, 3) of errors in steps, in the prior's order
 
     def __init__(
-        self,
-        config: ContextConfig,
-        base: np.ndarray,
-        statistics: LatentStatistics,
-        order: np.ndarray | None = None,
-        feedback: Feedback | None = None,
+        self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
     ) -> None:
         """`base`: (z,) the quantiser's steps; `order`: (z,) channels in their groups' order, by default those with most
-        bits first; `feedback`: what rounding goes by. Raises `ValueError` if the groups do not add up to the channels.
+        bits first. Raises `ValueError` if the groups do not add up to the channels.
         """
         super().__init__()
         if sum(config.groups) != len(base):
@@ -89,11 +84,14 @@ class ContextNet(nn.Module):
         self.register_buffer("permutation", torch.from_numpy(self.order), persistent=False)
         self.register_buffer("inverse", torch.from_numpy(np.argsort(self.order)), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
-        weights = None if feedback is None else feedback.weights[self.order][:, self.order] * 2.0**-WEIGHT_BITS
-        self.register_buffer(
-            "feedback", None if weights is None else torch.from_numpy(weights).float(), persistent=False
-        )
+        self.register_buffer("feedback", None, persistent=False)
         self.nets = nn.ModuleList(_net(config.width, span) for span in self.spans)
+
+    def round_by(self, feedback: Feedback | None) -> None:
+        """Quantise as encoders do that go by it; before the module is moved to a device."""
+        if feedback is not None:
+            weights = feedback.weights[self.order][:, self.order] * 2.0**-WEIGHT_BITS
+            self.feedback = torch.from_numpy(weights).float()
 
     def forward(
         self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float

@@ -14,7 +14,6 @@ from latent_codec.errors import UserError
 from latent_codec.modelfile import LatentStatistics, save_tensors
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.context import ContextConfig
-from latent_codec.prior.feedback import Feedback
 from train.adversarial import no_contest
 from train.config import JointConfig, context_groups, context_levels
 from train.context_net import ContextNet
@@ -32,14 +31,9 @@ class TrainedPrior(ContextNet):
     """A context prior that a run's checkpoints hold: `prior.safetensors`, and averaged in `prior_ema.safetensors`."""
 
     def __init__(
-        self,
-        config: ContextConfig,
-        base: np.ndarray,
-        statistics: LatentStatistics,
-        order: np.ndarray | None = None,
-        feedback: Feedback | None = None,
+        self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
     ) -> None:
-        super().__init__(config, base, statistics, order, feedback)
+        super().__init__(config, base, statistics, order)
         self.register_buffer("channels", torch.from_numpy(self.order))  # for those that go on from the weights
 
     def save(self, path: Path) -> None:
@@ -65,9 +59,11 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
             "model's --prior-groups, --prior-levels and --prior-width, or train one by train.prior first"
         )
     if context is None or dataclasses.replace(context.config, centred=True) != wanted:
-        return TrainedPrior(wanted, model.priors.base, model.statistics, feedback=model.priors.feedback)
-    net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order, model.priors.feedback)
-    net.thaw(context)
+        net = TrainedPrior(wanted, model.priors.base, model.statistics)
+    else:
+        net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)
+        net.thaw(context)
+    net.round_by(model.priors.feedback)
     return net
 
 

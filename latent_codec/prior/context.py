@@ -245,9 +245,9 @@ def _run(net: Pass, x: torch.Tensor, sites: torch.Tensor, device: str) -> np.nda
         for top in range(0, h, rows):
             bottom = min(top + rows, h)
             first, last = max(top - 1, 0), min(bottom + 1, h)  # rows of the first layer that the second one sees
-            y = _apply(layers[0], _patches(x[:, first : last + 2])).clamp_(0, TOP)
+            y = _apply(layers[0], patches(x[:, first : last + 2])).clamp_(0, TOP)
             y = pad(y.unflatten(1, (-1, w)), (0, 0, 1, 1, int(top == 0), int(bottom == h)))
-            y = _apply(layers[1], _patches(y, sites[top:bottom])).clamp_(0, TOP)  # (b, n, width)
+            y = _apply(layers[1], patches(y, sites[top:bottom])).clamp_(0, TOP)  # (b, n, width)
             y = _apply(layers[2], y).clamp_(0, TOP)
             outputs.append(_apply(layers[3], y).cpu().to(torch.int64))
     return torch.cat(outputs, 1).movedim(2, 1).numpy()
@@ -273,7 +273,7 @@ def _apply(layer: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return (x @ weight).add_(offset).div_(divisor).floor_()
 
 
-def _patches(x: torch.Tensor, sites: torch.Tensor | None = None) -> torch.Tensor:
+def patches(x: torch.Tensor, sites: torch.Tensor | None = None) -> torch.Tensor:
     """3x3 neighbourhoods (b, n, 9 * c) of padded x (b, h + 2, w + 2, c), at sites (h, w) bool or everywhere."""
     h, w = x.shape[1] - 2, x.shape[2] - 2
     corner = torch.arange(h)[:, None] * (w + 2) + torch.arange(w)  # (h, w) of each position's upper left neighbour

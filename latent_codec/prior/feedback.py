@@ -14,7 +14,10 @@ import hashlib
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+import torch
+from torch.nn.functional import pad
+
+from latent_codec.prior.context import patches
 
 REACH = 1
 """Latent positions to each side whose errors count."""
@@ -46,17 +49,13 @@ class Feedback(NamedTuple):
         are not known; where: (h, w) bool, the n positions.
         """
         b, _, h, w = errors.shape
-        weights = self.weights[channels][:, seen].astype(np.float64)  # (g, seen, 3, 3)
-        padded = np.pad(errors.clip(-_LARGEST_ERROR, _LARGEST_ERROR), ((0, 0), (0, 0), (REACH, REACH), (REACH, REACH)))
-        windows = sliding_window_view(padded, weights.shape[2:], (2, 3))  # (b, seen, h, w, 3, 3)
-        rows = max(1, _STRIP // (b * w))
-        parts = [
-            np.tensordot(
-                windows[:, :, top : top + rows][:, :, where[top : top + rows]], weights, ((1, 3, 4), (1, 2, 3))
-            )
-            for top in range(0, h, rows)
-        ]
-        return np.concatenate(parts, 1).swapaxes(1, 2) * -(2.0 ** -(WEIGHT_BITS + 17))  # (b, g, n)
+        weights = self.weights[channels][:, seen].astype(np.float64).reshape(len(channels), len(seen), -1)
+        weight = torch.from_numpy(weights).permute(2, 1, 0).flatten(0, 1)  # (9 * seen, g)
+        known = torch.from_numpy(errors).clamp(-_LARGEST_ERROR, _LARGEST_ERROR)
+        known = pad(known.movedim(1, 3), (0, 0, 1, 1, 1, 1))  # (b, h + 2, w + 2, seen)
+        sites, rows = torch.from_numpy(where), max(1, _STRIP // (b * w))
+        parts = [patches(known[:, top : top + rows + 2], sites[top : top + rows]) @ weight for top in range(0, h, rows)]
+        return torch.cat(parts, 1).mT.numpy() * -(2.0 ** -(WEIGHT_BITS + 17))  # (b, g, n)
 
 
 def exact_errors(fine: np.ndarray, latents: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from PIL import Image
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.perceptual import LPIPS
 from latent_codec.prior import Priors, factorized
 from latent_codec.prior.context import ContextConfig
 from train.context_net import ContextNet, logistic_tables
@@ -23,6 +24,8 @@ from train.context_net import ContextNet, logistic_tables
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+SQUEEZE = Path(__file__).parents[2] / "shared" / "weights" / "squeezenet1_1_features.safetensors"
 
 Draw = Callable[..., Path]
 
@@ -117,3 +120,10 @@ def umask_027() -> Iterator[None]:
     before = os.umask(0o027)
     yield
     os.umask(before)
+
+
+@pytest.fixture(scope="session")
+def lpips() -> LPIPS:
+    if not SQUEEZE.is_file():
+        pytest.skip("no ../shared/weights/squeezenet1_1_features.safetensors here")
+    return LPIPS("squeeze", SQUEEZE)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from train.config import ELBOConfig
 from train.objectives import ELBO, Losses
 from train.presets import photo
 
-SQUEEZE = Path(__file__).parents[2] / "shared" / "weights" / "squeezenet1_1_features.safetensors"
 SIDE, PATCH, Z, B, SIGMA = 16, 4, 5, 3, 0.3
 
 
@@ -56,13 +54,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (B, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
     return pixels, torch.tensor([5, -7, 2**40])
-
-
-@pytest.fixture(scope="module")
-def lpips() -> LPIPS:
-    if not SQUEEZE.is_file():
-        pytest.skip("no ../shared/weights/squeezenet1_1_features.safetensors here")
-    return LPIPS("squeeze", SQUEEZE)
 
 
 def call(objective: ELBO, batch: tuple[torch.Tensor, torch.Tensor], beta: float = 1.0, measure: bool = False) -> Losses:

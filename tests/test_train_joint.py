@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SQUEEZE
 from safetensors.torch import load_file
 from tiny_prior import context_tables, feedback
 from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors, write_images
@@ -16,6 +17,7 @@ from latent_codec.config import LiteConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.perceptual import LPIPS
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.context import ContextConfig
 from latent_codec.quantizer import STEP_OF_STD
@@ -183,6 +185,39 @@ def test_a_decoder_alone_learns_both_kinds_of_latents() -> None:
     assert found.loss.item() == pytest.approx(expected, rel=1e-4) and found.kl.item() == 0
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_lpips_of_what_is_decoded_is_added_to_either_nll(
+    alone: bool, lpips: LPIPS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, arguments, params = tiny_codec(), (*batch(2), torch.tensor(1.0), False), []
+    decode = codec.likelihood_params
+    monkeypatch.setattr(codec, "likelihood_params", lambda z, labels: params.append(decode(z, labels)) or params[-1])
+    plain = dataclasses.replace(CONFIG, noise_steps=(1.5, 1.5), mode_weight=3.0, decoder_alone=alone)
+    without = Joint(plain, codec, net_of(codec))(*arguments)
+    params.clear()
+    looking = Joint(dataclasses.replace(plain, lpips_weight=2.0), codec, net_of(codec), lpips)
+    found = looking(*arguments)
+    x = arguments[0].float() / 127.5 - 1
+    distances = [lpips(codec.likelihood.mean(p), x).mean() for p in params]
+    total = 4 * distances[0] if alone else distances[0] + 3 * distances[1]  # the draw's, then the quantised mode's
+    added = found.loss - without.loss
+    assert added.item() == pytest.approx(2.0 * 32 * 32 * total.item() / 1.5**2, rel=1e-3)
+    assert found.lpips.item() == pytest.approx(distances[0].item(), rel=1e-5) and without.lpips.item() == 0
+    for name in ("nll", "nll_mode", "kl"):
+        assert getattr(found, name).item() == pytest.approx(getattr(without, name).item(), rel=1e-5), name
+    gradients = torch.autograd.grad(added, [p for p in codec.backbone.decoder.parameters() if p.requires_grad])
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    trained = {id(p) for p in looking.parameters() if p.requires_grad}
+    assert trained.isdisjoint(id(p) for p in lpips.parameters())
+
+
+def test_a_joint_objective_has_lpips_exactly_when_its_weight_is_positive(lpips: LPIPS) -> None:
+    codec = tiny_codec()
+    for weight, module in ((1.0, None), (0.0, lpips)):
+        with pytest.raises(ValueError, match="lpips_weight"):
+            Joint(dataclasses.replace(CONFIG, lpips_weight=weight), codec, net_of(codec), module)
+
+
 @pytest.mark.parametrize("fed_back", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
 def test_it_compiles_to_one_graph_and_computes_the_same(alone: bool, fed_back: bool) -> None:
@@ -282,6 +317,14 @@ def test_the_log_says_what_latents_cost_and_are_worth(straight: Path) -> None:
             assert values == sorted(values, reverse=True) and values[-1] > 0
 
 
+def test_a_run_with_lpips_says_what_it_is(argv: list[str], lpips: LPIPS, tmp_path: Path) -> None:
+    words = "--decoder-alone --steps 2 --eval-every 2 --lpips-weight 2 --lpips-net squeeze --lpips-backbone"
+    run([*argv, *flags(words), str(SQUEEZE)], tmp_path / "run")
+    (line,) = log_lines(tmp_path / "run", "eval")
+    assert all(0 < line[f"lpips_step_{step}"] < 2 for step in ("0.5", "1", "2"))
+    assert all(0 < line["lpips"] < 2 for line in log_lines(tmp_path / "run", "train"))
+
+
 def test_all_three_parts_are_trained(straight: Path) -> None:
     first, last = tensors(straight, 1), tensors(straight, 6)
     for part in (
@@ -373,6 +416,7 @@ def test_what_a_prior_cannot_start_from_is_refused(straight: Path, model: Path, 
         ({"prior_levels": (7,)}, "levels"),
         ({"prior_width": 113}, "prior_width"),
         ({"prior_learning_rate": 0.0}, "prior_learning_rate"),
+        ({"lpips_weight": -1.0}, "lpips_weight is -1.0; it must not be negative"),
     ],
 )
 def test_wrong_values_are_refused(fields: dict[str, object], message: str) -> None:

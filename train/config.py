@@ -105,6 +105,9 @@ class JointConfig:
     """Of the context prior, on the codec's schedule: it has to follow latents that move."""
     decoder_alone: bool = False
     """Encoder, quantiser and prior stay as they are, and with them what files take: the decoder alone learns."""
+    lpips_weight: float = 0.0
+    """Nats per pixel for one unit of LPIPS, beside either NLL; 0 leaves LPIPS out."""
+    lpips_net: Literal["alex", "squeeze", "vgg"] = "alex"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,11 +251,10 @@ def check(config: TrainConfig) -> None:
             raise UserError(f"iwae weighs draws from a gaussian posterior, which {kind} has not: take an elbo")
     elif isinstance(config.objective, JointConfig):
         _check_joint(config.objective, config.codec)
-    elif config.objective.lpips_weight > 0 and config.codec.image_channels != 3:
-        channels = config.codec.image_channels
-        raise UserError(f"LPIPS compares RGB images, and the model's have {channels} channels: set lpips_weight to 0")
     elif (steps := config.objective.mode_steps) is not None and not 0 < steps[0] <= steps[1]:
         raise UserError(f"mode_steps is {steps}; it must be two positive steps, the smaller one first")
+    if not isinstance(config.objective, IWAEConfig):
+        _check_lpips(config.objective, config.codec)
     if isinstance(config.objective, ELBOConfig) and config.objective.adversarial is not None:
         _check_adversarial(config.objective.adversarial, config)
     _check_bottleneck(config)
@@ -278,6 +280,13 @@ def _check_numbers(config: TrainConfig | DiffusionConfig) -> None:
         from_json(type(config), to_json(config))
     except ValueError as error:  # a float that is not finite would be written, but not read again
         raise UserError(f"{error}; give another value") from error
+
+
+def _check_lpips(objective: ELBOConfig | JointConfig, codec: CodecConfig) -> None:
+    if (weight := objective.lpips_weight) < 0:
+        raise UserError(f"lpips_weight is {weight}; it must not be negative")
+    if weight > 0 and (channels := codec.image_channels) != 3:
+        raise UserError(f"LPIPS compares RGB images, and the model's have {channels} channels: set lpips_weight to 0")
 
 
 def _check_adversarial(adversarial: AdversarialConfig, config: TrainConfig) -> None:

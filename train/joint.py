@@ -13,6 +13,7 @@ from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.modelfile import LatentStatistics, save_tensors
 from latent_codec.noise import fold, normal, uniform
+from latent_codec.perceptual import LPIPS
 from latent_codec.prior.context import ContextConfig
 from train.adversarial import no_contest
 from train.config import JointConfig, context_groups, context_levels
@@ -83,12 +84,16 @@ class Joint(nn.Module):
     change nothing for the encoder.
 
     With `decoder_alone` only the two NLLs are left, of the decoder's weights; each image has one of them, by lot.
+
+    LPIPS of what is decoded is added to either NLL.
     """
 
-    def __init__(self, config: JointConfig, codec: Codec, prior: ContextNet) -> None:
+    def __init__(self, config: JointConfig, codec: Codec, prior: ContextNet, lpips: LPIPS | None = None) -> None:
         """With `decoder_alone` no other weights of `codec` and `prior` will have a gradient."""
         super().__init__()
-        self.config, self.codec, self.prior = config, codec, prior
+        if (lpips is not None) != (config.lpips_weight > 0):
+            raise ValueError("an LPIPS module is needed exactly when lpips_weight is positive")
+        self.config, self.codec, self.prior, self.lpips = config, codec, prior, lpips
         if config.decoder_alone:
             prior.requires_grad_(False)
             for name, parameter in codec.named_parameters():
@@ -114,18 +119,21 @@ class Joint(nn.Module):
         if self.config.decoder_alone:
             lot = uniform(fold(keys, CHOSEN)) * (1 + weight) < weight  # (b,)
             params = codec.likelihood_params(torch.where(lot[:, None, None, None], coded.latents, z), labels)
-            either = -codec.likelihood.log_prob(params, x) * (1 + weight)  # (b,)
+            either, lpips = self._errors(params, x)  # (b,)
+            looks = self._nats(lpips, x)
+            either = either * (1 + weight)
             nll, nll_mode = torch.where(lot, 0, either), torch.where(lot, either / max(weight, 1e-9), 0)
             kl = torch.zeros_like(nll)
-            loss = (coarse * either).mean()
+            loss = (coarse * (either + (1 + weight) * looks)).mean()
         else:
             params = codec.likelihood_params(z, labels)
-            nll = -codec.likelihood.log_prob(params, x)  # (b,)
+            nll, lpips = self._errors(params, x)  # (b,)
             kl = self._kl(posterior, z, step)  # (b,)
-            nll_mode = -codec.likelihood.log_prob(codec.likelihood_params(coded.latents, labels), x)  # (b,)
+            nll_mode, lpips_mode = self._errors(codec.likelihood_params(coded.latents, labels), x)  # (b,)
+            looks = self._nats(lpips + weight * lpips_mode, x)
             integers = coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
             off_centre = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
-            loss = (coarse * (nll + weight * nll_mode) + fine * (beta * kl + integers + off_centre)).mean()
+            loss = (coarse * (nll + weight * nll_mode + looks) + fine * (beta * kl + integers + off_centre)).mean()
         with torch.no_grad():
             mse = torch.full((), math.nan, device=x.device)
             if measure:
@@ -136,7 +144,7 @@ class Joint(nn.Module):
                 nll=nll.mean(),
                 kl=kl.mean(),
                 nll_mode=(coarse * nll_mode).mean(),
-                lpips=zero,
+                lpips=lpips.mean(),
                 mse=mse,
                 clamped=posterior.clamped,
                 latent_mean=mean.mean((0, 2, 3)),
@@ -145,6 +153,18 @@ class Joint(nn.Module):
                 code_use=torch.ones(1, 1, device=x.device),
                 contest=torch.stack(no_contest(x)),
             )
+
+    def _errors(self, params: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """NLL of each image x in nats, and LPIPS of its expected pixels, 0 where that is left out, (b,) both."""
+        nll = -self.codec.likelihood.log_prob(params, x)
+        if self.lpips is None:
+            return nll, torch.zeros_like(nll)
+        mean = self.codec.likelihood.mean(params)
+        return nll, self.lpips(signed(self.codec, mean), signed(self.codec, x))
+
+    def _nats(self, lpips: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What LPIPS (b,) of images x counts."""
+        return self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
 
     def _kl(self, posterior: DiagonalGaussian, z: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """KL(q_s, p_s) of each image in nats, (b,), by one sample; the entropy of q_s is exact.
@@ -158,18 +178,26 @@ class Joint(nn.Module):
 
 
 @torch.no_grad()
-def measure(prior: ContextNet, codec: Codec, crops: CentreCrops, batch: int = 8) -> dict[str, float]:
-    """At each of `MEASURED` steps: bits per pixel of rounded latents under the prior, PSNR of what they decode to."""
+def measure(
+    prior: ContextNet, codec: Codec, crops: CentreCrops, lpips: LPIPS | None, batch: int = 8
+) -> dict[str, float]:
+    """At each of `MEASURED` steps: bits per pixel of rounded latents under the prior, PSNR of what they decode to and,
+    if it is there to measure it, LPIPS."""
     device = next(codec.parameters()).device
     values: dict[str, float] = {}
     means = [codec.encode(p.to(device)).mean for p in crops.pixels.split(batch)]
     for step in MEASURED:
-        bits, psnr = [], []
+        bits, psnr, distances = [], [], []
         for mean, pixels in zip(means, crops.pixels.split(batch), strict=True):
             coded = prior.code(prior.rounded(mean, torch.full((len(mean),), step, device=device)))
             bits.append(coded.bits / codec.factor**2)
-            error = codec.decode_uint8(coded.latents).float() - pixels.to(device).float()
+            decoded, original = codec.decode_uint8(coded.latents).float(), pixels.to(device).float()
+            error = decoded - original
+            if lpips is not None:
+                distances.append(lpips(decoded / 127.5 - 1, original / 127.5 - 1))
             psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3)).clamp(min=1e-6)))
         values[f"bpp_step_{step:g}"] = torch.cat(bits).mean().item()
         values[f"psnr_step_{step:g}"] = torch.cat(psnr).mean().item()
+        if distances:
+            values[f"lpips_step_{step:g}"] = torch.cat(distances).mean().item()
     return values

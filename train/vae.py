@@ -143,7 +143,7 @@ def train(run: Run) -> int:
     after_step = None if codebook is None else codebook.after_step
     task = VAETask(config, run.out, ema, Validation(crops), log)
     if isinstance(objective, Joint):
-        task.more = functools.partial(measure, modules["prior_ema"], ema, crops)  # pyright: ignore[reportArgumentType]
+        task.more = functools.partial(measure, modules["prior_ema"], ema, crops, objective.lpips)  # pyright: ignore[reportArgumentType]
     trainer = Trainer(config, run.out, accelerator, wrapped, modules, optimizer_, progress, task, log, after_step)
     _announce(run, accelerator, codec, sources, progress)
     with interrupts:
@@ -187,7 +187,7 @@ class VAETask:
         if config.codec.codes is not None:
             values["perplexity"] = perplexity(losses.code_use[:, 0])
             values["penalty"] = losses.penalty.item()
-        if isinstance(config.objective, ELBOConfig) and config.objective.lpips_weight > 0:
+        if not isinstance(config.objective, IWAEConfig) and config.objective.lpips_weight > 0:
             values["lpips"] = losses.lpips.item()
         if isinstance(config.objective, ELBOConfig) and config.objective.adversarial is not None:
             names = ("generator", "discriminator", "adversarial_weight", "score_real", "score_fake")
@@ -206,6 +206,7 @@ def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
     config = run.config.objective
     if isinstance(config, IWAEConfig):
         return IWAE(config, codec)
+    lpips = LPIPS(config.lpips_net, run.lpips_backbone) if config.lpips_weight > 0 else None
     if isinstance(config, JointConfig):
         assert run.start_from is not None
         prior = prior_of(config, run.start_from)
@@ -214,8 +215,8 @@ def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
                 f"--start-from {run.start_from}: its quantiser is for {len(prior.order)} latent channels, not "
                 f"{codec.config.latent_channels}; let them grow by `photo`, then `latent-codec export` it"
             )
-        return Joint(config, codec, prior)
-    return ELBO(config, codec, LPIPS(config.lpips_net, run.lpips_backbone) if config.lpips_weight > 0 else None)
+        return Joint(config, codec, prior, lpips)
+    return ELBO(config, codec, lpips)
 
 
 def _moments(

@@ -19,7 +19,7 @@ from latent_codec.images import pad
 from latent_codec.inputs import find_images
 from train import recipe as program
 from train import stages
-from train.config import JointConfig, PriorConfig
+from train.config import ELBOConfig, JointConfig, PriorConfig
 from train.presets import conv
 from train.recipe import Recipe, codec_config, preset_of
 from train.stages import Clock, Plan, advance
@@ -151,6 +151,16 @@ def test_a_call_too_short_to_measure_the_speed_fails(
     assert "give more --minutes" in capsys.readouterr().out
 
 
+def test_lpips_has_the_weights_it_is_given(tiny: Recipe, tmp_path: Path) -> None:
+    missing = dataclasses.replace(
+        tiny, out=tmp_path / "run", lpips_weight=2.0, lpips_backbone=tmp_path / "none.safetensors"
+    )
+    with pytest.raises(UserError, match=r"none\.safetensors"):
+        now(missing)
+    with pytest.raises(UserError, match=r"other flags \(lpips_weight\)"):
+        now(dataclasses.replace(tiny, lpips_weight=2.0))
+
+
 def test_the_clock_runs_from_the_start_of_the_process() -> None:
     assert Clock(time.monotonic() - 60, 5.0).left == pytest.approx(4.0, abs=0.1)
 
@@ -164,6 +174,11 @@ def test_steps_and_learning_rate_follow_from_the_batch(tiny: Recipe, model_file:
     assert isinstance(joint.objective, JointConfig)
     assert joint.learning_rate == pytest.approx(2e-4)
     assert joint.objective.prior_learning_rate == pytest.approx(1e-3)  # its lead over the codec's stays
+    assert joint.objective.lpips_weight == 0
+    for kind in ("elbo", "joint"):
+        looks = dataclasses.replace(plain, lpips_weight=2.0)
+        found = codec_config(looks, preset_of(Codec.load(model_file).config, kind), 32, 1000, True).objective
+        assert isinstance(found, ELBOConfig | JointConfig) and found.lpips_weight == 2
     objective, prior = joint.objective, plain.prior
     assert (objective.prior_groups, objective.prior_levels) == (prior.groups, prior.levels)
     assert objective.prior_width == prior.width

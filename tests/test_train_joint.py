@@ -221,11 +221,19 @@ def test_a_joint_objective_has_lpips_exactly_when_its_weight_is_positive(lpips: 
 @pytest.mark.parametrize("fed_back", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
 def test_it_compiles_to_one_graph_and_computes_the_same(alone: bool, fed_back: bool) -> None:
-    """As the recipe has it on a GPU, where a break in the graph would wait for the host."""
     codec = tiny_codec()
     net = net_of(codec)
     net.round_by(feedback(Z) if fed_back else None)
-    objective = Joint(dataclasses.replace(CONFIG, decoder_alone=alone), codec, net)
+    assert_compiles(Joint(dataclasses.replace(CONFIG, decoder_alone=alone), codec, net))
+
+
+def test_it_compiles_with_lpips(lpips: LPIPS) -> None:
+    codec = tiny_codec()
+    assert_compiles(Joint(dataclasses.replace(CONFIG, lpips_weight=2.0), codec, net_of(codec), lpips))
+
+
+def assert_compiles(objective: Joint) -> None:
+    """As the recipe has it on a GPU, where a break in the graph would wait for the host."""
     gradients = []
     for compiled in (False, True):
         if compiled:

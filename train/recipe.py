@@ -14,7 +14,7 @@ import tyro
 
 from latent_codec.config import CodecConfig, LiteConfig
 from latent_codec.errors import UserError
-from train.config import JointConfig, PriorConfig, TrainConfig
+from train.config import IWAEConfig, JointConfig, PriorConfig, TrainConfig
 from train.presets import photo, photo_joint
 from train.program import main_of
 
@@ -50,6 +50,10 @@ class Recipe:
     """Side of the codec's crops, in pixels."""
     learning_rate: float | None = None
     """Of the codec; by default the preset's times the square root of how much larger the batch is, up to 0.001."""
+    lpips_weight: float = 0.0
+    """Nats per pixel for one unit of LPIPS in the codec's training; 0 leaves LPIPS out."""
+    lpips_backbone: Path | None = None
+    """Local safetensors file with AlexNet's ImageNet features for it; otherwise they are downloaded."""
     prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
     """Of the context prior; steps follow from the plan, and a batch of 8 becomes 256 on a GPU."""
     compile: bool | None = None
@@ -70,6 +74,8 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
     """The codec's training; `model` holds the parts of the model that it starts from."""
     more = (batch_size / model.batch_size) ** 0.5
     rate, objective = min(1e-3, model.learning_rate * more), model.objective
+    assert not isinstance(objective, IWAEConfig)
+    objective = dataclasses.replace(objective, lpips_weight=recipe.lpips_weight)
     if isinstance(objective, JointConfig):
         objective = dataclasses.replace(
             objective,

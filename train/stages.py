@@ -74,7 +74,7 @@ class State:
     def __init__(self, recipe: Recipe, start_id: str) -> None:
         """Raises `UserError` if the folder is a recipe with other flags."""
         fields = ("total_minutes", "prior_share", "objective", "latent_channels", "batch_size", "crop", "learning_rate")
-        flags = {"start_from": start_id} | {name: getattr(recipe, name) for name in fields}
+        flags = {"start_from": start_id} | {name: getattr(recipe, name) for name in (*fields, "lpips_weight")}
         flags |= flat(to_json(recipe.prior), "prior")
         self.path, self.plans, self.done = recipe.out / "recipe.json", dict[str, Plan](), list[str]()
         self._flags = json.loads(json.dumps(flags))
@@ -192,6 +192,7 @@ class _Stages:
             out=out,
             start_from=self.recipe.start_from,
             max_minutes=self._training_minutes(),
+            lpips_backbone=self.recipe.lpips_backbone,
             config=config,
         )
         with accelerate_as("bf16" if self.on_gpu else "no"):

@@ -22,7 +22,7 @@ from train import stages
 from train.config import ELBOConfig, JointConfig, PriorConfig
 from train.presets import conv
 from train.recipe import Recipe, codec_config, preset_of
-from train.stages import Clock, Plan, advance
+from train.stages import Clock, Plan, State, advance
 
 
 def pack(folder: Path, tar: Path) -> Path:
@@ -157,8 +157,22 @@ def test_lpips_has_the_weights_it_is_given(tiny: Recipe, tmp_path: Path) -> None
     )
     with pytest.raises(UserError, match=r"none\.safetensors"):
         now(missing)
+
+
+def test_a_plan_keeps_its_lpips_weight_and_one_that_names_none_has_none(tiny: Recipe, tmp_path: Path) -> None:
+    plain = dataclasses.replace(tiny, out=tmp_path)
+    looking = dataclasses.replace(plain, lpips_weight=2.0)
+    State(plain, "id").write()
+    written = state(plain)
+    assert written["flags"].pop("lpips_weight") == 0
+    (tmp_path / "recipe.json").write_text(json.dumps(written))
+    State(plain, "id").write()
     with pytest.raises(UserError, match=r"other flags \(lpips_weight\)"):
-        now(dataclasses.replace(tiny, lpips_weight=2.0))
+        State(looking, "id")
+    (tmp_path / "recipe.json").unlink()
+    State(looking, "id").write()
+    with pytest.raises(UserError, match=r"other flags \(lpips_weight\)"):
+        State(plain, "id")
 
 
 def test_the_clock_runs_from_the_start_of_the_process() -> None:

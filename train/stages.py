@@ -73,14 +73,15 @@ class State:
 
     def __init__(self, recipe: Recipe, start_id: str) -> None:
         """Raises `UserError` if the folder is a recipe with other flags."""
-        fields = ("total_minutes", "prior_share", "objective", "latent_channels", "batch_size", "crop", "learning_rate")
-        flags = {"start_from": start_id} | {name: getattr(recipe, name) for name in (*fields, "lpips_weight")}
+        fields = "total_minutes prior_share objective latent_channels batch_size crop learning_rate lpips_weight"
+        flags = {"start_from": start_id} | {name: getattr(recipe, name) for name in fields.split()}
         flags |= flat(to_json(recipe.prior), "prior")
         self.path, self.plans, self.done = recipe.out / "recipe.json", dict[str, Plan](), list[str]()
         self._flags = json.loads(json.dumps(flags))
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            if changed := [k for k in self._flags if found["flags"].get(k) != self._flags[k]]:
+            before = {"lpips_weight": 0.0} | found["flags"]  # the first recipes had none
+            if changed := [k for k in self._flags if before.get(k) != self._flags[k]]:
                 raise UserError(
                     f"{recipe.out} was planned with other flags ({', '.join(changed)}); give its own, or another --out"
                 )

@@ -3,8 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from latent_codec.codec import Codec as Codec
     from latent_codec.config import CodecConfig as CodecConfig

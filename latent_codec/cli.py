@@ -26,7 +26,7 @@ Command = Union[
 
 def main(args: list[str] | None = None) -> None:
     """Entry point; exits with 0, 1 (some images failed), 2 (usage or a user's mistake) or 130 (Ctrl-C)."""
-    from latent_codec import __version__
+    from latent_codec.version import __version__
 
     if (args if args is not None else sys.argv[1:]) == ["--version"]:
         print(f"latent-codec {__version__}")

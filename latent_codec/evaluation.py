@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec import __version__, bitstream, metrics
+from latent_codec import bitstream, metrics
 from latent_codec.bitstream import SUFFIX
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
@@ -28,6 +28,7 @@ from latent_codec.pipeline import OVERWRITE
 from latent_codec.rate import Rate
 from latent_codec.streams import StreamReader
 from latent_codec.summary import Summary
+from latent_codec.version import __version__
 
 RESULTS = "results.json"
 

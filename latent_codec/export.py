@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from latent_codec import __version__, tiling
+from latent_codec import tiling
 from latent_codec.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.codebooks import Codes
 from latent_codec.codec import Codec, resolve
@@ -23,6 +23,7 @@ from latent_codec.modelfile import LatentStatistics
 from latent_codec.pipeline import check_channels
 from latent_codec.prior import Priors, factorized
 from latent_codec.quantizer import base_steps
+from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
 

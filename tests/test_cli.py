@@ -13,12 +13,13 @@ import torch
 from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec import __version__, bitstream, cli, compression, lc_folder, plan
+from latent_codec import bitstream, cli, compression, lc_folder, plan
 from latent_codec.codec import Codec
 from latent_codec.commands.folders import Decode, Encode
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
 from latent_codec.lc_folder import dither_seed
+from latent_codec.version import __version__
 
 ROOT = Path(__file__).parents[1]
 LATENTS = ("--format", "safetensors")

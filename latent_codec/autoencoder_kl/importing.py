@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from latent_codec import __version__, modelfile
+from latent_codec import modelfile
 from latent_codec.autoencoder_kl import layouts, settings
 from latent_codec.autoencoder_kl.exporting import BACKBONE, CONFIG, FORMAT_VERSION, KEY, WEIGHTS, digest, restored
 from latent_codec.autoencoder_kl.folding import Tensors
@@ -21,6 +21,7 @@ from latent_codec.config import CodecConfig, from_json
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec import bitstream, metrics
-from latent_codec.bitstream import SUFFIX
+from latent_codec import metrics
+from latent_codec.bitstream import container
+from latent_codec.bitstream.container import SUFFIX
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute, Networks
@@ -25,8 +28,6 @@ from latent_codec.latents import Latents
 from latent_codec.lc_folder import encode_streams
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import OVERWRITE
-from latent_codec.rate import Rate
-from latent_codec.streams import StreamReader
 from latent_codec.summary import Summary
 from latent_codec.version import __version__
 
@@ -164,7 +165,7 @@ def _store_streams(codec: Codec, where: str | Path, folder: Path, compute: Compu
 
     def images() -> Iterator[_One]:
         for file in files:
-            stream = bitstream.read(file)
+            stream = container.read(file)
             reader.check(stream)
             (latents,) = reader.decompress([stream])
             if isinstance(latents, UserError):

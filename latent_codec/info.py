@@ -7,8 +7,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec import bitstream, modelfile
-from latent_codec.bitstream import SUFFIX, Header, Stream
+from latent_codec import modelfile
+from latent_codec.bitstream import container
+from latent_codec.bitstream.container import SUFFIX, Header, Stream
+from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.codec import Codec, resolve, shipped
 from latent_codec.config import CodecConfig, dumps
 from latent_codec.errors import UserError
@@ -17,7 +19,6 @@ from latent_codec.latent_files import INDEX, parts, read_index
 from latent_codec.lc_folder import find_streams
 from latent_codec.prior import Priors
 from latent_codec.quantizer import STEP_ONE
-from latent_codec.streams import is_maker
 
 _SIDE = 256  # pixels, of the image whose computation is counted
 _FLIPS = ", and the same of the images mirrored left to right"
@@ -151,7 +152,7 @@ def _describe_priors(priors: Priors | None) -> list[str]:
 
 def _read_stream(path: Path) -> Stream:
     try:
-        return bitstream.read(path, max_pixels=2**64)  # nothing is allocated for them
+        return container.read(path, max_pixels=2**64)  # nothing is allocated for them
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UserError as error:
@@ -160,7 +161,7 @@ def _read_stream(path: Path) -> Stream:
 
 def _describe_stream(path: Path, model: str | None) -> str:
     header, payload = _read_stream(path)
-    geometry, size = header.geometry, bitstream.OVERHEAD + len(payload)
+    geometry, size = header.geometry, container.OVERHEAD + len(payload)
     image = [f"{geometry.width}x{geometry.height}", {"L": "grey", "RGB": "colour"}[geometry.mode]]
     if geometry.orientation != 1:
         image.append(f"turned upright from EXIF orientation {geometry.orientation}")
@@ -178,7 +179,7 @@ def _describe_stream(path: Path, model: str | None) -> str:
             f"model       {called}",
             f"prior       {header.prior}",
             f"latents     {latents}",
-            f"payload     {len(payload)} bytes, {bitstream.OVERHEAD} more of header and checksums",
+            f"payload     {len(payload)} bytes, {container.OVERHEAD} more of header and checksums",
             f"on disk     {8 * size / (geometry.width * geometry.height):.3f} bits per pixel",
         ]
     )
@@ -189,7 +190,7 @@ def _describe_streams(folder: Path, sources: list[Source], model: str | None) ->
     for source in sources:
         header, payload = _read_stream(source.path)
         found.append(header)
-        size += bitstream.OVERHEAD + len(payload)
+        size += container.OVERHEAD + len(payload)
     pixels = sum(h.geometry.width * h.geometry.height for h in found)
     kinds = {h.stream_id: h for h in found}
     steps = sorted({h.step / STEP_ONE for h in found})

@@ -9,8 +9,11 @@ from typing import NamedTuple, TypeVar, get_args
 
 import torch
 
-from latent_codec import bitstream
-from latent_codec.bitstream import SUFFIX, Stream
+from latent_codec.bitstream import container
+from latent_codec.bitstream.container import SUFFIX, Stream
+from latent_codec.bitstream.rate_control import Rate, choose
+from latent_codec.bitstream.refinement import Refiner
+from latent_codec.bitstream.stream_codec import Coded, StreamCodec, StreamReader, dither_seed
 from latent_codec.codec import Codec
 from latent_codec.compression import parse_image_in
 from latent_codec.compute import Compute, Halving, Networks
@@ -18,7 +21,6 @@ from latent_codec.errors import UserError
 from latent_codec.images import DEFAULT_MAX_PIXELS, Image, ImageFormat, crop
 from latent_codec.inputs import Source, find_files, find_images
 from latent_codec.latent_files import INDEX, stored_files
-from latent_codec.noise import fold, text_key
 from latent_codec.outputs import Output, image_output, make_outputs
 from latent_codec.pipeline import (
     RESUME,
@@ -33,19 +35,11 @@ from latent_codec.pipeline import (
 )
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Scaled
-from latent_codec.rate import Rate, choose
-from latent_codec.refining import Refiner
 from latent_codec.shards import are_whole
-from latent_codec.streams import Coded, StreamCodec, StreamReader
 from latent_codec.summary import Summary
 
 PRIORS = get_args(PriorKind)
 T = TypeVar("T")
-
-
-def dither_seed(seed: int, name: str) -> int:
-    """64 bits, of the dither of one image, from those a user gave for all and the image's name."""
-    return int(fold(seed, text_key(name))) % 2**64
 
 
 def encode_streams(
@@ -222,10 +216,10 @@ def decode_streams(
     fitting, fitting_coder = Halving(), Halving()
 
     def load(source: Source) -> bytes:
-        return bitstream.read_bytes(source.path, source.offset, source.size)
+        return container.read_bytes(source.path, source.offset, source.size)
 
     def parse(source: Source, data: bytes) -> tuple[tuple[int, ...], Stream]:
-        stream = bitstream.unpack(data, max_pixels=max_pixels)
+        stream = container.unpack(data, max_pixels=max_pixels)
         prior, shape = reader.check(stream)
         return (PRIORS.index(prior), *shape), stream
 

@@ -10,7 +10,9 @@ from PIL import Image as PilImage
 from tqdm import tqdm
 
 from latent_codec import peer_codecs
-from latent_codec.bitstream import unpack
+from latent_codec.bitstream.container import unpack
+from latent_codec.bitstream.refinement import Refiner
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dither_seed
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.curves import check_extra
@@ -19,14 +21,11 @@ from latent_codec.evaluation import compare
 from latent_codec.files import make_folder
 from latent_codec.images import Geometry, Image, crop, pad, to_pil
 from latent_codec.inputs import Source, find_images
-from latent_codec.lc_folder import dither_seed
 from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import check_channels, check_unconditional
 from latent_codec.quantizer import step_code
 from latent_codec.rd_report import REFINED, Record, Report, Row, Setting, report
-from latent_codec.refining import Refiner
-from latent_codec.streams import StreamCodec, StreamReader
 from latent_codec.summary import Summary
 
 DITHERED_STEP = 1.0

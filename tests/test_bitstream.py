@@ -15,13 +15,13 @@ import witness
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.bitstream import OVERHEAD, Header, Stream, pack, unpack
+from latent_codec.bitstream.container import OVERHEAD, Header, Stream, pack, unpack
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, LIMIT, Scaled
-from latent_codec.streams import StreamCodec, StreamReader
 from tools import fuzz
 from tools.mutants import Mutant, mutate, sealed
 

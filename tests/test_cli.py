@@ -13,12 +13,13 @@ import torch
 from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec import bitstream, cli, compression, lc_folder, plan
+from latent_codec import cli, compression, lc_folder, plan
+from latent_codec.bitstream import container
+from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.codec import Codec
 from latent_codec.commands.folders import Decode, Encode
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
-from latent_codec.lc_folder import dither_seed
 from latent_codec.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -135,11 +136,11 @@ def test_options_of_streams_reach_the_work(run: Run, photos: Path, model_file: P
     options = ("--step", 0.5, "--sample", 7, "--prior", "factorized", "--background", "#102030", "--batch-size", 1)
     result = run("encode", photos, z, *model, *options)
     assert result.code == 0 and "bits per pixel" in result.out
-    header = bitstream.read(z / "clear.png.lc").header
+    header = container.read(z / "clear.png.lc").header
     assert (header.step, header.prior, header.seed) == (512, "factorized", dither_seed(7, "clear.png"))
     assert header.geometry.background == "#102030"
     assert run("encode", photos, z, *model).code == 0
-    assert bitstream.read(z / "clear.png.lc").header.prior == "context"
+    assert container.read(z / "clear.png.lc").header.prior == "context"
     assert run("encode", photos, z, *model, "--max-bytes", 200, "--step", 0.02).code == 0
     assert max(f.stat().st_size for f in z.rglob("*.lc")) <= 200
     assert run("encode", photos, z, *model, "--bpp", 20).code == 0

@@ -11,7 +11,9 @@ import witness
 from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec.bitstream import Stream, pack, unpack
+from latent_codec.bitstream.container import Stream, pack, unpack
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
@@ -24,9 +26,7 @@ from latent_codec.info import describe
 from latent_codec.inputs import find_images
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.prior.coder import Coder
-from latent_codec.rate import Rate
 from latent_codec.ratedistortion import rate_distortion
-from latent_codec.streams import StreamCodec, StreamReader
 from tools import fuzz
 from tools.mutants import mutate
 

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.exc import BackendCompilerFailed
 
+from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.errors import FatalError, UserError
 from latent_codec.lc_folder import decode_streams, encode_streams
-from latent_codec.rate import Rate
 
 CPU = Compute("cpu", "float32", 4, 2)
 

@@ -11,7 +11,8 @@ from test_rate import Subject
 from tiny_prior import context_prior, feedback
 from torch.nn.functional import conv2d, pad
 
-from latent_codec.bitstream import unpack
+from latent_codec.bitstream.container import unpack
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
@@ -22,7 +23,6 @@ from latent_codec.prior.coding import quantize
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.feedback import REACH, Feedback, exact_errors
 from latent_codec.quantizer import STEP_ONE, Scaled, dither
-from latent_codec.streams import StreamCodec
 from train.context_net import ContextNet, logistic_tables
 from train.feedback import measure
 

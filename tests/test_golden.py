@@ -11,13 +11,13 @@ import torch
 import witness
 from PIL import Image
 
-from latent_codec import bitstream
+from latent_codec.bitstream import container
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.images import crop, to_pil
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import decode
 from latent_codec.quantizer import Quantized
-from latent_codec.streams import StreamCodec, StreamReader
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {
@@ -48,9 +48,9 @@ def test_every_golden_file_is_checked() -> None:
 def test_integers_latents_and_pixels_are_what_they_were(name: str) -> None:
     codec = codec_of(name)
     data = (GOLDEN / f"{name}.lc").read_bytes()
-    stream = bitstream.unpack(data)
+    stream = container.unpack(data)
     streams = StreamCodec(codec, "cpu", stream.header.prior)
-    settings = bitstream.settings(stream, codec.config, codec.factor)
+    settings = container.settings(stream, codec.config, codec.factor)
     (quantized,) = decode(streams.prior, Coder(streams.prior.tables), [stream.payload], [settings], "cpu")
     assert isinstance(quantized, Quantized)
     assert sha256(quantized.values, "<i4") == EXPECTED[name]["values"]
@@ -78,13 +78,13 @@ def test_the_second_decoder_finds_the_same(name: str) -> None:
 @pytest.mark.parametrize("version", [1, 2, 3])
 def test_the_headers_are_what_they_were(version: int) -> None:
     folder = GOLDEN / str(version)
-    turned = bitstream.unpack((folder / "odd-turned.lc").read_bytes()).header
+    turned = container.unpack((folder / "odd-turned.lc").read_bytes()).header
     geometry = turned.geometry
     assert (geometry.width, geometry.height, geometry.orientation) == (67, 45, 6)
     assert (geometry.mode, geometry.background, turned.prior) == ("RGB", "#204060", "context")
     assert (turned.step, turned.seed) == (round(1.37 * 1024), None)
     assert turned.version == version
-    assert bitstream.unpack((folder / "grey.lc").read_bytes()).header.geometry.mode == "L"
-    assert bitstream.unpack((folder / "context-dither.lc").read_bytes()).header.seed == 0x0123456789ABCDEF
-    factorized = bitstream.unpack((folder / "factorized-dither.lc").read_bytes()).header
+    assert container.unpack((folder / "grey.lc").read_bytes()).header.geometry.mode == "L"
+    assert container.unpack((folder / "context-dither.lc").read_bytes()).header.seed == 0x0123456789ABCDEF
+    factorized = container.unpack((folder / "factorized-dither.lc").read_bytes()).header
     assert (factorized.seed, factorized.version) == (2**64 - 1, 1)

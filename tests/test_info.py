@@ -11,9 +11,11 @@ from conftest import Draw
 from PIL import Image
 from tiny_prior import context_prior
 
-from latent_codec import bitstream
-from latent_codec import streams as streams_module
-from latent_codec.bitstream import OVERHEAD, unpack
+from latent_codec.bitstream import container
+from latent_codec.bitstream import stream_codec as streams_module
+from latent_codec.bitstream.container import OVERHEAD, unpack
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
@@ -22,8 +24,6 @@ from latent_codec.errors import UserError
 from latent_codec.info import count_flops, describe
 from latent_codec.latent_files import INDEX
 from latent_codec.lc_folder import encode_streams
-from latent_codec.rate import Rate
-from latent_codec.streams import StreamReader
 from train.presets import photo
 
 
@@ -175,7 +175,7 @@ def test_a_stream_is_described_without_its_model(streams: Path) -> None:
     assert f"plain.png.lc, {size} bytes" in text and f"{8 * size / 256:.3f} bits per pixel" in text
     assert f"{size - OVERHEAD} bytes, {OVERHEAD} more" in text
     assert "16x16, colour\n" in text and "context" in text and "the mean, rounded, step 1\n" in text
-    header = bitstream.read(special).header
+    header = container.read(special).header
     text = describe(str(special))
     assert "20x30, grey, turned upright from EXIF orientation 6\n" in text
     assert f"a draw, dithered with seed {header.seed}, step 0.5" in text

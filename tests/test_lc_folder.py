@@ -19,16 +19,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec import bitstream, compression, lc_folder, metrics
-from latent_codec.bitstream import OVERHEAD
+from latent_codec import compression, lc_folder, metrics
+from latent_codec.bitstream import container
+from latent_codec.bitstream.container import OVERHEAD
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.images import read_image
-from latent_codec.lc_folder import decode_streams, dither_seed, encode_streams
+from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.pipeline import OVERWRITE
-from latent_codec.rate import Rate
 from latent_codec.summary import Summary
 
 CPU = Compute("cpu", "float32", 4, 2)
@@ -97,7 +99,7 @@ def test_an_image_comes_back_in_its_exact_size(
         (image,) = images(work / "out").values()
         assert image.size == (width, height)
         assert image.mode == ("L" if mode == "L" else "RGB")
-        header = bitstream.read(work / "z" / "a.png.lc").header
+        header = container.read(work / "z" / "a.png.lc").header
         assert header.prior == prior and (header.seed is None) == (sample is None)
         assert header.geometry.background == ("#ffffff" if mode == "RGBA" else None)
 
@@ -150,7 +152,7 @@ def test_a_draw_depends_on_seed_and_name_alone(codec: Codec, tmp_path: Path, dra
     assert mean["a.png.lc"] == mean["b.png.lc"]
     assert one == again
     assert len({*one.values(), *two.values()}) == 4
-    seeds = [bitstream.unpack(data).header.seed for data in (*one.values(), *two.values())]
+    seeds = [container.unpack(data).header.seed for data in (*one.values(), *two.values())]
     assert seeds == [dither_seed(s, name) for s in (1, 2) for name in ("a.png", "b.png")]
     assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds) and len(set(seeds)) == 4
 
@@ -160,7 +162,7 @@ def test_draws_lie_around_the_mean(codec: Codec, tmp_path: Path, draw: Draw) -> 
     reader = lc_folder.StreamReader(codec, "cpu")
     for name, options in (("fine", {"step": 1 / 64}), ("draw", {"sample": 0, "step": 2.0})):
         encode(codec, tmp_path / "a.png", tmp_path / name, **options)
-    fine, drawn = (reader.decompress([bitstream.read(tmp_path / n / "a.png.lc")])[0] for n in ("fine", "draw"))
+    fine, drawn = (reader.decompress([container.read(tmp_path / n / "a.png.lc")])[0] for n in ("fine", "draw"))
     assert isinstance(fine, torch.Tensor) and isinstance(drawn, torch.Tensor) and codec.priors is not None
     error = (drawn - fine) / torch.from_numpy(2 * codec.priors.base)[:, None, None]  # in steps
     assert error.abs().max() < 0.52
@@ -377,9 +379,9 @@ def test_a_payload_that_no_encoder_wrote_fails_alone_in_its_batch(codec: Codec, 
     for prior in ("factorized", "context"):
         work = tmp_path / prior
         encode(codec, photos, work / "z", prior=prior)
-        header, payload = bitstream.read(work / "z" / "3.png.lc")
+        header, payload = container.read(work / "z" / "3.png.lc")
         changed = payload[:4] + bytes([payload[4] ^ 1]) + payload[5:]
-        (work / "z" / "3.png.lc").write_bytes(bitstream.pack(bitstream.Stream(header, changed)))
+        (work / "z" / "3.png.lc").write_bytes(container.pack(container.Stream(header, changed)))
         summary = decode(codec, work / "z", work / "out", Compute("cpu", "float32", 8, 1))
         assert set(summary.failures) == {"3.png.lc"} and "damaged: " in summary.failures["3.png.lc"]
         encode(codec, photos, work / "again", prior=prior)
@@ -520,7 +522,7 @@ def test_the_summary_counts_the_real_bytes_and_pixels(codec: Codec, photos: Path
     size, pixels = sum(map(len, found.values())), 3 * (24 * 16 + 17 * 33 + 9 * 7)
     assert (encoded.bytes_in, encoded.bytes_out) == (sum(map(len, contents(photos).values())), size)
     assert f"{8 * size / pixels:.3f} bits per pixel" in str(encoded)
-    assert all(len(data) == OVERHEAD + len(bitstream.unpack(data).payload) for data in found.values())
+    assert all(len(data) == OVERHEAD + len(container.unpack(data).payload) for data in found.values())
     decoded = decode(codec, tmp_path / "z", tmp_path / "out")
     assert decoded.bytes_in == size
     assert decoded.bytes_out == sum(map(len, contents(tmp_path / "out").values()))

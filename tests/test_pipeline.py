@@ -11,6 +11,7 @@ from conftest import Draw
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute, Networks
@@ -18,7 +19,6 @@ from latent_codec.inputs import find_images
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.pipeline import batches
 from latent_codec.plan import units
-from latent_codec.rate import Rate
 
 
 @given(st.lists(st.integers(0, 6)), st.integers(1, 4))

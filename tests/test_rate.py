@@ -11,14 +11,14 @@ import torch
 from torch.nn.functional import interpolate
 
 from latent_codec import metrics
+from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate, choose
+from latent_codec.bitstream.stream_codec import Coded, StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry, as_shown, crop, pad
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.networks.lite import LiteBackbone
 from latent_codec.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
-from latent_codec.rate import FINEST_FOR_PSNR, Rate, choose
-from latent_codec.streams import Coded, StreamCodec
 
 WIDTH, HEIGHT = 45, 30
 GRID = sorted({round(STEP_ONE * 2 ** (e / 12)) for e in range(-72, 72)})

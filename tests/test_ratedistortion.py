@@ -13,7 +13,8 @@ from conftest import Draw
 from PIL import Image
 
 from latent_codec import cli, curves, metrics, peer_codecs, ratedistortion
-from latent_codec.bitstream import unpack
+from latent_codec.bitstream.container import unpack
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
@@ -22,7 +23,6 @@ from latent_codec.peer_codecs import PEERS
 from latent_codec.quantizer import step_code
 from latent_codec.ratedistortion import rate_distortion
 from latent_codec.rd_report import Report, Row
-from latent_codec.streams import StreamCodec, StreamReader
 
 CPU = Compute("cpu", "float32", 4, 2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "grey.png": (9, 7), "large.png": (165, 170)}

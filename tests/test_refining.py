@@ -12,6 +12,8 @@ from conftest import Draw
 from test_rate import Subject
 
 from latent_codec import tiling
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.bitstream.refinement import Refiner, _with_rate
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.config import FiniteScalarConfig
@@ -22,9 +24,7 @@ from latent_codec.inputs import find_images
 from latent_codec.lc_folder import encode_streams
 from latent_codec.prior.coding import ideal_bits, neighbours, quantize
 from latent_codec.quantizer import STEP_ONE, Scaled
-from latent_codec.rate import Rate
 from latent_codec.ratedistortion import rate_distortion
-from latent_codec.refining import Refiner, _with_rate
 
 CPU = Compute("cpu", "float32", 4, 2)
 
@@ -66,7 +66,7 @@ def test_rounds_lower_the_cost_and_none_is_as_before(subject: Subject) -> None:
 
 
 def test_where_moving_only_harms_everything_stays(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.refining._RATE", -1.0)
+    monkeypatch.setattr("latent_codec.bitstream.refinement._RATE", -1.0)
     plain = subject.stream.scale(subject.mean, STEP_ONE, None)
     found = refiner(subject, 3).scale(subject.mean, subject.pixels, STEP_ONE, seed=None)
     np.testing.assert_array_equal(found.latents, plain.latents)

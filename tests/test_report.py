@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_codec import cli, metrics, peer_codecs
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.bounds import bounds
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
@@ -37,7 +38,6 @@ from latent_codec.report.baselines import baselines, why_no_pca
 from latent_codec.report.html import escaped, tag
 from latent_codec.report.likelihood import likelihood_bounds
 from latent_codec.report.survey import EDGES, image_key, survey
-from latent_codec.streams import StreamCodec
 from train.presets import mnist_cvae
 
 CPU = Compute("cpu", "float32", 4, 2)

@@ -19,6 +19,7 @@ from PIL import Image
 from tiny_folder import COMPUTE, UNIT, Kind, Task, die, finish, posteriors, start, temporary_files, watch, work
 
 from latent_codec import cli, pipeline, plan
+from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
@@ -27,7 +28,6 @@ from latent_codec.latents import Latents
 from latent_codec.ledger import FAILURES
 from latent_codec.pipeline import OVERWRITE, RESUME
 from latent_codec.plan import Share
-from latent_codec.rate import Rate
 from latent_codec.summary import Summary
 
 KINDS: tuple[Kind, ...] = ("streams", "latents", "images of streams", "images of latents")

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from latent_codec import cli, metrics, tiling
-from latent_codec.bitstream import unpack
+from latent_codec.bitstream.container import unpack
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
@@ -35,9 +37,7 @@ from latent_codec.images import read_image
 from latent_codec.latents import Latents
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.networks import BACKBONES
-from latent_codec.rate import Rate
 from latent_codec.ratedistortion import rate_distortion
-from latent_codec.streams import StreamReader
 from latent_codec.tiling import blended, spans
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors
 
+from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
@@ -21,7 +22,6 @@ from latent_codec.images import in_channels
 from latent_codec.inputs import find_images
 from latent_codec.latents import Latents
 from latent_codec.lc_folder import encode_streams
-from latent_codec.rate import Rate
 from tools.nll import Options, measure
 from train.config import check
 from train.presets import mnist_cvae, mnist_iwae

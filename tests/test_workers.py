@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from tiny_folder import finish, start, wait_for
 
 from latent_codec import compression, plan
+from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import FatalError, UserError
 from latent_codec.inputs import Source
 from latent_codec.lc_folder import encode_streams
-from latent_codec.rate import Rate
 from latent_codec.workers import Processes, Threads
 
 

@@ -13,6 +13,7 @@ import torch
 from tiny_run import PATIENCE, fork_server
 
 from latent_codec import modelfile, plan
+from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
@@ -23,7 +24,6 @@ from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.ledger import Ledger
 from latent_codec.pipeline import RESUME, Resume
 from latent_codec.plan import Unit
-from latent_codec.rate import Rate
 from latent_codec.summary import Summary
 
 COMPUTE = Compute("cpu", "float32", 2, 1)

@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from latent_codec import metrics
+from latent_codec.bitstream.refinement import USUAL_ROUNDS
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
@@ -19,7 +20,6 @@ from latent_codec.info import count_flops
 from latent_codec.inputs import find_images
 from latent_codec.likelihoods import to_signed
 from latent_codec.perceptual import LPIPS
-from latent_codec.refining import USUAL_ROUNDS
 from tools import throughput
 from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_coding
 from tools.latents_speed import LatentsSpeed

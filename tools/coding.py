@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from latent_codec.bitstream.refinement import USUAL_ROUNDS, Refiner
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
@@ -18,8 +20,6 @@ from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize
 from latent_codec.prior.feedback import Feedback
 from latent_codec.quantizer import Quantized, Scaled, dequantize, scale, step_code
-from latent_codec.refining import USUAL_ROUNDS, Refiner
-from latent_codec.streams import StreamCodec
 
 LARGEST_LOSS = 1.01
 """A file may take this times the ideal code length and `LARGEST_OVERHEAD` bytes."""

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
-from latent_codec.bitstream import Stream, settings, unpack
+from latent_codec.bitstream.container import Stream, settings, unpack
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images import crop
@@ -26,7 +27,6 @@ from latent_codec.prior import PriorKind
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import decode
 from latent_codec.quantizer import Quantized
-from latent_codec.streams import StreamCodec, StreamReader
 from tools.mutants import Kind, Mutant, mutate
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "2"

@@ -20,6 +20,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
@@ -28,7 +29,6 @@ from latent_codec.lc_folder import encode_streams
 from latent_codec.ledger import NAME
 from latent_codec.pipeline import RESUME
 from latent_codec.plan import Share
-from latent_codec.rate import Rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

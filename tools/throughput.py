@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.images import pad
 from latent_codec.inputs import find_images
 from latent_codec.quantizer import STEP_ONE
-from latent_codec.streams import StreamCodec
 from tools.peers import sd_codec
 from tools.report import machine, report
 

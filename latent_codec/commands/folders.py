@@ -60,8 +60,8 @@ class Encode:
         self._refuse(("store",), "for --format safetensors; a .lc file's numbers are integers")
         if self.flips:
             raise UserError("--flips is for --format safetensors; a .lc file is of one image")
+        from latent_codec.bitstream.rate_control import Rate
         from latent_codec.lc_folder import encode_streams
-        from latent_codec.rate import Rate
 
         rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
         codec, compute = load(self.model, self.compute)

@@ -9,6 +9,7 @@ from PIL import Image as PilImage
 from tqdm import tqdm
 
 from latent_codec import peer_codecs
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Networks
 from latent_codec.evaluation import compare, mean_defined
@@ -22,7 +23,6 @@ from latent_codec.rd_report import RD_PROTOCOL
 from latent_codec.report.html import Html, Picture, join, name_of, paragraphs, strip, table
 from latent_codec.report.page import METRICS, Section, left_out, written
 from latent_codec.report.pictures import SIDE, middle
-from latent_codec.streams import StreamCodec
 
 NAME, TITLE = "jpeg", "JPEG at equal bytes"
 

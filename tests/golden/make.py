@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 
-from latent_codec import bitstream
+from latent_codec.bitstream import container
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.images import Geometry, crop, pad, read_image, write_image
@@ -25,7 +26,6 @@ from latent_codec.networks import LiteBackbone
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.prior import PriorKind, Priors, factorized
 from latent_codec.quantizer import base_steps, step_code
-from latent_codec.streams import StreamCodec
 
 VERSION = int(sys.argv[1])
 HERE = Path(__file__).parent / str(VERSION)
@@ -125,7 +125,7 @@ def make(codec: Codec, name: str, case: Case) -> dict[str, str]:
     mean = codec.encode(pad(detail, codec.factor)[None]).mean[0]
     coded = streams.compress([(streams.scale(mean, step_code(case.step), case.seed), geometry)])[0]
     (HERE / f"{name}.lc").write_bytes(coded.data)
-    (z,) = streams.decompress([bitstream.unpack(coded.data)])
+    (z,) = streams.decompress([container.unpack(coded.data)])
     assert isinstance(z, torch.Tensor)
     write_image(HERE / f"{name}.png", crop(codec.decode_uint8(z[None])[0], geometry), geometry, "png")
     return {

@@ -12,7 +12,8 @@ from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont, features
 
 from latent_codec import metrics, peer_codecs
-from latent_codec.bitstream import unpack
+from latent_codec.bitstream.container import unpack
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
@@ -21,7 +22,6 @@ from latent_codec.images import Geometry, as_shown, crop, pad, read_image, to_pi
 from latent_codec.peer_codecs import Peer
 from latent_codec.quantizer import step_code
 from latent_codec.ratedistortion import rgb_pixels
-from latent_codec.streams import StreamCodec, StreamReader
 from tools.report import machine
 from train.provenance import git_commit
 

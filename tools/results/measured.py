@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from latent_codec.bitstream.refinement import USUAL_ROUNDS
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.files import write_text
 from latent_codec.ratedistortion import rate_distortion
-from latent_codec.refining import USUAL_ROUNDS
-from latent_codec.streams import StreamCodec
 from tools.benchmark import Quality
 from tools.report import machine
 from tools.results.crops import Sheet, make_sheet

@@ -11,11 +11,11 @@ import math
 import numpy as np
 import torch
 
+from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.compute import Networks
 from latent_codec.errors import UserError
 from latent_codec.prior.coding import neighbours
 from latent_codec.quantizer import LIMIT, STEP_ONE, Scaled
-from latent_codec.streams import StreamCodec
 
 USUAL_ROUNDS = 3
 """What is measured and recommended: more gain little, or lose again where the step is coarse."""

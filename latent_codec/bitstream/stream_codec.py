@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from latent_codec.bitstream import Header, Stream, pack, settings
+from latent_codec.bitstream.container import Header, Stream, pack, settings
 from latent_codec.codec import Codec, right_model
 from latent_codec.errors import UserError
 from latent_codec.images import Geometry
+from latent_codec.noise import fold, text_key
 from latent_codec.prior import PriorKind
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Coding, Prior, decode, encode, ideal_bits, quantize
@@ -138,3 +139,8 @@ class StreamReader:
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Latents of streams for which `check` gave the same."""
         return self._coders[streams[0].header.prior].decompress(streams)
+
+
+def dither_seed(seed: int, name: str) -> int:
+    """64 bits, of the dither of one image, from those a user gave for all and the image's name."""
+    return int(fold(seed, text_key(name))) % 2**64

@@ -1,0 +1,1 @@
+"""Write and read the .lc file, and choose its rate."""

@@ -6,8 +6,10 @@ from typing import Annotated, Union
 
 import tyro
 
+from latent_codec.commands.convert import Convert
+from latent_codec.commands.decode import Decode
+from latent_codec.commands.encode import Encode
 from latent_codec.commands.evaluate import Evaluate
-from latent_codec.commands.folders import Convert, Decode, Encode
 from latent_codec.commands.models import Export, Import, Info
 from latent_codec.commands.sample import Sample
 from latent_codec.errors import UserError

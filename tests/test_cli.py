@@ -17,7 +17,8 @@ from latent_codec import cli, compression, lc_folder, plan
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.codec import Codec
-from latent_codec.commands.folders import Decode, Encode
+from latent_codec.commands.decode import Decode
+from latent_codec.commands.encode import Encode
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
 from latent_codec.version import __version__

@@ -1,0 +1,69 @@
+"""Define the command `latent-codec convert`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from latent_codec.caches.options import CacheName, Options
+from latent_codec.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Write latents as other programs train from them; with --from make latents of such files."""
+
+    src: tyro.conf.Positional[Path]
+    """Latents that `encode --format safetensors` made; with --from what another program made."""
+    dst: tyro.conf.Positional[Path]
+    """A folder."""
+    to: CacheName | None = None
+    from_: Annotated[CacheName | None, tyro.conf.arg(name="from")] = None
+    model: str | None = None
+    """from: the model whose latents they are."""
+    arch: str | None = None
+    """kohya: sd, sdxl or flux. musubi: hv, hv15, wan, qi, kr2, zi, f2d, f2k4b or f2k9b."""
+    scale: Literal["raw", "normalized"] | None = None
+    """npy, webdataset: latents as the model gives them, or scaled."""
+    scaling_factor: float | None = None
+    """Where latents are scaled: (z - shift) * factor, instead of each channel by the model's statistics."""
+    shift_factor: float | None = None
+    seed: int | None = None
+    """to: of the draw, by default 0; MAR and EDM2 take the whole posterior."""
+    epoch: int | None = None
+    """to: draws of different epochs are independent; by default 0."""
+    store: Literal["float16", "bfloat16", "float32"] | None = None
+    """from: number type on disk, by default float16."""
+    overwrite: bool = False
+    """Replace files that are there already and differ."""
+
+    def run(self) -> int:
+        if (self.to is None) == (self.from_ is None):
+            raise UserError("give either --to and the name of a program, or --from and one")
+        converted = self._to(self.to) if self.to is not None else self._from()
+        for note in converted.notes:
+            print(note)
+        print(converted.summary)
+        return 1 if converted.summary.failures else 0
+
+    def _options(self) -> Options:
+        fields = (field.name for field in dataclasses.fields(Options))
+        return Options(**{name: getattr(self, name) for name in fields})
+
+    def _to(self, name: CacheName):
+        if self.model is not None or self.store is not None:
+            raise UserError("--model and --store are for --from; --to writes latents as they were stored")
+        from latent_codec.caches.convert import convert
+
+        return convert(self.src, self.dst, name, self._options(), overwrite=self.overwrite)
+
+    def _from(self):
+        assert self.from_ is not None
+        if self.model is None:
+            raise UserError("no cache says for certain which model its latents are of; give --model")
+        from latent_codec.caches.recover import recover
+        from latent_codec.codec import Codec
+
+        codec, store = Codec.load(self.model), self.store or "float16"
+        return recover(self.src, self.dst, self.from_, codec, self._options(), store=store, overwrite=self.overwrite)

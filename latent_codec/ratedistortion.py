@@ -17,7 +17,7 @@ from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
-from latent_codec.evaluation import compare
+from latent_codec.evaluation.evaluate import compare
 from latent_codec.files import make_folder
 from latent_codec.images import Geometry, Image, crop, pad, to_pil
 from latent_codec.inputs import Source, find_images

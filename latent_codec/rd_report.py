@@ -11,7 +11,7 @@ import numpy as np
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.curves import LEAST_OVERLAP, METHOD, SCALES, Curve, Delta, delta_rate
-from latent_codec.evaluation import PROTOCOL, describe, mean_defined
+from latent_codec.evaluation.evaluate import PROTOCOL, describe, mean_defined
 from latent_codec.files import write_text
 from latent_codec.peer_codecs import PEERS, Peer
 from latent_codec.perceptual import LPIPS

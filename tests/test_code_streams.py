@@ -19,7 +19,7 @@ from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
 from latent_codec.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
-from latent_codec.evaluation import evaluate
+from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.export import calibrate
 from latent_codec.images import pad
 from latent_codec.info import describe

@@ -21,12 +21,12 @@ from PIL import Image
 
 from latent_codec import cli, metrics, peer_codecs
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.bounds import bounds
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
-from latent_codec.evaluation import evaluate
+from latent_codec.evaluation.bounds import bounds
+from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.export import calibrate
 from latent_codec.images import in_channels, pad, read_image
 from latent_codec.inputs import find_images

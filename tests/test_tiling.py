@@ -32,7 +32,7 @@ from latent_codec.config import (
     LiteConfig,
 )
 from latent_codec.errors import UserError
-from latent_codec.evaluation import evaluate
+from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.images import read_image
 from latent_codec.latents import Latents
 from latent_codec.lc_folder import decode_streams, encode_streams

@@ -13,9 +13,9 @@ import tyro
 from einops import rearrange
 from tqdm import tqdm
 
-from latent_codec.bounds import bounds
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
+from latent_codec.evaluation.bounds import bounds
 from latent_codec.files import write_text
 from latent_codec.images import in_channels
 from latent_codec.inputs import find_images

@@ -98,7 +98,7 @@ class Evaluate:
         return 1 if report.failures else 0
 
     def _evaluate(self):
-        from latent_codec.evaluation import evaluate
+        from latent_codec.evaluation.evaluate import evaluate
 
         codec, compute = load(self.model, self.compute)
         return evaluate(codec, self.dir, compute, out=self.out, lpips_net=self._net, lpips_backbone=self.lpips_backbone)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
-from latent_codec.evaluation import Report
+from latent_codec.evaluation.evaluate import Report
 from latent_codec.files import write_text
 from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS, Net

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
-from latent_codec.evaluation import Report, compare, mean_defined
+from latent_codec.evaluation.evaluate import Report, compare, mean_defined
 from latent_codec.images import in_channels, in_rgb, pad
 from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS

@@ -12,7 +12,7 @@ from latent_codec import peer_codecs
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Networks
-from latent_codec.evaluation import compare, mean_defined
+from latent_codec.evaluation.evaluate import compare, mean_defined
 from latent_codec.images import Image, as_shown, crop, pad, to_pil
 from latent_codec.inputs import Source
 from latent_codec.peer_codecs import PEERS

@@ -6,7 +6,7 @@ import torch
 
 from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
-from latent_codec.evaluation import PROTOCOL
+from latent_codec.evaluation.evaluate import PROTOCOL
 from latent_codec.report.charts import bars, charts, histogram, spread
 from latent_codec.report.html import join, paragraphs, table, tag
 from latent_codec.report.page import (

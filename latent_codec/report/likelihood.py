@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.bounds import bounds
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.config import BernoulliConfig, GaussianConfig
+from latent_codec.evaluation.bounds import bounds
 from latent_codec.images import in_channels, pad
 from latent_codec.report.html import paragraphs
 from latent_codec.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out

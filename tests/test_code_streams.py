@@ -20,13 +20,13 @@ from latent_codec.compute import Compute
 from latent_codec.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
+from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.export import calibrate
 from latent_codec.images import pad
 from latent_codec.info import describe
 from latent_codec.inputs import find_images
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.prior.coder import Coder
-from latent_codec.ratedistortion import rate_distortion
 from tools import fuzz
 from tools.mutants import mutate
 

@@ -12,17 +12,18 @@ import torch
 from conftest import Draw
 from PIL import Image
 
-from latent_codec import cli, curves, metrics, peer_codecs, ratedistortion
+from latent_codec import cli, curves, metrics
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
+from latent_codec.evaluation.rate_distortion import anchors, measure
+from latent_codec.evaluation.rate_distortion.anchors import PEERS
+from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+from latent_codec.evaluation.rate_distortion.report import Report, Row
 from latent_codec.images import pad, read_image
-from latent_codec.peer_codecs import PEERS
 from latent_codec.quantizer import step_code
-from latent_codec.ratedistortion import rate_distortion
-from latent_codec.rd_report import Report, Row
 
 CPU = Compute("cpu", "float32", 4, 2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "grey.png": (9, 7), "large.png": (165, 170)}
@@ -37,13 +38,13 @@ def factorized_only(codec: Codec) -> Codec:
 
 @pytest.fixture(autouse=True)
 def few_qualities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_codecs, "PEERS", [p._replace(qualities=p.qualities[::3]) for p in PEERS])
+    monkeypatch.setattr(anchors, "PEERS", [p._replace(qualities=p.qualities[::3]) for p in PEERS])
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other codecs, which would take most of the time."""
-    monkeypatch.setattr(ratedistortion.peer_codecs, "available", list)
+    monkeypatch.setattr(measure.peer_codecs, "available", list)
 
 
 @pytest.fixture
@@ -140,12 +141,12 @@ def test_dither_depends_on_the_seed_and_rounding_does_not(codec: Codec, photos: 
     assert all(first[key].distortion["psnr"] != second[key].distortion["psnr"] for key in first)
 
 
-@pytest.mark.parametrize("peer", peer_codecs.available(), ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", anchors.available(), ids=lambda peer: peer.name)
 def test_peers_rows_are_their_whole_files(
     codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch, peer: Any
 ) -> None:
     peer = peer._replace(qualities=peer.qualities[-2:])
-    monkeypatch.setattr(ratedistortion.peer_codecs, "available", lambda: [peer])
+    monkeypatch.setattr(measure.peer_codecs, "available", lambda: [peer])
     found = rows(run(factorized_only(codec), photos), peer.name)
     assert found.keys() == {(name, quality) for name in SIZES for quality in peer.qualities}
     for name, quality in [("a.png", peer.qualities[0]), ("grey.png", peer.qualities[-1])]:
@@ -161,13 +162,13 @@ def test_peers_rows_are_their_whole_files(
 
 def test_grey_is_saved_as_grey() -> None:
     grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    for peer in peer_codecs.available():
-        data = peer_codecs.encode(peer, grey, 75)
-        assert peer_codecs.decode(peer, data, "L").mode == "L"
+    for peer in anchors.available():
+        data = anchors.encode(peer, grey, 75)
+        assert anchors.decode(peer, data, "L").mode == "L"
         if peer.name == "JPEG":  # WebP has no grey, AVIF's is its subsampling
             assert Image.open(io.BytesIO(data)).mode == "L"
         if peer.name == "AVIF":
-            assert len(data) <= len(peer_codecs.encode(peer, grey.convert("RGB"), 75))
+            assert len(data) <= len(anchors.encode(peer, grey.convert("RGB"), 75))
 
 
 def test_everything_is_written_as_strict_json(codec: Codec, photos: Path, tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_everything_is_written_as_strict_json(codec: Codec, photos: Path, tmp_pa
     assert (found["about"]["command"], found["about"]["set"], found["about"]["images"]) == ("it", "photos", 4)
     assert [image["path"] for image in found["images"]] == sorted(SIZES)
     assert all(len(image["rows"]) == len(found["summary"]["points"]) for image in found["images"])
-    assert found["against"].keys() == {peer.name for peer in peer_codecs.available()}
+    assert found["against"].keys() == {peer.name for peer in anchors.available()}
     for comparison in found["against"].values():
         for delta in comparison["delta_rates"].values():
             assert (delta["percent"] is None) != (delta["reason"] is None)
@@ -199,7 +200,7 @@ def test_the_table_names_every_codec_and_setting(codec: Codec, photos: Path) -> 
     lines = table.splitlines()
     for point in report.points:
         assert any(line.startswith(point.setting.codec) and str(point.setting) in line for line in lines)
-    for peer in peer_codecs.available():
+    for peer in anchors.available():
         assert peer.settings() in table and f"against {peer.name}:" in table
     assert report.codecs[0] == "context" and "context, step 1: a file with dither takes" in table
 
@@ -207,7 +208,7 @@ def test_the_table_names_every_codec_and_setting(codec: Codec, photos: Path) -> 
 def test_a_codec_that_pillow_lacks_is_left_out_and_said_so(
     codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_codecs.features, "check", lambda name: name != "avif")
+    monkeypatch.setattr(anchors.features, "check", lambda name: name != "avif")
     report = run(factorized_only(codec), photos)
     assert "AVIF" not in report.codecs and report.codecs[1:] == ["JPEG", "WebP"]
     assert report.notes == ["AVIF left out: this Pillow was built without it"] and report.notes[0] in report.table()
@@ -246,7 +247,7 @@ def test_the_command_line_prints_the_table(
     codec: Codec, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factorized_only(codec).save(tmp_path / "model.safetensors")
-    monkeypatch.setattr(ratedistortion.peer_codecs, "available", lambda: [PEERS[0]])
+    monkeypatch.setattr(measure.peer_codecs, "available", lambda: [PEERS[0]])
     args = ["evaluate", str(tmp_path / "model.safetensors"), str(photos), "--rd", "--lpips-net", "none"]
     with pytest.raises(SystemExit) as caught:
         cli.main([*args, "--steps", "1", "1.5", "--out", str(tmp_path / "out")])

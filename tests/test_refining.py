@@ -18,13 +18,13 @@ from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.config import FiniteScalarConfig
 from latent_codec.errors import UserError
+from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.export import calibrate
 from latent_codec.images import crop, pad
 from latent_codec.inputs import find_images
 from latent_codec.lc_folder import encode_streams
 from latent_codec.prior.coding import ideal_bits, neighbours, quantize
 from latent_codec.quantizer import STEP_ONE, Scaled
-from latent_codec.ratedistortion import rate_distortion
 
 CPU = Compute("cpu", "float32", 4, 2)
 
@@ -182,7 +182,7 @@ def test_too_little_memory_for_one_image_fails_that_image(
 
 
 def test_measured_files_are_refined(codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.ratedistortion.peer_codecs.available", list)
+    monkeypatch.setattr("latent_codec.evaluation.rate_distortion.measure.peer_codecs.available", list)
     options: dict[str, Any] = {"sample": 0, "out": None, "lpips_net": None, "lpips_backbone": None, "command": "it"}
     plain, refined = (
         rate_distortion(codec, photos, CPU, steps=(0.7, 1.0), refine=n, quiet=True, **options) for n in (0, 4)

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec import cli, metrics, peer_codecs
+from latent_codec import cli, metrics
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
@@ -27,12 +27,13 @@ from latent_codec.config import DiscretizedLogisticConfig, IdentityConfig, Vecto
 from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
+from latent_codec.evaluation.rate_distortion import anchors
+from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.export import calibrate
 from latent_codec.images import in_channels, pad, read_image
 from latent_codec.inputs import find_images
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
-from latent_codec.ratedistortion import rate_distortion
 from latent_codec.report import Evaluated, Options, jpeg, pca, pictures, rate, write_report
 from latent_codec.report.baselines import baselines, why_no_pca
 from latent_codec.report.html import escaped, tag
@@ -376,7 +377,7 @@ def test_where_there_is_no_pca_the_reason_is_said(codec: Codec, photos: Path) ->
 def test_the_jpeg_is_the_largest_that_is_no_larger() -> None:
     values = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     image = Image.fromarray(values).resize((64, 64), Image.Resampling.BICUBIC)
-    sizes = [len(peer_codecs.encode(jpeg._JPEG, image, quality)) for quality in range(1, 96)]
+    sizes = [len(anchors.encode(jpeg._JPEG, image, quality)) for quality in range(1, 96)]
     for limit in (min(sizes), min(sizes) + 1, sizes[40], sizes[60] - 1):
         found = jpeg.closest_below(image, limit)
         assert found is not None and len(found.data) == max(size for size in sizes if size <= limit)
@@ -414,8 +415,8 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
 def test_curves_are_those_of_the_rate_distortion_report(
     codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = [p._replace(qualities=p.qualities[::3]) for p in peer_codecs.PEERS]
-    monkeypatch.setattr(peer_codecs, "PEERS", few)
+    few = [p._replace(qualities=p.qualities[::3]) for p in anchors.PEERS]
+    monkeypatch.setattr(anchors, "PEERS", few)
     nets: dict[str, Any] = {"lpips_net": None, "lpips_backbone": None, "quiet": True}
     found = rate_distortion(codec, photos, CPU, steps=(0.5, 1.0, 2.0, 4.0), sample=0, out=None, command="it", **nets)
     section = rate.rate_distortion(found)

@@ -12,12 +12,12 @@ import pytest
 from conftest import Draw
 from PIL import Image
 
-from latent_codec import peer_codecs
 from latent_codec.codec import Codec
 from latent_codec.commands.options import ComputeOptions
 from latent_codec.curves import SCALES, Curve, delta_rate
 from latent_codec.errors import UserError
-from latent_codec.peer_codecs import PEERS
+from latent_codec.evaluation.rate_distortion import anchors
+from latent_codec.evaluation.rate_distortion.anchors import PEERS
 from tools.peers import Taef2
 from tools.results import costs, crops, tables
 from tools.results.__main__ import DETAILS, Results
@@ -104,7 +104,7 @@ def test_costs_are_those_of_the_networks() -> None:
 @pytest.fixture
 def small(tmp_path: Path, draw: Draw, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Settings of the command for a tiny model and two small images."""
-    monkeypatch.setattr(peer_codecs, "PEERS", tuple(p._replace(qualities=p.qualities[::2]) for p in PEERS))
+    monkeypatch.setattr(anchors, "PEERS", tuple(p._replace(qualities=p.qualities[::2]) for p in PEERS))
     for seed, name in enumerate(("a.png", "b.png")):
         draw(tmp_path / "photos" / name, 176, 168, seed=seed)
     files = {f"{kind}_json": tmp_path / f"{kind}.json" for kind in ("rd", "quality", "crops")}
@@ -146,7 +146,7 @@ def test_the_nearest_size_is_the_largest_that_fits(tmp_path: Path, draw: Draw) -
     with Image.open(draw(tmp_path / "a.png", 64, 48)) as opened:
         image = opened.convert("RGB")
     jpeg = PEERS[0]
-    sizes = {q: len(peer_codecs.encode(jpeg, image, q)) for q in crops.QUALITIES}
+    sizes = {q: len(anchors.encode(jpeg, image, q)) for q in crops.QUALITIES}
     limit = sizes[50]
     quality, data = crops.nearest(jpeg, image, limit)
     assert len(data) == sizes[quality] == max(size for size in sizes.values() if size <= limit)

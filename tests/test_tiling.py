@@ -33,11 +33,11 @@ from latent_codec.config import (
 )
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
+from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.images import read_image
 from latent_codec.latents import Latents
 from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.networks import BACKBONES
-from latent_codec.ratedistortion import rate_distortion
 from latent_codec.tiling import blended, spans
 
 
@@ -464,7 +464,7 @@ def test_measuring_a_model_goes_in_tiles_too(codec: Codec, photos: Path) -> None
 
 
 def test_rate_distortion_goes_in_tiles_too(codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.peer_codecs.available", list)
+    monkeypatch.setattr("latent_codec.evaluation.rate_distortion.anchors.available", list)
     codec.priors = None if codec.priors is None else codec.priors._replace(context=None)
     options: Any = {"steps": [1.0], "sample": 0, "out": None, "lpips_net": None, "lpips_backbone": None, "command": ""}
     reports = [rate_distortion(codec, photos / "large0.png", c, **options, quiet=True) for c in (CPU, TILES)]

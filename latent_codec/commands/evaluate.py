@@ -104,7 +104,7 @@ class Evaluate:
         return evaluate(codec, self.dir, compute, out=self.out, lpips_net=self._net, lpips_backbone=self.lpips_backbone)
 
     def _rate_distortion(self):
-        from latent_codec.ratedistortion import rate_distortion
+        from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 
         codec, compute = load(self.model, self.compute)
         return rate_distortion(

@@ -10,10 +10,10 @@ from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report
+from latent_codec.evaluation.rate_distortion.report import Report as RateDistortion
 from latent_codec.files import write_text
 from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.rd_report import Report as RateDistortion
 from latent_codec.report import about, jpeg, latent_space, likelihood, page, pictures, rate
 from latent_codec.report.baselines import baselines
 from latent_codec.report.html import paragraphs

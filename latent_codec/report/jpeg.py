@@ -8,18 +8,18 @@ import torch
 from PIL import Image as PilImage
 from tqdm import tqdm
 
-from latent_codec import peer_codecs
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Networks
 from latent_codec.evaluation.evaluate import compare, mean_defined
+from latent_codec.evaluation.rate_distortion import anchors
+from latent_codec.evaluation.rate_distortion.anchors import PEERS
+from latent_codec.evaluation.rate_distortion.measure import rgb_pixels
+from latent_codec.evaluation.rate_distortion.report import RD_PROTOCOL
 from latent_codec.images import Image, as_shown, crop, pad, to_pil
 from latent_codec.inputs import Source
-from latent_codec.peer_codecs import PEERS
 from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_ONE
-from latent_codec.ratedistortion import rgb_pixels
-from latent_codec.rd_report import RD_PROTOCOL
 from latent_codec.report.html import Html, Picture, join, name_of, paragraphs, strip, table
 from latent_codec.report.page import METRICS, Section, left_out, written
 from latent_codec.report.pictures import SIDE, middle
@@ -122,7 +122,7 @@ def closest_below(image: PilImage.Image, limit: int) -> Jpeg | None:
     """
     best: Jpeg | None = None
     for quality in _QUALITIES:
-        data = peer_codecs.encode(_JPEG, image, quality)
+        data = anchors.encode(_JPEG, image, quality)
         if len(data) > 2 * limit:
             break
         if len(data) <= limit and (best is None or len(data) >= len(best.data)):
@@ -144,7 +144,7 @@ def _measure(
     found = closest_below(to_pil(image.pixels, image.geometry), len(data))
     if found is None:
         return Row(name, area, ours, None), decoded, None
-    pixels = rgb_pixels(peer_codecs.decode(_JPEG, found.data, image.geometry.mode))
+    pixels = rgb_pixels(anchors.decode(_JPEG, found.data, image.geometry.mode))
     return Row(name, area, ours, file(len(found.data), f"quality {found.quality}", pixels)), decoded, pixels
 
 

@@ -4,9 +4,9 @@ import io
 
 from PIL import Image
 
-from latent_codec import rd_plot
 from latent_codec.curves import Delta
-from latent_codec.rd_report import Report
+from latent_codec.evaluation.rate_distortion import plot
+from latent_codec.evaluation.rate_distortion.report import Report
 from latent_codec.report.html import Html, image, join, paragraphs, table, tag
 from latent_codec.report.page import METRICS, Section, left_out, written
 
@@ -17,7 +17,7 @@ def rate_distortion(report: Report | None) -> Section:
     """`report` is what `evaluate --rd` found, if it was asked for."""
     if report is None:
         return left_out(NAME, TITLE, "nobody asked for it; add --rd")
-    data = rd_plot.png(report)
+    data = plot.png(report)
     with Image.open(io.BytesIO(data)) as opened:
         width, height = opened.size
     ours = report.codecs[0]

@@ -11,17 +11,18 @@ import torch
 from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont, features
 
-from latent_codec import metrics, peer_codecs
+from latent_codec import metrics
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
+from latent_codec.evaluation.rate_distortion import anchors
+from latent_codec.evaluation.rate_distortion.anchors import Peer
+from latent_codec.evaluation.rate_distortion.measure import rgb_pixels
 from latent_codec.files import atomic_path, write_text
 from latent_codec.images import Geometry, as_shown, crop, pad, read_image, to_pil
-from latent_codec.peer_codecs import Peer
 from latent_codec.quantizer import step_code
-from latent_codec.ratedistortion import rgb_pixels
 from tools.report import machine
 from train.provenance import git_commit
 
@@ -90,8 +91,8 @@ def make_sheet(codec: Codec, compute: Compute, sheet: Sheet, record: Path) -> No
         "sheet_sha256": hashlib.sha256(data).hexdigest(),
         "side": sheet.side,
         "zoom": ZOOM,
-        "settings": [peer.settings() for peer in peer_codecs.available()],
-        "missing": [peer.name for peer in peer_codecs.PEERS if not features.check(peer.library)],
+        "settings": [peer.settings() for peer in anchors.available()],
+        "missing": [peer.name for peer in anchors.PEERS if not features.check(peer.library)],
         "commit": git_commit(),
     }
     found = {"about": about | machine(compute.device), "rows": [_json(*row) for row in rows]}
@@ -119,9 +120,9 @@ def _rows(
     for step in sheet.steps:
         data, decoded = _ours(codec, compute, pixels, geometry, step)
         tiles = [tile("original", "", None, original)]
-        for peer in peer_codecs.available():
+        for peer in anchors.available():
             quality, file = nearest(peer, original, len(data))
-            image = peer_codecs.decode(peer, file, original.mode)
+            image = anchors.decode(peer, file, original.mode)
             tiles.append(tile(peer.name, f"quality {quality}", len(file), image))
         tiles.append(tile("photo", f"step {step:g}", len(data), decoded))
         yield step, tiles
@@ -150,11 +151,11 @@ def nearest(peer: Peer, image: PilImage.Image, limit: int) -> tuple[int, bytes]:
     If even the lowest quality's file is larger, that one.
     """
     low = QUALITIES[0]
-    best = low, peer_codecs.encode(peer, image, low)
+    best = low, anchors.encode(peer, image, low)
     high = QUALITIES[-1] + 1
     while high - low > 1 and len(best[1]) <= limit:
         middle = (low + high) // 2
-        data = peer_codecs.encode(peer, image, middle)
+        data = anchors.encode(peer, image, middle)
         if len(data) > limit:
             high = middle
         else:

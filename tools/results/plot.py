@@ -6,7 +6,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from latent_codec.curves import SCALES
-from latent_codec.rd_report import REFINED
+from latent_codec.evaluation.rate_distortion.report import REFINED
 from tools.results.curves import best, metrics_of, points, published
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 300, 46, 54, 66

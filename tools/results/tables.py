@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from latent_codec.codec import Codec
 from latent_codec.curves import Delta
-from latent_codec.rd_report import REFINED
+from latent_codec.evaluation.rate_distortion.report import REFINED
 from tools.results import costs
 from tools.results.costs import Costs
 from tools.results.curves import against_published, best, metrics_of, points

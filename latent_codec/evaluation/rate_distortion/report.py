@@ -12,8 +12,8 @@ from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.curves import LEAST_OVERLAP, METHOD, SCALES, Curve, Delta, delta_rate
 from latent_codec.evaluation.evaluate import PROTOCOL, describe, mean_defined
+from latent_codec.evaluation.rate_distortion.anchors import PEERS, Peer
 from latent_codec.files import write_text
-from latent_codec.peer_codecs import PEERS, Peer
 from latent_codec.perceptual import LPIPS
 
 RESULTS, PLOT = "rd.json", "rd.png"
@@ -147,7 +147,7 @@ class Report(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """rd.json and rd.png."""
-        from latent_codec.rd_plot import draw  # here, because matplotlib is optional
+        from latent_codec.evaluation.rate_distortion.plot import draw  # here, because matplotlib is optional
 
         write_text(folder / RESULTS, json.dumps(self.json(), indent=1, allow_nan=False) + "\n")
         draw(self, folder / PLOT)

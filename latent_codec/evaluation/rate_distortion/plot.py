@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from latent_codec.curves import SCALES
+from latent_codec.evaluation.rate_distortion.report import REFINED, Point, Report
 from latent_codec.files import atomic_path
-from latent_codec.rd_report import REFINED, Point, Report
 
 
 class _Style(NamedTuple):

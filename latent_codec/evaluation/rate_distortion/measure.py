@@ -9,7 +9,6 @@ import torch
 from PIL import Image as PilImage
 from tqdm import tqdm
 
-from latent_codec import peer_codecs
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dither_seed
@@ -18,14 +17,15 @@ from latent_codec.compute import Compute, Networks
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import compare
+from latent_codec.evaluation.rate_distortion import anchors
+from latent_codec.evaluation.rate_distortion.anchors import Peer
+from latent_codec.evaluation.rate_distortion.report import REFINED, Record, Report, Row, Setting, report
 from latent_codec.files import make_folder
 from latent_codec.images import Geometry, Image, crop, pad, to_pil
 from latent_codec.inputs import Source, find_images
-from latent_codec.peer_codecs import Peer
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.pipeline import check_channels, check_unconditional
 from latent_codec.quantizer import step_code
-from latent_codec.rd_report import REFINED, Record, Report, Row, Setting, report
 from latent_codec.summary import Summary
 
 DITHERED_STEP = 1.0
@@ -59,7 +59,7 @@ def rate_distortion(
         make_folder(out)
     ours = _Ours(codec, compute, steps, refine, sample)
     lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
-    peers = peer_codecs.available()
+    peers = anchors.available()
     sources = find_images(where)
     summary = Summary("evaluated", found=len(sources))
     records: list[Record] = []
@@ -167,8 +167,8 @@ class _Ours:
 def _peer_versions(original: PilImage.Image, peers: list[Peer]) -> Iterator[_Version]:
     for peer in peers:
         for quality in peer.qualities:
-            data = peer_codecs.encode(peer, original, quality)
-            decoded = rgb_pixels(peer_codecs.decode(peer, data, original.mode))
+            data = anchors.encode(peer, original, quality)
+            decoded = rgb_pixels(anchors.decode(peer, data, original.mode))
             yield _Version(decoded, [_File(Setting(peer.name, "quality", quality, False), len(data), None)])
 
 

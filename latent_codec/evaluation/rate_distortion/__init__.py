@@ -1,0 +1,1 @@
+"""Measure rate-distortion curves of files, with other codecs as anchors."""

@@ -29,16 +29,16 @@ from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+from latent_codec.evaluation.report import Evaluated, Options, jpeg, pca, pictures, rate, write_report
+from latent_codec.evaluation.report.baselines import baselines, why_no_pca
+from latent_codec.evaluation.report.html import escaped, tag
+from latent_codec.evaluation.report.likelihood import likelihood_bounds
+from latent_codec.evaluation.report.survey import EDGES, image_key, survey
 from latent_codec.export import calibrate
 from latent_codec.images import in_channels, pad, read_image
 from latent_codec.inputs import find_images
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
-from latent_codec.report import Evaluated, Options, jpeg, pca, pictures, rate, write_report
-from latent_codec.report.baselines import baselines, why_no_pca
-from latent_codec.report.html import escaped, tag
-from latent_codec.report.likelihood import likelihood_bounds
-from latent_codec.report.survey import EDGES, image_key, survey
 from train.presets import mnist_cvae
 
 CPU = Compute("cpu", "float32", 4, 2)

@@ -68,8 +68,8 @@ class Evaluate:
         from latent_codec.curves import check_extra
 
         check_extra()
+        from latent_codec.evaluation.report import Evaluated, Options, write_report
         from latent_codec.inputs import find_images
-        from latent_codec.report import Evaluated, Options, write_report
 
         options = Options(
             report_images=self.pages.report_images,

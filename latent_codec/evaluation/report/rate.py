@@ -7,8 +7,8 @@ from PIL import Image
 from latent_codec.curves import Delta
 from latent_codec.evaluation.rate_distortion import plot
 from latent_codec.evaluation.rate_distortion.report import Report
-from latent_codec.report.html import Html, image, join, paragraphs, table, tag
-from latent_codec.report.page import METRICS, Section, left_out, written
+from latent_codec.evaluation.report.html import Html, image, join, paragraphs, table, tag
+from latent_codec.evaluation.report.page import METRICS, Section, left_out, written
 
 NAME, TITLE = "rate_distortion", "Rate and distortion"
 

@@ -11,14 +11,14 @@ from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report
 from latent_codec.evaluation.rate_distortion.report import Report as RateDistortion
+from latent_codec.evaluation.report import about, jpeg, latent_space, likelihood, page, pictures, rate
+from latent_codec.evaluation.report.baselines import baselines
+from latent_codec.evaluation.report.html import paragraphs
+from latent_codec.evaluation.report.page import Section, left_out
+from latent_codec.evaluation.report.survey import survey
 from latent_codec.files import write_text
 from latent_codec.inputs import Source, find_images
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.report import about, jpeg, latent_space, likelihood, page, pictures, rate
-from latent_codec.report.baselines import baselines
-from latent_codec.report.html import paragraphs
-from latent_codec.report.page import Section, left_out
-from latent_codec.report.survey import survey
 
 PAGE, RESULTS = "report.html", "report.json"
 

@@ -8,11 +8,8 @@ import torch
 from latent_codec import metrics
 from latent_codec.codec import Codec
 from latent_codec.compute import Networks
-from latent_codec.images import pad
-from latent_codec.inputs import Source
-from latent_codec.noise import fold, normal
-from latent_codec.report.html import Html, Picture, join, name_of, paragraph, paragraphs, strip
-from latent_codec.report.page import (
+from latent_codec.evaluation.report.html import Html, Picture, join, name_of, paragraph, paragraphs, strip
+from latent_codec.evaluation.report.page import (
     NOT_CONTINUOUS,
     NOT_GAUSSIAN,
     Section,
@@ -22,7 +19,10 @@ from latent_codec.report.page import (
     left_out,
     written,
 )
-from latent_codec.report.survey import Survey, image_key
+from latent_codec.evaluation.report.survey import Survey, image_key
+from latent_codec.images import pad
+from latent_codec.inputs import Source
+from latent_codec.noise import fold, normal
 
 SIDE = 256
 """Pixels; of larger images the middle is shown, and measured where the report says so."""

@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from latent_codec.report.html import Html, image, tag
-from latent_codec.report.survey import EDGES, Draws, Survey
+from latent_codec.evaluation.report.html import Html, image, tag
+from latent_codec.evaluation.report.survey import EDGES, Draws, Survey
 
 _OURS, _LOW, _NORMAL, _SECOND = "#2b5fa8", "#b9bfc7", "#c1272d", "#2a7f4f"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latent_codec.codec import Codec
-from latent_codec.report.html import Html, join, table, tag
+from latent_codec.evaluation.report.html import Html, join, table, tag
 
 _STYLE = Path(__file__).with_name("style.css")
 

@@ -11,11 +11,11 @@ from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.config import BernoulliConfig, GaussianConfig
 from latent_codec.evaluation.bounds import bounds
+from latent_codec.evaluation.report.html import paragraphs
+from latent_codec.evaluation.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
+from latent_codec.evaluation.report.pictures import SIDE, Shown, shown_side
+from latent_codec.evaluation.report.survey import image_key
 from latent_codec.images import in_channels, pad
-from latent_codec.report.html import paragraphs
-from latent_codec.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
-from latent_codec.report.pictures import SIDE, Shown, shown_side
-from latent_codec.report.survey import image_key
 
 NAME, TITLE = "bounds", "ELBO and IWAE bound"
 

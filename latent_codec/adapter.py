@@ -10,9 +10,9 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, from_json, to_json
 from latent_codec.errors import UserError
+from latent_codec.folders.run import check_unconditional
 from latent_codec.likelihoods import from_signed
 from latent_codec.modelfile import LatentStatistics
-from latent_codec.pipeline import check_unconditional
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config

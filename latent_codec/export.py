@@ -17,10 +17,10 @@ from latent_codec.codebooks import Codes
 from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
+from latent_codec.folders.run import check_channels
 from latent_codec.images import DEFAULT_MAX_PIXELS, pad
 from latent_codec.inputs import Source, find_all
 from latent_codec.modelfile import LatentStatistics
-from latent_codec.pipeline import check_channels
 from latent_codec.prior import Priors, factorized
 from latent_codec.quantizer import base_steps
 from latent_codec.version import __version__

@@ -13,12 +13,14 @@ import torch
 from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec import cli, compression, lc_folder, plan
+from latent_codec import cli, plan
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.codec import Codec
 from latent_codec.commands.decode import Decode
 from latent_codec.commands.encode import Encode
+from latent_codec.folders import encode_latents as encode_latents_module
+from latent_codec.folders import encode_lc
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
 from latent_codec.version import __version__
@@ -329,7 +331,7 @@ def test_a_bug_is_not_hidden_as_a_users_mistake(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(lc_folder, "find_images", broken)
+    monkeypatch.setattr(encode_lc, "find_images", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["encode", str(photos), str(tmp_path / "out"), "--model", str(model_file)])
 
@@ -337,14 +339,14 @@ def test_a_bug_is_not_hidden_as_a_users_mistake(
 def test_ctrl_c_is_130_and_leaves_no_half_file(
     run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = compression.read_image
+    read = encode_latents_module.read_image
 
     def interrupt(data: bytes, *, name: str, **options: object) -> object:
         if name == "sub/b.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(compression, "read_image", interrupt)
+    monkeypatch.setattr(encode_latents_module, "read_image", interrupt)
     monkeypatch.setattr(plan, "_MOST_IMAGES", 1)
     options = ("--model", model_file, *LATENTS, "--batch-size", 1, "--workers", 1)
     result = run("encode", photos, tmp_path / "z", *options)

@@ -13,15 +13,17 @@ from conftest import Draw, files_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latent_codec import compression, modelfile, plan
+from latent_codec import modelfile, plan
 from latent_codec.codec import Codec
-from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
+from latent_codec.folders import encode_latents as encode_latents_module
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.jobs import OVERWRITE
+from latent_codec.folders.summary import Summary
 from latent_codec.latent_files import INDEX, stored_files, stored_shards
 from latent_codec.latents import Latents
-from latent_codec.pipeline import OVERWRITE
-from latent_codec.summary import Summary
 
 CPU = Compute("cpu", "float32", 4, 2)
 ORIENTATION = 0x0112
@@ -252,14 +254,14 @@ def test_whatever_reading_an_image_raises_the_others_go_on(
 ) -> None:
     for name in ("a.png", "b.png", "c.png"):
         draw(tmp_path / "src" / name, 8, 8)
-    read = compression.read_image
+    read = encode_latents_module.read_image
 
     def surprise(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "b.png":
             raise ZeroDivisionError("in some plugin")
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(compression, "read_image", surprise)
+    monkeypatch.setattr(encode_latents_module, "read_image", surprise)
     summary = encode(codec, tmp_path / "src", tmp_path / "latents")
     assert summary.failures == {"b.png": "ZeroDivisionError: in some plugin"}
 
@@ -279,7 +281,7 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
 ) -> None:
     for i in range(40):
         draw(tmp_path / "src" / f"{i:02d}.png", 8 * (i + 1), 8)
-    read, forward = compression.read_image, codec.encode
+    read, forward = encode_latents_module.read_image, codec.encode
     started: list[str] = []
     encoded: list[int] = []
     waiting: list[int] = []
@@ -293,7 +295,7 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
         encoded.append(len(x))
         return forward(x, labels)
 
-    monkeypatch.setattr(compression, "read_image", count_reading)
+    monkeypatch.setattr(encode_latents_module, "read_image", count_reading)
     monkeypatch.setattr(codec, "encode", count_encoding)
     encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 2))
     assert sum(encoded) == 40
@@ -509,14 +511,14 @@ def test_an_interrupted_encode_leaves_whole_shards_under_an_index(
 ) -> None:
     for i in range(9):
         draw(tmp_path / "src" / f"{i}.png", 8 * (1 + i % 3 % 2), 8)
-    read = compression.read_image
+    read = encode_latents_module.read_image
 
     def interrupt(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "6.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(compression, "read_image", interrupt)
+    monkeypatch.setattr(encode_latents_module, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
     assert temporary_files(tmp_path / "latents") == []
@@ -525,7 +527,7 @@ def test_an_interrupted_encode_leaves_whole_shards_under_an_index(
     done = len(found.entries)
     assert [e.path for e in found.entries] == [f"{i}.png" for i in range(done)] and done % 2 == 0
     assert decode(codec, tmp_path / "latents", tmp_path / "out").done == done
-    monkeypatch.setattr(compression, "read_image", read)
+    monkeypatch.setattr(encode_latents_module, "read_image", read)
     assert encode(codec, tmp_path / "src", tmp_path / "latents").skipped == done
 
 

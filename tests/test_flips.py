@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from test_cli import Run, run  # noqa: F401 (a fixture)
 from test_compression import CPU, decode, encode, small_units  # noqa: F401
 
-from latent_codec import compression
 from latent_codec.batches import Rows, ShapeBatches
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
+from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.info import describe
 from latent_codec.latent_files import INDEX, stored_shards
 from latent_codec.latents import Latents
@@ -71,7 +71,7 @@ def test_flips_are_another_setting_and_survive_interruptions(
     encode(codec, photos, tmp_path / "whole", flips=True)
     assert encode(codec, photos, tmp_path / "whole", flips=True).skipped == len(SIZES)
     assert encode(codec, photos, tmp_path / "z").done == len(SIZES)
-    real, calls = compression.write_shard, iter(range(9))
+    real, calls = encode_latents_module.write_shard, iter(range(9))
 
     def stop(*args: object) -> object:
         if next(calls) == 1:
@@ -79,7 +79,7 @@ def test_flips_are_another_setting_and_survive_interruptions(
         return real(*args)  # pyright: ignore
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(compression, "write_shard", stop)
+        patch.setattr(encode_latents_module, "write_shard", stop)
         encode(codec, photos, tmp_path / "z", Compute("cpu", "float32", 4, 1), flips=True)
     assert 0 < encode(codec, photos, tmp_path / "z", flips=True).done < len(SIZES)
     assert files_of(tmp_path / "z") == files_of(tmp_path / "whole")

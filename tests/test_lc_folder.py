@@ -19,19 +19,22 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec import compression, lc_folder, metrics
+from latent_codec import metrics
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import OVERHEAD
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.codec import Codec
-from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
+from latent_codec.folders import encode_latents as encode_latents_module
+from latent_codec.folders import encode_lc
+from latent_codec.folders.decode_lc import decode_streams
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.jobs import OVERWRITE
+from latent_codec.folders.summary import Summary
 from latent_codec.images import read_image
-from latent_codec.lc_folder import decode_streams, encode_streams
-from latent_codec.pipeline import OVERWRITE
-from latent_codec.summary import Summary
 
 CPU = Compute("cpu", "float32", 4, 2)
 RATES: list[dict[str, Any]] = [{}, {"step": 0.3}, {"bpp": 9.0}, {"psnr": 6.0}, {"max_bytes": 400}]
@@ -159,7 +162,7 @@ def test_a_draw_depends_on_seed_and_name_alone(codec: Codec, tmp_path: Path, dra
 
 def test_draws_lie_around_the_mean(codec: Codec, tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "a.png", 200, 200)
-    reader = lc_folder.StreamReader(codec, "cpu")
+    reader = encode_lc.StreamReader(codec, "cpu")
     for name, options in (("fine", {"step": 1 / 64}), ("draw", {"sample": 0, "step": 2.0})):
         encode(codec, tmp_path / "a.png", tmp_path / name, **options)
     fine, drawn = (reader.decompress([container.read(tmp_path / n / "a.png.lc")])[0] for n in ("fine", "draw"))
@@ -495,14 +498,14 @@ def test_a_disk_that_takes_no_more_ends_the_work_and_leaves_no_half_files(
 def test_an_interrupted_encode_leaves_whole_files_only(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = compression.read_image
+    read = encode_latents_module.read_image
 
     def interrupt(data: bytes, *, name: str, **options: Any) -> Any:
         if name == "6.png":
             raise KeyboardInterrupt
         return read(data, name=name, **options)
 
-    monkeypatch.setattr(compression, "read_image", interrupt)
+    monkeypatch.setattr(encode_latents_module, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         encode(codec, photos, tmp_path / "z", Compute("cpu", "float32", 1, 1))
     found = contents(tmp_path / "z")

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute, Networks
+from latent_codec.folders.batching import batches
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.decode_lc import decode_streams
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.inputs import find_images
-from latent_codec.lc_folder import decode_streams, encode_streams
-from latent_codec.pipeline import batches
 from latent_codec.plan import units
 
 

@@ -2,7 +2,7 @@
 
 import threading
 
-from latent_codec.summary import Summary
+from latent_codec.folders.summary import Summary
 
 
 def test_it_says_what_there_is_to_say() -> None:

@@ -19,7 +19,6 @@ from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
-from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
 from latent_codec.config import (
     BernoulliConfig,
@@ -34,9 +33,12 @@ from latent_codec.config import (
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.decode_lc import decode_streams
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images import read_image
 from latent_codec.latents import Latents
-from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.networks import BACKBONES
 from latent_codec.tiling import blended, spans
 

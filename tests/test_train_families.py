@@ -13,15 +13,16 @@ from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run
 
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
 from latent_codec.config import IdentityConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images import in_channels
 from latent_codec.inputs import find_images
 from latent_codec.latents import Latents
-from latent_codec.lc_folder import encode_streams
 from tools.nll import Options, measure
 from train.config import check
 from train.presets import mnist_cvae, mnist_iwae

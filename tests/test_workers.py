@@ -15,15 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_folder import finish, start, wait_for
 
-from latent_codec import compression, plan
+from latent_codec import plan
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import FatalError, UserError
+from latent_codec.folders import encode_latents as encode_latents_module
+from latent_codec.folders import read_images
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.workers import Processes, Threads
 from latent_codec.inputs import Source
-from latent_codec.lc_folder import encode_streams
-from latent_codec.workers import Processes, Threads
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))
@@ -125,7 +127,7 @@ def decode_or_die(source: Source, data: bytes, options: dict[str, Any]) -> Any:
     return _PARSE(source, data, options)
 
 
-_PARSE: Any = compression._parse_array
+_PARSE: Any = read_images._parse_array
 
 
 @pytest.mark.parametrize("make", [encode_folder, partial(encode_streams, rate=Rate())])
@@ -141,7 +143,7 @@ def test_images_are_decoded_in_processes_and_one_that_is_killed_costs_nothing_be
     expected = make(codec, tmp_path / "photos", tmp_path / "in threads", threads, quiet=True)
     compute = threads._replace(decode_in="processes")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compression, "_parse_array", decode_or_die)
+        patch.setattr(encode_latents_module, "_parse_array", decode_or_die)
         with pytest.raises(FatalError, match="was killed"):
             make(codec, tmp_path / "photos", tmp_path / "in processes", compute, quiet=True)
     before = {name: data for name, data in files_of(tmp_path / "in processes").items() if name.endswith(("lc", "rs"))}

@@ -15,16 +15,18 @@ from tiny_run import PATIENCE, fork_server
 from latent_codec import modelfile, plan
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compression import decode_folder, encode_folder
 from latent_codec.compute import Compute
 from latent_codec.files import atomic_path
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.decode_lc import decode_streams
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.jobs import RESUME, Resume
+from latent_codec.folders.summary import Summary
 from latent_codec.latent_files import INDEX
 from latent_codec.latents import Latents
-from latent_codec.lc_folder import decode_streams, encode_streams
 from latent_codec.ledger import Ledger
-from latent_codec.pipeline import RESUME, Resume
 from latent_codec.plan import Unit
-from latent_codec.summary import Summary
 
 COMPUTE = Compute("cpu", "float32", 2, 1)
 UNIT = 3

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
-from latent_codec.lc_folder import encode_streams
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.jobs import RESUME
 from latent_codec.ledger import NAME
-from latent_codec.pipeline import RESUME
 from latent_codec.plan import Share
 
 

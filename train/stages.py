@@ -13,16 +13,16 @@ from accelerate.state import PartialState
 
 from latent_codec.codec import Codec
 from latent_codec.commands.options import ComputeOptions, load
-from latent_codec.compression import encode_folder
 from latent_codec.config import to_json
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.export import PRIOR_RUN_MODEL, export
 from latent_codec.files import make_folder, write_text
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.jobs import Resume
 from latent_codec.inputs import find_images
 from latent_codec.latent_files import INDEX
 from latent_codec.noise import text_key
-from latent_codec.pipeline import Resume
 from latent_codec.plan import WHOLE
 from train import prior, vae
 from train.accelerate_state import accelerate_as

@@ -31,8 +31,8 @@ class Decode:
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:
-        from latent_codec.compression import decode_folder
-        from latent_codec.lc_folder import decode_streams, is_streams
+        from latent_codec.folders.decode_latents import decode_folder
+        from latent_codec.folders.decode_lc import decode_streams, is_streams
 
         streams = is_streams(self.src)
         if streams and self.sample is not None:

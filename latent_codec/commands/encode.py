@@ -60,7 +60,7 @@ class Encode:
         if self.flips:
             raise UserError("--flips is for --format safetensors; a .lc file is of one image")
         from latent_codec.bitstream.rate_control import Rate
-        from latent_codec.lc_folder import encode_streams
+        from latent_codec.folders.encode_lc import encode_streams
 
         rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
         codec, compute = load(self.model, self.compute)
@@ -86,7 +86,7 @@ class Encode:
             raise UserError("--refine is for --format lc; latents in safetensors keep the whole posterior")
         if self.tar:
             raise UserError("--tar is for --format lc; latents in safetensors are in shards as it is")
-        from latent_codec.compression import encode_folder
+        from latent_codec.folders.encode_latents import encode_folder
 
         codec, compute = load(self.model, self.compute)
         return encode_folder(

@@ -34,7 +34,7 @@ class ResumeOptions:
     """Make everything again, and replace files that were there before."""
 
     def options(self):
-        from latent_codec.pipeline import Resume
+        from latent_codec.folders.jobs import Resume
         from latent_codec.plan import Share
 
         share = Share.of_launcher() if self.shard is None else Share.parse(self.shard)

@@ -17,18 +17,18 @@ from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
-from latent_codec.compression import encode_folder
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.jobs import OVERWRITE
+from latent_codec.folders.summary import Summary
 from latent_codec.images import Geometry, crop, write_image
 from latent_codec.inputs import find_images
 from latent_codec.latent_files import stored_files
 from latent_codec.latents import Latents
-from latent_codec.lc_folder import encode_streams
 from latent_codec.perceptual import LPIPS, Net
-from latent_codec.pipeline import OVERWRITE
-from latent_codec.summary import Summary
 from latent_codec.version import __version__
 
 RESULTS = "results.json"

@@ -1,0 +1,1 @@
+"""Encode and decode whole folders of images."""

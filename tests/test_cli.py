@@ -13,7 +13,7 @@ import torch
 from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec import cli, plan
+from latent_codec import cli
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.codec import Codec
@@ -21,6 +21,7 @@ from latent_codec.commands.decode import Decode
 from latent_codec.commands.encode import Encode
 from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders import encode_lc
+from latent_codec.folders.resume import units as plan
 from latent_codec.images import DEFAULT_MAX_PIXELS
 from latent_codec.latents import Latents
 from latent_codec.version import __version__

@@ -13,7 +13,7 @@ from conftest import Draw, files_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latent_codec import modelfile, plan
+from latent_codec import modelfile
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
@@ -21,6 +21,7 @@ from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.jobs import OVERWRITE
+from latent_codec.folders.resume import units as plan
 from latent_codec.folders.summary import Summary
 from latent_codec.latent_files import INDEX, stored_files, stored_shards
 from latent_codec.latents import Latents

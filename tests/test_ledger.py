@@ -17,13 +17,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_folder import hold, start, wait_for
 
-from latent_codec import files, ledger, locks, plan
+from latent_codec import files
 from latent_codec.errors import UserError
 from latent_codec.files import DiskError, atomic_path, temporary_of
+from latent_codec.folders.resume import ledger, locks
+from latent_codec.folders.resume import units as plan
+from latent_codec.folders.resume.journal import Journal, lines
+from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns, sha256
+from latent_codec.folders.resume.units import Unit, units
 from latent_codec.inputs import Source, find_files
-from latent_codec.journal import Journal, lines
-from latent_codec.ledger import FAILURES, Claim, Ledger, Record, mtime_ns, sha256
-from latent_codec.plan import Unit, units
 
 SETTINGS = {"step": 1.0}
 

@@ -13,10 +13,10 @@ from conftest import Draw, files_of
 from PIL import Image
 from tiny_folder import UNIT, Kind, Task, die, finish, start, temporary_files, work
 
-from latent_codec import plan
 from latent_codec.errors import UserError
 from latent_codec.folders.jobs import OVERWRITE, RESUME
-from latent_codec.ledger import FAILURES
+from latent_codec.folders.resume import units as plan
+from latent_codec.folders.resume.ledger import FAILURES
 
 KINDS: tuple[Kind, ...] = ("tars of streams", "tars of images")
 SIZES = {"a.png": (24, 16), "b.png": (9, 17), "c.jpg": (24, 16), "sub/é.png": (9, 17), "sub/e.png": (24, 16)}

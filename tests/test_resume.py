@@ -18,18 +18,19 @@ from conftest import Draw, files_of
 from PIL import Image
 from tiny_folder import COMPUTE, UNIT, Kind, Task, die, finish, posteriors, start, temporary_files, watch, work
 
-from latent_codec import cli, plan
+from latent_codec import cli
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.folders import run as run_module
 from latent_codec.folders.jobs import OVERWRITE, RESUME
+from latent_codec.folders.resume import units as plan
+from latent_codec.folders.resume.ledger import FAILURES
+from latent_codec.folders.resume.units import Share
 from latent_codec.folders.summary import Summary
 from latent_codec.latent_files import INDEX, stored_shards
 from latent_codec.latents import Latents
-from latent_codec.ledger import FAILURES
-from latent_codec.plan import Share
 
 KINDS: tuple[Kind, ...] = ("streams", "latents", "images of streams", "images of latents")
 SIZES = {"a.png": (24, 16), "b.png": (24, 16), "c.jpg": (24, 16), "sub/d.png": (9, 17), "sub/e.png": (24, 16)}

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_folder import finish, start, wait_for
 
-from latent_codec import plan
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
@@ -24,6 +23,7 @@ from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders import read_images
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.resume import units as plan
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.inputs import Source
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_run import PATIENCE, fork_server
 
-from latent_codec import modelfile, plan
+from latent_codec import modelfile
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute
@@ -22,11 +22,12 @@ from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import RESUME, Resume
+from latent_codec.folders.resume import units as plan
+from latent_codec.folders.resume.ledger import Ledger
+from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.summary import Summary
 from latent_codec.latent_files import INDEX
 from latent_codec.latents import Latents
-from latent_codec.ledger import Ledger
-from latent_codec.plan import Unit
 
 COMPUTE = Compute("cpu", "float32", 2, 1)
 UNIT = 3

@@ -27,8 +27,8 @@ from latent_codec.errors import UserError
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import RESUME
-from latent_codec.ledger import NAME
-from latent_codec.plan import Share
+from latent_codec.folders.resume.ledger import NAME
+from latent_codec.folders.resume.units import Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from latent_codec.export import PRIOR_RUN_MODEL, export
 from latent_codec.files import make_folder, write_text
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.jobs import Resume
+from latent_codec.folders.resume.units import WHOLE
 from latent_codec.inputs import find_images
 from latent_codec.latent_files import INDEX
 from latent_codec.noise import text_key
-from latent_codec.plan import WHOLE
 from train import prior, vae
 from train.accelerate_state import accelerate_as
 from train.config import PriorConfig, TrainConfig, flat

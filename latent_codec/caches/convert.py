@@ -12,12 +12,12 @@ from latent_codec.caches.items import Cache, Found, ImageCache, Item, Shard, Sha
 from latent_codec.caches.options import CacheName, Options
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import atomic_path, disk_errors, make_folder, put, temporary_path
+from latent_codec.folders.resume.ledger import sha256_of
+from latent_codec.folders.resume.names import check_outputs, folding
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Threads
 from latent_codec.latents import Latents
-from latent_codec.ledger import sha256_of
 from latent_codec.modelfile import LatentStatistics
-from latent_codec.plan import check_outputs, folding
 
 
 class Consumer(NamedTuple):

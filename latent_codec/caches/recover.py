@@ -17,6 +17,7 @@ from latent_codec.codec import Codec
 from latent_codec.config import DiagonalGaussianConfig
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import disk_errors, make_folder
+from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.run import check_gaussian
 from latent_codec.folders.summary import Summary
 from latent_codec.images import Geometry
@@ -33,7 +34,6 @@ from latent_codec.latent_files import (
     write_index,
     write_shard,
 )
-from latent_codec.ledger import Ledger
 
 _MOST_IMAGES = 512  # in a shard, which is in memory while it is made
 _MOST_BYTES = 2**26

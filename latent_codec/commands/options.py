@@ -35,7 +35,7 @@ class ResumeOptions:
 
     def options(self):
         from latent_codec.folders.jobs import Resume
-        from latent_codec.plan import Share
+        from latent_codec.folders.resume.units import Share
 
         share = Share.of_launcher() if self.shard is None else Share.parse(self.shard)
         return Resume(self.check, self.overwrite, share)

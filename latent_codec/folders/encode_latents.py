@@ -20,6 +20,8 @@ from latent_codec.files import disk_errors
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
 from latent_codec.folders.read_images import parse_image_in
+from latent_codec.folders.resume.ledger import Claim, Ledger, Record, sha256_of
+from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import check_channels, check_gaussian, check_options, run
 from latent_codec.folders.shards import are_whole, remove_needless, shard_name
 from latent_codec.folders.summary import Summary
@@ -40,8 +42,6 @@ from latent_codec.latent_files import (
     write_index,
     write_shard,
 )
-from latent_codec.ledger import Claim, Ledger, Record, sha256_of
-from latent_codec.plan import Unit
 
 
 def encode_folder(

@@ -2,11 +2,11 @@
 
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from latent_codec.folders.resume.ledger import Claim, Record, SourceCheck
+from latent_codec.folders.resume.units import WHOLE, Share
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.inputs import Source
-from latent_codec.ledger import Claim, Record, SourceCheck
-from latent_codec.plan import WHOLE, Share
 
 T = TypeVar("T")
 

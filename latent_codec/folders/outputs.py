@@ -16,13 +16,13 @@ from latent_codec.compute import Compute
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import atomic_path, disk_errors, put, temporary_path
 from latent_codec.folders.jobs import Input, Job, Resume, Work
+from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record, sha256, sha256_of
+from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.images import Geometry, ImageFormat, crop, image_bytes
 from latent_codec.inputs import Source
-from latent_codec.ledger import Claim, Kind, Ledger, Record, sha256, sha256_of
-from latent_codec.plan import Unit
 
 
 class Output(NamedTuple):

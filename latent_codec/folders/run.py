@@ -14,11 +14,12 @@ from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
 from latent_codec.folders.jobs import Job, Resume, Work
+from latent_codec.folders.resume.ledger import FAILURES, Claim, Kind, Ledger
+from latent_codec.folders.resume.names import check_absent, check_names, check_outputs, folding
+from latent_codec.folders.resume.units import Unit, units
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.inputs import Source
-from latent_codec.ledger import FAILURES, Claim, Kind, Ledger
-from latent_codec.plan import Unit, check_absent, check_names, check_outputs, folding, units
 
 
 def check_options(background: str, max_pixels: int) -> None:

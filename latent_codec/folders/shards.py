@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from latent_codec.ledger import Ledger, Record, digest
-from latent_codec.plan import Unit
+from latent_codec.folders.resume.ledger import Ledger, Record, digest
+from latent_codec.folders.resume.units import Unit
 
 _NAME = re.compile(r"[a-z]+-([0-9a-f]{16})-[0-9a-f]{8}[-.].*")
 

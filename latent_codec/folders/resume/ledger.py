@@ -22,10 +22,11 @@ from filelock import FileLock
 from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import disk_errors, make_folder, process_name, temporary_of, write_text
+from latent_codec.folders.resume.journal import Journal, lines
+from latent_codec.folders.resume.locks import lock, locked, try_lock
+from latent_codec.folders.resume.names import check_absent
+from latent_codec.folders.resume.units import Unit
 from latent_codec.inputs import Source
-from latent_codec.journal import Journal, lines
-from latent_codec.locks import lock, locked, try_lock
-from latent_codec.plan import Unit, check_absent
 
 NAME = ".latent_codec"
 FAILURES = "failures.jsonl"

@@ -1,0 +1,1 @@
+"""Remember which outputs of a folder are done, so that an interrupted run goes on."""

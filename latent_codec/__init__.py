@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from latent_codec.codec import Codec as Codec
     from latent_codec.config import CodecConfig as CodecConfig
     from latent_codec.errors import UserError as UserError
-    from latent_codec.images import read_image as read_image
+    from latent_codec.images.read import read_image as read_image
     from latent_codec.latents import Latents as Latents
 
 _HOMES = {
@@ -15,7 +15,7 @@ _HOMES = {
     "CodecConfig": "latent_codec.config",
     "Latents": "latent_codec.latents",
     "UserError": "latent_codec.errors",
-    "read_image": "latent_codec.images",
+    "read_image": "latent_codec.images.read",
 }
 __all__ = ["Codec", "CodecConfig", "Latents", "UserError", "read_image"]
 

@@ -55,7 +55,7 @@ class Codec(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.config.image_channels or any(s % self.factor for s in x.shape[2:]):
             raise ValueError(
                 f"pixels of shape {tuple(x.shape)} are not (b, {self.config.image_channels}, h, w) with sides that "
-                f"are multiples of {self.factor}; pad them with latent_codec.images.pad"
+                f"are multiples of {self.factor}; pad them with latent_codec.images.geometry.pad"
             )
 
     def encode(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Posterior:
@@ -63,7 +63,7 @@ class Codec(nn.Module):
 
         `labels` (b,) int64 number the config's classes; a conditional model needs them, another ignores them.
         Raises `ValueError` if they are missing or out of range, or if h or w is no multiple of the factor (pad with
-        `latent_codec.images.pad`).
+        `latent_codec.images.geometry.pad`).
         """
         return self.bottleneck(self.features(x, labels))
 

@@ -18,8 +18,9 @@ from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
 from latent_codec.folders.run import check_channels
-from latent_codec.images import DEFAULT_MAX_PIXELS, pad
-from latent_codec.inputs import Source, find_all
+from latent_codec.images.geometry import pad
+from latent_codec.images.read import DEFAULT_MAX_PIXELS
+from latent_codec.images.sources import Source, find_all
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized
 from latent_codec.quantizer import base_steps

@@ -20,7 +20,7 @@ from latent_codec.codec import Codec, right_model
 from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import check_name, write_text
-from latent_codec.images import Geometry
+from latent_codec.images.geometry import Geometry
 from latent_codec.modelfile import KEY, LatentStatistics, own_metadata, save_tensors
 
 FORMAT_VERSION = 3

@@ -16,7 +16,7 @@ from latent_codec.config import (
     GaussianConfig,
 )
 from latent_codec.errors import UserError
-from latent_codec.inputs import find_images
+from latent_codec.images.sources import find_images
 from train.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
 from train.data import Batches
 

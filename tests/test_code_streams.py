@@ -24,9 +24,9 @@ from latent_codec.export import calibrate
 from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
-from latent_codec.images import pad
+from latent_codec.images.geometry import pad
+from latent_codec.images.sources import find_images
 from latent_codec.info import describe
-from latent_codec.inputs import find_images
 from latent_codec.prior.coder import Coder
 from tools import fuzz
 from tools.mutants import mutate

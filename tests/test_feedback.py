@@ -16,7 +16,7 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
-from latent_codec.images import Geometry
+from latent_codec.images.geometry import Geometry
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import feedback as module
 from latent_codec.prior.coding import quantize

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.inputs import find_images
+from latent_codec.images.sources import find_images
 from train.data import fingerprint
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)

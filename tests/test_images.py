@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from PIL import ExifTags, ImageCms, ImageFile, JpegImagePlugin
 from PIL import Image as PilImage
 
-from latent_codec import images
-from latent_codec.colour import in_8_bits
 from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.images import EXTENSIONS, FORMATS, Geometry, crop, pad, read_image, to_pil, write_image
+from latent_codec.images import read
+from latent_codec.images.colour import in_8_bits
+from latent_codec.images.geometry import Geometry, crop, pad
+from latent_codec.images.read import EXTENSIONS, FORMATS, read_image
+from latent_codec.images.write import to_pil, write_image
 
 LOSSLESS = [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]
 ANIMATED = [f for f in ("GIF", "PNG", "WEBP", "TIFF", "AVIF") if f in FORMATS]
@@ -117,7 +119,7 @@ def test_a_decompression_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch: 
         monkeypatch.setattr(ImageFile.ImageFile, name, lambda self, name=name: calls.append(name))
     message = refusal(png(50_000, 50_000, 8, 2, b""))
     assert "50000x50000" in message
-    assert str(images.DEFAULT_MAX_PIXELS) in message
+    assert str(read.DEFAULT_MAX_PIXELS) in message
     assert calls == []
 
 
@@ -206,7 +208,7 @@ def test_every_listed_suffix_is_one_that_pillow_gives_to_an_allowed_format():
 def test_rgb_comes_as_it_is(
     image_format: str, options: dict[str, object], height: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(images, "_STRIP_PIXELS", 4 * 7)
+    monkeypatch.setattr(read, "_STRIP_PIXELS", 4 * 7)
     rgb = random_rgb(height, 7)
     image = read_image(encoded(PilImage.fromarray(rgb), image_format, **options))
     assert np.array_equal(image.pixels.numpy(), rgb.transpose(2, 0, 1))
@@ -258,7 +260,7 @@ def test_alpha_is_composited_in_one_rounding(backdrop: int):
 def test_rgba_is_composited_on_the_recorded_background(
     image_format: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(images, "_STRIP_PIXELS", 2 * 7)
+    monkeypatch.setattr(read, "_STRIP_PIXELS", 2 * 7)
     rgb, alpha = random_rgb(5, 7), random_rgb(5, 7, seed=1)[..., 0]
     pil = PilImage.fromarray(np.dstack([rgb, alpha]))
     image = read_image(
@@ -501,7 +503,7 @@ def test_orientation_is_applied_once_and_recorded(image_format: str, options: di
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_alpha_turns_with_its_colours(orientation: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images, "_STRIP_PIXELS", 1)  # row by row
+    monkeypatch.setattr(read, "_STRIP_PIXELS", 1)  # row by row
     pil = PilImage.fromarray(np.dstack([random_rgb(67, 5), random_rgb(67, 5, 1)[..., 0]]))
     exif = PilImage.Exif()
     exif[ExifTags.Base.Orientation] = orientation

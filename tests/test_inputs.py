@@ -11,9 +11,9 @@ import torch
 from conftest import Draw
 from PIL import Image
 
-from latent_codec import inputs
 from latent_codec.errors import UserError
-from latent_codec.inputs import find_all, find_images
+from latent_codec.images import sources
+from latent_codec.images.sources import find_all, find_images
 
 
 def png(level: int = 0) -> bytes:
@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_listed_is_refused_not_left_out(
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(inputs.os, "scandir", refuse)
+    monkeypatch.setattr(sources.os, "scandir", refuse)
     with pytest.raises(UserError, match="locked: cannot be listed"):
         find_images(tmp_path)
 

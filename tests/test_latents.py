@@ -16,7 +16,7 @@ from latent_codec import modelfile
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.images import Geometry
+from latent_codec.images.geometry import Geometry
 from latent_codec.latent_files import (
     INDEX,
     Row,

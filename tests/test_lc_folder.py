@@ -34,7 +34,7 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.summary import Summary
-from latent_codec.images import read_image
+from latent_codec.images.read import read_image
 
 CPU = Compute("cpu", "float32", 4, 2)
 RATES: list[dict[str, Any]] = [{}, {"step": 0.3}, {"bpp": 9.0}, {"psnr": 6.0}, {"max_bytes": 400}]

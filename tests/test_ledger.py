@@ -25,7 +25,7 @@ from latent_codec.folders.resume import units as plan
 from latent_codec.folders.resume.journal import Journal, lines
 from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns, sha256
 from latent_codec.folders.resume.units import Unit, units
-from latent_codec.inputs import Source, find_files
+from latent_codec.images.sources import Source, find_files
 
 SETTINGS = {"step": 1.0}
 

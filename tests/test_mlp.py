@@ -27,7 +27,7 @@ from latent_codec.config import (
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.images import in_channels, in_rgb
+from latent_codec.images.geometry import in_channels, in_rgb
 from latent_codec.likelihoods import Bernoulli
 from latent_codec.networks import MLPBackbone
 from train.closed_form import start_from_mean

@@ -20,7 +20,7 @@ from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.resume.units import units
-from latent_codec.inputs import find_images
+from latent_codec.images.sources import find_images
 
 
 @given(st.lists(st.integers(0, 6)), st.integers(1, 4))

@@ -12,7 +12,7 @@ from latent_codec.errors import UserError
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.resume.names import check_absent, check_outputs, folding
 from latent_codec.folders.resume.units import WHOLE, Share, Unit, units
-from latent_codec.inputs import Source
+from latent_codec.images.sources import Source
 
 NAMES = st.text("abcdef0123456789/.", min_size=1, max_size=12)
 SIZES = st.integers(0, 2**26)

@@ -22,7 +22,8 @@ from latent_codec.evaluation.rate_distortion import anchors, measure
 from latent_codec.evaluation.rate_distortion.anchors import PEERS
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.evaluation.rate_distortion.report import Report, Row
-from latent_codec.images import pad, read_image
+from latent_codec.images.geometry import pad
+from latent_codec.images.read import read_image
 from latent_codec.quantizer import step_code
 
 CPU = Compute("cpu", "float32", 4, 2)

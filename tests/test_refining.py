@@ -21,8 +21,8 @@ from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.export import calibrate
 from latent_codec.folders.encode_lc import encode_streams
-from latent_codec.images import crop, pad
-from latent_codec.inputs import find_images
+from latent_codec.images.geometry import crop, pad
+from latent_codec.images.sources import find_images
 from latent_codec.prior.coding import ideal_bits, neighbours, quantize
 from latent_codec.quantizer import STEP_ONE, Scaled
 

@@ -35,8 +35,9 @@ from latent_codec.evaluation.report.html import escaped, tag
 from latent_codec.evaluation.report.likelihood import likelihood_bounds
 from latent_codec.evaluation.report.survey import EDGES, image_key, survey
 from latent_codec.export import calibrate
-from latent_codec.images import in_channels, pad, read_image
-from latent_codec.inputs import find_images
+from latent_codec.images.geometry import in_channels, pad
+from latent_codec.images.read import read_image
+from latent_codec.images.sources import find_images
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
 from train.presets import mnist_cvae

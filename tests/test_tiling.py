@@ -37,7 +37,7 @@ from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
-from latent_codec.images import read_image
+from latent_codec.images.read import read_image
 from latent_codec.latents import Latents
 from latent_codec.networks import BACKBONES
 from latent_codec.tiling import blended, spans

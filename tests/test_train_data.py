@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_codec.errors import UserError
-from latent_codec.inputs import Source, find_images
+from latent_codec.images.sources import Source, find_images
 from latent_codec.noise import fold, permutation
 from train import data
 from train.data import (

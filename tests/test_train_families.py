@@ -20,8 +20,8 @@ from latent_codec.export import export
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
-from latent_codec.images import in_channels
-from latent_codec.inputs import find_images
+from latent_codec.images.geometry import in_channels
+from latent_codec.images.sources import find_images
 from latent_codec.latents import Latents
 from tools.nll import Options, measure
 from train.config import check

@@ -36,7 +36,7 @@ from tiny_run import (
 
 from latent_codec.codec import Codec
 from latent_codec.export import export
-from latent_codec.inputs import find_images
+from latent_codec.images.sources import find_images
 from train.data import centre_crops
 from train.interrupts import Interrupts
 

@@ -25,7 +25,7 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.workers import Processes, Threads
-from latent_codec.inputs import Source
+from latent_codec.images.sources import Source
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, LiteConfig
-from latent_codec.inputs import find_images
+from latent_codec.images.sources import find_images
 from train.closed_form import patch_moments, start_from_closed_form
 from train.data import Batches, MemoryImages, Plan
 

@@ -14,7 +14,7 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
-from latent_codec.images import Image, crop, pad
+from latent_codec.images.geometry import Image, crop, pad
 from latent_codec.prior import Priors
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize

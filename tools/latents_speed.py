@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_codec.batches import Rows, ShapeBatches
-from latent_codec.images import Geometry
+from latent_codec.images.geometry import Geometry
 from latent_codec.latent_files import FORMAT_VERSION, Entry, Header, Row, write_index, write_shard
 from latent_codec.latents import Latents
 from tools.report import machine, report

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from latent_codec.errors import UserError
 from latent_codec.files import atomic_path, make_folder
-from latent_codec.images import read_image
-from latent_codec.inputs import find_images
+from latent_codec.images.read import read_image
+from latent_codec.images.sources import find_images
 from latent_codec.modelfile import check_state, save_tensors
 from latent_codec.noise import fold, permutation
 

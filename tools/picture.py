@@ -7,8 +7,8 @@ import tyro
 from PIL import Image
 
 from latent_codec.files import atomic_path
-from latent_codec.images import to_pil
-from latent_codec.inputs import find_images
+from latent_codec.images.sources import find_images
+from latent_codec.images.write import to_pil
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from latent_codec import idx
 from latent_codec.errors import UserError
-from latent_codec.images import in_channels
-from latent_codec.inputs import Source
+from latent_codec.images import idx
+from latent_codec.images.geometry import in_channels
+from latent_codec.images.sources import Source
 from latent_codec.noise import below, fold, permutation, uniform
 from train.packed import Boxes, Packed, to_device
 

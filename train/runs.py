@@ -14,7 +14,7 @@ from latent_codec.codec import Codec
 from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
-from latent_codec.inputs import Source, find_all
+from latent_codec.images.sources import Source, find_all
 from latent_codec.noise import text_key
 from latent_codec.version import __version__
 from train.checkpoints import Progress

@@ -21,7 +21,7 @@ from latent_codec.files import make_folder, write_text
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.jobs import Resume
 from latent_codec.folders.resume.units import WHOLE
-from latent_codec.inputs import find_images
+from latent_codec.images.sources import find_images
 from latent_codec.latent_files import INDEX
 from latent_codec.noise import text_key
 from train import prior, vae

@@ -20,7 +20,7 @@ from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
 from latent_codec.config import to_json
 from latent_codec.errors import UserError
-from latent_codec.inputs import Source
+from latent_codec.images.sources import Source
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.perceptual import LPIPS
 from train import checkpoints

@@ -11,7 +11,7 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codebooks import Codes, perplexity
 from latent_codec.codec import Codec
 from latent_codec.files import atomic_path
-from latent_codec.images import in_rgb
+from latent_codec.images.geometry import in_rgb
 from latent_codec.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from train.data import CentreCrops

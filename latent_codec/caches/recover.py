@@ -20,7 +20,7 @@ from latent_codec.files import disk_errors, make_folder
 from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.run import check_gaussian
 from latent_codec.folders.summary import Summary
-from latent_codec.images import Geometry
+from latent_codec.images.geometry import Geometry
 from latent_codec.latent_files import (
     INDEX,
     Entry,

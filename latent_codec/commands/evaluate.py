@@ -69,7 +69,7 @@ class Evaluate:
 
         check_extra()
         from latent_codec.evaluation.report import Evaluated, Options, write_report
-        from latent_codec.inputs import find_images
+        from latent_codec.images.sources import find_images
 
         options = Options(
             report_images=self.pages.report_images,

@@ -24,8 +24,9 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.summary import Summary
-from latent_codec.images import Geometry, crop, write_image
-from latent_codec.inputs import find_images
+from latent_codec.images.geometry import Geometry, crop
+from latent_codec.images.sources import find_images
+from latent_codec.images.write import write_image
 from latent_codec.latent_files import stored_files
 from latent_codec.latents import Latents
 from latent_codec.perceptual import LPIPS, Net

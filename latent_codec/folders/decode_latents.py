@@ -16,8 +16,8 @@ from latent_codec.folders.outputs import Output, image_output, make_outputs
 from latent_codec.folders.run import check_channels
 from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
-from latent_codec.images import ImageFormat
-from latent_codec.inputs import Source
+from latent_codec.images.sources import Source
+from latent_codec.images.write import ImageFormat
 from latent_codec.latent_files import Entry, latent_size
 from latent_codec.latents import Latents
 from latent_codec.noise import fold, normal, text_key

@@ -19,8 +19,9 @@ from latent_codec.folders.outputs import Output, image_output, make_outputs
 from latent_codec.folders.run import check_channels, check_options, check_unconditional
 from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
-from latent_codec.images import DEFAULT_MAX_PIXELS, ImageFormat
-from latent_codec.inputs import Source, find_files
+from latent_codec.images.read import DEFAULT_MAX_PIXELS
+from latent_codec.images.sources import Source, find_files
+from latent_codec.images.write import ImageFormat
 from latent_codec.latent_files import INDEX
 from latent_codec.prior import PriorKind
 

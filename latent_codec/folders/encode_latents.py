@@ -26,8 +26,9 @@ from latent_codec.folders.run import check_channels, check_gaussian, check_optio
 from latent_codec.folders.shards import are_whole, remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
-from latent_codec.images import DEFAULT_MAX_PIXELS, Image, mirrored
-from latent_codec.inputs import Source, find_images
+from latent_codec.images.geometry import Image, mirrored
+from latent_codec.images.read import DEFAULT_MAX_PIXELS
+from latent_codec.images.sources import Source, find_images
 from latent_codec.latent_files import (
     INDEX,
     Entry,

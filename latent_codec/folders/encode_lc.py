@@ -23,8 +23,9 @@ from latent_codec.folders.read_images import parse_image_in
 from latent_codec.folders.run import check_channels, check_options, check_unconditional
 from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
-from latent_codec.images import DEFAULT_MAX_PIXELS, Image, crop
-from latent_codec.inputs import Source, find_images
+from latent_codec.images.geometry import Image, crop
+from latent_codec.images.read import DEFAULT_MAX_PIXELS
+from latent_codec.images.sources import Source, find_images
 from latent_codec.latent_files import stored_files
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Scaled

@@ -6,7 +6,7 @@ from latent_codec.folders.resume.ledger import Claim, Record, SourceCheck
 from latent_codec.folders.resume.units import WHOLE, Share
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
-from latent_codec.inputs import Source
+from latent_codec.images.sources import Source
 
 T = TypeVar("T")
 

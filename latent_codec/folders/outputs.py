@@ -21,8 +21,9 @@ from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
-from latent_codec.images import Geometry, ImageFormat, crop, image_bytes
-from latent_codec.inputs import Source
+from latent_codec.images.geometry import Geometry, crop
+from latent_codec.images.sources import Source
+from latent_codec.images.write import ImageFormat, image_bytes
 
 
 class Output(NamedTuple):

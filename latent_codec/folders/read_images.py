@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from latent_codec.folders.workers import Processes
-from latent_codec.images import Geometry, Image, pad, read_image
-from latent_codec.inputs import Source
+from latent_codec.images.geometry import Geometry, Image, pad
+from latent_codec.images.read import read_image
+from latent_codec.images.sources import Source
 
 
 def parse_image(

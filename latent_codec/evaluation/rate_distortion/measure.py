@@ -23,8 +23,9 @@ from latent_codec.evaluation.rate_distortion.report import REFINED, Record, Repo
 from latent_codec.files import make_folder
 from latent_codec.folders.run import check_channels, check_unconditional
 from latent_codec.folders.summary import Summary
-from latent_codec.images import Geometry, Image, crop, pad, to_pil
-from latent_codec.inputs import Source, find_images
+from latent_codec.images.geometry import Geometry, Image, crop, pad
+from latent_codec.images.sources import Source, find_images
+from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.quantizer import step_code
 
@@ -188,8 +189,3 @@ def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None
                 ideal_bpp = None if ideal_bits is None else ideal_bits / area
                 rows.append(Row(setting, size, 8 * size / area, ideal_bpp, distortion))
     return Record(source.name, area, kl_bits / area, rows)
-
-
-def rgb_pixels(image: PilImage.Image) -> torch.Tensor:
-    """(3, h, w) uint8; grey is repeated, as reading a grey file does."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -14,8 +14,8 @@ from latent_codec.evaluation.evaluate import Report, compare, mean_defined
 from latent_codec.evaluation.report import pca
 from latent_codec.evaluation.report.html import Html, join, name_of, paragraphs, table
 from latent_codec.evaluation.report.page import Section, is_continuous, is_gaussian, written
-from latent_codec.images import in_channels, in_rgb, pad
-from latent_codec.inputs import Source, find_images
+from latent_codec.images.geometry import in_channels, in_rgb, pad
+from latent_codec.images.sources import Source, find_images
 from latent_codec.perceptual import LPIPS
 from latent_codec.tiling import default_tile
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.images import Geometry, image_bytes
+from latent_codec.images.geometry import Geometry
+from latent_codec.images.write import image_bytes
 
 _TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 """Unicode's bidirectional controls, with which a name can make what stands beside it read backwards."""

@@ -14,13 +14,13 @@ from latent_codec.compute import Networks
 from latent_codec.evaluation.evaluate import compare, mean_defined
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import PEERS
-from latent_codec.evaluation.rate_distortion.measure import rgb_pixels
 from latent_codec.evaluation.rate_distortion.report import RD_PROTOCOL
 from latent_codec.evaluation.report.html import Html, Picture, join, name_of, paragraphs, strip, table
 from latent_codec.evaluation.report.page import METRICS, Section, left_out, written
 from latent_codec.evaluation.report.pictures import SIDE, middle
-from latent_codec.images import Image, as_shown, crop, pad, to_pil
-from latent_codec.inputs import Source
+from latent_codec.images.geometry import Image, as_shown, crop, pad
+from latent_codec.images.sources import Source
+from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_ONE
 

@@ -15,7 +15,7 @@ from latent_codec.evaluation.report.html import paragraphs
 from latent_codec.evaluation.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
 from latent_codec.evaluation.report.pictures import SIDE, Shown, shown_side
 from latent_codec.evaluation.report.survey import image_key
-from latent_codec.images import in_channels, pad
+from latent_codec.images.geometry import in_channels, pad
 
 NAME, TITLE = "bounds", "ELBO and IWAE bound"
 

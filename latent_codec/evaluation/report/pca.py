@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 
-from latent_codec.images import pad
+from latent_codec.images.geometry import pad
 
 LARGEST = 4096
 """Values of a patch; the covariance of more is not worth a baseline."""

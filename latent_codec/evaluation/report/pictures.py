@@ -20,8 +20,8 @@ from latent_codec.evaluation.report.page import (
     written,
 )
 from latent_codec.evaluation.report.survey import Survey, image_key
-from latent_codec.images import pad
-from latent_codec.inputs import Source
+from latent_codec.images.geometry import pad
+from latent_codec.images.sources import Source
 from latent_codec.noise import fold, normal
 
 SIDE = 256

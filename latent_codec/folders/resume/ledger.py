@@ -26,7 +26,7 @@ from latent_codec.folders.resume.journal import Journal, lines
 from latent_codec.folders.resume.locks import lock, locked, try_lock
 from latent_codec.folders.resume.names import check_absent
 from latent_codec.folders.resume.units import Unit
-from latent_codec.inputs import Source
+from latent_codec.images.sources import Source
 
 NAME = ".latent_codec"
 FAILURES = "failures.jsonl"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from latent_codec.errors import UserError
-from latent_codec.inputs import Source
+from latent_codec.images.sources import Source
 
 _MEAN_IMAGES = 128
 _MOST_IMAGES = 512

@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
-from latent_codec import idx
 from latent_codec.errors import UserError
-from latent_codec.images import DEFAULT_MAX_PIXELS, EXTENSIONS, Image, read_image
+from latent_codec.images import idx
+from latent_codec.images.geometry import Image
+from latent_codec.images.read import DEFAULT_MAX_PIXELS, EXTENSIONS, read_image
 
 
 class Source(NamedTuple):

@@ -3,21 +3,20 @@
 Pixels are sRGB, uint8, upright, without alpha. Everything else a file can hold is turned into that, once, here.
 """
 
-import dataclasses
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, ImageFile, features
 from PIL import Image as PilImage
 
-from latent_codec.colour import composite, in_8_bits, in_srgb, opacity, parse_colour
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_path
+from latent_codec.images.colour import composite, in_8_bits, in_srgb, opacity, parse_colour
+from latent_codec.images.geometry import Geometry, Image
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -41,35 +40,6 @@ EXTENSIONS: frozenset[str] = frozenset(suffix for f in FORMATS for suffix in _SU
 # 134 million pixels: above every single-shot camera (a 100-megapixel back is 11648 x 8736 = 102 million), and the
 # most that a few small bytes can make this process allocate stays at 0.5 GiB (Pillow keeps 4 bytes per pixel).
 DEFAULT_MAX_PIXELS = 2**27
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """How a file's pixels became the model's input, and how to undo it. Travels as JSON (`config.to_json`)."""
-
-    width: int
-    """Pixels of the upright image."""
-    height: int
-    orientation: int
-    """EXIF orientation found in the file, 1 to 8. It has been applied: the pixels are upright."""
-    mode: Literal["L", "RGB"]
-    """Colour mode of the decoded image: grey stays grey."""
-    background: str | None
-    """`#rrggbb` that the alpha was composited on; None if the file had neither alpha nor a transparent colour."""
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.height < 1:
-            raise ValueError(f"an image of {self.width}x{self.height} pixels is empty; sizes are at least 1x1")
-        if not 1 <= self.orientation <= 8:
-            raise ValueError(f"orientation {self.orientation} is none of EXIF's 1 to 8")
-        if self.background is not None:
-            parse_colour(self.background)
-
-
-class Image(NamedTuple):
-    pixels: torch.Tensor
-    """(3, h, w) uint8, sRGB; grey is repeated three times."""
-    geometry: Geometry
 
 
 def read_image(
@@ -230,102 +200,3 @@ def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         planes = planes[..., ::-1]
     return planes
-
-
-def as_shown(pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """(3, h, w) uint8 as they will be written and read again: of a grey image the three planes become one.
-
-    Grey is their rounded mean, which undoes `read_image`'s repeat exactly where they are equal.
-    """
-    if geometry.mode == "RGB":
-        return pixels
-    return ((pixels.sum(0, dtype=torch.int32) + 1) // 3).to(torch.uint8).expand(3, -1, -1)
-
-
-def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:
-    """(3, h, w) uint8 of the geometry's size as a Pillow image of the geometry's mode (`as_shown`)."""
-    if pixels.dtype != torch.uint8 or pixels.shape != (3, geometry.height, geometry.width):
-        raise ValueError(
-            f"expected uint8 (3, {geometry.height}, {geometry.width}), found {pixels.dtype} {pixels.shape}"
-        )
-    planes = as_shown(pixels.cpu(), geometry).numpy()
-    if geometry.mode == "L":
-        return PilImage.fromarray(np.ascontiguousarray(planes[0]))
-    return PilImage.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
-
-
-_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
-    "png": {"format": "PNG", "compress_level": 3},  # Pillow's 6 takes 2.6 times as long for 2% less
-    "webp": {"format": "WEBP", "lossless": True},
-    "jpg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
-}
-
-
-ImageFormat = Literal["png", "webp", "jpg"]
-
-
-def write_image(path: Path | str, pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> None:
-    """Writes `image_bytes` atomically; raises `UserError` as it does, or if the file cannot be written."""
-    try:
-        data = image_bytes(pixels, geometry, image_format)
-        with atomic_path(Path(path)) as temporary:
-            temporary.write_bytes(data)
-    except (UserError, OSError) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> bytes:
-    """A file of (3, h, w) uint8: PNG, lossless WebP, or JPEG of quality 95 without chroma subsampling.
-
-    Raises `UserError` if the format cannot hold the size.
-    """
-    pil = to_pil(pixels, geometry)
-    buffer = io.BytesIO()
-    try:
-        pil.save(buffer, **_SAVE_OPTIONS[image_format])
-    except (OSError, ValueError) as error:
-        raise UserError(f"{pil.width}x{pil.height} pixels cannot be written as {image_format}: {error}") from error
-    return buffer.getvalue()
-
-
-def in_channels(pixels: torch.Tensor, channels: int) -> torch.Tensor:
-    """(..., 3, h, w) uint8 as a model of 1 or 3 channels takes them; what has its number of channels stays as it is.
-
-    One channel is the luma of Rec. 601, rounded: of a grey image, whose three planes are equal, any of them.
-    """
-    if pixels.shape[-3] == channels:
-        return pixels
-    weight = torch.tensor([299, 587, 114], dtype=torch.int32, device=pixels.device)[:, None, None]
-    luma = (pixels.int() * weight).sum(-3, keepdim=True)
-    return ((luma + 500) // 1000).to(torch.uint8)  # (..., 1, h, w)
-
-
-def in_rgb(pixels: torch.Tensor) -> torch.Tensor:
-    """(..., 1 or 3, h, w) -> (..., 3, h, w): undoes `in_channels` for grey images. A view."""
-    return pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
-
-
-def pad(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """(..., h, w) -> (..., h', w'): repeats the last row and column up to multiples of `factor`. Any dtype.
-
-    Unlike `torch.nn.functional.pad` it takes integers.
-    """
-    height, width = x.shape[-2:]
-    if bottom := -height % factor:
-        x = torch.cat([x, x[..., -1:, :].expand(*x.shape[:-2], bottom, width)], dim=-2)
-    if right := -width % factor:
-        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], right)], dim=-1)
-    return x
-
-
-def mirrored(image: Image, factor: int) -> torch.Tensor:
-    """(3, h', w') of an image that has been padded: its mirror image, left to right, padded.
-
-    Mirrored first: what is padded is the right edge, which then is another one.
-    """
-    return pad(crop(image.pixels, image.geometry).flip(-1), factor)
-
-
-def crop(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """(..., h', w') -> (..., height, width): undoes `pad`. A view."""
-    return x[..., : geometry.height, : geometry.width]

@@ -1,0 +1,64 @@
+"""Write pixels as image files."""
+
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image as PilImage
+
+from latent_codec.errors import UserError
+from latent_codec.files import atomic_path
+from latent_codec.images.geometry import Geometry, as_shown
+
+
+def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:
+    """(3, h, w) uint8 of the geometry's size as a Pillow image of the geometry's mode (`as_shown`)."""
+    if pixels.dtype != torch.uint8 or pixels.shape != (3, geometry.height, geometry.width):
+        raise ValueError(
+            f"expected uint8 (3, {geometry.height}, {geometry.width}), found {pixels.dtype} {pixels.shape}"
+        )
+    planes = as_shown(pixels.cpu(), geometry).numpy()
+    if geometry.mode == "L":
+        return PilImage.fromarray(np.ascontiguousarray(planes[0]))
+    return PilImage.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG", "compress_level": 3},  # Pillow's 6 takes 2.6 times as long for 2% less
+    "webp": {"format": "WEBP", "lossless": True},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
+}
+
+
+ImageFormat = Literal["png", "webp", "jpg"]
+
+
+def write_image(path: Path | str, pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> None:
+    """Writes `image_bytes` atomically; raises `UserError` as it does, or if the file cannot be written."""
+    try:
+        data = image_bytes(pixels, geometry, image_format)
+        with atomic_path(Path(path)) as temporary:
+            temporary.write_bytes(data)
+    except (UserError, OSError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> bytes:
+    """A file of (3, h, w) uint8: PNG, lossless WebP, or JPEG of quality 95 without chroma subsampling.
+
+    Raises `UserError` if the format cannot hold the size.
+    """
+    pil = to_pil(pixels, geometry)
+    buffer = io.BytesIO()
+    try:
+        pil.save(buffer, **_SAVE_OPTIONS[image_format])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{pil.width}x{pil.height} pixels cannot be written as {image_format}: {error}") from error
+    return buffer.getvalue()
+
+
+def rgb_pixels(image: PilImage.Image) -> torch.Tensor:
+    """(3, h, w) uint8; grey is repeated, as reading a grey file does."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -3,27 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from latent_codec import tiling
-from latent_codec.bottlenecks import DiagonalGaussian, Posterior
-from latent_codec.codebooks import Codes
 from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
-from latent_codec.folders.run import check_channels
-from latent_codec.images.geometry import pad
-from latent_codec.images.read import DEFAULT_MAX_PIXELS
-from latent_codec.images.sources import Source, find_all
-from latent_codec.modelfile import LatentStatistics
-from latent_codec.prior import Priors, factorized
-from latent_codec.quantizer import base_steps
+from latent_codec.images.sources import find_all
+from latent_codec.inference.calibration import calibrate
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
@@ -76,80 +63,6 @@ def prepare(run_or_model: Path, *, data: tuple[Path, ...], images: int, quiet: b
     elif codec.statistics is None:
         raise UserError(f"{run_or_model}: has no latent statistics yet; name images to measure them on with --data")
     return codec
-
-
-_KEPT_POSITIONS = 2**12  # of each image, for the frequencies of quantised latents
-
-
-@torch.inference_mode()
-def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> None:
-    """Set the codec's latent statistics, and its quantiser and factorised prior, from images.
-
-    Moments are per channel over images and positions, accumulated in float64. Raises `UserError` for an image that
-    cannot be read: the set is what its description says.
-    """
-    check_channels(codec)
-    measured = _Measured(codec)
-    for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
-        pixels = source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels
-        labels = codec.class_numbers([source.label])
-        measured.add(tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec), labels))
-    codec.statistics = measured.statistics(description)
-    codec.priors = measured.priors(codec.statistics)
-
-
-class _Measured:
-    """Sums per channel over images and positions in float64; how often each code of a codebook was taken."""
-
-    def __init__(self, codec: Codec) -> None:
-        self.positions, self.images, self.codes = 0, 0, codec.config.codes
-        self.total, self.square, self.variance = torch.zeros(3, codec.config.latent_channels, dtype=torch.float64)
-        self.taken = torch.zeros(self.codes or 0, dtype=torch.int64)
-        self.kept: list[torch.Tensor] = []
-        self.gaussian = True
-
-    def add(self, posterior: Posterior) -> None:
-        """One image's."""
-        mean = posterior.mean[0].flatten(1).double()  # (z, h * w)
-        self.total, self.square = self.total + mean.sum(1), self.square + mean.square().sum(1)
-        self.gaussian = isinstance(posterior, DiagonalGaussian)
-        if isinstance(posterior, DiagonalGaussian):
-            self.variance = self.variance + posterior.logvar[0].flatten(1).double().exp().sum(1)
-        if isinstance(posterior, Codes):
-            self.taken += torch.bincount(posterior.indices.flatten(), minlength=posterior.codes)
-        else:
-            self.kept.append(mean[:, :: -(-mean.shape[1] // _KEPT_POSITIONS)].float())
-        self.positions, self.images = self.positions + mean.shape[1], self.images + 1
-
-    def statistics(self, description: str) -> LatentStatistics:
-        mean, variance = self.total / self.positions, self.variance / self.positions
-        spread = (self.square / self.positions - mean.square()).clamp(min=0)  # rounding may go below 0
-        std = torch.sqrt(spread + variance)
-        if not self.gaussian:
-            std = std.clamp(min=1e-6)  # a channel that never changes can be scaled all the same
-        return LatentStatistics(
-            source=description,
-            images=self.images,
-            mean=tuple(mean.tolist()),
-            std=tuple(std.tolist()),
-            posterior_std=tuple(variance.sqrt().tolist()) if self.gaussian else None,
-        )
-
-    def priors(self, statistics: LatentStatistics) -> Priors:
-        if self.codes is not None:
-            return Priors(np.ones(1, np.float32), factorized.fit_codes(self.taken.numpy()), None)
-        of_posterior = None if statistics.posterior_std is None else np.array(statistics.posterior_std)
-        base = base_steps(np.array(statistics.std), of_posterior)
-        return Priors(base, factorized.fit(torch.cat(self.kept, 1), base), None)
-
-
-_ACTIVATION_IMAGES = 8
-
-
-def calibration_images(codec: Codec, data: tuple[Path, ...], images: int) -> Iterator[torch.Tensor]:
-    """The first few of the images that `prepare` measures on, (1, 3, h, w) uint8, padded as the codec takes them."""
-    for source in find_all(data)[: min(images, _ACTIVATION_IMAGES)] if data else []:
-        yield pad(source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels, codec.factor)[None]
 
 
 def newest_checkpoint(run: Path) -> Path:

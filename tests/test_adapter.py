@@ -13,11 +13,11 @@ import tiny_kl
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from latent_codec import tiling
 from latent_codec.adapter import CodecAutoencoder
 from latent_codec.codec import Codec
 from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
 from latent_codec.errors import UserError
+from latent_codec.inference import tiling
 
 
 def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:

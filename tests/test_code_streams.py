@@ -15,17 +15,17 @@ from latent_codec.bitstream.container import Stream, pack, unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
-from latent_codec.export import calibrate
 from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
+from latent_codec.inference.calibration import calibrate
+from latent_codec.inference.runner import Compute
 from latent_codec.info import describe
 from latent_codec.prior.coder import Coder
 from tools import fuzz

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from latent_codec import modelfile
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders.decode_latents import decode_folder
@@ -23,6 +22,7 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.summary import Summary
+from latent_codec.inference.runner import Compute
 from latent_codec.latent_files import INDEX, stored_files, stored_shards
 from latent_codec.latents import Latents
 

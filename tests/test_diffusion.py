@@ -8,12 +8,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.diffusion import sampling
 from latent_codec.diffusion.config import LatentSpace, TransformerConfig
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.diffusion.sampling import SETTINGS, Wanted, choose, draw, draw_latents, sample
 from latent_codec.errors import UserError
+from latent_codec.inference.runner import Compute
 from latent_codec.info import describe
 from latent_codec.modelfile import save_tensors
 from latent_codec.noise import fold, normal

@@ -13,9 +13,9 @@ from PIL import Image
 
 from latent_codec import metrics
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report, evaluate
+from latent_codec.inference.runner import Compute
 from latent_codec.latents import Latents
 from latent_codec.perceptual import LPIPS
 

@@ -14,9 +14,9 @@ from test_compression import CPU, decode, encode, small_units  # noqa: F401
 
 from latent_codec.batches import Rows, ShapeBatches
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
+from latent_codec.inference.runner import Compute
 from latent_codec.info import describe
 from latent_codec.latent_files import INDEX, stored_shards
 from latent_codec.latents import Latents

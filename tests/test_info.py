@@ -17,11 +17,11 @@ from latent_codec.bitstream.container import OVERHEAD, unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.inference.runner import Compute
 from latent_codec.info import count_flops, describe
 from latent_codec.latent_files import INDEX
 from train.presets import photo

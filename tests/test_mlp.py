@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.config import (
     BernoulliConfig,
     CodecConfig,
@@ -28,6 +27,7 @@ from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.images.geometry import in_channels, in_rgb
+from latent_codec.inference.runner import Compute
 from latent_codec.likelihoods import Bernoulli
 from latent_codec.networks import MLPBackbone
 from train.closed_form import start_from_mean

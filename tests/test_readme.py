@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.inference.runner import Compute
 
 
 def test_the_python_example_runs(

@@ -21,9 +21,9 @@ from latent_codec.caches.convert import Converted
 from latent_codec.caches.options import CacheName
 from latent_codec.caches.recover import recover
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.inference.runner import Compute
 from latent_codec.latent_files import StoredDtype, stored_files
 from latent_codec.latents import Latents
 

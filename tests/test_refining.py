@@ -11,18 +11,18 @@ import torch
 from conftest import Draw
 from test_rate import Subject
 
-from latent_codec import tiling
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.refinement import Refiner, _with_rate
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Networks
 from latent_codec.config import FiniteScalarConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
-from latent_codec.export import calibrate
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.geometry import crop, pad
 from latent_codec.images.sources import find_images
+from latent_codec.inference import tiling
+from latent_codec.inference.calibration import calibrate
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.prior.coding import ideal_bits, neighbours, quantize
 from latent_codec.quantizer import STEP_ONE, Scaled
 

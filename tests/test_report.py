@@ -22,7 +22,6 @@ from PIL import Image
 from latent_codec import cli, metrics
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Networks
 from latent_codec.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
@@ -34,10 +33,11 @@ from latent_codec.evaluation.report.baselines import baselines, why_no_pca
 from latent_codec.evaluation.report.html import escaped, tag
 from latent_codec.evaluation.report.likelihood import likelihood_bounds
 from latent_codec.evaluation.report.survey import EDGES, image_key, survey
-from latent_codec.export import calibrate
 from latent_codec.images.geometry import in_channels, pad
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
+from latent_codec.inference.calibration import calibrate
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
 from train.presets import mnist_cvae

@@ -21,7 +21,6 @@ from tiny_folder import COMPUTE, UNIT, Kind, Task, die, finish, posteriors, star
 from latent_codec import cli
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.folders import run as run_module
 from latent_codec.folders.jobs import OVERWRITE, RESUME
@@ -29,6 +28,7 @@ from latent_codec.folders.resume import units as plan
 from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.folders.resume.units import Share
 from latent_codec.folders.summary import Summary
+from latent_codec.inference.runner import Compute
 from latent_codec.latent_files import INDEX, stored_shards
 from latent_codec.latents import Latents
 

@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from latent_codec import cli, metrics, tiling
+from latent_codec import cli, metrics
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.config import (
     BernoulliConfig,
     CodecConfig,
@@ -38,9 +37,11 @@ from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.read import read_image
+from latent_codec.inference import tiling
+from latent_codec.inference.runner import Compute
+from latent_codec.inference.tiling import blended, spans
 from latent_codec.latents import Latents
 from latent_codec.networks import BACKBONES
-from latent_codec.tiling import blended, spans
 
 
 def lite(stem: int, encoder_depths: tuple[int, ...], decoder_depths: tuple[int, ...]) -> LiteConfig:

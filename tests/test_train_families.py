@@ -13,7 +13,6 @@ from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run
 
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.config import IdentityConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
@@ -22,6 +21,7 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
+from latent_codec.inference.runner import Compute
 from latent_codec.latents import Latents
 from tools.nll import Options, measure
 from train.config import check

@@ -13,10 +13,10 @@ import tyro
 from latent_codec import metrics
 from latent_codec.bitstream.refinement import USUAL_ROUNDS
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.images.sources import find_images
+from latent_codec.inference.runner import Compute
 from latent_codec.info import count_flops
 from latent_codec.likelihoods import to_signed
 from latent_codec.perceptual import LPIPS

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import RESUME
 from latent_codec.folders.resume.ledger import NAME
 from latent_codec.folders.resume.units import Share
+from latent_codec.inference.runner import Compute
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import torch
 from accelerate.state import PartialState
 
 from latent_codec.codec import Codec
-from latent_codec.commands.options import ComputeOptions, load
 from latent_codec.config import to_json
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
@@ -22,6 +21,8 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.jobs import Resume
 from latent_codec.folders.resume.units import WHOLE
 from latent_codec.images.sources import find_images
+from latent_codec.inference.load import load
+from latent_codec.inference.options import ComputeOptions
 from latent_codec.latent_files import INDEX
 from latent_codec.noise import text_key
 from train import prior, vae

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.compute import Networks
 from latent_codec.errors import UserError
+from latent_codec.inference.runner import Networks
 from latent_codec.prior.coding import neighbours
 from latent_codec.quantizer import LIMIT, STEP_ONE, Scaled
 

@@ -6,8 +6,10 @@ from typing import Literal
 
 import tyro
 
-from latent_codec.commands.options import ComputeOptions, ResumeOptions, load
+from latent_codec.commands.options import ResumeOptions
 from latent_codec.errors import UserError
+from latent_codec.inference.load import load
+from latent_codec.inference.options import ComputeOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

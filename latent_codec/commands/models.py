@@ -57,7 +57,8 @@ class Export:
 
     def _to_diffusers(self) -> int:
         from latent_codec.autoencoder_kl.exporting import check_folder, export_folder
-        from latent_codec.export import calibration_images, prepare
+        from latent_codec.export import prepare
+        from latent_codec.inference.calibration import calibration_images
 
         check_folder(self.dst)
         codec = prepare(self.source, data=self.data, images=self.images)

@@ -6,7 +6,8 @@ from typing import Literal
 
 import tyro
 
-from latent_codec.commands.options import ComputeOptions, load
+from latent_codec.inference.load import load
+from latent_codec.inference.options import ComputeOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
 from latent_codec.folders.encode_latents import encode_folder
@@ -27,6 +26,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, crop
 from latent_codec.images.sources import find_images
 from latent_codec.images.write import write_image
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latent_files import stored_files
 from latent_codec.latents import Latents
 from latent_codec.perceptual import LPIPS, Net

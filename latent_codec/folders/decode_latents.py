@@ -8,7 +8,6 @@ import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
@@ -18,6 +17,8 @@ from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
 from latent_codec.images.sources import Source
 from latent_codec.images.write import ImageFormat
+from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latent_files import Entry, latent_size
 from latent_codec.latents import Latents
 from latent_codec.noise import fold, normal, text_key

@@ -11,7 +11,6 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
@@ -22,6 +21,8 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_files
 from latent_codec.images.write import ImageFormat
+from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latent_files import INDEX
 from latent_codec.prior import PriorKind
 

@@ -13,7 +13,6 @@ import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.config import to_json
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import disk_errors
@@ -29,6 +28,8 @@ from latent_codec.folders.workers import Processes
 from latent_codec.images.geometry import Image, mirrored
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_images
+from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latent_files import (
     INDEX,
     Entry,

@@ -14,7 +14,6 @@ from latent_codec.bitstream.rate_control import Rate, choose
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import Coded, StreamCodec, dither_seed
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Halving, Networks
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
@@ -26,6 +25,8 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_images
+from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latent_files import stored_files
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Scaled

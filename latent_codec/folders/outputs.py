@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from latent_codec.compute import Compute
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import atomic_path, disk_errors, put, temporary_path
 from latent_codec.folders.jobs import Input, Job, Resume, Work
@@ -24,6 +23,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, crop
 from latent_codec.images.sources import Source
 from latent_codec.images.write import ImageFormat, image_bytes
+from latent_codec.inference.runner import Compute
 
 
 class Output(NamedTuple):

@@ -9,7 +9,6 @@ from typing import Any
 from tqdm import tqdm
 
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
 from latent_codec.folders.jobs import Job, Resume, Work
@@ -20,6 +19,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.images.colour import parse_colour
 from latent_codec.images.sources import Source
+from latent_codec.inference.runner import Compute
 
 
 def check_options(background: str, max_pixels: int) -> None:

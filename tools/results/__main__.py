@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import tyro
 
-from latent_codec.commands.options import ComputeOptions, load
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder, write_text
+from latent_codec.inference.load import load
+from latent_codec.inference.options import ComputeOptions
 from tools.results.crops import Detail, Sheet
 from tools.results.measured import Measuring, gather
 from tools.results.page import PAGE, PLOT, SHEET, page, plot

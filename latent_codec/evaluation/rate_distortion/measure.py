@@ -13,7 +13,6 @@ from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dither_seed
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Networks
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import compare
@@ -26,6 +25,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, Image, crop, pad
 from latent_codec.images.sources import Source, find_images
 from latent_codec.images.write import rgb_pixels, to_pil
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.quantizer import step_code
 

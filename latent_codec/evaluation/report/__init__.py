@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Networks
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report
 from latent_codec.evaluation.rate_distortion.report import Report as RateDistortion
@@ -18,6 +17,7 @@ from latent_codec.evaluation.report.page import Section, left_out
 from latent_codec.evaluation.report.survey import survey
 from latent_codec.files import write_text
 from latent_codec.images.sources import Source, find_images
+from latent_codec.inference.runner import Compute, Networks
 from latent_codec.perceptual import LPIPS, Net
 
 PAGE, RESULTS = "report.html", "report.json"

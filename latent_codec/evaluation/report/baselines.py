@@ -9,15 +9,15 @@ import torch
 from tqdm import tqdm
 
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute, Networks
 from latent_codec.evaluation.evaluate import Report, compare, mean_defined
 from latent_codec.evaluation.report import pca
 from latent_codec.evaluation.report.html import Html, join, name_of, paragraphs, table
 from latent_codec.evaluation.report.page import Section, is_continuous, is_gaussian, written
 from latent_codec.images.geometry import in_channels, in_rgb, pad
 from latent_codec.images.sources import Source, find_images
+from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.tiling import default_tile
 from latent_codec.perceptual import LPIPS
-from latent_codec.tiling import default_tile
 
 _COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 

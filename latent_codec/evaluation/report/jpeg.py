@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
-from latent_codec.compute import Networks
 from latent_codec.evaluation.evaluate import compare, mean_defined
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import PEERS
@@ -21,6 +20,7 @@ from latent_codec.evaluation.report.pictures import SIDE, middle
 from latent_codec.images.geometry import Image, as_shown, crop, pad
 from latent_codec.images.sources import Source
 from latent_codec.images.write import rgb_pixels, to_pil
+from latent_codec.inference.runner import Networks
 from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_ONE
 

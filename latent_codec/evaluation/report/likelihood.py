@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from latent_codec.codec import Codec
-from latent_codec.compute import Compute
 from latent_codec.config import BernoulliConfig, GaussianConfig
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.report.html import paragraphs
@@ -16,6 +15,7 @@ from latent_codec.evaluation.report.page import NOT_GAUSSIAN, Number, Section, i
 from latent_codec.evaluation.report.pictures import SIDE, Shown, shown_side
 from latent_codec.evaluation.report.survey import image_key
 from latent_codec.images.geometry import in_channels, pad
+from latent_codec.inference.runner import Compute
 
 NAME, TITLE = "bounds", "ELBO and IWAE bound"
 

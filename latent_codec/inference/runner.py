@@ -1,7 +1,6 @@
 """Where and how a codec's networks run."""
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -9,10 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from latent_codec import tiling
 from latent_codec.bottlenecks import Posterior
 from latent_codec.codec import Codec
-from latent_codec.errors import FatalError, UserError
+from latent_codec.errors import FatalError
+from latent_codec.inference import tiling
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,7 +26,7 @@ class Compute(NamedTuple):
     workers: int
     """Images that are read, decoded and written at once."""
     tile: int | None = None
-    """Side in pixels of the tiles that larger images are cut into (`latent_codec.tiling`); None leaves all whole."""
+    """Side in pixels of the tiles that larger images are cut into (`latent_codec.inference.tiling`); None leaves all whole."""
     decode_in: Literal["threads", "processes"] = "threads"
     """Where images are decoded."""
     compile: bool = False
@@ -128,47 +127,3 @@ def _compiling(wanted: bool) -> Iterator[None]:
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise FatalError(f"torch.compile does not work here ({reason}); leave out --compile") from error
-
-
-class Halving:
-    """Calls on lists, which are halved, and halved again, until what is done at once fits into memory."""
-
-    def __init__(self) -> None:
-        self._most = math.inf
-        """Elements that may be in one call, once it is known."""
-
-    def __call__(
-        self, call: Callable[[list[T]], Sequence[R]], items: list[T], elements: int
-    ) -> Iterator[tuple[T, R | UserError]]:
-        """(item, its result, or why there is none) of items that have so many elements each."""
-        if not items:
-            return
-        results = None
-        if len(items) == 1 or len(items) * elements <= self._most:
-            try:
-                results = call(items)
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-        # The exception, whose traceback holds on to tensors, is gone by now.
-        if results is not None:
-            yield from zip(items, results, strict=True)
-        elif len(items) == 1:
-            yield (
-                items[0],
-                UserError("memory ran out; give a smaller --tile, a smaller --batch-size or --dtype bfloat16"),
-            )
-        else:
-            half = len(items) // 2
-            if self._most > half * elements:
-                self._most = half * elements
-                tqdm.write(f"memory ran out for {len(items)} images at once; going on with {half}", file=sys.stderr)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            yield from self(call, items[:half], elements)
-            yield from self(call, items[half:], elements)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """A GPU's allocator has a type of its own; the CPU's says it in words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

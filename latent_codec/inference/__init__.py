@@ -1,0 +1,1 @@
+"""Run a model's networks within the memory of a device."""

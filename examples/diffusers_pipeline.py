@@ -5,7 +5,7 @@ import sys
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from latent_codec import Codec
-from latent_codec.adapter import CodecAutoencoder
+from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
 
 codec = Codec.load(sys.argv[1] if len(sys.argv) > 1 else "photo")
 vae = CodecAutoencoder.from_codec(codec)  # latents of mean 0 and standard deviation 1, as Latents(normalize=True) gives

@@ -111,7 +111,7 @@ posterior = codec.encode(pixels)  # (b, {config.image_channels}, h, w) uint8, si
 image = codec.decode_uint8(posterior.mode())
 ```
 
-In a pipeline of diffusers: `vae=latent_codec.adapter.CodecAutoencoder.from_codec(codec)`.
+In a pipeline of diffusers: `vae=latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder.from_codec(codec)`.
 
 ```
 {describe(str(file))}

@@ -13,11 +13,11 @@ import tiny_kl
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from latent_codec.adapter import CodecAutoencoder
 from latent_codec.codec import Codec
 from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.inference import tiling
+from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
 
 
 def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:
@@ -52,7 +52,7 @@ def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> No
 
 @torch.inference_mode()
 def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
-    from latent_codec.autoencoder_kl.exporting import export_folder
+    from latent_codec.interop.autoencoder_kl.exporting import export_folder
 
     codec, x = tiny_kl.codec(), tiny_kl.pixels()
     export_folder(codec, tmp_path / "vae")
@@ -216,8 +216,8 @@ def test_nothing_else_needs_diffusers() -> None:
         "import sys; sys.modules['diffusers'] = None\n"
         "import importlib, pkgutil, latent_codec\n"
         "for m in pkgutil.walk_packages(latent_codec.__path__, 'latent_codec.'):\n"
-        "    if m.name != 'latent_codec.adapter': importlib.import_module(m.name)\n"
-        "try: import latent_codec.adapter\n"
+        "    if m.name != 'latent_codec.interop.autoencoder_kl.adapter': importlib.import_module(m.name)\n"
+        "try: import latent_codec.interop.autoencoder_kl.adapter\n"
         "except ImportError as error: assert \"pip install 'latent-codec[diffusers]'\" in str(error), error\n"
         "else: raise AssertionError\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_codec.autoencoder_kl.activations import made_up_images, middles, overflows, watched
+from latent_codec.interop.autoencoder_kl.activations import made_up_images, middles, overflows, watched
 
 
 def test_the_peak_is_the_largest_magnitude_of_any_module() -> None:

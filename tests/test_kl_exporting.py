@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latent_codec import modelfile
-from latent_codec.autoencoder_kl import activations, exporting
-from latent_codec.autoencoder_kl.exporting import CONFIG, KEY, WEIGHTS, export_folder
-from latent_codec.autoencoder_kl.importing import import_model
 from latent_codec.codec import Codec
 from latent_codec.config import BernoulliConfig, DiagonalGaussianConfig, DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.errors import UserError
+from latent_codec.interop.autoencoder_kl import activations, exporting
+from latent_codec.interop.autoencoder_kl.exporting import CONFIG, KEY, WEIGHTS, export_folder
+from latent_codec.interop.autoencoder_kl.importing import import_model
 
 ROUNDING = 2e-5
 """Of float32, on values of about 1 after some twenty layers."""

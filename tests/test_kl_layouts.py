@@ -8,8 +8,8 @@ import tiny_kl
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-from latent_codec.autoencoder_kl import layouts
 from latent_codec.errors import UserError
+from latent_codec.interop.autoencoder_kl import layouts
 
 LATER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.autoencoder_kl import settings
-from latent_codec.autoencoder_kl.settings import Scale, scale_of, statistics_of
 from latent_codec.config import ConvConfig
 from latent_codec.errors import UserError
+from latent_codec.interop.autoencoder_kl import settings
+from latent_codec.interop.autoencoder_kl.settings import Scale, scale_of, statistics_of
 from latent_codec.modelfile import LatentStatistics
 
 

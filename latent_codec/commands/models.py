@@ -56,9 +56,9 @@ class Export:
         return 0
 
     def _to_diffusers(self) -> int:
-        from latent_codec.autoencoder_kl.exporting import check_folder, export_folder
         from latent_codec.export import prepare
         from latent_codec.inference.calibration import calibration_images
+        from latent_codec.interop.autoencoder_kl.exporting import check_folder, export_folder
 
         check_folder(self.dst)
         codec = prepare(self.source, data=self.data, images=self.images)
@@ -87,7 +87,7 @@ class Import:
     """Store float16."""
 
     def run(self) -> int:
-        from latent_codec.autoencoder_kl.importing import import_model
+        from latent_codec.interop.autoencoder_kl.importing import import_model
 
         codec = import_model(
             self.src,

@@ -14,12 +14,12 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from latent_codec import modelfile
-from latent_codec.autoencoder_kl import activations, settings
-from latent_codec.autoencoder_kl.folding import Tensors, fold
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, dumps, to_json
 from latent_codec.errors import UserError
 from latent_codec.files import atomic_folder, write_text
+from latent_codec.interop.autoencoder_kl import activations, settings
+from latent_codec.interop.autoencoder_kl.folding import Tensors, fold
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.networks.conv import ConvBackbone
 

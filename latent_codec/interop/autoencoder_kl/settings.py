@@ -111,7 +111,7 @@ def check_exportable(config: CodecConfig) -> ConvConfig:
     if not isinstance(backbone, ConvConfig):
         raise UserError(
             f"a {backbone.kind} backbone is no AutoencoderKL, only conv is; pipelines take this model as it is through "
-            "latent_codec.adapter.CodecAutoencoder"
+            "latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder"
         )
     if config.classes:
         raise UserError(f"AutoencoderKL cannot be told which of {len(config.classes)} classes an image is of")
@@ -120,7 +120,7 @@ def check_exportable(config: CodecConfig) -> ConvConfig:
     if config.likelihood.kind != "gaussian":
         raise UserError(
             f"the mean of a {config.likelihood.kind} likelihood is computed from the decoder's output, and "
-            "AutoencoderKL has the output itself; latent_codec.adapter.CodecAutoencoder takes this model as it is"
+            "AutoencoderKL has the output itself; latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder takes this model as it is"
         )
     return backbone
 

@@ -13,13 +13,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from latent_codec import modelfile
-from latent_codec.autoencoder_kl import layouts, settings
-from latent_codec.autoencoder_kl.exporting import BACKBONE, CONFIG, FORMAT_VERSION, KEY, WEIGHTS, digest, restored
-from latent_codec.autoencoder_kl.folding import Tensors
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, from_json
 from latent_codec.errors import UserError
 from latent_codec.files import make_folder
+from latent_codec.interop.autoencoder_kl import layouts, settings
+from latent_codec.interop.autoencoder_kl.exporting import (
+    BACKBONE,
+    CONFIG,
+    FORMAT_VERSION,
+    KEY,
+    WEIGHTS,
+    digest,
+    restored,
+)
+from latent_codec.interop.autoencoder_kl.folding import Tensors
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.version import __version__
 

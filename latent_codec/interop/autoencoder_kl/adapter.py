@@ -4,13 +4,13 @@ from typing import Any, cast
 
 import torch
 
-from latent_codec.autoencoder_kl import activations
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.folders.run import check_unconditional
 from latent_codec.inference import tiling
+from latent_codec.interop.autoencoder_kl import activations
 from latent_codec.likelihoods import from_signed
 from latent_codec.modelfile import LatentStatistics
 

@@ -1,0 +1,1 @@
+"""Exchange models and latents with other programs."""

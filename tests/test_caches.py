@@ -94,7 +94,7 @@ def test_comfyui_loads_raw_latents(codec: Codec, tmp_path: Path) -> None:
 def test_lightningdit_indexes_shards_by_their_labels_and_normalises(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latent_codec.caches.lightningdit._MOST_IMAGES", 3)
+    monkeypatch.setattr("latent_codec.interop.caches.lightningdit._MOST_IMAGES", 3)
     latents = store(tmp_path / "z", codec)
     made(latents, "lightningdit", tmp_path / "out")
     z, flipped = draws(latents), flipped_draws(latents)
@@ -168,7 +168,7 @@ def test_edm2_has_labels_for_all_images_or_for_none(codec: Codec, tmp_path: Path
 def test_webdataset_groups_members_by_key(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str
 ) -> None:
-    monkeypatch.setattr("latent_codec.caches.webdataset._IMAGES", 3)
+    monkeypatch.setattr("latent_codec.interop.caches.webdataset._IMAGES", 3)
     latents = store(tmp_path / "z", codec, ("a.png", *PATHS), side=None)
     made(latents, "webdataset", tmp_path / "out", scale=scale)
     shards = sorted((tmp_path / "out").glob("*.tar"))

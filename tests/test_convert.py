@@ -12,12 +12,12 @@ from test_cli import Run, run  # noqa: F401 (a fixture)
 from test_latents import row_of, write
 from tiny_caches import DISTINCT, EVERY, PATHS, draws, made, samples, store
 
-from latent_codec.caches import convert as convert_module
-from latent_codec.caches import lightningdit
-from latent_codec.caches.items import Item, read_item
-from latent_codec.caches.options import CacheName
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
+from latent_codec.interop.caches import lightningdit
+from latent_codec.interop.caches import write as convert_module
+from latent_codec.interop.caches.cache import Item, read_item
+from latent_codec.interop.caches.options import CacheName
 from latent_codec.latents import Latents
 
 DRAWN = [name for name in EVERY if name not in ("mar", "edm2")]
@@ -161,7 +161,7 @@ def test_shards_of_something_else_are_not_mixed_with_these(
 ) -> None:
     latents = store(tmp_path / "z", codec, DISTINCT)
     with monkeypatch.context() as patch:
-        patch.setattr(f"latent_codec.caches.{to}.{'_MOST' if to == 'lightningdit' else ''}_IMAGES", 2)
+        patch.setattr(f"latent_codec.interop.caches.{to}.{'_MOST' if to == 'lightningdit' else ''}_IMAGES", 2)
         made(latents, to, tmp_path / "out", **EVERY[to])
     before = files_of(tmp_path / "out")
     with pytest.raises(UserError, match=r"0+1\.(tar|safetensors) would be taken for a part of this"):

@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_caches import DISTINCT, EVERY, close, draws, flipped_draws, made, options, store
 
-from latent_codec.caches import recover as recover_module
-from latent_codec.caches.convert import Converted
-from latent_codec.caches.options import CacheName
-from latent_codec.caches.recover import recover
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.inference.runner import Compute
+from latent_codec.interop.caches import read as recover_module
+from latent_codec.interop.caches.options import CacheName
+from latent_codec.interop.caches.read import recover
+from latent_codec.interop.caches.write import Converted
 from latent_codec.latent_files import StoredDtype, stored_files
 from latent_codec.latents import Latents
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latent_codec.caches.options import CacheName, Options
 from latent_codec.errors import UserError
+from latent_codec.interop.caches.options import CacheName, Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Convert:
     def _to(self, name: CacheName):
         if self.model is not None or self.store is not None:
             raise UserError("--model and --store are for --from; --to writes latents as they were stored")
-        from latent_codec.caches.convert import convert
+        from latent_codec.interop.caches.write import convert
 
         return convert(self.src, self.dst, name, self._options(), overwrite=self.overwrite)
 
@@ -62,8 +62,8 @@ class Convert:
         assert self.from_ is not None
         if self.model is None:
             raise UserError("no cache says for certain which model its latents are of; give --model")
-        from latent_codec.caches.recover import recover
         from latent_codec.codec import Codec
+        from latent_codec.interop.caches.read import recover
 
         codec, store = Codec.load(self.model), self.store or "float16"
         return recover(self.src, self.dst, self.from_, codec, self._options(), store=store, overwrite=self.overwrite)

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from latent_codec.caches.items import PIXELS, About, Found, Item, Shard, ShardCache, Stored
-from latent_codec.caches.needs import need_flips, need_labels, need_one_size
-from latent_codec.caches.options import Options
-from latent_codec.caches.tensors import latents_in
 from latent_codec.errors import UserError
+from latent_codec.interop.caches.cache import PIXELS, About, Found, Item, Shard, ShardCache, Stored
+from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.requirements import need_flips, need_labels, need_one_size
+from latent_codec.interop.caches.safetensors_files import latents_in
 from latent_codec.latents import Latents
 from latent_codec.modelfile import KEY, LatentStatistics
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 
-from latent_codec.caches.items import About
+from latent_codec.interop.caches.cache import About
 
 ABOUT = "latent_codec"
 """Key of an `About` in files that have keys."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from latent_codec.caches import arrays
-from latent_codec.caches.items import PIXELS, Found, ImageCache, Item, Stored
-from latent_codec.caches.options import Options
-from latent_codec.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.errors import UserError
+from latent_codec.interop.caches import numpy_files
+from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
+from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.latent_files import Entry
 from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
@@ -55,7 +55,7 @@ class Kohya(ImageCache):
         }
         if (flipped := item.z_flip) is not None:
             found[f"latents_flipped{end}"] = self._scaling.scale(flipped).numpy()
-        return arrays.npz(found, item.about)
+        return numpy_files.npz(found, item.about)
 
 
 def _arch(options: Options) -> str:
@@ -77,13 +77,13 @@ def read(folder: Path, options: Options, statistics: LatentStatistics | None) ->
     end, scaling = f"_{_arch(options)}.npz", _scaling(options, statistics)
 
     def load(path: Path) -> Stored:
-        with arrays.load(path) as file:
+        with numpy_files.load(path) as file:
             keys = _keys(file)
-            mean, flip = scaling.unscale(arrays.tensor(file[f"latents{keys}"])), None
+            mean, flip = scaling.unscale(numpy_files.tensor(file[f"latents{keys}"])), None
             if f"latents_flipped{keys}" in file:
-                flip = scaling.unscale(arrays.tensor(file[f"latents_flipped{keys}"]))
+                flip = scaling.unscale(numpy_files.tensor(file[f"latents_flipped{keys}"]))
             width, height = (int(side) for side in file[f"original_size{keys}"])
-            return Stored(mean, None, flip, None, arrays.about(file), (width, height))
+            return Stored(mean, None, flip, None, numpy_files.about(file), (width, height))
 
     for path in sorted(folder.rglob(f"*{end}")):
         name = path.relative_to(folder).as_posix().removesuffix(end).rpartition("_")[0]

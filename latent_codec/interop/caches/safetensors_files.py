@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from latent_codec.caches.items import About
+from latent_codec.interop.caches.cache import About
 from latent_codec.modelfile import KEY
 
 

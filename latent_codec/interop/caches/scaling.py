@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.caches.options import Options
 from latent_codec.errors import UserError
+from latent_codec.interop.caches.options import Options
 from latent_codec.modelfile import LatentStatistics
 
 

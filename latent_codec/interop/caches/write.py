@@ -1,40 +1,22 @@
 """A folder of latents -> the cache of another program."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from latent_codec.caches import comfyui, edm2, kohya, lightningdit, mar, musubi, npy, webdataset
-from latent_codec.caches.items import Cache, Found, ImageCache, Item, Shard, ShardCache, read_item
-from latent_codec.caches.options import CacheName, Options
 from latent_codec.errors import FatalError, UserError
 from latent_codec.files import atomic_path, disk_errors, make_folder, put, temporary_path
 from latent_codec.folders.resume.ledger import sha256_of
 from latent_codec.folders.resume.names import check_outputs, folding
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Threads
+from latent_codec.interop.caches.cache import ImageCache, Item, Shard, ShardCache, read_item
+from latent_codec.interop.caches.options import CacheName, Options
+from latent_codec.interop.caches.registry import CONSUMERS
 from latent_codec.latents import Latents
-from latent_codec.modelfile import LatentStatistics
-
-
-class Consumer(NamedTuple):
-    cache: type[Cache]
-    read: Callable[[Path, Options, LatentStatistics | None], Iterator[Found]]
-
-
-CONSUMERS: dict[CacheName, Consumer] = {
-    "kohya": Consumer(kohya.Kohya, kohya.read),
-    "musubi": Consumer(musubi.Musubi, musubi.read),
-    "comfyui": Consumer(comfyui.ComfyUi, comfyui.read),
-    "lightningdit": Consumer(lightningdit.LightningDit, lightningdit.read),
-    "mar": Consumer(mar.Mar, mar.read),
-    "edm2": Consumer(edm2.Edm2, edm2.read),
-    "webdataset": Consumer(webdataset.WebDataset, webdataset.read),
-    "npy": Consumer(npy.Npy, npy.read),
-}
 
 
 class Converted(NamedTuple):

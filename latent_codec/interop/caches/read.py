@@ -10,9 +10,6 @@ import torch
 from tqdm import tqdm
 
 from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.caches.convert import CONSUMERS, Converted
-from latent_codec.caches.items import Stored
-from latent_codec.caches.options import CacheName, Options
 from latent_codec.codec import Codec
 from latent_codec.config import DiagonalGaussianConfig
 from latent_codec.errors import FatalError, UserError
@@ -21,6 +18,10 @@ from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.run import check_gaussian
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry
+from latent_codec.interop.caches.cache import Stored
+from latent_codec.interop.caches.options import CacheName, Options
+from latent_codec.interop.caches.registry import CONSUMERS
+from latent_codec.interop.caches.write import Converted
 from latent_codec.latent_files import (
     INDEX,
     Entry,

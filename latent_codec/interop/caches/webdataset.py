@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latent_codec.caches import arrays
-from latent_codec.caches.arrays import ABOUT
-from latent_codec.caches.items import PIXELS, About, Found, Item, Shard, ShardCache, Stored
-from latent_codec.caches.options import Options
-from latent_codec.caches.scaling import chosen_scaling
 from latent_codec.config import to_json
 from latent_codec.errors import UserError
+from latent_codec.interop.caches import numpy_files
+from latent_codec.interop.caches.cache import PIXELS, About, Found, Item, Shard, ShardCache, Stored
+from latent_codec.interop.caches.numpy_files import ABOUT
+from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.scaling import chosen_scaling
 from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
 
@@ -47,9 +47,9 @@ class WebDataset(ShardCache):
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for item in items:
                 key = _key(item.entry.path)
-                _add(tar, f"{key}.npy", arrays.npy(self._scaling.scale(item.z).numpy()))  # (z, h, w) float32
+                _add(tar, f"{key}.npy", numpy_files.npy(self._scaling.scale(item.z).numpy()))  # (z, h, w) float32
                 if (flipped := item.z_flip) is not None:
-                    _add(tar, f"{key}.flip.npy", arrays.npy(self._scaling.scale(flipped).numpy()))
+                    _add(tar, f"{key}.flip.npy", numpy_files.npy(self._scaling.scale(flipped).numpy()))
                 if item.label >= 0:
                     _add(tar, f"{key}.cls", str(item.label).encode())
                 _add(tar, f"{key}.json", self._facts(item))
@@ -84,7 +84,7 @@ def read(where: Path, options: Options, statistics: LatentStatistics | None) -> 
 
     def load(parts: dict[str, bytes]) -> Stored:
         mean, flip = (
-            scaling.unscale(arrays.tensor(arrays.load(parts[part]))) if part in parts else None
+            scaling.unscale(numpy_files.tensor(numpy_files.load(parts[part]))) if part in parts else None
             for part in ("npy", "flip.npy")
         )
         if mean is None:

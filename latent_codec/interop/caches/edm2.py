@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from latent_codec.caches import arrays
-from latent_codec.caches.items import About, Found, Item, Shard, ShardCache, Stored
-from latent_codec.caches.needs import need_one_size
-from latent_codec.caches.options import Options
 from latent_codec.errors import UserError
+from latent_codec.interop.caches import numpy_files
+from latent_codec.interop.caches.cache import About, Found, Item, Shard, ShardCache, Stored
+from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.requirements import need_one_size
 from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
 
@@ -52,7 +52,7 @@ class Edm2(ShardCache):
             for number, item in enumerate(items):
                 name = f"{number // 1000:05d}/img-mean-std-{number:08d}"
                 both = torch.cat([item.posterior.mean, item.posterior.std], dim=1)[0]  # (2z, h, w)
-                _add(file, f"{name}.npy", arrays.npy(both.numpy()))
+                _add(file, f"{name}.npy", numpy_files.npy(both.numpy()))
                 _add(file, f"{name}.json", item.about.text().encode())  # EDM2 passes it over
                 labels.append((f"{name}.npy", item.label))
             _add(file, _INDEX, json.dumps({"labels": labels if self._labelled else None}).encode())
@@ -72,7 +72,7 @@ def read(where: Path, options: Options, statistics: LatentStatistics | None) -> 
     labels = _labels(get, where) if _INDEX in names else {}
 
     def load(name: str) -> Stored:
-        mean, std = arrays.tensor(arrays.load(get(name))).chunk(2)
+        mean, std = numpy_files.tensor(numpy_files.load(get(name))).chunk(2)
         beside = name.removesuffix(".npy") + ".json"
         about = About.parse(get(beside).decode()) if beside in names else None
         return Stored(mean, 2 * std.log(), None, None, about, None)

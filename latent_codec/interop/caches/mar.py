@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.caches import arrays
-from latent_codec.caches.items import PIXELS, Found, ImageCache, Item, Stored
-from latent_codec.caches.needs import need_flips, need_labels
-from latent_codec.caches.options import Options
+from latent_codec.interop.caches import numpy_files
+from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
+from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.requirements import need_flips, need_labels
 from latent_codec.latent_files import Entry
 from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
@@ -34,7 +34,7 @@ class Mar(ImageCache):
     def data(self, item: Item) -> bytes:
         assert item.mirrored is not None
         found = {"moments": _moments(item.posterior), "moments_flip": _moments(item.mirrored)}
-        return arrays.npz(found, item.about)
+        return numpy_files.npz(found, item.about)
 
 
 def _moments(posterior: DiagonalGaussian) -> np.ndarray:
@@ -43,12 +43,12 @@ def _moments(posterior: DiagonalGaussian) -> np.ndarray:
 
 def read(folder: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
     def load(path: Path) -> Stored:
-        with arrays.load(path) as file:
-            mean, logvar = arrays.tensor(file["moments"]).chunk(2)
+        with numpy_files.load(path) as file:
+            mean, logvar = numpy_files.tensor(file["moments"]).chunk(2)
             mean_flip, logvar_flip = None, None
             if "moments_flip" in file:
-                mean_flip, logvar_flip = arrays.tensor(file["moments_flip"]).chunk(2)
-            return Stored(mean, logvar, mean_flip, logvar_flip, arrays.about(file), None)
+                mean_flip, logvar_flip = numpy_files.tensor(file["moments_flip"]).chunk(2)
+            return Stored(mean, logvar, mean_flip, logvar_flip, numpy_files.about(file), None)
 
     for path in sorted(folder.rglob("*.npz")):
         yield Found(path.relative_to(folder).as_posix().removesuffix(".npz"), lambda path=path: load(path))

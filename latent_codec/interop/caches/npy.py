@@ -7,10 +7,10 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
-from latent_codec.caches import arrays
-from latent_codec.caches.items import PIXELS, Found, ImageCache, Item, Stored
-from latent_codec.caches.options import Options
-from latent_codec.caches.scaling import chosen_scaling
+from latent_codec.interop.caches import numpy_files
+from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
+from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.scaling import chosen_scaling
 from latent_codec.latent_files import Entry
 from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
@@ -29,14 +29,14 @@ class Npy(ImageCache):
         return f"{posixpath.splitext(entry.path)[0]}.npy"
 
     def data(self, item: Item) -> bytes:
-        return arrays.npy(self._scaling.scale(item.z).numpy())  # (z, h, w) float32
+        return numpy_files.npy(self._scaling.scale(item.z).numpy())  # (z, h, w) float32
 
 
 def read(folder: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
     scaling = chosen_scaling(options, statistics, "files of numpy")
 
     def load(path: Path) -> Stored:
-        return Stored(scaling.unscale(arrays.tensor(arrays.load(path))), None, None, None, None, None)
+        return Stored(scaling.unscale(numpy_files.tensor(numpy_files.load(path))), None, None, None, None, None)
 
     for path in sorted(folder.rglob("*.npy")):
         yield Found(path.relative_to(folder).as_posix().removesuffix(".npy"), lambda path=path: load(path))

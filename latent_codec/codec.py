@@ -16,6 +16,7 @@ from latent_codec.likelihoods import LIKELIHOODS, Likelihood
 from latent_codec.modelfile import LatentStatistics, ModelFile
 from latent_codec.networks import BACKBONES
 from latent_codec.prior import Priors
+from latent_codec.storage import tensors as tensor_files
 
 _SHIPPED = (Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints")
 
@@ -135,7 +136,7 @@ class Codec(nn.Module):
             codec = cls(model.config)
         except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: no model can be made of its config: {error}") from error
-        modelfile.check_state(codec.state_dict(), model.tensors, str(path))
+        tensor_files.check_state(codec.state_dict(), model.tensors, str(path))
         codec.load_state_dict(model.tensors)
         codec.statistics, codec.priors, codec.provenance = model.statistics, model.priors, model.provenance
         return codec.eval().to(device)

@@ -1,13 +1,8 @@
 """A model's configuration: frozen dataclasses that travel as JSON inside the model file. Free of torch."""
 
 import dataclasses
-import functools
-import json
 import math
-import sys
-import types
-import typing
-from typing import Any, ClassVar, Literal, Union
+from typing import ClassVar, Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,100 +158,3 @@ class CodecConfig:
     def coded_channels(self) -> int:
         """Integers that a bitstream holds at each position of the latents."""
         return self.latent_channels if self.codes is None else 1
-
-
-def to_json(config: Any) -> Any:
-    """A config as plain JSON values; a class that has a `kind` carries it.
-
-    An integer in a float field becomes that float, so that equal configs give equal JSON (a model's identity). A field
-    with a default is one that older files lack: at its default it is left out, so that their identity stays.
-    """
-    return _to_json(config, Any)
-
-
-def _to_json(value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = _type_hints(type(value))
-        written = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
-        fields = {f.name: _to_json(getattr(value, f.name), hints[f.name]) for f in written}
-        return _kind(type(value)) | fields
-    if isinstance(value, (tuple, list)):
-        item = (*typing.get_args(hint), Any)[0]
-        return [_to_json(v, item) for v in value]
-    if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *typing.get_args(hint)):
-        return float(value)
-    return value
-
-
-def _kind(cls: Any) -> dict[str, str]:
-    return {"kind": cls.kind} if hasattr(cls, "kind") else {}
-
-
-def from_json(cls: Any, value: Any, *, where: str = "config") -> Any:
-    """The inverse of `to_json`.
-
-    Strict: an unknown field, a missing one that has no default, an unknown kind or a value of the wrong type raises
-    `ValueError` naming it.
-    """
-    if dataclasses.is_dataclass(cls):
-        return _dataclass_from_json(cls, value, where)
-    origin = typing.get_origin(cls)
-    if origin in (Union, types.UnionType):
-        return _union_from_json(typing.get_args(cls), value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: expected a list, found {value!r}")
-        item = typing.get_args(cls)[0]
-        return tuple(from_json(item, v, where=f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is Literal:
-        if value not in typing.get_args(cls):
-            raise ValueError(f"{where}: {value!r} is none of {list(typing.get_args(cls))}")
-        return value
-    if cls is float and type(value) in (int, float):
-        if not abs(value) <= sys.float_info.max:  # also true of NaN
-            raise ValueError(f"{where}: expected a finite number, found {value!r}")
-        return float(value)
-    if not isinstance(value, cls) or (isinstance(value, bool) and cls is not bool):
-        raise ValueError(f"{where}: expected {cls.__name__}, found {value!r}")
-    return value
-
-
-@functools.cache
-def _type_hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _dataclass_from_json(cls: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, found {value!r}")
-    kind, hints = _kind(cls), _type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-    if unknown := sorted(set(value) - {*names, *kind}):
-        raise ValueError(f"{where}: unknown fields {unknown}; this version knows {names}")
-    if missing := sorted({*needed, *kind} - set(value)):
-        raise ValueError(f"{where}: missing fields {missing}")
-    if kind and value["kind"] != kind["kind"]:
-        raise ValueError(f"{where}: kind {value['kind']!r} is not {kind['kind']!r}")
-    return cls(
-        **{name: from_json(hints[name], value[name], where=f"{where}.{name}") for name in names if name in value}
-    )
-
-
-def _union_from_json(members: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in members:
-        return None
-    kinds = {kind: m for m in members for kind in _kind(m).values()}
-    if not kinds:
-        (member,) = [m for m in members if m is not type(None)]
-        return from_json(member, value, where=where)
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object, found {value!r}")
-    if (found := value.get("kind")) not in list(kinds):  # a list, because `found` may be unhashable
-        raise ValueError(f"{where}: kind {found!r} is none of {sorted(kinds)}")
-    return from_json(kinds[found], value, where=where)
-
-
-def dumps(value: Any) -> str:
-    """Canonical JSON: sorted keys, no spaces, no NaN. Equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)

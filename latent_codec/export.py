@@ -1,22 +1,13 @@
 """A finished run -> one model file with averaged weights, latent statistics and provenance."""
 
-import hashlib
-import json
-import logging
 from pathlib import Path
-from typing import Any
 
 from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder
 from latent_codec.images.sources import find_all
 from latent_codec.inference.calibration import calibrate
-from latent_codec.version import __version__
-
-log = logging.getLogger(__name__)
-
-PRIOR_RUN_MODEL = "model.safetensors"
-"""What `train.prior` leaves in its folder."""
+from latent_codec.storage.files import make_folder
+from latent_codec.storage.run_folder import PRIOR_RUN_MODEL, _provenance, log, newest_checkpoint
 
 
 def export(
@@ -63,32 +54,3 @@ def prepare(run_or_model: Path, *, data: tuple[Path, ...], images: int, quiet: b
     elif codec.statistics is None:
         raise UserError(f"{run_or_model}: has no latent statistics yet; name images to measure them on with --data")
     return codec
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The newest whose averaged weights match their checksum; older ones stand in for damaged ones, with a warning."""
-    finished = sorted((run / "checkpoints").glob("step-*"))
-    for path in reversed(finished):
-        try:
-            expected = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]["ema.safetensors"]
-            if hashlib.sha256((path / "ema.safetensors").read_bytes()).hexdigest() == expected:
-                return path
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        log.warning("passing over damaged checkpoint %s", path)
-    if finished:
-        raise UserError(f"{run}: all {len(finished)} checkpoints are damaged; resume or repeat the run")
-    raise UserError(f"{run}: no finished checkpoint in it; a run's first one appears after save_every steps")
-
-
-def _provenance(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """The run's configuration and what it was trained on, as its config.json says, and how far it came."""
-    try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        about = json.loads((run / "config.json").read_text())
-        if not (isinstance(about, dict) and about):
-            raise ValueError("config.json is empty")
-        progress = {key: state[key] for key in ("step", "skipped", "minutes")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}: config.json or state.json cannot be read ({error}); resume the run") from error
-    return {"training": about, "progress": progress, "exported_by": f"latent_codec {__version__}"}

@@ -9,8 +9,8 @@ from typing import Any
 
 from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder, write_text
 from latent_codec.info import describe
+from latent_codec.storage.files import make_folder, write_text
 
 MODEL = "model.safetensors"
 CARD = "README.md"

@@ -7,18 +7,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec import modelfile
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Header, Stream
 from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.codec import Codec, resolve, shipped
-from latent_codec.config import CodecConfig, dumps
+from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_lc import find_streams
 from latent_codec.images.sources import Source
 from latent_codec.latent_files import INDEX, parts, read_index
 from latent_codec.prior import Priors
 from latent_codec.quantizer import STEP_ONE
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.json_config import dumps
 
 _SIDE = 256  # pixels, of the image whose computation is counted
 _FLIPS = ", and the same of the images mirrored left to right"
@@ -60,7 +61,7 @@ def describe(where: str, model: str | None = None) -> str:
     path = resolve(where)
     if _is_shard(path):
         return _describe_latents(path)
-    return _describe_diffusion(path) if "transformer" in modelfile.read_header(path) else _describe_model(path)
+    return _describe_diffusion(path) if "transformer" in tensor_files.read_header(path) else _describe_model(path)
 
 
 def _is_shard(path: Path) -> bool:
@@ -80,7 +81,7 @@ def _describe_model(path: Path) -> str:
     flops = count_flops(config, side)
     parameters = sum(p.numel() for p in codec.parameters())
     lines = [
-        f"model       {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {modelfile.FORMAT_VERSION}",
+        f"model       {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {tensor_files.FORMAT_VERSION}",
         f"id          {codec.model_id}",
         f"backbone    {config.backbone}",
         f"latents     {config.latent_channels} channels, 1/{codec.factor} of each side; {config.bottleneck}",
@@ -110,7 +111,7 @@ def _describe_diffusion(path: Path) -> str:
     model = Diffusion.load(path)
     classes = ", ".join(model.latents.classes) or "none: an unconditional model"
     lines = [
-        f"diffusion   {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {modelfile.FORMAT_VERSION}",
+        f"diffusion   {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {tensor_files.FORMAT_VERSION}",
         f"id          {model.model_id}",
         f"network     {model.config}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
         f"latents     {' x '.join(map(str, model.shape))} of model {model.latents.codec_id}",

@@ -17,11 +17,12 @@ import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec, right_model
-from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import check_name, write_text
 from latent_codec.images.geometry import Geometry
-from latent_codec.modelfile import KEY, LatentStatistics, own_metadata, save_tensors
+from latent_codec.modelfile import LatentStatistics
+from latent_codec.storage.files import check_name, write_text
+from latent_codec.storage.json_config import from_json, to_json
+from latent_codec.storage.tensors import KEY, own_metadata, save_tensors
 
 FORMAT_VERSION = 3
 INDEX = "index.json"

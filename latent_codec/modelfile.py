@@ -1,22 +1,17 @@
 """Model files: safetensors with one metadata key, `latent_codec`, that says everything else. No pickle anywhere."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from latent_codec.config import CodecConfig, dumps, from_json, to_json
+from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
-from latent_codec.files import put, temporary_folder, temporary_path
 from latent_codec.prior import PREFIX, Header, Priors, from_tensors, to_header, to_tensors
-
-KEY = "latent_codec"
-FORMAT_VERSION = 1
+from latent_codec.storage.json_config import dumps, from_json, to_json
+from latent_codec.storage.tensors import FORMAT_VERSION, KEY, check_finite, content_id, read_header, save_tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,16 +50,6 @@ def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
     return content_id(to_json(config), tensors)
 
 
-def content_id(config: Any, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over JSON and tensors, as `model_id`."""
-    digest = hashlib.sha256(dumps(config).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().float().cpu().contiguous()
-        digest.update(dumps([name, list(tensor.shape)]).encode())
-        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
-
-
 def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
     """Write a model file atomically; `half` stores float16.
 
@@ -87,18 +72,6 @@ def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
         header["priors"] = to_json(to_header(model.priors))
         tensors |= to_tensors(model.priors)
     save_tensors(path, tensors, {KEY: dumps(header)})
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically; raises `OSError` if the disk refuses."""
-    try:
-        # safetensors writes into a file of its own making beside the one that it is given, and renames it.
-        with temporary_folder(path) as folder, temporary_path(folder, path.name) as temporary:
-            mode = temporary.stat().st_mode
-            save_file(tensors, temporary, metadata=metadata)
-            put(temporary, path, mode)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def read(path: Path) -> ModelFile:
@@ -130,50 +103,3 @@ def read(path: Path) -> ModelFile:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged or unknown model header: {error}") from error
     return ModelFile(config, tensors, statistics, provenance, priors)
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON under our metadata key; raises `UserError` as `read` does."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such model file; give a shipped model's name or a .safetensors file")
-    try:
-        header = from_json(dict, json.loads(own_metadata(path)), where="header")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged model header: {error}") from error
-    version = header.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: update latent-codec")
-    return header
-
-
-def own_metadata(path: Path) -> str:
-    """The text under our metadata key; raises `UserError` if there is none."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); nothing is ever loaded from pickles") from error
-    if KEY not in metadata:
-        raise UserError(f"{path}: a safetensors file, but not written by latent_codec (no '{KEY}' in its metadata)")
-    return metadata[KEY]
-
-
-def check_finite(tensors: dict[str, torch.Tensor], where: Path) -> None:
-    """Raise `UserError` naming the first tensor with a value that is not finite."""
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{where}: tensor {name} holds values that are not finite; the model is unusable")
-
-
-def check_state(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
-    """Raise `UserError` naming tensors that are missing, extra or of another shape."""
-    if missing := sorted(set(expected) - set(found)):
-        raise UserError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
-    if extra := sorted(set(found) - set(expected)):
-        raise UserError(f"{where}: {len(extra)} tensors are unknown: {', '.join(extra[:5])}")
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise UserError(
-                f"{where}: tensor {name} has shape {tuple(found[name].shape)}, the config asks for "
-                f"{tuple(tensor.shape)}"
-            )

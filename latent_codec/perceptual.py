@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from latent_codec.errors import UserError
-from latent_codec.modelfile import check_state
 from latent_codec.precision import float32_island
+from latent_codec.storage.tensors import check_state
 
 Net = Literal["alex", "squeeze", "vgg"]
 

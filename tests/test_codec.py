@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from latent_codec import codec as codec_module
 from latent_codec.codec import Codec, resolve
-from latent_codec.config import dumps
 from latent_codec.errors import UserError
-from latent_codec.modelfile import KEY
+from latent_codec.storage.json_config import dumps
+from latent_codec.storage.tensors import KEY
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "photo.safetensors"
 

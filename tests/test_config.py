@@ -22,10 +22,8 @@ from latent_codec.config import (
     LinearConfig,
     LiteConfig,
     MLPConfig,
-    dumps,
-    from_json,
-    to_json,
 )
+from latent_codec.storage.json_config import dumps, from_json, to_json
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,8 +15,8 @@ from latent_codec.diffusion.sampling import SETTINGS, Wanted, choose, draw, draw
 from latent_codec.errors import UserError
 from latent_codec.inference.runner import Compute
 from latent_codec.info import describe
-from latent_codec.modelfile import save_tensors
 from latent_codec.noise import fold, normal
+from latent_codec.storage.tensors import save_tensors
 from train.config import FlowConfig
 from train.flow import FlowMatching
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from latent_codec import files, modelfile
+from latent_codec import modelfile
 from latent_codec.errors import UserError
-from latent_codec.files import (
+from latent_codec.storage import files
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.files import (
     atomic_folder,
     atomic_path,
     make_folder,
@@ -97,7 +99,7 @@ def test_a_process_killed_before_the_rename_leaves_the_old_content(tmp_path: Pat
     path = tmp_path / "a.txt"
     path.write_text("old")
     program = (
-        "import os, sys; from pathlib import Path; from latent_codec.files import write_text\n"
+        "import os, sys; from pathlib import Path; from latent_codec.storage.files import write_text\n"
         "os.replace = lambda a, b: os._exit(9)\n"
         "write_text(Path(sys.argv[1]), 'new')\n"
     )
@@ -209,7 +211,7 @@ def test_safetensors_own_temporary_files_lie_in_such_a_folder(tmp_path: Path, mo
         real(tensors, path, **options)
 
     monkeypatch.setattr(modelfile, "save_file", spy)
-    modelfile.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
+    tensor_files.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
     assert seen[0].parent.parent == tmp_path and temporary_of(seen[0].parent.name) == process_name()
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert mode(tmp_path / "a.safetensors") == 0o640

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from PIL import ExifTags, ImageCms, ImageFile, JpegImagePlugin
 from PIL import Image as PilImage
 
-from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
 from latent_codec.images import read
 from latent_codec.images.colour import in_8_bits
 from latent_codec.images.geometry import Geometry, crop, pad
 from latent_codec.images.read import EXTENSIONS, FORMATS, read_image
 from latent_codec.images.write import to_pil, write_image
+from latent_codec.storage.json_config import from_json, to_json
 
 LOSSLESS = [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]
 ANIMATED = [f for f in ("GIF", "PNG", "WEBP", "TIFF", "AVIF") if f in FORMATS]

@@ -31,8 +31,8 @@ from latent_codec.latent_files import (
     write_shard,
 )
 from latent_codec.latents import Latents
-from latent_codec.modelfile import KEY
 from latent_codec.noise import fold, normal, text_key
+from latent_codec.storage.tensors import KEY
 
 PATHS = ("a.jpg", "a.png", "b/ü.png", "b/c/d.png")
 

@@ -17,15 +17,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_folder import hold, start, wait_for
 
-from latent_codec import files
 from latent_codec.errors import UserError
-from latent_codec.files import DiskError, atomic_path, temporary_of
 from latent_codec.folders.resume import ledger, locks
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.resume.journal import Journal, lines
-from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns, sha256
+from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns
 from latent_codec.folders.resume.units import Unit, units
 from latent_codec.images.sources import Source, find_files
+from latent_codec.storage import files
+from latent_codec.storage.files import DiskError, atomic_path, sha256, temporary_of
 
 SETTINGS = {"step": 1.0}
 

@@ -21,7 +21,6 @@ from latent_codec.config import (
     LinearConfig,
     LiteConfig,
     MLPConfig,
-    to_json,
 )
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
@@ -30,6 +29,7 @@ from latent_codec.images.geometry import in_channels, in_rgb
 from latent_codec.inference.runner import Compute
 from latent_codec.likelihoods import Bernoulli
 from latent_codec.networks import MLPBackbone
+from latent_codec.storage.json_config import to_json
 from train.closed_form import start_from_mean
 
 SIDE, Z = 6, 3

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from latent_codec import modelfile
 from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, dumps, from_json, to_json
+from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
-from latent_codec.modelfile import KEY, LatentStatistics, ModelFile, model_id
+from latent_codec.modelfile import LatentStatistics, ModelFile, model_id
 from latent_codec.prior import PREFIX, to_tensors
+from latent_codec.storage.json_config import dumps, from_json, to_json
+from latent_codec.storage.tensors import KEY
 
 HALF_MAX = 65504
 

@@ -16,7 +16,6 @@ from torch.nn.functional import interpolate
 from latent_codec import modelfile
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
-from latent_codec.config import dumps
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images.geometry import Geometry
@@ -26,6 +25,8 @@ from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, Sites, Span, table_scale
 from latent_codec.quantizer import STEP_OF_STD, dequantize, scale
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.json_config import dumps
 from train import config as train_config
 from train import context_net
 from train import prior as program
@@ -132,7 +133,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         raise KeyboardInterrupt
 
     saves: list[int] = []
-    real = modelfile.save_tensors
+    real = tensor_files.save_tensors
 
     def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         saves.append(1)
@@ -144,7 +145,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         train(run(places, tmp_path / "broken"))
     monkeypatch.undo()
-    assert json.loads(modelfile.own_metadata(tmp_path / "broken" / "checkpoint.safetensors"))["step"] == 2
+    assert json.loads(tensor_files.own_metadata(tmp_path / "broken" / "checkpoint.safetensors"))["step"] == 2
     train(run(places, tmp_path / "broken"))
     for name in ("checkpoint.safetensors", "model.safetensors"):
         whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "broken"))

@@ -15,7 +15,6 @@ from tiny_run import PATIENCE, fork_server
 from latent_codec import modelfile
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.codec import Codec
-from latent_codec.files import atomic_path
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
@@ -28,6 +27,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.inference.runner import Compute
 from latent_codec.latent_files import INDEX
 from latent_codec.latents import Latents
+from latent_codec.storage.files import atomic_path
 
 COMPUTE = Compute("cpu", "float32", 2, 1)
 UNIT = 3

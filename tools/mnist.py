@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_path, make_folder
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
-from latent_codec.modelfile import check_state, save_tensors
 from latent_codec.noise import fold, permutation
+from latent_codec.storage.files import atomic_path, make_folder
+from latent_codec.storage.tensors import check_state, save_tensors
 
 Split = Literal["train", "test"]
 _NAMES: dict[Split, str] = {"train": "train", "test": "t10k"}

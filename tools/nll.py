@@ -16,11 +16,11 @@ from tqdm import tqdm
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
-from latent_codec.files import write_text
 from latent_codec.folders.batching import batches
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
 from latent_codec.noise import fold, text_key
+from latent_codec.storage.files import write_text
 from tools.report import machine
 from train.provenance import git_commit
 

@@ -11,7 +11,7 @@ from torch import nn
 from latent_codec.codec import Codec
 from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from latent_codec.errors import UserError
-from latent_codec.modelfile import check_state
+from latent_codec.storage.tensors import check_state
 
 _WIDTH = 64
 _LATENT_CHANNELS = 32

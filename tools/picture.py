@@ -6,9 +6,9 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
-from latent_codec.files import atomic_path
 from latent_codec.images.sources import find_images
 from latent_codec.images.write import to_pil
+from latent_codec.storage.files import atomic_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from torch.nn.functional import pad
 
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder
 from latent_codec.images.geometry import Geometry, in_rgb
 from latent_codec.images.write import write_image
 from latent_codec.noise import fold, normal
+from latent_codec.storage.files import make_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

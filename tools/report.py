@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from latent_codec.files import write_text
+from latent_codec.storage.files import write_text
 from train.provenance import git_commit
 
 

@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.func import functional_call
 from torch.nn.functional import leaky_relu, relu
 
-from latent_codec.modelfile import save_tensors
+from latent_codec.storage.tensors import save_tensors
 from train.config import AdversarialConfig
 
 _LEAST = 1e-6  # added to the norm that the reconstruction's is divided by

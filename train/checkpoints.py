@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file
 
-from latent_codec import modelfile
-from latent_codec.config import dumps
 from latent_codec.errors import UserError
-from latent_codec.files import fsync, write_text
 from latent_codec.prior import PREFIX
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.files import fsync, write_text
+from latent_codec.storage.json_config import dumps
 
 log = logging.getLogger(__name__)
 _OPTIMIZER = "optimizer.safetensors"
@@ -70,7 +70,7 @@ def save(
         module.save(staged / files[name])
     trained = next(iter(modules))
     moments = optimizer_tensors(optimizer, _Together(modules))
-    modelfile.save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
+    tensor_files.save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
     hashes = {name: _sha256(staged / name) for name in (*files.values(), _OPTIMIZER)}
     state = dataclasses.asdict(progress) | {"sha256": hashes}
     write_text(staged / "state.json", dumps(state | {"state_sha256": _text_sha256(dumps(state))}))
@@ -105,7 +105,7 @@ def restore(folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.O
         for name, module in modules.items():
             file = path / f"{name}.safetensors"
             tensors = {name: t for name, t in load_file(file).items() if not name.startswith(PREFIX)}
-            modelfile.check_state(module.state_dict(), tensors, str(file))
+            tensor_files.check_state(module.state_dict(), tensors, str(file))
             module.load_state_dict(tensors)
         load_optimizer(optimizer, _Together(modules), load_file(path / _OPTIMIZER))
         return progress

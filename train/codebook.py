@@ -10,10 +10,10 @@ from accelerate.utils import broadcast
 from einops import rearrange
 from torch import nn
 
-from latent_codec import modelfile
 from latent_codec.codebooks import Codes, VectorQuantizer
 from latent_codec.codec import Codec
 from latent_codec.noise import fold, permutation
+from latent_codec.storage import tensors as tensor_files
 from train.config import CodebookConfig
 from train.data import Batches, Plan
 from train.objectives import Losses
@@ -35,7 +35,7 @@ class CodebookAverages(nn.Module):
         self.register_buffer("use", torch.zeros(codes, 1 + channels))
 
     def save(self, path: Path) -> None:
-        modelfile.save_tensors(path, {"use": self.use.detach().cpu().contiguous()}, {"format": "pt"})
+        tensor_files.save_tensors(path, {"use": self.use.detach().cpu().contiguous()}, {"format": "pt"})
 
     @torch.no_grad()
     def put(self, code: torch.Tensor, vectors: torch.Tensor) -> None:

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from latent_codec.codec import Codec
-from latent_codec.config import dumps, to_json
 from latent_codec.diffusion.config import LatentSpace
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.diffusion.sampling import Wanted, check_codec, draw_latents, write_grid
@@ -25,6 +24,7 @@ from latent_codec.errors import UserError
 from latent_codec.latent_files import check_model
 from latent_codec.latents import Latents
 from latent_codec.noise import fold, text_key
+from latent_codec.storage.json_config import dumps, to_json
 from train import checkpoints
 from train.config import DiffusionConfig, check_diffusion, flat
 from train.data import Draw, Plan

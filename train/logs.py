@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latent_codec.files import fsync, write_text
+from latent_codec.storage.files import fsync, write_text
 
 
 class RunLog:

@@ -20,18 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from latent_codec import modelfile
 from latent_codec.codec import Codec, resolve
-from latent_codec.config import dumps, to_json
 from latent_codec.errors import UserError
-from latent_codec.export import PRIOR_RUN_MODEL
-from latent_codec.files import make_folder
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import PREFIX, Priors
 from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.feedback import Feedback
 from latent_codec.quantizer import Scaled
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.files import make_folder
+from latent_codec.storage.json_config import dumps, to_json
+from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train.checkpoints import load_optimizer, optimizer_tensors
 from train.config import PriorConfig, context_groups, context_levels, context_spacing, flat
 from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
@@ -165,7 +165,7 @@ def make_net(
         tensors = load_file(files[-1])
         order = tensors.pop("channels").numpy()
         net = ContextNet(context, base, statistics, order)
-        modelfile.check_state(net.state_dict(), tensors, str(files[-1]))
+        tensor_files.check_state(net.state_dict(), tensors, str(files[-1]))
         net.load_state_dict(tensors)
     except ValueError as error:
         raise UserError(f"--start-from {start_from}: {error}") from error
@@ -207,14 +207,14 @@ def _save(path: Path, net: ContextNet, optimizer: torch.optim.Optimizer, describ
     """One file, replaced by one rename: a crash leaves the one before."""
     tensors = {f"net/{name}": t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
     tensors |= {f"optimizer/{name}": t for name, t in optimizer_tensors(optimizer, net).items()}
-    modelfile.save_tensors(path, tensors, {modelfile.KEY: dumps(described | {"step": step})})
+    tensor_files.save_tensors(path, tensors, {tensor_files.KEY: dumps(described | {"step": step})})
 
 
 def _restore(path: Path, net: ContextNet, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> int:
     """Load the checkpoint in place if there is one, and return its step; raises `UserError` if it is another run's."""
     if not path.exists():
         return 0
-    found = json.loads(modelfile.own_metadata(path))
+    found = json.loads(tensor_files.own_metadata(path))
     step = found.pop("step")
     changed = [k for k in sorted(found.keys() | described.keys()) if found.get(k) != described.get(k)]
     if changed := [k for k in changed if k not in _MAY_CHANGE]:

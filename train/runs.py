@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from latent_codec.codec import Codec
-from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder, write_text
 from latent_codec.images.sources import Source, find_all
 from latent_codec.noise import text_key
+from latent_codec.storage.files import make_folder, write_text
+from latent_codec.storage.json_config import from_json, to_json
 from latent_codec.version import __version__
 from train.checkpoints import Progress
 from train.closed_form import check_closed_form, check_mean_start

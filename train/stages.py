@@ -12,11 +12,9 @@ import torch
 from accelerate.state import PartialState
 
 from latent_codec.codec import Codec
-from latent_codec.config import to_json
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
-from latent_codec.export import PRIOR_RUN_MODEL, export
-from latent_codec.files import make_folder, write_text
+from latent_codec.export import export
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.jobs import Resume
 from latent_codec.folders.resume.units import WHOLE
@@ -25,6 +23,9 @@ from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.latent_files import INDEX
 from latent_codec.noise import text_key
+from latent_codec.storage.files import make_folder, write_text
+from latent_codec.storage.json_config import to_json
+from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train import prior, vae
 from train.accelerate_state import accelerate_as
 from train.config import PriorConfig, TrainConfig, flat

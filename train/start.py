@@ -12,7 +12,7 @@ from latent_codec.codec import Codec
 from latent_codec.config import LiteConfig
 from latent_codec.errors import UserError
 from latent_codec.likelihoods import Gaussian
-from latent_codec.modelfile import check_state
+from latent_codec.storage.tensors import check_state
 from train.data import Batch
 
 State = dict[str, torch.Tensor]

@@ -18,11 +18,11 @@ from accelerate.utils import set_seed
 
 from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
-from latent_codec.config import to_json
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.perceptual import LPIPS
+from latent_codec.storage.json_config import to_json
 from train import checkpoints
 from train.checkpoints import Progress, Saved
 from train.closed_form import all_patch_moments, mean_pixels, patch_moments, start_from_closed_form, start_from_mean

@@ -10,10 +10,10 @@ from PIL import Image
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codebooks import Codes, perplexity
 from latent_codec.codec import Codec
-from latent_codec.files import atomic_path
 from latent_codec.images.geometry import in_rgb
 from latent_codec.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
+from latent_codec.storage.files import atomic_path
 from train.data import CentreCrops
 from train.objectives import PIXELS
 

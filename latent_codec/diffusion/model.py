@@ -11,11 +11,19 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from latent_codec.config import dumps, from_json, to_json
 from latent_codec.diffusion.config import LatentSpace, TransformerConfig
 from latent_codec.errors import UserError
-from latent_codec.modelfile import FORMAT_VERSION, KEY, check_finite, check_state, content_id, read_header, save_tensors
 from latent_codec.precision import float32_island
+from latent_codec.storage.json_config import dumps, from_json, to_json
+from latent_codec.storage.tensors import (
+    FORMAT_VERSION,
+    KEY,
+    check_finite,
+    check_state,
+    content_id,
+    read_header,
+    save_tensors,
+)
 
 TIMES = 1000
 """What diffusers' schedulers and embeddings count time by: 1 is pure noise and called 1000."""

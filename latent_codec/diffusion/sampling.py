@@ -15,13 +15,13 @@ from tqdm import tqdm
 from latent_codec.codec import Codec
 from latent_codec.diffusion.model import TIMES, Diffusion
 from latent_codec.errors import UserError
-from latent_codec.export import newest_checkpoint
-from latent_codec.files import atomic_path, make_folder, write_text
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.read import read_image
 from latent_codec.images.write import ImageFormat, write_image
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.noise import fold, normal, text_key
+from latent_codec.storage.files import atomic_path, make_folder, write_text
+from latent_codec.storage.run_folder import newest_checkpoint
 
 SETTINGS = "samples.json"
 """What the images of a folder were made by; they are kept by the same command and by no other."""

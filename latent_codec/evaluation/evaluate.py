@@ -18,7 +18,6 @@ from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder, write_text
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import OVERWRITE
@@ -30,6 +29,7 @@ from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latent_files import stored_files
 from latent_codec.latents import Latents
 from latent_codec.perceptual import LPIPS, Net
+from latent_codec.storage.files import make_folder, write_text
 from latent_codec.version import __version__
 
 RESULTS = "results.json"

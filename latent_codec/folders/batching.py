@@ -8,8 +8,9 @@ from itertools import groupby
 
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.jobs import Current, Input, Job, R, Resume, T, Work
-from latent_codec.folders.resume.ledger import Record, mtime_ns, sha256
+from latent_codec.folders.resume.ledger import Record, mtime_ns
 from latent_codec.images.sources import Source
+from latent_codec.storage.files import sha256
 
 
 def in_batches(

@@ -13,13 +13,11 @@ import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
-from latent_codec.config import to_json
 from latent_codec.errors import FatalError, UserError
-from latent_codec.files import disk_errors
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
 from latent_codec.folders.read_images import parse_image_in
-from latent_codec.folders.resume.ledger import Claim, Ledger, Record, sha256_of
+from latent_codec.folders.resume.ledger import Claim, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import check_channels, check_gaussian, check_options, run
 from latent_codec.folders.shards import are_whole, remove_needless, shard_name
@@ -44,6 +42,8 @@ from latent_codec.latent_files import (
     write_index,
     write_shard,
 )
+from latent_codec.storage.files import disk_errors, sha256_of
+from latent_codec.storage.json_config import to_json
 
 
 def encode_folder(

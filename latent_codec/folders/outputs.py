@@ -13,9 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from latent_codec.errors import FatalError, UserError
-from latent_codec.files import atomic_path, disk_errors, put, temporary_path
 from latent_codec.folders.jobs import Input, Job, Resume, Work
-from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record, sha256, sha256_of
+from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
@@ -24,6 +23,7 @@ from latent_codec.images.geometry import Geometry, crop
 from latent_codec.images.sources import Source
 from latent_codec.images.write import ImageFormat, image_bytes
 from latent_codec.inference.runner import Compute
+from latent_codec.storage.files import atomic_path, disk_errors, put, sha256, sha256_of, temporary_path
 
 
 class Output(NamedTuple):

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder
 from latent_codec.folders.jobs import Job, Resume, Work
 from latent_codec.folders.resume.ledger import FAILURES, Claim, Kind, Ledger
 from latent_codec.folders.resume.names import check_absent, check_names, check_outputs, folding
@@ -20,6 +19,7 @@ from latent_codec.folders.workers import Processes, Threads
 from latent_codec.images.colour import parse_colour
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Compute
+from latent_codec.storage.files import make_folder
 
 
 def check_options(background: str, max_pixels: int) -> None:

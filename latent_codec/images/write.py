@@ -9,8 +9,8 @@ import torch
 from PIL import Image as PilImage
 
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_path
 from latent_codec.images.geometry import Geometry, as_shown
+from latent_codec.storage.files import atomic_path
 
 
 def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:

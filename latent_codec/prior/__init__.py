@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from latent_codec.config import dumps
 from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, Pass, spans
 from latent_codec.prior.factorized import FactorizedPrior
 from latent_codec.prior.feedback import REACH, Feedback
 from latent_codec.prior.tables import Tables
+from latent_codec.storage.json_config import dumps
 
 PriorKind = Literal["context", "factorized"]
 PREFIX = "prior."

@@ -8,9 +8,9 @@ import tyro
 
 from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder, write_text
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.storage.files import make_folder, write_text
 from tools.results.crops import Detail, Sheet
 from tools.results.measured import Measuring, gather
 from tools.results.page import PAGE, PLOT, SHEET, page, plot

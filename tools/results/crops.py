@@ -18,12 +18,12 @@ from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import Peer
-from latent_codec.files import atomic_path, write_text
 from latent_codec.images.geometry import Geometry, as_shown, crop, pad
 from latent_codec.images.read import read_image
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.quantizer import step_code
+from latent_codec.storage.files import atomic_path, write_text
 from tools.report import machine
 from train.provenance import git_commit
 

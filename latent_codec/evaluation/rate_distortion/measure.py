@@ -19,7 +19,6 @@ from latent_codec.evaluation.evaluate import compare
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import Peer
 from latent_codec.evaluation.rate_distortion.report import REFINED, Record, Report, Row, Setting, report
-from latent_codec.files import make_folder
 from latent_codec.folders.run import check_channels, check_unconditional
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, Image, crop, pad
@@ -28,6 +27,7 @@ from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.quantizer import step_code
+from latent_codec.storage.files import make_folder
 
 DITHERED_STEP = 1.0
 """Where dither is tried: its error then has the variance of the posterior."""

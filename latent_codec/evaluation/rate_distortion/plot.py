@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from latent_codec.curves import SCALES
 from latent_codec.evaluation.rate_distortion.report import REFINED, Point, Report
-from latent_codec.files import atomic_path
+from latent_codec.storage.files import atomic_path
 
 
 class _Style(NamedTuple):

@@ -15,10 +15,10 @@ from latent_codec.evaluation.report.baselines import baselines
 from latent_codec.evaluation.report.html import paragraphs
 from latent_codec.evaluation.report.page import Section, left_out
 from latent_codec.evaluation.report.survey import survey
-from latent_codec.files import write_text
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.perceptual import LPIPS, Net
+from latent_codec.storage.files import write_text
 
 PAGE, RESULTS = "report.html", "report.json"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from latent_codec.files import disk_errors, fsync
+from latent_codec.storage.files import disk_errors, fsync
 
 
 class Journal:

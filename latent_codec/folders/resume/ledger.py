@@ -19,14 +19,22 @@ from typing import Any, Literal, NamedTuple, Self
 
 from filelock import FileLock
 
-from latent_codec.config import from_json, to_json
 from latent_codec.errors import UserError
-from latent_codec.files import disk_errors, make_folder, process_name, temporary_of, write_text
 from latent_codec.folders.resume.journal import Journal, lines
 from latent_codec.folders.resume.locks import lock, locked, try_lock
 from latent_codec.folders.resume.names import check_absent
 from latent_codec.folders.resume.units import Unit
 from latent_codec.images.sources import Source
+from latent_codec.storage.files import (
+    disk_errors,
+    make_folder,
+    process_name,
+    sha256,
+    sha256_of,
+    temporary_of,
+    write_text,
+)
+from latent_codec.storage.json_config import from_json, to_json
 
 NAME = ".latent_codec"
 FAILURES = "failures.jsonl"
@@ -286,15 +294,6 @@ class Claim:
 def mtime_ns(source: Source) -> int:
     """When the file that holds it was last changed."""
     return source.path.stat().st_mtime_ns
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _State(NamedTuple):

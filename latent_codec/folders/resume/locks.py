@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from latent_codec.errors import UserError
-from latent_codec.files import disk_errors
+from latent_codec.storage.files import disk_errors
 
 _UNKNOWN_THERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from latent_codec.errors import UserError
-from latent_codec.files import check_name
+from latent_codec.storage.files import check_name
 
 
 def check_outputs(outputs: Sequence[str], folder: Path, fold: Callable[[str], str] = str) -> None:

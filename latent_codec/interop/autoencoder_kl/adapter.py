@@ -6,13 +6,14 @@ import torch
 
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, from_json, to_json
+from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
 from latent_codec.folders.run import check_unconditional
 from latent_codec.inference import tiling
 from latent_codec.interop.autoencoder_kl import activations
 from latent_codec.likelihoods import from_signed
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.storage.json_config import from_json, to_json
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config

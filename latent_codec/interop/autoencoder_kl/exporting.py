@@ -15,13 +15,15 @@ from tqdm import tqdm
 
 from latent_codec import modelfile
 from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, dumps, to_json
+from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig
 from latent_codec.errors import UserError
-from latent_codec.files import atomic_folder, write_text
 from latent_codec.interop.autoencoder_kl import activations, settings
 from latent_codec.interop.autoencoder_kl.folding import Tensors, fold
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.networks.conv import ConvBackbone
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.files import atomic_folder, write_text
+from latent_codec.storage.json_config import dumps, to_json
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -106,7 +108,7 @@ def export_folder(
     config = dataclasses.replace(codec.config, backbone=parts.backbone)
     text = settings.to_json(config, scale, force_upcast=measured.force_upcast)
     with atomic_folder(folder) as temporary:
-        modelfile.save_tensors(temporary / WEIGHTS, parts.tensors, {"format": "pt", KEY: dumps(header)})
+        tensor_files.save_tensors(temporary / WEIGHTS, parts.tensors, {"format": "pt", KEY: dumps(header)})
         write_text(temporary / CONFIG, json.dumps(text, indent=2) + "\n")
     return measured
 
@@ -152,7 +154,7 @@ def _parts(codec: Codec, statistics: LatentStatistics | None) -> _Parts:
             replaced.add(f"{BACKBONE}{name}")
     with torch.device("meta"):
         expected = ConvBackbone(backbone, channels, codec.config.latent_channels, 2, 1, 0).state_dict()
-    modelfile.check_state(expected, tensors, "as an AutoencoderKL")
+    tensor_files.check_state(expected, tensors, "as an AutoencoderKL")
     original = {n: t for n, t in state.items() if n in replaced or not n.startswith(BACKBONE)}
     if statistics is not None:
         tensors, backbone = fold(tensors, backbone, statistics)

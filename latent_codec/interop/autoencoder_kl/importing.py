@@ -12,11 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from latent_codec import modelfile
 from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, from_json
+from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
-from latent_codec.files import make_folder
 from latent_codec.interop.autoencoder_kl import layouts, settings
 from latent_codec.interop.autoencoder_kl.exporting import (
     BACKBONE,
@@ -29,6 +27,9 @@ from latent_codec.interop.autoencoder_kl.exporting import (
 )
 from latent_codec.interop.autoencoder_kl.folding import Tensors
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.files import make_folder
+from latent_codec.storage.json_config import from_json
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def _read(weights: Path) -> tuple[Tensors, dict[str, str]]:
             f"{weights}: tensor {odd[0]} is {tensors[odd[0]].dtype}; an autoencoder's are floating-point numbers"
         )
     tensors = {name: tensor.float() for name, tensor in layouts.canonical(tensors, str(weights)).items()}
-    modelfile.check_finite(tensors, weights)
+    tensor_files.check_finite(tensors, weights)
     return tensors, metadata
 
 
@@ -178,7 +179,7 @@ def _load(config: CodecConfig, tensors: Tensors, where: Path) -> Codec:
             expected = {name.removeprefix(BACKBONE): t for name, t in Codec(config).state_dict().items()}
     except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
         raise UserError(f"{where}: no model can be made of its configuration: {error}") from error
-    modelfile.check_state(expected, tensors, str(where))
+    tensor_files.check_state(expected, tensors, str(where))
     codec = Codec(config)
     codec.load_state_dict({f"{BACKBONE}{name}": tensor for name, tensor in tensors.items()})
     return codec.eval()

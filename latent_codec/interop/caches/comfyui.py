@@ -14,7 +14,8 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, latents_in
 from latent_codec.latent_files import Entry
 from latent_codec.latents import Latents
-from latent_codec.modelfile import KEY, LatentStatistics
+from latent_codec.modelfile import LatentStatistics
+from latent_codec.storage.tensors import KEY
 
 _LATENT, _RAW = "latent_tensor", "latent_format_version_0"
 

@@ -13,7 +13,6 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.config import DiagonalGaussianConfig
 from latent_codec.errors import FatalError, UserError
-from latent_codec.files import disk_errors, make_folder
 from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.run import check_gaussian
 from latent_codec.folders.summary import Summary
@@ -35,6 +34,7 @@ from latent_codec.latent_files import (
     write_index,
     write_shard,
 )
+from latent_codec.storage.files import disk_errors, make_folder
 
 _MOST_IMAGES = 512  # in a shard, which is in memory while it is made
 _MOST_BYTES = 2**26

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 
 from latent_codec.interop.caches.cache import About
-from latent_codec.modelfile import KEY
+from latent_codec.storage.tensors import KEY
 
 
 def file_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:

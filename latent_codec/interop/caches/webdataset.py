@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latent_codec.config import to_json
 from latent_codec.errors import UserError
 from latent_codec.interop.caches import numpy_files
 from latent_codec.interop.caches.cache import PIXELS, About, Found, Item, Shard, ShardCache, Stored
@@ -19,6 +18,7 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.scaling import chosen_scaling
 from latent_codec.latents import Latents
 from latent_codec.modelfile import LatentStatistics
+from latent_codec.storage.json_config import to_json
 
 _IMAGES = 1000
 

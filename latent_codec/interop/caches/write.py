@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from latent_codec.errors import FatalError, UserError
-from latent_codec.files import atomic_path, disk_errors, make_folder, put, temporary_path
-from latent_codec.folders.resume.ledger import sha256_of
 from latent_codec.folders.resume.names import check_outputs, folding
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Threads
@@ -17,6 +15,7 @@ from latent_codec.interop.caches.cache import ImageCache, Item, Shard, ShardCach
 from latent_codec.interop.caches.options import CacheName, Options
 from latent_codec.interop.caches.registry import CONSUMERS
 from latent_codec.latents import Latents
+from latent_codec.storage.files import atomic_path, disk_errors, make_folder, put, sha256_of, temporary_path
 
 
 class Converted(NamedTuple):

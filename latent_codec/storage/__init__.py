@@ -1,0 +1,1 @@
+"""Write files atomically: tensors, configurations and run folders."""

@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from latent_codec.config import CodecConfig as CodecConfig
     from latent_codec.errors import UserError as UserError
     from latent_codec.images.read import read_image as read_image
-    from latent_codec.latents import Latents as Latents
+    from latent_codec.latents.dataset import Latents as Latents
 
 _HOMES = {
     "Codec": "latent_codec.codec",
     "CodecConfig": "latent_codec.config",
-    "Latents": "latent_codec.latents",
+    "Latents": "latent_codec.latents.dataset",
     "UserError": "latent_codec.errors",
     "read_image": "latent_codec.images.read",
 }

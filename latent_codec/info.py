@@ -15,7 +15,7 @@ from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_lc import find_streams
 from latent_codec.images.sources import Source
-from latent_codec.latent_files import INDEX, parts, read_index
+from latent_codec.latents.format import INDEX, parts, read_index
 from latent_codec.prior import Priors
 from latent_codec.quantizer import STEP_ONE
 from latent_codec.storage import tensors as tensor_files

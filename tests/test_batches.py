@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.batches import Rows, ShapeBatches
 from latent_codec.errors import UserError
+from latent_codec.latents.batches import Rows, ShapeBatches
 
 SHAPES = [(2, 3)] * 13 + [(4, 4)] * 7 + [(1, 9)]
 

@@ -23,7 +23,7 @@ from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders import encode_lc
 from latent_codec.folders.resume import units as plan
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 from latent_codec.version import __version__
 
 ROOT = Path(__file__).parents[1]

@@ -23,8 +23,8 @@ from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.summary import Summary
 from latent_codec.inference.runner import Compute
-from latent_codec.latent_files import INDEX, stored_files, stored_shards
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import INDEX, stored_files, stored_shards
 
 CPU = Compute("cpu", "float32", 4, 2)
 ORIENTATION = 0x0112

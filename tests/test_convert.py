@@ -18,7 +18,7 @@ from latent_codec.interop.caches import lightningdit
 from latent_codec.interop.caches import write as convert_module
 from latent_codec.interop.caches.cache import Item, read_item
 from latent_codec.interop.caches.options import CacheName
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 
 DRAWN = [name for name in EVERY if name not in ("mar", "edm2")]
 

@@ -12,7 +12,7 @@ from latent_codec.bitstream.rate_control import Rate
 from latent_codec.errors import UserError
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.resume.ledger import FAILURES
-from latent_codec.latent_files import INDEX
+from latent_codec.latents.format import INDEX
 from latent_codec.storage.files import DiskError
 
 KINDS: tuple[Kind, ...] = ("streams", "latents", "tars of streams", "images of streams", "tars of images")

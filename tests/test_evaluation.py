@@ -16,7 +16,7 @@ from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report, evaluate
 from latent_codec.inference.runner import Compute
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 from latent_codec.perceptual import LPIPS
 
 CPU = Compute("cpu", "float32", 4, 2)

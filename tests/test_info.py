@@ -23,7 +23,7 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.inference.runner import Compute
 from latent_codec.info import count_flops, describe
-from latent_codec.latent_files import INDEX
+from latent_codec.latents.format import INDEX
 from train.presets import photo
 
 

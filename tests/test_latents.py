@@ -17,7 +17,8 @@ from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
-from latent_codec.latent_files import (
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import (
     INDEX,
     Row,
     StoredDtype,
@@ -30,7 +31,6 @@ from latent_codec.latent_files import (
     write_index,
     write_shard,
 )
-from latent_codec.latents import Latents
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.tensors import KEY
 

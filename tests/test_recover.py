@@ -24,8 +24,8 @@ from latent_codec.interop.caches import read as recover_module
 from latent_codec.interop.caches.options import CacheName
 from latent_codec.interop.caches.read import recover
 from latent_codec.interop.caches.write import Converted
-from latent_codec.latent_files import StoredDtype, stored_files
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import StoredDtype, stored_files
 
 SINGLE = [name for name in EVERY if name not in ("mar", "edm2")]
 NAMELESS = "npy"

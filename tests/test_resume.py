@@ -29,8 +29,8 @@ from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.folders.resume.units import Share
 from latent_codec.folders.summary import Summary
 from latent_codec.inference.runner import Compute
-from latent_codec.latent_files import INDEX, stored_shards
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import INDEX, stored_shards
 
 KINDS: tuple[Kind, ...] = ("streams", "latents", "images of streams", "images of latents")
 SIZES = {"a.png": (24, 16), "b.png": (24, 16), "c.jpg": (24, 16), "sub/d.png": (9, 17), "sub/e.png": (24, 16)}

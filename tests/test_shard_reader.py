@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latent_codec import shard_reader
-from latent_codec.shard_reader import ShardReader
+from latent_codec.latents import shard_reader
+from latent_codec.latents.shard_reader import ShardReader
 
 TENSORS = {"a": torch.arange(24.0).reshape(4, 2, 3), "b": torch.arange(10).reshape(5, 2).half()}
 

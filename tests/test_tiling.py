@@ -40,7 +40,7 @@ from latent_codec.images.read import read_image
 from latent_codec.inference import tiling
 from latent_codec.inference.runner import Compute
 from latent_codec.inference.tiling import blended, spans
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 from latent_codec.networks import BACKBONES
 
 

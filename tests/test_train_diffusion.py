@@ -22,7 +22,7 @@ from tiny_run import (
 from latent_codec.cli import main
 from latent_codec.codec import Codec
 from latent_codec.diffusion.model import Diffusion
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 from train.data import Plan
 from train.latents import PosteriorBatch, PosteriorCrops
 

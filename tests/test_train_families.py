@@ -22,7 +22,7 @@ from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 from tools.nll import Options, measure
 from train.config import check
 from train.presets import mnist_cvae, mnist_iwae

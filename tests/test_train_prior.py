@@ -19,7 +19,7 @@ from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images.geometry import Geometry
-from latent_codec.latent_files import header_of, row, write_index, write_shard
+from latent_codec.latents.format import header_of, row, write_index, write_shard
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.coding import ideal_bits, quantize

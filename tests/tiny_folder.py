@@ -25,8 +25,8 @@ from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.summary import Summary
 from latent_codec.inference.runner import Compute
-from latent_codec.latent_files import INDEX
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import INDEX
 from latent_codec.storage.files import atomic_path
 
 COMPUTE = Compute("cpu", "float32", 2, 1)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from latent_codec.batches import Rows, ShapeBatches
 from latent_codec.images.geometry import Geometry
-from latent_codec.latent_files import FORMAT_VERSION, Entry, Header, Row, write_index, write_shard
-from latent_codec.latents import Latents
+from latent_codec.latents.batches import Rows, ShapeBatches
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import FORMAT_VERSION, Entry, Header, Row, write_index, write_shard
 from tools.report import machine, report
 
 _UNIT = 128

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from latent_codec.batches import Rows
 from latent_codec.errors import UserError
-from latent_codec.latents import Latents
+from latent_codec.latents.batches import Rows
+from latent_codec.latents.dataset import Latents
 from latent_codec.noise import fold
 from latent_codec.storage.json_config import dumps
 from train.data import Draw, Plan, Schedule, crop_boxes, draw, leave_signals_to_the_run

@@ -21,7 +21,7 @@ from latent_codec.folders.resume.units import WHOLE
 from latent_codec.images.sources import find_images
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
-from latent_codec.latent_files import INDEX
+from latent_codec.latents.format import INDEX
 from latent_codec.noise import text_key
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import to_json

@@ -26,8 +26,8 @@ from latent_codec.images.geometry import Geometry, crop
 from latent_codec.images.sources import find_images
 from latent_codec.images.write import write_image
 from latent_codec.inference.runner import Compute, Networks
-from latent_codec.latent_files import stored_files
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import stored_files
 from latent_codec.perceptual import LPIPS, Net
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.version import __version__

@@ -19,8 +19,8 @@ from latent_codec.images.sources import Source
 from latent_codec.images.write import ImageFormat
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
-from latent_codec.latent_files import Entry, latent_size
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import Entry, latent_size
 from latent_codec.noise import fold, normal, text_key
 
 

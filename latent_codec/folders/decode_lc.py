@@ -23,7 +23,7 @@ from latent_codec.images.sources import Source, find_files
 from latent_codec.images.write import ImageFormat
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
-from latent_codec.latent_files import INDEX
+from latent_codec.latents.format import INDEX
 from latent_codec.prior import PriorKind
 
 PRIORS = get_args(PriorKind)

@@ -28,7 +28,7 @@ from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
-from latent_codec.latent_files import (
+from latent_codec.latents.format import (
     INDEX,
     Entry,
     Header,
@@ -59,7 +59,7 @@ def encode_folder(
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latent_files`), with `flips`
+    """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents.format`), with `flips`
     that of the mirrored image as well.
 
     The images of a unit share a shard: all are encoded anew if one of them is. Raises `UserError` before any work if

@@ -27,7 +27,7 @@ from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
-from latent_codec.latent_files import stored_files
+from latent_codec.latents.format import stored_files
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Scaled
 

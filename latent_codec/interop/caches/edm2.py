@@ -15,7 +15,7 @@ from latent_codec.interop.caches import numpy_files
 from latent_codec.interop.caches.cache import About, Found, Item, Shard, ShardCache, Stored
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.requirements import need_one_size
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 from latent_codec.modelfile import LatentStatistics
 
 NAME = "latents.zip"

@@ -17,8 +17,8 @@ from latent_codec.interop.caches import numpy_files
 from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
-from latent_codec.latent_files import Entry
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import Entry
 from latent_codec.modelfile import LatentStatistics
 
 ARCHITECTURES = ("sd", "sdxl", "flux")

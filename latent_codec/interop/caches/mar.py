@@ -14,8 +14,8 @@ from latent_codec.interop.caches import numpy_files
 from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.requirements import need_flips, need_labels
-from latent_codec.latent_files import Entry
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import Entry
 from latent_codec.modelfile import LatentStatistics
 
 

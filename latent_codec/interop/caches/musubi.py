@@ -16,8 +16,8 @@ from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, S
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, latents_in
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
-from latent_codec.latent_files import Entry
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import Entry
 from latent_codec.modelfile import LatentStatistics
 from latent_codec.storage.tensors import KEY
 

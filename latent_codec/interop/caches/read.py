@@ -21,7 +21,7 @@ from latent_codec.interop.caches.cache import Stored
 from latent_codec.interop.caches.options import CacheName, Options
 from latent_codec.interop.caches.registry import CONSUMERS
 from latent_codec.interop.caches.write import Converted
-from latent_codec.latent_files import (
+from latent_codec.latents.format import (
     INDEX,
     Entry,
     Header,

@@ -1,7 +1,7 @@
 """What a consumer cannot do without."""
 
 from latent_codec.errors import UserError
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 
 
 def need_flips(latents: Latents, name: str) -> None:

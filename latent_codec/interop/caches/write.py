@@ -14,7 +14,7 @@ from latent_codec.folders.workers import Threads
 from latent_codec.interop.caches.cache import ImageCache, Item, Shard, ShardCache, read_item
 from latent_codec.interop.caches.options import CacheName, Options
 from latent_codec.interop.caches.registry import CONSUMERS
-from latent_codec.latents import Latents
+from latent_codec.latents.dataset import Latents
 from latent_codec.storage.files import atomic_path, disk_errors, make_folder, put, sha256_of, temporary_path
 
 

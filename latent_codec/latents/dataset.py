@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from latent_codec.batches import Rows
 from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.errors import UserError
-from latent_codec.latent_files import (
+from latent_codec.latents.batches import Rows
+from latent_codec.latents.format import (
     INDEX,
     Entry,
     StoredDtype,
@@ -25,8 +25,8 @@ from latent_codec.latent_files import (
     read_index,
     tensor_name,
 )
+from latent_codec.latents.shard_reader import ShardReader, Span
 from latent_codec.noise import fold, normal, text_key, uniform
-from latent_codec.shard_reader import ShardReader, Span
 
 _FLIP = 1  # what a key is used for, beside the noise
 _CACHED = 2**18

@@ -1,0 +1,1 @@
+"""Store posteriors in shards, and read them as a torch Dataset."""

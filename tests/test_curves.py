@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec import curves
-from latent_codec.curves import SCALES, Curve, check_extra, delta_rate
 from latent_codec.errors import UserError
+from latent_codec.metrics import bjontegaard
+from latent_codec.metrics.bjontegaard import SCALES, Curve, check_extra, delta_rate
 
 RATES = [0.2, 0.35, 0.5, 0.8, 1.3]
 PSNR = [26.0, 28.5, 30.0, 32.5, 35.0]
@@ -74,6 +74,6 @@ def test_quality_at_a_rate_goes_through_the_points_and_ends_with_them() -> None:
 
 def test_missing_packages_are_named_with_the_extra_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
     check_extra()
-    monkeypatch.setattr(curves, "EXTRA", ("numpy", "bjontegaard_of_nowhere"))
+    monkeypatch.setattr(bjontegaard, "EXTRA", ("numpy", "bjontegaard_of_nowhere"))
     with pytest.raises(UserError, match=r"bjontegaard_of_nowhere, which is not installed: pip install .*\[rd\]"):
         check_extra()

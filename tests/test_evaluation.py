@@ -11,13 +11,13 @@ import torch
 from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec import metrics
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report, evaluate
 from latent_codec.inference.runner import Compute
 from latent_codec.latents.dataset import Latents
-from latent_codec.perceptual import LPIPS
+from latent_codec.metrics import distortion
+from latent_codec.metrics.lpips import LPIPS
 
 CPU = Compute("cpu", "float32", 4, 2)
 ALEXNET = Path(__file__).parents[2] / "shared" / "weights" / "alexnet_features.safetensors"
@@ -65,7 +65,7 @@ def test_distortion_equals_a_direct_computation(grey_codec: Codec, photos: Path)
         assert record["psnr"] == pytest.approx(expected[-1])
         assert record["pixels"] == math.prod(SIZES[record["path"]])
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(torch.uint8)
-        ssim = metrics.ssim(x, torch.full_like(x, 100)).item()
+        ssim = distortion.ssim(x, torch.full_like(x, 100)).item()
         assert record["ssim"] == (None if record["path"] == "d.png" else pytest.approx(ssim))  # smaller than a window
     assert report.summary["psnr"] == pytest.approx(np.mean(expected))
 

@@ -19,7 +19,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec import metrics
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import OVERHEAD
 from latent_codec.bitstream.rate_control import Rate
@@ -35,6 +34,7 @@ from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.summary import Summary
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Compute
+from latent_codec.metrics import distortion
 
 CPU = Compute("cpu", "float32", 4, 2)
 RATES: list[dict[str, Any]] = [{}, {"step": 0.3}, {"bpp": 9.0}, {"psnr": 6.0}, {"max_bytes": 400}]
@@ -215,7 +215,7 @@ def decoded_psnr(codec: Codec, original: Path, folder: Path) -> float:
     decode(codec, folder, folder / "out", resume=OVERWRITE)
     a, b = (read_image(path).pixels[None] for path in (original, folder / "out" / "a.png.png"))
     shutil.rmtree(folder / "out")
-    return metrics.psnr(a, b).item()
+    return distortion.psnr(a, b).item()
 
 
 TREE = (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 
-from latent_codec import metrics
+from latent_codec.metrics import distortion
 
 SIDES = st.integers(1, 12)
 
@@ -58,20 +58,20 @@ def test_psnr_is_the_formula_over_all_samples(height: int, width: int, seed: int
     x, y = rng.integers(0, 256, (2, 3, 3, height, width), dtype=np.uint8)
     y[:, 0, 0, 0] = x[:, 0, 0, 0] ^ 1  # never equal
     mse = ((x.astype(np.float64) - y) ** 2).mean((1, 2, 3))
-    values = metrics.psnr(torch.from_numpy(x), torch.from_numpy(y))
+    values = distortion.psnr(torch.from_numpy(x), torch.from_numpy(y))
     np.testing.assert_allclose(values.numpy(), 10 * np.log10(65025 / mse), rtol=1e-12)
 
 
 def test_psnr_of_a_difference_of_one_everywhere_is_20_log10_255() -> None:
     x = torch.full((1, 3, 4, 5), 7, dtype=torch.uint8)
-    assert float(metrics.psnr(x, x + 1)) == pytest.approx(20 * math.log10(255))
+    assert float(distortion.psnr(x, x + 1)) == pytest.approx(20 * math.log10(255))
 
 
 def test_equal_images_have_infinite_psnr_and_similarity_one() -> None:
     x, _ = pair(161, 170, 0)
-    assert torch.isinf(metrics.psnr(x, x)).all()
-    assert torch.allclose(metrics.ssim(x, x), torch.ones(2, dtype=torch.float64))
-    assert torch.allclose(metrics.ms_ssim(x, x), torch.ones(2, dtype=torch.float64))
+    assert torch.isinf(distortion.psnr(x, x)).all()
+    assert torch.allclose(distortion.ssim(x, x), torch.ones(2, dtype=torch.float64))
+    assert torch.allclose(distortion.ms_ssim(x, x), torch.ones(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [(11, 11), (24, 31), (40, 12)])
@@ -79,7 +79,7 @@ def test_ssim_is_the_gaussian_window_formula(size: tuple[int, int]) -> None:
     x, y = pair(*size, seed=1)
     pairs = zip(x.double().numpy(), y.double().numpy(), strict=True)
     expected = [np.mean([reference_ssim(a, b)[0] for a, b in zip(i, j, strict=True)]) for i, j in pairs]
-    np.testing.assert_allclose(metrics.ssim(x, y).numpy(), expected, atol=1e-4)  # float32 on values near 255^2
+    np.testing.assert_allclose(distortion.ssim(x, y).numpy(), expected, atol=1e-4)  # float32 on values near 255^2
     assert 0.05 < min(expected) < max(expected) < 0.95
 
 
@@ -87,24 +87,24 @@ def test_ms_ssim_is_the_product_over_five_scales() -> None:
     x, y = pair(176, 192, seed=2)
     pairs = zip(x.double().numpy(), y.double().numpy(), strict=True)
     expected = [np.mean([reference_ms_ssim(a, b) for a, b in zip(i, j, strict=True)]) for i, j in pairs]
-    np.testing.assert_allclose(metrics.ms_ssim(x, y).numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(distortion.ms_ssim(x, y).numpy(), expected, atol=1e-4)
     assert max(expected) < 0.99
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (10, 300), (300, 10)])
 def test_ssim_is_undefined_where_the_window_does_not_fit(size: tuple[int, int]) -> None:
     x, y = pair(*size, seed=3)
-    assert metrics.ssim(x, y).isnan().all()
-    assert metrics.psnr(x, y).isfinite().all()
+    assert distortion.ssim(x, y).isnan().all()
+    assert distortion.psnr(x, y).isfinite().all()
 
 
 def test_ms_ssim_is_defined_exactly_for_sides_above_160() -> None:
-    assert metrics.ms_ssim(*pair(160, 400, seed=4)).isnan().all()
-    assert metrics.ms_ssim(*pair(400, 160, seed=4)).isnan().all()
-    assert metrics.ms_ssim(*pair(161, 161, seed=4)).isfinite().all()
+    assert distortion.ms_ssim(*pair(160, 400, seed=4)).isnan().all()
+    assert distortion.ms_ssim(*pair(400, 160, seed=4)).isnan().all()
+    assert distortion.ms_ssim(*pair(161, 161, seed=4)).isfinite().all()
 
 
-@pytest.mark.parametrize("metric", [metrics.psnr, metrics.ssim, metrics.ms_ssim])
+@pytest.mark.parametrize("metric", [distortion.psnr, distortion.ssim, distortion.ms_ssim])
 def test_a_value_is_one_image_s_own_and_symmetric(metric) -> None:
     x, y = pair(165, 163, seed=5, batch=3)
     together = metric(x, y)
@@ -116,7 +116,7 @@ def test_a_value_is_one_image_s_own_and_symmetric(metric) -> None:
     assert len(set(together.tolist())) == 3
 
 
-@pytest.mark.parametrize("metric", [metrics.psnr, metrics.ssim, metrics.ms_ssim])
+@pytest.mark.parametrize("metric", [distortion.psnr, distortion.ssim, distortion.ms_ssim])
 def test_floats_and_unlike_shapes_are_refused(metric) -> None:
     x, y = pair(16, 16, seed=6)
     with pytest.raises(ValueError, match="uint8"):
@@ -129,13 +129,13 @@ def test_floats_and_unlike_shapes_are_refused(metric) -> None:
 
 def test_mean_leaves_out_undefined_values_and_keeps_infinite_ones() -> None:
     nan, inf = math.nan, math.inf
-    assert metrics.mean(torch.tensor([1.0, nan, 4.0], dtype=torch.float64)) == metrics.Mean(2.5, 2)
-    assert metrics.mean(torch.tensor([30.0, inf])) == metrics.Mean(inf, 2)
-    empty = metrics.mean(torch.tensor([nan]))
+    assert distortion.mean(torch.tensor([1.0, nan, 4.0], dtype=torch.float64)) == distortion.Mean(2.5, 2)
+    assert distortion.mean(torch.tensor([30.0, inf])) == distortion.Mean(inf, 2)
+    empty = distortion.mean(torch.tensor([nan]))
     assert math.isnan(empty.value)
     assert empty.images == 0
 
 
 def test_every_metric_states_its_protocol() -> None:
-    assert set(metrics.PROTOCOL) == {"psnr", "ssim", "ms_ssim"}
-    assert all("RGB" in text and "255" in text for text in metrics.PROTOCOL.values())
+    assert set(distortion.PROTOCOL) == {"psnr", "ssim", "ms_ssim"}
+    assert all("RGB" in text and "255" in text for text in distortion.PROTOCOL.values())

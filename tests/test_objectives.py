@@ -19,8 +19,8 @@ from latent_codec.config import (
     GaussianConfig,
     LinearConfig,
 )
+from latent_codec.metrics.lpips import LPIPS
 from latent_codec.noise import normal
-from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import dequantize, step_code
 from train.config import ELBOConfig
 from train.objectives import ELBO, Losses

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from latent_codec import metrics
 from latent_codec.errors import UserError
+from latent_codec.metrics import distortion
 from tools.peers import Taef2
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -37,7 +37,7 @@ def crop(name: str) -> torch.Tensor:
 
 
 def quality(model: Taef2, x: torch.Tensor) -> float:
-    return float(metrics.psnr(x, model.decode(model.encode(x))))
+    return float(distortion.psnr(x, model.decode(model.encode(x))))
 
 
 def silence_pooling(model: Taef2) -> None:

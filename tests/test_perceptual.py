@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import squeezenet1_1
 
 from latent_codec.errors import UserError
-from latent_codec.perceptual import LPIPS, Net
+from latent_codec.metrics.lpips import LPIPS, Net
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights"
 FILES: dict[Net, str] = {"alex": "alexnet_features.safetensors", "squeeze": "squeezenet1_1_features.safetensors"}
@@ -134,7 +134,7 @@ def test_building_is_silent_and_leaves_the_global_random_state_alone(
 
 @pytest.mark.parametrize("net", ["alex", "squeeze", "vgg"])
 def test_the_smallest_side_is_the_smallest_that_works(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.perceptual._load_backbone", lambda *_: None)  # random weights do
+    monkeypatch.setattr("latent_codec.metrics.lpips._load_backbone", lambda *_: None)  # random weights do
     distance = LPIPS(net, Path("unused"))
     side = distance.smallest_side
     with torch.no_grad():

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from latent_codec import metrics
 from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate, choose
 from latent_codec.bitstream.stream_codec import Coded, StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, as_shown, crop, pad
+from latent_codec.metrics import distortion
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.networks.lite import LiteBackbone
 from latent_codec.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
@@ -67,7 +67,7 @@ class Subject:
         z = self.stream.dequantize(self.stream.quantize(self.stream.scale(self.mean, step, self.seed)))
         with torch.inference_mode():
             decoded = crop(self.stream.codec.decode_uint8(z[None]), self.geometry)[0]
-        return metrics.psnr(as_shown(decoded, self.geometry)[None], self.pixels[None]).item()
+        return distortion.psnr(as_shown(decoded, self.geometry)[None], self.pixels[None]).item()
 
 
 @pytest.fixture(

@@ -12,7 +12,7 @@ import torch
 from conftest import Draw
 from PIL import Image
 
-from latent_codec import cli, curves, metrics
+from latent_codec import cli
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
@@ -24,6 +24,7 @@ from latent_codec.evaluation.rate_distortion.report import Report, Row
 from latent_codec.images.geometry import pad
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Compute
+from latent_codec.metrics import bjontegaard, distortion
 from latent_codec.quantizer import step_code
 
 CPU = Compute("cpu", "float32", 4, 2)
@@ -89,7 +90,7 @@ def test_our_rows_are_those_of_real_files_decoded_from_their_bytes(codec: Codec,
         area = math.prod(SIZES[name])
         assert (row.bytes, row.bpp) == (len(coded.data), 8 * len(coded.data) / area)
         assert row.ideal_bpp == pytest.approx(coded.ideal_bits / area)
-        assert row.distortion["psnr"] == metrics.psnr(pixels[None], decoded).item()
+        assert row.distortion["psnr"] == distortion.psnr(pixels[None], decoded).item()
 
 
 @pytest.mark.usefixtures("alone")
@@ -157,7 +158,7 @@ def test_peers_rows_are_their_whole_files(
         back = np.asarray(Image.open(file).convert(image.mode).convert("RGB"))
         x, y = read_image(photos / name).pixels[None], torch.from_numpy(back.copy()).permute(2, 0, 1)[None]
         assert found[name, quality].bytes == len(file.getvalue())
-        assert found[name, quality].distortion["psnr"] == metrics.psnr(x, y).item()
+        assert found[name, quality].distortion["psnr"] == distortion.psnr(x, y).item()
         assert found[name, quality].ideal_bpp is None
 
 
@@ -239,7 +240,7 @@ def test_impossible_requests_are_refused_before_any_work(
     for steps in ((), (1.0, 1.0), (1.0, 1000.0)):
         with pytest.raises(UserError, match="step"):
             run(codec, nowhere, steps=steps)
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bjontegaard.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"bjontegaard and matplotlib, which are not installed.*\[rd\]"):
         run(codec, nowhere)
 
@@ -256,7 +257,7 @@ def test_the_command_line_prints_the_table(
     assert "step 1.5" in capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "rd.json").read_text())["about"]
     assert about["command"].startswith("latent-codec evaluate ") and "--steps 1 1.5" in about["command"]
-    monkeypatch.setattr(curves.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bjontegaard.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(args)
     assert caught.value.code == 2 and "latent-codec[rd]" in capsys.readouterr().err

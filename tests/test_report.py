@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec import cli, metrics
+from latent_codec import cli
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.codec import Codec
 from latent_codec.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
@@ -38,6 +38,7 @@ from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
 from latent_codec.inference.runner import Compute, Networks
+from latent_codec.metrics import distortion
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
 from train.presets import mnist_cvae
@@ -201,8 +202,8 @@ def test_pictures_are_what_they_are_called(codec: Codec, photos: Path, tmp_path:
         assert torch.equal(found[4 * i], x) and torch.equal(found[4 * i + 1], y)
         assert torch.equal(found[4 * i + 3].int(), (128 + 4 * (y.int() - x.int())).clamp(0, 255))
         record = results["reconstructions"]["images"][i]
-        assert record["psnr_mode"] == pytest.approx(metrics.psnr(x[None], y[None]).item())
-        assert record["psnr_sample"] == pytest.approx(metrics.psnr(x[None], found[4 * i + 2][None]).item())
+        assert record["psnr_mode"] == pytest.approx(distortion.psnr(x[None], y[None]).item())
+        assert record["psnr_sample"] == pytest.approx(distortion.psnr(x[None], found[4 * i + 2][None]).item())
     moved = page.pixels("traversals")
     assert len(moved) == 4 * 7  # every channel
     for channel in range(4):

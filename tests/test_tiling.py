@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from latent_codec import cli, metrics
+from latent_codec import cli
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
@@ -41,6 +41,7 @@ from latent_codec.inference import tiling
 from latent_codec.inference.runner import Compute
 from latent_codec.inference.tiling import blended, spans
 from latent_codec.latents.dataset import Latents
+from latent_codec.metrics import distortion
 from latent_codec.networks import BACKBONES
 
 
@@ -362,11 +363,11 @@ def test_what_is_measured_is_the_difference_to_the_untiled_result() -> None:
     apart = ((tiled.mean - whole.mean) / whole.std).double()
     assert error.largest == pytest.approx(apart.abs().amax().item()) and error.largest > 0.01
     assert error.rms == pytest.approx(apart.square().mean().sqrt().item(), rel=1e-4) and error.rms < error.largest
-    assert error.psnr_whole == metrics.psnr(codec.decode_uint8(whole.mean), pixels).item()
-    assert error.psnr_tiled == metrics.psnr(tiling.decode_uint8(codec, tiled.mean, tile), pixels).item()
+    assert error.psnr_whole == distortion.psnr(codec.decode_uint8(whole.mean), pixels).item()
+    assert error.psnr_tiled == distortion.psnr(tiling.decode_uint8(codec, tiled.mean, tile), pixels).item()
     decoded, cut = codec.decode_uint8(z), tiling.decode_uint8(codec, z, tile)
     found = tiling.decode_error(codec, z, tile)
-    assert found == ((decoded.int() - cut.int()).abs().amax(), metrics.psnr(decoded, cut))
+    assert found == ((decoded.int() - cut.int()).abs().amax(), distortion.psnr(decoded, cut))
     assert found.largest > 0
     fits = 30 * codec.factor
     assert tiling.encode_error(codec, pixels, fits)[:2] == (0, 0)
@@ -455,7 +456,7 @@ def test_a_quality_is_kept_to_in_tiles(codec: Codec, photos: Path, tmp_path: Pat
     assert not encode_streams(codec, source, tmp_path / "lc", TILES, **options).failures
     decode_streams(codec, tmp_path / "lc", tmp_path / "out", TILES, quiet=True)
     x, y = read(source), read(tmp_path / "out" / "large0.png.png")
-    assert metrics.psnr(x[None].byte(), y[None].byte()).item() >= 5.0
+    assert distortion.psnr(x[None].byte(), y[None].byte()).item() >= 5.0
 
 
 def test_measuring_a_model_goes_in_tiles_too(codec: Codec, photos: Path) -> None:

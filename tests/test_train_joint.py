@@ -16,8 +16,8 @@ from latent_codec.codec import Codec
 from latent_codec.config import LiteConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
+from latent_codec.metrics.lpips import LPIPS
 from latent_codec.modelfile import LatentStatistics
-from latent_codec.perceptual import LPIPS
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.context import ContextConfig
 from latent_codec.quantizer import STEP_OF_STD

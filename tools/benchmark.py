@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Union
 import torch
 import tyro
 
-from latent_codec import metrics
 from latent_codec.bitstream.refinement import USUAL_ROUNDS
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
@@ -19,7 +18,8 @@ from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute
 from latent_codec.info import count_flops
 from latent_codec.likelihoods import to_signed
-from latent_codec.perceptual import LPIPS
+from latent_codec.metrics import distortion
+from latent_codec.metrics.lpips import LPIPS
 from tools import throughput
 from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_coding
 from tools.latents_speed import LatentsSpeed
@@ -128,10 +128,10 @@ class Quality:
             x = source.read().pixels[None]
             y = peer.decode(peer.encode(x))
             for name in ("psnr", "ssim", "ms_ssim"):
-                rows[name].append(getattr(metrics, name)(x, y))
+                rows[name].append(getattr(distortion, name)(x, y))
             if lpips is not None:
                 rows["lpips"].append(lpips(to_signed(x), to_signed(y)))
-        return {name: metrics.mean(torch.cat(values)).value for name, values in rows.items()}
+        return {name: distortion.mean(torch.cat(values)).value for name, values in rows.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

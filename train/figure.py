@@ -4,12 +4,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from latent_codec.curves import SCALES, Curve, Delta, delta_rate
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.evaluation.rate_distortion.report import Report
 from latent_codec.images.sources import Source
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.metrics.bjontegaard import SCALES, Curve, Delta, delta_rate
 
 _STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 

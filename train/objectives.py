@@ -9,8 +9,8 @@ from torch import nn
 from latent_codec.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.codebooks import Codes
 from latent_codec.codec import Codec
+from latent_codec.metrics.lpips import LPIPS
 from latent_codec.noise import fold, normal, uniform
-from latent_codec.perceptual import LPIPS
 from latent_codec.quantizer import STEP_OF_STD, round_down_zone
 from train.adversarial import Adversary, Contest, last_weight, no_contest
 from train.config import ELBOConfig, IWAEConfig

@@ -20,8 +20,8 @@ from latent_codec.codebooks import perplexity
 from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source
+from latent_codec.metrics.lpips import LPIPS
 from latent_codec.networks.linear import PatchMoments
-from latent_codec.perceptual import LPIPS
 from latent_codec.storage.json_config import to_json
 from train import checkpoints
 from train.checkpoints import Progress, Saved

@@ -66,7 +66,7 @@ class Evaluate:
     def _report(self) -> int:
         if self.out is None:
             raise UserError("--report needs a folder to write report.html into; give --out DIR")
-        from latent_codec.curves import check_extra
+        from latent_codec.metrics.bjontegaard import check_extra
 
         check_extra()
         from latent_codec.evaluation.report import Evaluated, Options, write_report

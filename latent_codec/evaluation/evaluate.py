@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec import metrics
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.rate_control import Rate
@@ -28,7 +27,8 @@ from latent_codec.images.write import write_image
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import stored_files
-from latent_codec.perceptual import LPIPS, Net
+from latent_codec.metrics import distortion
+from latent_codec.metrics.lpips import LPIPS, Net
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.version import __version__
 
@@ -36,7 +36,7 @@ RESULTS = "results.json"
 
 _POSTERIORS, _STREAMS = "latents", "streams"  # folders of what was stored, by kind
 
-PROTOCOL = metrics.PROTOCOL | {
+PROTOCOL = distortion.PROTOCOL | {
     "kl_bpp": "KL of the stored posterior against N(0, I) in bits, over the image's own pixels (padding's bits count, "
     "its pixels do not)",
     "disk_bpp": "all bytes of the latents folder (mean and log-variance, index) in bits, over all pixels of the set",
@@ -119,7 +119,7 @@ def evaluate(
     report = Report(
         summary=summary,
         images=records,
-        protocol=(PROTOCOL if gaussian else metrics.PROTOCOL | _OF_STREAMS)
+        protocol=(PROTOCOL if gaussian else distortion.PROTOCOL | _OF_STREAMS)
         | ({"lpips": lpips.protocol} if lpips else {}),
         about=describe(codec, where, len(records), compute),
         failures=stored.encoded.failures,
@@ -181,7 +181,7 @@ def compare(
     x: torch.Tensor, y: torch.Tensor, lpips: LPIPS | None, device: str | torch.device
 ) -> dict[str, float | None]:
     """Values of one pair (1, 3, h, w) uint8; None where a metric is not defined (small images, equal images)."""
-    values = {"psnr": metrics.psnr(x, y), "ssim": metrics.ssim(x, y), "ms_ssim": metrics.ms_ssim(x, y)}
+    values = {"psnr": distortion.psnr(x, y), "ssim": distortion.ssim(x, y), "ms_ssim": distortion.ms_ssim(x, y)}
     if lpips is not None and min(x.shape[2:]) >= lpips.smallest_side:
         signed = (t.to(device).float() / 127.5 - 1 for t in (x, y))
         with torch.inference_mode():

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import tyro
 
-from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.storage.files import make_folder, write_text
 from tools.results.crops import Detail, Sheet
 from tools.results.measured import Measuring, gather

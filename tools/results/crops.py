@@ -11,7 +11,6 @@ import torch
 from PIL import Image as PilImage
 from PIL import ImageDraw, ImageFont, features
 
-from latent_codec import metrics
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.codec import Codec
@@ -22,6 +21,7 @@ from latent_codec.images.geometry import Geometry, as_shown, crop, pad
 from latent_codec.images.read import read_image
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Compute, Networks
+from latent_codec.metrics import distortion
 from latent_codec.quantizer import step_code
 from latent_codec.storage.files import atomic_path, write_text
 from tools.report import machine
@@ -115,7 +115,7 @@ def _rows(
     box = (detail.left, detail.top, detail.left + sheet.side, detail.top + sheet.side)
 
     def tile(name: str, setting: str, size: int | None, image: PilImage.Image) -> _Tile:
-        reached = None if size is None else metrics.psnr(pixels[None], rgb_pixels(image)[None]).item()
+        reached = None if size is None else distortion.psnr(pixels[None], rgb_pixels(image)[None]).item()
         return _Tile(name, setting, size, reached, image.convert("RGB").crop(box))
 
     for step in sheet.steps:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from latent_codec.curves import SCALES, Curve, Delta, delta_rate
+from latent_codec.metrics.bjontegaard import SCALES, Curve, Delta, delta_rate
 from tools.results.published import CURVES, PublishedCurve
 
 PUBLISHED_OVERLAP = 0.25

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from latent_codec.curves import SCALES
 from latent_codec.evaluation.rate_distortion.report import REFINED
+from latent_codec.metrics.bjontegaard import SCALES
 from tools.results.curves import best, metrics_of, points, published
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 300, 46, 54, 66

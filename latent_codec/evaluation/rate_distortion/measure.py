@@ -13,7 +13,6 @@ from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dither_seed
 from latent_codec.codec import Codec
-from latent_codec.curves import check_extra
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import compare
 from latent_codec.evaluation.rate_distortion import anchors
@@ -25,7 +24,8 @@ from latent_codec.images.geometry import Geometry, Image, crop, pad
 from latent_codec.images.sources import Source, find_images
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Compute, Networks
-from latent_codec.perceptual import LPIPS, Net
+from latent_codec.metrics.bjontegaard import check_extra
+from latent_codec.metrics.lpips import LPIPS, Net
 from latent_codec.quantizer import step_code
 from latent_codec.storage.files import make_folder
 

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from latent_codec.curves import SCALES
 from latent_codec.evaluation.rate_distortion.report import REFINED, Point, Report
+from latent_codec.metrics.bjontegaard import SCALES
 from latent_codec.storage.files import atomic_path
 
 

@@ -17,7 +17,7 @@ from latent_codec.evaluation.report.page import Section, left_out
 from latent_codec.evaluation.report.survey import survey
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.runner import Compute, Networks
-from latent_codec.perceptual import LPIPS, Net
+from latent_codec.metrics.lpips import LPIPS, Net
 from latent_codec.storage.files import write_text
 
 PAGE, RESULTS = "report.html", "report.json"

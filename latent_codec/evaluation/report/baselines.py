@@ -17,7 +17,7 @@ from latent_codec.images.geometry import in_channels, in_rgb, pad
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.inference.tiling import default_tile
-from latent_codec.perceptual import LPIPS
+from latent_codec.metrics.lpips import LPIPS
 
 _COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 

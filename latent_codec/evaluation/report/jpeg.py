@@ -21,7 +21,7 @@ from latent_codec.images.geometry import Image, as_shown, crop, pad
 from latent_codec.images.sources import Source
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Networks
-from latent_codec.perceptual import LPIPS
+from latent_codec.metrics.lpips import LPIPS
 from latent_codec.quantizer import STEP_ONE
 
 NAME, TITLE = "jpeg", "JPEG at equal bytes"

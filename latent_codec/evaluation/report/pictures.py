@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec import metrics
 from latent_codec.codec import Codec
 from latent_codec.evaluation.report.html import Html, Picture, join, name_of, paragraph, paragraphs, strip
 from latent_codec.evaluation.report.page import (
@@ -22,6 +21,7 @@ from latent_codec.evaluation.report.survey import Survey, image_key
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Networks
+from latent_codec.metrics import distortion
 from latent_codec.noise import fold, normal
 
 SIDE = 256
@@ -78,7 +78,7 @@ def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], s
         noise = normal(image_key(seed, name)[None], tuple(posterior.mean.shape[1:]))
         latents = torch.cat([posterior.mode(), posterior.sample(noise)])
         mode, sample = networks.decode_uint8(list(latents), labels.repeat(2))[..., : pixels.shape[1], : pixels.shape[2]]
-        psnrs = [metrics.psnr(pixels[None], x[None]).item() for x in (mode, sample)]
+        psnrs = [distortion.psnr(pixels[None], x[None]).item() for x in (mode, sample)]
         difference = (128 + _GAIN * (mode.int() - pixels.int())).clamp(0, 255).to(torch.uint8)
         of = f"of {name}"
         pictures = [

@@ -4,11 +4,11 @@ import io
 
 from PIL import Image
 
-from latent_codec.curves import Delta
 from latent_codec.evaluation.rate_distortion import plot
 from latent_codec.evaluation.rate_distortion.report import Report
 from latent_codec.evaluation.report.html import Html, image, join, paragraphs, table, tag
 from latent_codec.evaluation.report.page import METRICS, Section, left_out, written
+from latent_codec.metrics.bjontegaard import Delta
 
 NAME, TITLE = "rate_distortion", "Rate and distortion"
 

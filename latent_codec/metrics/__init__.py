@@ -1,0 +1,1 @@
+"""Measure distortion between images, and compare rate-distortion curves."""

@@ -4,15 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latent_codec.codec import Codec as Codec
-    from latent_codec.config import CodecConfig as CodecConfig
     from latent_codec.errors import UserError as UserError
     from latent_codec.images.read import read_image as read_image
     from latent_codec.latents.dataset import Latents as Latents
+    from latent_codec.model.codec import Codec as Codec
+    from latent_codec.model.config import CodecConfig as CodecConfig
 
 _HOMES = {
-    "Codec": "latent_codec.codec",
-    "CodecConfig": "latent_codec.config",
+    "Codec": "latent_codec.model.codec",
+    "CodecConfig": "latent_codec.model.config",
     "Latents": "latent_codec.latents.dataset",
     "UserError": "latent_codec.errors",
     "read_image": "latent_codec.images.read",

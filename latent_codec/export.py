@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
 from latent_codec.images.sources import find_all
 from latent_codec.inference.calibration import calibrate
+from latent_codec.model.codec import Codec
+from latent_codec.model.shipped import resolve
 from latent_codec.storage.files import make_folder
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL, _provenance, log, newest_checkpoint
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
+from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import Priors, factorized
 from latent_codec.prior.context import ContextConfig
 from train.context_net import ContextNet, logistic_tables

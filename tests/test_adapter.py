@@ -13,11 +13,11 @@ import tiny_kl
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from latent_codec.codec import Codec
-from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.inference import tiling
 from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
 
 
 def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:

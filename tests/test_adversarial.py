@@ -9,9 +9,9 @@ import torch
 from tiny_faults import stall
 from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors, write_images
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.export import export
+from latent_codec.model.codec import Codec
 from train.adversarial import Adversary, Contest, PatchDiscriminator, last_weight, scores_along
 from train.config import AdversarialConfig, check
 from train.objectives import ELBO, Losses

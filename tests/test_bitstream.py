@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from latent_codec.bitstream.container import OVERHEAD, Header, Stream, pack, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
+from latent_codec.model.codec import Codec
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, LIMIT, Scaled
 from tools import fuzz

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from latent_codec.bottlenecks import BOTTLENECKS, DiagonalGaussian, DiagonalGaussianBottleneck, IdentityBottleneck
-from latent_codec.config import (
+from latent_codec.model.bottlenecks import BOTTLENECKS, DiagonalGaussian, DiagonalGaussianBottleneck, IdentityBottleneck
+from latent_codec.model.config import (
     BottleneckConfig,
     DiagonalGaussianConfig,
     FiniteScalarConfig,

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from latent_codec.codec import Codec
-from latent_codec.config import BernoulliConfig, CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from latent_codec.evaluation.bounds import bounds
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import BernoulliConfig, CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from latent_codec.networks.linear import PatchMoments
 
 PATCH, Z, SIGMA, B = 2, 3, 0.2, 4

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_caches import PATHS, close, draws, flipped_draws, made, samples, scaled, store
 from torchvision.datasets import DatasetFolder
 
-from latent_codec.codec import Codec
+from latent_codec.model.codec import Codec
 
 
 @pytest.mark.parametrize("arch", ["sd", "sdxl", "flux"])

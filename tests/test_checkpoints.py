@@ -13,9 +13,9 @@ import tiny_run
 import torch
 from safetensors.torch import load_file
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from train import checkpoints
 from train.checkpoints import Progress
 

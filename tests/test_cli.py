@@ -16,7 +16,6 @@ from PIL import Image
 from latent_codec import cli
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import dither_seed
-from latent_codec.codec import Codec
 from latent_codec.commands.decode import Decode
 from latent_codec.commands.encode import Encode
 from latent_codec.folders import encode_latents as encode_latents_module
@@ -24,6 +23,7 @@ from latent_codec.folders import encode_lc
 from latent_codec.folders.resume import units as plan
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.latents.dataset import Latents
+from latent_codec.model.codec import Codec
 from latent_codec.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -321,7 +321,7 @@ def test_trouble_with_the_disk_is_2_and_one_line(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("latent_codec.modelfile.save_file", full)
+    monkeypatch.setattr("latent_codec.model.file.save_file", full)
     refuse(run("encode", photos, tmp_path / "out", "--model", model_file, *LATENTS), "No space left on device")
     refuse(run("export", model_file, tmp_path / "m.safetensors"), "No space left on device")
 

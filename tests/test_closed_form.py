@@ -10,13 +10,9 @@ import torch
 from PIL import Image
 from tiny_closed_form import LINEAR, LITE, PATCH, PLAN, SIGMA, STEPS, D, Z, crops, elbo, make, smooth_images, started
 
-from latent_codec.config import (
-    ConvConfig,
-    DiscretizedLogisticConfig,
-    GaussianConfig,
-)
 from latent_codec.errors import UserError
 from latent_codec.images.sources import find_images
+from latent_codec.model.config import ConvConfig, DiscretizedLogisticConfig, GaussianConfig
 from train.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
 from train.data import Batches
 

@@ -14,8 +14,6 @@ from PIL import Image
 from latent_codec.bitstream.container import Stream, pack, unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
-from latent_codec.codec import Codec
-from latent_codec.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
@@ -27,6 +25,8 @@ from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
 from latent_codec.inference.runner import Compute
 from latent_codec.info import describe
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.prior.coder import Coder
 from tools import fuzz
 from tools.mutants import mutate

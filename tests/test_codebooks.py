@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.codebooks import MOST_CODES, Codes, FiniteScalarQuantizer, VectorQuantizer, perplexity
-from latent_codec.config import FiniteScalarConfig, VectorQuantizerConfig
+from latent_codec.model.codebooks import MOST_CODES, Codes, FiniteScalarQuantizer, VectorQuantizer, perplexity
+from latent_codec.model.config import FiniteScalarConfig, VectorQuantizerConfig
 
 K, Z = 11, 3
 

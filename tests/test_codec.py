@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latent_codec import codec as codec_module
-from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
+from latent_codec.model import codec as codec_module
+from latent_codec.model.codec import Codec
+from latent_codec.model.shipped import resolve
 from latent_codec.storage.json_config import dumps
 from latent_codec.storage.tensors import KEY
 

@@ -11,10 +11,10 @@ import torch
 from conftest import Draw
 
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Image, pad
 from latent_codec.images.read import read_image
+from latent_codec.model.codec import Codec
 from latent_codec.quantizer import step_code
 from tools import benchmark
 from tools.coding import LARGEST_OVERHEAD, measure_sizes, time_coding

@@ -13,8 +13,6 @@ from conftest import Draw, files_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latent_codec import modelfile
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders.decode_latents import decode_folder
@@ -25,6 +23,8 @@ from latent_codec.folders.summary import Summary
 from latent_codec.inference.runner import Compute
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_files, stored_shards
+from latent_codec.model import file as model_file
+from latent_codec.model.codec import Codec
 
 CPU = Compute("cpu", "float32", 4, 2)
 ORIENTATION = 0x0112
@@ -390,7 +390,7 @@ def test_latents_of_another_model_are_refused_before_any_work(
     codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
     with pytest.raises(UserError, match=r"made by model .* give the right one with --model"):
         decode(codec, latents, tmp_path / "out")
-    monkeypatch.setattr("latent_codec.codec._SHIPPED", (model_file.parent,))
+    monkeypatch.setattr("latent_codec.model.shipped._SHIPPED", (model_file.parent,))
     with pytest.raises(UserError, match=rf"made by model .* give --model {model_file.stem}, which made it"):
         decode(codec, latents, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -547,7 +547,7 @@ def test_an_encode_interrupted_inside_a_shard_keeps_the_shards_before(
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(modelfile, "save_file", interrupt)
+    monkeypatch.setattr(model_file, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
     assert temporary_files(tmp_path / "latents") == []
@@ -563,7 +563,7 @@ def test_a_full_disk_is_an_error_not_images_counted_as_done(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(modelfile, "save_file", full)
+    monkeypatch.setattr(model_file, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         encode(codec, tmp_path / "src", tmp_path / "latents")
 

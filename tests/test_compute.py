@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import BackendCompilerFailed
 
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.decode_lc import decode_streams
@@ -20,6 +18,8 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codec import Codec
 
 CPU = Compute("cpu", "float32", 4, 2)
 

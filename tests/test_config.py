@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.config import (
+from latent_codec.model.config import (
     BernoulliConfig,
     CodecConfig,
     ConvConfig,
@@ -280,6 +280,6 @@ def test_dumps_spends_no_spaces_and_refuses_what_is_not_json() -> None:
 
 
 def test_the_module_imports_without_torch() -> None:
-    code = "import sys, latent_codec.config; assert 'torch' not in sys.modules"
+    code = "import sys, latent_codec.model.config; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

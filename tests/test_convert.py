@@ -12,13 +12,13 @@ from test_cli import Run, run  # noqa: F401 (a fixture)
 from test_latents import row_of, write
 from tiny_caches import DISTINCT, EVERY, PATHS, draws, made, samples, store
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.interop.caches import lightningdit
 from latent_codec.interop.caches import write as convert_module
 from latent_codec.interop.caches.cache import Item, read_item
 from latent_codec.interop.caches.options import CacheName
 from latent_codec.latents.dataset import Latents
+from latent_codec.model.codec import Codec
 
 DRAWN = [name for name in EVERY if name not in ("mar", "edm2")]
 

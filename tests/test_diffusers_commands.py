@@ -11,9 +11,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from test_cli import Run, refuse
 from test_cli import run as run  # the fixture
 
-from latent_codec.codec import Codec
-from latent_codec.config import GaussianConfig
 from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import GaussianConfig
 from train.start import start_from_model
 
 

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_codec.codec import Codec
 from latent_codec.diffusion import sampling
 from latent_codec.diffusion.config import LatentSpace, TransformerConfig
 from latent_codec.diffusion.model import Diffusion
@@ -15,6 +14,7 @@ from latent_codec.diffusion.sampling import SETTINGS, Wanted, choose, draw, draw
 from latent_codec.errors import UserError
 from latent_codec.inference.runner import Compute
 from latent_codec.info import describe
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 from latent_codec.storage.tensors import save_tensors
 from train.config import FlowConfig

@@ -11,13 +11,13 @@ import torch
 from conftest import Draw, files_of
 from PIL import Image
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report, evaluate
 from latent_codec.inference.runner import Compute
 from latent_codec.latents.dataset import Latents
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.codec import Codec
 
 CPU = Compute("cpu", "float32", 4, 2)
 ALEXNET = Path(__file__).parents[2] / "shared" / "weights" / "alexnet_features.safetensors"

@@ -12,13 +12,13 @@ from conftest import Draw
 from plain_integers import quantize
 
 from latent_codec import export as export_module
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.calibration import calibrate
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.codec import Codec
+from latent_codec.model.file import LatentStatistics
 from latent_codec.quantizer import base_steps, step_code
 
 

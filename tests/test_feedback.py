@@ -13,11 +13,11 @@ from torch.nn.functional import conv2d, pad
 
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.codec import Codec
-from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import ConvConfig, LinearConfig
+from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import feedback as module
 from latent_codec.prior.coding import quantize
 from latent_codec.prior.context import ContextConfig

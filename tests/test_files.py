@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from latent_codec import modelfile
 from latent_codec.errors import UserError
+from latent_codec.model import file as model_file
 from latent_codec.storage import files
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import (
@@ -204,13 +204,13 @@ def test_what_a_library_leaves_half_written_is_known_to_be_left_over(tmp_path: P
 @pytest.mark.usefixtures("umask_027")
 def test_safetensors_own_temporary_files_lie_in_such_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
-    real = modelfile.save_file
+    real = model_file.save_file
 
     def spy(tensors: Any, path: Path, **options: Any) -> None:
         seen.append(path)
         real(tensors, path, **options)
 
-    monkeypatch.setattr(modelfile, "save_file", spy)
+    monkeypatch.setattr(model_file, "save_file", spy)
     tensor_files.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
     assert seen[0].parent.parent == tmp_path and temporary_of(seen[0].parent.name) == process_name()
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

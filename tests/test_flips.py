@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from test_cli import Run, run  # noqa: F401 (a fixture)
 from test_compression import CPU, decode, encode, small_units  # noqa: F401
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.inference.runner import Compute
@@ -20,6 +19,7 @@ from latent_codec.info import describe
 from latent_codec.latents.batches import Rows, ShapeBatches
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_shards
+from latent_codec.model.codec import Codec
 
 SIZES = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
 

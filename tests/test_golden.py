@@ -13,9 +13,9 @@ from PIL import Image
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
-from latent_codec.codec import Codec
 from latent_codec.images.geometry import crop
 from latent_codec.images.write import to_pil
+from latent_codec.model.codec import Codec
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import decode
 from latent_codec.quantizer import Quantized

@@ -13,10 +13,10 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from latent_codec import hub
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
-from latent_codec.hub import CARD, MODEL
+from latent_codec.model import hub
+from latent_codec.model.codec import Codec
+from latent_codec.model.hub import CARD, MODEL
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 REFUSALS = {

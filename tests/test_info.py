@@ -16,14 +16,15 @@ from latent_codec.bitstream import stream_codec as streams_module
 from latent_codec.bitstream.container import OVERHEAD, unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
-from latent_codec.codec import Codec
-from latent_codec.config import ConvConfig, LinearConfig
 from latent_codec.errors import UserError
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.inference.runner import Compute
-from latent_codec.info import count_flops, describe
+from latent_codec.info import describe
 from latent_codec.latents.format import INDEX
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import ConvConfig, LinearConfig
+from latent_codec.model.describe import count_flops
 from train.presets import photo
 
 
@@ -196,7 +197,7 @@ def test_a_streams_model_is_recognised(streams: Path, codec: Codec, model_file: 
 
 
 def test_a_default_model_that_is_not_there_is_no_obstacle(streams: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.codec._SHIPPED", ())
+    monkeypatch.setattr("latent_codec.model.shipped._SHIPPED", ())
     assert "model       stream id " in describe(str(streams / "plain.png.lc"))
 
 
@@ -204,7 +205,7 @@ def test_a_stream_of_a_shipped_model_names_it_unasked(
     streams: Path, codec: Codec, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And so does the error of decoding it with another one."""
-    monkeypatch.setattr("latent_codec.codec._SHIPPED", (tmp_path / "shipped",))
+    monkeypatch.setattr("latent_codec.model.shipped._SHIPPED", (tmp_path / "shipped",))
     (tmp_path / "shipped").mkdir()
     (tmp_path / "shipped" / "maker.safetensors").write_bytes(model_file.read_bytes())
     codec.state_dict()["backbone.linear.encoder.bias"][0] += 1

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from latent_codec.noise import normal
 from train.config import IWAEConfig
 from train.objectives import ELBO, IWAE, resampled

@@ -16,13 +16,13 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from latent_codec import modelfile
-from latent_codec.codec import Codec
-from latent_codec.config import BernoulliConfig, DiagonalGaussianConfig, DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import activations, exporting
 from latent_codec.interop.autoencoder_kl.exporting import CONFIG, KEY, WEIGHTS, export_folder
 from latent_codec.interop.autoencoder_kl.importing import import_model
+from latent_codec.model import file as model_file
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import BernoulliConfig, DiagonalGaussianConfig, DiscretizedLogisticConfig, GaussianConfig
 
 ROUNDING = 2e-5
 """Of float32, on values of about 1 after some twenty layers."""
@@ -228,7 +228,7 @@ def test_a_failure_leaves_no_file_or_the_earlier_export(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(modelfile if what == "save_tensors" else exporting, what, full)
+    monkeypatch.setattr(model_file if what == "save_tensors" else exporting, what, full)
     for folder in (tmp_path / "new", tmp_path / "old"):
         with pytest.raises(OSError, match="the disk is full"):
             export_folder(codec, folder, normalize=False)

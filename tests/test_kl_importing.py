@@ -12,12 +12,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from latent_codec.codec import Codec
-from latent_codec.config import DiagonalGaussianConfig, GaussianConfig
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import settings
 from latent_codec.interop.autoencoder_kl.exporting import CONFIG, WEIGHTS, export_folder
 from latent_codec.interop.autoencoder_kl.importing import import_model
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import DiagonalGaussianConfig, GaussianConfig
 
 SCALES = {
     "SD and SDXL": {"scaling_factor": 0.13025},

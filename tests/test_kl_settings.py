@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.config import ConvConfig
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import settings
 from latent_codec.interop.autoencoder_kl.settings import Scale, scale_of, statistics_of
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.config import ConvConfig
+from latent_codec.model.file import LatentStatistics
 
 
 def statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> LatentStatistics:

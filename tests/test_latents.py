@@ -12,9 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latent_codec import modelfile
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.latents.dataset import Latents
@@ -31,6 +28,9 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
+from latent_codec.model import file as model_file
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.tensors import KEY
 
@@ -220,7 +220,7 @@ def test_a_shard_that_cannot_be_written_costs_no_other(
         path.write_bytes(path.read_bytes()[:100])
         raise error
 
-    monkeypatch.setattr(modelfile, "save_file", fail)
+    monkeypatch.setattr(model_file, "save_file", fail)
     with pytest.raises(type(error)):
         write_shard(tmp_path, header_of(codec, "float32"), "name", [row_of("other.png"), row_of("another.png")])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # and no temporary file among them

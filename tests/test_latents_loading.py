@@ -10,10 +10,10 @@ import torch
 from test_latents import PATHS, store
 from torch.utils.data import DataLoader
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.latents.batches import Rows, ShapeBatches
 from latent_codec.latents.dataset import LatentBatch, Latents, LatentSample, Moments
+from latent_codec.model.codec import Codec
 
 MANY = (*(f"{'bac'[i % 3]}/{i}.png" for i in range(24)), "top.png")
 

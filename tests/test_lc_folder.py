@@ -23,7 +23,6 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import OVERHEAD
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import dither_seed
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders import encode_lc
@@ -35,6 +34,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Compute
 from latent_codec.metrics import distortion
+from latent_codec.model.codec import Codec
 
 CPU = Compute("cpu", "float32", 4, 2)
 RATES: list[dict[str, Any]] = [{}, {"step": 0.3}, {"bpp": 9.0}, {"psnr": 6.0}, {"max_bytes": 400}]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
-from latent_codec.likelihoods import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian, Likelihood
+from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.model.likelihoods import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian, Likelihood
 
 VALUES = torch.arange(256, dtype=torch.uint8)
 

@@ -10,8 +10,13 @@ from conftest import Draw
 from PIL import Image
 from torch import nn
 
-from latent_codec.codec import Codec
-from latent_codec.config import (
+from latent_codec.errors import UserError
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.images.geometry import in_channels, in_rgb
+from latent_codec.inference.runner import Compute
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import (
     BernoulliConfig,
     CodecConfig,
     ConvConfig,
@@ -22,12 +27,7 @@ from latent_codec.config import (
     LiteConfig,
     MLPConfig,
 )
-from latent_codec.errors import UserError
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.images.geometry import in_channels, in_rgb
-from latent_codec.inference.runner import Compute
-from latent_codec.likelihoods import Bernoulli
+from latent_codec.model.likelihoods import Bernoulli
 from latent_codec.networks import MLPBackbone
 from latent_codec.storage.json_config import to_json
 from train.closed_form import start_from_mean

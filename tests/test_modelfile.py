@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from latent_codec import modelfile
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
-from latent_codec.modelfile import LatentStatistics, ModelFile, model_id
+from latent_codec.model import file as model_file
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig
+from latent_codec.model.file import LatentStatistics, ModelFile, model_id
 from latent_codec.prior import PREFIX, to_tensors
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from latent_codec.storage.tensors import KEY
@@ -54,8 +54,8 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("half", [False, True])
 def test_what_is_written_is_what_is_read(codec: Codec, tmp_path: Path, half: bool) -> None:
     path = tmp_path / "m.safetensors"
-    modelfile.write(path, contents(codec), half=half)
-    found = modelfile.read(path)
+    model_file.write(path, contents(codec), half=half)
+    found = model_file.read(path)
     assert found.config == codec.config
     assert found.statistics == codec.statistics
     assert found.provenance == codec.provenance
@@ -75,13 +75,13 @@ def test_statistics_of_latents_that_were_never_seen_come_back(codec: Codec, tmp_
     assert codec.statistics is not None
     codec.statistics = dataclasses.replace(codec.statistics, posterior_std=None)
     codec.save(tmp_path / "m.safetensors")
-    assert modelfile.read(tmp_path / "m.safetensors").statistics == codec.statistics
+    assert model_file.read(tmp_path / "m.safetensors").statistics == codec.statistics
 
 
 def test_a_model_without_statistics_comes_back_without(codec: Codec, tmp_path: Path) -> None:
     codec.statistics = None
     codec.save(tmp_path / "m.safetensors")
-    assert modelfile.read(tmp_path / "m.safetensors").statistics is None
+    assert model_file.read(tmp_path / "m.safetensors").statistics is None
 
 
 @pytest.mark.usefixtures("umask_027")
@@ -202,7 +202,7 @@ def test_trouble_while_writing_is_an_os_error(codec: Codec, tmp_path: Path, monk
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(modelfile, "save_file", full)
+    monkeypatch.setattr(model_file, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         codec.save(tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -299,7 +299,7 @@ def test_an_unknown_config_field_is_refused_by_name(model_file: Path, tmp_path: 
 def test_a_file_that_is_not_there_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(UserError, match="no such model file"):
-            modelfile.read(path)
+            model_file.read(path)
 
 
 def test_statistics_need_one_positive_value_per_channel() -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import unfold
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec.bottlenecks import DiagonalGaussianBottleneck
-from latent_codec.config import ConvConfig, DiagonalGaussianConfig, LinearConfig, LiteConfig, MLPConfig
+from latent_codec.model.bottlenecks import DiagonalGaussianBottleneck
+from latent_codec.model.config import ConvConfig, DiagonalGaussianConfig, LinearConfig, LiteConfig, MLPConfig
 from latent_codec.networks import BACKBONES, ConvBackbone, LinearBackbone, LiteBackbone
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.networks.lite import ResidualBlock

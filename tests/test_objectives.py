@@ -11,15 +11,15 @@ from plain_integers import quantize
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from latent_codec.codec import Codec
-from latent_codec.config import (
+from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import (
     CodecConfig,
     DiagonalGaussianConfig,
     DiscretizedLogisticConfig,
     GaussianConfig,
     LinearConfig,
 )
-from latent_codec.metrics.lpips import LPIPS
 from latent_codec.noise import normal
 from latent_codec.quantizer import dequantize, step_code
 from train.config import ELBOConfig

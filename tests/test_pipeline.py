@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.codec import Codec
 from latent_codec.folders.batching import batches
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.decode_lc import decode_streams
@@ -21,6 +20,7 @@ from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.resume.units import units
 from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute, Networks
+from latent_codec.model.codec import Codec
 
 
 @given(st.lists(st.integers(0, 6)), st.integers(1, 4))

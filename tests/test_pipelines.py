@@ -12,9 +12,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
-from latent_codec.codec import Codec
 from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
 from latent_codec.interop.autoencoder_kl.exporting import export_folder
+from latent_codec.model.codec import Codec
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "diffusers_pipeline.py"
 

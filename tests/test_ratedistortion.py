@@ -15,7 +15,6 @@ from PIL import Image
 from latent_codec import cli
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors, measure
 from latent_codec.evaluation.rate_distortion.anchors import PEERS
@@ -25,6 +24,7 @@ from latent_codec.images.geometry import pad
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Compute
 from latent_codec.metrics import bjontegaard, distortion
+from latent_codec.model.codec import Codec
 from latent_codec.quantizer import step_code
 
 CPU = Compute("cpu", "float32", 4, 2)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from latent_codec.codec import Codec
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.inference.runner import Compute
+from latent_codec.model.codec import Codec
 
 
 def test_the_python_example_runs(

@@ -12,11 +12,11 @@ import pytest
 import torch
 from tiny_run import write_images
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig, LiteConfig
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, ConvConfig, LiteConfig
 from train import recipe as program
 from train import stages
 from train.config import ELBOConfig, JointConfig, PriorConfig

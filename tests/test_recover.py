@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_caches import DISTINCT, EVERY, close, draws, flipped_draws, made, options, store
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.inference.runner import Compute
@@ -26,6 +25,7 @@ from latent_codec.interop.caches.read import recover
 from latent_codec.interop.caches.write import Converted
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import StoredDtype, stored_files
+from latent_codec.model.codec import Codec
 
 SINGLE = [name for name in EVERY if name not in ("mar", "edm2")]
 NAMELESS = "npy"

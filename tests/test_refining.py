@@ -13,8 +13,6 @@ from test_rate import Subject
 
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.refinement import Refiner, _with_rate
-from latent_codec.codec import Codec
-from latent_codec.config import FiniteScalarConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.folders.encode_lc import encode_streams
@@ -23,6 +21,8 @@ from latent_codec.images.sources import find_images
 from latent_codec.inference import tiling
 from latent_codec.inference.calibration import calibrate
 from latent_codec.inference.runner import Compute, Networks
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import FiniteScalarConfig
 from latent_codec.prior.coding import ideal_bits, neighbours, quantize
 from latent_codec.quantizer import STEP_ONE, Scaled
 

@@ -21,8 +21,6 @@ from PIL import Image
 
 from latent_codec import cli
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.codec import Codec
-from latent_codec.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
@@ -39,6 +37,8 @@ from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.metrics import distortion
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.noise import normal
 from latent_codec.quantizer import STEP_ONE
 from train.presets import mnist_cvae

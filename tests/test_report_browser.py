@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from latent_codec import cli
-from latent_codec.codec import Codec
+from latent_codec.model.codec import Codec
 from train.presets import mnist_vae
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")

@@ -12,12 +12,12 @@ import pytest
 from conftest import Draw
 from PIL import Image
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import PEERS
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import SCALES, Curve, delta_rate
+from latent_codec.model.codec import Codec
 from tools.peers import Taef2
 from tools.results import costs, crops, tables
 from tools.results.__main__ import DETAILS, Results

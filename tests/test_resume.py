@@ -20,7 +20,6 @@ from tiny_folder import COMPUTE, UNIT, Kind, Task, die, finish, posteriors, star
 
 from latent_codec import cli
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders import run as run_module
 from latent_codec.folders.jobs import OVERWRITE, RESUME
@@ -31,6 +30,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.inference.runner import Compute
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_shards
+from latent_codec.model.codec import Codec
 
 KINDS: tuple[Kind, ...] = ("streams", "latents", "images of streams", "images of latents")
 SIZES = {"a.png": (24, 16), "b.png": (24, 16), "c.jpg": (24, 16), "sub/d.png": (9, 17), "sub/e.png": (24, 16)}

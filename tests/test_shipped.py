@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from latent_codec.codec import Codec
+from latent_codec.model.codec import Codec
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINTS = ROOT / "checkpoints"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_closed_form import LITE, PLAN, SIGMA, STEPS, Z, elbo, make, smooth_images, started
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, GaussianConfig, IdentityConfig
 from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, GaussianConfig, IdentityConfig
 from train.data import Batches
 from train.start import start_from_model
 

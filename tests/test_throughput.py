@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import Draw
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from tools import benchmark, throughput
 from tools.diffusers_loop import Loop
 

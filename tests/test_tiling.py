@@ -18,17 +18,6 @@ from latent_codec import cli
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
-from latent_codec.codec import Codec
-from latent_codec.config import (
-    BernoulliConfig,
-    CodecConfig,
-    ConvConfig,
-    DiagonalGaussianConfig,
-    DiscretizedLogisticConfig,
-    GaussianConfig,
-    LinearConfig,
-    LiteConfig,
-)
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
@@ -42,6 +31,17 @@ from latent_codec.inference.runner import Compute
 from latent_codec.inference.tiling import blended, spans
 from latent_codec.latents.dataset import Latents
 from latent_codec.metrics import distortion
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import (
+    BernoulliConfig,
+    CodecConfig,
+    ConvConfig,
+    DiagonalGaussianConfig,
+    DiscretizedLogisticConfig,
+    GaussianConfig,
+    LinearConfig,
+    LiteConfig,
+)
 from latent_codec.networks import BACKBONES
 
 

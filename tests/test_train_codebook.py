@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from tiny_run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors, write_images
 
-from latent_codec.codebooks import VectorQuantizer
-from latent_codec.codec import Codec
-from latent_codec.config import VectorQuantizerConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
+from latent_codec.model.codebooks import VectorQuantizer
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import VectorQuantizerConfig
 from train.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.config import CodebookConfig, TrainConfig, check
 from train.data import Batch, Plan

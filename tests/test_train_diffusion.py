@@ -20,9 +20,9 @@ from tiny_run import (
 )
 
 from latent_codec.cli import main
-from latent_codec.codec import Codec
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.latents.dataset import Latents
+from latent_codec.model.codec import Codec
 from train.data import Plan
 from train.latents import PosteriorBatch, PosteriorCrops
 

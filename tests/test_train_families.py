@@ -12,8 +12,6 @@ import torch
 from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors
 
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.codec import Codec
-from latent_codec.config import IdentityConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.folders.decode_latents import decode_folder
@@ -23,6 +21,8 @@ from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute
 from latent_codec.latents.dataset import Latents
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import IdentityConfig
 from tools.nll import Options, measure
 from train.config import check
 from train.presets import mnist_cvae, mnist_iwae

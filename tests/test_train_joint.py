@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from tiny_prior import context_tables, feedback
 from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors, write_images
 
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
-from latent_codec.config import LiteConfig
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import LiteConfig
+from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.context import ContextConfig
 from latent_codec.quantizer import STEP_OF_STD

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import interpolate
 
-from latent_codec import modelfile
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images.geometry import Geometry
 from latent_codec.latents.format import header_of, row, write_index, write_shard
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model import file as model_file
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codec import Codec
+from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import Priors, factorized, to_tensors
 from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, Sites, Span, table_scale
@@ -141,7 +141,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
             crash()
         real(path, tensors, metadata)
 
-    monkeypatch.setattr(modelfile, "save_tensors", save)
+    monkeypatch.setattr(model_file, "save_tensors", save)
     with pytest.raises(KeyboardInterrupt):
         train(run(places, tmp_path / "broken"))
     monkeypatch.undo()

@@ -34,9 +34,9 @@ from tiny_run import (
     write_images,
 )
 
-from latent_codec.codec import Codec
 from latent_codec.export import export
 from latent_codec.images.sources import find_images
+from latent_codec.model.codec import Codec
 from train.data import centre_crops
 from train.interrupts import Interrupts
 

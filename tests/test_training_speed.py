@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
 from tools.training_speed import Recorder, TrainingSpeed
 from train.recipe import Objective
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tiny_folder import finish, start, wait_for
 
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.codec import Codec
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders import read_images
@@ -26,6 +25,7 @@ from latent_codec.folders.resume import units as plan
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Compute
+from latent_codec.model.codec import Codec
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from test_latents import geometry, posterior
 
-from latent_codec.codec import Codec
 from latent_codec.interop.caches.options import CacheName, Options
 from latent_codec.interop.caches.write import Converted, convert
 from latent_codec.latents.batches import Rows
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Row, header_of, row, write_index, write_shard
+from latent_codec.model.codec import Codec
 
 PATHS = ("cat/a.jpg", "cat/b.c.png", "dog/ü/a.png", "dog/d.png")
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, LiteConfig
 from latent_codec.images.sources import find_images
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, LiteConfig
 from train.closed_form import patch_moments, start_from_closed_form
 from train.data import Batches, MemoryImages, Plan
 

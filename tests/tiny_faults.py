@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from latent_codec.codec import Codec
+from latent_codec.model.codec import Codec
 from train import checkpoints, interrupts, trainer, vae
 from train.interrupts import Interrupts
 from train.objectives import ELBO, Losses

@@ -12,9 +12,7 @@ import pytest
 import torch
 from tiny_run import PATIENCE, fork_server
 
-from latent_codec import modelfile
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.codec import Codec
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
@@ -27,6 +25,8 @@ from latent_codec.folders.summary import Summary
 from latent_codec.inference.runner import Compute
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX
+from latent_codec.model import file as model_file
+from latent_codec.model.codec import Codec
 from latent_codec.storage.files import atomic_path
 
 COMPUTE = Compute("cpu", "float32", 2, 1)
@@ -111,7 +111,7 @@ def watch(patch: pytest.MonkeyPatch, event: Callable[[str], None]) -> None:
     before(Path, "unlink", "remove")
     before(os, "replace", "rename")
     before(os, "fsync", "fsync")
-    before(modelfile, "save_file", "write")
+    before(model_file, "save_file", "write")
 
 
 class _Watched:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig, LikelihoodConfig
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig, LikelihoodConfig
+from latent_codec.model.file import LatentStatistics
 from latent_codec.networks.conv import ConvBackbone
 
 SD = ConvConfig(

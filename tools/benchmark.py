@@ -11,15 +11,15 @@ import torch
 import tyro
 
 from latent_codec.bitstream.refinement import USUAL_ROUNDS
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute
-from latent_codec.info import count_flops
-from latent_codec.likelihoods import to_signed
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.codec import Codec
+from latent_codec.model.describe import count_flops
+from latent_codec.model.likelihoods import to_signed
 from tools import throughput
 from tools.coding import LARGEST_OVERHEAD, Seconds, Sizes, measure_sizes, time_coding
 from tools.latents_speed import LatentsSpeed

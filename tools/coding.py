@@ -11,10 +11,10 @@ import torch
 
 from latent_codec.bitstream.refinement import USUAL_ROUNDS, Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Image, crop, pad
 from latent_codec.inference.runner import Compute, Networks
+from latent_codec.model.codec import Codec
 from latent_codec.prior import Priors
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from latent_codec.codec import Codec
+from latent_codec.model.codec import Codec
 from tools.peers import diffusers_peer
 
 

@@ -20,9 +20,9 @@ import tyro
 
 from latent_codec.bitstream.container import Stream, settings, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import crop
+from latent_codec.model.codec import Codec
 from latent_codec.prior import PriorKind
 from latent_codec.prior.coder import Coder
 from latent_codec.prior.coding import decode

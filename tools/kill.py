@@ -21,7 +21,6 @@ import tyro
 from tqdm import tqdm
 
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
@@ -29,6 +28,7 @@ from latent_codec.folders.jobs import RESUME
 from latent_codec.folders.resume.ledger import NAME
 from latent_codec.folders.resume.units import Share
 from latent_codec.inference.runner import Compute
+from latent_codec.model.codec import Codec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

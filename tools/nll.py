@@ -13,12 +13,12 @@ import tyro
 from einops import rearrange
 from tqdm import tqdm
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.folders.batching import batches
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from latent_codec.storage.files import write_text
 from tools.report import machine

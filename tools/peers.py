@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from latent_codec.storage.tensors import check_state
 
 _WIDTH = 64

@@ -7,10 +7,10 @@ import torch
 import tyro
 from torch.nn.functional import pad
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, in_rgb
 from latent_codec.images.write import write_image
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 from latent_codec.storage.files import make_folder
 

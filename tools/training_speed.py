@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
 from tools.report import machine, report
 from train import vae
 from train.accelerate_state import accelerate_as

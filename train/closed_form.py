@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.workers import Threads
 from latent_codec.images.sources import Source
-from latent_codec.likelihoods import Bernoulli, Gaussian
+from latent_codec.model.codec import Codec
+from latent_codec.model.likelihoods import Bernoulli, Gaussian
 from latent_codec.networks import LinearBackbone, LiteBackbone, MLPBackbone
 from latent_codec.networks.linear import PatchMoments
 from train.data import Batches, Plan, read_or_report

@@ -10,8 +10,8 @@ from accelerate.utils import broadcast
 from einops import rearrange
 from torch import nn
 
-from latent_codec.codebooks import Codes, VectorQuantizer
-from latent_codec.codec import Codec
+from latent_codec.model.codebooks import Codes, VectorQuantizer
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, permutation
 from latent_codec.storage import tensors as tensor_files
 from train.config import CodebookConfig

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from latent_codec.config import CodecConfig
 from latent_codec.diffusion.config import TransformerConfig
 from latent_codec.errors import UserError
+from latent_codec.model.config import CodecConfig
 from latent_codec.storage.json_config import dumps, from_json, to_json
 
 MAX_LEVELS = 6  # `latent_codec.prior.context.MAX_LEVELS`, without torch

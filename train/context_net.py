@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d, logsigmoid, pad
 
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 from latent_codec.noise import fold, hashes, uniform
 from latent_codec.precision import float32_island
 from latent_codec.prior.context import (

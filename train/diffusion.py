@@ -16,13 +16,13 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from latent_codec.codec import Codec
 from latent_codec.diffusion.config import LatentSpace
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.diffusion.sampling import Wanted, check_codec, draw_latents, write_grid
 from latent_codec.errors import UserError
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import check_model
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from latent_codec.storage.json_config import dumps, to_json
 from train import checkpoints

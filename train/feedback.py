@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from latent_codec.codec import Codec
+from latent_codec.model.codec import Codec
 from latent_codec.prior.feedback import REACH, WEIGHT_BITS, Feedback
 
 PLACES = 24

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.diffusion.model import Diffusion
+from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
 from train.config import FlowConfig
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codec import Codec
+from latent_codec.model.file import LatentStatistics
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.context import ContextConfig
 from latent_codec.storage.tensors import save_tensors

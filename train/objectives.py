@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latent_codec.bottlenecks import DiagonalGaussian, Posterior
-from latent_codec.codebooks import Codes
-from latent_codec.codec import Codec
 from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
+from latent_codec.model.codebooks import Codes
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.quantizer import STEP_OF_STD, round_down_zone
 from train.adversarial import Adversary, Contest, last_weight, no_contest

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from latent_codec.config import (
+from latent_codec.model.config import (
     BernoulliConfig,
     CodecConfig,
     ConvConfig,

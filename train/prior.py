@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.codec import Codec
+from latent_codec.model.file import LatentStatistics
+from latent_codec.model.shipped import resolve
 from latent_codec.prior import PREFIX, Priors
 from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import ContextConfig

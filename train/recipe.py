@@ -12,8 +12,8 @@ from typing import Literal
 
 import tyro
 
-from latent_codec.config import CodecConfig, LiteConfig
 from latent_codec.errors import UserError
+from latent_codec.model.config import CodecConfig, LiteConfig
 from train.config import IWAEConfig, JointConfig, PriorConfig, TrainConfig
 from train.presets import photo, photo_joint
 from train.program import main_of

@@ -10,9 +10,9 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source, find_all
+from latent_codec.model.codec import Codec
 from latent_codec.noise import text_key
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import from_json, to_json

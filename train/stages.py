@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from accelerate.state import PartialState
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.folders.encode_latents import encode_folder
@@ -22,6 +21,7 @@ from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.latents.format import INDEX
 from latent_codec.metrics.bjontegaard import check_extra
+from latent_codec.model.codec import Codec
 from latent_codec.noise import text_key
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import to_json

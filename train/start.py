@@ -8,10 +8,10 @@ import torch
 from einops import rearrange
 from torch.nn.functional import pad
 
-from latent_codec.codec import Codec
-from latent_codec.config import LiteConfig
 from latent_codec.errors import UserError
-from latent_codec.likelihoods import Gaussian
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import LiteConfig
+from latent_codec.model.likelihoods import Gaussian
 from latent_codec.storage.tensors import check_state
 from train.data import Batch
 

@@ -16,11 +16,11 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from latent_codec.codebooks import perplexity
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source
 from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.codebooks import perplexity
+from latent_codec.model.codec import Codec
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.storage.json_config import to_json
 from train import checkpoints

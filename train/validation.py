@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codebooks import Codes, perplexity
-from latent_codec.codec import Codec
 from latent_codec.images.geometry import in_rgb
-from latent_codec.likelihoods import DiscretizedLogistic
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codebooks import Codes, perplexity
+from latent_codec.model.codec import Codec
+from latent_codec.model.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.files import atomic_path
 from train.data import CentreCrops

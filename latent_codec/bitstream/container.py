@@ -6,10 +6,10 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
+from latent_codec.model.config import CodecConfig
 from latent_codec.prior import PriorKind
 from latent_codec.prior.coding import Settings
 from latent_codec.prior.tables import LEAST_BITS

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from latent_codec.bitstream.container import Header, Stream, pack, settings
-from latent_codec.codec import Codec, right_model
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
+from latent_codec.model.codec import Codec, right_model
 from latent_codec.noise import fold, text_key
 from latent_codec.prior import PriorKind
 from latent_codec.prior.coder import Coder

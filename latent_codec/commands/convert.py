@@ -62,8 +62,8 @@ class Convert:
         assert self.from_ is not None
         if self.model is None:
             raise UserError("no cache says for certain which model its latents are of; give --model")
-        from latent_codec.codec import Codec
         from latent_codec.interop.caches.read import recover
+        from latent_codec.model.codec import Codec
 
         codec, store = Codec.load(self.model), self.store or "float16"
         return recover(self.src, self.dst, self.from_, codec, self._options(), store=store, overwrite=self.overwrite)

@@ -12,13 +12,13 @@ from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
-from latent_codec.codec import Codec
 from latent_codec.diffusion.model import TIMES, Diffusion
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.read import read_image
 from latent_codec.images.write import ImageFormat, write_image
 from latent_codec.inference.runner import Compute, Networks
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.files import atomic_path, make_folder, write_text
 from latent_codec.storage.run_folder import newest_checkpoint

@@ -15,7 +15,6 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
@@ -29,6 +28,7 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import stored_files
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS, Net
+from latent_codec.model.codec import Codec
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.version import __version__
 

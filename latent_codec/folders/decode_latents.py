@@ -6,13 +6,10 @@ from pathlib import Path
 
 import torch
 
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
 from latent_codec.folders.outputs import Output, image_output, make_outputs
-from latent_codec.folders.run import check_channels
 from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
 from latent_codec.images.sources import Source
@@ -21,6 +18,9 @@ from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry, latent_size
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.checks import check_channels
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 
 

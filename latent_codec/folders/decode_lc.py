@@ -10,12 +10,11 @@ import torch
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import StreamReader
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
 from latent_codec.folders.outputs import Output, image_output, make_outputs
-from latent_codec.folders.run import check_channels, check_options, check_unconditional
+from latent_codec.folders.run import check_options
 from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
@@ -24,6 +23,8 @@ from latent_codec.images.write import ImageFormat
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latents.format import INDEX
+from latent_codec.model.checks import check_channels, check_unconditional
+from latent_codec.model.codec import Codec
 from latent_codec.prior import PriorKind
 
 PRIORS = get_args(PriorKind)

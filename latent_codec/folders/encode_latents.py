@@ -11,15 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
 from latent_codec.folders.read_images import parse_image_in
 from latent_codec.folders.resume.ledger import Claim, Ledger, Record
 from latent_codec.folders.resume.units import Unit
-from latent_codec.folders.run import check_channels, check_gaussian, check_options, run
+from latent_codec.folders.run import check_options, run
 from latent_codec.folders.shards import are_whole, remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
@@ -42,6 +40,9 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.checks import check_channels, check_gaussian
+from latent_codec.model.codec import Codec
 from latent_codec.storage.files import disk_errors, sha256_of
 from latent_codec.storage.json_config import to_json
 

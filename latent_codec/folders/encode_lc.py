@@ -13,13 +13,12 @@ from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.rate_control import Rate, choose
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import Coded, StreamCodec, dither_seed
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.read_images import parse_image_in
-from latent_codec.folders.run import check_channels, check_options, check_unconditional
+from latent_codec.folders.run import check_options
 from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop
@@ -28,6 +27,8 @@ from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latents.format import stored_files
+from latent_codec.model.checks import check_channels, check_unconditional
+from latent_codec.model.codec import Codec
 from latent_codec.prior import PriorKind
 from latent_codec.quantizer import DEAD_ZONE, Scaled
 

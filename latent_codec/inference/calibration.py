@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from latent_codec.bottlenecks import DiagonalGaussian, Posterior
-from latent_codec.codebooks import Codes
-from latent_codec.codec import Codec
-from latent_codec.folders.run import check_channels
 from latent_codec.images.geometry import pad
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_all
 from latent_codec.inference import tiling
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
+from latent_codec.model.checks import check_channels
+from latent_codec.model.codebooks import Codes
+from latent_codec.model.codec import Codec
+from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import Priors, factorized
 from latent_codec.quantizer import base_steps
 

@@ -10,9 +10,9 @@ def load(model: str, options: ComputeOptions):
     """The codec on its device, and the `Compute` that says how it runs; raises `UserError` for what cannot be."""
     import torch
 
-    from latent_codec.codec import Codec
     from latent_codec.inference.runner import Compute
     from latent_codec.inference.tiling import default_tile
+    from latent_codec.model.codec import Codec
 
     if options.batch_size < 1 or (options.workers is not None and options.workers < 1):
         raise UserError(f"--batch-size {options.batch_size} and --workers {options.workers} must both be at least 1")

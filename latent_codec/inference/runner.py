@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from latent_codec.bottlenecks import Posterior
-from latent_codec.codec import Codec
 from latent_codec.errors import FatalError
 from latent_codec.inference import tiling
+from latent_codec.model.bottlenecks import Posterior
+from latent_codec.model.codec import Codec
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.errors import UserError
 from latent_codec.latents.batches import Rows
 from latent_codec.latents.format import (
@@ -26,6 +25,7 @@ from latent_codec.latents.format import (
     tensor_name,
 )
 from latent_codec.latents.shard_reader import ShardReader, Span
+from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key, uniform
 
 _FLIP = 1  # what a key is used for, beside the noise

@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec, right_model
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codec import Codec, right_model
+from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.files import check_name, write_text
 from latent_codec.storage.json_config import from_json, to_json
 from latent_codec.storage.tensors import KEY, own_metadata, save_tensors

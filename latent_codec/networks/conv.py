@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
-from latent_codec.config import ConvConfig
+from latent_codec.model.config import ConvConfig
 
 _EPS = 1e-6
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latent_codec.config import LinearConfig
+from latent_codec.model.config import LinearConfig
 from latent_codec.precision import float32_island
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from latent_codec.config import LinearConfig, LiteConfig
+from latent_codec.model.config import LinearConfig, LiteConfig
 from latent_codec.networks.linear import LinearBackbone, PatchMoments
 
 _NEAR_ZERO = 1e-2

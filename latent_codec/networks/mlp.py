@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from latent_codec.config import MLPConfig
+from latent_codec.model.config import MLPConfig
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 

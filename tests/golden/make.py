@@ -18,12 +18,12 @@ from einops import rearrange
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.images.geometry import Geometry, crop, pad
 from latent_codec.images.read import read_image
 from latent_codec.images.write import write_image
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
+from latent_codec.model.file import LatentStatistics
 from latent_codec.networks import LiteBackbone
 from latent_codec.networks.linear import PatchMoments
 from latent_codec.prior import PriorKind, Priors, factorized

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig
-from latent_codec.info import count_flops
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, ConvConfig
+from latent_codec.model.describe import count_flops
 from tools.peers import Taef2, sd_codec
 from train.presets import pca
 

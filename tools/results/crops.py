@@ -13,7 +13,6 @@ from PIL import ImageDraw, ImageFont, features
 
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import Peer
@@ -22,6 +21,7 @@ from latent_codec.images.read import read_image
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.metrics import distortion
+from latent_codec.model.codec import Codec
 from latent_codec.quantizer import step_code
 from latent_codec.storage.files import atomic_path, write_text
 from tools.report import machine

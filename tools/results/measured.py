@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from latent_codec.bitstream.refinement import USUAL_ROUNDS
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.inference.runner import Compute
+from latent_codec.model.codec import Codec
 from latent_codec.storage.files import write_text
 from tools.benchmark import Quality
 from tools.report import machine

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from latent_codec.codec import Codec
+from latent_codec.model.codec import Codec
 from tools.results import costs, tables
 from tools.results.curves import against_published, best, points
 from tools.results.measured import Measured

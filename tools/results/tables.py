@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from latent_codec.codec import Codec
 from latent_codec.evaluation.rate_distortion.report import REFINED
 from latent_codec.metrics.bjontegaard import Delta
+from latent_codec.model.codec import Codec
 from tools.results import costs
 from tools.results.costs import Costs
 from tools.results.curves import against_published, best, metrics_of, points

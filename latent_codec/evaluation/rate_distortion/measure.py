@@ -12,13 +12,11 @@ from tqdm import tqdm
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dither_seed
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import compare
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import Peer
 from latent_codec.evaluation.rate_distortion.report import REFINED, Record, Report, Row, Setting, report
-from latent_codec.folders.run import check_channels, check_unconditional
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, Image, crop, pad
 from latent_codec.images.sources import Source, find_images
@@ -26,6 +24,8 @@ from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPS, Net
+from latent_codec.model.checks import check_channels, check_unconditional
+from latent_codec.model.codec import Codec
 from latent_codec.quantizer import step_code
 from latent_codec.storage.files import make_folder
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_codec.codec import Codec
 from latent_codec.evaluation.evaluate import PROTOCOL, describe, mean_defined
 from latent_codec.evaluation.rate_distortion.anchors import PEERS, Peer
 from latent_codec.inference.runner import Compute
 from latent_codec.metrics.bjontegaard import LEAST_OVERLAP, METHOD, SCALES, Curve, Delta, delta_rate
 from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.codec import Codec
 from latent_codec.storage.files import write_text
 
 RESULTS, PLOT = "rd.json", "rd.png"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from latent_codec.codec import Codec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report
 from latent_codec.evaluation.rate_distortion.report import Report as RateDistortion
@@ -18,6 +17,7 @@ from latent_codec.evaluation.report.survey import survey
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.metrics.lpips import LPIPS, Net
+from latent_codec.model.codec import Codec
 from latent_codec.storage.files import write_text
 
 PAGE, RESULTS = "report.html", "report.json"

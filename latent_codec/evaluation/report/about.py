@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
-from latent_codec.codec import Codec
 from latent_codec.evaluation.evaluate import Report
 from latent_codec.evaluation.report.html import join, name_of, paragraphs, table, tag
 from latent_codec.evaluation.report.page import Number, Section
-from latent_codec.info import count_flops
+from latent_codec.model.codec import Codec
+from latent_codec.model.describe import count_flops
 from latent_codec.storage.json_config import to_json
 
 _SIDE = 256  # pixels, of the image whose computation is counted

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.codec import Codec
 from latent_codec.evaluation.evaluate import Report, compare, mean_defined
 from latent_codec.evaluation.report import pca
 from latent_codec.evaluation.report.html import Html, join, name_of, paragraphs, table
@@ -18,6 +17,7 @@ from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.inference.tiling import default_tile
 from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.codec import Codec
 
 _COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 

@@ -9,7 +9,6 @@ from PIL import Image as PilImage
 from tqdm import tqdm
 
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.codec import Codec
 from latent_codec.evaluation.evaluate import compare, mean_defined
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import PEERS
@@ -22,6 +21,7 @@ from latent_codec.images.sources import Source
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Networks
 from latent_codec.metrics.lpips import LPIPS
+from latent_codec.model.codec import Codec
 from latent_codec.quantizer import STEP_ONE
 
 NAME, TITLE = "jpeg", "JPEG at equal bytes"

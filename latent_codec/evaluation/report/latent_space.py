@@ -4,13 +4,13 @@ import math
 
 import torch
 
-from latent_codec.codebooks import perplexity
-from latent_codec.codec import Codec
 from latent_codec.evaluation.evaluate import PROTOCOL
 from latent_codec.evaluation.report.charts import bars, charts, histogram, spread
 from latent_codec.evaluation.report.html import join, paragraphs, table, tag
 from latent_codec.evaluation.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out, written
 from latent_codec.evaluation.report.survey import EDGES, Survey
+from latent_codec.model.codebooks import perplexity
+from latent_codec.model.codec import Codec
 
 ACTIVE = 0.01
 """Variance of the posterior mean over the data above which a unit is active (Burda et al. 2016, section 5.2)."""

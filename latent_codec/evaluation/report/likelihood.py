@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.codec import Codec
-from latent_codec.config import BernoulliConfig, GaussianConfig
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.report.html import paragraphs
 from latent_codec.evaluation.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
@@ -16,6 +14,8 @@ from latent_codec.evaluation.report.pictures import SIDE, Shown, shown_side
 from latent_codec.evaluation.report.survey import image_key
 from latent_codec.images.geometry import in_channels, pad
 from latent_codec.inference.runner import Compute
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import BernoulliConfig, GaussianConfig
 
 NAME, TITLE = "bounds", "ELBO and IWAE bound"
 

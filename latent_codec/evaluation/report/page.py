@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latent_codec.codec import Codec
 from latent_codec.evaluation.report.html import Html, join, table, tag
+from latent_codec.model.codec import Codec
 
 _STYLE = Path(__file__).with_name("style.css")
 

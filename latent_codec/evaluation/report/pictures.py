@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.codec import Codec
 from latent_codec.evaluation.report.html import Html, Picture, join, name_of, paragraph, paragraphs, strip
 from latent_codec.evaluation.report.page import (
     NOT_CONTINUOUS,
@@ -22,6 +21,7 @@ from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Networks
 from latent_codec.metrics import distortion
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 
 SIDE = 256

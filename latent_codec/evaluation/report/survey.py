@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.bottlenecks import DiagonalGaussian, Posterior
-from latent_codec.codec import Codec
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Networks
+from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
+from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 
 EDGES = torch.linspace(-6, 6, 97, dtype=torch.float64)

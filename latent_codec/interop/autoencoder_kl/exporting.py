@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from latent_codec import modelfile
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig, ConvConfig, DiagonalGaussianConfig
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import activations, settings
 from latent_codec.interop.autoencoder_kl.folding import Tensors, fold
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model import file as model_file
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig
+from latent_codec.model.file import LatentStatistics
 from latent_codec.networks.conv import ConvBackbone
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import atomic_folder, write_text
@@ -99,7 +99,7 @@ def export_folder(
         "config": to_json(codec.config),
         "statistics": to_json(statistics),
         "provenance": codec.provenance,
-        "model_id": modelfile.model_id(codec.config, restored(codec.config, parts.tensors, parts.original)),
+        "model_id": model_file.model_id(codec.config, restored(codec.config, parts.tensors, parts.original)),
         "digest": digest(codec.config, parts.tensors, parts.original),
         "original": base64.b64encode(save(parts.original)).decode(),
         "measured": measured._asdict(),
@@ -122,7 +122,7 @@ def restored(config: CodecConfig, tensors: Tensors, original: Tensors) -> Tensor
 
 def digest(config: CodecConfig, tensors: Tensors, original: Tensors) -> str:
     """Tells whether a file's tensors are still those that were exported."""
-    return modelfile.model_id(config, tensors | original)
+    return model_file.model_id(config, tensors | original)
 
 
 def check_folder(folder: Path) -> None:

@@ -8,8 +8,8 @@ import dataclasses
 
 import torch
 
-from latent_codec.config import ConvConfig
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.config import ConvConfig
+from latent_codec.model.file import LatentStatistics
 
 Tensors = dict[str, torch.Tensor]
 

@@ -12,8 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from latent_codec.codec import Codec
-from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import layouts, settings
 from latent_codec.interop.autoencoder_kl.exporting import (
@@ -26,7 +24,9 @@ from latent_codec.interop.autoencoder_kl.exporting import (
     restored,
 )
 from latent_codec.interop.autoencoder_kl.folding import Tensors
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig
+from latent_codec.model.file import LatentStatistics
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import make_folder
 from latent_codec.storage.json_config import from_json

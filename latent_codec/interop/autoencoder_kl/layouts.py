@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.config import ConvConfig
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl.folding import Tensors
+from latent_codec.model.config import ConvConfig
 
 _ANCHOR = "encoder.conv_in.weight"
 """Every layout has it; what stands before it in a checkpoint of several models is the autoencoder's prefix."""

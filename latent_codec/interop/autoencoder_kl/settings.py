@@ -4,15 +4,9 @@ import logging
 import math
 from typing import Any, NamedTuple
 
-from latent_codec.config import (
-    BackboneConfig,
-    CodecConfig,
-    ConvConfig,
-    DiagonalGaussianConfig,
-    GaussianConfig,
-)
 from latent_codec.errors import UserError
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.config import BackboneConfig, CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
+from latent_codec.model.file import LatentStatistics
 
 log = logging.getLogger(__name__)
 

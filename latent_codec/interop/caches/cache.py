@@ -9,12 +9,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.images.geometry import Geometry
 from latent_codec.interop.caches.options import Options
 from latent_codec.latents.batches import Rows
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry
+from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.noise import normal
 from latent_codec.storage.json_config import from_json, to_json
 

@@ -14,7 +14,7 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, latents_in
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
 _LATENT, _RAW = "latent_tensor", "latent_format_version_0"

@@ -16,7 +16,7 @@ from latent_codec.interop.caches.cache import About, Found, Item, Shard, ShardCa
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.requirements import need_one_size
 from latent_codec.latents.dataset import Latents
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 
 NAME = "latents.zip"
 _INDEX = "dataset.json"

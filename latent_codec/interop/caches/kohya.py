@@ -19,7 +19,7 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 
 ARCHITECTURES = ("sd", "sdxl", "flux")
 _FACTOR = 8  # the trainers' own

@@ -20,7 +20,7 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.requirements import need_flips, need_labels, need_one_size
 from latent_codec.interop.caches.safetensors_files import latents_in
 from latent_codec.latents.dataset import Latents
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
 STATISTICS = "latents_stats.pt"

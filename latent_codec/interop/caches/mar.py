@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latent_codec.bottlenecks import DiagonalGaussian
 from latent_codec.interop.caches import numpy_files
 from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.requirements import need_flips, need_labels
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.file import LatentStatistics
 
 
 class Mar(ImageCache):

@@ -18,7 +18,7 @@ from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, 
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
 _KEY = re.compile(r"latents_(\d+x)?\d+x\d+_[a-z]+\d+")

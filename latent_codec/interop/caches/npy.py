@@ -13,7 +13,7 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.scaling import chosen_scaling
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 
 
 class Npy(ImageCache):

@@ -9,12 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from latent_codec.bottlenecks import DiagonalGaussian
-from latent_codec.codec import Codec
-from latent_codec.config import DiagonalGaussianConfig
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.resume.ledger import Ledger
-from latent_codec.folders.run import check_gaussian
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry
 from latent_codec.interop.caches.cache import Stored
@@ -34,6 +30,10 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.checks import check_gaussian
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import DiagonalGaussianConfig
 from latent_codec.storage.files import disk_errors, make_folder
 
 _MOST_IMAGES = 512  # in a shard, which is in memory while it is made

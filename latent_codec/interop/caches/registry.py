@@ -7,7 +7,7 @@ from typing import NamedTuple
 from latent_codec.interop.caches import comfyui, edm2, kohya, lightningdit, mar, musubi, npy, webdataset
 from latent_codec.interop.caches.cache import Cache, Found
 from latent_codec.interop.caches.options import CacheName, Options
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 
 
 class Consumer(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 
 from latent_codec.errors import UserError
 from latent_codec.interop.caches.options import Options
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 
 
 class Scaling(NamedTuple):

@@ -17,7 +17,7 @@ from latent_codec.interop.caches.numpy_files import ABOUT
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.scaling import chosen_scaling
 from latent_codec.latents.dataset import Latents
-from latent_codec.modelfile import LatentStatistics
+from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.json_config import to_json
 
 _IMAGES = 1000

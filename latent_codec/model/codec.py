@@ -8,17 +8,16 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot as one_hot_of
 
-from latent_codec import modelfile
-from latent_codec.bottlenecks import BOTTLENECKS, Posterior
-from latent_codec.config import CodecConfig
 from latent_codec.errors import UserError
-from latent_codec.likelihoods import LIKELIHOODS, Likelihood
-from latent_codec.modelfile import LatentStatistics, ModelFile
+from latent_codec.model import file as model_file
+from latent_codec.model.bottlenecks import BOTTLENECKS, Posterior
+from latent_codec.model.config import CodecConfig
+from latent_codec.model.file import LatentStatistics, ModelFile
+from latent_codec.model.likelihoods import LIKELIHOODS, Likelihood
+from latent_codec.model.shipped import resolve, shipped
 from latent_codec.networks import BACKBONES
 from latent_codec.prior import Priors
 from latent_codec.storage import tensors as tensor_files
-
-_SHIPPED = (Path(__file__).parent / "checkpoints", Path(__file__).parent.parent / "checkpoints")
 
 
 class Codec(nn.Module):
@@ -121,7 +120,7 @@ class Codec(nn.Module):
     @property
     def model_id(self) -> str:
         """SHA-256 of config and tensors, 64 hex digits."""
-        return modelfile.model_id(self.config, self.state_dict())
+        return model_file.model_id(self.config, self.state_dict())
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Codec":
@@ -131,7 +130,7 @@ class Codec(nn.Module):
         mis-shaped or not finite.
         """
         path = resolve(source)
-        model = modelfile.read(path)
+        model = model_file.read(path)
         try:
             codec = cls(model.config)
         except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
@@ -144,7 +143,7 @@ class Codec(nn.Module):
     def save(self, path: Path, *, half: bool = False) -> None:
         """Write a model file that `load` reads; `half` stores float16."""
         model = ModelFile(self.config, self.state_dict(), self.statistics, self.provenance, self.priors)
-        modelfile.write(path, model, half=half)
+        model_file.write(path, model, half=half)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> "Codec":
@@ -163,28 +162,9 @@ class Codec(nn.Module):
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload model and card to "user/name" on the hub; options, result and errors are `hub.push`'s."""
-        from latent_codec import hub
+        from latent_codec.model import hub
 
         return hub.push(self, repo_id, **options)
-
-
-def resolve(source: str | Path) -> Path:
-    """The file of a model given by path or by a shipped model's name; raises `UserError` if there is neither.
-
-    A folder that happens to be called like a shipped model does not hide it.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    for folder in _SHIPPED:
-        if (folder / f"{path}.safetensors").is_file():
-            return folder / f"{path}.safetensors"
-    raise UserError(f"{source}: neither a file nor a shipped model; shipped are: {', '.join(shipped()) or 'none'}")
-
-
-def shipped() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.safetensors")})
 
 
 def right_model(made_it: Callable[[Codec], bool]) -> str:

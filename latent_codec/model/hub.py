@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latent_codec.codec import Codec, resolve
 from latent_codec.errors import UserError
 from latent_codec.info import describe
+from latent_codec.model.codec import Codec
+from latent_codec.model.shipped import resolve
 from latent_codec.storage.files import make_folder, write_text
 
 MODEL = "model.safetensors"

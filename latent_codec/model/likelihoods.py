@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.functional import log_softmax, logsigmoid, softplus
 
-from latent_codec.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.noise import uniforms
 from latent_codec.precision import float32_island
 

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from latent_codec.config import FiniteScalarConfig, VectorQuantizerConfig
+from latent_codec.model.config import FiniteScalarConfig, VectorQuantizerConfig
 from latent_codec.precision import float32_island
 
 MOST_CODES = 2**14

@@ -1,12 +1,12 @@
-"""Features -> posterior: a diagonal Gaussian, or none at all; those with a codebook are in `latent_codec.codebooks`."""
+"""Features -> posterior: a diagonal Gaussian, or none at all; those with a codebook are in `latent_codec.model.codebooks`."""
 
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from latent_codec.codebooks import FiniteScalarQuantizer, VectorQuantizer
-from latent_codec.config import DiagonalGaussianConfig, IdentityConfig
+from latent_codec.model.codebooks import FiniteScalarQuantizer, VectorQuantizer
+from latent_codec.model.config import DiagonalGaussianConfig, IdentityConfig
 from latent_codec.precision import float32_island
 
 

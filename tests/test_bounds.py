@@ -8,7 +8,7 @@ import torch
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BernoulliConfig, CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
-from latent_codec.networks.linear import PatchMoments
+from latent_codec.model.networks.linear import PatchMoments
 
 PATCH, Z, SIGMA, B = 2, 3, 0.2, 4
 D = 3 * PATCH**2

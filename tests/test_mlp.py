@@ -28,7 +28,7 @@ from latent_codec.model.config import (
     MLPConfig,
 )
 from latent_codec.model.likelihoods import Bernoulli
-from latent_codec.networks import MLPBackbone
+from latent_codec.model.networks import MLPBackbone
 from latent_codec.storage.json_config import to_json
 from train.closed_form import start_from_mean
 

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_codec.model.bottlenecks import DiagonalGaussianBottleneck
 from latent_codec.model.config import ConvConfig, DiagonalGaussianConfig, LinearConfig, LiteConfig, MLPConfig
-from latent_codec.networks import BACKBONES, ConvBackbone, LinearBackbone, LiteBackbone
-from latent_codec.networks.linear import PatchMoments
-from latent_codec.networks.lite import ResidualBlock
+from latent_codec.model.networks import BACKBONES, ConvBackbone, LinearBackbone, LiteBackbone
+from latent_codec.model.networks.linear import PatchMoments
+from latent_codec.model.networks.lite import ResidualBlock
 
 LITE = LiteConfig(
     patch=8, stem=4, encoder_widths=(64, 128), encoder_depths=(1, 2), decoder_widths=(64, 128), decoder_depths=(3, 2)

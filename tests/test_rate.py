@@ -16,8 +16,8 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, as_shown, crop, pad
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
-from latent_codec.networks.linear import PatchMoments
-from latent_codec.networks.lite import LiteBackbone
+from latent_codec.model.networks.linear import PatchMoments
+from latent_codec.model.networks.lite import LiteBackbone
 from latent_codec.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
 
 WIDTH, HEIGHT = 45, 30

@@ -42,7 +42,7 @@ from latent_codec.model.config import (
     LinearConfig,
     LiteConfig,
 )
-from latent_codec.networks import BACKBONES
+from latent_codec.model.networks import BACKBONES
 
 
 def lite(stem: int, encoder_depths: tuple[int, ...], decoder_depths: tuple[int, ...]) -> LiteConfig:

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig, LikelihoodConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.networks.conv import ConvBackbone
+from latent_codec.model.networks.conv import ConvBackbone
 
 SD = ConvConfig(
     widths=(32, 32, 64),

@@ -21,7 +21,7 @@ from latent_codec.images.sources import Source
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codebooks import perplexity
 from latent_codec.model.codec import Codec
-from latent_codec.networks.linear import PatchMoments
+from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.storage.json_config import to_json
 from train import checkpoints
 from train.checkpoints import Progress, Saved

@@ -24,8 +24,8 @@ from latent_codec.images.write import write_image
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.networks import LiteBackbone
-from latent_codec.networks.linear import PatchMoments
+from latent_codec.model.networks import LiteBackbone
+from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.prior import PriorKind, Priors, factorized
 from latent_codec.quantizer import base_steps, step_code
 

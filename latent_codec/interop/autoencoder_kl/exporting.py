@@ -20,7 +20,7 @@ from latent_codec.model import file as model_file
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.networks.conv import ConvBackbone
+from latent_codec.model.networks.conv import ConvBackbone
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import atomic_folder, write_text
 from latent_codec.storage.json_config import dumps, to_json

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from latent_codec.model.config import LinearConfig, LiteConfig
-from latent_codec.networks.linear import LinearBackbone, PatchMoments
+from latent_codec.model.networks.linear import LinearBackbone, PatchMoments
 
 _NEAR_ZERO = 1e-2
 

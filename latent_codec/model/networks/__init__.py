@@ -7,9 +7,9 @@ how far it sees: how many latent elements beyond its own place, to each side, co
 pixels' parameters; None if that is the whole image.
 """
 
-from latent_codec.networks.conv import ConvBackbone
-from latent_codec.networks.linear import LinearBackbone
-from latent_codec.networks.lite import LiteBackbone
-from latent_codec.networks.mlp import MLPBackbone
+from latent_codec.model.networks.conv import ConvBackbone
+from latent_codec.model.networks.linear import LinearBackbone
+from latent_codec.model.networks.lite import LiteBackbone
+from latent_codec.model.networks.mlp import MLPBackbone
 
 BACKBONES = {"linear": LinearBackbone, "lite": LiteBackbone, "conv": ConvBackbone, "mlp": MLPBackbone}

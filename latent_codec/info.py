@@ -14,7 +14,7 @@ from latent_codec.latents.format import INDEX, parts, read_index
 from latent_codec.model.codec import Codec
 from latent_codec.model.describe import _describe_model
 from latent_codec.model.shipped import resolve, shipped
-from latent_codec.quantizer import STEP_ONE
+from latent_codec.prior.quantizer import STEP_ONE
 from latent_codec.storage import tensors as tensor_files
 
 _FLIPS = ", and the same of the images mirrored left to right"

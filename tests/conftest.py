@@ -16,8 +16,9 @@ from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior import Priors, factorized
+from latent_codec.prior import factorized
 from latent_codec.prior.context import ContextConfig
+from latent_codec.prior.priors import Priors
 from train.context_net import ContextNet, logistic_tables
 
 # CI draws the same examples every time; elsewhere new ones are tried. Nothing is timed.

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from latent_codec.quantizer import Quantized, scale, to_integers
+from latent_codec.prior.quantizer import Quantized, scale, to_integers
 
 
 def quantize(mean: torch.Tensor, base: np.ndarray, step: int, seed: int | None) -> Quantized:

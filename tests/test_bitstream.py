@@ -20,8 +20,8 @@ from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec
-from latent_codec.prior import PriorKind
-from latent_codec.quantizer import DEAD_ZONE, LIMIT, Scaled
+from latent_codec.prior.priors import PriorKind
+from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
 from tools import fuzz
 from tools.mutants import Mutant, mutate, sealed
 

@@ -27,7 +27,7 @@ from latent_codec.inference.runner import Compute
 from latent_codec.info import describe
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
-from latent_codec.prior.coder import Coder
+from latent_codec.prior.rans import Coder
 from tools import fuzz
 from tools.mutants import mutate
 

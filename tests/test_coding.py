@@ -15,7 +15,7 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Image, pad
 from latent_codec.images.read import read_image
 from latent_codec.model.codec import Codec
-from latent_codec.quantizer import step_code
+from latent_codec.prior.quantizer import step_code
 from tools import benchmark
 from tools.coding import LARGEST_OVERHEAD, measure_sizes, time_coding
 

@@ -19,7 +19,7 @@ from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
-from latent_codec.quantizer import base_steps, step_code
+from latent_codec.prior.quantizer import base_steps, step_code
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import ConvConfig, LinearConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior import feedback as module
-from latent_codec.prior.coding import quantize
+from latent_codec.prior import error_feedback as module
 from latent_codec.prior.context import ContextConfig
-from latent_codec.prior.feedback import REACH, Feedback, exact_errors
-from latent_codec.quantizer import STEP_ONE, Scaled, dither
+from latent_codec.prior.error_feedback import REACH, Feedback, exact_errors
+from latent_codec.prior.passes import quantize
+from latent_codec.prior.quantizer import STEP_ONE, Scaled, dither
 from train.context_net import ContextNet, logistic_tables
 from train.feedback import measure
 

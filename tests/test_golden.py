@@ -16,9 +16,9 @@ from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.images.geometry import crop
 from latent_codec.images.write import to_pil
 from latent_codec.model.codec import Codec
-from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import decode
-from latent_codec.quantizer import Quantized
+from latent_codec.prior.passes import decode
+from latent_codec.prior.quantizer import Quantized
+from latent_codec.prior.rans import Coder
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {

@@ -18,7 +18,7 @@ from latent_codec.model import file as model_file
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics, ModelFile, model_id
-from latent_codec.prior import PREFIX, to_tensors
+from latent_codec.prior.priors import PREFIX, to_tensors
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from latent_codec.storage.tensors import KEY
 

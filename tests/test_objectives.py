@@ -21,7 +21,7 @@ from latent_codec.model.config import (
     LinearConfig,
 )
 from latent_codec.noise import normal
-from latent_codec.quantizer import dequantize, step_code
+from latent_codec.prior.quantizer import dequantize, step_code
 from train.config import ELBOConfig
 from train.objectives import ELBO, Losses
 from train.presets import photo

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
-from latent_codec.prior.coder import Coder
+from latent_codec.prior.rans import Coder
 from latent_codec.prior.tables import LEAST_BITS, Tables, join, normalize
 
 Pass = tuple[np.ndarray, np.ndarray]

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_prior import context_prior, context_tables
 
-from latent_codec.prior import Priors, context, from_tensors, to_header, to_tensors
-from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import Settings, decode, encode, quantize
+from latent_codec.prior import context
 from latent_codec.prior.context import Choice, ContextConfig, ContextPrior, Layer, Pass, spans
 from latent_codec.prior.factorized import LEVELS, FactorizedPrior
+from latent_codec.prior.passes import Settings, decode, encode, quantize
+from latent_codec.prior.priors import Priors, from_tensors, to_header, to_tensors
+from latent_codec.prior.quantizer import LIMIT, Quantized, Scaled
+from latent_codec.prior.rans import Coder
 from latent_codec.prior.tables import Tables
-from latent_codec.quantizer import LIMIT, Quantized, Scaled
 
 tables = functools.cache(context_tables)
 SHAPES = [((1, 3), ()), ((4,), ()), ((2, 1, 2), ()), ((1, 3), (2,)), ((4,), (1,)), ((2, 1, 2), (1, 0, 3))]

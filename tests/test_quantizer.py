@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plain_integers import quantize
 
 from latent_codec.errors import UserError
-from latent_codec.quantizer import (
+from latent_codec.prior.quantizer import (
     DEAD_ZONE,
     LIMIT,
     MAX_STEP,

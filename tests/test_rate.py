@@ -18,7 +18,7 @@ from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.model.networks.lite import LiteBackbone
-from latent_codec.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
+from latent_codec.prior.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
 
 WIDTH, HEIGHT = 45, 30
 GRID = sorted({round(STEP_ONE * 2 ** (e / 12)) for e in range(-72, 72)})

@@ -25,7 +25,7 @@ from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Compute
 from latent_codec.metrics import bjontegaard, distortion
 from latent_codec.model.codec import Codec
-from latent_codec.quantizer import step_code
+from latent_codec.prior.quantizer import step_code
 
 CPU = Compute("cpu", "float32", 4, 2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "grey.png": (9, 7), "large.png": (165, 170)}

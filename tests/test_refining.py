@@ -23,8 +23,8 @@ from latent_codec.inference.calibration import calibrate
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import FiniteScalarConfig
-from latent_codec.prior.coding import ideal_bits, neighbours, quantize
-from latent_codec.quantizer import STEP_ONE, Scaled
+from latent_codec.prior.passes import ideal_bits, neighbours, quantize
+from latent_codec.prior.quantizer import STEP_ONE, Scaled
 
 CPU = Compute("cpu", "float32", 4, 2)
 

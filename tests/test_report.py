@@ -40,7 +40,7 @@ from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.noise import normal
-from latent_codec.quantizer import STEP_ONE
+from latent_codec.prior.quantizer import STEP_ONE
 from train.presets import mnist_cvae
 
 CPU = Compute("cpu", "float32", 4, 2)

@@ -18,9 +18,10 @@ from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import LiteConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior import Priors, factorized, to_tensors
+from latent_codec.prior import factorized
 from latent_codec.prior.context import ContextConfig
-from latent_codec.quantizer import STEP_OF_STD
+from latent_codec.prior.priors import Priors, to_tensors
+from latent_codec.prior.quantizer import STEP_OF_STD
 from train.config import JointConfig, check
 from train.context_net import Coded, ContextNet, Drawn
 from train.joint import Joint, TrainedPrior, prior_of

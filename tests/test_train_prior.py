@@ -21,10 +21,11 @@ from latent_codec.model import file as model_file
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior import Priors, factorized, to_tensors
-from latent_codec.prior.coding import ideal_bits, quantize
+from latent_codec.prior import factorized
 from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, Sites, Span, table_scale
-from latent_codec.quantizer import STEP_OF_STD, dequantize, scale
+from latent_codec.prior.passes import ideal_bits, quantize
+from latent_codec.prior.priors import Priors, to_tensors
+from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.json_config import dumps
 from train import config as train_config

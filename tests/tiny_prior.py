@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from latent_codec.prior.context import SIGNALS, TABLES, ContextConfig, ContextPrior, Layer, Pass, spans, table_scale
-from latent_codec.prior.feedback import REACH, Feedback
+from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.tables import Tables, join, normalize
 
 

@@ -15,11 +15,11 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Image, crop, pad
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.model.codec import Codec
-from latent_codec.prior import Priors
-from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import Prior, Settings, Values, decode, encode, quantize
-from latent_codec.prior.feedback import Feedback
-from latent_codec.quantizer import Quantized, Scaled, dequantize, scale, step_code
+from latent_codec.prior.error_feedback import Feedback
+from latent_codec.prior.passes import Prior, Settings, Values, decode, encode, quantize
+from latent_codec.prior.priors import Priors
+from latent_codec.prior.quantizer import Quantized, Scaled, dequantize, scale, step_code
+from latent_codec.prior.rans import Coder
 
 LARGEST_LOSS = 1.01
 """A file may take this times the ideal code length and `LARGEST_OVERHEAD` bytes."""

@@ -23,10 +23,10 @@ from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import crop
 from latent_codec.model.codec import Codec
-from latent_codec.prior import PriorKind
-from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import decode
-from latent_codec.quantizer import Quantized
+from latent_codec.prior.passes import decode
+from latent_codec.prior.priors import PriorKind
+from latent_codec.prior.quantizer import Quantized
+from latent_codec.prior.rans import Coder
 from tools.mutants import Kind, Mutant, mutate
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "2"

@@ -21,7 +21,7 @@ from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.model.codec import Codec
-from latent_codec.quantizer import STEP_ONE
+from latent_codec.prior.quantizer import STEP_ONE
 from tools.peers import sd_codec
 from tools.report import machine, report
 

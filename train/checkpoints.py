@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
-from latent_codec.prior import PREFIX
+from latent_codec.prior.priors import PREFIX
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import fsync, write_text
 from latent_codec.storage.json_config import dumps

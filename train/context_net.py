@@ -25,9 +25,9 @@ from latent_codec.prior.context import (
     spans,
     table_scale,
 )
-from latent_codec.prior.feedback import REACH, WEIGHT_BITS, Feedback
+from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
+from latent_codec.prior.quantizer import LIMIT, STEP_ONE, round_down_zone
 from latent_codec.prior.tables import Tables, join, normalize
-from latent_codec.quantizer import LIMIT, STEP_ONE, round_down_zone
 
 _HIDDEN = 16  # integers per unit of an activation
 _LOCATED, _WIDE = 8 * UNIT, 8  # integers per unit of the last layer's two outputs

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from latent_codec.model.codec import Codec
-from latent_codec.prior.feedback import REACH, WEIGHT_BITS, Feedback
+from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
 
 PLACES = 24
 """So many images are enough, one place of each."""

@@ -11,7 +11,7 @@ from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.model.codebooks import Codes
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, uniform
-from latent_codec.quantizer import STEP_OF_STD, round_down_zone
+from latent_codec.prior.quantizer import STEP_OF_STD, round_down_zone
 from train.adversarial import Adversary, Contest, last_weight, no_contest
 from train.config import ELBOConfig, IWAEConfig
 

@@ -24,11 +24,11 @@ from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.shipped import resolve
-from latent_codec.prior import PREFIX, Priors
-from latent_codec.prior.coding import ideal_bits, quantize
 from latent_codec.prior.context import ContextConfig
-from latent_codec.prior.feedback import Feedback
-from latent_codec.quantizer import Scaled
+from latent_codec.prior.error_feedback import Feedback
+from latent_codec.prior.passes import ideal_bits, quantize
+from latent_codec.prior.priors import PREFIX, Priors
+from latent_codec.prior.quantizer import Scaled
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import make_folder
 from latent_codec.storage.json_config import dumps, to_json

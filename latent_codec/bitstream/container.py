@@ -10,10 +10,10 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.model.config import CodecConfig
-from latent_codec.prior import PriorKind
-from latent_codec.prior.coding import Settings
+from latent_codec.prior.passes import Settings
+from latent_codec.prior.priors import PriorKind
+from latent_codec.prior.quantizer import MIN_STEP, STEP_ONE
 from latent_codec.prior.tables import LEAST_BITS
-from latent_codec.quantizer import MIN_STEP, STEP_ONE
 
 SUFFIX = ".lc"
 VERSIONS = (1, 2, 3)

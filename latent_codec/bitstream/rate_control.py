@@ -11,7 +11,7 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, as_shown, crop
 from latent_codec.inference.tiling import decode_uint8
 from latent_codec.metrics.distortion import psnr
-from latent_codec.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
+from latent_codec.prior.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
 
 FINEST_FOR_PSNR = 1 / 16
 """No finer step is tried for the sake of PSNR: what is lost beyond it the networks lose, not the quantiser."""

@@ -14,8 +14,8 @@ import torch
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.inference.runner import Networks
-from latent_codec.prior.coding import neighbours
-from latent_codec.quantizer import LIMIT, STEP_ONE, Scaled
+from latent_codec.prior.passes import neighbours
+from latent_codec.prior.quantizer import LIMIT, STEP_ONE, Scaled
 
 USUAL_ROUNDS = 3
 """What is measured and recommended: more gain little, or lose again where the step is coarse."""

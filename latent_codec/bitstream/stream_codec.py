@@ -12,10 +12,10 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec, right_model
 from latent_codec.noise import fold, text_key
-from latent_codec.prior import PriorKind
-from latent_codec.prior.coder import Coder
-from latent_codec.prior.coding import Coding, Prior, decode, encode, ideal_bits, quantize
-from latent_codec.quantizer import STEP_ONE, Quantized, Scaled, dequantize, scale
+from latent_codec.prior.passes import Coding, Prior, decode, encode, ideal_bits, quantize
+from latent_codec.prior.priors import PriorKind
+from latent_codec.prior.quantizer import STEP_ONE, Quantized, Scaled, dequantize, scale
+from latent_codec.prior.rans import Coder
 
 
 class Coded(NamedTuple):

@@ -25,7 +25,7 @@ from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latents.format import INDEX
 from latent_codec.model.checks import check_channels, check_unconditional
 from latent_codec.model.codec import Codec
-from latent_codec.prior import PriorKind
+from latent_codec.prior.priors import PriorKind
 
 PRIORS = get_args(PriorKind)
 

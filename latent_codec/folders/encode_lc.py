@@ -29,8 +29,8 @@ from latent_codec.inference.runner import Compute, Networks
 from latent_codec.latents.format import stored_files
 from latent_codec.model.checks import check_channels, check_unconditional
 from latent_codec.model.codec import Codec
-from latent_codec.prior import PriorKind
-from latent_codec.quantizer import DEAD_ZONE, Scaled
+from latent_codec.prior.priors import PriorKind
+from latent_codec.prior.quantizer import DEAD_ZONE, Scaled
 
 T = TypeVar("T")
 

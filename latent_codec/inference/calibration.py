@@ -16,8 +16,9 @@ from latent_codec.model.checks import check_channels
 from latent_codec.model.codebooks import Codes
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior import Priors, factorized
-from latent_codec.quantizer import base_steps
+from latent_codec.prior import factorized
+from latent_codec.prior.priors import Priors
+from latent_codec.prior.quantizer import base_steps
 
 _KEPT_POSITIONS = 2**12  # of each image, for the frequencies of quantised latents
 

@@ -16,7 +16,7 @@ from latent_codec.model.file import LatentStatistics, ModelFile
 from latent_codec.model.likelihoods import LIKELIHOODS, Likelihood
 from latent_codec.model.networks import BACKBONES
 from latent_codec.model.shipped import resolve, shipped
-from latent_codec.prior import Priors
+from latent_codec.prior.priors import Priors
 from latent_codec.storage import tensors as tensor_files
 
 

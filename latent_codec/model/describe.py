@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
-from latent_codec.prior import Priors
+from latent_codec.prior.priors import Priors
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.json_config import dumps
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from latent_codec.errors import UserError
 from latent_codec.model.config import CodecConfig
-from latent_codec.prior import PREFIX, Header, Priors, from_tensors, to_header, to_tensors
+from latent_codec.prior.priors import PREFIX, Header, Priors, from_tensors, to_header, to_tensors
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from latent_codec.storage.tensors import FORMAT_VERSION, KEY, check_finite, content_id, read_header, save_tensors
 

@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import pad
 
 from latent_codec.precision import float32_island
+from latent_codec.prior.quantizer import LIMIT, octave_eighths
 from latent_codec.prior.tables import Tables
-from latent_codec.quantizer import LIMIT, octave_eighths
 
 TOP = 127
 """Largest magnitude of weights, inputs and activations."""

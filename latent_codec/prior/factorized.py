@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from latent_codec.prior.quantizer import LIMIT, octave_eighths, scale, step_code, to_integers
 from latent_codec.prior.tables import Tables, join, normalize
-from latent_codec.quantizer import LIMIT, octave_eighths, scale, step_code, to_integers
 
 _FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; beyond them the nearest tables serve
 LEVELS = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1

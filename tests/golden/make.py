@@ -26,8 +26,9 @@ from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, Gauss
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.networks import LiteBackbone
 from latent_codec.model.networks.linear import PatchMoments
-from latent_codec.prior import PriorKind, Priors, factorized
-from latent_codec.quantizer import base_steps, step_code
+from latent_codec.prior import factorized
+from latent_codec.prior.priors import PriorKind, Priors
+from latent_codec.prior.quantizer import base_steps, step_code
 
 VERSION = int(sys.argv[1])
 HERE = Path(__file__).parent / str(VERSION)

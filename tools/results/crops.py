@@ -22,7 +22,7 @@ from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
-from latent_codec.quantizer import step_code
+from latent_codec.prior.quantizer import step_code
 from latent_codec.storage.files import atomic_path, write_text
 from tools.report import machine
 from train.provenance import git_commit

@@ -26,7 +26,7 @@ from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPS, Net
 from latent_codec.model.checks import check_channels, check_unconditional
 from latent_codec.model.codec import Codec
-from latent_codec.quantizer import step_code
+from latent_codec.prior.quantizer import step_code
 from latent_codec.storage.files import make_folder
 
 DITHERED_STEP = 1.0

@@ -22,7 +22,7 @@ from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Networks
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
-from latent_codec.quantizer import STEP_ONE
+from latent_codec.prior.quantizer import STEP_ONE
 
 NAME, TITLE = "jpeg", "JPEG at equal bytes"
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from latent_codec.errors import UserError
-from latent_codec.prior.coder import Coder, Decoder
 from latent_codec.prior.context import ContextPrior
+from latent_codec.prior.error_feedback import Feedback, exact_errors
 from latent_codec.prior.factorized import FactorizedPrior
-from latent_codec.prior.feedback import Feedback, exact_errors
-from latent_codec.quantizer import LIMIT, Quantized, Scaled, dither, nearest, to_integers
+from latent_codec.prior.quantizer import LIMIT, Quantized, Scaled, dither, nearest, to_integers
+from latent_codec.prior.rans import Coder, Decoder
 
 Prior = FactorizedPrior | ContextPrior
 Values = tuple[np.ndarray, np.ndarray]  # what is coded and under which tables, (n,) each

@@ -16,8 +16,8 @@ from latent_codec.images.geometry import Image, pad
 from latent_codec.images.read import read_image
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import step_code
-from tools import benchmark
-from tools.coding import LARGEST_OVERHEAD, measure_sizes, time_coding
+from tools.benchmark import __main__
+from tools.benchmark.coding import LARGEST_OVERHEAD, measure_sizes, time_coding
 
 SIZES = {"a.png": (24, 16), "b.png": (65, 130)}
 
@@ -74,7 +74,7 @@ def test_the_command_reports_ratios_and_savings(
     out = tmp_path / "coding.json"
     args = ["coding", str(photos), "--model", str(tmp_path / "model.safetensors"), "--rounds", "1", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["benchmark", *args])
-    benchmark.main()
+    __main__.main()
     found = json.loads(out.read_text())
     results = found["results"]
     sizes = {(s["prior"], s["step"]): s["bpp"] for s in results["files"]["sizes"]}

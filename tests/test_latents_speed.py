@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tools.latents_speed import LatentsSpeed
+from tools.benchmark.latents import LatentsSpeed
 
 
 def test_every_way_is_timed_beside_the_others(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from latent_codec.errors import UserError
 from latent_codec.metrics import distortion
-from tools.peers import Taef2
+from tools.benchmark.peers import Taef2
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -18,7 +18,7 @@ from latent_codec.evaluation.rate_distortion.anchors import PEERS
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import SCALES, Curve, delta_rate
 from latent_codec.model.codec import Codec
-from tools.peers import Taef2
+from tools.benchmark.peers import Taef2
 from tools.results import costs, crops, tables
 from tools.results.__main__ import DETAILS, Results
 from tools.results.crops import Detail

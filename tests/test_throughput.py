@@ -12,8 +12,8 @@ from conftest import Draw
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
-from tools import benchmark, throughput
-from tools.diffusers_loop import Loop
+from tools.benchmark import __main__, commands
+from tools.benchmark.diffusers_loop import Loop
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 def results(monkeypatch: pytest.MonkeyPatch, out: Path, *args: str | Path) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, args), "--out", f"{out}"])
-    benchmark.main()
+    __main__.main()
     return json.loads(out.read_text())["results"]
 
 
@@ -56,11 +56,11 @@ def test_memory_is_that_of_the_commands(
 
 def test_a_command_that_fails_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exit code 2"):
-        throughput.run("tools.encode", tmp_path / "nowhere", tmp_path / "z")
+        commands.run("tools.encode", tmp_path / "nowhere", tmp_path / "z")
 
 
 def test_a_folder_is_filled_up_with_other_names(photos: Path, tmp_path: Path) -> None:
-    files = sorted(throughput.gather(str(photos), tmp_path / "z", 7).iterdir())
+    files = sorted(commands.gather(str(photos), tmp_path / "z", 7).iterdir())
     assert [file.read_bytes() for file in files] == [(photos / f"{i % 3}.png").read_bytes() for i in range(7)]
 
 
@@ -85,5 +85,5 @@ def test_the_obvious_script_draws_from_the_same_posterior(photos: Path, tmp_path
     for name in ("0.png", "2.png"):
         z = torch.load(tmp_path / "z" / f"{name}.pt", weights_only=True)
         with torch.inference_mode():
-            expected = codec.encode(throughput.find_images(photos / name)[0].read().pixels[None]).mean[0]
+            expected = codec.encode(commands.find_images(photos / name)[0].read().pixels[None]).mean[0]
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-3)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from tools.training_speed import Recorder, TrainingSpeed
+from tools.benchmark.training import Recorder, TrainingSpeed
 from train.recipe import Objective
 
 

@@ -21,7 +21,7 @@ from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from latent_codec.storage.files import write_text
-from tools.report import machine
+from tools.benchmark.record import machine
 from train.provenance import git_commit
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig
 from latent_codec.model.describe import count_flops
-from tools.peers import Taef2, sd_codec
+from tools.benchmark.peers import Taef2, sd_codec
 from train.presets import pca
 
 SIDE = 256

@@ -24,7 +24,7 @@ from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import step_code
 from latent_codec.storage.files import atomic_path, write_text
-from tools.report import machine
+from tools.benchmark.record import machine
 from train.provenance import git_commit
 
 QUALITIES = range(1, 101)

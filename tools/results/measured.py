@@ -14,8 +14,8 @@ from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.inference.runner import Compute
 from latent_codec.model.codec import Codec
 from latent_codec.storage.files import write_text
-from tools.benchmark import Quality
-from tools.report import machine
+from tools.benchmark.quality import Quality
+from tools.benchmark.record import machine
 from tools.results.crops import Sheet, make_sheet
 from train.provenance import git_commit
 

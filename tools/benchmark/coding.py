@@ -1,18 +1,22 @@
 """What the entropy coding of a model costs: seconds beside its networks, bytes beside the prior's code length."""
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import tyro
 
 from latent_codec.bitstream.refinement import USUAL_ROUNDS, Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Image, crop, pad
+from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.model.codec import Codec
 from latent_codec.prior.error_feedback import Feedback
@@ -20,6 +24,7 @@ from latent_codec.prior.passes import Prior, Settings, Values, decode, encode, q
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import Quantized, Scaled, dequantize, scale, step_code
 from latent_codec.prior.rans import Coder
+from tools.benchmark.record import machine, report
 
 LARGEST_LOSS = 1.01
 """A file may take this times the ideal code length and `LARGEST_OVERHEAD` bytes."""
@@ -182,3 +187,60 @@ def measure_sizes(codec: Codec, images: Sequence[Image], steps: Sequence[float],
         bpp, ideal_bpp, excess = zip(*rows, strict=True)
         sizes.append(Sizes(kind, step, statistics.mean(bpp), statistics.mean(ideal_bpp), max(excess)))
     return sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coding:
+    """Time the entropy coding of images beside the networks, and hold files against the prior's code length."""
+
+    dir: tyro.conf.Positional[str]
+    model: str = "photo"
+    steps: tuple[float, ...] = (1.0, 1.4, 2.0)
+    """Of files; times are taken at the first."""
+    rounds: int = 5
+    """Each part is timed once per round and image, in turn."""
+    threads: int | None = None
+    """Of the networks; the entropy coder itself has one. By default torch's choice."""
+    device: str = "cpu"
+    out: Path | None = None
+    """JSON file for the results."""
+
+    def run(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        codec = Codec.load(self.model, self.device).to(memory_format=torch.channels_last)
+        images = [source.read() for source in find_images(self.dir)]
+        seconds = time_coding(codec, images, self.steps[0], self.rounds, self.device)
+        sizes = measure_sizes(codec, images, self.steps, self.device)
+        results = {"seconds_per_image": seconds._asdict() | {k: v._asdict() for k, v in seconds.priors.items()}}
+        del results["seconds_per_image"]["priors"]
+        results |= {kind: _coding_ratios(seconds, kind) for kind in seconds.priors}
+        plain = seconds.encoder + seconds.scale + sum(list(seconds.priors.values())[-1][:2])
+        results["refine"] = {"rounds": USUAL_ROUNDS, "times_as_long_to_encode": 1 + seconds.refine / plain}
+        results["files"] = {"sizes": [s._asdict() for s in sizes], "context_saves": _savings(sizes)}
+        results["files"] |= {"worst_excess_bytes": max(s.worst_excess for s in sizes), "allowed": LARGEST_OVERHEAD}
+        about = {"model_id": codec.model_id, "set": Path(self.dir).name, "images": len(images), "rounds": self.rounds}
+        about |= {"step_of_times": self.steps[0], "threads_of_the_coder": 1}
+        report(results, about | machine(self.device), self.out)
+
+
+def _coding_ratios(seconds: Seconds, kind: str) -> dict[str, float]:
+    """One prior's times as ratios: to the encoder network, and as shares of coding in all of encode and decode."""
+    own = seconds.priors[kind]
+    encode, decode = own.encode_network + own.encode_coder, own.decode
+    coding, uncoding = encode + seconds.scale, decode + seconds.dequantize
+    return {
+        "encode_prior_over_encoder_network": encode / seconds.encoder,
+        "decode_prior_over_encoder_network": decode / seconds.encoder,
+        "share_of_encode": coding / (coding + seconds.encoder),
+        "share_of_decode": uncoding / (uncoding + seconds.decoder),
+        "coder_alone_encode_msymbols_per_second": seconds.symbols / own.encode_coder / 1e6,
+        "coder_alone_decode_msymbols_per_second": seconds.symbols / own.decode_coder / 1e6,
+    }
+
+
+def _savings(sizes: list[Sizes]) -> dict[str, float]:
+    """By step, the share of the factorised prior's mean bits per pixel that the context prior saves."""
+    bpp = {(s.prior, s.step): s.bpp for s in sizes}
+    steps = [s.step for s in sizes if s.prior == "context"]
+    return {f"step {step:g}": 1 - bpp["context", step] / bpp["factorized", step] for step in steps}

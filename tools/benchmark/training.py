@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from tools.report import machine, report
+from tools.benchmark.record import machine, report
 from train import vae
 from train.accelerate_state import accelerate_as
 from train.config import ELBOConfig, JointConfig, TrainConfig

@@ -1,6 +1,6 @@
 """The obvious script, to time `encode` against: a DataLoader, diffusers' `AutoencoderKL`, `torch.save` for each image.
 
-`python -m tools.diffusers_loop SRC DST --weights FILE`: FILE is a model file of the SD shape.
+`python -m tools.benchmark.diffusers_loop SRC DST --weights FILE`: FILE is a model file of the SD shape.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 from latent_codec.model.codec import Codec
-from tools.peers import diffusers_peer
+from tools.benchmark.peers import diffusers_peer
 
 
 class _Images(Dataset[tuple[str, torch.Tensor]]):
@@ -47,4 +47,4 @@ class Loop:
 
 
 if __name__ == "__main__":
-    tyro.cli(Loop, prog="tools.diffusers_loop", description=__doc__).run()
+    tyro.cli(Loop, prog="tools.benchmark.diffusers_loop", description=__doc__).run()

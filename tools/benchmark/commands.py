@@ -22,8 +22,8 @@ from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import STEP_ONE
-from tools.peers import sd_codec
-from tools.report import machine, report
+from tools.benchmark.peers import sd_codec
+from tools.benchmark.record import machine, report
 
 _SMALLEST = 0.05
 """Seconds that a command may say are 0.0."""
@@ -196,7 +196,7 @@ class Decode(_Folder):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Time `encode` of a folder beside the obvious script (`tools.diffusers_loop`): the SD shape at equal weights."""
+    """Time `encode` of a folder beside the obvious script (`tools.benchmark.diffusers_loop`): the SD shape at equal weights."""
 
     dir: tyro.conf.Positional[str]
     count: int = 24
@@ -216,7 +216,9 @@ class Loop:
                 return run("tools.encode", src, Path(temporary, f"ours {i}"), *latents, *flags)
 
             def theirs(i: int) -> Ran:
-                return run("tools.diffusers_loop", src, Path(temporary, f"theirs {i}"), "--weights", model, *flags)
+                return run(
+                    "tools.benchmark.diffusers_loop", src, Path(temporary, f"theirs {i}"), "--weights", model, *flags
+                )
 
             names = {"encode --format safetensors": ours, "loop over diffusers' AutoencoderKL": theirs}
             taken = measure(names, self.rounds)

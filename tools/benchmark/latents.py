@@ -16,7 +16,7 @@ from latent_codec.images.geometry import Geometry
 from latent_codec.latents.batches import Rows, ShapeBatches
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import FORMAT_VERSION, Entry, Header, Row, write_index, write_shard
-from tools.report import machine, report
+from tools.benchmark.record import machine, report
 
 _UNIT = 128
 

@@ -1,0 +1,1 @@
+"""Time the networks, the coder and whole commands."""

@@ -9,7 +9,7 @@ from PIL import Image
 from test_train_families import write_digits
 
 from latent_codec.errors import UserError
-from tools.mnist import Classify, Score, Write, read_digits
+from tools.mnist.digits import Classify, Score, Write, read_digits
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from latent_codec.inference.runner import Compute
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import IdentityConfig
-from tools.nll import Options, measure
+from tools.mnist.nll import Options, measure
 from train.config import check
 from train.presets import mnist_cvae, mnist_iwae
 

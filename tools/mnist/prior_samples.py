@@ -1,4 +1,4 @@
-"""Pictures of latents drawn from N(0, I), a folder for each class: `python -m tools.prior_samples MODEL DST`."""
+"""Pictures of latents drawn from N(0, I), a folder for each class: `python -m tools.mnist.prior_samples MODEL DST`."""
 
 import dataclasses
 from pathlib import Path
@@ -29,11 +29,11 @@ class Options:
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="tools.prior_samples", description=__doc__)
+    options = tyro.cli(Options, prog="tools.mnist.prior_samples", description=__doc__)
     try:
         print(f"wrote {run(options)} images to {options.dst}")
     except UserError as error:
-        raise SystemExit(f"tools.prior_samples: {error}") from error
+        raise SystemExit(f"tools.mnist.prior_samples: {error}") from error
 
 
 @torch.inference_mode()

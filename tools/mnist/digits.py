@@ -1,8 +1,8 @@
 """MNIST as folders of images, and a small classifier that says whether generated digits are what they should be.
 
-python -m tools.mnist write    RAW DST [--split train|test]      RAW: the four IDX files, gzipped or not
-python -m tools.mnist classify RAW DST.safetensors               train the classifier and measure it
-python -m tools.mnist score    CLASSIFIER.safetensors SAMPLES    SAMPLES/DIGIT/*.png: the share that is recognised
+python -m tools.mnist.digits write    RAW DST [--split train|test]      RAW: the four IDX files, gzipped or not
+python -m tools.mnist.digits classify RAW DST.safetensors               train the classifier and measure it
+python -m tools.mnist.digits score    CLASSIFIER.safetensors SAMPLES    SAMPLES/DIGIT/*.png: the share that is recognised
 """
 
 import dataclasses
@@ -169,11 +169,11 @@ Command = Union[
 
 
 def main() -> None:
-    command: Command = tyro.cli(Command, prog="tools.mnist", description=__doc__)  # pyright: ignore
+    command: Command = tyro.cli(Command, prog="tools.mnist.digits", description=__doc__)  # pyright: ignore
     try:
         command.run()
     except UserError as error:
-        sys.exit(f"tools.mnist: {error}")
+        sys.exit(f"tools.mnist.digits: {error}")
 
 
 if __name__ == "__main__":

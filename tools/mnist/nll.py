@@ -1,4 +1,4 @@
-"""Negative log-likelihood of images by importance sampling, and active latents: `python -m tools.nll MODEL IMAGES`."""
+"""Negative log-likelihood of images by importance sampling, and active latents: `python -m tools.mnist.nll MODEL IMAGES`."""
 
 import dataclasses
 import json
@@ -99,16 +99,16 @@ def _means(codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="tools.nll", description=__doc__)
+    options = tyro.cli(Options, prog="tools.mnist.nll", description=__doc__)
     try:
         run(options)
     except (UserError, ValueError) as error:
-        raise SystemExit(f"tools.nll: {error}") from error
+        raise SystemExit(f"tools.mnist.nll: {error}") from error
 
 
 def run(options: Options) -> None:
     about = {
-        "command": shlex.join(["python", "-m", "tools.nll", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "tools.mnist.nll", *sys.argv[1:]]),
         "commit": git_commit(),
         "model": Path(options.model).name,
         "set": options.images.name,

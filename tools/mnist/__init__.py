@@ -1,0 +1,1 @@
+"""Train and measure the MNIST models of the literature."""

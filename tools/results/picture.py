@@ -1,4 +1,4 @@
-"""A picture of originals (above) and what came back (below): `python -m tools.picture SRC DECODED OUT.jpg`."""
+"""A picture of originals (above) and what came back (below): `python -m tools.results.picture SRC DECODED OUT.jpg`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,4 +42,4 @@ def _middle(image: Image.Image, side: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    tyro.cli(Picture, prog="tools.picture", description=__doc__).run()
+    tyro.cli(Picture, prog="tools.results.picture", description=__doc__).run()

@@ -22,8 +22,8 @@ from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
-from tools import fuzz
-from tools.mutants import Mutant, mutate, sealed
+from tools.stress import fuzz
+from tools.stress.mutants import Mutant, mutate, sealed
 
 GOLDEN = Path(__file__).parent / "golden" / "2"
 MODEL = GOLDEN / "tiny.safetensors"

@@ -28,8 +28,8 @@ from latent_codec.info import describe
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.prior.rans import Coder
-from tools import fuzz
-from tools.mutants import mutate
+from tools.stress import fuzz
+from tools.stress.mutants import mutate
 
 CPU = Compute("cpu", "float32", 2, 1)
 SIZES = [(70, 41), (8, 8), (1, 1), (33, 64), (40, 40)]

@@ -1,6 +1,6 @@
 """Damages streams in every way it knows and decodes them. Each must be refused, or be exactly what an encoder writes.
 
-    python -m tools.fuzz --count 1000000 --seed 0
+    python -m tools.stress.fuzz --count 1000000 --seed 0
 
 A mutant is a pure function of (seed, its number), so a finding can be repeated. The work is done in a process with a
 limit on its memory, which is ended if it stands still.
@@ -27,7 +27,7 @@ from latent_codec.prior.passes import decode
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import Quantized
 from latent_codec.prior.rans import Coder
-from tools.mutants import Kind, Mutant, mutate
+from tools.stress.mutants import Kind, Mutant, mutate
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "2"
 
@@ -203,7 +203,7 @@ class Options:
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="tools.fuzz", description=__doc__)
+    options = tyro.cli(Options, prog="tools.stress.fuzz", description=__doc__)
     report = run(
         options.model,
         options.streams,

@@ -1,4 +1,4 @@
-"""Damaged copies of `.lc` streams, for tools/fuzz.py and the tests: a pure function of (streams, seed, number)."""
+"""Damaged copies of `.lc` streams, for tools/stress/fuzz.py and the tests: a pure function of (streams, seed, number)."""
 
 import random
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Kill encoding at random moments and go on: `python -m tools.kill SRC --model MODEL`.
+"""Kill encoding at random moments and go on: `python -m tools.stress.kill SRC --model MODEL`.
 
 Each trial encodes SRC into an empty folder, is killed (SIGKILL) after a random share of the time that an uninterrupted
 run takes, and is run again to its end; every file must then be the uninterrupted run's. With `--processes 2` two
@@ -98,6 +98,6 @@ def _contents(folder: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(Kill, prog="tools.kill", description=__doc__).run()
+        tyro.cli(Kill, prog="tools.stress.kill", description=__doc__).run()
     except UserError as error:
-        raise SystemExit(f"tools.kill: {error}") from error
+        raise SystemExit(f"tools.stress.kill: {error}") from error

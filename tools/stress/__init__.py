@@ -1,0 +1,1 @@
+"""Damage streams and kill commands to test that nothing is lost."""

@@ -8,7 +8,7 @@ import pytest
 from test_train_families import write_digits
 from tiny_run import flags, log_lines, run
 
-from train.monitor import signs_of_collapse
+from train.collapse import signs_of_collapse
 from train.presets import autoencoder, mnist_iwae, mnist_vae
 
 SOUND = {"kl_per_latent": 0.5, "active_channels": 20.0, "clamped": 0.0, "shuffle_cost": 50.0}

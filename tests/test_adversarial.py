@@ -13,9 +13,9 @@ from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.model.codec import Codec
 from train.adversarial import Adversary, Contest, PatchDiscriminator, last_weight, scores_along
-from train.config import AdversarialConfig, check
+from train.config.presets import kl_f8c4
+from train.config.vae import AdversarialConfig, check
 from train.objectives import ELBO, Losses
-from train.presets import kl_f8c4
 
 CONTEST = AdversarialConfig(
     adversarial_start=2,

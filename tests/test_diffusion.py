@@ -17,7 +17,7 @@ from latent_codec.info import describe
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 from latent_codec.storage.tensors import save_tensors
-from train.config import FlowConfig
+from train.config.diffusion import FlowConfig
 from train.flow import FlowMatching
 
 SMALL = TransformerConfig(size=4, patch=2, depth=2, heads=2, head_width=8)

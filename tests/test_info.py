@@ -25,7 +25,7 @@ from latent_codec.latents.format import INDEX
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import ConvConfig, LinearConfig
 from latent_codec.model.describe import count_flops
-from train.presets import photo
+from train.config.presets import photo
 
 
 def test_the_photo_preset_keeps_to_its_budget() -> None:

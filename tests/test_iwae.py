@@ -9,9 +9,9 @@ from torch.distributions import MultivariateNormal
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from latent_codec.noise import normal
-from train.config import IWAEConfig
+from train.config.presets import mnist_vae
+from train.config.vae import IWAEConfig
 from train.objectives import ELBO, IWAE, resampled
-from train.presets import mnist_vae
 
 SIDE, Z, SIGMA = 2, 2, 0.5
 KEYS = torch.arange(4)

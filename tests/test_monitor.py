@@ -9,7 +9,7 @@ from test_train_families import write_digits
 from tiny_run import flags, log_lines, run
 
 from train.collapse import signs_of_collapse
-from train.presets import autoencoder, mnist_iwae, mnist_vae
+from train.config.presets import autoencoder, mnist_iwae, mnist_vae
 
 SOUND = {"kl_per_latent": 0.5, "active_channels": 20.0, "clamped": 0.0, "shuffle_cost": 50.0}
 TOY = flags(

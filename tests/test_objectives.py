@@ -22,9 +22,9 @@ from latent_codec.model.config import (
 )
 from latent_codec.noise import normal
 from latent_codec.prior.quantizer import dequantize, step_code
-from train.config import ELBOConfig
+from train.config.presets import photo
+from train.config.vae import ELBOConfig
 from train.objectives import ELBO, Losses
-from train.presets import photo
 
 SIDE, PATCH, Z, B, SIGMA = 16, 4, 5, 3, 0.3
 

@@ -19,8 +19,9 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, LiteConfig
 from train import recipe as program
 from train import stages
-from train.config import ELBOConfig, JointConfig, PriorConfig
-from train.presets import conv
+from train.config.presets import conv
+from train.config.prior import PriorConfig
+from train.config.vae import ELBOConfig, JointConfig
 from train.recipe import Recipe, codec_config, preset_of
 from train.stages import Clock, Plan, State, advance
 

@@ -41,7 +41,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.noise import normal
 from latent_codec.prior.quantizer import STEP_ONE
-from train.presets import mnist_cvae
+from train.config.presets import mnist_cvae
 
 CPU = Compute("cpu", "float32", 4, 2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latent_codec import cli
 from latent_codec.model.codec import Codec
-from train.presets import mnist_vae
+from train.config.presets import mnist_vae
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 """Otherwise playwright's own, which `playwright install chromium` fetches."""

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import ELBOConfig, TrainConfig
-from train.presets import mnist_vae, photo
+from train.config.presets import mnist_vae, photo
+from train.config.vae import ELBOConfig, TrainConfig
 from train.schedules import beta_at, learning_rate_at
 
 WARMUPS = ("none", "linear", "cosine", "cyclical")

@@ -16,10 +16,10 @@ from latent_codec.model.codebooks import VectorQuantizer
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import VectorQuantizerConfig
 from train.codebook import CodebookAverages, CodebookTraining, averages_of
-from train.config import CodebookConfig, TrainConfig, check
+from train.config.presets import autoencoder, fsq, photo, vqvae
+from train.config.vae import CodebookConfig, TrainConfig, check
 from train.data import Batch, Plan
 from train.objectives import ELBO
-from train.presets import autoencoder, fsq, photo, vqvae
 
 SMALL = flags(
     "--encoder-widths 8 --decoder-widths 8 --encoder-depths 1 --decoder-depths 1 --batch-size 4 --crop 32 "

@@ -24,8 +24,8 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import IdentityConfig
 from tools.mnist.nll import Options, measure
-from train.config import check
-from train.presets import mnist_cvae, mnist_iwae
+from train.config.presets import mnist_cvae, mnist_iwae
+from train.config.vae import check
 
 SMALL = flags(
     "--encoder-widths 12 --decoder-widths 12 --latent-channels 4 --batch-size 8 --steps 12 --save-every 6 "

@@ -22,10 +22,10 @@ from latent_codec.prior import factorized
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD
-from train.config import JointConfig, check
+from train.config.presets import photo, photo_joint
+from train.config.vae import JointConfig, check
 from train.context_net import Coded, ContextNet, Drawn
 from train.joint import Joint, TrainedPrior, prior_of
-from train.presets import photo, photo_joint
 from train.prior import make_net
 
 Z = 4

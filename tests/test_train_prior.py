@@ -28,9 +28,9 @@ from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.json_config import dumps
-from train import config as train_config
 from train import context_net
 from train import prior as program
+from train.config import prior
 from train.context_net import ContextNet, counted_tables, logistic_tables
 from train.latents import LatentCrops
 from train.prior import PriorConfig, Run, train
@@ -251,7 +251,7 @@ def test_passes_put_values_back_where_they_were_taken() -> None:
 
 
 def test_both_sides_know_the_same_limit_of_levels() -> None:
-    assert train_config.MAX_LEVELS == MAX_LEVELS
+    assert prior.MAX_LEVELS == MAX_LEVELS
 
 
 def test_logistic_tables_have_the_logistics_masses() -> None:

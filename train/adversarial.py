@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import leaky_relu, relu
 
 from latent_codec.storage.tensors import save_tensors
-from train.config import AdversarialConfig
+from train.config.vae import AdversarialConfig
 
 _LEAST = 1e-6  # added to the norm that the reconstruction's is divided by
 _GROUPS = 32

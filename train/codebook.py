@@ -14,7 +14,7 @@ from latent_codec.model.codebooks import Codes, VectorQuantizer
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, permutation
 from latent_codec.storage import tensors as tensor_files
-from train.config import CodebookConfig
+from train.config.vae import CodebookConfig
 from train.data import Batches, Plan
 from train.objectives import Losses
 

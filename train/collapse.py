@@ -7,7 +7,7 @@ Bowman et al. (2016), section 3.1; Lucas et al. (2019). KL warm-up and free bits
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from train.config import TrainConfig
+from train.config.vae import TrainConfig
 
 LEAST_KL = 0.01
 """Nats per latent element."""

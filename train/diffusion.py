@@ -26,9 +26,10 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from latent_codec.storage.json_config import dumps, to_json
 from train import checkpoints
-from train.config import DiffusionConfig, check_diffusion, flat
+from train.config.common import flat
+from train.config.diffusion import DiffusionConfig, check_diffusion
+from train.config.diffusion_presets import PRESETS
 from train.data import Draw, Plan
-from train.diffusion_presets import PRESETS
 from train.flow import FlowLosses, FlowMatching
 from train.interrupts import Interrupts
 from train.latents import PosteriorCrops

@@ -8,7 +8,7 @@ from torch import nn
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
-from train.config import FlowConfig
+from train.config.diffusion import FlowConfig
 
 _POSTERIOR, _NOISE, _TIME, _DROP = range(4)  # what a sample's key is used for
 

@@ -17,7 +17,8 @@ from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.context import ContextConfig
 from latent_codec.storage.tensors import save_tensors
 from train.adversarial import no_contest
-from train.config import JointConfig, context_groups, context_levels
+from train.config.prior import context_groups, context_levels
+from train.config.vae import JointConfig
 from train.context_net import ContextNet
 from train.data import CentreCrops
 from train.objectives import CHOSEN, PIXELS, STEP, Losses, signed

@@ -13,7 +13,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.quantizer import STEP_OF_STD, round_down_zone
 from train.adversarial import Adversary, Contest, last_weight, no_contest
-from train.config import ELBOConfig, IWAEConfig
+from train.config.vae import ELBOConfig, IWAEConfig
 
 # What a key is folded with; the posterior's noise uses the key as it is.
 STEP = 1  # the quantiser's step

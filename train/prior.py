@@ -34,7 +34,8 @@ from latent_codec.storage.files import make_folder
 from latent_codec.storage.json_config import dumps, to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train.checkpoints import load_optimizer, optimizer_tensors
-from train.config import PriorConfig, context_groups, context_levels, context_spacing, flat
+from train.config.common import flat
+from train.config.prior import PriorConfig, context_groups, context_levels, context_spacing
 from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
 from train.feedback import PLACES, measure
 from train.interrupts import Interrupts, agree, is_heard

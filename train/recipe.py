@@ -14,8 +14,9 @@ import tyro
 
 from latent_codec.errors import UserError
 from latent_codec.model.config import CodecConfig, LiteConfig
-from train.config import IWAEConfig, JointConfig, PriorConfig, TrainConfig
-from train.presets import photo, photo_joint
+from train.config.presets import photo, photo_joint
+from train.config.prior import PriorConfig
+from train.config.vae import IWAEConfig, JointConfig, TrainConfig
 from train.program import main_of
 
 Objective = Literal["joint", "elbo"]

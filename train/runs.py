@@ -19,16 +19,9 @@ from latent_codec.storage.json_config import from_json, to_json
 from latent_codec.version import __version__
 from train.checkpoints import Progress
 from train.closed_form import check_closed_form, check_mean_start
-from train.config import (
-    ELBOConfig,
-    JointConfig,
-    TrainConfig,
-    check,
-    context_groups,
-    context_levels,
-    context_spacing,
-    flat,
-)
+from train.config.common import flat
+from train.config.prior import context_groups, context_levels, context_spacing
+from train.config.vae import ELBOConfig, JointConfig, TrainConfig, check
 from train.data import fingerprint
 from train.provenance import git_commit
 

@@ -3,7 +3,7 @@
 import math
 from typing import Protocol
 
-from train.config import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
+from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
 
 class LearningRate(Protocol):

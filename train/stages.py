@@ -28,7 +28,9 @@ from latent_codec.storage.json_config import to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train import prior, vae
 from train.accelerate_state import accelerate_as
-from train.config import PriorConfig, TrainConfig, flat
+from train.config.common import flat
+from train.config.prior import PriorConfig
+from train.config.vae import TrainConfig
 from train.figure import draw_figure
 from train.recipe import Recipe, codec_config, preset_of
 from train.runs import Run

@@ -24,7 +24,7 @@ RATE = "rate"
 
 
 class LoopConfig(LearningRate, Protocol):
-    """What the loop wants of a run's configuration; the fields are explained in `train.config.TrainConfig`."""
+    """What the loop wants of a run's configuration; the fields are explained in `train.config.vae.TrainConfig`."""
 
     @property
     def batch_size(self) -> int: ...

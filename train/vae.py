@@ -28,13 +28,14 @@ from train.checkpoints import Progress, Saved
 from train.closed_form import all_patch_moments, mean_pixels, patch_moments, start_from_closed_form, start_from_mean
 from train.codebook import CodebookTraining, averages_of
 from train.collapse import signs_of_collapse
-from train.config import ELBOConfig, IWAEConfig, JointConfig, TrainConfig, flat
+from train.config.common import flat
+from train.config.presets import PRESETS
+from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
 from train.joint import Joint, measure, prior_of
 from train.logs import RunLog
 from train.objectives import ELBO, IWAE, Losses
-from train.presets import PRESETS
 from train.program import main_of, run_of_preset
 from train.runs import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.schedules import beta_at

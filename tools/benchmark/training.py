@@ -22,7 +22,7 @@ from latent_codec.model.codec import Codec
 from tools.benchmark.record import machine, report
 from train import vae
 from train.accelerate_state import accelerate_as
-from train.config import ELBOConfig, JointConfig, TrainConfig
+from train.config.vae import ELBOConfig, JointConfig, TrainConfig
 from train.joint import Joint, prior_of
 from train.objectives import ELBO
 from train.recipe import Objective, preset_of

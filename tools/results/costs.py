@@ -10,7 +10,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig
 from latent_codec.model.describe import count_flops
 from tools.benchmark.peers import Taef2, sd_codec
-from train.presets import pca
+from train.config.presets import pca
 
 SIDE = 256
 """Pixels."""

@@ -1,14 +1,12 @@
 """A training run's configuration. Free of torch."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from latent_codec.diffusion.config import TransformerConfig
 from latent_codec.errors import UserError
 from latent_codec.model.config import CodecConfig
-from latent_codec.storage.json_config import dumps, from_json, to_json
-
-MAX_LEVELS = 6  # `latent_codec.prior.context.MAX_LEVELS`, without torch
+from train.config.common import _check_numbers
+from train.config.prior import context_groups, context_levels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,88 +152,6 @@ class TrainConfig:
     """Non-finite steps in a row after which the run stops."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    time_mean: float
-    """Of the normal variable whose logistic function t is, t = 1 being pure noise."""
-    time_std: float
-    label_dropout: float
-    """Share of the images that are trained on without their label; guidance needs some."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    transformer: TransformerConfig
-    objective: FlowConfig
-    flip: bool
-    """Take the mirrored image's latents half of the time; the latents need to have them (`encode --flips`)."""
-    steps: int
-    """Optimizer steps in all; the cosine learning rate ends here."""
-    batch_size: int
-    """Images per optimizer step, over all processes and micro-batches."""
-    accumulation: int
-    """Micro-batches per optimizer step on each process."""
-    learning_rate: float
-    lr_warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float | None
-    ema_decay: float
-    """Decay of the averaged weights, which are what is evaluated and sampled from; 0 keeps the raw weights."""
-    compile: bool
-    seed: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep_checkpoints: int
-    max_skipped: int
-    """Non-finite steps in a row after which the run stops."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PriorConfig:
-    """How `train.prior` fits a context prior."""
-
-    groups: tuple[int, ...] = (1, 3, 8)
-    """Latent channels of each group but the last, those with most bits first; the last takes the rest."""
-    levels: tuple[int, ...] = (3, 1, 1)
-    """How often each group's grid is coarsened before its first pass: with 2, every fourth row and column comes first
-    and what lies between follows in four passes. Groups without a number: not at all; numbers without a group: none."""
-    width: int = 96
-    """Features of the networks' layers; at most 112, or their integer sums would not be exact."""
-    step_range: tuple[float, float] = (0.5, 8.0)
-    """Quantiser steps that the prior learns, drawn evenly in their logarithm."""
-    dithered: float = 0.2
-    """Share of the images that are quantised with dither."""
-    feedback: bool = True
-    """Measure the decoder's error feedback, round by it here, and leave it to encoders in the model file."""
-    steps: int = 8_000
-    """Optimizer steps in all; the cosine learning rate ends here."""
-    batch_size: int = 8
-    """Images per optimizer step, over all processes."""
-    crop: int = 32
-    """Side of the square crops, in latent positions; even, and a multiple of the coarsest grid's spacing."""
-    learning_rate: float = 2e-3
-    lr_warmup_steps: int = 200
-    count_images: int = 1_024
-    """Images whose quantised latents give the frozen tables their frequencies."""
-    seed: int = 0
-    log_every: int = 100
-    save_every: int = 500
-
-
-_COUNTS = (
-    "batch_size",
-    "accumulation",
-    "crop",
-    "log_every",
-    "eval_every",
-    "eval_crop",
-    "save_every",
-    "keep_checkpoints",
-    "max_skipped",
-)
-
-
 def check(config: TrainConfig) -> None:
     """Raise `UserError` for values that would only fail, or fail to resume, later."""
     _check_numbers(config)
@@ -259,28 +175,6 @@ def check(config: TrainConfig) -> None:
     if isinstance(config.objective, ELBOConfig) and config.objective.adversarial is not None:
         _check_adversarial(config.objective.adversarial, config)
     _check_bottleneck(config)
-
-
-def check_diffusion(config: DiffusionConfig) -> None:
-    """As `check`."""
-    _check_numbers(config)
-    if not 0 <= config.objective.label_dropout <= 1 or config.objective.time_std < 0:
-        raise UserError(
-            f"label_dropout {config.objective.label_dropout} must be from 0 to 1, and time_std "
-            f"{config.objective.time_std} not negative"
-        )
-
-
-def _check_numbers(config: TrainConfig | DiffusionConfig) -> None:
-    for name in _COUNTS:
-        if getattr(config, name, 1) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if config.steps < 0:
-        raise UserError(f"steps is {config.steps}; it must be at least 0")
-    try:
-        from_json(type(config), to_json(config))
-    except ValueError as error:  # a float that is not finite would be written, but not read again
-        raise UserError(f"{error}; give another value") from error
 
 
 def _check_lpips(objective: ELBOConfig | JointConfig, codec: CodecConfig) -> None:
@@ -309,26 +203,6 @@ def _check_adversarial(adversarial: AdversarialConfig, config: TrainConfig) -> N
         raise UserError("compile cannot take the gradients that the adaptive weight needs; leave out one of the two")
     if config.codec.likelihood.kind == "bernoulli":
         raise UserError("a discriminator would tell binary pixels from expected ones by their values alone")
-
-
-def context_groups(sizes: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """Channels of every group of a context prior, given those of all but the last; raises `UserError` if none are left
-    for that one."""
-    if min(sizes, default=1) < 1 or sum(sizes) >= channels:
-        raise UserError(f"groups {sizes} must be positive and leave some of the {channels} channels for the last group")
-    return (*sizes, channels - sum(sizes))
-
-
-def context_levels(levels: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of the groups; raises `UserError` if one is out of range."""
-    if not all(0 <= level <= MAX_LEVELS for level in levels):
-        raise UserError(f"levels {levels} must be from 0 to {MAX_LEVELS}")
-    return levels[: len(groups)]
-
-
-def context_spacing(levels: tuple[int, ...]) -> int:
-    """Latent positions that the side of what a context prior trains on must be a multiple of."""
-    return 2 ** max([1, *levels])
 
 
 def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
@@ -371,10 +245,3 @@ def _check_bottleneck(config: TrainConfig) -> None:
             raise UserError(f"codebook_decay is {codebook.codebook_decay}; it must be at least 0 and below 1")
         if codebook.revive_every < 1:
             raise UserError(f"revive_every is {codebook.revive_every}; it must be at least 1")
-
-
-def flat(value: Any, name: str = "") -> dict[str, str | int | float | bool]:
-    """JSON values as one level of dotted names; lists and null become text."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{name}.{key}" if name else key).items()}
-    return {name: value if isinstance(value, str | int | float) else dumps(value)}

@@ -17,7 +17,7 @@ from latent_codec.model.config import (
     MLPConfig,
     VectorQuantizerConfig,
 )
-from train.config import AdversarialConfig, CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
+from train.config.vae import AdversarialConfig, CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
 
 def photo() -> TrainConfig:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from latent_codec.diffusion.config import TransformerConfig
-from train.config import DiffusionConfig, FlowConfig
+from train.config.diffusion import DiffusionConfig, FlowConfig
 
 
 def photo() -> DiffusionConfig:

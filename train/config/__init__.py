@@ -1,0 +1,1 @@
+"""Configure training: one frozen dataclass per program, and presets."""

@@ -19,7 +19,7 @@ from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import factorized
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors
-from train.context_net import ContextNet, logistic_tables
+from train.context_prior.network import ContextNet, logistic_tables
 
 # CI draws the same examples every time; elsewhere new ones are tried. Nothing is timed.
 settings.register_profile("local", deadline=None)

@@ -23,8 +23,8 @@ from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.error_feedback import REACH, Feedback, exact_errors
 from latent_codec.prior.passes import quantize
 from latent_codec.prior.quantizer import STEP_ONE, Scaled, dither
-from train.context_net import ContextNet, logistic_tables
-from train.feedback import measure
+from train.context_prior.error_feedback import measure
+from train.context_prior.network import ContextNet, logistic_tables
 
 WIDE = 2 * REACH + 1
 

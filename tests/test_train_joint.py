@@ -24,8 +24,9 @@ from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD
 from train.config.presets import photo, photo_joint
 from train.config.vae import JointConfig, check
-from train.context_net import Coded, ContextNet, Drawn
-from train.joint import Joint, TrainedPrior, prior_of
+from train.context_prior.network import Coded, ContextNet, Drawn
+from train.context_prior.trained import TrainedPrior, prior_of
+from train.joint import Joint
 from train.prior import make_net
 
 Z = 4

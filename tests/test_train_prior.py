@@ -28,10 +28,10 @@ from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.json_config import dumps
-from train import context_net
 from train import prior as program
 from train.config import prior
-from train.context_net import ContextNet, counted_tables, logistic_tables
+from train.context_prior import network
+from train.context_prior.network import ContextNet, counted_tables, logistic_tables
 from train.latents import LatentCrops
 from train.prior import PriorConfig, Run, train
 
@@ -244,7 +244,7 @@ def test_passes_put_values_back_where_they_were_taken() -> None:
         [Span(0, 3, Sites.EVEN), Span(0, 3, Sites.ODD)],
         [Span(0, 3, Sites.ALL, 4), *(Span(0, 3, s, n) for n in (2, 1) for s in (Sites.CENTRES, Sites.ODD))],
     ):
-        parts = [context_net._placed(context_net._at(x, span), (8, 12), span) for span in passes]
+        parts = [network._placed(network._at(x, span), (8, 12), span) for span in passes]
         assert torch.equal(sum(parts), x)
         for span, part in zip(passes, parts, strict=True):
             assert not part[:, :, ~torch.from_numpy(span.where((8, 12)))].any()

@@ -36,8 +36,8 @@ from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train.checkpoints import load_optimizer, optimizer_tensors
 from train.config.common import flat
 from train.config.prior import PriorConfig, context_groups, context_levels, context_spacing
-from train.context_net import ContextNet, Drawn, counted_tables, logistic_tables
-from train.feedback import PLACES, measure
+from train.context_prior.error_feedback import PLACES, measure
+from train.context_prior.network import ContextNet, Drawn, counted_tables, logistic_tables
 from train.interrupts import Interrupts, agree, is_heard
 from train.latents import LatentCrops
 from train.logs import RunLog

@@ -31,9 +31,10 @@ from train.collapse import signs_of_collapse
 from train.config.common import flat
 from train.config.presets import PRESETS
 from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
+from train.context_prior.trained import prior_of
 from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
-from train.joint import Joint, measure, prior_of
+from train.joint import Joint, measure
 from train.logs import RunLog
 from train.objectives import ELBO, IWAE, Losses
 from train.program import main_of, run_of_preset

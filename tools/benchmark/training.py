@@ -23,7 +23,8 @@ from tools.benchmark.record import machine, report
 from train import vae
 from train.accelerate_state import accelerate_as
 from train.config.vae import ELBOConfig, JointConfig, TrainConfig
-from train.joint import Joint, prior_of
+from train.context_prior.trained import prior_of
+from train.joint import Joint
 from train.objectives import ELBO
 from train.recipe import Objective, preset_of
 from train.runs import Run

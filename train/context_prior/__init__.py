@@ -1,0 +1,1 @@
+"""Train the context prior of the entropy coder."""

@@ -10,7 +10,7 @@ import torch
 
 from latent_codec.errors import UserError
 from latent_codec.images.sources import find_images
-from train.data import fingerprint
+from train.data.crops import fingerprint
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)
 LABELS = np.array([7, 0, 7], np.uint8)

@@ -11,7 +11,7 @@ from tiny_closed_form import LITE, PLAN, SIGMA, STEPS, Z, elbo, make, smooth_ima
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, GaussianConfig, IdentityConfig
-from train.data import Batches
+from train.data.crops import Batches
 from train.start import start_from_model
 
 

@@ -18,7 +18,7 @@ from latent_codec.model.config import VectorQuantizerConfig
 from train.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.config.presets import autoencoder, fsq, photo, vqvae
 from train.config.vae import CodebookConfig, TrainConfig, check
-from train.data import Batch, Plan
+from train.data.crops import Batch, Plan
 from train.objectives import ELBO
 
 SMALL = flags(

@@ -15,17 +15,8 @@ from PIL import Image
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source, find_images
 from latent_codec.noise import fold, permutation
-from train import data
-from train.data import (
-    Batch,
-    Batches,
-    MemoryImages,
-    Plan,
-    StreamedImages,
-    centre_crops,
-    draw,
-    fingerprint,
-)
+from train.data import crops
+from train.data.crops import Batch, Batches, MemoryImages, Plan, StreamedImages, centre_crops, draw, fingerprint
 
 CPU = torch.device("cpu")
 SIZES = [(40, 48), (33, 35), (20, 50), (36, 16), (32, 32), (9, 7)]  # height, width; several below the crop
@@ -258,7 +249,7 @@ def test_how_far_ahead_crops_are_chosen_changes_none(
 ) -> None:
     plan = PLAN._replace(micro_batches=2)
     whole = collect(memory(sources), plan, last=5)
-    monkeypatch.setattr(data, "_AHEAD", ahead)
+    monkeypatch.setattr(crops, "_AHEAD", ahead)
     assert_same(collect(memory(sources), plan, last=5), whole)
 
 

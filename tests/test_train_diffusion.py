@@ -23,8 +23,8 @@ from latent_codec.cli import main
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
-from train.data import Plan
-from train.latents import PosteriorBatch, PosteriorCrops
+from train.data.crops import Plan
+from train.data.latents import PosteriorBatch, PosteriorCrops
 
 TINY = flags(
     "mnist --size 2 --patch 1 --depth 1 --heads 1 --head-width 8 --steps 8 --batch-size 4 --save-every 2 --log-every 1 "

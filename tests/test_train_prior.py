@@ -32,7 +32,7 @@ from train import prior as program
 from train.config import prior
 from train.context_prior import network
 from train.context_prior.network import ContextNet, counted_tables, logistic_tables
-from train.latents import LatentCrops
+from train.data.latents import LatentCrops
 from train.prior import PriorConfig, Run, train
 
 CHANNELS = 4

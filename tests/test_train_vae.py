@@ -37,7 +37,7 @@ from tiny_run import (
 from latent_codec.export import export
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
-from train.data import centre_crops
+from train.data.crops import centre_crops
 from train.interrupts import Interrupts
 
 STEPS = 8

@@ -14,7 +14,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import Bernoulli, Gaussian
 from latent_codec.model.networks import LinearBackbone, LiteBackbone, MLPBackbone
 from latent_codec.model.networks.linear import PatchMoments
-from train.data import Batches, Plan, read_or_report
+from train.data.crops import Batches, Plan, read_or_report
 
 _READERS = 4  # threads; twice as many images wait to be counted
 

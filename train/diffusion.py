@@ -29,10 +29,10 @@ from train import checkpoints
 from train.config.common import flat
 from train.config.diffusion import DiffusionConfig, check_diffusion
 from train.config.diffusion_presets import PRESETS
-from train.data import Draw, Plan
+from train.data.crops import Draw, Plan
+from train.data.latents import PosteriorCrops
 from train.flow import FlowLosses, FlowMatching
 from train.interrupts import Interrupts
-from train.latents import PosteriorCrops
 from train.logs import RunLog
 from train.program import main_of, run_of_preset
 from train.runs import check_processes, check_same_step, claim

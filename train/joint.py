@@ -12,7 +12,7 @@ from latent_codec.noise import fold, normal, uniform
 from train.adversarial import no_contest
 from train.config.vae import JointConfig
 from train.context_prior.network import ContextNet
-from train.data import CentreCrops
+from train.data.crops import CentreCrops
 from train.objectives import CHOSEN, PIXELS, STEP, Losses, signed
 
 _ENCODES = {"encoder", "quant_conv"}

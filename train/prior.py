@@ -38,8 +38,8 @@ from train.config.common import flat
 from train.config.prior import PriorConfig, context_groups, context_levels, context_spacing
 from train.context_prior.error_feedback import PLACES, measure
 from train.context_prior.network import ContextNet, Drawn, counted_tables, logistic_tables
+from train.data.latents import LatentCrops
 from train.interrupts import Interrupts, agree, is_heard
-from train.latents import LatentCrops
 from train.logs import RunLog
 from train.program import main_of
 from train.provenance import git_commit

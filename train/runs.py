@@ -22,7 +22,7 @@ from train.closed_form import check_closed_form, check_mean_start
 from train.config.common import flat
 from train.config.prior import context_groups, context_levels, context_spacing
 from train.config.vae import ELBOConfig, JointConfig, TrainConfig, check
-from train.data import fingerprint
+from train.data.crops import fingerprint
 from train.provenance import git_commit
 
 _MAY_CHANGE = {"steps", "log_every", "eval_every", "eval_crop", "save_every", "keep_checkpoints", "max_skipped"}

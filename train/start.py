@@ -13,7 +13,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import LiteConfig
 from latent_codec.model.likelihoods import Gaussian
 from latent_codec.storage.tensors import check_state
-from train.data import Batch
+from train.data.crops import Batch
 
 State = dict[str, torch.Tensor]
 

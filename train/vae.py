@@ -32,7 +32,7 @@ from train.config.common import flat
 from train.config.presets import PRESETS
 from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 from train.context_prior.trained import prior_of
-from train.data import Batches, MemoryImages, Plan, StreamedImages, centre_crops
+from train.data.crops import Batches, MemoryImages, Plan, StreamedImages, centre_crops
 from train.interrupts import Interrupts
 from train.joint import Joint, measure
 from train.logs import RunLog

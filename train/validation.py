@@ -14,7 +14,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.files import atomic_path
-from train.data import CentreCrops
+from train.data.crops import CentreCrops
 from train.objectives import PIXELS
 
 _COLUMNS = 8

@@ -14,8 +14,8 @@ from latent_codec.latents.batches import Rows
 from latent_codec.latents.dataset import Latents
 from latent_codec.noise import fold
 from latent_codec.storage.json_config import dumps
-from train.data import Draw, Plan, Schedule, crop_boxes, draw, leave_signals_to_the_run
-from train.packed import Packed, to_device
+from train.data.crops import Draw, Plan, Schedule, crop_boxes, draw, leave_signals_to_the_run
+from train.data.packed import Packed, to_device
 
 log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from latent_codec.images import idx
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import Source
 from latent_codec.noise import below, fold, permutation, uniform
-from train.packed import Boxes, Packed, to_device
+from train.data.packed import Boxes, Packed, to_device
 
 log = logging.getLogger(__name__)
 _ORDER, _TOP, _LEFT, _FLIP, _NOISE = range(5)  # what a key is used for

@@ -1,0 +1,1 @@
+"""Load training images, packed images and stored latents."""

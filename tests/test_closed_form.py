@@ -13,8 +13,8 @@ from tiny_closed_form import LINEAR, LITE, PATCH, PLAN, SIGMA, STEPS, D, Z, crop
 from latent_codec.errors import UserError
 from latent_codec.images.sources import find_images
 from latent_codec.model.config import ConvConfig, DiscretizedLogisticConfig, GaussianConfig
-from train.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
 from train.data.crops import Batches
+from train.init.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
 
 CONV = ConvConfig(
     widths=(8, 8, 8), layers_per_block=1, groups=4, mid_attention=False, quant_conv=True, post_quant_conv=True

@@ -14,7 +14,7 @@ from test_cli import run as run  # the fixture
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import GaussianConfig
-from train.start import start_from_model
+from train.init.from_model import start_from_model
 
 
 @pytest.fixture

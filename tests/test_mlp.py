@@ -30,7 +30,7 @@ from latent_codec.model.config import (
 from latent_codec.model.likelihoods import Bernoulli
 from latent_codec.model.networks import MLPBackbone
 from latent_codec.storage.json_config import to_json
-from train.closed_form import start_from_mean
+from train.init.closed_form import start_from_mean
 
 SIDE, Z = 6, 3
 MLP = MLPConfig(side=SIDE, encoder_widths=(8, 7), decoder_widths=(9,), activation="tanh")

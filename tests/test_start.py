@@ -12,7 +12,7 @@ from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, GaussianConfig, IdentityConfig
 from train.data.crops import Batches
-from train.start import start_from_model
+from train.init.from_model import start_from_model
 
 
 @pytest.fixture(scope="module")

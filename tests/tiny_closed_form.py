@@ -12,8 +12,8 @@ from PIL import Image
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, LiteConfig
-from train.closed_form import patch_moments, start_from_closed_form
 from train.data.crops import Batches, MemoryImages, Plan
+from train.init.closed_form import patch_moments, start_from_closed_form
 
 PATCH, Z, SIGMA = 4, 6, 0.05
 D = 3 * PATCH**2

@@ -25,7 +25,6 @@ from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.storage.json_config import to_json
 from train import checkpoints
 from train.checkpoints import Progress, Saved
-from train.closed_form import all_patch_moments, mean_pixels, patch_moments, start_from_closed_form, start_from_mean
 from train.codebook import CodebookTraining, averages_of
 from train.collapse import signs_of_collapse
 from train.config.common import flat
@@ -33,6 +32,14 @@ from train.config.presets import PRESETS
 from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 from train.context_prior.trained import prior_of
 from train.data.crops import Batches, MemoryImages, Plan, StreamedImages, centre_crops
+from train.init.closed_form import (
+    all_patch_moments,
+    mean_pixels,
+    patch_moments,
+    start_from_closed_form,
+    start_from_mean,
+)
+from train.init.from_model import start_from_model
 from train.interrupts import Interrupts
 from train.joint import Joint, measure
 from train.logs import RunLog
@@ -40,7 +47,6 @@ from train.objectives import ELBO, IWAE, Losses
 from train.program import main_of, run_of_preset
 from train.runs import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.schedules import beta_at
-from train.start import start_from_model
 from train.trainer import RATE, Trainer
 from train.validation import Validation, active_channels
 

@@ -1,0 +1,1 @@
+"""Initialise a model's weights in closed form or from another model."""

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
-from train import checkpoints
-from train.checkpoints import Progress
+from train.loop import checkpoints
+from train.loop.checkpoints import Progress
 
 FILES = ("codec.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
 

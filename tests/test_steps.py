@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from train.accelerate_state import accelerate_as
-from train.interrupts import HEAR_EVERY, is_heard
-from train.steps import Skipped, Steps
+from train.loop.accelerate_state import accelerate_as
+from train.loop.guarded_steps import Skipped, Steps
+from train.loop.interrupts import HEAR_EVERY, is_heard
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])

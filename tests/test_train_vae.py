@@ -38,7 +38,7 @@ from latent_codec.export import export
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from train.data.crops import centre_crops
-from train.interrupts import Interrupts
+from train.loop.interrupts import Interrupts
 
 STEPS = 8
 EVERY_STEP = flags("--save-every 1 --keep-checkpoints 99")

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 
 from latent_codec.model.codec import Codec
-from train import checkpoints, interrupts, trainer, vae
-from train.interrupts import Interrupts
+from train import vae
+from train.loop import checkpoints, interrupts, trainer
+from train.loop.interrupts import Interrupts
 from train.objectives import ELBO, Losses
 
 

@@ -25,18 +25,18 @@ from latent_codec.latents.format import check_model
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from latent_codec.storage.json_config import dumps, to_json
-from train import checkpoints
 from train.config.common import flat
 from train.config.diffusion import DiffusionConfig, check_diffusion
 from train.config.diffusion_presets import PRESETS
 from train.data.crops import Draw, Plan
 from train.data.latents import PosteriorCrops
 from train.flow import FlowLosses, FlowMatching
-from train.interrupts import Interrupts
-from train.logs import RunLog
-from train.program import main_of, run_of_preset
-from train.runs import check_processes, check_same_step, claim
-from train.trainer import Trainer
+from train.loop import checkpoints
+from train.loop.interrupts import Interrupts
+from train.loop.logs import RunLog
+from train.loop.program import main_of, run_of_preset
+from train.loop.run_setup import check_processes, check_same_step, claim
+from train.loop.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,18 +33,18 @@ from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import make_folder
 from latent_codec.storage.json_config import dumps, to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
-from train.checkpoints import load_optimizer, optimizer_tensors
 from train.config.common import flat
 from train.config.prior import PriorConfig, context_groups, context_levels, context_spacing
 from train.context_prior.error_feedback import PLACES, measure
 from train.context_prior.network import ContextNet, Drawn, counted_tables, logistic_tables
 from train.data.latents import LatentCrops
-from train.interrupts import Interrupts, agree, is_heard
-from train.logs import RunLog
-from train.program import main_of
-from train.provenance import git_commit
+from train.loop.checkpoints import load_optimizer, optimizer_tensors
+from train.loop.guarded_steps import Skipped, Steps
+from train.loop.interrupts import Interrupts, agree, is_heard
+from train.loop.logs import RunLog
+from train.loop.program import main_of
+from train.loop.provenance import git_commit
 from train.schedules import learning_rate_at
-from train.steps import Skipped, Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

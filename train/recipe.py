@@ -17,7 +17,7 @@ from latent_codec.model.config import CodecConfig, LiteConfig
 from train.config.presets import photo, photo_joint
 from train.config.prior import PriorConfig
 from train.config.vae import IWAEConfig, JointConfig, TrainConfig
-from train.program import main_of
+from train.loop.program import main_of
 
 Objective = Literal["joint", "elbo"]
 

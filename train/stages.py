@@ -27,13 +27,13 @@ from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train import prior, vae
-from train.accelerate_state import accelerate_as
 from train.config.common import flat
 from train.config.prior import PriorConfig
 from train.config.vae import TrainConfig
 from train.figure import draw_figure
+from train.loop.accelerate_state import accelerate_as
+from train.loop.run_setup import Run
 from train.recipe import Recipe, codec_config, preset_of
-from train.runs import Run
 
 _EXPORT_IMAGES = 256
 _GPU_BATCH, _SMALL_GPU_BATCH, _LARGE_GPU = 256, 64, 16 * 2**30

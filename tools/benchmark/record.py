@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from latent_codec.storage.files import write_text
-from train.provenance import git_commit
+from train.loop.provenance import git_commit
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from tools.benchmark.record import machine, report
 from train import vae
-from train.accelerate_state import accelerate_as
 from train.config.vae import ELBOConfig, JointConfig, TrainConfig
 from train.context_prior.trained import prior_of
 from train.joint import Joint
+from train.loop.accelerate_state import accelerate_as
+from train.loop.run_setup import Run
 from train.objectives import ELBO
 from train.recipe import Objective, preset_of
-from train.runs import Run
 
 LEAST_SHARE = 0.5
 """Of the attainable rate, what a training step should reach."""

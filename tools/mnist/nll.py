@@ -22,7 +22,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from latent_codec.storage.files import write_text
 from tools.benchmark.record import machine
-from train.provenance import git_commit
+from train.loop.provenance import git_commit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import step_code
 from latent_codec.storage.files import atomic_path, write_text
 from tools.benchmark.record import machine
-from train.provenance import git_commit
+from train.loop.provenance import git_commit
 
 QUALITIES = range(1, 101)
 """Of Pillow's codecs, among which the nearest size is looked for."""

@@ -17,7 +17,7 @@ from latent_codec.storage.files import write_text
 from tools.benchmark.quality import Quality
 from tools.benchmark.record import machine
 from tools.results.crops import Sheet, make_sheet
-from train.provenance import git_commit
+from train.loop.provenance import git_commit
 
 STEPS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 """Those of `latent-codec evaluate --rd`."""

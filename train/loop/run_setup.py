@@ -17,13 +17,13 @@ from latent_codec.noise import text_key
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import from_json, to_json
 from latent_codec.version import __version__
-from train.checkpoints import Progress
 from train.config.common import flat
 from train.config.prior import context_groups, context_levels, context_spacing
 from train.config.vae import ELBOConfig, JointConfig, TrainConfig, check
 from train.data.crops import fingerprint
 from train.init.closed_form import check_closed_form, check_mean_start
-from train.provenance import git_commit
+from train.loop.checkpoints import Progress
+from train.loop.provenance import git_commit
 
 _MAY_CHANGE = {"steps", "log_every", "eval_every", "eval_crop", "save_every", "keep_checkpoints", "max_skipped"}
 

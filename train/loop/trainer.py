@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
-from train import checkpoints
-from train.checkpoints import Progress, Saved
-from train.interrupts import Agreement, Interrupts, agree, is_heard
-from train.logs import RunLog
+from train.loop import checkpoints
+from train.loop.checkpoints import Progress, Saved
+from train.loop.guarded_steps import Skipped, Steps
+from train.loop.interrupts import Agreement, Interrupts, agree, is_heard
+from train.loop.logs import RunLog
 from train.schedules import LearningRate, learning_rate_at
-from train.steps import Skipped, Steps
 
 RATE = "rate"
 """In a group of an optimizer's parameters: what their learning rate is of the schedule's."""

@@ -1,0 +1,1 @@
+"""Run the training loop, with checkpoints, logs and recovery."""

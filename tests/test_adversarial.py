@@ -12,10 +12,11 @@ from tiny_run import assert_same_tensors, checkpoint, flags, log_lines, run, run
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.model.codec import Codec
-from train.adversarial import Adversary, Contest, PatchDiscriminator, last_weight, scores_along
 from train.config.presets import kl_f8c4
 from train.config.vae import AdversarialConfig, check
-from train.objectives import ELBO, Losses
+from train.objectives.adversarial import Adversary, Contest, PatchDiscriminator, last_weight, scores_along
+from train.objectives.elbo import ELBO
+from train.objectives.losses import Losses
 
 CONTEST = AdversarialConfig(
     adversarial_start=2,

@@ -18,7 +18,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 from latent_codec.storage.tensors import save_tensors
 from train.config.diffusion import FlowConfig
-from train.flow import FlowMatching
+from train.objectives.flow import FlowMatching
 
 SMALL = TransformerConfig(size=4, patch=2, depth=2, heads=2, head_width=8)
 FLOW = FlowConfig(time_mean=0.0, time_std=1.0, label_dropout=0.25)

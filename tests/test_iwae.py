@@ -11,7 +11,8 @@ from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, Gauss
 from latent_codec.noise import normal
 from train.config.presets import mnist_vae
 from train.config.vae import IWAEConfig
-from train.objectives import ELBO, IWAE, resampled
+from train.objectives.elbo import ELBO
+from train.objectives.iwae import IWAE, resampled
 
 SIDE, Z, SIGMA = 2, 2, 0.5
 KEYS = torch.arange(4)

@@ -24,7 +24,8 @@ from latent_codec.noise import normal
 from latent_codec.prior.quantizer import dequantize, step_code
 from train.config.presets import photo
 from train.config.vae import ELBOConfig
-from train.objectives import ELBO, Losses
+from train.objectives.elbo import ELBO
+from train.objectives.losses import Losses
 
 SIDE, PATCH, Z, B, SIGMA = 16, 4, 5, 3, 0.3
 

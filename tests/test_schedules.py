@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from train.config.presets import mnist_vae, photo
 from train.config.vae import ELBOConfig, TrainConfig
-from train.schedules import beta_at, learning_rate_at
+from train.objectives.schedules import beta_at, learning_rate_at
 
 WARMUPS = ("none", "linear", "cosine", "cyclical")
 

@@ -15,11 +15,11 @@ from latent_codec.export import export
 from latent_codec.model.codebooks import VectorQuantizer
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import VectorQuantizerConfig
-from train.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.config.presets import autoencoder, fsq, photo, vqvae
 from train.config.vae import CodebookConfig, TrainConfig, check
 from train.data.crops import Batch, Plan
-from train.objectives import ELBO
+from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
+from train.objectives.elbo import ELBO
 
 SMALL = flags(
     "--encoder-widths 8 --decoder-widths 8 --encoder-depths 1 --decoder-depths 1 --batch-size 4 --crop 32 "

@@ -26,7 +26,7 @@ from train.config.presets import photo, photo_joint
 from train.config.vae import JointConfig, check
 from train.context_prior.network import Coded, ContextNet, Drawn
 from train.context_prior.trained import TrainedPrior, prior_of
-from train.joint import Joint
+from train.objectives.joint import Joint
 from train.prior import make_net
 
 Z = 4

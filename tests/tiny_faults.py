@@ -17,7 +17,8 @@ from latent_codec.model.codec import Codec
 from train import vae
 from train.loop import checkpoints, interrupts, trainer
 from train.loop.interrupts import Interrupts
-from train.objectives import ELBO, Losses
+from train.objectives.elbo import ELBO
+from train.objectives.losses import Losses
 
 
 def _die(*_: Any, **__: Any) -> None:

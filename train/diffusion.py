@@ -30,13 +30,13 @@ from train.config.diffusion import DiffusionConfig, check_diffusion
 from train.config.diffusion_presets import PRESETS
 from train.data.crops import Draw, Plan
 from train.data.latents import PosteriorCrops
-from train.flow import FlowLosses, FlowMatching
 from train.loop import checkpoints
 from train.loop.interrupts import Interrupts
 from train.loop.logs import RunLog
 from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import check_processes, check_same_step, claim
 from train.loop.trainer import Trainer
+from train.objectives.flow import FlowLosses, FlowMatching
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

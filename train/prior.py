@@ -44,7 +44,7 @@ from train.loop.interrupts import Interrupts, agree, is_heard
 from train.loop.logs import RunLog
 from train.loop.program import main_of
 from train.loop.provenance import git_commit
-from train.schedules import learning_rate_at
+from train.objectives.schedules import learning_rate_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from latent_codec.model.codebooks import perplexity
 from latent_codec.model.codec import Codec
 from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.storage.json_config import to_json
-from train.codebook import CodebookTraining, averages_of
 from train.collapse import signs_of_collapse
 from train.config.common import flat
 from train.config.presets import PRESETS
@@ -38,7 +37,6 @@ from train.init.closed_form import (
     start_from_mean,
 )
 from train.init.from_model import start_from_model
-from train.joint import Joint, measure
 from train.loop import checkpoints
 from train.loop.checkpoints import Progress, Saved
 from train.loop.interrupts import Interrupts
@@ -46,8 +44,12 @@ from train.loop.logs import RunLog
 from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.loop.trainer import RATE, Trainer
-from train.objectives import ELBO, IWAE, Losses
-from train.schedules import beta_at
+from train.objectives.codebook import CodebookTraining, averages_of
+from train.objectives.elbo import ELBO
+from train.objectives.iwae import IWAE
+from train.objectives.joint import Joint, measure
+from train.objectives.losses import Losses
+from train.objectives.schedules import beta_at
 from train.validation import Validation, active_channels
 
 _START_CROPS = 1024

@@ -15,7 +15,7 @@ from latent_codec.model.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.files import atomic_path
 from train.data.crops import CentreCrops
-from train.objectives import PIXELS
+from train.objectives.losses import PIXELS
 
 _COLUMNS = 8
 

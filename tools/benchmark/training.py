@@ -23,10 +23,10 @@ from tools.benchmark.record import machine, report
 from train import vae
 from train.config.vae import ELBOConfig, JointConfig, TrainConfig
 from train.context_prior.trained import prior_of
-from train.joint import Joint
 from train.loop.accelerate_state import accelerate_as
 from train.loop.run_setup import Run
-from train.objectives import ELBO
+from train.objectives.elbo import ELBO
+from train.objectives.joint import Joint
 from train.recipe import Objective, preset_of
 
 LEAST_SHARE = 0.5

@@ -70,7 +70,7 @@ class LatentCrops:
 
 
 class PosteriorBatch(NamedTuple):
-    """What `train.flow.FlowMatching` takes."""
+    """What `train.objectives.flow.FlowMatching` takes."""
 
     mean: torch.Tensor  # (b, z, crop, crop) of the stored type
     logvar: torch.Tensor

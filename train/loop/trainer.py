@@ -17,7 +17,7 @@ from train.loop.checkpoints import Progress, Saved
 from train.loop.guarded_steps import Skipped, Steps
 from train.loop.interrupts import Agreement, Interrupts, agree, is_heard
 from train.loop.logs import RunLog
-from train.schedules import LearningRate, learning_rate_at
+from train.objectives.schedules import LearningRate, learning_rate_at
 
 RATE = "rate"
 """In a group of an optimizer's parameters: what their learning rate is of the schedule's."""

@@ -1,4 +1,4 @@
-"""The loss of a latent diffusion model: an objective as `train.objectives` has them, for Accelerate to wrap."""
+"""The loss of a latent diffusion model: an objective as `train.objectives.elbo` has them, for Accelerate to wrap."""
 
 from typing import NamedTuple
 

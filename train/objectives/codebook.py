@@ -16,7 +16,7 @@ from latent_codec.noise import fold, permutation
 from latent_codec.storage import tensors as tensor_files
 from train.config.vae import CodebookConfig
 from train.data.crops import Batches, Plan
-from train.objectives import Losses
+from train.objectives.losses import Losses
 
 _EPSILON = 1e-5  # of an even share, that each code is taken to be used besides
 _CHOICE = 3  # what a run's seed is folded with to choose encoder outputs

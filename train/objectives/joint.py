@@ -9,11 +9,11 @@ from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, uniform
-from train.adversarial import no_contest
 from train.config.vae import JointConfig
 from train.context_prior.network import ContextNet
 from train.data.crops import CentreCrops
-from train.objectives import CHOSEN, PIXELS, STEP, Losses, signed
+from train.objectives.adversarial import no_contest
+from train.objectives.losses import CHOSEN, PIXELS, STEP, Losses, signed
 
 _ENCODES = {"encoder", "quant_conv"}
 """Parts of a backbone that make latents."""
@@ -56,7 +56,7 @@ class Joint(nn.Module):
     def forward(
         self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
     ) -> Losses:
-        """As `train.objectives.ELBO.forward`; `kl` in the losses is that of the steps drawn."""
+        """As `train.objectives.elbo.ELBO.forward`; `kl` in the losses is that of the steps drawn."""
         codec, prior = self.codec, self.prior
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
         posterior = codec.encode(x, labels)

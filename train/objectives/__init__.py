@@ -1,0 +1,1 @@
+"""Compute the losses that training minimises."""

@@ -17,13 +17,12 @@ from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, LiteConfig
-from train import recipe as program
-from train import stages
 from train.config.presets import conv
 from train.config.prior import PriorConfig
 from train.config.vae import ELBOConfig, JointConfig
-from train.recipe import Recipe, codec_config, preset_of
-from train.stages import Clock, Plan, State, advance
+from train.recipe import config, stages
+from train.recipe.config import Recipe, codec_config, preset_of
+from train.recipe.stages import Clock, Plan, State, advance
 
 
 def pack(folder: Path, tar: Path) -> Path:
@@ -206,10 +205,10 @@ def test_steps_and_learning_rate_follow_from_the_batch(tiny: Recipe, model_file:
 def test_what_no_plan_can_be_made_of_is_refused(tiny: Recipe) -> None:
     for name, value in (("minutes", 0.1), ("total_minutes", 0.0), ("prior_share", 1.0), ("probe_steps", 3)):
         with pytest.raises(UserError, match=name):
-            program.check(dataclasses.replace(tiny, **{name: value}))
+            config.check(dataclasses.replace(tiny, **{name: value}))
     config: CodecConfig = conv().codec
     assert isinstance(config.backbone, ConvConfig)
     with pytest.raises(UserError, match="lite models with a gaussian posterior, not conv"):
         preset_of(config, "joint")
     with pytest.raises(UserError, match="--objective elbo"):
-        program.check(dataclasses.replace(tiny, objective="joint"))
+        config.check(dataclasses.replace(tiny, objective="joint"))

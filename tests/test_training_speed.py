@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from tools.benchmark.training import Recorder, TrainingSpeed
-from train.recipe import Objective
+from train.recipe.config import Objective
 
 
 @pytest.mark.parametrize("objective", ["joint", "elbo"])

@@ -27,7 +27,7 @@ from train.loop.accelerate_state import accelerate_as
 from train.loop.run_setup import Run
 from train.objectives.elbo import ELBO
 from train.objectives.joint import Joint
-from train.recipe import Objective, preset_of
+from train.recipe.config import Objective, preset_of
 
 LEAST_SHARE = 0.5
 """Of the attainable rate, what a training step should reach."""

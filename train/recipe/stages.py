@@ -30,10 +30,10 @@ from train import prior, vae
 from train.config.common import flat
 from train.config.prior import PriorConfig
 from train.config.vae import TrainConfig
-from train.figure import draw_figure
 from train.loop.accelerate_state import accelerate_as
 from train.loop.run_setup import Run
-from train.recipe import Recipe, codec_config, preset_of
+from train.recipe.comparison import draw_figure
+from train.recipe.config import Recipe, codec_config, preset_of
 
 _EXPORT_IMAGES = 256
 _GPU_BATCH, _SMALL_GPU_BATCH, _LARGE_GPU = 256, 64, 16 * 2**30

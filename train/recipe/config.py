@@ -1,23 +1,14 @@
-"""Move a shipped model forward on one GPU, a call at a time: `python -m train.recipe --data TARS --val TAR --out RUN`.
-
-Trains the codec from a model, measures its quantiser, encodes the images, trains the context prior, writes
-RUN/photo.safetensors and a figure on validation photographs beside the model it started from. A call ends within
---minutes; the same command goes on, until all is done.
-"""
+"""Configure the recipe that trains a codec on one GPU."""
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Literal
-
-import tyro
 
 from latent_codec.errors import UserError
 from latent_codec.model.config import CodecConfig, LiteConfig
 from train.config.presets import photo, photo_joint
 from train.config.prior import PriorConfig
 from train.config.vae import IWAEConfig, JointConfig, TrainConfig
-from train.loop.program import main_of
 
 Objective = Literal["joint", "elbo"]
 
@@ -131,20 +122,3 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"prior_share is {recipe.prior_share:g}; it is a share, between 0 and 1")
     if recipe.probe_steps < 4:
         raise UserError(f"probe_steps is {recipe.probe_steps}; the speed of fewer than 4 steps says nothing")
-
-
-def main() -> None:
-    started = time.monotonic()  # before torch is imported
-
-    def work() -> int:
-        recipe = tyro.cli(Recipe, prog="train.recipe", description=__doc__)
-        check(recipe)
-        from train.stages import advance  # imports torch
-
-        return advance(recipe, started)
-
-    main_of("train.recipe", work)
-
-
-if __name__ == "__main__":
-    main()

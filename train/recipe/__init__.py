@@ -1,0 +1,1 @@
+"""Train a codec in stages on one GPU."""

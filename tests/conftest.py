@@ -19,6 +19,7 @@ from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import factorized
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors
+from tests.support.data import WEIGHTS
 from train.context_prior.network import ContextNet, logistic_tables
 
 # CI draws the same examples every time; elsewhere new ones are tried. Nothing is timed.
@@ -26,7 +27,7 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-SQUEEZE = Path(__file__).parents[2] / "shared" / "weights" / "squeezenet1_1_features.safetensors"
+SQUEEZE = WEIGHTS / "squeezenet1_1_features.safetensors"
 
 Draw = Callable[..., Path]
 
@@ -126,5 +127,5 @@ def umask_027() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def lpips() -> LPIPS:
     if not SQUEEZE.is_file():
-        pytest.skip("no ../shared/weights/squeezenet1_1_features.safetensors here")
+        pytest.skip(f"no {SQUEEZE} here")
     return LPIPS("squeeze", SQUEEZE)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import Draw, files_of
 from PIL import Image
 
 from latent_codec import cli
@@ -25,8 +24,9 @@ from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from latent_codec.version import __version__
+from tests.conftest import Draw, files_of
+from tests.support.data import ROOT
 
-ROOT = Path(__file__).parents[1]
 LATENTS = ("--format", "safetensors")
 
 

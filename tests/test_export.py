@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Draw
-from plain_integers import quantize
 
 from latent_codec import export as export_module
 from latent_codec.errors import UserError
@@ -20,6 +18,8 @@ from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.quantizer import base_steps, step_code
+from tests.conftest import Draw
+from tests.support.plain_integers import quantize
 
 
 @pytest.fixture

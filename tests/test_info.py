@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Draw
 from PIL import Image
-from tiny_prior import context_prior
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream import stream_codec as streams_module
@@ -25,6 +23,8 @@ from latent_codec.latents.format import INDEX
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import ConvConfig, LinearConfig
 from latent_codec.model.describe import count_flops
+from tests.conftest import Draw
+from tests.support.prior import context_prior
 from train.config.presets import photo
 
 

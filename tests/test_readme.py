@@ -8,13 +8,14 @@ from PIL import Image
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.inference.runner import Compute
 from latent_codec.model.codec import Codec
+from tests.support.data import ROOT
 
 
 def test_the_python_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_file: Path, codec: Codec
 ) -> None:
     """With a tiny model in place of the shipped one."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     snippet = readme.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (19, 13), (9, 99, 199)).save("photo.jpg")

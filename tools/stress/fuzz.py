@@ -29,7 +29,7 @@ from latent_codec.prior.quantizer import Quantized
 from latent_codec.prior.rans import Coder
 from tools.stress.mutants import Kind, Mutant, mutate
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "2"
+GOLDEN = Path(__file__).parents[2] / "tests" / "bitstream" / "golden" / "2"
 
 
 class Verdict(NamedTuple):

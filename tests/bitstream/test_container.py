@@ -1,0 +1,376 @@
+"""A stream comes back exactly or not at all: no flipped bit, cut, extra byte or claimed size gets through."""
+
+import functools
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec.bitstream.container import OVERHEAD, Header, Stream, pack, unpack
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
+from latent_codec.errors import UserError
+from latent_codec.images.geometry import Geometry
+from latent_codec.model.codec import Codec
+from latent_codec.prior.priors import PriorKind
+from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
+from tests.support import witness
+from tools.stress import fuzz
+from tools.stress.mutants import Mutant, mutate, sealed
+
+GOLDEN = Path(__file__).parent / "golden" / "2"
+MODEL = GOLDEN / "tiny.safetensors"
+PRIORS: list[PriorKind] = ["factorized", "context"]
+
+
+@functools.cache
+def codec() -> Codec:
+    return Codec.load(MODEL)
+
+
+@functools.cache
+def streams(prior: PriorKind) -> StreamCodec:
+    return StreamCodec(codec(), "cpu", prior)
+
+
+@functools.cache
+def reader() -> StreamReader:
+    return StreamReader(codec(), "cpu")
+
+
+@functools.cache
+def independent() -> witness.Model:
+    return witness.read_model(MODEL)
+
+
+def geometry(width: int, height: int) -> Geometry:
+    return Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
+
+
+def image(width: int, height: int, step: int = 1024, seed: int | None = None, data: int = 0) -> Scaled:
+    """Latents of the tiny model, 4 channels at 1/8, of the sizes that pictures give."""
+    shape = (4, -(-height // 8), -(-width // 8))
+    values = np.random.default_rng(data).laplace(size=shape) * np.array([9, 4, 3, 2])[:, None, None]
+    return Scaled(values.clip(-LIMIT, LIMIT), step, seed)
+
+
+@functools.cache
+def example(prior: PriorKind = "factorized") -> bytes:
+    """About 2 KB."""
+    size = (240, 232) if prior == "factorized" else (168, 160)
+    return streams(prior).compress([(image(*size, seed=5), geometry(*size))])[0].data
+
+
+def read(data: bytes, max_pixels: int = 2**27) -> torch.Tensor:
+    """Latents, through every check there is."""
+    stream = unpack(data, max_pixels=max_pixels)
+    reader().check(stream)
+    (found,) = reader().decompress([stream])
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+# What is written comes back
+
+
+geometries = st.builds(
+    Geometry,
+    width=st.integers(1, 2**13),
+    height=st.integers(1, 2**13),
+    orientation=st.integers(1, 8),
+    mode=st.sampled_from(["L", "RGB"]),
+    background=st.none() | st.binary(min_size=3, max_size=3).map(lambda b: "#" + b.hex()),
+)
+headers = st.builds(
+    Header,
+    version=st.sampled_from([1, 2]),
+    stream_id=st.binary(min_size=8, max_size=8),
+    geometry=geometries,
+    prior=st.sampled_from(PRIORS),
+    step=st.integers(16, 65535),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+)
+
+
+@given(headers, st.binary(max_size=50))
+def test_a_container_gives_back_what_it_holds(header: Header, payload: bytes) -> None:
+    data = pack(Stream(header, payload))
+    assert len(data) == OVERHEAD + len(payload) == 51 + len(payload)
+    assert unpack(data) == Stream(header, payload)
+    found, its_payload = witness.read_stream(data)
+    g = header.geometry
+    assert its_payload == payload
+    assert (found.version, found.stream_id) == (header.version, header.stream_id)
+    assert (found.step, found.seed) == (header.step, header.seed)
+    assert (found.width, found.height, found.orientation) == (g.width, g.height, g.orientation)
+    assert (bool(found.flags & 1), bool(found.flags & 8)) == (g.mode == "L", header.prior == "context")
+    assert g.background == ("#" + found.background.hex() if found.flags & 2 else None)
+
+
+@given(
+    st.sampled_from(PRIORS),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(16, 65535),
+    st.none() | st.integers(0, 2**64 - 1),
+    st.integers(0, 99),
+)
+def test_latents_come_back_to_the_bit_from_both_decoders(
+    prior: PriorKind, width: int, height: int, step: int, seed: int | None, data: int
+) -> None:
+    latents = image(width, height, step, seed, data)
+    (coded,) = streams(prior).compress([(latents, geometry(width, height))])
+    quantized = coded.quantized
+    assert np.abs(quantized.fine / 2**17 - latents.latents).max() <= 0.5 + DEAD_ZONE * (seed is None)
+    assert np.array_equal(streams(prior).quantize(latents).fine, quantized.fine)
+    assert streams(prior).compress([(quantized.scaled(), geometry(width, height))])[0].data == coded.data
+    assert coded.ideal_bits <= 8 * (len(coded.data) - OVERHEAD) <= 1.001 * coded.ideal_bits + 65
+    assert torch.equal(read(coded.data), streams(prior).dequantize(quantized))
+    again = witness.decode(coded.data, independent())
+    np.testing.assert_array_equal(again.values, quantized.values)
+    np.testing.assert_array_equal(again.latents, streams(prior).dequantize(quantized).numpy())
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_streams_do_not_depend_on_their_batch(prior: PriorKind) -> None:
+    images = [(image(50, 33, 900 + i, i if i % 2 else None, i), geometry(50 + i, 33 + i)) for i in range(5)]
+    together = [coded.data for coded in streams(prior).compress(images)]
+    assert together == [streams(prior).compress([one])[0].data for one in images]
+    found = reader().decompress([unpack(data) for data in together])
+    for latents, data in zip(found, together, strict=True):
+        assert isinstance(latents, torch.Tensor) and torch.equal(latents, read(data))
+
+
+# What is damaged is refused
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_flipped_bit_is_refused(prior: PriorKind) -> None:
+    data = bytearray(example(prior))
+    assert len(data) > 1500
+    for bit in range(8 * len(data)):
+        data[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(UserError):
+            unpack(bytes(data))
+        data[bit // 8] ^= 1 << bit % 8
+    assert read(bytes(data)) is not None
+
+
+def test_every_truncation_is_refused() -> None:
+    for length in range(len(example())):
+        with pytest.raises(UserError, match=r"not a \.lc stream|damaged"):
+            unpack(example()[:length])
+
+
+@pytest.mark.parametrize("extra", [bytes(64), b"\xff" * 64, bytes(range(64)), b"\x89LC\r\n\x1a\n" * 10])
+def test_every_trailing_byte_is_refused(extra: bytes) -> None:
+    for length in range(1, 65):
+        with pytest.raises(UserError, match="promises"):
+            unpack(example() + extra[:length])
+
+
+def test_bytes_before_a_stream_are_refused() -> None:
+    for length in range(1, 65):
+        with pytest.raises(UserError):
+            unpack(bytes(length) + example())
+
+
+def test_a_file_changed_by_text_mode_is_refused() -> None:
+    for old, new in ((b"\r\n", b"\n"), (b"\n", b"\r\n"), (b"\r\n", b"\r")):
+        with pytest.raises(UserError):
+            unpack(example().replace(old, new))
+    with pytest.raises(UserError, match=r"not a \.lc stream"):
+        unpack(example().decode("latin-1").encode("utf-8"))
+
+
+LAYOUT = struct.Struct("<7sB8sIIBB3sHQI")
+NAMES = ("magic", "version", "stream_id", "width", "height", "orientation", "flags", "background", "step", "seed")
+
+
+def crafted(data: bytes, **fields: Any) -> bytes:
+    """A stream with some fields of its header replaced and its checksums right."""
+    values = dict(zip(NAMES, LAYOUT.unpack(data[:43])[:-1], strict=True)) | fields
+    return sealed(LAYOUT.pack(*values.values(), 0), data[47:-4])
+
+
+def test_checks_come_in_the_documented_order() -> None:
+    """A file in which everything is wrong, repaired step by step: each time the next check speaks."""
+    sound = streams("context").compress([(image(64, 64), geometry(64, 64))])[0].data
+    assert sound == crafted(sound)
+    fields: dict[str, Any] = {"version": 4, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
+    short = sound[:47] + b"abc\0" + sound[-4:]  # a payload of 4 bytes that are no sound end of one
+
+    def file(*, damaged: bool = True, extra: bytes = b"x") -> bytes:
+        data = crafted(short, **fields)
+        return data[:-1] + bytes([data[-1] ^ damaged]) + extra
+
+    stages = [
+        ("does not start like one", "magic", b"?" + file()[1:40]),
+        ("cut off within its header", "cut header", file()[:40]),
+        ("does not match its checksum", "header checksum", file()[:43] + bytes(4) + file()[47:]),
+        ("format version 4", "version", file()),
+    ]
+    fields["version"] = 1
+    stages.append(("exceed the limit", "pixels", file()))
+    fields["width"] = 2**17
+    stages.append(("promises", "length", file()))
+    stages.append(("do not match their checksum", "payload checksum", file(extra=b"")))
+    stages.append(("values that no encoder writes", "values", file(extra=b"", damaged=False)))
+    fields["flags"] = 8
+    stages.append(("orientation 9", "geometry", file(extra=b"", damaged=False)))
+    fields["orientation"] = 1
+    stages.append(("made by another model", "stream id", file(extra=b"", damaged=False)))
+    fields["stream_id"] = streams("context").stream_id
+    stages.append(("says format version 1", "another version", file(extra=b"", damaged=False)))
+    fields["version"] = 2
+    stages.append(("cannot hold", "too short", file(extra=b"", damaged=False)))
+    fields["width"] = 1
+    stages.append(("do not end as they should", "words", file(extra=b"", damaged=False)))
+    for message, reason, data in stages:
+        with pytest.raises(UserError, match=message):
+            read(data, max_pixels=2**23)
+        with pytest.raises(witness.RefusalError, match=f"^{reason}$"):
+            witness.decode(data, independent(), max_pixels=2**23)
+
+
+def test_a_prior_that_the_model_has_not_is_refused_before_its_stream_id() -> None:
+    other = Codec.load(MODEL)
+    assert other.priors is not None
+    other.priors = other.priors._replace(context=None)
+    with pytest.raises(UserError, match="under a context prior, which the model has not"):
+        StreamReader(other, "cpu").check(unpack(example("context")))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"flags": 4 + flag} for flag in (16, 32, 64, 128)),
+        {"flags": 0},  # the seed stays
+        {"background": b"\0\0\1"},
+        {"step": 15},
+        {"step": 0},
+        *({"orientation": n} for n in (0, 9, 255)),
+        {"width": 0},
+        {"height": 0},
+        {"width": 0, "height": 0},
+        *({"version": n} for n in (0, 4, 255)),
+    ],
+)
+def test_headers_that_no_encoder_writes_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        unpack(crafted(example(), **fields))
+    with pytest.raises(witness.RefusalError):
+        witness.read_stream(crafted(example(), **fields))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (2**32 - 1, 2**32 - 1, "exceed the limit"),
+        (2**27 + 1, 1, "exceed the limit"),
+        (1, 2**27 + 1, "exceed the limit"),
+        (11585, 11585, "cannot hold"),
+        (2**27, 1, "cannot hold"),
+        (1, 2**27, "cannot hold"),
+    ],
+)
+def test_huge_claims_are_refused_before_anything_is_allocated(width: int, height: int, message: str) -> None:
+    """2^27 pixels, the most that a reader takes, need a payload of 1.5 KB with this model."""
+    (small,) = streams("context").compress([(image(64, 64), geometry(64, 64))])
+    data = crafted(small.data, width=width, height=height)
+    reader()
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            read(data)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_promised_payload_is_not_allocated() -> None:
+    header = example()[:39] + (2**32 - 1).to_bytes(4, "little")
+    data = header + zlib.crc32(header).to_bytes(4, "little") + example()[47:]
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="promises 4294967295 bytes"):
+            unpack(data)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_pixel_limit_is_the_readers() -> None:
+    with pytest.raises(UserError, match="raise --max-pixels"):
+        unpack(example(), max_pixels=240 * 232 - 1)
+    assert unpack(example(), max_pixels=240 * 232)
+
+
+# Ten thousand mutants
+
+
+def golden() -> Sequence[Path]:
+    return sorted(GOLDEN.glob("*.lc"))
+
+
+def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes() -> None:
+    """With checksums left alone nothing decodes but the streams themselves.
+
+    With new checksums a mutant may be sound: another step, orientation, colour or size within the same latents; other
+    latents, where a changed bit of the payload is a bit of an escaped value. Encoding what it decodes to must then
+    give the mutant's own bytes. All within a limit on memory, and without standing still.
+    """
+    report = fuzz.run(MODEL, golden(), 10_000, 0, megabytes=256, patience=300)
+    assert report.wrong == []
+    assert sum(report.outcomes.values()) == 10_000
+    for kind in ("bytes", "payload", "header", "both"):
+        assert report.outcomes[kind, "refused"] > 100
+    assert report.outcomes["header", "decoded"] > 100  # new checksums do let them through to the decoder
+
+
+def test_both_decoders_agree_on_mutants() -> None:
+    originals = [path.read_bytes() for path in golden()]
+    decoded = 0
+    for number in range(1000):
+        data = mutate(originals, 1, number).data
+        try:
+            expected = witness.decode(data, independent()).latents
+        except witness.RefusalError:
+            with pytest.raises(UserError):
+                read(data)
+        else:
+            np.testing.assert_array_equal(read(data).numpy(), expected)
+            decoded += 1
+    assert decoded > 20
+
+
+def test_a_judge_notices_what_decodes_and_should_not() -> None:
+    """The tool itself: a stream it was not told of, as if its checksums had not noticed a change."""
+    judge = fuzz.Judge(codec(), [example()])
+    (other,) = streams("factorized").compress([(image(16, 16), geometry(16, 16))])
+    escape = crafted(other.data, step=1025)
+    verdicts = judge.judge([Mutant("bytes", d) for d in (example(), other.data)] + [Mutant("header", escape)])
+    assert [verdict.outcome for verdict in verdicts] == ["decoded", "WRONG", "decoded"]
+
+
+def test_a_process_that_dies_or_stands_still_is_reported(tmp_path: Path) -> None:
+    report = fuzz.run(MODEL, golden(), 10, 0, megabytes=256, patience=0)
+    assert "stands still" in report.wrong[0][2]
+    report = fuzz.run(tmp_path / "none", golden(), 10, 0, megabytes=256, patience=300)
+    assert "died with code 1" in report.wrong[0][2]
+
+
+def test_mutants_are_a_function_of_their_number() -> None:
+    originals = [path.read_bytes() for path in golden()]
+    first = [mutate(originals, 3, n) for n in range(50)]
+    assert first == [mutate(originals, 3, n) for n in range(50)]
+    assert len({m.data for m in first}) > 45
+    assert first != [mutate(originals, 4, n) for n in range(50)]

@@ -1,0 +1,91 @@
+"""Streams decode for ever to what they decoded to when golden/make.py wrote them."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latent_codec.bitstream import container
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
+from latent_codec.images.geometry import crop
+from latent_codec.images.write import to_pil
+from latent_codec.model.codec import Codec
+from latent_codec.prior.passes import decode
+from latent_codec.prior.quantizer import Quantized
+from latent_codec.prior.rans import Coder
+from tests.support import witness
+
+GOLDEN = Path(__file__).parent / "golden"
+EXPECTED = {
+    f"{v}/{name}": e for v in (1, 2, 3) for name, e in json.loads((GOLDEN / f"{v}/golden.json").read_text()).items()
+}
+NAMES = sorted(EXPECTED)
+
+
+def sha256(array: np.ndarray, dtype: str) -> str:
+    return hashlib.sha256(array.astype(dtype).tobytes()).hexdigest()
+
+
+@functools.cache
+def codec_of(name: str) -> Codec:
+    return Codec.load((GOLDEN / name).parent / "tiny.safetensors")
+
+
+@functools.cache
+def model_of(name: str) -> witness.Model:
+    return witness.read_model((GOLDEN / name).parent / "tiny.safetensors")
+
+
+def test_every_golden_file_is_checked() -> None:
+    assert sorted(str(path.relative_to(GOLDEN).with_suffix("")) for path in GOLDEN.glob("*/*.lc")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integers_latents_and_pixels_are_what_they_were(name: str) -> None:
+    codec = codec_of(name)
+    data = (GOLDEN / f"{name}.lc").read_bytes()
+    stream = container.unpack(data)
+    streams = StreamCodec(codec, "cpu", stream.header.prior)
+    settings = container.settings(stream, codec.config, codec.factor)
+    (quantized,) = decode(streams.prior, Coder(streams.prior.tables), [stream.payload], [settings], "cpu")
+    assert isinstance(quantized, Quantized)
+    assert sha256(quantized.values, "<i4") == EXPECTED[name]["values"]
+    assert (
+        streams.compress([(quantized.scaled(), stream.header.geometry)])[0].data == data
+    )  # nor does the encoder change
+    reader = StreamReader(codec, "cpu")
+    reader.check(stream)
+    (latents,) = reader.decompress([stream])
+    assert isinstance(latents, torch.Tensor)
+    assert sha256(latents.numpy(), "<f4") == EXPECTED[name]["latents"]
+    pixels = crop(codec.decode_uint8(latents[None])[0], stream.header.geometry)
+    found, expected = to_pil(pixels, stream.header.geometry), Image.open(GOLDEN / f"{name}.png")
+    assert (found.size, found.mode) == (expected.size, expected.mode)
+    assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_second_decoder_finds_the_same(name: str) -> None:
+    found = witness.decode((GOLDEN / f"{name}.lc").read_bytes(), model_of(name))
+    assert sha256(found.values, "<i4") == EXPECTED[name]["values"]
+    assert sha256(found.latents, "<f4") == EXPECTED[name]["latents"]
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_the_headers_are_what_they_were(version: int) -> None:
+    folder = GOLDEN / str(version)
+    turned = container.unpack((folder / "odd-turned.lc").read_bytes()).header
+    geometry = turned.geometry
+    assert (geometry.width, geometry.height, geometry.orientation) == (67, 45, 6)
+    assert (geometry.mode, geometry.background, turned.prior) == ("RGB", "#204060", "context")
+    assert (turned.step, turned.seed) == (round(1.37 * 1024), None)
+    assert turned.version == version
+    assert container.unpack((folder / "grey.lc").read_bytes()).header.geometry.mode == "L"
+    assert container.unpack((folder / "context-dither.lc").read_bytes()).header.seed == 0x0123456789ABCDEF
+    factorized = container.unpack((folder / "factorized-dither.lc").read_bytes()).header
+    assert (factorized.seed, factorized.version) == (2**64 - 1, 1)

@@ -1,0 +1,215 @@
+"""Refining: files cost less by what they are refined for, what tiles see is the whole, and nonsense is refused."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.bitstream.refinement import Refiner, _with_rate
+from latent_codec.errors import UserError
+from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.images.geometry import crop, pad
+from latent_codec.images.sources import find_images
+from latent_codec.inference import tiling
+from latent_codec.inference.calibration import calibrate
+from latent_codec.inference.runner import Compute, Networks
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import FiniteScalarConfig
+from latent_codec.prior.passes import ideal_bits, neighbours, quantize
+from latent_codec.prior.quantizer import STEP_ONE, Scaled
+from tests.bitstream.test_rate_control import Subject
+from tests.conftest import Draw
+
+CPU = Compute("cpu", "float32", 4, 2)
+
+
+@pytest.fixture(params=["factorized", "context"])
+def subject(request: pytest.FixtureRequest, codec: Codec) -> Subject:
+    return Subject(codec, request.param, None)
+
+
+def refiner(subject: Subject, rounds: int, compute: Compute = CPU) -> Refiner:
+    return Refiner(subject.stream, Networks(subject.stream.codec, compute), rounds)
+
+
+def cost(subject: Subject, scaled: Scaled) -> float:
+    """NLL / s^2 and the code length in nats, each from the definitions."""
+    codec, s = subject.stream.codec, scaled.step / STEP_ONE
+    (coding,) = quantize(subject.stream.prior, [scaled], "cpu")
+    with torch.inference_mode():
+        params = crop(codec.likelihood_params(subject.stream.dequantize(coding.quantized)[None]), subject.geometry)
+        x = codec.likelihood.from_uint8(subject.pixels[None])
+        nll = -codec.likelihood.log_prob(params, x).item()
+    return nll / s**2 + math.log(2) * ideal_bits(subject.stream.prior, coding.passes)
+
+
+def test_rounds_lower_the_cost_and_none_is_as_before(subject: Subject) -> None:
+    for step in (STEP_ONE // 4, STEP_ONE, 3 * STEP_ONE):
+        plain = subject.stream.scale(subject.mean, step, None)
+        none = refiner(subject, 0).scale(subject.mean, subject.pixels, step, seed=None)
+        np.testing.assert_array_equal(none.latents, plain.latents)
+        costs = [cost(subject, plain)]
+        for rounds in (1, 4, 16):
+            found = refiner(subject, rounds).scale(subject.mean, subject.pixels, step, seed=None)
+            assert (found.step, found.seed) == (step, None)
+            costs.append(cost(subject, found))
+        assert costs == sorted(costs, reverse=True)  # the best of the rounds: more of them are never worse
+        assert costs[-1] < costs[0] - 5 or step > STEP_ONE  # nats; where all is 0, little can move
+    again = refiner(subject, 16).scale(subject.mean, subject.pixels, 3 * STEP_ONE, seed=None)
+    np.testing.assert_array_equal(again.latents, found.latents)
+
+
+def test_where_moving_only_harms_everything_stays(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latent_codec.bitstream.refinement._RATE", -1.0)
+    plain = subject.stream.scale(subject.mean, STEP_ONE, None)
+    found = refiner(subject, 3).scale(subject.mean, subject.pixels, STEP_ONE, seed=None)
+    np.testing.assert_array_equal(found.latents, plain.latents)
+
+
+def test_what_is_drawn_is_not_refined(subject: Subject) -> None:
+    drawn = refiner(subject, 0).scale(subject.mean, subject.pixels, STEP_ONE, seed=3)
+    assert drawn.seed == 3
+    with pytest.raises(ValueError, match="no draw from the posterior"):
+        refiner(subject, 1).scale(subject.mean, subject.pixels, STEP_ONE, seed=3)
+
+
+def test_neighbours_cost_what_their_tables_say(subject: Subject) -> None:
+    scaled = subject.stream.scale(subject.mean, STEP_ONE, None)
+    prior, shape = subject.stream.prior, subject.mean.shape
+    (coding,) = quantize(prior, [scaled], "cpu")
+    own, lower, higher = neighbours(prior, coding)
+    assert own.shape == lower.shape == higher.shape == shape
+    assert own.sum() == pytest.approx(ideal_bits(prior, coding.passes))
+    for array, change in ((lower, -1), (higher, 1)):
+        total = sum(prior.tables.bits(values + change, tables) for values, tables in coding.passes)
+        assert array.sum() == pytest.approx(total)
+    # Each at its place: moving one value by a whole step codes its neighbour there, in the pass that holds it.
+    place = (1, 2, 3)
+    moved = scaled.latents.copy()
+    moved[place] = coding.quantized.fine[place] / 2**17 + 1
+    (other,) = quantize(prior, [scaled._replace(latents=moved)], "cpu")
+    changed = [n for n, (a, b) in enumerate(zip(coding.passes, other.passes, strict=True)) if (a[0] != b[0]).any()]
+    (values, tables), (others, _) = coding.passes[changed[0]], other.passes[changed[0]]
+    (i,) = np.flatnonzero(values != others)
+    assert others[i] == values[i] + 1
+    assert higher[place] == prior.tables.bits(others[[i]], tables[[i]])
+    assert own[place] == prior.tables.bits(values[[i]], tables[[i]])
+
+
+def test_the_rates_kink_is_overcome_or_nothing_moves() -> None:
+    slope = np.array([-3.0, -1.0, 0.0, 1.0, 3.0, 3.0, -3.0])
+    lower = np.array([2.0, 2.0, 2.0, 2.0, 2.0, -1.0, -1.0])
+    higher = np.array([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    np.testing.assert_array_equal(_with_rate(slope, lower, higher), [-1.0, 0.0, 0.0, 0.0, 1.0, 4.5, -1.5])
+
+
+def test_the_gradient_is_that_of_the_pixels_that_are_there(codec: Codec) -> None:
+    """Against differences, at an image that fills its last patches in part."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 21, 30), generator=generator, dtype=torch.uint8)
+    with torch.inference_mode():
+        z = codec.encode(pad(pixels, 8)[None]).mean[0]
+    networks = Networks(codec.double(), CPU)
+    nll, gradient = networks.nll_gradient(z.double(), pixels)
+    direction = torch.randn(z.shape, generator=generator).double()
+    ahead, behind = (networks.nll_gradient(z + e * direction, pixels)[0] for e in (1e-3, -1e-3))
+    # log_prob is float32, so that differences of 1e7 nats are good to about one.
+    assert (ahead - behind) / 2e-3 == pytest.approx((gradient * direction).sum().item(), rel=1e-2, abs=1e-4 * nll)
+    assert all(parameter.grad is None for parameter in codec.parameters())
+
+
+def test_tiles_give_the_gradient_of_the_whole(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    least = tiling.least_tile(codec)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 3 * least + 5, 2 * least + 3), generator=generator, dtype=torch.uint8)
+    with torch.inference_mode():
+        z = codec.encode(pad(pixels, 8)[None]).mean[0]
+    whole, expected = tiling.nll_gradient(codec, z.clone(), pixels, None)
+    calls: list[torch.Size] = []
+    real = codec.likelihood_params
+    monkeypatch.setattr(codec, "likelihood_params", lambda z: calls.append(z.shape) or real(z))
+    tiled, found = tiling.nll_gradient(codec, z.clone(), pixels, least)
+    assert len(calls) > 4 and max(max(shape[2:]) for shape in calls) <= least // 8
+    assert tiled == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def encode(codec: Codec, photos: Path, folder: Path, **options: Any) -> dict[str, bytes]:
+    rate = options.pop("rate", Rate())
+    summary = encode_streams(codec, photos, folder, CPU, rate=rate, quiet=True, **options)
+    assert not summary.failures
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.lc"))}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, draw: Draw) -> Path:
+    for i, size in enumerate([(24, 16), (17, 33), (24, 16), (40, 40)]):
+        draw(tmp_path / "photos" / f"{i}.png", *size, seed=i)
+    return tmp_path / "photos"
+
+
+def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, photos: Path, tmp_path: Path) -> None:
+    plain, refined = (encode(codec, photos, tmp_path / str(n), refine=n) for n in (0, 2))
+    assert plain.keys() == refined.keys() and plain != refined
+    assert encode(codec, photos, tmp_path / "0", refine=2) == refined
+    compute = CPU._replace(batch_size=1)
+    assert encode_streams(codec, photos, tmp_path / "1", compute, rate=Rate(), refine=2, quiet=True).done == 4
+    assert {p.name: p.read_bytes() for p in (tmp_path / "1").glob("*.lc")} == refined
+    assert encode(codec, photos, tmp_path / "size", refine=2, rate=Rate(bpp=9.0)) != encode(
+        codec, photos, tmp_path / "size, plain", rate=Rate(bpp=9.0)
+    )
+
+
+def test_too_little_memory_for_one_image_fails_that_image(
+    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Networks.nll_gradient
+
+    def scarce(self: Networks, z: torch.Tensor, pixels: torch.Tensor) -> Any:
+        if pixels.shape[1] == 40:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return real(self, z, pixels)
+
+    monkeypatch.setattr(Networks, "nll_gradient", scarce)
+    summary = encode_streams(codec, photos, tmp_path / "out", CPU, rate=Rate(), refine=1, quiet=True)
+    assert summary.done == 3 and "memory ran out" in summary.failures["3.png"]
+
+
+def test_measured_files_are_refined(codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latent_codec.evaluation.rate_distortion.measure.peer_codecs.available", list)
+    options: dict[str, Any] = {"sample": 0, "out": None, "lpips_net": None, "lpips_backbone": None, "command": "it"}
+    plain, refined = (
+        rate_distortion(codec, photos, CPU, steps=(0.7, 1.0), refine=n, quiet=True, **options) for n in (0, 4)
+    )
+    assert refined.codecs == ["context", "factorized", "refined"] and "refined" not in plain.codecs
+    assert refined.curve_points("context") == plain.curve_points("context")
+    for before, after in zip(plain.curve_points("context"), refined.curve_points("refined"), strict=True):
+        assert before.setting.value == after.setting.value and before.ideal_bpp != after.ideal_bpp
+    assert "4 rounds of `encode --refine`" in refined.settings["refined"]
+
+
+def test_indices_are_not_refined(codec: Codec, photos: Path, tmp_path: Path) -> None:
+    codec = Codec(dataclasses.replace(codec.config, bottleneck=FiniteScalarConfig(levels=(5, 3, 2, 4)))).eval()
+    calibrate(codec, find_images(photos), "the photos", quiet=True)
+    with pytest.raises(UserError, match="this model's are indices"):
+        encode(codec, photos, tmp_path / "out", refine=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Networks.nll_gradient
+
+    def broken(self: Networks, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
+        nll, gradient = real(self, z, pixels)
+        return nll, gradient / 0
+
+    monkeypatch.setattr(Networks, "nll_gradient", broken)
+    plain = subject.stream.scale(subject.mean, STEP_ONE, None)
+    found = refiner(subject, 3).scale(subject.mean, subject.pixels, STEP_ONE, seed=None)
+    np.testing.assert_array_equal(found.latents, plain.latents)

@@ -1,0 +1,383 @@
+"""The records of a folder: they survive what cuts them short, and no two processes work on one unit."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from latent_codec.errors import UserError
+from latent_codec.folders.resume import ledger, locks
+from latent_codec.folders.resume import units as plan
+from latent_codec.folders.resume.journal import Journal, lines
+from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns
+from latent_codec.folders.resume.units import Unit, units
+from latent_codec.images.sources import Source, find_files
+from latent_codec.storage import files
+from latent_codec.storage.files import DiskError, atomic_path, sha256, temporary_of
+from tests.support.folder import hold, start, wait_for
+
+SETTINGS = {"step": 1.0}
+
+
+@pytest.fixture
+def src(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files a to e, in units of two, two and one."""
+    monkeypatch.setattr(plan, "_MEAN_IMAGES", 2**63)
+    monkeypatch.setattr(plan, "_MOST_IMAGES", 2)
+    (tmp_path / "src").mkdir()
+    for name in "abcde":
+        (tmp_path / "src" / f"{name}.png").write_text(name)
+    return tmp_path / "src"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "folder"
+
+
+def plans(src: Path) -> list[Unit]:
+    return units(find_files(src, ".png"))
+
+
+def record(folder: Path, claim: Claim, source: Source) -> Record:
+    """Of an output that is the source's bytes, in place."""
+    data = source.read_bytes()
+    (folder / f"{source.name}.out").write_bytes(data)
+    return Record(
+        path=source.name,
+        output=f"{source.name}.out",
+        settings=claim.settings,
+        size=source.size,
+        mtime_ns=mtime_ns(source),
+        sha256=sha256(data),
+        shape=(1,),
+        bytes_out=len(data),
+        sha256_out=sha256(data),
+    )
+
+
+def claims(ledger: Ledger, everything: list[Unit]) -> Iterator[Claim]:
+    for some in ledger.rounds(everything):
+        yield from some
+
+
+def make(folder: Path, src: Path, settings: dict[str, Any] = SETTINGS, bad: str = "") -> list[str]:
+    """Do what is left; the names of what had to be made."""
+    made: list[str] = []
+    everything = plans(src)
+    with Ledger(folder, "streams", settings) as ledger:
+        for claim in claims(ledger, everything):
+            for source in claim.unit.sources:
+                if source.name == bad:
+                    claim.fail(source.name, "it is bad")
+                elif not claim.is_current(source, None, "hash", Source.read_bytes):
+                    claim.add(record(folder, claim, source))
+                    made.append(source.name)
+                claim.settle()
+        ledger.write_failures(everything)
+    return made
+
+
+ALL = [f"{name}.png" for name in "abcde"]
+
+
+def test_what_is_recorded_is_not_made_again(folder: Path, src: Path) -> None:
+    assert make(folder, src) == ALL
+    assert make(folder, src) == []
+    with Ledger(folder, "streams", SETTINGS) as ledger:
+        assert [[r.path for r in ledger.records(unit)] for unit in plans(src)] == [ALL[:2], ALL[2:4], ALL[4:]]
+
+
+def test_other_settings_and_other_kinds_have_no_part_in_it(folder: Path, src: Path) -> None:
+    make(folder, src)
+    for kind, settings in (("streams", {"step": 2.0}), ("images", SETTINGS), ("latents", SETTINGS)):
+        with Ledger(folder, kind, settings) as ledger:  # pyright: ignore[reportArgumentType]
+            assert [ledger.records(unit) for unit in plans(src)] == [[], [], []]
+    assert make(folder, src, {"step": 2.0}) == ALL
+    assert make(folder, src) == ALL  # what lies there is of other settings now
+
+
+@pytest.mark.parametrize("change", ["source", "output", "no output", "longer output"])
+def test_what_changed_is_not_current(folder: Path, src: Path, change: str) -> None:
+    make(folder, src)
+    output = folder / "c.png.out"
+    match change:
+        case "source":
+            (src / "c.png").write_text("C")
+        case "output":
+            output.write_text("C")
+        case "no output":
+            output.unlink()
+        case "longer output":
+            output.write_text("cc")
+    assert make(folder, src) == ["c.png"]
+    assert make(folder, src) == []
+
+
+@hypothesis_settings(max_examples=60)
+@given(data=st.data())
+def test_a_journal_cut_off_anywhere_keeps_its_whole_lines_and_takes_more(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    values = data.draw(st.lists(st.dictionaries(st.text(), st.integers() | st.text()), min_size=1, max_size=5))
+    path = tmp_path_factory.mktemp("journal") / "j.jsonl"
+    with contextlib.closing(Journal(path)) as journal:
+        journal.write(*values)
+    text = path.read_bytes()
+    cut = data.draw(st.integers(0, len(text)))
+    path.write_bytes(text[:cut] + data.draw(st.sampled_from([b"", b"\0" * 9, b"\xff{", b'"'])))
+    whole = text[:cut].count(b"\n")
+    for i in range(2):
+        with contextlib.closing(Journal(path)) as journal:
+            journal.write({"more": i})
+        found = [line.value for line in lines(path)]
+        assert found[-1 - i :] == [{"more": j} for j in range(i + 1)]
+        assert found[: -1 - i] in (values[:whole], values[: whole + 1])
+        assert all(path.read_bytes()[line.offset :].startswith(b"{") for line in lines(path))
+
+
+def test_a_torn_record_costs_its_image_and_no_other(folder: Path, src: Path) -> None:
+    make(folder, src)
+    journals = sorted((folder / ".latent_codec" / "streams").glob("*.jsonl"))
+    whole = {path: path.read_bytes() for path in journals}
+    for path in journals:
+        last = whole[path].splitlines(keepends=True)
+        for cut in range(len(whole[path]) + 1):
+            path.write_bytes(whole[path][:cut])
+            kept = [line for line in last if whole[path][:cut].find(line.strip()) >= 0]
+            with Ledger(folder, "streams", SETTINGS) as ledger:
+                found = {r.path for unit in plans(src) for r in ledger.records(unit)}
+            lost = {json.loads(line)["path"] for line in last if line not in kept and b'"path"' in line}
+            assert found == set(ALL) - lost
+        path.write_bytes(whole[path])
+
+
+@pytest.mark.parametrize("line", [b"[]", b"7", b"null", b"{}", b'{"path": 7}', b'{"reason": []}', b'{"settled": 1}'])
+def test_lines_of_others_are_passed_over(folder: Path, src: Path, line: bytes) -> None:
+    make(folder, src)
+    for path in (folder / ".latent_codec" / "streams").glob("*.jsonl"):
+        path.write_bytes(line + b"\n" + path.read_bytes() + line)
+    assert make(folder, src) == []
+
+
+def test_the_last_word_on_an_image_counts(folder: Path, src: Path) -> None:
+    make(folder, src, bad="b.png")
+    (failure,) = map(json.loads, (folder / FAILURES).read_text().splitlines())
+    assert failure == {"path": "b.png", "reason": "it is bad"}
+    assert make(folder, src) == ["b.png"]
+    assert not (folder / FAILURES).exists()
+    make(folder, src, bad="b.png")
+    with Ledger(folder, "streams", SETTINGS) as ledger:
+        assert [r.path for r in ledger.records(plans(src)[0])] == ["a.png"]
+
+
+def test_failures_are_those_of_the_sources_that_are_there(folder: Path, src: Path) -> None:
+    make(folder, src, bad="b.png")
+    (src / "b.png").unlink()
+    make(folder, src)
+    assert not (folder / FAILURES).exists()
+
+
+def test_names_that_are_no_utf_8_are_remembered(folder: Path, src: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (src / name).write_text("x")
+    assert name in make(folder, src)
+    assert make(folder, src, bad=name) == []
+    assert json.loads((folder / FAILURES).read_text())["path"] == name
+
+
+def test_a_unit_that_another_process_finished_meanwhile_is_settled(folder: Path, src: Path) -> None:
+    everything = plans(src)
+    with Ledger(folder, "streams", SETTINGS) as early:
+        with other_process():
+            make(folder, src, bad="b.png")
+        assert all(claim.settled for claim in released(early, everything))
+    with Ledger(folder, "streams", SETTINGS) as late:
+        assert not any(claim.settled for claim in released(late, everything))
+
+
+def test_a_unit_that_was_settled_for_other_sources_or_settings_is_not(folder: Path, src: Path) -> None:
+    for change in ("new", "edited", "settings"):
+        with Ledger(folder, "streams", SETTINGS) as early:
+            with other_process():
+                make(folder, src, {"step": 3.0} if change == "settings" else SETTINGS)
+            if change == "new":
+                (src / "aa.png").write_text("x")
+            elif change == "edited":
+                os.utime(src / "a.png", ns=(7, 7))
+            assert not next(released(early, plans(src))).settled
+
+
+def released(ledger: Ledger, everything: list[Unit]) -> Iterator[Claim]:
+    for claim in claims(ledger, everything):
+        yield claim
+        claim.release()
+
+
+@contextlib.contextmanager
+def other_process() -> Iterator[None]:
+    """As one would name its files; locks of this process are its own all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        name = "0123456789abcdef"
+        patch.setattr(files, "process_name", lambda: name)
+        patch.setattr(ledger, "process_name", lambda: name)
+        yield
+
+
+def test_a_claim_keeps_other_processes_out_until_its_unit_is_done(folder: Path, src: Path) -> None:
+    everything = plans(src)
+    with Ledger(folder, "streams", SETTINGS) as one:
+        mine = next(next(one.rounds(everything)))
+        with other_process(), Ledger(folder, "streams", SETTINGS) as other:
+            rounds = other.rounds(everything)
+            assert [claim.unit for claim in next(rounds)] == everything[1:]
+            with one.idle(everything[0].name) as idle:
+                assert not idle
+            for source in mine.unit.sources:
+                mine.add(record(folder, mine, source))
+                mine.settle()
+            with one.idle(everything[0].name) as idle:
+                assert idle
+            (late,) = next(rounds)
+            assert late.unit == everything[0] and late.settled
+            assert list(rounds) == []
+
+
+def test_what_is_not_settled_is_let_go_when_the_ledger_is_left(folder: Path, src: Path) -> None:
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt), Ledger(folder, "streams", SETTINGS) as ledger:
+            assert len(list(next(ledger.rounds(plans(src))))) == 3
+            raise KeyboardInterrupt
+    assert make(folder, src) == ALL
+
+
+def test_a_live_process_keeps_its_files_and_a_killed_one_loses_both(folder: Path, src: Path) -> None:
+    others = [folder / name for name in ("deep/.x.0123456789abcdef-01234567.tmp", ".mine.tmp", "x.tmp", ".step-1.tmp")]
+    child = start(hold, folder, plans(src), folder / "deep" / "a.out")
+    wait_for(lambda: (folder / "held").exists())
+    for path in others:
+        path.write_text("of a program that has no ledger")
+    (begun,) = (path for path in (folder / "deep").iterdir() if path not in others)
+    try:
+        assert (folder / "held").read_text() == "3" and temporary_of(begun.name)
+        with Ledger(folder, "streams", {}) as ledger:
+            rounds = ledger.rounds(plans(src))
+            assert list(next(rounds)) == [] and begun.exists()
+            os.kill(child.pid, signal.SIGKILL)  # only now can these be had
+            assert [claim.unit for some in rounds for claim in some] == plans(src)
+    finally:
+        child.kill()
+        child.join()
+    assert begun.exists()
+    of_library = begun.with_name(begun.name.replace("a.out", "b.out"))  # a folder for a library's own temporary files
+    of_library.mkdir()
+    (of_library / ".tmpAbCdEf").write_text("half of a shard")
+    with Ledger(folder, "streams", {}):
+        assert not begun.exists() and not of_library.exists()
+    assert all(path.exists() for path in others)
+    assert list((folder / ".latent_codec" / "processes").iterdir()) == []
+
+
+def test_temporary_files_are_known_by_their_names(tmp_path: Path) -> None:
+    for name in ("a", "a" * 255, "é" * 127, ".hidden", "a\nb", "x.tmp"):
+        with atomic_path(tmp_path / name) as temporary:
+            assert temporary_of(temporary.name) == files.process_name()
+        assert temporary_of(name) is None
+
+
+def test_a_fork_has_a_name_of_its_own() -> None:
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, files.process_name().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 100) not in (b"", files.process_name().encode())
+    assert files.process_name() == files.process_name()
+
+
+def test_a_name_is_checked_to_be_free_once(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "mine").write_text("x")
+    with Ledger(folder, "streams", {}) as ledger:
+        with pytest.raises(UserError, match=r"exists already: .*mine; "):
+            ledger.reserve(["a", "mine", "b"], overwrite=False)
+        ledger.reserve(["a", "b"], overwrite=False)
+        (folder / "a").write_text("x")
+        (folder / "c").write_text("x")
+        ledger.reserve(["a", "b"], overwrite=False)
+        with pytest.raises(UserError, match=r"exists already: .*c; "):
+            ledger.reserve(["a", "b", "c"], overwrite=False)
+        ledger.reserve(["c", "mine"], overwrite=True)
+    with Ledger(folder, "images", {}) as ledger:
+        ledger.reserve(["a", "b", "c", "mine"], overwrite=False)
+
+
+LOCKLESS = [NotImplementedError("no flock here"), *(OSError(e, os.strerror(e)) for e in (errno.ENOLCK, errno.ENOTSUP))]
+
+
+@pytest.mark.parametrize("error", LOCKLESS, ids=str)
+def test_a_file_system_without_locks_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with pytest.raises(UserError, match=r"files there cannot be locked \(.*\).*; give a folder on another file system"):
+        Ledger(folder, "streams", {}).__enter__()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_takes_no_lock_files_is_a_clear_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.FileLock, "acquire", fail)
+    with pytest.raises(DiskError, match=f"cannot be written: {os.strerror(number)}; once that is mended"):
+        Ledger(folder, "streams", {}).__enter__()
+
+
+def test_a_disk_that_takes_half_a_line_says_why_it_takes_no_more(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+
+    class Full:
+        room = 9
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            taken, self.room = min(self.room, len(data)), 0
+            return taken
+
+    journal._file = Full()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(DiskError, match=r"j\.jsonl cannot be written: No space left"):
+        journal.write({"a": "long line"})
+
+
+def test_records_are_compared_by_all_their_fields(folder: Path, src: Path) -> None:
+    make(folder, src)
+    source = plans(src)[0].sources[0]
+    with Ledger(folder, "streams", SETTINGS) as ledger:
+        claim = next(claims(ledger, plans(src)))
+        good = claim.records[source.name]
+        changes = {"output": "none", "size": 9, "sha256": "0", "bytes_out": 9, "sha256_out": "0"}
+        for name, value in changes.items():
+            claim.records[source.name] = dataclasses.replace(good, **{name: value})
+            assert not claim.is_current(source, None, "hash", Source.read_bytes)
+        claim.records[source.name] = dataclasses.replace(good, mtime_ns=0)
+        assert claim.is_current(source, good.output, "hash", Source.read_bytes)
+        assert not claim.is_current(source, good.output, "mtime", Source.read_bytes)
+        assert not claim.is_current(source, "other", "hash", Source.read_bytes)

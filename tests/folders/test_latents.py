@@ -1,0 +1,602 @@
+"""Folders of images to latents and back: exact sizes, no image lost, noise from (seed, path) alone."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from latent_codec.errors import UserError
+from latent_codec.folders import encode_latents as encode_latents_module
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.jobs import OVERWRITE
+from latent_codec.folders.resume import units as plan
+from latent_codec.folders.summary import Summary
+from latent_codec.inference.runner import Compute
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import INDEX, stored_files, stored_shards
+from latent_codec.model import file as model_file
+from latent_codec.model.codec import Codec
+from tests.conftest import Draw, files_of
+
+CPU = Compute("cpu", "float32", 4, 2)
+ORIENTATION = 0x0112
+
+
+def encode(codec: Codec, where: str | Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
+    summary = encode_folder(codec, where, folder, compute, quiet=True, **options)
+    assert summary.done + summary.skipped + len(summary.failures) == summary.found
+    assert len(Latents(folder).entries) == summary.done + summary.skipped
+    return summary
+
+
+def decode(codec: Codec, where: Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
+    summary = decode_folder(codec, where, folder, compute, quiet=True, **options)
+    assert summary.done + summary.skipped + len(summary.failures) == summary.found
+    return summary
+
+
+def there_and_back(codec: Codec, where: str | Path, work: Path) -> dict[str, Image.Image]:
+    """Every decoded image by its file's path; nothing may fail."""
+    assert not encode(codec, where, work / "latents").failures
+    assert not decode(codec, work / "latents", work / "decoded").failures
+    return images(work / "decoded")
+
+
+def images(folder: Path) -> dict[str, Image.Image]:
+    return {name: Image.open(folder / name) for name in files_of(folder) if name != "failures.jsonl"}
+
+
+def temporary_files(folder: Path) -> list[str]:
+    return [name for name in files_of(folder) if name.split("/")[-1].startswith(".") or name.endswith(".tmp")]
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of up to two images."""
+    monkeypatch.setattr(plan, "_MOST_IMAGES", 2)
+
+
+def greatest_difference(a: Path, b: Path) -> int:
+    return int(np.abs(np.asarray(Image.open(a), int) - np.asarray(Image.open(b), int)).max())
+
+
+# Every width and every height from 1 to 18, each beside small and large ones, and long thin images.
+SIZES = sorted(
+    {(i, j) for i in range(1, 19) for j in (1, 8, 19 - i)} | {(7, 9), (17, 16), (1, 40), (40, 1), (9, 18), (18, 9)}
+)
+
+
+def test_an_image_comes_back_in_its_exact_size(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    for width, height in SIZES:
+        draw(tmp_path / "src" / f"{width}x{height}.png", width, height)
+    found = there_and_back(codec, tmp_path / "src", tmp_path)
+    assert {name: image.size for name, image in found.items()} == {
+        f"{width}x{height}.png.png": (width, height) for width, height in SIZES
+    }
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_image_comes_back_upright(codec: Codec, tmp_path: Path, draw: Draw, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    draw(tmp_path / "src" / "a.jpg", 21, 10, exif=exif)
+    (image,) = there_and_back(codec, tmp_path / "src", tmp_path).values()
+    assert image.size == ((10, 21) if orientation >= 5 else (21, 10))
+    assert image.getexif().get(ORIENTATION, 1) == 1  # not turned a second time
+    assert Latents(tmp_path / "latents").entries[0].geometry.orientation == orientation
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "expected"),
+    [
+        ("L", "png", "L"),
+        ("L", "jpg", "L"),
+        ("LA", "png", "L"),
+        ("RGB", "png", "RGB"),
+        ("RGBA", "png", "RGB"),
+        ("RGBA", "webp", "RGB"),
+        ("P", "png", "RGB"),
+        ("P", "gif", "RGB"),
+    ],
+)
+def test_grey_stays_grey_and_the_rest_becomes_rgb(
+    codec: Codec, tmp_path: Path, draw: Draw, mode: str, suffix: str, expected: str
+) -> None:
+    draw(tmp_path / "src" / f"a.{suffix}", 11, 9, mode)
+    (image,) = there_and_back(codec, tmp_path / "src", tmp_path).values()
+    assert (image.mode, image.size) == (expected, (11, 9))
+    assert Latents(tmp_path / "latents").entries[0].geometry.background == ("#ffffff" if "A" in mode else None)
+
+
+def test_transparent_images_are_laid_on_the_background_asked_for(codec: Codec, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "src" / "a.png")
+    Image.new("RGB", (8, 8), "#102030").save(tmp_path / "src" / "b.png")
+    encode(codec, tmp_path / "src", tmp_path / "latents", background="#102030")
+    latents = Latents(tmp_path / "latents")
+    assert torch.equal(latents.posterior(0).mean, latents.posterior(1).mean)
+
+
+def test_what_is_stored_is_the_codecs_posterior(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    path = draw(tmp_path / "src" / "a.png", 16, 8)
+    encode(codec, path, tmp_path / "latents", store="float32")
+    with torch.inference_mode():
+        expected = codec.encode(torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)[None])
+    found = Latents(tmp_path / "latents").posterior(0)
+    assert torch.allclose(found.mean, expected.mean, atol=1e-6)
+    assert torch.allclose(found.logvar, expected.logvar, atol=1e-6)
+
+
+TREE = ("a.jpg", "a.png", "a.webp", "a.jpg.png", "sub/a.jpg", "sub/deep er/ünï/日本語.png", "#1 50%.bmp", " .png")
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpg"])
+def test_trees_and_whole_names_are_kept_and_never_collide(
+    codec: Codec, tmp_path: Path, draw: Draw, image_format: str
+) -> None:
+    for i, name in enumerate(TREE):
+        draw(tmp_path / "src" / name, 8 + i, 5)
+    encode(codec, tmp_path / "src", tmp_path / "latents")
+    decode(codec, tmp_path / "latents", tmp_path / "out", image_format=image_format)
+    found = images(tmp_path / "out")
+    assert {name: image.size for name, image in found.items()} == {
+        f"{name}.{image_format}": (8 + i, 5) for i, name in enumerate(TREE)
+    }
+    assert {image.format for image in found.values()} == {{"jpg": "JPEG"}.get(image_format, image_format.upper())}
+
+
+def test_a_single_file_a_glob_and_tar_files_are_encoded(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    for name in ("a.png", "b/c.png", "b/d.jpg"):
+        draw(tmp_path / "src" / name, 9, 7)
+    (tmp_path / "shards").mkdir()
+    for shard in ("x", "y"):
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as archive:
+            archive.add(tmp_path / "src", ".")
+    expected = {
+        tmp_path / "src" / "a.png": {"a.png.png"},
+        f"{tmp_path}/src/b/*.jpg": {"d.jpg.png"},
+        tmp_path / "shards" / "x.tar": {"x/a.png.png", "x/b/c.png.png", "x/b/d.jpg.png"},
+        tmp_path / "shards": {f"{s}/{n}.png" for s in "xy" for n in ("a.png", "b/c.png", "b/d.jpg")},
+    }
+    for i, (where, names) in enumerate(expected.items()):
+        assert set(there_and_back(codec, where, tmp_path / str(i))) == names
+
+
+def test_noise_depends_on_seed_and_path_alone(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    for i in range(5):
+        draw(tmp_path / "all" / f"{i}.png", 24, 16, seed=i)
+    draw(tmp_path / "all" / "large.png", 40, 40)
+    (tmp_path / "one").mkdir()
+    shutil.copy(tmp_path / "all" / "3.png", tmp_path / "one" / "3.png")
+    encode(codec, tmp_path / "all", tmp_path / "all latents")
+    encode(codec, tmp_path / "one", tmp_path / "one latents", Compute("cpu", "float32", 1, 1))
+    ways = {
+        "batch of 1": ("all", Compute("cpu", "float32", 1, 1), 7),
+        "batch of 4": ("all", Compute("cpu", "float32", 4, 1), 7),
+        "3 workers": ("all", Compute("cpu", "float32", 4, 3), 7),
+        "alone": ("one", Compute("cpu", "float32", 4, 1), 7),
+        "other seed": ("all", Compute("cpu", "float32", 4, 1), 8),
+    }
+    for name, (which, compute, seed) in ways.items():
+        torch.manual_seed(len(name))  # the global state plays no part
+        decode(codec, tmp_path / f"{which} latents", tmp_path / name, compute, sample=seed)
+    decode(codec, tmp_path / "all latents", tmp_path / "mode")
+    first = tmp_path / "batch of 1" / "3.png.png"
+    for name in ("batch of 4", "3 workers", "alone"):
+        assert greatest_difference(first, tmp_path / name / "3.png.png") <= 1  # rounding, of convolutions in batches
+    for name in ("other seed", "mode"):
+        assert greatest_difference(first, tmp_path / name / "3.png.png") > 10
+
+
+def test_the_same_picture_under_another_path_draws_other_noise(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / "src" / name, 24, 16, seed=0)
+    encode(codec, tmp_path / "src", tmp_path / "latents")
+    decode(codec, tmp_path / "latents", tmp_path / "mode")
+    decode(codec, tmp_path / "latents", tmp_path / "draw", sample=0)
+    assert greatest_difference(tmp_path / "mode" / "a.png.png", tmp_path / "mode" / "b.png.png") <= 1
+    assert greatest_difference(tmp_path / "draw" / "a.png.png", tmp_path / "draw" / "b.png.png") > 10
+
+
+@pytest.fixture
+def bad(tmp_path: Path, draw: Draw) -> Path:
+    """A folder of four bad images, each with its own reason."""
+    folder = tmp_path / "bad"
+    whole = draw(folder / "truncated.jpg", 64, 64).read_bytes()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty.webp").write_bytes(b"")
+    Image.new("1", (3000, 2000)).save(folder / "bomb.png")
+    return folder
+
+
+REASONS = {
+    "truncated.jpg": "damaged or cut off",
+    "text.png": "not a readable image",
+    "empty.webp": "the file is empty",
+    "bomb.png": "3000x2000 = 6000000 pixels exceed the limit of 1000000",
+}
+
+
+def test_bad_images_are_reported_by_name_and_reason_and_the_rest_goes_on(
+    codec: Codec, tmp_path: Path, bad: Path, draw: Draw, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "m.png", "z.png"):
+        draw(bad / name, 20, 12)
+    summary = encode(codec, bad, tmp_path / "latents", max_pixels=10**6)
+    assert (summary.found, summary.done) == (7, 3)
+    assert summary.failures.keys() == REASONS.keys()
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(REASONS)
+    for name, reason in REASONS.items():
+        assert reason in summary.failures[name]
+        assert sum(line.startswith(f"{name}: ") and reason in line for line in printed) == 1
+    assert "3 of 7 images, 4 failed" in str(summary)
+    decode(codec, tmp_path / "latents", tmp_path / "out")
+    assert set(images(tmp_path / "out")) == {"a.png.png", "m.png.png", "z.png.png"}
+
+
+def test_a_folder_of_bad_images_alone_crashes_nothing(codec: Codec, tmp_path: Path, bad: Path) -> None:
+    summary = encode(codec, bad, tmp_path / "latents", max_pixels=10**6)
+    assert (summary.found, summary.done, len(summary.failures)) == (4, 0, 4)
+    assert decode(codec, tmp_path / "latents", tmp_path / "out").found == 0
+
+
+def test_whatever_reading_an_image_raises_the_others_go_on(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        draw(tmp_path / "src" / name, 8, 8)
+    read = encode_latents_module.read_image
+
+    def surprise(data: bytes, *, name: str, **options: Any) -> Any:
+        if name == "b.png":
+            raise ZeroDivisionError("in some plugin")
+        return read(data, name=name, **options)
+
+    monkeypatch.setattr(encode_latents_module, "read_image", surprise)
+    summary = encode(codec, tmp_path / "src", tmp_path / "latents")
+    assert summary.failures == {"b.png": "ZeroDivisionError: in some plugin"}
+
+
+def test_latents_that_do_not_fit_the_stored_type_fail_alone(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    codec.state_dict()["backbone.linear.encoder.weight"].fill_(1e3)  # black becomes -192,000, middle grey 753
+    (tmp_path / "src").mkdir()
+    for name, level in (("black", 0), ("grey", 128)):
+        Image.new("L", (8, 8), level).save(tmp_path / "src" / f"{name}.png")
+    summary = encode(codec, tmp_path / "src", tmp_path / "latents")
+    assert summary.failures.keys() == {"black.png"} and "--store float32" in summary.failures["black.png"]
+    assert encode(codec, tmp_path / "src", tmp_path / "wide", store="float32").done == 2
+
+
+def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(40):
+        draw(tmp_path / "src" / f"{i:02d}.png", 8 * (i + 1), 8)
+    read, forward = encode_latents_module.read_image, codec.encode
+    started: list[str] = []
+    encoded: list[int] = []
+    waiting: list[int] = []
+
+    def count_reading(data: bytes, *, name: str, **options: Any) -> Any:
+        started.append(name)
+        return read(data, name=name, **options)
+
+    def count_encoding(x: torch.Tensor, labels: torch.Tensor) -> Any:
+        waiting.append(len(started) - sum(encoded))
+        encoded.append(len(x))
+        return forward(x, labels)
+
+    monkeypatch.setattr(encode_latents_module, "read_image", count_reading)
+    monkeypatch.setattr(codec, "encode", count_encoding)
+    encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 2))
+    assert sum(encoded) == 40
+    assert max(waiting) <= 4 * 2 + 2 * 2 + 1  # for companions, and read ahead by the threads
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_coarse_networks_still_give_float32_posteriors(codec: Codec, tmp_path: Path, draw: Draw, dtype: Any) -> None:
+    draw(tmp_path / "a.png", 16, 16)
+    encode(codec, tmp_path / "a.png", tmp_path / "fine", store="float32")
+    encode(codec, tmp_path / "a.png", tmp_path / "coarse", Compute("cpu", dtype, 1, 1), store="float32")
+    fine, coarse = (Latents(tmp_path / name).posterior(0).mean for name in ("fine", "coarse"))
+    assert not torch.equal(coarse, coarse.to(getattr(torch, dtype)).float())  # not rounded to the networks' type
+    assert torch.allclose(fine, coarse, atol=0.02)
+
+
+def test_a_batch_holds_images_of_one_shape_and_every_image_once(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(23):
+        draw(tmp_path / "src" / f"{i}.png", 8 * (1 + i % 5), 8)
+    batches: list[torch.Size] = []
+    forward = codec.encode
+
+    def record(x: torch.Tensor, labels: torch.Tensor) -> Any:
+        batches.append(x.shape)
+        return forward(x, labels)
+
+    monkeypatch.setattr(codec, "encode", record)
+    encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 3))
+    assert sum(shape[0] for shape in batches) == 23
+    assert max(shape[0] for shape in batches) == 2
+    names = {e.path: (e.geometry.width, e.geometry.height) for e in Latents(tmp_path / "latents").entries}
+    assert names == {f"{i}.png": (8 * (1 + i % 5), 8) for i in range(23)}
+
+
+@pytest.fixture
+def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
+    """Latents of a.png and b.png (16x16) and c.png (24x16), which with `small_units` has a shard of its own."""
+    for name, width in (("a", 16), ("b", 16), ("c", 24)):
+        draw(tmp_path / "src" / f"{name}.png", width, 16)
+    encode(codec, tmp_path / "src", tmp_path / "latents")
+    return tmp_path / "latents"
+
+
+def shard_of(folder: Path, path: str) -> Path:
+    return folder / next(e.shard for e in Latents(folder).entries if e.path == path)
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("content", [None, b"text"])
+def test_a_missing_or_corrupt_shard_fails_its_images_and_no_others(
+    codec: Codec, tmp_path: Path, latents: Path, content: bytes | None
+) -> None:
+    shard = shard_of(latents, "a.png")
+    shard.unlink()
+    if content:
+        shard.write_bytes(content)
+    summary = decode(codec, latents, tmp_path / "out")
+    assert set(summary.failures) == {"a.png", "b.png"}
+    assert all("cannot be read" in reason for reason in summary.failures.values())
+    assert set(images(tmp_path / "out")) == {"c.png.png"}
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_shard_with_other_contents_than_the_index_says_fails_its_images(
+    codec: Codec, tmp_path: Path, latents: Path
+) -> None:
+    shard = shard_of(latents, "a.png")
+    first_row = {name: tensor[:1].clone() for name, tensor in load_file(shard).items()}
+    save_file(first_row, shard)
+    assert set(decode(codec, latents, tmp_path / "1").failures) == {"b.png"}
+    save_file({name: torch.cat([t, t, t], 1) for name, t in first_row.items()}, shard)
+    assert set(decode(codec, latents, tmp_path / "2").failures) == {"a.png", "b.png"}
+
+
+@pytest.mark.parametrize("path", ["/evil.png", "../evil.png", "x/../../evil.png"])
+def test_a_tampered_index_writes_nothing_anywhere(codec: Codec, tmp_path: Path, latents: Path, path: str) -> None:
+    index = json.loads((latents / INDEX).read_text())
+    index["entries"][0]["path"] = path
+    (latents / INDEX).write_text(json.dumps(index))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="unsafe name"):
+        decode(codec, latents, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_latents_of_another_model_are_refused_before_any_work(
+    codec: Codec, model_file: Path, tmp_path: Path, latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
+    with pytest.raises(UserError, match=r"made by model .* give the right one with --model"):
+        decode(codec, latents, tmp_path / "out")
+    monkeypatch.setattr("latent_codec.model.shipped._SHIPPED", (model_file.parent,))
+    with pytest.raises(UserError, match=rf"made by model .* give --model {model_file.stem}, which made it"):
+        decode(codec, latents, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_existing_latents_are_refused_before_any_work_unless_to_be_overwritten(
+    codec: Codec, tmp_path: Path, latents: Path
+) -> None:
+    (tmp_path / "src" / "c.png").unlink()
+    shutil.rmtree(latents / ".latent_codec")
+    before = contents(latents)
+    with pytest.raises(UserError, match=r"holds latents already.*--overwrite"):
+        encode(codec, tmp_path / "src", latents)
+    (latents / INDEX).rename(tmp_path / INDEX)  # as a killed process leaves them
+    with pytest.raises(UserError, match=r"holds latents already.*--overwrite"):
+        encode(codec, tmp_path / "src", latents)
+    (tmp_path / INDEX).rename(latents / INDEX)
+    assert contents(latents) == before
+    encode(codec, tmp_path / "src", latents, resume=OVERWRITE)
+    assert [e.path for e in Latents(latents).entries] == ["a.png", "b.png"]
+    assert len(stored_files(latents)) == 2
+
+
+def test_existing_images_are_refused_before_any_work_unless_to_be_overwritten(
+    codec: Codec, tmp_path: Path, latents: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "b.png.png").write_text("mine")
+    with pytest.raises(UserError, match=r"exists already: .*b\.png\.png; .*--overwrite"):
+        decode(codec, latents, out)
+    assert [f.name for f in out.iterdir()] == ["b.png.png"] and (out / "b.png.png").read_text() == "mine"
+    decode(codec, latents, out, resume=OVERWRITE)
+    assert {image.size for image in images(out).values()} == {(16, 16), (24, 16)}
+    shutil.rmtree(out / ".latent_codec")
+    with pytest.raises(UserError, match="and 2 more"):
+        decode(codec, latents, out)
+
+
+def test_a_file_that_was_there_before_its_name_was_asked_for_is_not_replaced(
+    codec: Codec, tmp_path: Path, latents: Path, draw: Draw
+) -> None:
+    (tmp_path / "src" / "failures.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"exists already: .*failures\.jsonl; "):
+        decode(codec, latents, tmp_path / "src")
+    (tmp_path / "src" / "failures.jsonl").unlink()
+    decode(codec, latents, tmp_path / "src")  # beside the originals
+    draw(tmp_path / "src" / "d.png", 16, 16)
+    mine = draw(tmp_path / "src" / "d.png.png", 16, 16).read_bytes()
+    encode(codec, tmp_path / "src" / "d.png", tmp_path / "more")
+    with pytest.raises(UserError, match=r"exists already: .*d\.png\.png; "):
+        decode(codec, tmp_path / "more", tmp_path / "src")
+    assert (tmp_path / "src" / "d.png.png").read_bytes() == mine
+    assert decode(codec, latents, tmp_path / "src").skipped == 3
+
+
+def test_a_destination_that_is_a_file_is_refused_before_any_work(codec: Codec, tmp_path: Path, latents: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for work in (encode, decode):
+        for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+            source = tmp_path / "src" if work is encode else latents
+            with pytest.raises(UserError, match="cannot be written into as a folder"):
+                work(codec, source, folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"background": "white"}, "'white' is no colour"), ({"max_pixels": 0}, "limit of 0 pixels refuses every image")],
+)
+def test_options_without_sense_are_refused_before_any_work(
+    codec: Codec, tmp_path: Path, latents: Path, options: dict[str, Any], reason: str
+) -> None:
+    before = contents(latents)
+    with pytest.raises(UserError, match=reason):
+        encode(codec, tmp_path / "src", latents, resume=OVERWRITE, **options)
+    assert contents(latents) == before
+
+
+def test_nothing_found_leaves_existing_latents_alone(codec: Codec, tmp_path: Path, latents: Path) -> None:
+    before = contents(latents)
+    with pytest.raises(UserError, match="no such image"):
+        encode(codec, tmp_path / "none", latents, resume=OVERWRITE)
+    assert contents(latents) == before
+
+
+def test_a_model_of_neither_grey_nor_rgb_images_is_refused(codec: Codec, tmp_path: Path, latents: Path) -> None:
+    two = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 2}))
+    for work, source in ((encode, tmp_path / "src"), (decode, latents)):
+        with pytest.raises(UserError, match="images with 2 channels"):
+            work(two, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_cannot_be_written_fails_alone(codec: Codec, tmp_path: Path, latents: Path) -> None:
+    (tmp_path / "out" / "a.png.png").mkdir(parents=True)  # a folder where a file should go
+    summary = decode(codec, latents, tmp_path / "out", resume=OVERWRITE)
+    assert set(summary.failures) == {"a.png"}
+    assert temporary_files(tmp_path / "out") == []
+
+
+def test_a_name_too_long_for_its_new_suffix_fails_alone(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    long = "x" * 251 + ".png"
+    for name in (long, "a.png"):
+        draw(tmp_path / "src" / name, 8, 8)
+    assert not encode(codec, tmp_path / "src", tmp_path / "latents").failures
+    summary = decode(codec, tmp_path / "latents", tmp_path / "out")
+    assert set(summary.failures) == {long} and summary.done == 1
+    assert temporary_files(tmp_path / "out") == []
+
+
+@pytest.mark.usefixtures("small_units")
+def test_an_interrupted_encode_leaves_whole_shards_under_an_index(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(9):
+        draw(tmp_path / "src" / f"{i}.png", 8 * (1 + i % 3 % 2), 8)
+    read = encode_latents_module.read_image
+
+    def interrupt(data: bytes, *, name: str, **options: Any) -> Any:
+        if name == "6.png":
+            raise KeyboardInterrupt
+        return read(data, name=name, **options)
+
+    monkeypatch.setattr(encode_latents_module, "read_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
+    assert temporary_files(tmp_path / "latents") == []
+    found = Latents(tmp_path / "latents")
+    assert len(stored_files(tmp_path / "latents")) > 2
+    done = len(found.entries)
+    assert [e.path for e in found.entries] == [f"{i}.png" for i in range(done)] and done % 2 == 0
+    assert decode(codec, tmp_path / "latents", tmp_path / "out").done == done
+    monkeypatch.setattr(encode_latents_module, "read_image", read)
+    assert encode(codec, tmp_path / "src", tmp_path / "latents").skipped == done
+
+
+@pytest.mark.usefixtures("small_units")
+def test_an_encode_interrupted_inside_a_shard_keeps_the_shards_before(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        draw(tmp_path / "src" / f"{i}.png", 8, 8)
+
+    written: list[Path] = []
+
+    def interrupt(tensors: Any, path: Path, **options: Any) -> None:
+        written.append(path)
+        save_file(tensors, path, **options)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_file, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
+    assert temporary_files(tmp_path / "latents") == []
+    assert decode(codec, tmp_path / "latents", tmp_path / "out").done == 2
+
+
+def test_a_full_disk_is_an_error_not_images_counted_as_done(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(4):
+        draw(tmp_path / "src" / f"{i}.png", 8, 8)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_file, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        encode(codec, tmp_path / "src", tmp_path / "latents")
+
+
+def test_an_interrupted_decode_leaves_whole_images_only(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(9):
+        draw(tmp_path / "src" / f"{i}.png", 8, 8)
+    encode(codec, tmp_path / "src", tmp_path / "latents")
+    write = Path.write_bytes
+    calls: list[Path] = []
+
+    def interrupt(self: Path, data: bytes) -> int:
+        calls.append(self)
+        if len(calls) == 4:
+            write(self, data[:20])
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        decode(codec, tmp_path / "latents", tmp_path / "out", Compute("cpu", "float32", 1, 1))
+    found = images(tmp_path / "out")
+    assert 3 <= len(found) < 9 and temporary_files(tmp_path / "out") == []
+    for image in found.values():
+        image.load()
+
+
+def test_the_summary_counts_the_real_bytes(codec: Codec, tmp_path: Path, latents: Path) -> None:
+    encoded = encode(codec, tmp_path / "src", tmp_path / "again")
+    assert encoded.bytes_in == sum(f.stat().st_size for f in (tmp_path / "src").iterdir())
+    assert encoded.bytes_out == sum(f.stat().st_size for f in stored_shards(tmp_path / "again"))
+    decoded = decode(codec, latents, tmp_path / "out")
+    assert decoded.bytes_in == 2 * 4 * 4 * (4 + 4 + 6)  # two tensors, bytes, channels, positions
+    assert decoded.bytes_out == sum(map(len, files_of(tmp_path / "out").values()))

@@ -1,0 +1,153 @@
+"""Threads and processes: nothing is lost, nothing runs on, and little waits."""
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.errors import FatalError, UserError
+from latent_codec.folders import encode_latents as encode_latents_module
+from latent_codec.folders import read_images
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.resume import units as plan
+from latent_codec.folders.workers import Processes, Threads
+from latent_codec.images.sources import Source
+from latent_codec.inference.runner import Compute
+from latent_codec.model.codec import Codec
+from tests.conftest import Draw, files_of
+from tests.support.folder import finish, start, wait_for
+
+
+@given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))
+def test_results_come_in_order_with_their_items_errors_too(items: list[int], workers: int, ahead: int | None) -> None:
+    with Threads(workers) as threads:
+        found = list(threads.map(lambda x: 60 // x, items, ahead))
+    assert [item for item, _ in found] == items
+    for item, future in found:
+        assert future.exception() is None if item else isinstance(future.exception(), ZeroDivisionError)
+        assert not item or future.result() == 60 // item
+
+
+@given(st.integers(0, 20), st.integers(1, 3), st.integers(1, 9))
+def test_no_more_than_a_few_are_begun_ahead(count: int, workers: int, ahead: int) -> None:
+    begun: list[int] = []
+    items = (begun.append(i) for i in range(count))
+    with Threads(workers) as threads:
+        for done, _ in enumerate(threads.map(str, items, ahead)):
+            assert len(begun) <= done + ahead
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_was_begun_comes_out_before_what_the_items_raise(error: type[BaseException]) -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise error
+
+    found: list[str] = []
+    with Threads(2) as threads, pytest.raises(error):
+        for _, future in threads.map(str, items()):
+            found.append(future.result())
+    assert found == ["0", "1", "2"]
+
+
+def test_threads_end_with_their_context_though_a_generator_lives_on() -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt), Threads(2) as threads:
+        alive = threads.map(str, range(100))
+        next(alive)
+        raise KeyboardInterrupt
+    assert not set(threading.enumerate()) - before
+    alive.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Processes.
+
+
+def fail(reason: str) -> None:
+    raise UserError(reason)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_do_what_they_are_called_for() -> None:
+    with Processes(1) as processes:
+        pid = processes.call(os.getpid)
+        assert pid != os.getpid() == Processes(0).call(os.getpid)
+        with pytest.raises(UserError, match="a reason"):
+            processes.call(fail, "a reason")
+        assert processes.call(os.getpid) == pid
+
+
+def test_a_killed_process_is_one_clear_error_for_all() -> None:
+    with Processes(1) as processes:
+        for work in (killed, os.getpid):
+            with pytest.raises(FatalError, match=r"was killed, .* fewer --workers"):
+                processes.call(work)
+
+
+def test_processes_end_with_their_context_and_with_their_parent() -> None:
+    with Processes(1) as processes:
+        pid = processes.call(os.getpid)
+    wait_for(lambda: not is_alive(pid))
+    with tempfile.TemporaryDirectory() as temporary:
+        told = Path(temporary, "pid")
+        parent = start(tell_and_die, told)
+        assert finish(parent) == -signal.SIGKILL
+        wait_for(lambda: not is_alive(int(told.read_text())))
+
+
+def tell_and_die(told: Path) -> None:
+    processes = Processes(1)
+    told.write_text(f"{processes.call(os.getpid)}")
+    killed()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def decode_or_die(source: Source, data: bytes, options: dict[str, Any]) -> Any:
+    if source.name == "5.png":
+        killed()
+    return _PARSE(source, data, options)
+
+
+_PARSE: Any = read_images._parse_array
+
+
+@pytest.mark.parametrize("make", [encode_folder, partial(encode_streams, rate=Rate())])
+def test_images_are_decoded_in_processes_and_one_that_is_killed_costs_nothing_before_it(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    monkeypatch.setattr(plan, "_MEAN_IMAGES", 2**63)
+    monkeypatch.setattr(plan, "_MOST_IMAGES", 2)
+    for i in range(8):
+        draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
+    (tmp_path / "photos" / "bad.png").write_text("no image")
+    threads = Compute("cpu", "float32", 2, 1)
+    expected = make(codec, tmp_path / "photos", tmp_path / "in threads", threads, quiet=True)
+    compute = threads._replace(decode_in="processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_latents_module, "_parse_array", decode_or_die)
+        with pytest.raises(FatalError, match="was killed"):
+            make(codec, tmp_path / "photos", tmp_path / "in processes", compute, quiet=True)
+    before = {name: data for name, data in files_of(tmp_path / "in processes").items() if name.endswith(("lc", "rs"))}
+    assert before and before.items() < files_of(tmp_path / "in threads").items()
+    summary = make(codec, tmp_path / "photos", tmp_path / "in processes", compute, quiet=True)
+    assert summary.skipped and summary.failures == expected.failures and summary.failures.keys() == {"bad.png"}
+    assert files_of(tmp_path / "in processes") == files_of(tmp_path / "in threads")

@@ -1,0 +1,256 @@
+"""Finding images: every one of them, once, under a name of its own, in a fixed order."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from PIL import Image
+
+from latent_codec.errors import UserError
+from latent_codec.images import sources
+from latent_codec.images.sources import find_all, find_images
+from tests.conftest import Draw
+
+
+def png(level: int = 0) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (2, 1), level).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def put(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png())
+
+
+def tar(
+    path: Path,
+    members: dict[str, bytes],
+    tar_format: int = tarfile.PAX_FORMAT,
+    mode: Literal["w", "a", "w:gz"] = "w",
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, format=tar_format) as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def names(where: Path | str) -> list[str]:
+    return [source.name for source in find_images(where)]
+
+
+def levels(where: Path | str) -> dict[str, int]:
+    """Each image's name and first pixel."""
+    return {s.name: int(s.read().pixels[0, 0, 0]) for s in find_images(where)}
+
+
+TREE = ["B.png", "a.JPEG", "a.jpg", "a.png", "ünï/日本.webp", "sub/deep/a.jpg", "z.TIF"]
+
+
+def test_a_folders_tree_is_found_whole_sorted_and_by_suffix(tmp_path: Path) -> None:
+    put(*(tmp_path / name for name in TREE))
+    put(tmp_path / "notes.txt", tmp_path / "sub" / "jpg", tmp_path / "a.jpg.part")
+    assert names(tmp_path) == names(str(tmp_path)) == sorted(TREE)
+
+
+def test_one_file_is_one_image_whatever_it_is_called(tmp_path: Path) -> None:
+    put(tmp_path / "picture", tmp_path / "b.jpg")
+    assert levels(tmp_path / "picture") == {"picture": 0}
+
+
+def test_a_glob_finds_what_matches_by_names_below_its_fixed_part(tmp_path: Path) -> None:
+    put(*(tmp_path / name for name in TREE))
+    assert names(f"{tmp_path}/*.png") == ["B.png", "a.png"]
+    assert names(f"{tmp_path}/**/*.jpg") == ["a.jpg", "sub/deep/a.jpg"]
+    assert names(f"{tmp_path}/sub/d*/[a-c].jpg") == ["deep/a.jpg"]
+
+
+def test_a_relative_glob_starts_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(*(tmp_path / name for name in TREE))
+    monkeypatch.chdir(tmp_path)
+    assert names("*/*/*.jpg") == ["sub/deep/a.jpg"]
+    assert names("a.*") == ["a.JPEG", "a.jpg", "a.png"]
+
+
+def test_a_file_with_glob_characters_in_its_name_is_a_file(tmp_path: Path) -> None:
+    put(tmp_path / "a[1].png", tmp_path / "a1.png")
+    assert names(tmp_path / "a[1].png") == ["a[1].png"]
+
+
+def test_a_pattern_that_cannot_be_searched_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a pattern"):
+        find_images(f"{tmp_path}/**a/*.png")
+
+
+MEMBERS = {"a.png": png(1), "class/b.png": png(2), "class/ü.png": png(3), "readme.txt": b"text"}
+IN_TAR = {"s/a.png": 1, "s/class/b.png": 2, "s/class/ü.png": 3}
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_tar_files_members_are_read_in_place(tmp_path: Path, tar_format: int) -> None:
+    assert levels(tar(tmp_path / "s.tar", MEMBERS, tar_format)) == IN_TAR
+
+
+def test_a_folder_of_tar_files_is_all_their_members(tmp_path: Path) -> None:
+    tar(tmp_path / "s.tar", MEMBERS)
+    tar(tmp_path / "t.tar", {"a.png": png(9)})
+    assert levels(tmp_path) == levels(f"{tmp_path}/*.tar") == IN_TAR | {"t/a.png": 9}
+
+
+def test_images_beside_tar_files_hide_nothing(tmp_path: Path) -> None:
+    tar(tmp_path / "s.tar", MEMBERS)
+    put(tmp_path / "preview.png")
+    assert levels(tmp_path) == IN_TAR | {"preview.png": 0}
+
+
+def test_tar_files_of_the_same_name_in_different_folders_do_not_collide(tmp_path: Path) -> None:
+    tar(tmp_path / "x" / "s.tar", {"a.png": png(1)})
+    tar(tmp_path / "y" / "s.tar", {"a.png": png(2)})
+    assert levels(f"{tmp_path}/*/s.tar") == {"x/s/a.png": 1, "y/s/a.png": 2}
+
+
+def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
+    tar(tmp_path / "s.tar", {"a.png": png(1)})
+    put(tmp_path / "s" / "a.png")
+    with pytest.raises(UserError, match=r"both hold s/a\.png; rename"):
+        find_images(tmp_path)
+
+
+def test_member_names_are_plain_relative_paths(tmp_path: Path) -> None:
+    assert levels(tar(tmp_path / "s.tar", {"./a.png": png(1), "/b/.//c.png": png(2)})) == {"s/a.png": 1, "s/b/c.png": 2}
+
+
+def test_of_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
+    path = tar(tmp_path / "s.tar", {"a.png": png(1), "./a.png": png(2)})
+    tar(path, {"a.png": png(3)}, mode="a")
+    assert levels(path) == {"s/a.png": 3}
+
+
+def test_a_hard_link_in_a_tar_file_is_an_image(tmp_path: Path) -> None:
+    path = tar(tmp_path / "s.tar", {"a.png": png(7)})
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+    assert levels(path) == {"s/a.png": 7, "s/b.png": 7}
+
+
+def test_an_empty_tar_file_has_no_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no images there"):
+        find_images(tar(tmp_path / "s.tar", {}))
+
+
+def test_a_tar_file_cut_off_anywhere_is_refused_not_read_in_part(tmp_path: Path) -> None:
+    data = tar(tmp_path / "s.tar", {f"{i}.png": png(i) * 9 for i in range(3)}, tarfile.USTAR_FORMAT).read_bytes()
+    member = 512 + 1024  # header and data of one, padded to blocks
+    assert data[member : member + 5] == b"1.png"
+    for size in (1, 100, 600, member + 1, member + 511, member + 600, 2 * member + 700):
+        (tmp_path / "s.tar").write_bytes(data[:size])
+        with pytest.raises(UserError, match=r"s\.tar: not a whole, uncompressed tar file"):
+            find_images(tmp_path / "s.tar")
+
+
+def test_a_tar_file_with_a_damaged_header_is_refused_not_read_in_part(tmp_path: Path) -> None:
+    path = tar(tmp_path / "s.tar", {f"{i}.png": png(i) for i in range(3)}, tarfile.USTAR_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[1024 + 150] ^= 1  # the second header's checksum
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged at byte 1024"):
+        find_images(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", b"\x1f\x8b" + bytes(600)])
+def test_what_is_no_tar_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "s.tar").write_bytes(data)
+    with pytest.raises(UserError, match=r"s\.tar: not a whole, uncompressed tar file"):
+        find_images(tmp_path / "s.tar")
+
+
+def test_a_compressed_tar_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"s\.tar: not a whole, uncompressed tar file"):
+        find_images(tar(tmp_path / "s.tar", MEMBERS, mode="w:gz"))
+
+
+@pytest.mark.parametrize("where", ["none", "none.png", "no*.png", "empty"])
+def test_nothing_found_is_refused_with_the_place(tmp_path: Path, where: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"(no such image|no images there)") as caught:
+        find_images(f"{tmp_path}/{where}")
+    assert str(caught.value).startswith(f"{tmp_path}/{where}: ")
+
+
+def test_a_broken_link_is_found_and_fails_when_it_is_read(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("nowhere")
+    sources = find_images(tmp_path)
+    assert [s.name for s in sources] == ["a.png", "b.png"]
+    with pytest.raises(UserError, match=r"^b\.png: cannot be read"):
+        sources[1].read()
+
+
+def test_a_link_to_an_image_is_an_image_and_one_to_a_folder_is_not_followed(tmp_path: Path) -> None:
+    put(tmp_path / "tree" / "a.png", tmp_path / "other" / "b.png")
+    (tmp_path / "tree" / "link.png").symlink_to("a.png")
+    (tmp_path / "tree" / "folder.png").symlink_to(tmp_path / "other")
+    (tmp_path / "tree" / "loop").symlink_to(tmp_path / "tree")
+    assert names(tmp_path / "tree") == ["a.png", "link.png"]
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")  # opening it would wait for a writer for ever
+    assert names(tmp_path) == names(f"{tmp_path}/*.png") == ["a.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "a.png", tmp_path / "locked" / "b.png")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(sources.os, "scandir", refuse)
+    with pytest.raises(UserError, match="locked: cannot be listed"):
+        find_images(tmp_path)
+
+
+def test_a_name_that_is_no_utf_8_is_found_and_read(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    put(tmp_path / name)
+    assert levels(tmp_path) == {name: 0}
+
+
+def test_an_unreadable_image_is_refused_by_name_and_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"text")
+    with pytest.raises(UserError, match=r"^a\.png: not a readable image"):
+        find_images(tmp_path)[0].read()
+
+
+def test_options_of_reading_reach_the_reader(tmp_path: Path, draw: Draw) -> None:
+    draw(tmp_path / "a.png", 4, 3)
+    Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    a, b = find_images(tmp_path)
+    with pytest.raises(UserError, match="exceed the limit of 11"):
+        a.read(max_pixels=11)
+    assert torch.equal(b.read(background="#102030").pixels.flatten(), torch.tensor([16, 32, 48], dtype=torch.uint8))
+
+
+def test_several_places_keep_their_names_unless_they_collide(tmp_path: Path) -> None:
+    put(tmp_path / "x" / "a.png", tmp_path / "y" / "b.png", tmp_path / "z" / "a.png")
+    places = [tmp_path / "x", tmp_path / "y"]
+    assert [s.name for s in find_all(places)] == ["a.png", "b.png"]
+    found = find_all([*places, tmp_path / "z"])
+    assert [s.name for s in found] == ["0:x/a.png", "1:y/b.png", "2:z/a.png"]
+    assert [s.path.parent.name for s in found] == ["x", "y", "z"]

@@ -1,0 +1,136 @@
+"""Networks in batches that fit into memory, and compiled."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.exc import BackendCompilerFailed
+
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.errors import FatalError, UserError
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.folders.decode_lc import decode_streams
+from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.runner import Compute, Networks
+from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.codec import Codec
+from tests.conftest import Draw, files_of
+
+CPU = Compute("cpu", "float32", 4, 2)
+
+OUT_OF_MEMORY: list[type[Exception] | Exception] = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+    MemoryError(),
+]
+
+
+@given(st.lists(st.integers(), max_size=40), st.integers(1, 50), st.sampled_from(OUT_OF_MEMORY))
+def test_lists_are_halved_until_they_fit_and_results_come_in_order(
+    items: list[int], most: int, error: Exception
+) -> None:
+    calls: list[int] = []
+
+    def call(batch: list[int]) -> list[int]:
+        calls.append(len(batch))
+        if len(batch) > most:
+            raise error
+        return [2 * item for item in batch]
+
+    halving = Halving()
+    assert list(halving(call, items, 3)) == [(item, 2 * item) for item in items]
+    calls.clear()
+    assert list(halving(call, items, 3)) == [(item, 2 * item) for item in items]
+    assert max(calls, default=0) <= most  # it knows by now
+
+
+def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_halve() -> None:
+    def call(batch: list[int]) -> list[int]:
+        if 3 in batch:
+            raise MemoryError
+        return batch
+
+    def fail(_: list[int]) -> list[int]:
+        raise RuntimeError("another")
+
+    found = dict(Halving()(call, [1, 2, 3, 4], 1))
+    assert isinstance(found.pop(3), UserError)
+    assert found == {1: 1, 2: 2, 4: 4}
+    with pytest.raises(RuntimeError, match="another"):
+        list(Halving()(fail, [1, 2], 1))
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that take two images at once; and none of 40x40 pixels or more."""
+
+    def limited(owner: Any, name: str, pixels: int) -> None:
+        real = getattr(owner, name)
+
+        def call(self: Any, images: Any, labels: Any = None) -> Any:
+            if len(images) > 2 or images[0][0].numel() * pixels >= 1600:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(self, images, labels)
+
+        monkeypatch.setattr(owner, name, call)
+
+    limited(Networks, "encode", 1)
+    limited(Networks, "decode_uint8", 64)
+
+
+@pytest.mark.parametrize("kind", ["streams", "latents"])
+def test_a_folder_goes_on_where_memory_runs_out(
+    codec: Codec,
+    tmp_path: Path,
+    draw: Draw,
+    small_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    for i in range(7):
+        draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
+    draw(tmp_path / "photos" / "large.png", 48, 40)
+    if kind == "streams":
+        summary = encode_streams(codec, tmp_path / "photos", tmp_path / "z", CPU, rate=Rate(), quiet=True)
+    else:
+        summary = encode_folder(codec, tmp_path / "photos", tmp_path / "z", CPU, quiet=True)
+    assert (summary.done, summary.failures.keys()) == (7, {"large.png"})
+    assert "--tile" in summary.failures["large.png"]
+    assert capsys.readouterr().err.count("memory ran out for 4 images at once; going on with 2") == 1
+    decode = decode_streams if kind == "streams" else decode_folder
+    assert decode(codec, tmp_path / "z", tmp_path / "y", CPU, quiet=True).done == 7
+    assert "going on with 2" in capsys.readouterr().err
+    monkeypatch.undo()
+    decode(codec, tmp_path / "z", tmp_path / "whole", CPU, quiet=True)
+    assert files_of(tmp_path / "y") == files_of(tmp_path / "whole")
+
+
+def test_compiled_networks_give_the_same_but_for_rounding(codec: Codec) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (3, 16, 24), dtype=torch.uint8, generator=generator) for _ in range(3)]
+    plain = Networks(codec, CPU).encode(images)
+    z = plain.mean.unbind()
+    pixels = Networks(codec, CPU).decode_uint8(z)
+    networks = Networks(codec, CPU._replace(compile=True))
+    compiled = networks.encode(images)
+    torch.testing.assert_close(compiled.mean, plain.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled.logvar, plain.logvar, rtol=1e-4, atol=1e-4)
+    assert (networks.decode_uint8(z).int() - pixels.int()).abs().max() <= 1
+
+
+def test_a_compiler_that_fails_is_one_clear_error(
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> DiagonalGaussian:
+        raise BackendCompilerFailed(fail, RuntimeError("no C++ compiler"), None)  # pyright: ignore
+
+    draw(tmp_path / "photos" / "a.png", 24, 16)
+    monkeypatch.setattr(codec, "encode", fail)
+    with pytest.raises(FatalError, match=r"torch\.compile does not work here .*--compile"):
+        encode_folder(codec, tmp_path / "photos", tmp_path / "z", CPU._replace(compile=True), quiet=True)

@@ -1,0 +1,224 @@
+"""The adapter has AutoencoderKL's interface and says what its codec says, in normalised latents."""
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from latent_codec.errors import UserError
+from latent_codec.inference import tiling
+from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
+
+
+def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:
+    assert one.shape == other.shape
+    assert (one.float() - other.float()).abs().max().item() <= tolerance * max(other.abs().max().item(), 1)
+
+
+@pytest.fixture
+def vae(codec: Codec) -> Any:
+    tiny_kl.randomize(codec)
+    return CodecAutoencoder.from_codec(codec)
+
+
+@torch.inference_mode()
+def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> None:
+    codec, x, (mean, std) = vae.codec, tiny_kl.pixels(), tiny_kl.moments(vae.codec)
+    ours, theirs = codec.encode(x), vae.encode(x).latent_dist
+    assert_close(theirs.mean, (ours.mean - mean) / std)
+    assert_close(theirs.std, ours.std / std)
+    assert_close(theirs.logvar, ours.logvar - 2 * std.log())
+    assert torch.equal(theirs.mode(), theirs.mean)
+    noise = torch.randn(theirs.mean.shape, generator=torch.Generator().manual_seed(3))
+    z = theirs.sample(torch.Generator().manual_seed(3))
+    assert_close(z, (ours.sample(noise) - mean) / std)
+    kl = 0.5 * (theirs.mean**2 + theirs.std**2 - 1 - theirs.logvar).flatten(1).sum(1)
+    assert_close(theirs.kl(), kl, 1e-4)
+    assert_close(vae.decode(z).sample, codec.decode(ours.sample(noise)))
+    assert_close(vae(x).sample, codec.decode(ours.mode()))
+    drawn = vae(x, sample_posterior=True, generator=torch.Generator().manual_seed(3), return_dict=False)
+    assert_close(drawn[0], vae.decode(z).sample)
+
+
+@torch.inference_mode()
+def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
+    from latent_codec.interop.autoencoder_kl.exporting import export_folder
+
+    codec, x = tiny_kl.codec(), tiny_kl.pixels()
+    export_folder(codec, tmp_path / "vae")
+    exported: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    adapter = CodecAutoencoder.from_codec(codec)
+    one, other = adapter.encode(x).latent_dist, exported.encode(x).latent_dist
+    assert_close(one.parameters, other.parameters)
+    assert_close(adapter.decode(one.mean).sample, exported.decode(one.mean).sample)
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "latent_channels"):
+        assert adapter.config[key] == exported.config[key]
+    assert len(adapter.config.block_out_channels) == len(exported.config.block_out_channels)
+
+
+@torch.inference_mode()
+def test_tuples_come_where_they_are_asked_for(vae: Any) -> None:
+    x = tiny_kl.pixels()
+    (posterior,) = vae.encode(x, return_dict=False)
+    assert torch.equal(posterior.mean, vae.encode(x).latent_dist.mean)
+    (pixels,) = vae.decode(posterior.mean, return_dict=False, generator=torch.Generator())
+    assert torch.equal(pixels, vae.decode(posterior.mean)[0])
+
+
+@pytest.mark.parametrize("name", ["encode", "decode", "forward", "enable_slicing", "disable_slicing", "disable_tiling"])
+def test_methods_take_what_autoencoderkls_take(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (CodecAutoencoder, AutoencoderKL))
+    assert [(p.name, p.default) for p in ours.parameters.values()] == [
+        (p.name, p.default) for p in theirs.parameters.values()
+    ]
+
+
+def test_the_configuration_is_what_pipelines_read(vae: Any, codec: Codec) -> None:
+    config = vae.config
+    assert (config.scaling_factor, config.shift_factor, config["latents_mean"], config["latents_std"]) == (
+        1,
+        0,
+        None,
+        None,
+    )
+    assert (config.latent_channels, config["in_channels"], config.out_channels) == (4, 3, 3)
+    assert 2 ** (len(config.block_out_channels) - 1) == codec.factor == 8
+    assert config.force_upcast is False
+    assert (vae.dtype, vae.device, vae.training) == (torch.float32, torch.device("cpu"), False)
+
+
+def test_force_upcast_is_measured(codec: Codec) -> None:
+    codec.get_parameter("backbone.decoder.0.weight").data.mul_(1e6)
+    assert CodecAutoencoder.from_codec(codec).config["force_upcast"] is True
+
+
+@pytest.mark.parametrize("shape", ["lite", "conv"])
+def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) -> None:
+    codec = codec if shape == "lite" else tiny_kl.codec()
+    vae: Any = CodecAutoencoder.from_codec(codec)
+    vae.save_pretrained(tmp_path / "vae")
+    loaded: Any = CodecAutoencoder.from_pretrained(tmp_path / "vae", output_loading_info=True)
+    again, info = loaded
+    assert all(not found for found in info.values())
+    assert again.codec.model_id == codec.model_id
+    assert (again.codec.config, again.codec.statistics) == (codec.config, codec.statistics)
+    before, after = (json.loads(v.to_json_string()) for v in (vae, again))
+    assert {k: v for k, v in before.items() if k[0] != "_"} == {k: v for k, v in after.items() if k[0] != "_"}
+    assert not again.training
+    x = tiny_kl.pixels()
+    with torch.inference_mode():
+        assert_close(again(x).sample, vae(x).sample)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
+@torch.inference_mode()
+def test_half_precision_in_and_out(vae: Any, tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+    x = tiny_kl.pixels()
+    posterior, pixels = vae.encode(x).latent_dist, vae(x).sample
+    vae.save_pretrained(tmp_path / "vae")
+    halves = vae.to(dtype), CodecAutoencoder.from_pretrained(tmp_path / "vae", torch_dtype=dtype)
+    for half in halves:
+        assert half.dtype == dtype == next(half.post_quant_conv.parameters()).dtype
+        found = half.encode(x.to(dtype)).latent_dist
+        assert {found.mean.dtype, found.std.dtype, half.decode(found.mean).sample.dtype} == {dtype}
+        assert_close(found.mean, posterior.mean, tolerance)
+        assert_close(half.decode(posterior.mean.to(dtype)).sample, pixels, tolerance)
+
+
+@torch.inference_mode()
+def test_tiles_give_what_the_whole_gives_and_are_what_the_network_sees(vae: Any) -> None:
+    """Exactly, to rounding, for lite."""
+    least = tiling.least_tile(vae.codec)
+    x, seen = tiny_kl.pixels(1, 2 * least), []
+    whole, pixels = vae.encode(x).latent_dist, vae(x).sample
+    handle = vae.codec.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    vae.enable_tiling(least)
+    tiled = vae.encode(x).latent_dist
+    assert len(seen) > 1 and max(seen) <= least
+    assert_close(tiled.mean, whole.mean)
+    assert_close(tiled.logvar, whole.logvar)
+    assert_close(vae.decode(whole.mean).sample, pixels)
+    assert not torch.equal(vae.decode(whole.mean).sample.clamp(-1, 1), vae.decode(whole.mean).sample)  # nor clipped
+    seen.clear()
+    vae.disable_tiling()
+    vae.encode(x)
+    assert seen == [2 * least]
+    handle.remove()
+    vae.enable_tiling()
+    assert vae._tile == tiling.default_tile(vae.codec)
+    with pytest.raises(UserError, match="--tile 8 is too small"):
+        vae.enable_tiling(8)
+
+
+@torch.inference_mode()
+def test_slices_are_single_images(vae: Any) -> None:
+    x, seen = tiny_kl.pixels(3), []
+    whole, pixels = vae.encode(x).latent_dist, vae(x).sample
+    vae.codec.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    vae.codec.backbone.decoder.register_forward_pre_hook(lambda _, args: seen.append(-len(args[0])))
+    vae.enable_slicing()
+    assert_close(vae.encode(x).latent_dist.mean, whole.mean)
+    assert_close(vae.decode(whole.mean).sample, pixels)
+    vae.disable_slicing()
+    vae(x)
+    assert seen == [1, 1, 1, -1, -1, -1, 3, -3]
+
+
+@pytest.mark.parametrize("likelihood", [BernoulliConfig(), DiscretizedLogisticConfig(components=2)])
+@torch.inference_mode()
+def test_pixels_are_from_minus_1_to_1_whatever_the_likelihood(likelihood: Any) -> None:
+    codec = tiny_kl.codec(likelihood=likelihood)
+    vae, x = CodecAutoencoder.from_codec(codec), tiny_kl.pixels(1)
+    eight_bits = ((x + 1) * 127.5).round().to(torch.uint8)
+    x = eight_bits.float() / 127.5 - 1
+    mean, std = tiny_kl.moments(codec)
+    ours = codec.encode(eight_bits)
+    assert_close(vae.encode(x).latent_dist.mean, (ours.mean - mean) / std)
+    found = vae(x).sample
+    low, high = codec.likelihood.data_range
+    assert_close(found, (codec.decode(ours.mean) - low) / (high - low) * 2 - 1)
+    assert -1 <= found.min() < found.max() <= 1
+
+
+def test_gradients_reach_the_weights(vae: Any) -> None:
+    vae(tiny_kl.pixels(1)).sample.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.codec.backbone.linear.decoder.parameters())
+
+
+def test_codecs_that_no_pipeline_can_take_are_refused(codec: Codec) -> None:
+    odd = Codec(dataclasses.replace(codec.config, backbone=LinearConfig(patch=6)))
+    odd.statistics = codec.statistics
+    with pytest.raises(UserError, match=r"latents of 1/2\^n of each side; this codec's are of 1/6"):
+        CodecAutoencoder.from_codec(odd)
+    codec.statistics = None
+    with pytest.raises(UserError, match="no latent statistics"):
+        CodecAutoencoder.from_codec(codec)
+
+
+def test_sides_that_are_no_multiples_of_the_factor_are_refused(vae: Any) -> None:
+    with pytest.raises(ValueError, match="multiples of 8"):
+        vae.encode(torch.zeros(1, 3, 12, 16))
+
+
+def test_nothing_else_needs_diffusers() -> None:
+    """Import the whole package without it, and the adapter says what is missing."""
+    program = (
+        "import sys; sys.modules['diffusers'] = None\n"
+        "import importlib, pkgutil, latent_codec\n"
+        "for m in pkgutil.walk_packages(latent_codec.__path__, 'latent_codec.'):\n"
+        "    if m.name != 'latent_codec.interop.autoencoder_kl.adapter': importlib.import_module(m.name)\n"
+        "try: import latent_codec.interop.autoencoder_kl.adapter\n"
+        "except ImportError as error: assert \"pip install 'latent-codec[diffusers]'\" in str(error), error\n"
+        "else: raise AssertionError\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

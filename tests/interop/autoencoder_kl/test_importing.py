@@ -1,0 +1,305 @@
+"""Import of AutoencoderKL: the codec says what diffusers says, whatever layout; what cannot be is refused by name."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from latent_codec.errors import UserError
+from latent_codec.interop.autoencoder_kl import settings
+from latent_codec.interop.autoencoder_kl.exporting import CONFIG, WEIGHTS, export_folder
+from latent_codec.interop.autoencoder_kl.importing import import_model
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import DiagonalGaussianConfig, GaussianConfig
+
+SCALES = {
+    "SD and SDXL": {"scaling_factor": 0.13025},
+    "FLUX and SD3": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.safetensors"
+
+
+def saved(tmp_path: Path, shape: str = "SD and SDXL", **settings: Any) -> tuple[AutoencoderKL, Path]:
+    model = tiny_kl.autoencoder(*tiny_kl.SHAPES[shape], **SCALES.get(shape, {}) | settings)
+    model.save_pretrained(tmp_path / "vae")
+    return model, tmp_path / "vae"
+
+
+def assert_same_model(codec: Codec, model: AutoencoderKL) -> None:
+    """Posterior and reconstruction to float32 rounding."""
+    x = tiny_kl.pixels()
+    with torch.inference_mode():
+        ours, theirs = codec.encode(x), model.encode(x).latent_dist
+        pairs = [(ours.mean, theirs.mean), (ours.logvar, theirs.logvar), (ours.std, theirs.std)]
+        pairs.append((codec.decode(theirs.mean), model.decode(theirs.mean).sample))
+        assert ours.kl().tolist() == pytest.approx(theirs.kl().tolist(), rel=1e-4)
+    for one, other in pairs:
+        assert (one - other).abs().max().item() <= 2e-5 * max(other.abs().max().item(), 1)
+
+
+@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+def test_a_folder_becomes_a_codec_that_says_the_same(tmp_path: Path, out: Path, shape: str) -> None:
+    model, folder = saved(tmp_path, shape)
+    codec = import_model(folder, out)
+    assert_same_model(codec, model)
+    assert codec.config.backbone == tiny_kl.SHAPES[shape][0]
+    assert codec.config.bottleneck == DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
+    assert codec.config.likelihood == GaussianConfig(scale="fixed", sigma=settings.SIGMA)
+    assert codec.provenance["imported_from"] == "vae"
+    assert Codec.load(out).model_id == codec.model_id
+
+
+@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+def test_and_back_again_it_is_the_same_to_the_bit(tmp_path: Path, out: Path, shape: str) -> None:
+    """Without folding; with it the latents are scaled and all else is as before."""
+    model, folder = saved(tmp_path, shape)
+    codec = import_model(folder, out)
+    export_folder(codec, tmp_path / "back", normalize=False)
+    before, after = (load_file(f / WEIGHTS) for f in (folder, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    for key in ("scaling_factor", "shift_factor"):
+        values = [json.loads((f / CONFIG).read_text())[key] or 0 for f in (folder, tmp_path / "back")]
+        assert values[0] == values[1]
+    export_folder(codec, tmp_path / "folded")
+    folded = AutoencoderKL.from_pretrained(tmp_path / "folded")
+    x, config = tiny_kl.pixels(), json.loads((folder / CONFIG).read_text())
+    with torch.inference_mode():
+        ours, theirs = folded.encode(x).latent_dist, model.encode(x).latent_dist
+        z = (theirs.mean - (config["shift_factor"] or 0)) * config["scaling_factor"]
+        assert torch.allclose(ours.mean, z, atol=2e-5)
+        assert torch.allclose(ours.std, theirs.std * config["scaling_factor"], rtol=1e-4)
+        assert torch.allclose(folded.decode(z).sample, model.decode(theirs.mean).sample, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
+@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+def test_a_file_in_the_original_layout_alone_or_in_a_checkpoint(
+    tmp_path: Path, out: Path, shape: str, prefix: str
+) -> None:
+    model = tiny_kl.autoencoder(*tiny_kl.SHAPES[shape])
+    tensors = {prefix + name: tensor.contiguous() for name, tensor in tiny_kl.to_ldm(model.state_dict()).items()}
+    others = ["loss.discriminator.main.0.weight", "model_ema.decay"] if not prefix else ["model.diffusion_model.weight"]
+    save_file(tensors | {name: torch.full((1,), torch.nan) for name in others}, tmp_path / "file.safetensors")
+    codec = import_model(tmp_path / "file.safetensors", out)
+    assert_same_model(codec, model)
+    assert codec.statistics is None
+
+
+def test_a_file_in_diffusers_layout_goes_by_its_shapes(tmp_path: Path, out: Path) -> None:
+    model, folder = saved(tmp_path)
+    (folder / WEIGHTS).rename(tmp_path / "alone.safetensors")
+    codec = import_model(tmp_path / "alone.safetensors", out)
+    assert_same_model(codec, model)
+    assert codec.statistics is None
+
+
+def test_a_file_beside_its_config_json_goes_by_that(tmp_path: Path, out: Path) -> None:
+    """Groups cannot be told from shapes."""
+    backbone = dataclasses.replace(tiny_kl.SD, groups=8)
+    model = tiny_kl.autoencoder(backbone, scaling_factor=0.5)
+    model.save_pretrained(tmp_path / "vae", variant="fp32")
+    codec = import_model(tmp_path / "vae" / "diffusion_pytorch_model.fp32.safetensors", out)
+    assert_same_model(codec, model)
+    assert codec.config.backbone == backbone and codec.statistics is not None
+    (tmp_path / "vae" / CONFIG).write_text('{"_class_name": "UNet2DModel"}')
+    other = import_model(tmp_path / "vae" / "diffusion_pytorch_model.fp32.safetensors", out)
+    assert other.config.backbone == tiny_kl.SD
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_to_the_bit(tmp_path: Path, out: Path, dtype: torch.dtype) -> None:
+    model = tiny_kl.autoencoder().to(dtype)
+    model.save_pretrained(tmp_path / "vae", variant="fp16")
+    codec = import_model(tmp_path / "vae", out)
+    assert_same_model(codec, model.float())
+    assert torch.equal(codec.state_dict()["backbone.encoder.conv_in.weight"], model.encoder.conv_in.weight)
+    assert {t.dtype for t in load_file(out).values()} == {torch.float32}
+    import_model(tmp_path / "vae", out, half=True)
+    assert {t.dtype for t in load_file(out).values()} == {torch.float16}
+
+
+def test_a_pipelines_folder_is_that_of_its_autoencoder(tmp_path: Path, out: Path) -> None:
+    model, _ = saved(tmp_path)
+    assert_same_model(import_model(tmp_path, out), model)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mean", "std"),
+    [
+        ({"scaling_factor": 0.18215}, [0] * 4, [1 / 0.18215] * 4),
+        ({"scaling_factor": 0.5, "shift_factor": 0.25}, [0.25] * 4, [2] * 4),
+        ({"scaling_factor": 1.0}, [0] * 4, [1] * 4),
+        (
+            {"scaling_factor": 0.5, "latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 1, 4]},
+            [1, 2, 3, 4],
+            [2, 4, 2, 8],
+        ),
+    ],
+)
+def test_the_scale_becomes_statistics(
+    tmp_path: Path, out: Path, scale: dict[str, Any], mean: list[float], std: list[float]
+) -> None:
+    statistics = import_model(saved(tmp_path, **{"scaling_factor": None} | scale)[1], out).statistics
+    assert statistics is not None
+    assert (statistics.source, statistics.images, statistics.posterior_std) == ("the scale of vae", 0, None)
+    assert statistics.mean == pytest.approx(mean) and statistics.std == pytest.approx(std)
+
+
+def test_factors_given_stand_for_those_of_the_source(tmp_path: Path, out: Path) -> None:
+    _, folder = saved(tmp_path)
+    statistics = import_model(folder, out, scaling_factor=0.25, shift_factor=2.0).statistics
+    assert statistics is not None
+    assert (statistics.source, statistics.mean, statistics.std) == (
+        "the scale of the command line",
+        (2.0,) * 4,
+        (4.0,) * 4,
+    )
+    with pytest.raises(UserError, match=r"--scaling-factor -1\.0 --shift-factor None: finite numbers"):
+        import_model(folder, out, scaling_factor=-1.0)
+
+
+def test_a_scale_without_sense_leaves_no_statistics(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, folder = saved(tmp_path, scaling_factor=0.0)
+    assert import_model(folder, out).statistics is None
+    assert "no latent statistics" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt", "a.pth", "a.safetensors"])
+def test_pickles_are_refused_whatever_their_name(tmp_path: Path, out: Path, name: str) -> None:
+    torch.save({"encoder.conv_in.weight": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(UserError, match="a pickle, which can run anything when it is loaded, is never read"):
+        import_model(tmp_path / name, out)
+    saved(tmp_path)
+    (tmp_path / "vae" / WEIGHTS).unlink()
+    (tmp_path / name).rename(tmp_path / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin: a pickle"):
+        import_model(tmp_path / "vae", out)
+    assert not out.exists()
+
+
+def test_a_file_that_begins_like_a_pickle_is_none_for_that(tmp_path: Path, out: Path) -> None:
+    """The first byte of a safetensors file is of its header's length; that of a pickle is 0x80."""
+    model, file = tiny_kl.autoencoder(), tmp_path / "file.safetensors"
+    for padding in range(0, 256, 8):
+        save_file(model.state_dict(), file, {"note": "x" * padding})
+        if file.read_bytes()[:1] == b"\x80":
+            break
+    else:
+        pytest.fail("no header of such a length")
+    assert_same_model(import_model(file, out), model)
+
+
+@pytest.mark.parametrize("layout", ["folder", "original"])
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path: Path, out: Path, layout: str) -> None:
+    model, folder = saved(tmp_path)
+    weights = folder / WEIGHTS
+    if layout == "original":
+        weights = tmp_path / "file.safetensors"
+        save_file({n: t.contiguous() for n, t in tiny_kl.to_ldm(model.state_dict()).items()}, weights)
+    good, name = load_file(weights), "decoder.conv_out.weight"
+    cases = [
+        ({n: t for n, t in good.items() if n != name}, f"1 tensors are missing: {name}"),
+        (good | {"decoder.conv_more.weight": torch.zeros(1)}, r"1 tensors are unknown: decoder\.conv_more\.weight"),
+        (good | {name: torch.zeros(3, 32, 1, 1)}, rf"tensor {name} has shape \(3, 32, 1, 1\), the config asks for"),
+        (good | {name: torch.full_like(good[name], torch.inf)}, f"tensor {name} holds values that are not finite"),
+        (good | {name: torch.zeros(3, 32, 3, 3, dtype=torch.int32)}, f"tensor {name} is torch.int32"),
+        (good | {"bn.running_mean": torch.zeros(1)}, "batch normalisation of latents"),
+    ]
+    for tensors, reason in cases:
+        save_file(tensors, weights)
+        with pytest.raises(UserError, match=reason) as caught:
+            import_model(folder if layout == "folder" else weights, out)
+        assert str(weights) in str(caught.value)
+    assert not out.exists()
+
+
+def test_a_config_that_says_something_else_than_the_tensors_is_refused(tmp_path: Path, out: Path) -> None:
+    _, folder = saved(tmp_path)
+    good = json.loads((folder / CONFIG).read_text())
+    for change, reason in (
+        ({"layers_per_block": 3}, "tensors are missing"),
+        ({"mid_block_add_attention": False}, "tensors are unknown: .*attentions"),
+        ({"latent_channels": 8}, "has shape"),
+        ({"norm_num_groups": 5}, "no model can be made of its configuration: conv: groups 5 must divide"),
+        ({"block_out_channels": [2**40, 2**40, 2**40]}, "no model can be made|has shape"),
+    ):
+        (folder / CONFIG).write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=reason):
+            import_model(folder, out)
+    for text in ("{", "[]", "null", '"x"'):
+        (folder / CONFIG).write_text(text)
+        with pytest.raises(UserError, match=r"config\.json: (cannot be read as JSON|not the configuration)"):
+            import_model(folder, out)
+    assert not out.exists()
+
+
+def test_paths_that_are_nothing_to_import_are_refused(codec: Codec, tmp_path: Path, out: Path) -> None:
+    _, folder = saved(tmp_path)
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    (tmp_path / "empty").mkdir()
+    codec.save(tmp_path / "ours.safetensors")
+    for source, destination, reason in (
+        (tmp_path / "none", out, "no such file or folder"),
+        (tmp_path / "empty", out, r"no config\.json in it"),
+        (tmp_path / "text.safetensors", out, "not a safetensors file"),
+        (tmp_path / "ours.safetensors", out, r"no tensor encoder\.conv_in\.weight"),
+        (folder, tmp_path, "is a folder; give the model file's name"),
+        (folder, folder / WEIGHTS, "is what would be imported"),
+        (folder, tmp_path / "text.safetensors" / "x.safetensors", "cannot be written into"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            import_model(source, destination)
+    (folder / WEIGHTS).rename(folder / "a.safetensors")
+    save_file({"x": torch.zeros(1)}, folder / "b.safetensors")
+    with pytest.raises(UserError, match=r"but a\.safetensors, b\.safetensors; name the file"):
+        import_model(folder, out)
+    (folder / f"{WEIGHTS}.index.json").write_text("{}")
+    with pytest.raises(UserError, match="in several shards"):
+        import_model(folder, out)
+
+
+@pytest.mark.parametrize("name", ["encoder.conv_in.bias", "quant_conv.bias", "post_quant_conv.weight"])
+def test_an_export_that_was_changed_since_is_taken_as_it_stands(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    codec, weights = tiny_kl.codec(), tmp_path / "vae" / WEIGHTS
+    export_folder(codec, tmp_path / "vae")
+    with safe_open(weights, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(weights)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, weights, metadata)
+    back = import_model(tmp_path / "vae", out)
+    assert "its tensors are others than were exported" in caplog.text
+    assert_same_model(back, AutoencoderKL.from_pretrained(tmp_path / "vae"))
+    assert back.statistics is not None and set(back.statistics.std) == {1.0}
+
+
+@pytest.mark.parametrize("header", ["{", "[]", "{}", '{"format_version":2}', '{"format_version":1,"config":{}}'])
+def test_damaged_metadata_of_an_export_is_a_warning(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture, header: str
+) -> None:
+    export_folder(tiny_kl.codec(), tmp_path / "vae")
+    weights = tmp_path / "vae" / WEIGHTS
+    save_file(load_file(weights), weights, {"format": "pt", "latent_codec_export": header})
+    assert_same_model(import_model(tmp_path / "vae", out), AutoencoderKL.from_pretrained(tmp_path / "vae"))
+    assert "imported as it stands" in caplog.text
+
+
+def test_an_export_saved_again_by_diffusers_is_an_autoencoder_like_any(tmp_path: Path, out: Path) -> None:
+    export_folder(tiny_kl.codec(), tmp_path / "vae")
+    model = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    model.save_pretrained(tmp_path / "again")
+    assert_same_model(import_model(tmp_path / "again", out), model)

@@ -1,0 +1,106 @@
+"""Names of tensors: the original layout against one written from that side, and against diffusers' own conversion."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+from latent_codec.errors import UserError
+from latent_codec.interop.autoencoder_kl import layouts
+
+LATER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def before_renaming(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As diffusers named them until 2023: in every SD1.x folder."""
+    return {re.sub(r"to_q|to_k|to_v|to_out\.0", lambda m: LATER_NAMES[m[0]], n): t for n, t in tensors.items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+def test_the_original_layout_becomes_ours(shape: str, linear: bool) -> None:
+    tensors = tiny_kl.tensors_of(tiny_kl.codec(*tiny_kl.SHAPES[shape]))
+    original = tiny_kl.to_ldm(tensors, linear_attention=linear)
+    assert tiny_kl.SHAPES[shape][0].mid_attention is ("encoder.mid.attn_1.q.weight" in original)
+    assert_same(layouts.canonical(original, "x"), tensors)
+    assert_same(layouts.canonical(tensors, "x"), tensors)
+    assert_same(layouts.canonical(before_renaming(tensors), "x"), tensors)
+
+
+@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+def test_diffusers_own_conversion_agrees(shape: str) -> None:
+    backbone, channels = tiny_kl.SHAPES[shape]
+    original = tiny_kl.to_ldm(tiny_kl.tensors_of(tiny_kl.codec(backbone, channels)))
+    blocks: Any = {"down_block_types": [0] * len(backbone.widths), "up_block_types": [0] * len(backbone.widths)}
+    assert_same(layouts.canonical(original, "x"), convert_ldm_vae_checkpoint(dict(original), blocks))
+
+
+@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+def test_shapes_say_the_configuration(shape: str) -> None:
+    backbone, channels = tiny_kl.SHAPES[shape]
+    tensors = tiny_kl.tensors_of(tiny_kl.codec(backbone, channels))
+    assert layouts.shapes(tensors, "x") == (backbone, 3, channels)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "found"),
+    [
+        ([""], ""),
+        (["first_stage_model."], "first_stage_model."),
+        (["vae.", "text."], "vae."),
+        (["model.first_stage."], "model.first_stage."),
+        (["first_stage_model_ema.", "first_stage_model."], "first_stage_model."),
+    ],
+)
+def test_the_autoencoder_is_found_in_a_checkpoint(prefixes: list[str], found: str) -> None:
+    names = [f"{p}encoder.conv_in.weight" for p in prefixes] + ["model.diffusion_model.time_embed.0.weight"]
+    assert layouts.prefix_of(names, "x") == found
+
+
+def test_none_or_several_autoencoders_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^x: no tensor encoder\.conv_in\.weight"):
+        layouts.prefix_of(["myencoder.conv_in.weight"], "x")
+    with pytest.raises(UserError, match=r"^x: holds several autoencoders, a\., b\."):
+        layouts.prefix_of(["a.encoder.conv_in.weight", "b.encoder.conv_in.weight"], "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        ("encoder.down.2.attn.0.q.weight", "attention outside the middle block"),
+        ("decoder.up_blocks.1.attentions.0.to_q.weight", "attention outside the middle block"),
+        ("quantize.embedding.weight", "codebook"),
+        ("bn.running_mean", "AutoencoderKLFlux2"),
+        ("decoder.mid_block.temporal_attentions.0.weight", "over time"),
+    ],
+)
+def test_features_that_codecs_lack_are_named(name: str, feature: str) -> None:
+    with pytest.raises(UserError, match=f"^x: this autoencoder has .*{feature}.*: tensor {re.escape(name)}$"):
+        layouts.canonical({name: torch.zeros(1)}, "x")
+
+
+def test_one_tensor_under_two_names_is_refused() -> None:
+    names = ("encoder.norm_out.weight", "encoder.conv_norm_out.weight")
+    with pytest.raises(UserError, match="there under two names"):
+        layouts.canonical({name: torch.zeros(1) for name in names}, "x")
+
+
+def test_shapes_without_which_nothing_is_known_are_asked_for() -> None:
+    tensors = tiny_kl.tensors_of(tiny_kl.codec())
+    for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down_blocks.1.resnets.0.conv1.weight"):
+        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution's"):
+            layouts.shapes({n: t for n, t in tensors.items() if n != name}, "x")
+        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution's"):
+            layouts.shapes(tensors | {name: torch.zeros(3)}, "x")
+    with pytest.raises(UserError, match="encoder has no blocks"):
+        layouts.shapes({n: t for n, t in tensors.items() if "down_blocks" not in n}, "x")
+    with pytest.raises(UserError, match=r"widths \(33, 32, 64\) are no multiples of 32"):
+        name = "encoder.down_blocks.0.resnets.0.conv1.weight"
+        layouts.shapes(tensors | {name: torch.zeros(33, 32, 3, 3)}, "x")

@@ -1,0 +1,112 @@
+"""Stock pipelines of every family with what is exported, and with codecs in the adapter, paint what codecs decode."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
+
+from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
+from latent_codec.interop.autoencoder_kl.exporting import export_folder
+from latent_codec.model.codec import Codec
+from tests.support.data import ROOT
+
+EXAMPLE = ROOT / "examples" / "diffusers_pipeline.py"
+
+
+def exported(codec: Codec, folder: Path, *, normalize: bool = True) -> Any:
+    export_folder(codec, folder, normalize=normalize)
+    return AutoencoderKL.from_pretrained(folder)
+
+
+def picture(codec: Codec, z: torch.Tensor) -> torch.Tensor:
+    """The codec's own latents as pipelines give pictures, (1, 3, h, w) in [0, 1]."""
+    with torch.inference_mode():
+        return (codec.decode(z) / 2 + 0.5).clamp(0, 1)
+
+
+def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert one.shape == other.shape
+    assert (one - other).abs().max().item() <= 2e-5 * max(other.abs().max().item(), 1)
+
+
+def assert_normalized(family: str, vae: Any, codec: Codec) -> None:
+    """Both ways the diffusion model sees the codec's latents with mean 0 and std 1 by the statistics."""
+    mean, std = tiny_kl.moments(codec)
+    painted = tiny_pipelines.paint(family, vae)
+    assert painted.picture.std() > 0.05  # it is not all clipped
+    assert_same(painted.picture, picture(codec, painted.latents * std + mean))
+    x = tiny_kl.pixels(1)
+    noise = torch.randn(painted.latents.shape, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        found = tiny_pipelines.encode(family, vae, x, seed=5)
+        assert_same(found, (codec.encode(x).sample(noise) - mean) / std)
+
+
+@pytest.mark.parametrize("shape", ["SD and SDXL", "FLUX and SD3"])
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_an_export_is_right_in_every_family(tmp_path: Path, family: str, shape: str) -> None:
+    codec = tiny_kl.codec(*tiny_kl.SHAPES[shape])
+    assert_normalized(family, exported(codec, tmp_path / "vae"), codec)
+
+
+@pytest.mark.parametrize("kind", ["lite", "conv"])
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_a_codec_in_the_adapter_is_right_in_every_family(codec: Codec, family: str, kind: str) -> None:
+    codec = codec if kind == "lite" else tiny_kl.codec(tiny_kl.NO_QUANT, 16)
+    with torch.no_grad():
+        if kind == "lite":  # as trained: its random weights make no contrast
+            tiny_kl.randomize(codec)
+    assert_normalized(family, CodecAutoencoder.from_codec(codec), codec)
+
+
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_raw_weights_are_right_by_each_familys_own_formula(tmp_path: Path, family: str) -> None:
+    """SDXL's is per channel; the others have one factor and one shift for all, and SD1.x has no shift."""
+    codec = tiny_kl.codec()
+    mean, std = tiny_kl.moments(codec)
+    overall = (std.square() + (mean - mean.mean()).square()).mean().sqrt()
+    scale, shift = {
+        "SD": (overall, torch.zeros(())),
+        "SDXL": (std, mean),
+        "SD3": (overall, mean.mean()),
+        "FLUX": (overall, mean.mean()),
+    }[family]
+    vae, x = exported(codec, tmp_path / "vae", normalize=False), tiny_kl.pixels(1)
+    painted = tiny_pipelines.paint(family, vae)
+    assert_same(painted.picture, picture(codec, painted.latents * scale + shift))
+    noise = torch.randn(painted.latents.shape, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        found = tiny_pipelines.encode(family, vae, x, seed=5)
+        assert_same(found, (codec.encode(x).sample(noise) - shift) / scale)
+
+
+@pytest.mark.parametrize("kind", ["export", "adapter"])
+def test_a_pipeline_is_saved_and_loaded_with_its_autoencoder(codec: Codec, tmp_path: Path, kind: str) -> None:
+    vae = CodecAutoencoder.from_codec(codec) if kind == "adapter" else exported(tiny_kl.codec(), tmp_path / "vae")
+    made = tiny_pipelines.dit(vae)
+    made.save_pretrained(tmp_path / "pipeline")
+    loaded: Any = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert type(loaded.vae) is type(vae)
+    loaded.set_progress_bar_config(disable=True)
+    pictures = [
+        pipe(
+            class_labels=[3], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np"
+        ).images
+        for pipe in (made, loaded)
+    ]
+    assert abs(pictures[0] - pictures[1]).max() < 1e-4  # loaded weights lie elsewhere, and are summed in another order
+
+
+def test_the_example_paints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_file: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), str(model_file)])
+    done = runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert done["codec"].model_id == Codec.load(model_file).model_id
+    assert done["pipeline"].vae is done["vae"] and done["vae"].codec is done["codec"]
+    with Image.open("picture.png") as image:
+        assert image.size == (128, 128) and len(image.convert("L").getcolors()) > 10

@@ -1,0 +1,142 @@
+"""config.json and back, and what a scale says of latents."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec.errors import UserError
+from latent_codec.interop.autoencoder_kl import settings
+from latent_codec.interop.autoencoder_kl.settings import Scale, scale_of, statistics_of
+from latent_codec.model.config import ConvConfig
+from latent_codec.model.file import LatentStatistics
+
+
+def statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> LatentStatistics:
+    return LatentStatistics(source="made up", images=1, mean=mean, std=std, posterior_std=None)
+
+
+numbers = st.floats(-10, 10).filter(lambda v: v == 0 or abs(v) > 1e-3)
+positive = st.floats(0.01, 100)
+
+
+@given(st.lists(st.tuples(numbers, positive), min_size=4, max_size=4))
+def test_statistics_of_four_channels_come_back_to_all_digits_that_float32_has(
+    values: list[tuple[float, float]],
+) -> None:
+    mean, std = (tuple(v) for v in zip(*values, strict=True))
+    found = statistics_of(scale_of(statistics(mean, std)), 4, "x")
+    assert found is not None and found.posterior_std is None
+    assert found.mean == pytest.approx(mean, rel=1e-7) and found.std == pytest.approx(std, rel=1e-7)
+
+
+@pytest.mark.parametrize("known", [(0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159), (1.5305, 0.0609), (1.0, 0.0)])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_the_known_factors_come_back_to_the_bit(known: tuple[float, float], channels: int) -> None:
+    scale = Scale(*known, None, None)
+    found = statistics_of(scale, channels, "x")
+    assert found is not None
+    assert found.mean == (known[1],) * channels and found.std == pytest.approx((1 / known[0],) * channels, rel=1e-9)
+    assert scale_of(found) == scale
+
+
+def test_each_pipelines_own_formula_normalises() -> None:
+    """Latents with the statistics' moments, by the formulas of SD1.x, SD3 and FLUX, and SDXL."""
+    told = statistics((3.0, -1.0, 0.5, 0.0), (4.0, 1.0, 2.0, 0.5))
+    generator = torch.Generator().manual_seed(0)
+    mean, std = (torch.tensor(v)[:, None] for v in (told.mean, told.std))
+    z = mean + std * torch.randn(4, 100_000, generator=generator)
+    scale = scale_of(told)
+    one, three = z * scale.scaling_factor, (z - scale.shift_factor) * scale.scaling_factor
+    assert one.std().item() == pytest.approx(1, abs=0.01)
+    assert (three.mean().item(), three.std().item()) == pytest.approx((0, 1), abs=0.01)
+    assert scale.latents_mean is not None and scale.latents_std is not None
+    xl = (
+        (z - torch.tensor(scale.latents_mean)[:, None])
+        * scale.scaling_factor
+        / torch.tensor(scale.latents_std)[:, None]
+    )
+    assert xl.mean(1).tolist() == pytest.approx([0] * 4, abs=0.02)
+    assert xl.std(1).tolist() == pytest.approx([1] * 4, abs=0.02)
+
+
+def test_other_than_four_channels_get_no_numbers_per_channel() -> None:
+    assert scale_of(statistics((1.0, 2.0), (1.0, 2.0)))[2:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        Scale(0.0, 0.0, None, None),
+        Scale(-1.0, 0.0, None, None),
+        Scale(math.nan, 0.0, None, None),
+        Scale(1.0, math.inf, None, None),
+        Scale(1.0, 0.0, (0.0,), (1.0,) * 4),
+        Scale(1.0, 0.0, None, (1.0, 0.0, 1.0, 1.0)),
+    ],
+)
+def test_a_scale_without_sense_is_no_statistics_and_a_warning(scale: Scale, caplog: pytest.LogCaptureFixture) -> None:
+    assert statistics_of(scale, 4, "vae") is None
+    assert "vae: " in caplog.text and "no latent statistics" in caplog.text
+
+
+@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+def test_config_json_comes_back(shape: str) -> None:
+    config = settings.codec_config(tiny_kl.SHAPES[shape][0], 3, tiny_kl.SHAPES[shape][1])
+    scale = Scale(0.5, 0.25, (1.0, 2.0, 3.0, 4.0), (0.5, 0.5, 1.0, 1.0))
+    value = json.loads(json.dumps(settings.to_json(config, scale, force_upcast=True)))
+    assert settings.from_json(value, "x") == (config, scale)
+    assert value["force_upcast"] is True
+
+
+def test_what_is_left_out_is_as_diffusers_takes_it() -> None:
+    """Also of a None where diffusers has a default; the shift that nobody gave is 0."""
+    model: Any = tiny_kl.AutoencoderKL()
+    full, _ = settings.from_json(json.loads(model.to_json_string()), "x")
+    short, scale = settings.from_json({"_class_name": "AutoencoderKL", "shift_factor": None}, "x")
+    assert short == full and scale == Scale(0.18215, 0.0, None, None)
+    assert isinstance(short.backbone, ConvConfig) and short.backbone.widths == (64,)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "is of a AutoencoderTiny; only AutoencoderKL"),
+        ({"_class_name": None}, "only AutoencoderKL"),
+        ({"act_fn": "relu"}, "the activation relu"),
+        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D blocks"),
+        (
+            {"up_block_types": ["AttnUpDecoderBlock2D"], "act_fn": "gelu"},
+            "AttnUpDecoderBlock2D blocks, the activation gelu",
+        ),
+        ({"out_channels": 4}, "3 channels in and 4 out"),
+        ({"block_out_channels": [32, "64"]}, "damaged configuration: expected a positive integer, found '64'"),
+        ({"block_out_channels": 32}, "damaged configuration"),
+        ({"latent_channels": 0}, "damaged configuration: expected a positive integer, found 0"),
+        ({"scaling_factor": "much"}, "damaged configuration"),
+        ({"latents_mean": 3}, "damaged configuration"),
+    ],
+)
+def test_what_codecs_lack_or_nobody_can_read_is_named(change: dict[str, Any], reason: str) -> None:
+    config = settings.codec_config(tiny_kl.SD, 3, 4)
+    value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | change
+    with pytest.raises(UserError, match=f"^vae/config.json: .*{reason}"):
+        settings.from_json(value, "vae/config.json")
+
+
+@pytest.mark.parametrize("value", [None, [], "AutoencoderKL", 3])
+def test_other_json_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match="not the configuration of a model"):
+        settings.from_json(value, "x")
+
+
+def test_unknown_settings_are_named_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    config = settings.codec_config(dataclasses.replace(tiny_kl.SD), 3, 4)
+    value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | {"new": 1, "_private": 2}
+    assert settings.from_json(value, "x")[0] == config
+    assert "settings new are unknown and ignored" in caplog.text

@@ -1,0 +1,328 @@
+"""Caches of other programs become latents again: whole where they hold moments, and strangers' as they say they are."""
+
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from latent_codec.errors import UserError
+from latent_codec.folders.decode_latents import decode_folder
+from latent_codec.inference.runner import Compute
+from latent_codec.interop.caches import read as recover_module
+from latent_codec.interop.caches.options import CacheName
+from latent_codec.interop.caches.read import recover
+from latent_codec.interop.caches.write import Converted
+from latent_codec.latents.dataset import Latents
+from latent_codec.latents.format import StoredDtype, stored_files
+from latent_codec.model.codec import Codec
+from tests.conftest import files_of
+from tests.support.caches import DISTINCT, EVERY, close, draws, flipped_draws, made, options, store
+
+SINGLE = [name for name in EVERY if name not in ("mar", "edm2")]
+NAMELESS = "npy"
+"""Its files have no room for what they are of."""
+
+
+def back(
+    codec: Codec,
+    source: CacheName,
+    where: Path,
+    folder: Path,
+    store: StoredDtype = "float16",
+    overwrite: bool = False,
+    **given: Any,
+) -> Converted:
+    converted = recover(where, folder, source, codec, options(**given), store=store, overwrite=overwrite, quiet=True)
+    summary = converted.summary
+    assert summary.done + len(summary.failures) == summary.found
+    assert not stored_files(folder) or len(Latents(folder)) == summary.done
+    return converted
+
+
+def test_mar_gives_back_every_number(codec: Codec, tmp_path: Path) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT, side=None)
+    made(latents, "mar", tmp_path / "cache")
+    assert not back(codec, "mar", tmp_path / "cache", tmp_path / "out").notes
+    found = Latents(tmp_path / "out", model_id=codec.model_id)
+    assert found.header == latents.header
+    facts = [[(e.path, e.geometry, e.sha256, e.label) for e in one.entries] for one in (found, latents)]
+    assert facts[0] == facts[1]
+    for i in range(len(latents)):
+        for flip in (False, True):
+            one, other = found.posterior(i, flip=flip), latents.posterior(i, flip=flip)
+            assert torch.equal(one.mean, other.mean) and torch.equal(one.logvar, other.logvar)
+    made(found, "mar", tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "cache")
+
+
+def test_edm2_gives_back_means_and_to_rounding_variances(codec: Codec, tmp_path: Path) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, "edm2", tmp_path / "cache")
+    for where in (tmp_path / "cache", tmp_path / "cache" / "latents.zip"):
+        back(codec, "edm2", where, tmp_path / "out", "float32", overwrite=True)
+        found = Latents(tmp_path / "out", model_id=codec.model_id)
+        assert [(e.path, e.geometry, e.sha256) for e in found.entries] == [
+            (e.path, e.geometry, e.sha256) for e in latents.entries
+        ]
+        for i in range(len(latents)):
+            one, other = found.posterior(i), latents.posterior(i)
+            assert torch.equal(one.mean, other.mean) and close(one.logvar, other.logvar)
+
+
+@pytest.mark.parametrize("source", SINGLE)
+def test_a_single_draw_becomes_the_mean_and_its_variance_the_least(
+    codec: Codec, tmp_path: Path, source: CacheName
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, source, tmp_path / "cache", seed=5, **EVERY[source])
+    (note,) = back(codec, source, tmp_path / "cache", tmp_path / "out", "float32", **EVERY[source]).notes
+    assert "4 images come of single draws" in note and "-16" in note
+    found, drawn, flipped = Latents(tmp_path / "out"), draws(latents, 5), flipped_draws(latents, 5)
+    whole = {path.rpartition(".")[0] if source == NAMELESS else path: path for path in DISTINCT}
+    assert {entry.path for entry in found.entries} == set(whole)
+    assert found.header.flips == (source in ("kohya", "lightningdit", "webdataset"))
+    for i, entry in enumerate(found.entries):
+        assert torch.allclose(found.posterior(i).mean[0], drawn[whole[entry.path]], atol=1e-5)
+        assert bool((found.posterior(i).logvar == -16).all())
+        if found.header.flips:
+            assert torch.allclose(found.posterior(i, flip=True).mean[0], flipped[whole[entry.path]], atol=1e-5)
+        assert (entry.geometry.width, entry.geometry.height) == (16, 16) and entry.label == entry.path[:3]
+
+
+def test_what_comes_back_decodes_to_the_size_it_had(codec: Codec, tmp_path: Path) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT, side=None)
+    for source in SINGLE:
+        if source in ("lightningdit", NAMELESS):  # of one size; without a place for sizes
+            continue
+        made(latents, source, tmp_path / source, **EVERY[source])
+        back(codec, source, tmp_path / source, tmp_path / f"{source} z", **EVERY[source])
+        decode_folder(codec, tmp_path / f"{source} z", tmp_path / "out", Compute("cpu", "float32", 1, 1), quiet=True)
+        for entry in latents.entries:
+            with Image.open(tmp_path / "out" / f"{entry.path}.png") as image:
+                assert image.size == (entry.geometry.width, entry.geometry.height)
+                assert image.height == 9
+        for file in files_of(tmp_path / "out"):
+            (tmp_path / "out" / file).unlink()
+
+
+# Files that other programs made.
+
+Z = torch.arange(24, dtype=torch.float32).reshape(4, 2, 3) / 7
+SCALED = (Z - torch.tensor([0.5, -1.0, 0.0, 2.0])[:, None, None]) / torch.tensor([1.0, 2.0, 0.5, 4.0])[:, None, None]
+
+
+def kohya_file(folder: Path) -> None:
+    sizes = {"original_size_2x3": np.array([20, 13]), "crop_ltrb_2x3": np.array([0, 0, 20, 13])}
+    np.savez(folder / "sub" / "a_0020x0013_flux.npz", latents_2x3=SCALED.numpy(), **sizes)
+
+
+def musubi_file(folder: Path) -> None:
+    metadata = {"architecture": "wan", "width": "20", "height": "13", "format_version": "1.0.1"}
+    save_file(
+        {"latents_1x2x3_bfloat16": SCALED[:, None].contiguous().bfloat16()},
+        folder / "a_0020x0013_wan.safetensors",
+        metadata,
+    )
+    save_file({"varlen_t5_bfloat16": torch.zeros(1)}, folder / "a_wan_te.safetensors", metadata)
+
+
+def comfyui_file(folder: Path) -> None:
+    save_file({"latent_tensor": Z[None] * 0.18215}, folder / "a.latent")
+
+
+def lightningdit_file(folder: Path) -> None:
+    both = torch.stack([Z + 1, Z])
+    tensors = {"latents": both, "latents_flip": both + 1, "labels": torch.tensor([0, 7])}
+    save_file(tensors, folder / "latents_rank00_shard000.safetensors")
+
+
+def mar_file(folder: Path) -> None:
+    moments = torch.cat([Z, torch.full_like(Z, -30.0)]).numpy()
+    np.savez(folder / "sub" / "a.JPEG.npz", moments=moments, moments_flip=moments + 1)
+
+
+def edm2_file(folder: Path) -> None:
+    np.save(folder / "sub" / "img-mean-std-00000000.npy", torch.cat([Z, torch.ones_like(Z)]).numpy())
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["sub/img-mean-std-00000000.npy", 3]]}))
+
+
+def webdataset_file(folder: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, Z.numpy())
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, data in (("sub/a.npy", buffer.getvalue()), ("sub/a.cls", b"3")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def npy_file(folder: Path) -> None:
+    np.save(folder / "sub" / "a.npy", Z.numpy() * 0.5)
+
+
+STRANGERS: dict[CacheName, tuple[Callable[[Path], None], str, tuple[int, int], dict[str, Any]]] = {
+    "kohya": (kohya_file, "sub/a", (20, 13), {"arch": "flux"}),
+    "musubi": (musubi_file, "a", (20, 13), {"arch": "wan"}),
+    "comfyui": (comfyui_file, "a", (24, 16), {}),
+    "lightningdit": (lightningdit_file, "00007/latents_rank00_shard000-000001", (24, 16), {}),
+    "mar": (mar_file, "sub/a.JPEG", (24, 16), {}),
+    "edm2": (edm2_file, "00003/sub-img-mean-std-00000000", (24, 16), {}),
+    "webdataset": (webdataset_file, "sub/a", (24, 16), {"scale": "raw"}),
+    "npy": (npy_file, "sub/a", (24, 16), {"scale": "normalized", "scaling_factor": 0.5}),
+}
+
+
+@pytest.mark.parametrize("source", STRANGERS)
+def test_files_of_the_program_itself_are_read(codec: Codec, tmp_path: Path, source: CacheName) -> None:
+    make, path, size, given = STRANGERS[source]
+    (tmp_path / "cache" / "sub").mkdir(parents=True)
+    make(tmp_path / "cache")
+    assert not back(codec, source, tmp_path / "cache", tmp_path / "out", "float32", **given).summary.failures
+    found = Latents(tmp_path / "out")
+    entry = found.entries[-1]
+    assert (entry.path, entry.geometry.width, entry.geometry.height) == (path, *size)
+    tolerance = 2e-2 if source == "musubi" else 1e-5  # its own bfloat16
+    posterior = found.posterior(len(found) - 1)
+    assert torch.allclose(posterior.mean[0], Z, atol=tolerance)
+    assert bool((posterior.logvar == (0.0 if source == "edm2" else -16.0)).all())  # -30 clamped as the model's are
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("source", [name for name in EVERY if name not in ("lightningdit", "edm2", "webdataset")])
+def test_a_damaged_file_is_named_and_costs_no_other(codec: Codec, tmp_path: Path, source: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, source, tmp_path / "cache", **EVERY[source])
+    bad, *_ = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    whole = bad.read_bytes()
+    for data in (b"", b"text", whole[: len(whole) // 2], whole[:-40]):
+        bad.write_bytes(data)
+        summary = back(codec, source, tmp_path / "cache", tmp_path / "out", overwrite=True, **EVERY[source]).summary
+        assert (summary.done, len(summary.failures)) == (3, 1)
+        assert next(iter(summary.failures)) in bad.as_posix()
+
+
+@pytest.mark.parametrize("source", ["lightningdit", "edm2", "webdataset"])
+def test_a_damaged_shard_is_refused(codec: Codec, tmp_path: Path, source: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, source, tmp_path / "cache", **EVERY[source])
+    (shard,) = (path for path in (tmp_path / "cache").iterdir() if path.suffix != ".pt")
+    whole = shard.read_bytes()
+    for data in (b"", b"text", whole[: len(whole) // 2]):
+        shard.write_bytes(data)
+        with pytest.raises(UserError, match=rf"{shard.name}: no"):
+            back(codec, source, tmp_path / "cache", tmp_path / "out", **EVERY[source])
+
+
+def test_nothing_is_unpickled(codec: Codec, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    np.save(tmp_path / "cache" / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "cache" / "b.npz", moments=np.array([print], dtype=object))
+    for source, given in (("npy", {"scale": "raw"}), ("mar", {})):
+        summary = back(codec, source, tmp_path / "cache", tmp_path / "out", **given).summary
+        assert "allow_pickle=False" in next(iter(summary.failures.values()))
+
+
+def test_latents_of_another_model_are_refused(codec: Codec, tmp_path: Path) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, "mar", tmp_path / "cache")
+    codec.backbone.linear.encoder.bias.data += 1  # pyright: ignore
+    failures = back(codec, "mar", tmp_path / "cache", tmp_path / "out").summary.failures
+    assert len(failures) == 4 and all("give the right --model" in reason for reason in failures.values())
+
+
+def test_what_cannot_be_the_models_fails_by_name(codec: Codec, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    wrong = {
+        "channels": torch.zeros(3, 2, 2),
+        "numbers": torch.full((4, 2, 2), torch.nan),
+        "dimensions": torch.zeros(4, 4),
+        "large": torch.full((4, 2, 2), 1e6),
+    }
+    for name, tensor in wrong.items():
+        np.save(tmp_path / "cache" / f"{name}.npy", tensor.numpy())
+    np.save(tmp_path / "cache" / "whole.npy", np.zeros((4, 2, 2), int))
+    reasons = back(codec, "npy", tmp_path / "cache", tmp_path / "out", scale="raw").summary.failures
+    assert reasons.keys() == wrong.keys() | {"whole"}
+    for name, reason in {
+        "channels": "3 channels, and the model has 4",
+        "numbers": "not finite",
+        "dimensions": "(4, 4) where latents",
+        "large": "give --store float32",
+        "whole": "int64",
+    }.items():
+        assert reason in reasons[name]
+
+
+def test_mirror_images_come_for_all_or_for_none(codec: Codec, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    moments = np.zeros((8, 2, 2), np.float32)
+    np.savez(tmp_path / "cache" / "0.npz", moments=moments[:7])
+    np.savez(tmp_path / "cache" / "a.npz", moments=moments, moments_flip=moments)
+    np.savez(tmp_path / "cache" / "b.npz", moments=moments)
+    np.savez(tmp_path / "cache" / "c.npz", moments=moments, moments_flip=moments[:, :1])
+    failures = back(codec, "mar", tmp_path / "cache", tmp_path / "out").summary.failures
+    assert set(failures) == {"0", "b", "c"} and "not all images come with their mirror images'" in failures["b"]
+    assert "7 channels of moments, and the model has 2 x 4" in failures["0"] and "another size" in failures["c"]
+
+
+def test_latents_in_the_way_are_kept_unless_they_may_go(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, "mar", tmp_path / "cache")
+    expected = files_of(tmp_path / "z")
+    with pytest.raises(UserError, match="holds latents already; give another folder, or --overwrite"):
+        back(codec, "mar", tmp_path / "cache", tmp_path / "z")
+    assert files_of(tmp_path / "z") == expected
+    monkeypatch.setattr(recover_module, "_MOST_IMAGES", 3)
+    back(codec, "mar", tmp_path / "cache", tmp_path / "z", overwrite=True)
+    shards = [entry.shard for entry in Latents(tmp_path / "z").entries]
+    assert sorted(map(shards.count, set(shards))) == [1, 3]
+    assert set(files_of(tmp_path / "z")) == {"index.json", *shards}
+
+
+def test_an_index_is_true_whenever_another_takes_its_place(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    for seed in (0, 1):
+        made(latents, "comfyui", tmp_path / f"{seed}", seed=seed)
+    back(codec, "comfyui", tmp_path / "0", tmp_path / "out")
+    before = [Latents(tmp_path / "out").posterior(i).mean for i in range(4)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recover_module, "write_index", interrupt)
+        back(codec, "comfyui", tmp_path / "1", tmp_path / "out", overwrite=True)
+    assert all(torch.equal(Latents(tmp_path / "out").posterior(i).mean, before[i]) for i in range(4))
+    back(codec, "comfyui", tmp_path / "1", tmp_path / "out", overwrite=True)
+    assert not any(torch.equal(Latents(tmp_path / "out").posterior(i).mean, before[i]) for i in range(4))
+    assert len(stored_files(tmp_path / "out")) == 2
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_where_there_is_nothing_it_is_said(codec: Codec, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source, given in EVERY.items():
+        with pytest.raises(UserError, match=rf"no latents as {source} has them|no zip file"):
+            back(codec, source, tmp_path / "empty", tmp_path / "out", **given)
+        with pytest.raises(UserError, match="no such folder or file"):
+            back(codec, source, tmp_path / "none", tmp_path / "out", **given)
+    with pytest.raises(UserError, match="--seed is not for --from npy"):
+        back(codec, "npy", tmp_path / "empty", tmp_path / "out", scale="raw", seed=1)
+    with zipfile.ZipFile(tmp_path / "empty" / "latents.zip", "w") as file:
+        file.writestr("dataset.json", "[]")
+    with pytest.raises(UserError, match=r"dataset\.json has no list"):
+        back(codec, "edm2", tmp_path / "empty", tmp_path / "out")

@@ -1,0 +1,301 @@
+"""Conversions: the same files whatever interrupts them, no image lost without a word, nonsense refused beforehand."""
+
+import json
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Run, run  # noqa: F401 (a fixture)
+
+from latent_codec.errors import UserError
+from latent_codec.interop.caches import lightningdit
+from latent_codec.interop.caches import write as convert_module
+from latent_codec.interop.caches.cache import Item, read_item
+from latent_codec.interop.caches.options import CacheName
+from latent_codec.latents.dataset import Latents
+from latent_codec.model.codec import Codec
+from tests.conftest import files_of
+from tests.latents.test_dataset import row_of, write
+from tests.support.caches import DISTINCT, EVERY, PATHS, draws, made, samples, store
+
+DRAWN = [name for name in EVERY if name not in ("mar", "edm2")]
+
+
+@pytest.mark.parametrize("to", EVERY)
+def test_equal_latents_make_equal_files_whenever_that_is(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, to, tmp_path / "one", **EVERY[to])
+    now = iter(range(10**9, 2 * 10**9, 10**7))
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    made(latents, to, tmp_path / "two", **EVERY[to])
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") != {}
+    assert not [path for path in (tmp_path / "one").rglob("*") if path.name.startswith(".")]  # no class to MAR
+
+
+@pytest.mark.parametrize("to", EVERY)
+def test_again_nothing_is_made_and_what_differs_is_left_as_it_is(codec: Codec, tmp_path: Path, to: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, to, tmp_path / "out", **EVERY[to])
+    expected = files_of(tmp_path / "out")
+    before = {name: (tmp_path / "out" / name).stat().st_ino for name in expected}
+    assert made(latents, to, tmp_path / "out", **EVERY[to]).summary.skipped == len(latents)
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in expected} == before
+    other = min(expected)
+    (tmp_path / "out" / other).write_bytes(b"another program's")
+    if len(expected) == len(latents):
+        (failure,) = made(latents, to, tmp_path / "out", **EVERY[to]).summary.failures.values()
+        assert "is there already and is another one; give --overwrite" in failure
+    else:
+        with pytest.raises(UserError, match="is there already and is another one; give --overwrite"):
+            made(latents, to, tmp_path / "out", **EVERY[to])
+    assert (tmp_path / "out" / other).read_bytes() == b"another program's"
+    made(latents, to, tmp_path / "out", overwrite=True, **EVERY[to])
+    assert files_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("to", EVERY)
+def test_only_a_few_images_are_in_memory_at_once(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName
+) -> None:
+    """Of LightningDiT's as many as a shard has."""
+    monkeypatch.setattr(lightningdit, "_MOST_BYTES", 3 * 2 * 4 * 4 * 4)
+    latents = store(tmp_path / "z", codec, tuple(f"{i % 2}/{i:02d}.png" for i in range(40)))
+    items: list[weakref.ref[Item]] = []
+    alive: list[int] = []
+
+    def count(*args: Any) -> Item:
+        item = read_item(*args)
+        items.append(weakref.ref(item))
+        alive.append(sum(one() is not None for one in items))
+        return item
+
+    monkeypatch.setattr(convert_module, "read_item", count)
+    made(latents, to, tmp_path / "out", **EVERY[to])
+    assert len(items) == 40 and max(alive) < 10
+
+
+@pytest.mark.parametrize("to", DRAWN)
+def test_seed_and_epoch_choose_the_draw(codec: Codec, tmp_path: Path, to: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    ways = {"none": {}, "zero": {"seed": 0, "epoch": 0}, "seed": {"seed": 1}, "epoch": {"epoch": 1}}
+    for name, given in ways.items():
+        made(latents, to, tmp_path / name, **EVERY[to], **given)
+    none, zero, *others = (files_of(tmp_path / name) for name in ways)
+    assert none == zero
+    assert all(other.keys() == none.keys() and other != none for other in others) and others[0] != others[1]
+
+
+def damage(latents: Latents, index: int) -> str:
+    """An infinity in one image's latents."""
+    entry = latents.entries[index]
+    span = latents._spans(entry.shard, latents.shapes[index], False)[0]
+    shard = latents.folder / entry.shard
+    data = bytearray(shard.read_bytes())
+    start = span.start + entry.row * 2 * 4 * 4
+    data[start : start + 2] = b"\x00\x7c"
+    shard.write_bytes(data)
+    return entry.path
+
+
+@pytest.mark.parametrize("to", EVERY)
+def test_a_damaged_image_is_named_and_costs_no_other_where_files_are_not_shared(
+    codec: Codec, tmp_path: Path, to: CacheName
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, to, tmp_path / "whole", **EVERY[to])
+    bad = damage(latents, 2)
+    assert bad == "dog/d.png"
+    if to in ("lightningdit", "edm2"):
+        with pytest.raises(UserError, match=rf"^{bad}: row 3 .* cannot lack an image"):
+            made(latents, to, tmp_path / "out", **EVERY[to])
+        assert files_of(tmp_path / "out") == {}
+        return
+    summary = made(latents, to, tmp_path / "out", **EVERY[to]).summary
+    assert set(summary.failures) == {bad} and summary.done == 3
+    whole, found = files_of(tmp_path / "whole"), files_of(tmp_path / "out")
+    if to == "webdataset":
+        assert [s["__key__"] for s in samples(tmp_path / "out" / "latents-000000.tar")] == [
+            "cat/a",
+            "cat/b_c",
+            "dog/d",
+        ][: len(DISTINCT) - 1] or len(samples(tmp_path / "out" / "latents-000000.tar")) == 3
+    else:
+        assert len(found) == 3 and found.items() <= whole.items()
+
+
+@pytest.mark.parametrize("to", EVERY)
+@pytest.mark.parametrize("first", [True, False])
+def test_an_interruption_leaves_no_half_file_and_the_same_command_goes_on(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName, first: bool
+) -> None:
+    """Before the first file gets its name, and before the last one does."""
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    made(latents, to, tmp_path / "whole", **EVERY[to])
+    expected = files_of(tmp_path / "whole")
+    real, calls = os.replace, iter(range(1, 99))
+
+    def stop(*args: Any) -> None:
+        if next(calls) >= (1 if first else len(expected)):
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stop)
+        made(latents, to, tmp_path / "out", **EVERY[to])
+    found = files_of(tmp_path / "out")
+    assert len(found) == (0 if first else len(expected) - 1) and found.items() <= expected.items()
+    made(latents, to, tmp_path / "out", **EVERY[to])
+    assert files_of(tmp_path / "out") == expected
+
+
+# What is refused before any work.
+
+
+@pytest.mark.parametrize("to", ["lightningdit", "webdataset"])
+def test_shards_of_something_else_are_not_mixed_with_these(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName
+) -> None:
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"latent_codec.interop.caches.{to}.{'_MOST' if to == 'lightningdit' else ''}_IMAGES", 2)
+        made(latents, to, tmp_path / "out", **EVERY[to])
+    before = files_of(tmp_path / "out")
+    with pytest.raises(UserError, match=r"0+1\.(tar|safetensors) would be taken for a part of this"):
+        made(latents, to, tmp_path / "out", overwrite=True, **EVERY[to])
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("to", ["kohya", "musubi", "webdataset", "npy"])
+def test_two_images_of_one_name_are_refused_with_both(codec: Codec, tmp_path: Path, to: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, ("a/x.jpg", "a/x.png"))
+    with pytest.raises(UserError, match=r"a/x\.jpg and a/x\.png would both .*rename one of them"):
+        made(latents, to, tmp_path / "out", **EVERY[to])
+    assert files_of(tmp_path / "out") == {}
+
+
+def test_musubi_has_one_folder_for_all(codec: Codec, tmp_path: Path) -> None:
+    latents = store(tmp_path / "z", codec, ("a/x.png", "b/x.png"))
+    with pytest.raises(UserError, match=r"a/x\.png and b/x\.png would both become x_0016x0016_qi\.safetensors"):
+        made(latents, "musubi", tmp_path / "out", arch="qi")
+
+
+@pytest.mark.parametrize("to", ["lightningdit", "mar"])
+def test_flips_are_needed(codec: Codec, tmp_path: Path, to: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, flips=False)
+    with pytest.raises(UserError, match="needs latents of mirrored images too; encode with --flips"):
+        made(latents, to, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["lightningdit", "mar"])
+def test_classes_are_needed(codec: Codec, tmp_path: Path, to: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, ("a/a.png", "b.png"))
+    with pytest.raises(UserError, match=r"b\.png is in no folder \(1 such images\); put the images of each class"):
+        made(latents, to, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["lightningdit", "edm2"])
+def test_one_size_is_needed(codec: Codec, tmp_path: Path, to: CacheName) -> None:
+    latents = store(tmp_path / "z", codec, side=None)
+    with pytest.raises(UserError, match=r"takes latents of one size, and .* has 2x\d, .* 2x\d \(2 sizes in all\)"):
+        made(latents, to, tmp_path / "out")
+
+
+REFUSED: list[tuple[CacheName, dict[str, Any], str]] = [
+    ("kohya", {}, "give --arch sd, sdxl, flux"),
+    ("kohya", {"arch": "sd3"}, "give --arch sd, sdxl, flux"),
+    ("kohya", {"arch": "sd", "scaling_factor": 0.18215}, "kohya's sd files hold raw latents"),
+    ("kohya", {"arch": "sd", "scale": "raw"}, "--scale is not for --to kohya"),
+    ("musubi", {}, "give --arch hv, hv15, wan"),
+    ("musubi", {"arch": "zi", "scaling_factor": 1.0}, "hold raw latents"),
+    ("npy", {}, "--scale raw or --scale normalized"),
+    ("webdataset", {}, "--scale raw or --scale normalized"),
+    ("npy", {"scale": "raw", "scaling_factor": 0.5}, "raw latents are not scaled"),
+    ("mar", {"seed": 1, "epoch": 2}, "--epoch and --seed are not for --to mar"),
+    ("edm2", {"arch": "x"}, "--arch is not for --to edm2"),
+    ("npy", {"scale": "normalized", "scaling_factor": 0.0}, "must be positive"),
+    ("npy", {"scale": "normalized", "shift_factor": 1.0}, "goes with --scaling-factor"),
+    ("comfyui", {"epoch": -1}, "epochs count from 0"),
+]
+
+
+@pytest.mark.parametrize(("to", "given", "reason"), REFUSED)
+def test_options_that_make_no_sense_are_refused(
+    codec: Codec, tmp_path: Path, to: CacheName, given: dict[str, Any], reason: str
+) -> None:
+    latents = store(tmp_path / "z", codec)
+    with pytest.raises(UserError, match=reason):
+        made(latents, to, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_statistics_scaled_latents_need_a_factor(codec: Codec, tmp_path: Path) -> None:
+    codec.statistics = None
+    latents = store(tmp_path / "z", codec)
+    with pytest.raises(UserError, match="no latent statistics; give --scaling-factor"):
+        made(latents, "npy", tmp_path / "out", scale="normalized")
+    made(latents, "npy", tmp_path / "out", scale="normalized", scaling_factor=2.0)
+
+
+def test_kohya_needs_its_trainers_factor_and_edm2_squares(codec: Codec, tmp_path: Path) -> None:
+    write(tmp_path / "z", codec, [row_of("b/ü.png")])
+    with pytest.raises(UserError, match="square images, and latents are 2x3"):
+        made(Latents(tmp_path / "z"), "edm2", tmp_path / "out")
+    index = tmp_path / "z" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"factor": 16}))
+    with pytest.raises(UserError, match="at 1/8 of each side, these are at 1/16"):
+        made(Latents(tmp_path / "z"), "kohya", tmp_path / "out", arch="sd")
+
+
+def test_another_range_of_pixels_is_told(codec: Codec, tmp_path: Path) -> None:
+    latents = store(tmp_path / "z", codec)
+    index = tmp_path / "z" / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"pixel_range": [0.0, 1.0]}))
+    assert any("the encoder saw pixels in [0.0, 1.0]" in n for n in made(latents, "comfyui", tmp_path / "a").notes)
+    assert not any("the encoder saw" in note for note in made(latents, "edm2", tmp_path / "b").notes)
+
+
+# The command.
+
+
+def test_the_command_goes_there_and_back(run: Run, codec: Codec, model_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    cache = tmp_path / "cache"
+    there = run("convert", latents.folder, cache, "--to", "npy", "--scale", "raw", "--seed", 2, "--epoch", 1)
+    assert (there.code, there.err) == (0, "")
+    note, summary, _ = there.out.splitlines()
+    assert "are left out" in note and summary.startswith("converted 4 of 4 images in ")
+    assert run("convert", latents.folder, cache, "--to", "npy", "--scale", "raw").code == 1  # others are there
+    assert run("convert", latents.folder, cache, "--to", "npy", "--scale", "raw", "--overwrite").code == 0
+    back = ("convert", cache, tmp_path / "out", "--from", "npy", "--scale", "raw", "--store", "float32")
+    assert "give --model" in run(*back).err
+    result = run(*back, "--model", model_file)
+    assert result.code == 0 and "single draws" in result.out
+    found, expected = Latents(tmp_path / "out"), draws(latents)
+    for i, entry in enumerate(latents.entries):
+        assert found.posterior(i).mean[0].equal(expected[entry.path])
+
+
+@pytest.mark.parametrize("args", [(), ("--to", "npy", "--from", "npy"), ("--to", "mar", "--model", "photo")])
+def test_the_command_refuses_what_makes_no_sense(
+    run: Run,  # noqa: F811
+    codec: Codec,
+    tmp_path: Path,
+    args: tuple[str, ...],
+) -> None:
+    store(tmp_path / "z", codec, PATHS)
+    result = run("convert", tmp_path / "z", tmp_path / "out", *args)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_ends_with_1_if_an_image_is_damaged(run: Run, codec: Codec, tmp_path: Path) -> None:  # noqa: F811
+    latents = store(tmp_path / "z", codec, DISTINCT)
+    bad = damage(latents, 1)
+    result = run("convert", latents.folder, tmp_path / "out", "--to", "mar")
+    assert result.code == 1 and bad in result.err and "converted 3 of 4 images, 1 failed" in result.out
+    result = run("convert", latents.folder, tmp_path / "shards", "--to", "edm2")
+    assert result.code == 2 and bad in result.err and result.out == ""

@@ -1,0 +1,283 @@
+"""Configurations travel as strict, canonical JSON."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec.model.config import (
+    BernoulliConfig,
+    CodecConfig,
+    ConvConfig,
+    DiagonalGaussianConfig,
+    DiscretizedLogisticConfig,
+    GaussianConfig,
+    LinearConfig,
+    LiteConfig,
+    MLPConfig,
+)
+from latent_codec.storage.json_config import dumps, from_json, to_json
+from tests.support.data import ROOT
+
+integers = st.integers(-(2**40), 2**40)
+floats = st.floats(allow_nan=False, allow_infinity=False)
+several = st.lists(integers, max_size=4).map(tuple)
+
+backbones = st.one_of(
+    st.builds(LinearConfig, patch=integers),
+    st.builds(
+        LiteConfig,
+        patch=integers,
+        stem=integers,
+        encoder_widths=several,
+        encoder_depths=several,
+        decoder_widths=several,
+        decoder_depths=several,
+    ),
+    st.builds(
+        ConvConfig,
+        widths=several,
+        layers_per_block=integers,
+        groups=integers,
+        mid_attention=st.booleans(),
+        quant_conv=st.booleans(),
+        post_quant_conv=st.booleans(),
+    ),
+    st.builds(
+        MLPConfig,
+        side=integers,
+        encoder_widths=several,
+        decoder_widths=several,
+        activation=st.sampled_from(["tanh", "relu", "silu"]),
+    ),
+)
+bottlenecks = st.builds(DiagonalGaussianConfig, logvar_min=floats, logvar_max=floats)
+likelihoods = st.one_of(
+    st.builds(GaussianConfig, scale=st.sampled_from(["fixed", "learned", "per_pixel"]), sigma=floats),
+    st.builds(DiscretizedLogisticConfig, components=integers),
+    st.builds(BernoulliConfig, pixels=st.sampled_from(["threshold", "drawn"])),
+)
+codecs = st.builds(
+    CodecConfig,
+    image_channels=integers,
+    latent_channels=integers,
+    backbone=backbones,
+    bottleneck=bottlenecks,
+    likelihood=likelihoods,
+)
+
+EXAMPLE = CodecConfig(
+    image_channels=3,
+    latent_channels=16,
+    backbone=LiteConfig(
+        patch=8,
+        stem=4,
+        encoder_widths=(64, 128),
+        encoder_depths=(1, 2),
+        decoder_widths=(64, 128),
+        decoder_depths=(3, 2),
+    ),
+    bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+    likelihood=GaussianConfig(scale="fixed", sigma=0.1),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Not part of a codec's config: the shapes of type that other headers use."""
+
+    name: str
+    values: tuple[float, ...]
+    sigma: float | None
+    bottleneck: DiagonalGaussianConfig | None
+    limits: LinearConfig
+
+
+def changed(path: str, value: Any) -> Any:
+    """EXAMPLE as JSON with the value at a dotted path replaced; `...` deletes it."""
+    document = json.loads(dumps(to_json(EXAMPLE)))
+    *parents, last = path.split(".")
+    place = document
+    for parent in parents:
+        place = place[parent]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return document
+
+
+@given(st.one_of(codecs, backbones, bottlenecks, likelihoods))
+def test_json_text_round_trip_gives_the_equal_config(config: Any) -> None:
+    found = from_json(type(config), json.loads(dumps(to_json(config))))
+    assert found == config
+    assert type(found) is type(config)
+
+
+@given(backbones, likelihoods)
+def test_a_union_round_trip_keeps_the_class(backbone: Any, likelihood: Any) -> None:
+    config = dataclasses.replace(EXAMPLE, backbone=backbone, likelihood=likelihood)
+    found = from_json(CodecConfig, json.loads(dumps(to_json(config))))
+    assert type(found.backbone) is type(backbone)
+    assert type(found.likelihood) is type(likelihood)
+
+
+@pytest.mark.parametrize("sigma", [None, 0.5])
+@pytest.mark.parametrize("bottleneck", [None, EXAMPLE.bottleneck])
+def test_optional_fields_round_trip(sigma: float | None, bottleneck: DiagonalGaussianConfig | None) -> None:
+    config = Statistics(
+        name="müller\n", values=(1.0, -0.25), sigma=sigma, bottleneck=bottleneck, limits=LinearConfig(patch=8)
+    )
+    assert from_json(Statistics, json.loads(dumps(to_json(config)))) == config
+
+
+def test_equal_configs_give_equal_text_whether_a_float_was_written_as_an_integer() -> None:
+    whole = DiagonalGaussianConfig(logvar_min=-16, logvar_max=11)
+    assert whole == EXAMPLE.bottleneck
+    assert dumps(to_json(whole)) == dumps(to_json(EXAMPLE.bottleneck))
+    many = Statistics(name="", values=(1, 2), sigma=3, bottleneck=whole, limits=LinearConfig(patch=8))
+    assert dumps(to_json(many)) == dumps(to_json(from_json(Statistics, to_json(many))))
+
+
+@given(codecs)
+def test_the_text_of_a_config_is_a_fixed_point(config: CodecConfig) -> None:
+    text = dumps(to_json(config))
+    assert dumps(to_json(from_json(CodecConfig, json.loads(text)))) == text
+
+
+@pytest.mark.parametrize("part", ["", "backbone.", "bottleneck.", "likelihood."])
+def test_an_unknown_field_is_an_error_that_names_it(part: str) -> None:
+    with pytest.raises(ValueError, match="surprise"):
+        from_json(CodecConfig, changed(f"{part}surprise", 1))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "image_channels",
+        "latent_channels",
+        "backbone",
+        "bottleneck",
+        "likelihood",
+        "backbone.stem",
+        "backbone.decoder_depths",
+        "bottleneck.logvar_min",
+        "likelihood.sigma",
+    ],
+)
+def test_a_missing_field_is_an_error_that_names_it(path: str) -> None:
+    with pytest.raises(ValueError, match=f"missing.*{path.split('.')[-1]}"):
+        from_json(CodecConfig, changed(path, ...))
+
+
+def test_a_field_at_its_default_is_left_out_so_that_older_files_keep_their_text() -> None:
+    assert to_json(BernoulliConfig(pixels="threshold")) == {"kind": "bernoulli"}
+    assert from_json(BernoulliConfig, {"kind": "bernoulli"}) == BernoulliConfig(pixels="threshold")
+    assert to_json(BernoulliConfig(pixels="drawn")) == {"kind": "bernoulli", "pixels": "drawn"}
+
+
+@pytest.mark.parametrize("kind", ["transformer", "", None, 3, ["lite"], {"lite": 1}, ...])
+@pytest.mark.parametrize("part", ["backbone", "bottleneck", "likelihood"])
+def test_an_unknown_or_missing_kind_is_an_error_that_names_the_place(part: str, kind: Any) -> None:
+    with pytest.raises(ValueError, match=rf"config\.{part}.*kind"):
+        from_json(CodecConfig, changed(f"{part}.kind", kind))
+
+
+def test_a_kind_where_the_class_has_none_is_an_unknown_field() -> None:
+    with pytest.raises(ValueError, match=r"unknown.*kind"):
+        from_json(CodecConfig, changed("kind", "codec"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("image_channels", 3.0),
+        ("image_channels", "3"),
+        ("image_channels", True),
+        ("image_channels", None),
+        ("latent_channels", [16]),
+        ("backbone", "lite"),
+        ("backbone", None),
+        ("backbone", ["lite"]),
+        ("bottleneck", "gaussian"),
+        ("backbone.patch", 8.5),
+        ("backbone.encoder_widths", 64),
+        ("backbone.encoder_widths", "64"),
+        ("backbone.encoder_widths", {"0": 64}),
+        ("backbone.encoder_widths", [64, 128.0]),
+        ("bottleneck.logvar_min", "-16"),
+        ("bottleneck.logvar_min", None),
+        ("bottleneck.logvar_min", True),
+        ("bottleneck.logvar_max", [11.0]),
+        ("likelihood.scale", "free"),
+        ("likelihood.scale", ["fixed"]),
+        ("likelihood.sigma", {}),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_an_error_that_names_the_field(path: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"config\.{path}"):
+        from_json(CodecConfig, changed(path, value))
+
+
+def test_a_boolean_field_takes_no_integer() -> None:
+    conv = ConvConfig(
+        widths=(32,), layers_per_block=1, groups=8, mid_attention=True, quant_conv=True, post_quant_conv=True
+    )
+    with pytest.raises(ValueError, match="quant_conv"):
+        from_json(ConvConfig, to_json(conv) | {"quant_conv": 1})
+
+
+def test_an_item_of_the_wrong_type_is_named_by_its_index() -> None:
+    with pytest.raises(ValueError, match=r"encoder_widths\[1\]"):
+        from_json(CodecConfig, changed("backbone.encoder_widths", [64, "128"]))
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
+def test_a_number_that_is_not_finite_is_an_error_that_names_the_field(text: str) -> None:
+    with pytest.raises(ValueError, match=r"likelihood\.sigma"):
+        from_json(CodecConfig, changed("likelihood.sigma", json.loads(text)))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "patch", "x"]), inner),
+    max_leaves=6,
+)
+paths = st.sampled_from(["image_channels", "backbone", "backbone.kind", "backbone.encoder_widths", "likelihood.sigma"])
+
+
+@given(paths, json_values)
+def test_whatever_a_file_holds_the_result_is_a_config_or_a_value_error(path: str, value: Any) -> None:
+    document = changed(path, value)
+    try:
+        config = from_json(CodecConfig, document)
+    except ValueError:
+        return
+    assert from_json(CodecConfig, to_json(config)) == config
+
+
+@given(st.dictionaries(st.text(max_size=8), st.integers() | floats | st.text(max_size=8)), st.randoms())
+def test_dumps_does_not_depend_on_the_order_of_keys(value: dict[str, Any], order: random.Random) -> None:
+    items = list(value.items())
+    order.shuffle(items)
+    text = dumps(value)
+    assert dumps(dict(items)) == text
+    assert json.loads(text) == value
+
+
+def test_dumps_spends_no_spaces_and_refuses_what_is_not_json() -> None:
+    assert dumps({"b": [1, 2], "a": {"y": 1.5, "x": None}}) == '{"a":{"x":null,"y":1.5},"b":[1,2]}'
+    with pytest.raises(ValueError, match="JSON"):
+        dumps({"a": float("nan")})
+
+
+def test_the_module_imports_without_torch() -> None:
+    code = "import sys, latent_codec.model.config; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

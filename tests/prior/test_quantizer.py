@@ -1,0 +1,145 @@
+"""Quantised latents come back within their step, and dither makes what comes back a draw around the mean."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec.errors import UserError
+from latent_codec.prior.quantizer import (
+    DEAD_ZONE,
+    LIMIT,
+    MAX_STEP,
+    MIN_STEP,
+    STEP_OF_STD,
+    STEP_ONE,
+    Quantized,
+    dequantize,
+    dither,
+    octave_eighths,
+    step_code,
+)
+from tests.support import witness
+from tests.support.plain_integers import quantize
+
+N = 100_000
+codes = st.integers(16, 65535)
+seeds = st.integers(0, 2**64 - 1)
+BASE = np.array([0.37, 1.9, 1e-3], np.float32)
+
+
+def latents(seed: int, *shape: int) -> torch.Tensor:
+    """Around 0, a few of `BASE`'s steps large."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return 3 * noise * torch.from_numpy(BASE)[:, None, None]
+
+
+def error(mean: torch.Tensor, code: int, seed: int | None) -> torch.Tensor:
+    """What quantisation adds, in steps."""
+    found = dequantize(quantize(mean, BASE, code, seed), BASE)
+    size = torch.from_numpy(BASE.astype(np.float64))[:, None, None] * (code / STEP_ONE)
+    return (found.double() - mean.double()) / size
+
+
+@given(codes, st.integers(0, 99))
+def test_rounding_errs_by_at_most_half_a_step_and_the_dead_zone(code: int, data: int) -> None:
+    assert error(latents(data, 3, 4, 5), code, None).abs().amax() <= 0.5 + DEAD_ZONE + 1e-4
+
+
+@given(codes, seeds, st.integers(0, 99))
+def test_dither_errs_by_at_most_half_a_step(code: int, seed: int, data: int) -> None:
+    assert error(latents(data, 3, 4, 5), code, seed).abs().amax() <= 0.5 + 1e-4
+
+
+@given(codes, st.none() | seeds, st.integers(0, 99))
+def test_quantising_what_came_back_changes_nothing(code: int, seed: int | None, data: int) -> None:
+    quantized = quantize(latents(data, 3, 4, 5), BASE, code, seed)
+    again = quantize(dequantize(quantized, BASE), BASE, code, seed)
+    np.testing.assert_array_equal(again.values, quantized.values)
+
+
+def test_small_magnitudes_are_rounded_down_first() -> None:
+    x = torch.tensor([0.0, 0.5, 0.57, 0.59, 1.57, 1.59, 7.5])
+    values = quantize(torch.cat([x, -x])[None, None], np.ones(1, np.float32), STEP_ONE, None).values
+    assert values.reshape(2, -1).tolist() == [[0, 0, 0, 1, 1, 2, 7], [0, 0, 0, -1, -1, -2, -7]]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05, 1.0, 40.0])
+def test_the_error_under_dither_is_uniform_whatever_the_signal(scale: float) -> None:
+    mean = scale * torch.randn((1, 1, N), generator=torch.Generator().manual_seed(1))
+    found = dequantize(quantize(mean, np.ones(1, np.float32), STEP_ONE, 5), np.ones(1, np.float32))
+    e = (found.double() - mean.double()).flatten()
+    for power, moment in ((1, 0.0), (2, 1 / 12), (3, 0.0), (4, 1 / 80)):
+        deviation = math.sqrt((1 / (2 * power + 1)) / 4**power / N)  # at most, of the mean of e^power
+        assert abs(e.pow(power).mean().item() - moment) < 4 * deviation
+    ordered = (e.sort().values + 0.5).numpy()
+    assert np.abs(ordered - np.arange(N) / N).max() < 1.95 / math.sqrt(N)  # Kolmogorov & Smirnov
+    if scale:
+        for other in (mean.flatten().double(), mean.flatten().abs().double()):
+            for own in (e, e.square()):
+                assert abs(torch.corrcoef(torch.stack([own, other]))[0, 1].item()) < 4 / math.sqrt(N)
+
+
+def test_at_step_1_the_noise_of_dither_has_the_posteriors_variance() -> None:
+    deviation = 0.23
+    base = np.array([STEP_OF_STD * deviation], np.float32)
+    mean = torch.randn((1, 1, N), generator=torch.Generator().manual_seed(2))
+    e = dequantize(quantize(mean, base, step_code(1), 3), base) - mean
+    assert e.square().mean().item() == pytest.approx(deviation**2, rel=4 * math.sqrt(0.8 / N))
+
+
+@given(seeds, st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)))
+def test_dither_is_what_the_format_says(seed: int, shape: tuple[int, int, int]) -> None:
+    found = dither(seed, shape)
+    np.testing.assert_array_equal(found, witness.dither(seed, shape))
+    assert (found % 2 == 1).all() and np.abs(found).max() < 2**16
+
+
+def test_dither_of_neighbouring_seeds_and_positions_is_uncorrelated() -> None:
+    rows = np.stack([dither(seed, (N // 50,)) for seed in range(50)]).astype(np.float64)
+    for a, b in ((rows[1:], rows[:-1]), (rows[:, 1:], rows[:, :-1]), (rows[:, 64:], rows[:, :-64])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / math.sqrt(a.size)
+
+
+@given(codes)
+def test_octave_eighths_is_the_rounded_logarithm(code: int) -> None:
+    exact = 8 * math.log2(code / STEP_ONE)
+    assert abs(octave_eighths(code) - exact) <= 0.5 + 1e-9
+    assert octave_eighths(code) == witness.octave(code)
+
+
+def test_octave_eighths_of_every_step_never_falls() -> None:
+    found = [octave_eighths(code) for code in range(16, 65536)]
+    assert found == sorted(found) and found[0] == -48 and found[-1] == 48
+    assert [octave_eighths(1024 * 2**k) for k in range(6)] == [8 * k for k in range(6)]
+
+
+@given(codes)
+def test_every_stored_step_survives_its_number(code: int) -> None:
+    assert step_code(code / STEP_ONE) == code
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, MIN_STEP * 0.99, MAX_STEP * 1.0001, math.inf, math.nan])
+def test_a_step_beyond_the_formats_is_refused(step: float) -> None:
+    with pytest.raises(UserError, match="step"):
+        step_code(step)
+
+
+@pytest.mark.parametrize("value", [LIMIT + 1, -LIMIT - 1, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_latent_beyond_the_limit_is_refused(value: float, seed: int | None) -> None:
+    mean = torch.zeros(1, 2, 2)
+    mean[0, 1, 1] = value + math.copysign(1, value)  # dither may take off half a step
+    with pytest.raises(UserError, match="give a larger --step"):
+        quantize(mean, np.ones(1, np.float32), STEP_ONE, seed)
+
+
+@given(st.integers(-(2**31), 2**31), codes, st.floats(2**-20, 2**20, width=32))
+def test_dequantising_is_one_product_in_float64(fine: int, code: int, base: float) -> None:
+    quantized = Quantized(np.full((1, 1, 1), fine), code, None)
+    exact = float(np.float32(base)) * code
+    expected = np.float32(float(fine) * exact / 2**27)
+    assert dequantize(quantized, np.array([base], np.float32)).item() == expected

@@ -1,0 +1,142 @@
+"""The entropy coder is lossless, close to the ideal code length, and bit for bit what docs/bitstream.md says."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_codec.errors import UserError
+from latent_codec.prior.rans import Coder
+from latent_codec.prior.tables import LEAST_BITS, Tables, join, normalize
+from tests.support import witness
+
+Pass = tuple[np.ndarray, np.ndarray]
+
+
+@functools.cache
+def coder() -> Coder:
+    """Tables of all sorts: two symbols and a thousand, flat and steep, the cheapest symbol there can be."""
+    rng = np.random.default_rng(0)
+    parts = [(0, normalize(np.array([1.0, 1e-30]))), (5, normalize(np.array([1e-30, 1.0])))]
+    parts += [(-(n // 2), normalize(rng.gamma(shape, size=n))) for n in (2, 3, 17, 1000) for shape in (0.02, 1, 50)]
+    return Coder(join(parts))
+
+
+def draw_passes(seed: int, lengths: list[int], far: float) -> list[Pass]:
+    """Values from the tables' own distributions, a share `far` of them anywhere in 16 bits."""
+    rng, tables, passes = np.random.default_rng(seed), coder().tables, []
+    for n in lengths:
+        chosen = rng.integers(0, len(tables), n)
+        values = [tables.first[t] + rng.choice(tables.sizes[t], p=tables.frequencies(t) / 2**24) for t in chosen]
+        anywhere = rng.integers(-(2**15), 2**15, n)
+        passes.append((np.where(rng.random(n) < far, anywhere, np.array(values, np.int64)).astype(np.int64), chosen))
+    return passes
+
+
+def independent(tables: Tables) -> witness.Tables:
+    return witness.Tables(tables.counts, tables.sizes, tables.first)
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 60), min_size=1, max_size=6), st.sampled_from([0, 0.01, 0.5, 1]))
+def test_passes_come_back_and_cost_what_they_should(seed: int, lengths: list[int], far: float) -> None:
+    passes = draw_passes(seed, lengths, far)
+    payload = coder().encode(passes)
+    decoder = coder().decoder(payload)
+    for values, tables in passes:
+        np.testing.assert_array_equal(decoder.read(tables), values)
+    decoder.finish()
+    bits = sum(coder().tables.bits(values, tables) for values, tables in passes)
+    assert bits <= 8 * len(payload) <= 1.001 * bits + 65
+    assert sum(lengths) * LEAST_BITS <= 8 * len(payload)
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from([0, 0.1, 1]))
+def test_payloads_are_the_formats_to_the_bit(seed: int, lengths: list[int], far: float) -> None:
+    passes, tables, writer = draw_passes(seed, lengths, far), independent(coder().tables), witness.Writer()
+    for values, chosen in reversed(passes):
+        tables.write(writer, values.tolist(), chosen.tolist())
+    payload = coder().encode(passes)
+    assert writer.payload() == payload
+    ans = witness.Ans(payload)
+    for values, chosen in passes:
+        assert tables.read(ans, chosen.tolist()) == values.tolist()
+    ans.finish()
+
+
+def test_a_long_run_of_the_cheapest_symbol_costs_least_bits() -> None:
+    n = 200_000
+    payload = coder().encode([(np.zeros(n, np.int64), np.zeros(n, np.int64))])
+    assert n * LEAST_BITS <= 8 * len(payload) <= 1.001 * n * LEAST_BITS + 65
+    decoder = coder().decoder(payload)
+    assert not decoder.read(np.zeros(n, np.int64)).any()
+    decoder.finish()
+
+
+@given(st.binary(max_size=60), st.lists(st.integers(0, 200), max_size=3), st.integers(0, 2**32))
+def test_any_bytes_decode_or_are_refused_and_both_decoders_agree(data: bytes, lengths: list[int], seed: int) -> None:
+    chosen = [np.random.default_rng(seed).integers(0, len(coder().tables), n) for n in lengths]
+    tables = independent(coder().tables)
+
+    def read() -> list[list[int]]:
+        decoder = coder().decoder(data)
+        found = [decoder.read(c).tolist() for c in chosen]
+        decoder.finish()
+        return found
+
+    def read_independently() -> list[list[int]]:
+        ans = witness.Ans(data)
+        found = [tables.read(ans, c.tolist()) for c in chosen]
+        ans.finish()
+        return found
+
+    try:
+        expected = read_independently()
+    except witness.RefusalError:
+        with pytest.raises(UserError, match="damaged"):
+            read()
+    else:
+        assert read() == expected
+
+
+def test_every_cut_payload_is_refused() -> None:
+    passes = draw_passes(3, [30, 0, 50], 0.1)
+    payload = coder().encode(passes)
+    for length in range(len(payload)):
+        for part in (payload[:length], payload[len(payload) - length :]):
+            with pytest.raises(UserError, match="damaged"):
+                decoder = coder().decoder(part)
+                for _, tables in passes:
+                    decoder.read(tables)
+                decoder.finish()
+
+
+def test_a_payload_with_more_before_it_is_refused() -> None:
+    passes = draw_passes(4, [20], 0.0)
+    decoder = coder().decoder(bytes(4) + coder().encode(passes))
+    decoder.read(passes[0][1])
+    with pytest.raises(UserError, match="do not begin"):
+        decoder.finish()
+
+
+def test_an_escape_for_what_has_a_symbol_is_refused() -> None:
+    """Latents have one payload only."""
+    tables = independent(coder().tables)
+    cumulative, first = tables.cumulative[9], tables.first[9]
+    for value, needed in ((first - 1, True), (first, False), (first + len(cumulative) - 2, True)):
+        writer = witness.Writer()
+        writer.symbol(witness.UNIFORM, value + 2**15)
+        writer.symbol(cumulative, len(cumulative) - 2)
+        decoder = coder().decoder(writer.payload())
+        if needed:
+            assert decoder.read(np.array([9])).tolist() == [value]
+            continue
+        with pytest.raises(UserError, match="long way"):
+            decoder.read(np.array([9]))
+
+
+def test_an_endless_read_of_a_short_payload_ends_in_an_error() -> None:
+    payload = coder().encode(draw_passes(5, [4], 0.0))
+    with pytest.raises(UserError, match="ran out"):
+        coder().decoder(payload).read(np.full(10_000_000, 3))

@@ -1,0 +1,216 @@
+"""Atomic writing: the old file or the whole new one, with the user's permissions, whatever happens."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latent_codec.errors import UserError
+from latent_codec.model import file as model_file
+from latent_codec.storage import files
+from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.files import (
+    atomic_folder,
+    atomic_path,
+    make_folder,
+    process_name,
+    temporary_folder,
+    temporary_of,
+    write_text,
+)
+from tests.support.data import ROOT
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.usefixtures("umask_027")
+def test_the_users_umask_is_respected(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "new")
+    assert mode(tmp_path / "a.txt") == 0o640
+
+
+@pytest.mark.usefixtures("umask_027")
+def test_the_umask_is_respected_where_a_writer_replaces_the_file_by_its_own(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a") as temporary:
+        private = tmp_path / "private"
+        private.write_text("new")
+        private.chmod(0o600)
+        private.replace(temporary)
+    assert mode(tmp_path / "a") == 0o640
+    assert (tmp_path / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_the_old_content_and_no_temporary_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half of the ne")
+        raise error
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_failing_rename_leaves_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_text(tmp_path / "folder", "text")
+    assert [f.name for f in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_old_content_is_there_until_the_new_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        assert temporary.parent == path.parent  # a rename between file systems would copy
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_reaches_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(handle: int) -> None:
+        events.append("sync folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync file")
+        fsync(handle)
+
+    def record_replace(a: Path, b: Path) -> None:
+        events.append("rename")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_text(tmp_path / "a.txt", "new")
+    assert events == ["sync file", "rename", "sync folder"]
+
+
+def test_a_process_killed_before_the_rename_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    program = (
+        "import os, sys; from pathlib import Path; from latent_codec.storage.files import write_text\n"
+        "os.replace = lambda a, b: os._exit(9)\n"
+        "write_text(Path(sys.argv[1]), 'new')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, check=False)
+    assert done.returncode == 9
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "字" * 85, "é" * 127 + "x", "a" * 199 + "é" * 28])
+def test_every_name_that_the_file_system_takes_can_be_written(tmp_path: Path, name: str) -> None:
+    assert len(os.fsencode(name)) == 255
+    write_text(tmp_path / name, "text")
+    assert [f.name for f in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_is_no_utf_8_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9" + b"\xff" * 240)
+    write_text(path, "text")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parent_folders_are_created(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "c.txt", "ü")
+    assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == "ü".encode()
+
+
+def test_make_folder_makes_parents_and_accepts_one_that_is_there(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_make_folder_refuses_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(UserError, match=r"cannot be written into as a folder \(.+\); give another"):
+        make_folder(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "content"
+
+
+def test_make_folder_refuses_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match="Read-only file system"):
+        make_folder(tmp_path)
+
+
+def fill(folder: Path, text: str) -> None:
+    for name in ("a.txt", "b.txt"):
+        write_text(folder / name, text)
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+    for text in ("old", "new"):
+        with atomic_folder(path) as temporary:
+            fill(temporary, text)
+            assert not path.exists() or (path / "a.txt").read_text() == "old"
+    assert {f.name: f.read_text() for f in path.iterdir()} == {"a.txt": "new", "b.txt": "new"}
+    assert [f.name for f in path.parent.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_folder_or_none(tmp_path: Path, error: type[BaseException]) -> None:
+    for expected in ([], ["folder"]):
+        with pytest.raises(error), atomic_folder(tmp_path / "folder") as temporary:
+            write_text(temporary / "a.txt", "half of the new")
+            raise error
+        assert [f.name for f in tmp_path.iterdir()] == expected
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        fill(tmp_path / "folder", "old")
+    assert (tmp_path / "folder" / "a.txt").read_text() == "old"
+
+
+def test_where_the_last_rename_fails_the_old_folder_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    fill(tmp_path / "folder", "old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == tmp_path / "folder" and (self / "a.txt").read_text() == "new":
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "folder") as temporary:
+        fill(temporary, "new")
+    assert [f.name for f in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "b.txt").read_text() == "old"
+
+
+def test_what_a_library_leaves_half_written_is_known_to_be_left_over(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), temporary_folder(tmp_path / "sub" / "a.safetensors") as folder:
+        (folder / ".tmpAbCdEf").write_text("half")
+        assert temporary_of(folder.name) == process_name() and folder.parent == tmp_path / "sub"
+        raise KeyboardInterrupt
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+@pytest.mark.usefixtures("umask_027")
+def test_safetensors_own_temporary_files_lie_in_such_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    real = model_file.save_file
+
+    def spy(tensors: Any, path: Path, **options: Any) -> None:
+        seen.append(path)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(model_file, "save_file", spy)
+    tensor_files.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
+    assert seen[0].parent.parent == tmp_path and temporary_of(seen[0].parent.name) == process_name()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert mode(tmp_path / "a.safetensors") == 0o640

@@ -1,0 +1,201 @@
+"""Whole runs of training programs on a handful of tiny images, each in a process of its own that can be killed.
+
+A fork server imports the program once and every run is a fork of it: a real process without a second import.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.support.data import ROOT
+
+PATIENCE = 120.0  # seconds until a process that should have ended is taken to hang
+
+
+def flags(text: str) -> list[str]:
+    return text.split()
+
+
+TINY = flags(
+    "photo --encoder-widths 8 8 --decoder-widths 8 8 --encoder-depths 1 1 --decoder-depths 1 1 --latent-channels 4 "
+    "--batch-size 4 --crop 32 --eval-crop 32 --steps 8 --save-every 2 --log-every 1 --eval-every 4 --val-images 2 "
+    "--lr-warmup-steps 2 --learning-rate 0.004 --no-closed-form"
+)
+"""A preset and flags for 0.02 M parameters, 8 steps and a checkpoint at each second one."""
+
+
+def write_images(folder: Path, count: int = 8, seed: int = 0) -> Path:
+    """PNGs of several sizes, some smaller than a crop of 32."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = [(40, 48), (33, 35), (24, 50), (36, 20)][i % 4]
+        coarse = random.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
+    return folder
+
+
+class Started:
+    """A process that runs a program, train.vae or another; its output goes to a file."""
+
+    def __init__(
+        self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str
+    ) -> None:
+        self.output = output
+        self._process = fork_server().Process(target=_child, args=(list(argv), output, env, patch, program))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code; minus the number of the signal that killed it."""
+        self._process.join(PATIENCE)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+            raise AssertionError(f"the process hangs:\n{self.text}")
+        return self._process.exitcode
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until `condition`, which must come true while the process runs."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.running and time.monotonic() < deadline, self.text
+            time.sleep(0.002)
+
+
+def start(
+    argv: Sequence[str], out: Path, *, env: dict[str, str] | None = None, patch: Any = None, program: str = "vae"
+) -> Started:
+    """Start the program with --out `out`; `patch` is a module-level function called in the process before it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return Started([*argv, "--out", str(out)], out.with_suffix(".txt"), env or {}, patch, program)
+
+
+def start_ranks(
+    argv: Sequence[str], out: Path, ranks: int, *, patch: Any = None, program: str = "vae"
+) -> list[Started]:
+    """Start `ranks` processes that find one another as torchrun's do (gloo)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+    env |= {"WORLD_SIZE": str(ranks)}
+    return [
+        Started(
+            [*argv, "--out", str(out)],
+            out.with_suffix(f".{rank}.txt"),
+            env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            patch,
+            program,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def run(argv: Sequence[str], out: Path, **options: Any) -> str:
+    """Run to the end, which must be a good one; returns what was printed."""
+    process = start(argv, out, **options)
+    assert process.wait() == 0, process.text
+    return process.text
+
+
+def run_ranks(argv: Sequence[str], out: Path, ranks: int, **options: Any) -> str:
+    """The same on several processes; returns what the first one printed."""
+    processes = start_ranks(argv, out, ranks, **options)
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * ranks, "\n".join(process.text for process in processes)
+    return processes[0].text
+
+
+def checkpoint(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:08d}"
+
+
+def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by file and name."""
+    files = sorted(checkpoint(out, step).glob("*.safetensors"))
+    assert len(files) >= 3
+    return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """To the bit."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def log_lines(out: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def call(target: Callable[..., None], *args: Any) -> None:
+    """Call a module-level function in a process of its own, to the end."""
+    process = fork_server().Process(target=target, args=args)
+    process.start()
+    process.join(PATIENCE)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
+
+
+def fork_server() -> Any:
+    """Preloaded with the program; its children find `tests` and the checkout's packages."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    found = [str(ROOT), before["PYTHONPATH"] or ""]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.set_forkserver_preload(
+            ["train.vae", "train.diffusion", "torch._dynamo", "tests.support.run", "tests.support.folder"]
+        )
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return multiprocessing.get_context("forkserver")
+
+
+def _child(argv: list[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update({"ACCELERATE_USE_CPU": "true"} | env)
+    multiprocessing.set_start_method(None, force=True)  # its own workers start as they would without the fork server
+    sys.argv = [f"train.{program}", *argv]
+    torch.set_num_threads(1)
+    if patch is not None:
+        patch()
+    importlib.import_module(f"train.{program}").main()

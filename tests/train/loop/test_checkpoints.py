@@ -1,0 +1,297 @@
+"""Checkpoints: exact, verified, and never without a usable one, wherever a crash strikes."""
+
+import itertools
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latent_codec.errors import UserError
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from train.loop import checkpoints
+from train.loop.checkpoints import Progress
+
+FILES = ("codec.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+class Training:
+    """A small codec (one parameter is a scalar) whose weights, average and moments change with every step."""
+
+    def __init__(self, steps: int = 0, *, device: str = "cpu") -> None:
+        config = CodecConfig(
+            image_channels=3,
+            latent_channels=2,
+            backbone=LinearConfig(patch=2),
+            bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+            likelihood=GaussianConfig(scale="learned", sigma=0.1),
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.codec, self.ema = Codec(config).to(device), Codec(config).to(device)
+        self.codec = self.codec.to(memory_format=torch.channels_last)
+        self.ema.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.codec.parameters(), lr=0.01)
+        self.progress = Progress()
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> None:
+        sum((p**3).sum() + p.sum() for p in self.codec.parameters()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for mine, theirs in zip(self.ema.parameters(), self.codec.parameters(), strict=True):
+            mine.lerp_(theirs, 0.25)
+        self.progress.step += 1
+        self.progress.minutes += 0.1
+
+    @property
+    def modules(self) -> dict[str, Codec]:
+        return {"codec": self.codec, "ema": self.ema}
+
+    def save(self, folder: Path, keep: int = 2) -> Path:
+        return checkpoints.save(folder, self.modules, self.optimizer, self.progress, keep=keep)
+
+    def restore(self, folder: Path) -> "Training":
+        self.progress = checkpoints.restore(folder, self.modules, self.optimizer)
+        return self
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        moments = {
+            f"optimizer/{name}/{key}": value
+            for name, p in self.codec.named_parameters()
+            for key, value in self.optimizer.state[p].items()
+        }
+        models = {"codec": self.codec.state_dict(), "ema": self.ema.state_dict()}
+        return moments | {f"{m}/{name}": value for m, state in models.items() for name, value in state.items()}
+
+
+def assert_equal(one: Training, other: Training) -> None:
+    tiny_run.assert_same_tensors(one.tensors(), other.tensors())
+    assert one.progress == other.progress
+
+
+def saved(folder: Path, *steps: int) -> Path:
+    """A folder with checkpoints of these steps."""
+    training = Training()
+    for step in range(max(steps) + 1):
+        if step in steps:
+            training.save(folder, keep=99)
+        training.step()
+    return folder
+
+
+def steps_in(folder: Path) -> list[int]:
+    """All that is there, by step; anything else there fails."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
+
+
+def flip(path: Path, byte: int, mask: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= mask
+    path.write_bytes(data)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    saved(tmp_path, 3)
+    resumed, straight = Training().restore(tmp_path), Training(3)
+    assert_equal(resumed, straight)
+    for training in (resumed, straight):
+        training.step()
+    assert_equal(resumed, straight)
+
+
+def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "none"):
+        assert_equal(Training().restore(folder), Training())
+
+
+def test_all_of_progress_is_kept(tmp_path: Path) -> None:
+    training = Training(2)
+    scaler = {"scale": 1 / 3, "growth_factor": 2.0, "_growth_tracker": 7}
+    training.progress = Progress(step=2, skipped=5, skipped_in_a_row=3, minutes=0.1 + 0.2, scaler=scaler)
+    training.save(tmp_path)
+    assert Training().restore(tmp_path).progress == training.progress
+
+
+def test_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
+    training = Training().restore(saved(tmp_path, 2))
+    for p in training.codec.parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert training.optimizer.state[p][key].stride() == p.stride()
+    weight = training.codec.get_parameter("backbone.encoder.weight")
+    assert not weight.is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_moments_go_to_their_parameters_device_but_step_counts_stay(tmp_path: Path) -> None:
+    """The meta device stands for a GPU; Adam reads its counts on the CPU, from a GPU at a wait each."""
+    training = Training(device="meta").restore(saved(tmp_path, 2))
+    for p in training.codec.parameters():
+        state = training.optimizer.state[p]
+        assert (state["exp_avg"].device.type, state["step"].device.type) == ("meta", "cpu")
+        assert state["step"].item() == 2.0
+
+
+def test_the_model_files_load_as_they_are(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 2) / "step-00000002"
+    training = Training(2)
+    for name, codec in (("codec", training.codec), ("ema", training.ema)):
+        tiny_run.assert_same_tensors(Codec.load(folder / f"{name}.safetensors").state_dict(), codec.state_dict())
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    training = Training()
+    for _ in range(4):
+        training.step()
+        training.save(tmp_path, keep=2)
+    assert steps_in(tmp_path) == [3, 4]
+    training.step()
+    training.save(tmp_path, keep=1)
+    assert steps_in(tmp_path) == [5]
+
+
+def test_saving_the_same_step_again_changes_nothing(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert Training(2).save(tmp_path) == tmp_path / "step-00000002"
+    assert steps_in(tmp_path) == [2]
+    assert_equal(Training().restore(tmp_path), Training(2))
+
+
+def test_no_flipped_byte_of_the_state_is_believed(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1, 2)
+    state = folder / "step-00000002" / "state.json"
+    whole, training, older = state.read_bytes(), Training(), Training(1).progress
+    for byte in range(len(whole)):
+        flip(state, byte)
+        assert training.restore(folder).progress == older, whole[byte : byte + 10]
+        state.write_bytes(whole)
+    assert training.restore(folder).progress == Training(2).progress
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_a_damaged_file_passes_the_turn_to_the_older_checkpoint(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved(tmp_path, 1, 2)
+    file = folder / "step-00000002" / name
+    whole = file.read_bytes()
+    damages = [lambda b=b: flip(file, b, 0x80) for b in range(0, len(whole), len(whole) // 30)]
+    damages += [lambda: file.write_bytes(whole[:-1]), lambda: file.write_bytes(whole + b"\0"), file.unlink]
+    for damage in damages:
+        damage()
+        caplog.clear()
+        assert_equal(Training().restore(folder), Training(1))
+        assert caplog.records[0].levelno == logging.WARNING
+        assert "passing over damaged checkpoint" in caplog.text and "step-00000002" in caplog.text
+        file.write_bytes(whole)
+    assert_equal(Training().restore(folder), Training(2))
+
+
+def test_if_all_are_damaged_the_run_does_not_silently_start_again(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip(folder / f"step-{step:08d}" / "codec.safetensors", -1)
+    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
+        Training().restore(folder)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path: Path, keep: int) -> None:
+    folder = saved(tmp_path, 1, 2)
+    flip(folder / "step-00000002" / "codec.safetensors", -1)
+    training = Training().restore(folder)
+    training.step()
+    training.save(folder, keep=keep)
+    assert steps_in(folder) == [1, 2][-keep:]
+    assert_equal(Training().restore(folder), Training(2))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_checkpoint_does_not_push_out_a_sound_one(tmp_path: Path, keep: int) -> None:
+    folder = saved(tmp_path, 1, 4)
+    flip(folder / "step-00000004" / "codec.safetensors", -1)
+    training = Training().restore(folder)
+    training.step()
+    training.save(folder, keep=keep)
+    assert steps_in(folder) == [1, 2][-keep:]
+    assert_equal(Training().restore(folder), Training(2))
+
+
+def test_a_file_that_reads_back_differently_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path, 1)
+
+    def lie(path: Path) -> dict[str, torch.Tensor]:
+        return {name: value + 1 for name, value in load_file(path).items()}
+
+    monkeypatch.setattr(checkpoints, "load_file", lie)
+    with pytest.raises(OSError, match="check the disk"):
+        Training(2).save(folder)
+    monkeypatch.undo()
+    assert_equal(Training().restore(folder), Training(1))
+
+
+def test_weights_that_are_not_finite_are_not_committed(tmp_path: Path) -> None:
+    folder, training = saved(tmp_path, 1), Training(2)
+    with torch.no_grad():
+        training.codec.get_parameter("backbone.encoder.bias")[0] = torch.nan
+    with pytest.raises(UserError, match=r"backbone\.encoder\.bias"):
+        training.save(folder)
+    assert_equal(Training().restore(folder), Training(1))
+
+
+def _die_before(operation: int) -> None:
+    """From now on, SIGKILL this process in place of its `operation`-th change to the file system."""
+    calls = itertools.count(1)
+
+    def deadly(real: Any) -> Any:
+        def change(*args: Any, **options: Any) -> Any:
+            if next(calls) == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return change
+
+    for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir", "chmod"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
+def die_at_every_operation(base: Path) -> None:
+    """base/start is copied to base/<n> and a save there killed before its n-th operation, until one comes through."""
+    training = Training(3)
+    for operation in itertools.count(1):
+        folder = base / str(operation)
+        shutil.copytree(base / "start", folder)
+        child = os.fork()
+        if child == 0:
+            _die_before(operation)
+            training.save(folder)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status != -signal.SIGKILL:
+            os._exit(status)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_kill_anywhere_within_a_save_leaves_a_usable_checkpoint(tmp_path: Path, damaged: bool) -> None:
+    start = saved(tmp_path / "start", 1, 2, *([3] if damaged else []))
+    if damaged:  # what is saved will stand in the place of a damaged one
+        flip(start / "step-00000003" / "codec.safetensors", -1)
+    tiny_run.call(die_at_every_operation, tmp_path)
+    shutil.rmtree(start)
+    folders = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
+    found = []
+    for folder in folders:
+        training = Training().restore(folder)
+        assert_equal(training, Training(training.progress.step))
+        found.append(training.progress.step)
+        Training(3).save(folder)  # the resumed run comes to the same step again
+        assert steps_in(folder) == [2, 3]
+        assert_equal(Training().restore(folder), Training(3))
+    assert len(found) > 20 and found == sorted(found) and set(found) == {2, 3}

@@ -1,0 +1,261 @@
+"""The contest of decoder and discriminator: its losses, whose gradient goes where, its weight, and whole runs."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latent_codec.errors import UserError
+from latent_codec.export import export
+from latent_codec.model.codec import Codec
+from tests.support.faults import stall
+from tests.support.run import (
+    assert_same_tensors,
+    checkpoint,
+    flags,
+    log_lines,
+    run,
+    run_ranks,
+    start,
+    tensors,
+    write_images,
+)
+from train.config.presets import kl_f8c4
+from train.config.vae import AdversarialConfig, check
+from train.objectives.adversarial import Adversary, Contest, PatchDiscriminator, last_weight, scores_along
+from train.objectives.elbo import ELBO
+from train.objectives.losses import Losses
+
+CONTEST = AdversarialConfig(
+    adversarial_start=2,
+    adversarial_weight=0.5,
+    adaptive=True,
+    most_weight=1e9,
+    discriminator_width=32,
+    discriminator_layers=2,
+)
+TINY = flags(
+    "kl_f8c4 --widths 8 8 8 8 --groups 4 --layers-per-block 1 --lpips-weight 0 --discriminator-width 32 "
+    "--discriminator-layers 2 --adversarial-start 2 --batch-size 4 --crop 32 --eval-crop 32 --steps 5 --save-every 1 "
+    "--keep-checkpoints 99 --log-every 1 --eval-every 5 --val-images 2 --lr-warmup-steps 1 --learning-rate 0.002"
+)
+
+
+def make(**fields: object) -> ELBO:
+    config = kl_f8c4()
+    backbone = dataclasses.replace(config.codec.backbone, widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
+    codec = dataclasses.replace(config.codec, backbone=backbone)
+    objective = dataclasses.replace(
+        config.objective, lpips_weight=0.0, adversarial=dataclasses.replace(CONTEST, **fields)
+    )  # pyright: ignore
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ELBO(objective, Codec(codec), None)  # pyright: ignore[reportArgumentType]
+
+
+def call(objective: ELBO, count: int = 3, *, contest: bool = True) -> Losses:
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    keys, labels = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    return objective(pixels, keys, labels, torch.tensor(1e-6), False, contest)
+
+
+def images(count: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# --- the discriminator
+
+
+@pytest.mark.parametrize(("layers", "side"), [(1, 8), (2, 32), (3, 72), (3, 24)])
+def test_scores_are_a_map_of_patches(layers: int, side: int) -> None:
+    net = PatchDiscriminator(3, 32, layers)
+    n = scores_along(side, layers)
+    assert net(torch.zeros(2, 3, side, side)).shape == (2, 1, n, n) and n >= 1
+
+
+def test_a_score_with_three_layers_sees_70_pixels() -> None:
+    net = PatchDiscriminator(3, 32, 3)
+    net.norms = torch.nn.ModuleList(torch.nn.Identity() for _ in net.norms)  # which look at the whole image
+    x = torch.rand(1, 3, 160, 160, requires_grad=True)
+    scores = net(x)
+    (gradient,) = torch.autograd.grad(scores[0, 0, 9, 9], x)
+    assert int((gradient.abs().sum((0, 1, 2)) > 0).sum()) == 70
+
+
+def test_an_images_scores_do_not_depend_on_the_batch() -> None:
+    net, x = PatchDiscriminator(3, 32, 2), images(3)
+    torch.testing.assert_close(net(x)[1:2], net(x[1:2]))
+
+
+# --- the losses
+
+
+def test_the_discriminators_loss_is_the_hinge() -> None:
+    adversary = Adversary(CONTEST, 3)
+    real, fake = images(seed=0), images(seed=1).requires_grad_()
+    scores = adversary.net(real), adversary.net(fake)
+    expected = 0.5 * ((1 - scores[0]).clamp(min=0).mean() + (1 + scores[1]).clamp(min=0).mean())
+    last = torch.nn.Parameter(torch.ones(1))
+    played = adversary(real, fake * last, (fake * last).square().sum(), last, True)
+    torch.testing.assert_close(played.discriminator, expected)
+    torch.testing.assert_close(played.real, scores[0].mean())
+    torch.testing.assert_close(played.fake, scores[1].mean())
+
+
+def test_the_weight_makes_gradients_of_the_asked_proportion() -> None:
+    objective = make()
+    last = last_weight(objective.codec.backbone.decoder)
+    with_it, without = (torch.autograd.grad(call(make_, contest=on).loss, last)[0] for make_, on in _pair(objective))
+    ratio = (with_it - without).norm() / without.norm()
+    assert ratio.item() == pytest.approx(CONTEST.adversarial_weight, rel=2e-2)
+    bounded = call(make(most_weight=1e-3))
+    assert bounded.contest[2].item() == pytest.approx(1e-3)
+    fixed = call(make(adaptive=False))
+    assert fixed.contest[2].item() == 0.5 * 32 * 32
+
+
+def _pair(objective: ELBO) -> list[tuple[ELBO, bool]]:
+    return [(objective, True), (objective, False)]
+
+
+def test_neither_side_moves_the_other() -> None:
+    """The discriminator's gradient is that of its own loss, the codec's has nothing of it."""
+    objective = make()
+    adversary = objective.adversary
+    assert adversary is not None
+    ours = list(adversary.net.parameters())
+    losses = call(objective)
+    whole = torch.autograd.grad(losses.loss, ours)
+    contest = losses.contest
+    assert contest.shape == (5,) and contest[2] > 0
+    # Ten times the generator's weight changes nothing for the discriminator; a blind one changes nothing for the codec.
+    heavier = make(adversarial_weight=5.0)
+    heavier.load_state_dict(objective.state_dict())
+    assert heavier.adversary is not None
+    for a, b in zip(
+        whole, torch.autograd.grad(call(heavier).loss, list(heavier.adversary.net.parameters())), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        adversary.net.score.weight.zero_()
+    codec = [p for p in objective.codec.parameters() if p.requires_grad]
+    blind, none = (torch.autograd.grad(call(objective, contest=on).loss, codec) for on in (True, False))
+    for a, b in zip(blind, none, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_before_the_start_there_is_no_contest() -> None:
+    objective = make()
+    assert objective.adversary is not None
+    losses = call(objective, contest=False)
+    losses.loss.backward()
+    assert losses.contest.tolist() == [0.0] * 5
+    assert all(p.grad is not None and not p.grad.any() for p in objective.adversary.net.parameters())
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"adversarial_weight": -1.0}, "adversarial_weight"),
+        ({"adversarial_start": -1}, "adversarial_start"),
+        ({"adversarial_start": 24_000}, "not below steps 24000"),
+        ({"discriminator_width": 48}, "multiple of 32"),
+        ({"discriminator_layers": 8}, "crop 256 is too small"),
+    ],
+)
+def test_wrong_values_are_refused(fields: dict[str, object], message: str) -> None:
+    config = kl_f8c4()
+    contest = dataclasses.replace(config.objective.adversarial, **fields)  # pyright: ignore
+    with pytest.raises(UserError, match=message):
+        check(dataclasses.replace(config, objective=dataclasses.replace(config.objective, adversarial=contest)))  # pyright: ignore
+
+
+def test_an_adaptive_weight_is_not_compiled() -> None:
+    with pytest.raises(UserError, match="compile"):
+        check(dataclasses.replace(kl_f8c4(), compile=True))
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*TINY, "--data", str(write_images(tmp_path_factory.mktemp("data") / "images"))]
+
+
+@pytest.fixture(scope="module")
+def straight(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run(argv, out)
+    return out
+
+
+def discriminator(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return {k: t for k, t in tensors(out, step).items() if k.startswith("discriminator/")}
+
+
+def test_the_contest_begins_at_its_step(straight: Path) -> None:
+    assert_same_tensors(discriminator(straight, 1), discriminator(straight, 2))
+    after = discriminator(straight, 3)
+    assert all(not torch.equal(after[k], t) for k, t in discriminator(straight, 2).items())
+    weights = [line["adversarial_weight"] for line in log_lines(straight, "train")]
+    assert weights[:2] == [0.0, 0.0] and all(w > 0 for w in weights[2:])
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(argv: list[str], straight: Path, tmp_path: Path) -> None:
+    process = start(argv, tmp_path / "run", patch=_stall)
+    process.wait_for(lambda: checkpoint(tmp_path / "run", 3).exists())
+    process.signal(9)
+    process.wait()
+    run(argv, tmp_path / "run")
+    assert_same_tensors(tensors(tmp_path / "run", 5), tensors(straight, 5))
+
+
+def test_a_gradient_of_the_discriminator_that_is_not_finite_skips_the_step(
+    argv: list[str], straight: Path, tmp_path: Path
+) -> None:
+    run(argv, tmp_path / "run", patch=_spoil)
+    assert [line["skipped"] for line in log_lines(tmp_path / "run", "train")] == [0, 0, 1, 2, 3]
+    assert_same_tensors(tensors(tmp_path / "run", 5), tensors(straight, 2))
+
+
+def _spoil() -> None:
+    """The discriminator's loss stays as it is and its gradient becomes NaN."""
+    real = Adversary.forward
+
+    def forward(self: Adversary, *args: Any) -> Contest:
+        played = real(self, *args)
+        nothing = (0 * self.net.score.weight.sum()).sqrt() if args[-1] else 0.0
+        return played._replace(discriminator=played.discriminator + nothing)
+
+    Adversary.forward = forward
+
+
+def _stall() -> None:
+    stall(5)
+
+
+def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tmp_path: Path) -> None:
+    """Law 5, the adaptive weight included."""
+    assert "2 process(es) on cpu" in run_ranks(argv, tmp_path / "run", 2)
+    for a, b in zip(log_lines(tmp_path / "run", "train")[:3], log_lines(straight, "train")[:3], strict=True):
+        for name in ("loss", "generator", "discriminator", "adversarial_weight", "score_real", "score_fake"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), name
+    for step in (1, 2, 3):
+        ours, theirs = tensors(tmp_path / "run", step), tensors(straight, step)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            # Attention does not depend on to_k's bias; its gradient is rounding.
+            if name.startswith("optimizer/") and "to_k.bias" not in name:
+                scale = float(theirs[name].abs().max())
+                assert float((ours[name] - theirs[name]).abs().max()) <= 1e-3 * scale + 1e-6, (step, name)
+
+
+def test_the_model_is_exported_without_its_adversary(argv: list[str], straight: Path, tmp_path: Path) -> None:
+    codec = export(straight, tmp_path / "m.safetensors", data=(Path(argv[-1]),), images=2, half=True)
+    assert not [name for name in codec.state_dict() if "discriminator" in name or "adversary" in name]

@@ -1,0 +1,263 @@
+"""A codebook in training: averages over all processes, dead codes revived alike everywhere, resumed to the bit."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from latent_codec.errors import UserError
+from latent_codec.export import export
+from latent_codec.model.codebooks import VectorQuantizer
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import VectorQuantizerConfig
+from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors, write_images
+from train.config.presets import autoencoder, fsq, photo, vqvae
+from train.config.vae import CodebookConfig, TrainConfig, check
+from train.data.crops import Batch, Plan
+from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
+from train.objectives.elbo import ELBO
+
+SMALL = flags(
+    "--encoder-widths 8 --decoder-widths 8 --encoder-depths 1 --decoder-depths 1 --batch-size 4 --crop 32 "
+    "--eval-crop 32 --steps 4 --save-every 1 --keep-checkpoints 99 --log-every 1 --eval-every 4 --val-images 2 "
+    "--lr-warmup-steps 2 --learning-rate 0.004"
+)
+VQ = [
+    *flags("vqvae --latent-channels 3 --codes 16 --revive-every 2 --revive-below 0.6 --codebook-decay 0.5"),
+    *SMALL,
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ["--data", str(write_images(tmp_path_factory.mktemp("data") / "images"))]
+
+
+@pytest.fixture(scope="module")
+def straight(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    argv, out = [*VQ, *data], tmp_path_factory.mktemp("straight") / "run"
+    run(argv, out)
+    return argv, out
+
+
+def test_dead_codes_came_back(straight: tuple[list[str], Path]) -> None:
+    """Else the tests below would not see them: a code whose average says that it has an even share, exactly."""
+    for step in (2, 4):
+        revived = tensors(straight[1], step)["codebook/use"][:, 0] == 1 / 16
+        assert revived.any() and not revived.all()
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(straight: tuple[list[str], Path], tmp_path: Path) -> None:
+    argv, out = straight
+    for _ in range(3):
+        run([*argv, "--max-minutes", "0.00001"], tmp_path / "run")  # one step
+    run(argv, tmp_path / "run")
+    for step in range(1, 5):
+        assert_same_tensors(tensors(tmp_path / "run", step), tensors(out, step))
+
+
+def test_two_processes_and_micro_batches_compute_what_one_does(
+    straight: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    argv, out = straight
+    text = run_ranks([*argv, "--accumulation", "2"], tmp_path / "run", 2)
+    assert "2 process(es) on cpu" in text
+    for step in (1, 2, 3):
+        ours, theirs = tensors(tmp_path / "run", step), tensors(out, step)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-4, msg=f"{step} {name}")
+    for kind in ("train", "eval"):
+        for a, b in zip(log_lines(tmp_path / "run", kind), log_lines(out, kind), strict=True):
+            assert a["perplexity"] == pytest.approx(b["perplexity"], rel=0.1)
+
+
+def test_averages_stay_out_of_models(straight: tuple[list[str], Path], tmp_path: Path) -> None:
+    _, out = straight
+    codec = export(
+        out,
+        tmp_path / "model.safetensors",
+        data=(Path(straight[0][straight[0].index("--data") + 1]),),
+        images=3,
+        half=False,
+    )
+    assert [name for name in codec.state_dict() if name.startswith("bottleneck")] == ["bottleneck.codebook"]
+    assert torch.equal(codec.state_dict()["bottleneck.codebook"], tensors(out, 4)["ema/bottleneck.codebook"])
+
+
+def test_the_log_says_how_many_codes_are_used(straight: tuple[list[str], Path]) -> None:
+    for kind in ("train", "eval"):
+        lines = log_lines(straight[1], kind)
+        assert lines and all(1 <= line["perplexity"] <= 16 for line in lines)
+    assert all(line["penalty"] > 0 for line in log_lines(straight[1], "train"))
+
+
+@pytest.mark.parametrize("preset", ["fsq --levels 3 3 2 --latent-channels 3", "autoencoder --latent-channels 3"])
+def test_other_bottlenecks_train_and_export(preset: str, data: list[str], tmp_path: Path) -> None:
+    argv = [*flags(preset), *SMALL, *data]
+    if preset.startswith("autoencoder"):
+        argv += flags("--encoder-widths 8 8 --decoder-widths 8 8 --encoder-depths 1 1 --decoder-depths 1 1")
+    run(argv, tmp_path / "run")
+    codec = export(tmp_path / "run", tmp_path / "m.safetensors", data=(Path(data[1]),), images=3, half=False)
+    assert codec.priors is not None
+    losses = [line["loss"] for line in log_lines(tmp_path / "run", "train")]
+    assert all(torch.isfinite(torch.tensor(losses)))
+
+
+# The parts, without a run
+
+
+def make(**fields: Any) -> tuple[CodebookTraining, list[torch.Tensor]]:
+    """The preset's training, small, of 8 codes; and the pixels that it draws encoder outputs from."""
+    preset = vqvae()
+    backbone: Any = dataclasses.replace(
+        preset.codec.backbone, encoder_widths=(8,), decoder_widths=(8,), encoder_depths=(1,), decoder_depths=(1,)
+    )
+    config = dataclasses.replace(
+        preset.codec, latent_channels=3, backbone=backbone, bottleneck=VectorQuantizerConfig(codes=8)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        codec = Codec(config)
+    assert preset.objective.codebook is not None
+    training = dataclasses.replace(preset.objective.codebook, **fields)
+    averages = averages_of(codec, training)
+    assert averages is not None
+    generator = torch.Generator().manual_seed(0)
+    pixels = [torch.randint(0, 256, (2, 3, 16, 16), generator=generator, dtype=torch.uint8) for _ in range(9)]
+
+    class Images:
+        def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
+            for step in range(first_step, last_step):
+                yield Batch(pixels[step], torch.arange(2), torch.zeros(2, dtype=torch.int64))
+
+    plan = Plan(seed=3, crop=16, flip=False, batch_size=2, micro_batches=1, rank=0, world=1)
+    return CodebookTraining(training, codec, averages, Accelerator(cpu=True), Images(), plan), pixels
+
+
+def outputs(training: CodebookTraining, pixels: torch.Tensor) -> torch.Tensor:
+    """(n, z)."""
+    with torch.no_grad():
+        return training.codec.encode(pixels).outputs.movedim(1, -1).reshape(-1, 3)  # pyright: ignore
+
+
+def is_among(vectors: torch.Tensor, others: torch.Tensor) -> list[bool]:
+    return (vectors[:, None] == others).all(-1).any(1).tolist()
+
+
+def losses_of(training: CodebookTraining, use: torch.Tensor) -> Any:
+    class Some:
+        code_use = use
+
+    return Some()
+
+
+def test_codes_start_on_encoder_outputs_each_another() -> None:
+    training, pixels = make()
+    training.start(keep=False)
+    codebook = training.quantizer.codebook.detach()
+    assert all(is_among(codebook, outputs(training, pixels[0]))) and len(codebook.unique(dim=0)) == 8
+    torch.testing.assert_close(training.averages.vectors, codebook)
+
+
+def test_codes_of_a_model_that_is_gone_on_with_stay() -> None:
+    training, _ = make()
+    before = training.quantizer.codebook.detach().clone()
+    training.start(keep=True)
+    assert torch.equal(training.quantizer.codebook.detach(), before)
+    torch.testing.assert_close(training.averages.vectors, before)
+
+
+def test_averages_are_those_of_the_paper() -> None:
+    """Razavi et al. (2019), eq. 2, written out for counts and sums."""
+    training, _ = make(codebook_decay=0.9, revive_below=0.0)
+    training.start(keep=True)
+    count = torch.full((8,), 1 / 8)
+    total = training.quantizer.codebook.detach().clone() / 8
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 6):
+        use = torch.rand(8, 4, generator=generator)
+        use[:, 0] /= use[:, 0].sum()
+        training.after_step(losses_of(training, use), step)
+        count, total = 0.9 * count + 0.1 * use[:, 0], 0.9 * total + 0.1 * use[:, 1:]
+        torch.testing.assert_close(training.quantizer.codebook.detach(), total / count[:, None], rtol=1e-4, atol=1e-5)
+
+
+def test_a_code_that_is_never_used_divides_by_nothing() -> None:
+    averages = CodebookAverages(4, 2)
+    averages.add(torch.tensor([[1.0, 3.0, -2.0], *[[0.0] * 3] * 3]), 0.0)
+    assert averages.vectors.isfinite().all()
+    torch.testing.assert_close(averages.vectors[0], torch.tensor([3.0, -2.0]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_only_dead_codes_are_revived_and_only_when_it_is_time(codebook: str) -> None:
+    training, pixels = make(codebook=codebook, codebook_decay=0.0, revive_below=0.5, revive_every=3)
+    training.start(keep=False)
+    share = torch.tensor([0.3, 0.2, 0.0, 0.06, 0.064, 0.176, 0.0, 0.2])  # half of an even share is 0.0625
+    use = torch.cat([share[:, None], share[:, None] * training.quantizer.codebook.detach()], 1)
+    dead = [2, 3, 6]
+    for step in (1, 2, 3):
+        before = training.quantizer.codebook.detach().clone()
+        training.after_step(losses_of(training, use), step)
+        after = training.quantizer.codebook.detach()
+        if step == 3:
+            assert all(is_among(after[dead], outputs(training, pixels[3])))
+            assert torch.equal(training.averages.use[dead, 0], torch.full((3,), 1 / 8))
+        kept = [i for i in range(8) if i not in dead]
+        torch.testing.assert_close(after[kept], before[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimizer_leaves_an_averaged_codebook_alone() -> None:
+    for codebook, trained in (("ema", False), ("gradient", True)):
+        training, pixels = make(codebook=codebook)
+        objective = ELBO(dataclasses.replace(vqvae().objective, codebook=training.config), training.codec, None)
+        losses = objective(pixels[0], torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.tensor(1.0), False)
+        losses.loss.backward()
+        assert isinstance(training.codec.bottleneck, VectorQuantizer)
+        assert (training.codec.bottleneck.codebook.grad is not None) == trained
+        posterior: Any = training.codec.encode(pixels[0])
+        expected = training.config.commitment * posterior.commitment().mean()
+        expected = expected + trained * posterior.codebook_loss().mean()
+        torch.testing.assert_close(losses.penalty, expected.detach())
+        torch.testing.assert_close(losses.loss.detach(), losses.nll + losses.kl + losses.penalty)
+        torch.testing.assert_close(losses.code_use, posterior.use())
+
+
+# Configurations
+
+
+CODEBOOK: CodebookConfig = vqvae().objective.codebook  # pyright: ignore
+
+
+def changed(config: TrainConfig, **fields: Any) -> TrainConfig:
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, **fields))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(vqvae(), codebook=None), "a vq bottleneck and codebook None"),
+        (changed(photo(), codebook=CODEBOOK), "a gaussian bottleneck and codebook"),
+        (changed(fsq(), codebook=CODEBOOK), "a fsq bottleneck and codebook"),
+        (changed(autoencoder(), free_bits=0.1), "free_bits is 0.1, .* not identity; set it to 0.0"),
+        (changed(autoencoder(), mode_weight=1.0), "mode_weight is 1.0"),
+        (changed(fsq(), warmup="linear"), "warmup is linear, .* set it to none"),
+        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, commitment=-1.0)), "commitment -1.0"),
+        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, revive_below=-1.0)), "revive_below -1.0"),
+        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, revive_every=0)), "revive_every is 0"),
+        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, codebook_decay=1.0)), "codebook_decay is 1.0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_work(config: TrainConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(config)
+
+
+@pytest.mark.parametrize("preset", [autoencoder, vqvae, fsq])
+def test_presets_are_sound(preset: Any) -> None:
+    check(preset())

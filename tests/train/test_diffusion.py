@@ -1,0 +1,198 @@
+"""Whole runs of train.diffusion: the same weights on any number of processes and through any interruption."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latent_codec.cli import main
+from latent_codec.diffusion.model import Diffusion
+from latent_codec.latents.dataset import Latents
+from latent_codec.model.codec import Codec
+from tests.latents.test_dataset import store
+from tests.support.run import (
+    assert_same_tensors,
+    checkpoint,
+    flags,
+    log_lines,
+    run,
+    run_ranks,
+    start,
+    start_ranks,
+    tensors,
+)
+from train.data.crops import Plan
+from train.data.latents import PosteriorBatch, PosteriorCrops
+
+TINY = flags(
+    "mnist --size 2 --patch 1 --depth 1 --heads 1 --head-width 8 --steps 8 --batch-size 4 --save-every 2 --log-every 1 "
+    "--eval-every 4 --val-images 3 --lr-warmup-steps 2 --workers 0"
+)
+PATHS = (*(f"{'bac'[i % 3]}/{i}.png" for i in range(24)), "top.png")
+DIFFUSION: dict[str, Any] = {"program": "diffusion"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
+    """Latents of two sizes, 2x2 and 2x3, in three classes."""
+    folder = tmp_path_factory.mktemp("latents") / "latents"
+    store(folder, Codec.load(model_file), PATHS, "float16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def argv(folder: Path) -> list[str]:
+    return [*TINY, "--latents", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def straight(argv: list[str], model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process from the first step to the last."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    text = run([*argv, "--codec", str(model_file), "--keep-checkpoints", "99"], out, **DIFFUSION)
+    assert "22 images of 3 classes; 1 process(es) on cpu" in text and "from step 0 to 8" in text
+    return out
+
+
+def refused(argv: list[str], out: Path) -> str:
+    process = start(argv, out, **DIFFUSION)
+    assert process.wait() == 1 and "Traceback" not in process.text
+    return process.text
+
+
+def test_a_run_leaves_a_log_pictures_and_models_that_can_be_drawn_from(
+    straight: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = log_lines(straight, "train")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line["loss"] > 0 and line["learning_rate"] >= 0 for line in lines)
+    assert [line["step"] for line in log_lines(straight, "eval")] == [4, 8]
+    assert all(line["loss"] > 0 for line in log_lines(straight, "eval"))
+    assert sorted(p.name for p in (straight / "grids").iterdir()) == ["step-00000004.png", "step-00000008.png"]
+    model = Diffusion.load(checkpoint(straight, 8) / "ema.safetensors")
+    assert model.latents.classes == ("a", "b", "c") and model.latents.codec_id == Codec.load(model_file).model_id
+    assert model.provenance["training"]["data_images"] == 22
+    grid = tmp_path / "grid.png"
+    command = ["sample", str(straight), str(tmp_path / "drawn"), "--model", str(model_file), "--count", "2"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--steps", "2", "--guidance", "2", "--label", "a", "c", "--grid", str(grid)])
+    assert ended.value.code == 0 and "4 images drawn, 0 were there" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["a", "c", "samples.json"]
+    assert grid.is_file()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(argv: list[str], straight: Path, tmp_path: Path) -> None:
+    process = start([*argv, "--keep-checkpoints", "99"], tmp_path / "run", **DIFFUSION)
+    process.wait_for(lambda: checkpoint(tmp_path / "run", 2).exists())
+    process.signal(signal.SIGKILL)
+    process.wait()
+    text = run([*argv, "--keep-checkpoints", "99"], tmp_path / "run", **DIFFUSION)
+    assert any(f"from step {step} to 8" in text for step in (2, 4, 6, 8))
+    assert_same_tensors(tensors(tmp_path / "run", 8), tensors(straight, 8))
+
+
+def test_workers_and_accumulation_change_nothing_but_rounding(argv: list[str], straight: Path, tmp_path: Path) -> None:
+    run([*argv, "--workers", "2"], tmp_path / "workers", **DIFFUSION)
+    assert_same_tensors(tensors(tmp_path / "workers", 8), tensors(straight, 8))
+    run([*argv, "--accumulation", "2", "--steps", "2"], tmp_path / "accumulated", **DIFFUSION)
+    run([*argv, "--steps", "2"], tmp_path / "plain", **DIFFUSION)
+    assert_close(tensors(tmp_path / "accumulated", 2), tensors(tmp_path / "plain", 2))
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Moments of Adam are the gradients; weights differ more, for a first step divides by their size."""
+    assert one.keys() == other.keys()
+    for name in one:
+        if "exp_avg" in name:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
+
+
+def test_two_ranks_have_the_gradients_of_one_and_resume_to_the_bit(
+    argv: list[str], tmp_path: Path, straight: Path
+) -> None:
+    short = [*argv, "--steps", "2"]
+    run_ranks(short, tmp_path / "two", 2, **DIFFUSION)
+    run(short, tmp_path / "one", **DIFFUSION)
+    assert_close(tensors(tmp_path / "two", 2), tensors(tmp_path / "one", 2))
+    run_ranks(argv, tmp_path / "straight", 2, **DIFFUSION)
+    killed = start_ranks(argv, tmp_path / "killed", 2, **DIFFUSION)
+    killed[0].wait_for(lambda: checkpoint(tmp_path / "killed", 2).exists())
+    for process in killed:
+        process.signal(signal.SIGKILL)
+    for process in killed:
+        process.wait()
+    text = run_ranks(argv, tmp_path / "killed", 2, **DIFFUSION)
+    assert any(f"from step {step} to 8" in text for step in (2, 4, 6, 8))
+    assert_same_tensors(tensors(tmp_path / "killed", 8), tensors(tmp_path / "straight", 8))
+
+
+# --- the data
+
+
+def plan(batch_size: int, rank: int = 0, world: int = 1) -> Plan:
+    return Plan(seed=3, crop=2, flip=False, batch_size=batch_size, micro_batches=1, rank=rank, world=world)
+
+
+def test_two_ranks_draw_disjoint_complete_and_reproducible_epochs(folder: Path) -> None:
+    latents = Latents(folder)
+    rows = list(range(24))
+    whole = PosteriorCrops(latents, rows, 2, plan(8))
+    drawn = [[PosteriorCrops(latents, rows, 2, plan(8, rank, 2)) for rank in (0, 1)] for _ in range(2)]
+    for epoch in range(3):
+        seen: list[int] = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            halves = [[next(iter(c.batches(step, step + 1, 0, torch.device("cpu")))) for c in cs] for cs in drawn]
+            (expected,) = whole.batches(step, step + 1, 0, torch.device("cpu"))
+            for pair in halves:
+                joined = PosteriorBatch(*(torch.cat(parts) for parts in zip(*pair, strict=True)))
+                for mine, theirs in zip(joined, expected, strict=True):
+                    assert torch.equal(mine, theirs)
+            seen += expected.keys.tolist()
+        assert len(set(seen)) == 24
+    images = [whole.plan.samples(step, 0) for step in range(3)]
+    order = [i for samples in images for i in _images(whole, samples)]
+    assert sorted(order) == rows and order != rows
+    assert order != [i for step in range(3, 6) for i in _images(whole, whole.plan.samples(step, 0))]
+
+
+def _images(crops: PosteriorCrops, samples: list[int]) -> list[int]:
+    """Which images the samples show, by their means."""
+    means = [crops.latents.posterior(i).mean[0] for i in range(len(crops.latents))]
+    found: list[int] = []
+    for mean in crops[samples].mean.float():
+        matches = [i for i, whole in enumerate(means) if _holds(whole, mean)]
+        assert len(matches) == 1
+        found += matches
+    return found
+
+
+def _holds(whole: torch.Tensor, crop: torch.Tensor) -> bool:
+    return any(torch.equal(whole[..., left : left + 2], crop) for left in range(whole.shape[-1] - 1))
+
+
+def test_an_items_labels_are_its_images(folder: Path) -> None:
+    latents = Latents(folder)
+    crops = PosteriorCrops(latents, list(range(25)), 2, plan(5))
+    for step in range(5):
+        samples = crops.plan.samples(step, 0)
+        assert crops[samples].labels.tolist() == [int(latents.labels[i]) for i in _images(crops, samples)]
+
+
+# --- mistakes
+
+
+def test_mistakes_are_one_sentence(argv: list[str], straight: Path, tmp_path: Path, codec: Codec) -> None:
+    assert "label_dropout 2.0 must be from 0 to 1" in refused([*argv, "--label-dropout", "2"], tmp_path / "a")
+    assert "--val-images or --size" in refused([*argv, "--size", "4"], tmp_path / "b")
+    assert "batch_size 3 cannot be split" in refused(
+        [*argv, "--batch-size", "3", "--accumulation", "2"], tmp_path / "c"
+    )
+    assert "holds no latents of mirrored images" in refused([*argv, "--flip"], tmp_path / "d")
+    assert "latents of model" in refused([*argv, "--codec", "photo"], tmp_path / "e")
+    assert "run with other settings (transformer.depth)" in refused([*argv, "--depth", "2"], straight)
+    assert "trained on other data" in refused([*argv, "--val-images", "4"], straight)
+    codec.statistics = None
+    store(tmp_path / "bare", codec, PATHS, "float16")
+    assert "no latent statistics" in refused([*TINY, "--latents", str(tmp_path / "bare")], tmp_path / "f")

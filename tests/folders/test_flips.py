@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import Run, run  # noqa: F401 (a fixture)
 
 from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
@@ -20,6 +19,7 @@ from latent_codec.latents.format import INDEX, stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 from tests.folders.test_latents import CPU, decode, encode, small_units  # noqa: F401
+from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 
 SIZES = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
 

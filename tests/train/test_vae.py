@@ -22,6 +22,7 @@ from PIL import Image
 from latent_codec.export import export
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
+from tests.support import faults as support_faults
 from tests.support.run import (
     ROOT,
     TINY,
@@ -247,7 +248,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     out, argv = tmp_path / "run", [*argv, *flags(f"--data-mode {mode} --workers 1")]
     for saved, delay in ((0, 0.1), (2, 0.0), (4, 0.05), (4, 0.3)):
         # It waits before the seventh step, so that it cannot come to its end before it is killed.
-        process = start(argv, out, patch=partial(tiny_faults.stall, 7))
+        process = start(argv, out, patch=partial(support_faults.stall, 7))
         process.wait_for(lambda saved=saved: saved == 0 or checkpoint(out, saved).exists())
         time.sleep(delay)
         process.signal(signal.SIGKILL)
@@ -262,7 +263,7 @@ def test_a_kill_in_the_middle_of_a_save_costs_no_more_than_that_save(
     argv: list[str], straight: Straight, tmp_path: Path, where: Any
 ) -> None:
     out = tmp_path / "run"
-    process = start(argv, out, patch=partial(tiny_faults.die_in_save, 6, where))
+    process = start(argv, out, patch=partial(support_faults.die_in_save, 6, where))
     assert process.wait() == -signal.SIGKILL
     text = run(argv, out)
     assert f"from step {6 if where == 'before prune' else 4} to 8" in text
@@ -289,7 +290,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     argv: list[str], straight: Straight, tmp_path: Path, number: int, code: int
 ) -> None:
     out = tmp_path / "run"
-    process = start(argv, out, patch=partial(tiny_faults.stall, 5))
+    process = start(argv, out, patch=partial(support_faults.stall, 5))
     process.wait_for(lambda: logged(out, 4))
     process.signal(number)
     process.signal(number)  # a launcher passes on what its children got themselves
@@ -301,7 +302,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
 
 
 def test_a_second_signal_kills_at_once(argv: list[str], tmp_path: Path) -> None:
-    process = start(argv, tmp_path / "run", patch=partial(tiny_faults.hang, 3))
+    process = start(argv, tmp_path / "run", patch=partial(support_faults.hang, 3))
     process.wait_for(lambda: logged(tmp_path / "run", 2))
     process.signal(signal.SIGTERM)
     time.sleep(1.0)
@@ -325,7 +326,7 @@ def test_a_signal_to_the_data_workers_too_is_no_accident(
 ) -> None:
     """Ctrl-C reaches the whole process group, and so do the signals of many schedulers."""
     out, argv = tmp_path / "run", [*argv, *flags("--data-mode stream --workers 2")]
-    process = start(argv, out, patch=partial(tiny_faults.stall, 2))
+    process = start(argv, out, patch=partial(support_faults.stall, 2))
     process.wait_for(lambda: logged(out, 1))
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
@@ -341,7 +342,7 @@ def test_a_signal_to_the_data_workers_too_is_no_accident(
 
 def test_the_workers_end_with_a_run_that_is_killed(argv: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start([*argv, *flags("--data-mode stream --workers 2")], out, patch=partial(tiny_faults.stall, 2))
+    process = start([*argv, *flags("--data-mode stream --workers 2")], out, patch=partial(support_faults.stall, 2))
     process.wait_for(lambda: logged(out, 1))
     workers = psutil.Process(process.pid).children()
     process.signal(signal.SIGKILL)
@@ -364,7 +365,7 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint(
     argv: list[str], two_ranks: Straight, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    processes = start_ranks(argv, out, 2, patch=partial(tiny_faults.stall, 5, rank=1))
+    processes = start_ranks(argv, out, 2, patch=partial(support_faults.stall, 5, rank=1))
     processes[1].wait_for(lambda: logged(out, 4))
     processes[1].signal(signal.SIGTERM)
     assert [process.wait() for process in processes] == [143, 143]
@@ -393,7 +394,7 @@ def assert_skipped_changed_nothing(out: Path, steps: list[int]) -> None:
 
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(argv: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run([*argv, *EVERY_STEP], out, patch=partial(tiny_faults.nan_loss, 3, 5, 6))
+    run([*argv, *EVERY_STEP], out, patch=partial(support_faults.nan_loss, 3, 5, 6))
     assert_skipped_changed_nothing(out, [3, 5, 6])
     lines = log_lines(out, "train")
     assert [line["step"] for line in lines if line["loss"] is None] == [3, 5, 6]
@@ -405,8 +406,8 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_counted(argv: list
 def test_bad_steps_that_the_host_hears_of_later_are_skipped_alike(argv: list[str], tmp_path: Path) -> None:
     one, other = tmp_path / "at once", tmp_path / "later"
     argv = [*argv, *flags("--save-every 4 --log-every 8")]
-    run(argv, one, patch=partial(tiny_faults.nan_loss, 3, 5, 6))
-    run(argv, other, patch=partial(tiny_faults.hear_rarely_nan_loss, 3, 5, 6))
+    run(argv, one, patch=partial(support_faults.nan_loss, 3, 5, 6))
+    run(argv, other, patch=partial(support_faults.hear_rarely_nan_loss, 3, 5, 6))
     for step in (4, 8):
         assert_same_tensors(tensors(one, step), tensors(other, step))
     found = [json.loads((checkpoint(out, 8) / "state.json").read_text()) for out in (one, other)]
@@ -417,7 +418,7 @@ def test_bad_steps_that_the_host_hears_of_later_are_skipped_alike(argv: list[str
 def test_all_processes_skip_what_is_not_finite_on_one(argv: list[str], tmp_path: Path, accumulation: int) -> None:
     out = tmp_path / "run"
     calls = (3, 6) if accumulation == 1 else (5, 12)  # a first and a second micro-batch
-    patch = partial(tiny_faults.nan_loss, *calls, rank=1)
+    patch = partial(support_faults.nan_loss, *calls, rank=1)
     run_ranks([*argv, *EVERY_STEP, *flags(f"--accumulation {accumulation}")], out, 2, patch=patch)
     assert_skipped_changed_nothing(out, [3, 6])
 
@@ -425,10 +426,10 @@ def test_all_processes_skip_what_is_not_finite_on_one(argv: list[str], tmp_path:
 def test_a_run_that_stays_not_finite_stops_and_its_checkpoint_stays(argv: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = [*argv, *flags("--max-skipped 3 --save-every 1")]
-    text = refused(argv, out, patch=partial(tiny_faults.nan_loss, 3, 4, 5))
+    text = refused(argv, out, patch=partial(support_faults.nan_loss, 3, 4, 5))
     assert "not finite 3 steps in a row (limit max_skipped 3) at step 5" in text
     assert "from step 4 to 8" in run(argv, out)
-    processes = start_ranks(argv, tmp_path / "ranks", 2, patch=partial(tiny_faults.nan_loss, rank=1))
+    processes = start_ranks(argv, tmp_path / "ranks", 2, patch=partial(support_faults.nan_loss, rank=1))
     assert [process.wait() for process in processes] == [1, 1]
     assert all("limit max_skipped 3" in process.text for process in processes)
 
@@ -437,7 +438,7 @@ def test_a_scaled_run_lowers_its_scale_until_steps_are_finite_and_resumes_exactl
     argv: list[str], straight: Straight, tmp_path: Path
 ) -> None:
     """Float16 with a gradient scaler, whose first scale of 2^16 is far too high here."""
-    fp16: dict[str, Any] = {"env": {"ACCELERATE_MIXED_PRECISION": "fp16"}, "patch": tiny_faults.scaled_fp16}
+    fp16: dict[str, Any] = {"env": {"ACCELERATE_MIXED_PRECISION": "fp16"}, "patch": support_faults.scaled_fp16}
     argv = [*argv, *EVERY_STEP, *flags("--steps 20")]
     out, killed = tmp_path / "run", tmp_path / "killed"
     run(argv, out, **fp16)
@@ -580,7 +581,7 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_on_both(argv: list[s
 
 def test_processes_that_find_different_checkpoints_do_not_wait_for_ever(argv: list[str], finished: Path) -> None:
     argv = [*argv, *flags("--steps 9")]
-    processes = start_ranks(argv, finished, 2, patch=partial(tiny_faults.no_checkpoints, rank=1))
+    processes = start_ranks(argv, finished, 2, patch=partial(support_faults.no_checkpoints, rank=1))
     assert [process.wait() for process in processes] == [1, 1]
     assert all("found checkpoints of steps [8, 0]" in process.text for process in processes)
 

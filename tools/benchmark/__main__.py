@@ -1,4 +1,4 @@
-"""Measure, then claim: `python -m tools.benchmark.__main__ encode|coding|quality|...`. Timings are ratios within one run."""
+"""Measure, then claim: `python -m tools.benchmark encode|coding|quality|...`. Timings are ratios within one run."""
 
 from typing import Annotated, Any, Union
 
@@ -25,11 +25,11 @@ def main() -> None:
         Annotated[LatentsSpeed, tyro.conf.subcommand("latents")],
         Annotated[TrainingSpeed, tyro.conf.subcommand("training")],
     ]
-    command: Any = tyro.cli(kind, prog="tools.benchmark.__main__", description=__doc__)  # pyright: ignore
+    command: Any = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
     try:
         command.run()
     except UserError as error:
-        raise SystemExit(f"tools.benchmark.__main__: {error}") from error
+        raise SystemExit(f"tools.benchmark: {error}") from error
 
 
 if __name__ == "__main__":

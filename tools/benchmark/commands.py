@@ -196,7 +196,7 @@ class Decode(_Folder):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Time `encode` of a folder beside the obvious script (`tools.benchmark.diffusers_loop`): the SD shape at equal weights."""
+    """Time `encode` of a folder beside the obvious script (`diffusers_loop.py`), both with the SD shape and equal weights."""
 
     dir: tyro.conf.Positional[str]
     count: int = 24

@@ -28,9 +28,9 @@ def report(
 ) -> None:
     """Print the results and what a reader needs to repeat them; `more` goes to the file alone.
 
-    `command` holds the arguments of `tools.benchmark.__main__`, by default those of this process.
+    `command` holds the arguments of `tools.benchmark`, by default those of this process.
     """
-    words = shlex.join(["python", "-m", "tools.benchmark.__main__", *(sys.argv[1:] if command is None else command)])
+    words = shlex.join(["python", "-m", "tools.benchmark", *(sys.argv[1:] if command is None else command)])
     found = {"results": results, "about": {"command": words, "commit": git_commit()} | about}
     print(json.dumps(found, indent=1))
     if out is not None:

@@ -2,7 +2,7 @@
 
 python -m tools.mnist.digits write    RAW DST [--split train|test]      RAW: the four IDX files, gzipped or not
 python -m tools.mnist.digits classify RAW DST.safetensors               train the classifier and measure it
-python -m tools.mnist.digits score    CLASSIFIER.safetensors SAMPLES    SAMPLES/DIGIT/*.png: the share that is recognised
+python -m tools.mnist.digits score    CLASSIFIER.safetensors SAMPLES    the share of SAMPLES/DIGIT/*.png recognised
 """
 
 import dataclasses

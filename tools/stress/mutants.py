@@ -1,4 +1,4 @@
-"""Damaged copies of `.lc` streams, for tools/stress/fuzz.py and the tests: a pure function of (streams, seed, number)."""
+"""Damage copies of `.lc` streams for `tools.stress.fuzz` and the tests, as a pure function of (streams, seed, number)."""
 
 import random
 from collections.abc import Callable, Sequence

@@ -17,6 +17,7 @@ from latent_codec.inference import tiling
 from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
+from tests.support import kl as support_kl
 
 
 def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:
@@ -26,13 +27,13 @@ def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5
 
 @pytest.fixture
 def vae(codec: Codec) -> Any:
-    tiny_kl.randomize(codec)
+    support_kl.randomize(codec)
     return CodecAutoencoder.from_codec(codec)
 
 
 @torch.inference_mode()
 def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> None:
-    codec, x, (mean, std) = vae.codec, tiny_kl.pixels(), tiny_kl.moments(vae.codec)
+    codec, x, (mean, std) = vae.codec, support_kl.pixels(), support_kl.moments(vae.codec)
     ours, theirs = codec.encode(x), vae.encode(x).latent_dist
     assert_close(theirs.mean, (ours.mean - mean) / std)
     assert_close(theirs.std, ours.std / std)
@@ -53,7 +54,7 @@ def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> No
 def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
     from latent_codec.interop.autoencoder_kl.exporting import export_folder
 
-    codec, x = tiny_kl.codec(), tiny_kl.pixels()
+    codec, x = support_kl.codec(), support_kl.pixels()
     export_folder(codec, tmp_path / "vae")
     exported: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
     adapter = CodecAutoencoder.from_codec(codec)
@@ -67,7 +68,7 @@ def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
 
 @torch.inference_mode()
 def test_tuples_come_where_they_are_asked_for(vae: Any) -> None:
-    x = tiny_kl.pixels()
+    x = support_kl.pixels()
     (posterior,) = vae.encode(x, return_dict=False)
     assert torch.equal(posterior.mean, vae.encode(x).latent_dist.mean)
     (pixels,) = vae.decode(posterior.mean, return_dict=False, generator=torch.Generator())
@@ -103,7 +104,7 @@ def test_force_upcast_is_measured(codec: Codec) -> None:
 
 @pytest.mark.parametrize("shape", ["lite", "conv"])
 def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) -> None:
-    codec = codec if shape == "lite" else tiny_kl.codec()
+    codec = codec if shape == "lite" else support_kl.codec()
     vae: Any = CodecAutoencoder.from_codec(codec)
     vae.save_pretrained(tmp_path / "vae")
     loaded: Any = CodecAutoencoder.from_pretrained(tmp_path / "vae", output_loading_info=True)
@@ -114,7 +115,7 @@ def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) 
     before, after = (json.loads(v.to_json_string()) for v in (vae, again))
     assert {k: v for k, v in before.items() if k[0] != "_"} == {k: v for k, v in after.items() if k[0] != "_"}
     assert not again.training
-    x = tiny_kl.pixels()
+    x = support_kl.pixels()
     with torch.inference_mode():
         assert_close(again(x).sample, vae(x).sample)
 
@@ -122,7 +123,7 @@ def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
 @torch.inference_mode()
 def test_half_precision_in_and_out(vae: Any, tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
-    x = tiny_kl.pixels()
+    x = support_kl.pixels()
     posterior, pixels = vae.encode(x).latent_dist, vae(x).sample
     vae.save_pretrained(tmp_path / "vae")
     halves = vae.to(dtype), CodecAutoencoder.from_pretrained(tmp_path / "vae", torch_dtype=dtype)
@@ -138,7 +139,7 @@ def test_half_precision_in_and_out(vae: Any, tmp_path: Path, dtype: torch.dtype,
 def test_tiles_give_what_the_whole_gives_and_are_what_the_network_sees(vae: Any) -> None:
     """Exactly, to rounding, for lite."""
     least = tiling.least_tile(vae.codec)
-    x, seen = tiny_kl.pixels(1, 2 * least), []
+    x, seen = support_kl.pixels(1, 2 * least), []
     whole, pixels = vae.encode(x).latent_dist, vae(x).sample
     handle = vae.codec.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
     vae.enable_tiling(least)
@@ -161,7 +162,7 @@ def test_tiles_give_what_the_whole_gives_and_are_what_the_network_sees(vae: Any)
 
 @torch.inference_mode()
 def test_slices_are_single_images(vae: Any) -> None:
-    x, seen = tiny_kl.pixels(3), []
+    x, seen = support_kl.pixels(3), []
     whole, pixels = vae.encode(x).latent_dist, vae(x).sample
     vae.codec.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     vae.codec.backbone.decoder.register_forward_pre_hook(lambda _, args: seen.append(-len(args[0])))
@@ -176,11 +177,11 @@ def test_slices_are_single_images(vae: Any) -> None:
 @pytest.mark.parametrize("likelihood", [BernoulliConfig(), DiscretizedLogisticConfig(components=2)])
 @torch.inference_mode()
 def test_pixels_are_from_minus_1_to_1_whatever_the_likelihood(likelihood: Any) -> None:
-    codec = tiny_kl.codec(likelihood=likelihood)
-    vae, x = CodecAutoencoder.from_codec(codec), tiny_kl.pixels(1)
+    codec = support_kl.codec(likelihood=likelihood)
+    vae, x = CodecAutoencoder.from_codec(codec), support_kl.pixels(1)
     eight_bits = ((x + 1) * 127.5).round().to(torch.uint8)
     x = eight_bits.float() / 127.5 - 1
-    mean, std = tiny_kl.moments(codec)
+    mean, std = support_kl.moments(codec)
     ours = codec.encode(eight_bits)
     assert_close(vae.encode(x).latent_dist.mean, (ours.mean - mean) / std)
     found = vae(x).sample
@@ -190,7 +191,7 @@ def test_pixels_are_from_minus_1_to_1_whatever_the_likelihood(likelihood: Any) -
 
 
 def test_gradients_reach_the_weights(vae: Any) -> None:
-    vae(tiny_kl.pixels(1)).sample.square().mean().backward()
+    vae(support_kl.pixels(1)).sample.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.codec.backbone.linear.decoder.parameters())
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from test_cli import Run, refuse
-from test_cli import run as run  # the fixture
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import GaussianConfig
 from tests.conftest import Draw, files_of
+from tests.support import kl as support_kl
+from tests.test_cli import Run, refuse
+from tests.test_cli import run as run  # the fixture
 from train.init.from_model import start_from_model
 
 
@@ -25,7 +26,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    tiny_kl.codec().save(tmp_path / "model.safetensors")
+    support_kl.codec().save(tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -56,7 +57,7 @@ def test_options_of_export_reach_the_work(run: Run, model: Path, photos: Path, t
 
 
 def test_options_of_import_reach_the_work(run: Run, tmp_path: Path) -> None:
-    tiny_kl.autoencoder().save_pretrained(tmp_path / "vae")
+    support_kl.autoencoder().save_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").unlink()
     weights, out = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "out.safetensors"
     result = run("import", weights, out)
@@ -68,7 +69,7 @@ def test_options_of_import_reach_the_work(run: Run, tmp_path: Path) -> None:
 
 
 def test_every_tool_works_on_an_imported_model(run: Run, photos: Path, tmp_path: Path) -> None:
-    tiny_kl.autoencoder(scaling_factor=0.18215).save_pretrained(tmp_path / "vae")
+    support_kl.autoencoder(scaling_factor=0.18215).save_pretrained(tmp_path / "vae")
     imported, measured = tmp_path / "imported.safetensors", tmp_path / "measured.safetensors"
     assert run("import", tmp_path / "vae", imported).code == 0
     result = run("info", imported)
@@ -87,17 +88,17 @@ def test_every_tool_works_on_an_imported_model(run: Run, photos: Path, tmp_path:
 
 
 def test_training_can_start_from_an_imported_model(run: Run, tmp_path: Path) -> None:
-    tiny_kl.autoencoder().save_pretrained(tmp_path / "vae")
+    support_kl.autoencoder().save_pretrained(tmp_path / "vae")
     imported = tmp_path / "imported.safetensors"
     assert run("import", tmp_path / "vae", imported).code == 0
-    codec = tiny_kl.codec(
+    codec = support_kl.codec(
         likelihood=GaussianConfig(scale="fixed", sigma=0.2)
     )  # as a preset: sigma and clamp of its own
     start_from_model(codec, str(imported), ())
     state = Codec.load(imported).state_dict()
     assert all(torch.equal(codec.state_dict()[name], state[name]) for name in state)
     with pytest.raises(UserError, match="its backbone or channels are others"):
-        start_from_model(tiny_kl.codec(tiny_kl.NO_QUANT), str(imported), ())
+        start_from_model(support_kl.codec(support_kl.NO_QUANT), str(imported), ())
 
 
 def test_mistakes_are_one_line(run: Run, model: Path, model_file: Path, photos: Path, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_mistakes_are_one_line(run: Run, model: Path, model_file: Path, photos: 
     refuse(run("export", model, folder, "--no-fold"), "--no-fold is for --to diffusers")
     refuse(run("export", model, photos, "--to", "diffusers"), "holds files that are no export")
     refuse(run("export", model, folder, "--to", "diffusers", "--images", 0, "--data", photos), "at least 1")
-    codec = tiny_kl.codec()
+    codec = support_kl.codec()
     codec.statistics = None
     codec.save(tmp_path / "bare.safetensors")
     refuse(run("export", tmp_path / "bare.safetensors", folder, "--to", "diffusers"), "--data")

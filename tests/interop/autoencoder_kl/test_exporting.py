@@ -22,6 +22,7 @@ from latent_codec.interop.autoencoder_kl.importing import import_model
 from latent_codec.model import file as model_file
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BernoulliConfig, DiagonalGaussianConfig, DiscretizedLogisticConfig, GaussianConfig
+from tests.support import kl as support_kl
 
 ROUNDING = 2e-5
 """Of float32, on values of about 1 after some twenty layers."""
@@ -53,11 +54,11 @@ def assert_close(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 @pytest.mark.usefixtures("silence")
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_posterior_and_reconstruction_are_the_codecs_in_normalised_units(tmp_path: Path, shape: str) -> None:
-    codec, x = tiny_kl.codec(*tiny_kl.SHAPES[shape]), tiny_kl.pixels()
+    codec, x = support_kl.codec(*support_kl.SHAPES[shape]), support_kl.pixels()
     export_folder(codec, tmp_path / "vae")
-    model, (mean, std) = load(tmp_path / "vae"), tiny_kl.moments(codec)
+    model, (mean, std) = load(tmp_path / "vae"), support_kl.moments(codec)
     with torch.inference_mode():
         ours, theirs = codec.encode(x), model.encode(x).latent_dist
         assert_close(theirs.mean * std + mean, ours.mean)
@@ -69,12 +70,12 @@ def test_posterior_and_reconstruction_are_the_codecs_in_normalised_units(tmp_pat
 
 
 @pytest.mark.usefixtures("silence")
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_without_folding_weights_and_latents_are_the_codecs(tmp_path: Path, shape: str) -> None:
-    codec, x = tiny_kl.codec(*tiny_kl.SHAPES[shape]), tiny_kl.pixels()
+    codec, x = support_kl.codec(*support_kl.SHAPES[shape]), support_kl.pixels()
     export_folder(codec, tmp_path / "vae", normalize=False)
     model = load(tmp_path / "vae")
-    ours, theirs = tiny_kl.tensors_of(codec), model.state_dict()
+    ours, theirs = support_kl.tensors_of(codec), model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     with torch.inference_mode():
         assert_close(model.encode(x).latent_dist.mean, codec.encode(x).mean)
@@ -83,9 +84,9 @@ def test_without_folding_weights_and_latents_are_the_codecs(tmp_path: Path, shap
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_an_export_comes_back_as_the_model_that_it_was(tmp_path: Path, shape: str, normalize: bool) -> None:
-    codec = tiny_kl.codec(*tiny_kl.SHAPES[shape])
+    codec = support_kl.codec(*support_kl.SHAPES[shape])
     export_folder(codec, tmp_path / "vae", normalize=normalize)
     back = import_model(tmp_path / "vae", tmp_path / "back.safetensors")
     assert back.model_id == codec.model_id
@@ -94,7 +95,7 @@ def test_an_export_comes_back_as_the_model_that_it_was(tmp_path: Path, shape: st
 
 @pytest.mark.parametrize("scale", ["per_pixel", "learned"])
 def test_what_a_likelihood_has_beside_the_mean_is_left_out_and_comes_back(tmp_path: Path, scale: Any) -> None:
-    codec, x = tiny_kl.codec(likelihood=GaussianConfig(scale=scale, sigma=0.2)), tiny_kl.pixels()
+    codec, x = support_kl.codec(likelihood=GaussianConfig(scale=scale, sigma=0.2)), support_kl.pixels()
     export_folder(codec, tmp_path / "vae", normalize=False)
     model = load(tmp_path / "vae")
     with torch.inference_mode():
@@ -106,7 +107,7 @@ def test_what_a_likelihood_has_beside_the_mean_is_left_out_and_comes_back(tmp_pa
 
 
 def test_half_is_stored_as_float16_and_comes_back_as_that(tmp_path: Path) -> None:
-    codec = tiny_kl.codec()
+    codec = support_kl.codec()
     export_folder(codec, tmp_path / "vae", half=True)
     assert {t.dtype for t in load_file(tmp_path / "vae" / WEIGHTS).values()} == {torch.float16}
     codec.save(tmp_path / "half.safetensors", half=True)
@@ -114,7 +115,7 @@ def test_half_is_stored_as_float16_and_comes_back_as_that(tmp_path: Path) -> Non
         import_model(tmp_path / "vae", tmp_path / "back.safetensors").model_id
         == Codec.load(tmp_path / "half.safetensors").model_id
     )
-    x, (mean, std) = tiny_kl.pixels(), tiny_kl.moments(codec)
+    x, (mean, std) = support_kl.pixels(), support_kl.moments(codec)
     with torch.inference_mode():
         assert (
             load(tmp_path / "vae").encode(x).latent_dist.mean * std + mean - codec.encode(x).mean
@@ -122,7 +123,7 @@ def test_half_is_stored_as_float16_and_comes_back_as_that(tmp_path: Path) -> Non
 
 
 def test_half_refuses_what_float16_cannot_hold_by_name(tmp_path: Path) -> None:
-    codec = tiny_kl.codec()
+    codec = support_kl.codec()
     codec.get_parameter("backbone.encoder.conv_in.bias").data[0] = 1e5
     with pytest.raises(UserError, match=r"encoder\.conv_in\.bias exceeds float16's 65504; leave out --half"):
         export_folder(codec, tmp_path / "vae", half=True)
@@ -131,7 +132,7 @@ def test_half_refuses_what_float16_cannot_hold_by_name(tmp_path: Path) -> None:
 
 
 def test_the_metadata_says_what_pickles_would_and_what_the_statistics_were(tmp_path: Path) -> None:
-    codec = tiny_kl.codec()
+    codec = support_kl.codec()
     export_folder(codec, tmp_path / "vae")
     with safe_open(tmp_path / "vae" / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
@@ -145,9 +146,9 @@ def test_the_metadata_says_what_pickles_would_and_what_the_statistics_were(tmp_p
 
 def test_clamps_that_differ_are_counted(tmp_path: Path) -> None:
     """Log-variances are about 0 here: a clamp at -16 never acts, one at 5 always does, and diffusers' never."""
-    wide = tiny_kl.codec()
+    wide = support_kl.codec()
     assert export_folder(wide, tmp_path / "wide").clamped == 0
-    narrow = tiny_kl.codec(bottleneck=DiagonalGaussianConfig(logvar_min=50.0, logvar_max=60.0))
+    narrow = support_kl.codec(bottleneck=DiagonalGaussianConfig(logvar_min=50.0, logvar_max=60.0))
     measured = export_folder(narrow, tmp_path / "narrow")
     assert measured.clamped == 1
     assert "100% of the log-variances are clamped otherwise by diffusers" in str(measured)
@@ -155,7 +156,7 @@ def test_clamps_that_differ_are_counted(tmp_path: Path) -> None:
 
 
 def test_force_upcast_is_measured(tmp_path: Path) -> None:
-    codec = tiny_kl.codec(dataclasses.replace(tiny_kl.SD, widths=(32, 32)))
+    codec = support_kl.codec(dataclasses.replace(support_kl.SD, widths=(32, 32)))
     quiet = export_folder(codec, tmp_path / "vae")
     assert not quiet.force_upcast and json.loads((tmp_path / "vae" / CONFIG).read_text())["force_upcast"] is False
     with torch.no_grad():
@@ -166,7 +167,7 @@ def test_force_upcast_is_measured(tmp_path: Path) -> None:
 
 
 def test_force_upcast_is_measured_on_the_images_given_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    codec, image = tiny_kl.codec(), torch.full((1, 3, 16, 24), 255, dtype=torch.uint8)
+    codec, image = support_kl.codec(), torch.full((1, 3, 16, 24), 255, dtype=torch.uint8)
     made_up = export_folder(codec, tmp_path / "vae")
     assert export_folder(codec, tmp_path / "vae", images=[image]).images == made_up.images + 1
     monkeypatch.setattr(activations, "made_up_images", lambda *_: iter(()))
@@ -179,11 +180,13 @@ def test_force_upcast_is_measured_on_the_images_given_as_well(tmp_path: Path, mo
 def test_models_that_autoencoderkl_cannot_be_are_refused_with_the_reason(codec: Codec, tmp_path: Path) -> None:
     cases = [(codec, "a lite backbone is no AutoencoderKL")]
     for likelihood in (DiscretizedLogisticConfig(components=1), BernoulliConfig()):
-        cases.append((tiny_kl.codec(likelihood=likelihood), f"the mean of a {likelihood.kind} likelihood is computed"))
-    bare = tiny_kl.codec()
+        cases.append(
+            (support_kl.codec(likelihood=likelihood), f"the mean of a {likelihood.kind} likelihood is computed")
+        )
+    bare = support_kl.codec()
     bare.statistics = None
     cases.append((bare, "no latent statistics to normalise by; name images to measure them on with --data"))
-    more = tiny_kl.codec()
+    more = support_kl.codec()
     more.backbone.extra = torch.nn.Linear(2, 2)
     cases.append((more, "2 tensors are unknown: extra.bias, extra.weight"))
     for model, reason in cases:
@@ -193,7 +196,7 @@ def test_models_that_autoencoderkl_cannot_be_are_refused_with_the_reason(codec: 
 
 
 def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
-    codec = tiny_kl.codec()
+    codec = support_kl.codec()
     folder = tmp_path / "a" / "vae"
     export_folder(codec, folder)
     codec.get_parameter("backbone.encoder.conv_in.bias").data[0] = 3
@@ -208,7 +211,7 @@ def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
         export_folder(codec, tmp_path / "file")
-    tiny_kl.autoencoder().save_pretrained(tmp_path / "theirs")
+    support_kl.autoencoder().save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match="holds files that are no export"):
         export_folder(codec, tmp_path / "theirs")
     (tmp_path / "empty").mkdir()
@@ -220,7 +223,7 @@ def test_an_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
 def test_a_failure_leaves_no_file_or_the_earlier_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    codec = tiny_kl.codec()
+    codec = support_kl.codec()
     export_folder(codec, tmp_path / "old")
     before = {f.name: f.read_bytes() for f in (tmp_path / "old").iterdir()}
 
@@ -236,6 +239,6 @@ def test_a_failure_leaves_no_file_or_the_earlier_export(
 
 
 def test_files_have_the_umasks_permissions(tmp_path: Path, umask_027: None) -> None:
-    export_folder(tiny_kl.codec(), tmp_path / "vae")
+    export_folder(support_kl.codec(), tmp_path / "vae")
     assert {f.stat().st_mode & 0o777 for f in (tmp_path / "vae").iterdir()} == {0o640}
     assert (tmp_path / "vae").stat().st_mode & 0o777 == 0o750

@@ -17,6 +17,7 @@ from latent_codec.interop.autoencoder_kl.exporting import CONFIG, WEIGHTS, expor
 from latent_codec.interop.autoencoder_kl.importing import import_model
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiagonalGaussianConfig, GaussianConfig
+from tests.support import kl as support_kl
 
 SCALES = {
     "SD and SDXL": {"scaling_factor": 0.13025},
@@ -30,14 +31,14 @@ def out(tmp_path: Path) -> Path:
 
 
 def saved(tmp_path: Path, shape: str = "SD and SDXL", **settings: Any) -> tuple[AutoencoderKL, Path]:
-    model = tiny_kl.autoencoder(*tiny_kl.SHAPES[shape], **SCALES.get(shape, {}) | settings)
+    model = support_kl.autoencoder(*support_kl.SHAPES[shape], **SCALES.get(shape, {}) | settings)
     model.save_pretrained(tmp_path / "vae")
     return model, tmp_path / "vae"
 
 
 def assert_same_model(codec: Codec, model: AutoencoderKL) -> None:
     """Posterior and reconstruction to float32 rounding."""
-    x = tiny_kl.pixels()
+    x = support_kl.pixels()
     with torch.inference_mode():
         ours, theirs = codec.encode(x), model.encode(x).latent_dist
         pairs = [(ours.mean, theirs.mean), (ours.logvar, theirs.logvar), (ours.std, theirs.std)]
@@ -47,19 +48,19 @@ def assert_same_model(codec: Codec, model: AutoencoderKL) -> None:
         assert (one - other).abs().max().item() <= 2e-5 * max(other.abs().max().item(), 1)
 
 
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_a_folder_becomes_a_codec_that_says_the_same(tmp_path: Path, out: Path, shape: str) -> None:
     model, folder = saved(tmp_path, shape)
     codec = import_model(folder, out)
     assert_same_model(codec, model)
-    assert codec.config.backbone == tiny_kl.SHAPES[shape][0]
+    assert codec.config.backbone == support_kl.SHAPES[shape][0]
     assert codec.config.bottleneck == DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
     assert codec.config.likelihood == GaussianConfig(scale="fixed", sigma=settings.SIGMA)
     assert codec.provenance["imported_from"] == "vae"
     assert Codec.load(out).model_id == codec.model_id
 
 
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_and_back_again_it_is_the_same_to_the_bit(tmp_path: Path, out: Path, shape: str) -> None:
     """Without folding; with it the latents are scaled and all else is as before."""
     model, folder = saved(tmp_path, shape)
@@ -72,7 +73,7 @@ def test_and_back_again_it_is_the_same_to_the_bit(tmp_path: Path, out: Path, sha
         assert values[0] == values[1]
     export_folder(codec, tmp_path / "folded")
     folded = AutoencoderKL.from_pretrained(tmp_path / "folded")
-    x, config = tiny_kl.pixels(), json.loads((folder / CONFIG).read_text())
+    x, config = support_kl.pixels(), json.loads((folder / CONFIG).read_text())
     with torch.inference_mode():
         ours, theirs = folded.encode(x).latent_dist, model.encode(x).latent_dist
         z = (theirs.mean - (config["shift_factor"] or 0)) * config["scaling_factor"]
@@ -82,12 +83,12 @@ def test_and_back_again_it_is_the_same_to_the_bit(tmp_path: Path, out: Path, sha
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_a_file_in_the_original_layout_alone_or_in_a_checkpoint(
     tmp_path: Path, out: Path, shape: str, prefix: str
 ) -> None:
-    model = tiny_kl.autoencoder(*tiny_kl.SHAPES[shape])
-    tensors = {prefix + name: tensor.contiguous() for name, tensor in tiny_kl.to_ldm(model.state_dict()).items()}
+    model = support_kl.autoencoder(*support_kl.SHAPES[shape])
+    tensors = {prefix + name: tensor.contiguous() for name, tensor in support_kl.to_ldm(model.state_dict()).items()}
     others = ["loss.discriminator.main.0.weight", "model_ema.decay"] if not prefix else ["model.diffusion_model.weight"]
     save_file(tensors | {name: torch.full((1,), torch.nan) for name in others}, tmp_path / "file.safetensors")
     codec = import_model(tmp_path / "file.safetensors", out)
@@ -105,20 +106,20 @@ def test_a_file_in_diffusers_layout_goes_by_its_shapes(tmp_path: Path, out: Path
 
 def test_a_file_beside_its_config_json_goes_by_that(tmp_path: Path, out: Path) -> None:
     """Groups cannot be told from shapes."""
-    backbone = dataclasses.replace(tiny_kl.SD, groups=8)
-    model = tiny_kl.autoencoder(backbone, scaling_factor=0.5)
+    backbone = dataclasses.replace(support_kl.SD, groups=8)
+    model = support_kl.autoencoder(backbone, scaling_factor=0.5)
     model.save_pretrained(tmp_path / "vae", variant="fp32")
     codec = import_model(tmp_path / "vae" / "diffusion_pytorch_model.fp32.safetensors", out)
     assert_same_model(codec, model)
     assert codec.config.backbone == backbone and codec.statistics is not None
     (tmp_path / "vae" / CONFIG).write_text('{"_class_name": "UNet2DModel"}')
     other = import_model(tmp_path / "vae" / "diffusion_pytorch_model.fp32.safetensors", out)
-    assert other.config.backbone == tiny_kl.SD
+    assert other.config.backbone == support_kl.SD
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_read_to_the_bit(tmp_path: Path, out: Path, dtype: torch.dtype) -> None:
-    model = tiny_kl.autoencoder().to(dtype)
+    model = support_kl.autoencoder().to(dtype)
     model.save_pretrained(tmp_path / "vae", variant="fp16")
     codec = import_model(tmp_path / "vae", out)
     assert_same_model(codec, model.float())
@@ -191,7 +192,7 @@ def test_pickles_are_refused_whatever_their_name(tmp_path: Path, out: Path, name
 
 def test_a_file_that_begins_like_a_pickle_is_none_for_that(tmp_path: Path, out: Path) -> None:
     """The first byte of a safetensors file is of its header's length; that of a pickle is 0x80."""
-    model, file = tiny_kl.autoencoder(), tmp_path / "file.safetensors"
+    model, file = support_kl.autoencoder(), tmp_path / "file.safetensors"
     for padding in range(0, 256, 8):
         save_file(model.state_dict(), file, {"note": "x" * padding})
         if file.read_bytes()[:1] == b"\x80":
@@ -207,7 +208,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path: Path, out: Path, 
     weights = folder / WEIGHTS
     if layout == "original":
         weights = tmp_path / "file.safetensors"
-        save_file({n: t.contiguous() for n, t in tiny_kl.to_ldm(model.state_dict()).items()}, weights)
+        save_file({n: t.contiguous() for n, t in support_kl.to_ldm(model.state_dict()).items()}, weights)
     good, name = load_file(weights), "decoder.conv_out.weight"
     cases = [
         ({n: t for n, t in good.items() if n != name}, f"1 tensors are missing: {name}"),
@@ -274,7 +275,7 @@ def test_paths_that_are_nothing_to_import_are_refused(codec: Codec, tmp_path: Pa
 def test_an_export_that_was_changed_since_is_taken_as_it_stands(
     tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    codec, weights = tiny_kl.codec(), tmp_path / "vae" / WEIGHTS
+    codec, weights = support_kl.codec(), tmp_path / "vae" / WEIGHTS
     export_folder(codec, tmp_path / "vae")
     with safe_open(weights, framework="pt") as file:
         metadata = file.metadata()
@@ -291,7 +292,7 @@ def test_an_export_that_was_changed_since_is_taken_as_it_stands(
 def test_damaged_metadata_of_an_export_is_a_warning(
     tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture, header: str
 ) -> None:
-    export_folder(tiny_kl.codec(), tmp_path / "vae")
+    export_folder(support_kl.codec(), tmp_path / "vae")
     weights = tmp_path / "vae" / WEIGHTS
     save_file(load_file(weights), weights, {"format": "pt", "latent_codec_export": header})
     assert_same_model(import_model(tmp_path / "vae", out), AutoencoderKL.from_pretrained(tmp_path / "vae"))
@@ -299,7 +300,7 @@ def test_damaged_metadata_of_an_export_is_a_warning(
 
 
 def test_an_export_saved_again_by_diffusers_is_an_autoencoder_like_any(tmp_path: Path, out: Path) -> None:
-    export_folder(tiny_kl.codec(), tmp_path / "vae")
+    export_folder(support_kl.codec(), tmp_path / "vae")
     model = AutoencoderKL.from_pretrained(tmp_path / "vae")
     model.save_pretrained(tmp_path / "again")
     assert_same_model(import_model(tmp_path / "again", out), model)

@@ -9,6 +9,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import layouts
+from tests.support import kl as support_kl
 
 LATER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -24,28 +25,28 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_the_original_layout_becomes_ours(shape: str, linear: bool) -> None:
-    tensors = tiny_kl.tensors_of(tiny_kl.codec(*tiny_kl.SHAPES[shape]))
-    original = tiny_kl.to_ldm(tensors, linear_attention=linear)
-    assert tiny_kl.SHAPES[shape][0].mid_attention is ("encoder.mid.attn_1.q.weight" in original)
+    tensors = support_kl.tensors_of(support_kl.codec(*support_kl.SHAPES[shape]))
+    original = support_kl.to_ldm(tensors, linear_attention=linear)
+    assert support_kl.SHAPES[shape][0].mid_attention is ("encoder.mid.attn_1.q.weight" in original)
     assert_same(layouts.canonical(original, "x"), tensors)
     assert_same(layouts.canonical(tensors, "x"), tensors)
     assert_same(layouts.canonical(before_renaming(tensors), "x"), tensors)
 
 
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_diffusers_own_conversion_agrees(shape: str) -> None:
-    backbone, channels = tiny_kl.SHAPES[shape]
-    original = tiny_kl.to_ldm(tiny_kl.tensors_of(tiny_kl.codec(backbone, channels)))
+    backbone, channels = support_kl.SHAPES[shape]
+    original = support_kl.to_ldm(support_kl.tensors_of(support_kl.codec(backbone, channels)))
     blocks: Any = {"down_block_types": [0] * len(backbone.widths), "up_block_types": [0] * len(backbone.widths)}
     assert_same(layouts.canonical(original, "x"), convert_ldm_vae_checkpoint(dict(original), blocks))
 
 
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_shapes_say_the_configuration(shape: str) -> None:
-    backbone, channels = tiny_kl.SHAPES[shape]
-    tensors = tiny_kl.tensors_of(tiny_kl.codec(backbone, channels))
+    backbone, channels = support_kl.SHAPES[shape]
+    tensors = support_kl.tensors_of(support_kl.codec(backbone, channels))
     assert layouts.shapes(tensors, "x") == (backbone, 3, channels)
 
 
@@ -93,7 +94,7 @@ def test_one_tensor_under_two_names_is_refused() -> None:
 
 
 def test_shapes_without_which_nothing_is_known_are_asked_for() -> None:
-    tensors = tiny_kl.tensors_of(tiny_kl.codec())
+    tensors = support_kl.tensors_of(support_kl.codec())
     for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down_blocks.1.resnets.0.conv1.weight"):
         with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution's"):
             layouts.shapes({n: t for n, t in tensors.items() if n != name}, "x")

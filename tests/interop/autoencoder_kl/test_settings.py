@@ -15,6 +15,7 @@ from latent_codec.interop.autoencoder_kl import settings
 from latent_codec.interop.autoencoder_kl.settings import Scale, scale_of, statistics_of
 from latent_codec.model.config import ConvConfig
 from latent_codec.model.file import LatentStatistics
+from tests.support import kl as support_kl
 
 
 def statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> LatentStatistics:
@@ -85,9 +86,9 @@ def test_a_scale_without_sense_is_no_statistics_and_a_warning(scale: Scale, capl
     assert "vae: " in caplog.text and "no latent statistics" in caplog.text
 
 
-@pytest.mark.parametrize("shape", tiny_kl.SHAPES)
+@pytest.mark.parametrize("shape", support_kl.SHAPES)
 def test_config_json_comes_back(shape: str) -> None:
-    config = settings.codec_config(tiny_kl.SHAPES[shape][0], 3, tiny_kl.SHAPES[shape][1])
+    config = settings.codec_config(support_kl.SHAPES[shape][0], 3, support_kl.SHAPES[shape][1])
     scale = Scale(0.5, 0.25, (1.0, 2.0, 3.0, 4.0), (0.5, 0.5, 1.0, 1.0))
     value = json.loads(json.dumps(settings.to_json(config, scale, force_upcast=True)))
     assert settings.from_json(value, "x") == (config, scale)
@@ -96,7 +97,7 @@ def test_config_json_comes_back(shape: str) -> None:
 
 def test_what_is_left_out_is_as_diffusers_takes_it() -> None:
     """Also of a None where diffusers has a default; the shift that nobody gave is 0."""
-    model: Any = tiny_kl.AutoencoderKL()
+    model: Any = support_kl.AutoencoderKL()
     full, _ = settings.from_json(json.loads(model.to_json_string()), "x")
     short, scale = settings.from_json({"_class_name": "AutoencoderKL", "shift_factor": None}, "x")
     assert short == full and scale == Scale(0.18215, 0.0, None, None)
@@ -123,7 +124,7 @@ def test_what_is_left_out_is_as_diffusers_takes_it() -> None:
     ],
 )
 def test_what_codecs_lack_or_nobody_can_read_is_named(change: dict[str, Any], reason: str) -> None:
-    config = settings.codec_config(tiny_kl.SD, 3, 4)
+    config = settings.codec_config(support_kl.SD, 3, 4)
     value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | change
     with pytest.raises(UserError, match=f"^vae/config.json: .*{reason}"):
         settings.from_json(value, "vae/config.json")
@@ -136,7 +137,7 @@ def test_other_json_is_refused(value: Any) -> None:
 
 
 def test_unknown_settings_are_named_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
-    config = settings.codec_config(dataclasses.replace(tiny_kl.SD), 3, 4)
+    config = settings.codec_config(dataclasses.replace(support_kl.SD), 3, 4)
     value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | {"new": 1, "_private": 2}
     assert settings.from_json(value, "x")[0] == config
     assert "settings new are unknown and ignored" in caplog.text

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Run, run  # noqa: F401 (a fixture)
 
 from latent_codec.errors import UserError
 from latent_codec.interop.caches import lightningdit
@@ -19,6 +18,7 @@ from latent_codec.model.codec import Codec
 from tests.conftest import files_of
 from tests.latents.test_dataset import row_of, write
 from tests.support.caches import DISTINCT, EVERY, PATHS, draws, made, samples, store
+from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 
 DRAWN = [name for name in EVERY if name not in ("mar", "edm2")]
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from tests.support import run as support_run
 from train.loop import checkpoints
 from train.loop.checkpoints import Progress
 
@@ -73,7 +74,7 @@ class Training:
 
 
 def assert_equal(one: Training, other: Training) -> None:
-    tiny_run.assert_same_tensors(one.tensors(), other.tensors())
+    support_run.assert_same_tensors(one.tensors(), other.tensors())
     assert one.progress == other.progress
 
 
@@ -143,7 +144,7 @@ def test_the_model_files_load_as_they_are(tmp_path: Path) -> None:
     folder = saved(tmp_path, 2) / "step-00000002"
     training = Training(2)
     for name, codec in (("codec", training.codec), ("ema", training.ema)):
-        tiny_run.assert_same_tensors(Codec.load(folder / f"{name}.safetensors").state_dict(), codec.state_dict())
+        support_run.assert_same_tensors(Codec.load(folder / f"{name}.safetensors").state_dict(), codec.state_dict())
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_a_kill_anywhere_within_a_save_leaves_a_usable_checkpoint(tmp_path: Path
     start = saved(tmp_path / "start", 1, 2, *([3] if damaged else []))
     if damaged:  # what is saved will stand in the place of a damaged one
         flip(start / "step-00000003" / "codec.safetensors", -1)
-    tiny_run.call(die_at_every_operation, tmp_path)
+    support_run.call(die_at_every_operation, tmp_path)
     shutil.rmtree(start)
     folders = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     found = []

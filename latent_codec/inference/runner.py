@@ -26,7 +26,7 @@ class Compute(NamedTuple):
     workers: int
     """Images that are read, decoded and written at once."""
     tile: int | None = None
-    """Side in pixels of the tiles that larger images are cut into (`latent_codec.inference.tiling`); None leaves all whole."""
+    """Side in pixels of the tiles that larger images are cut into; None leaves all whole."""
     decode_in: Literal["threads", "processes"] = "threads"
     """Where images are decoded."""
     compile: bool = False

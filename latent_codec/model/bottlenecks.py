@@ -1,4 +1,4 @@
-"""Features -> posterior: a diagonal Gaussian, or none at all; those with a codebook are in `latent_codec.model.codebooks`."""
+"""Turn features into a posterior: a diagonal Gaussian, or none; `latent_codec.model.codebooks` has the quantised ones."""
 
 from typing import Any, Protocol
 

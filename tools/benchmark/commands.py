@@ -196,7 +196,7 @@ class Decode(_Folder):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Time `encode` of a folder beside the obvious script (`diffusers_loop.py`), both with the SD shape and equal weights."""
+    """Time `encode` beside the obvious script (`diffusers_loop.py`), both with the SD shape and equal weights."""
 
     dir: tyro.conf.Positional[str]
     count: int = 24

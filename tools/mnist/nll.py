@@ -1,4 +1,4 @@
-"""Estimate the NLL of images by importance sampling, and count active latents: `python -m tools.mnist.nll MODEL IMAGES`."""
+"""Estimate the NLL of images by importance sampling: `python -m tools.mnist.nll MODEL IMAGES`."""
 
 import dataclasses
 import json

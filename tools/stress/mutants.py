@@ -1,4 +1,4 @@
-"""Damage copies of `.lc` streams for `tools.stress.fuzz` and the tests, as a pure function of (streams, seed, number)."""
+"""Damage copies of `.lc` streams, as a pure function of (streams, seed, number)."""
 
 import random
 from collections.abc import Callable, Sequence

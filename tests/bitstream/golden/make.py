@@ -1,4 +1,4 @@
-"""Makes the frozen streams of a version, once: `python tests/bitstream/golden/make.py VERSION` in the repository's root.
+"""Make the frozen streams of a version once: `python tests/bitstream/golden/make.py VERSION` in the repository's root.
 
 Never again for that version: tests/bitstream/test_golden.py holds every later version of the program to what lies here.
 

@@ -7,7 +7,7 @@ import torch
 
 from latent_codec.folders.workers import Processes
 from latent_codec.images.geometry import Geometry, Image, pad
-from latent_codec.images.read import read_image
+from latent_codec.images.read import ReadOptions, read_image
 from latent_codec.images.sources import Source
 
 
@@ -15,7 +15,7 @@ def parse_image(
     source: Source, data: bytes, *, factor: int, background: str, max_pixels: int
 ) -> tuple[tuple[int, ...], Image]:
     """An image padded to multiples of the factor, after its shape; raises `UserError` as `read_image` does."""
-    image = read_image(data, max_pixels=max_pixels, background=background, name=source.name)
+    image = read_image(data, ReadOptions(background=background, max_pixels=max_pixels), name=source.name)
     pixels = pad(image.pixels, factor)
     return tuple(pixels.shape), Image(pixels, image.geometry)
 

@@ -3,6 +3,7 @@
 Pixels are sRGB, uint8, upright, without alpha. Everything else a file can hold is turned into that, once, here.
 """
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,29 +43,43 @@ EXTENSIONS: frozenset[str] = frozenset(suffix for f in FORMATS for suffix in _SU
 DEFAULT_MAX_PIXELS = 2**27
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Choose how image files become pixels; raises `UserError` for a value out of range."""
+
+    background: str = "#ffffff"
+    """Colour `#rrggbb` that transparent pixels are composited on."""
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    """Largest width x height that is read, at least 1. The size in the header decides, before pixels are decoded."""
+
+    def __post_init__(self) -> None:
+        parse_colour(self.background)
+        if self.max_pixels < 1:
+            raise UserError(f"a limit of {self.max_pixels} pixels refuses every image; it must be at least 1")
+
+
+READ_DEFAULTS = ReadOptions()
+
+
 def read_image(
-    source: Path | str | BinaryIO | bytes,
-    *,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    background: str = "#ffffff",
-    name: str | None = None,
+    source: Path | str | BinaryIO | bytes, options: ReadOptions = READ_DEFAULTS, *, name: str | None = None
 ) -> Image:
     """Reads one still image as upright sRGB pixels, (3, h, w) uint8.
 
-    - Alpha, and the one colour that a PNG or GIF calls transparent, is composited on `background` ("#rrggbb").
+    - Alpha, and the one colour that a PNG or GIF calls transparent, is composited on `options.background`.
     - 16-bit grey is divided by 257 with rounding; other 16-bit images come from Pillow as their upper 8 bits.
     - An embedded ICC profile is followed; one that is broken or made for other channels is ignored, as browsers do.
     - Of a camera's multi-picture JPEG (MPO) the main picture is read; any other file of several frames is refused.
 
     `name` stands for the source in messages; a path names itself. A stream is read from its start and stays open.
-    `max_pixels` bounds width x height. Raises `UserError`, one sentence with the name and the reason, for whatever
+    Raises `UserError`, one sentence with the name and the reason, for whatever
     cannot be read as one such image.
     """
-    backdrop = parse_colour(background)
+    backdrop = parse_colour(options.background)
     name = name or (str(source) if isinstance(source, Path | str) else "image")
     with _opened(source, name) as stream:
         pil = _identify(stream, name)
-        _check_header(pil, name, max_pixels)
+        _check_header(pil, name, options.max_pixels)
         orientation, remaining, rawmode = _load(pil, name)
     alpha = opacity(pil, rawmode)
     colour = in_srgb(in_8_bits(pil, rawmode, name), pil.info.get("icc_profile"))
@@ -77,7 +92,7 @@ def read_image(
         height=height,
         orientation=orientation,
         mode="L" if colour.mode == "L" else "RGB",
-        background=None if alpha is None else background.lower(),
+        background=None if alpha is None else options.background.lower(),
     )
     return Image(torch.from_numpy(pixels), geometry)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 from latent_codec.errors import UserError
 from latent_codec.images import idx
 from latent_codec.images.geometry import Image
-from latent_codec.images.read import DEFAULT_MAX_PIXELS, EXTENSIONS, read_image
+from latent_codec.images.read import EXTENSIONS, READ_DEFAULTS, ReadOptions, read_image
 
 
 class Source(NamedTuple):
@@ -41,13 +41,13 @@ class Source(NamedTuple):
             file.seek(self.offset)
             return file.read(self.size)
 
-    def read(self, *, max_pixels: int = DEFAULT_MAX_PIXELS, background: str = "#ffffff") -> Image:
+    def read(self, options: ReadOptions = READ_DEFAULTS) -> Image:
         """Decode it; raises `UserError` with the name and the reason where that cannot be done."""
         try:
             data = self.read_bytes()
         except OSError as error:
             raise UserError(f"{self.name}: cannot be read: {error.strerror or error}") from error
-        return read_image(data, max_pixels=max_pixels, background=background, name=self.name)
+        return read_image(data, options, name=self.name)
 
 
 def find_images(where: Path | str) -> list[Source]:

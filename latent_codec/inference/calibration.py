@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from latent_codec.images.geometry import pad
-from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_all
 from latent_codec.inference import tiling
 from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
@@ -33,7 +32,7 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
     check_channels(codec)
     measured = _Measured(codec)
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
-        pixels = source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels
+        pixels = source.read().pixels
         labels = codec.class_numbers([source.label])
         measured.add(tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec), labels))
     codec.statistics = measured.statistics(description)
@@ -91,4 +90,4 @@ _ACTIVATION_IMAGES = 8
 def calibration_images(codec: Codec, data: tuple[Path, ...], images: int) -> Iterator[torch.Tensor]:
     """The first few of the images that `prepare` measures on, (1, 3, h, w) uint8, padded as the codec takes them."""
     for source in find_all(data)[: min(images, _ACTIVATION_IMAGES)] if data else []:
-        yield pad(source.read(max_pixels=DEFAULT_MAX_PIXELS).pixels, codec.factor)[None]
+        yield pad(source.read().pixels, codec.factor)[None]

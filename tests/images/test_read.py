@@ -19,7 +19,7 @@ from latent_codec.errors import UserError
 from latent_codec.images import read
 from latent_codec.images.colour import in_8_bits
 from latent_codec.images.geometry import Geometry, crop, pad
-from latent_codec.images.read import EXTENSIONS, FORMATS, read_image
+from latent_codec.images.read import EXTENSIONS, FORMATS, ReadOptions, read_image
 from latent_codec.images.write import to_pil, write_image
 from latent_codec.storage.json_config import from_json, to_json
 
@@ -49,7 +49,7 @@ def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *chu
 
 def pixels_of(source: bytes, **options: object) -> np.ndarray:
     """(h, w, 3) uint8"""
-    return read_image(source, **options).pixels.permute(1, 2, 0).numpy()  # pyright: ignore[reportArgumentType]
+    return read_image(source, ReadOptions(**options)).pixels.permute(1, 2, 0).numpy()  # pyright: ignore[reportArgumentType]
 
 
 # What is refused
@@ -57,7 +57,7 @@ def pixels_of(source: bytes, **options: object) -> np.ndarray:
 
 def refusal(source: Path | bytes, **options: object) -> str:
     with pytest.raises(UserError) as caught:
-        read_image(source, **({"name": "some.img"} | options if isinstance(source, bytes) else options))  # pyright: ignore[reportArgumentType]
+        read_image(source, ReadOptions(**options), name="some.img" if isinstance(source, bytes) else None)  # pyright: ignore[reportArgumentType]
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith(f"{source}: " if isinstance(source, Path) else "some.img: ")
@@ -126,7 +126,7 @@ def test_a_decompression_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch: 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_the_pixel_limit_is_inclusive(image_format: str):
     source = encoded(PilImage.fromarray(random_rgb(8, 9)), image_format)
-    assert read_image(source, max_pixels=72).pixels.shape == (3, 8, 9)
+    assert read_image(source, ReadOptions(max_pixels=72)).pixels.shape == (3, 8, 9)
     assert "limit of 71" in refusal(source, max_pixels=71)
 
 
@@ -161,7 +161,12 @@ def test_integers_beyond_16_bits_are_refused_not_clipped(value: int):
 @pytest.mark.parametrize("background", ["white", "#fff", "#gggggg", "#ffffff "])
 def test_a_background_that_is_no_colour_is_refused(background: str):
     with pytest.raises(UserError, match="#rrggbb"):
-        read_image(encoded(PilImage.new("L", (1, 1)), "PNG"), background=background)
+        ReadOptions(background=background)
+
+
+def test_a_limit_below_one_pixel_is_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        ReadOptions(max_pixels=0)
 
 
 # Sources
@@ -250,7 +255,7 @@ def test_a_palette_of_greys_is_grey():
 def test_alpha_is_composited_in_one_rounding(backdrop: int):
     colour, alpha = np.meshgrid(np.arange(256), np.arange(256))
     pil = PilImage.fromarray(np.stack([colour, alpha], axis=-1).astype(np.uint8), "LA")
-    image = read_image(encoded(pil, "PNG"), background="#" + 3 * f"{backdrop:02x}")
+    image = read_image(encoded(pil, "PNG"), ReadOptions(background="#" + 3 * f"{backdrop:02x}"))
     exact = 2 * (colour * alpha + backdrop * (255 - alpha))  # over 510
     assert np.array_equal(image.pixels[0].numpy(), (exact + 255) // 510)
     assert image.geometry.mode == "L"
@@ -265,7 +270,7 @@ def test_rgba_is_composited_on_the_recorded_background(
     pil = PilImage.fromarray(np.dstack([rgb, alpha]))
     image = read_image(
         encoded(pil, image_format, **options, **({"exact": True} if image_format == "WEBP" else {})),
-        background="#10fF80",
+        ReadOptions(background="#10fF80"),
     )
     share = alpha[..., None] / 255
     expected = np.rint(rgb * share + np.array([0x10, 0xFF, 0x80]) * (1 - share))
@@ -274,7 +279,7 @@ def test_rgba_is_composited_on_the_recorded_background(
 
 
 def test_grey_with_alpha_on_a_coloured_background_is_coloured():
-    image = read_image(encoded(PilImage.new("LA", (1, 1), (90, 0)), "PNG"), background="#010203")
+    image = read_image(encoded(PilImage.new("LA", (1, 1), (90, 0)), "PNG"), ReadOptions(background="#010203"))
     assert image.pixels.flatten().tolist() == [1, 2, 3]
     assert image.geometry.mode == "RGB"
 
@@ -308,7 +313,7 @@ def test_a_palette_with_an_alpha_channel_is_composited():
     ],
 )
 def test_the_one_transparent_colour_of_a_png_becomes_the_background(source: bytes, colours: list[int]):
-    image = read_image(source, background="#070707")
+    image = read_image(source, ReadOptions(background="#070707"))
     assert image.pixels[0, 0].tolist() == colours
     assert image.geometry.background == "#070707"
 
@@ -357,7 +362,7 @@ def test_16_bit_colour_comes_in_8_bits():
 
 
 def test_16_bit_grey_with_alpha_stays_grey():
-    image = read_image(png(1, 1, 16, 4, b"\0" + struct.pack(">2H", 65_535, 32_768)), background="#000000")
+    image = read_image(png(1, 1, 16, 4, b"\0" + struct.pack(">2H", 65_535, 32_768)), ReadOptions(background="#000000"))
     assert image.geometry.mode == "L"
     assert image.pixels.flatten().tolist() == [128, 128, 128]
 

@@ -114,8 +114,8 @@ def check_exportable(config: CodecConfig) -> ConvConfig:
     if config.likelihood.kind != "gaussian":
         raise UserError(
             f"the mean of a {config.likelihood.kind} likelihood is computed from the decoder's output, and "
-            "AutoencoderKL has the output itself; `CodecAutoencoder` of latent_codec.interop.autoencoder_kl.adapter takes "
-            "this model as it is"
+            "AutoencoderKL has the output itself; `CodecAutoencoder` of latent_codec.interop.autoencoder_kl.adapter "
+            "takes this model as it is"
         )
     return backbone
 

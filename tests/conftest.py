@@ -22,6 +22,10 @@ from latent_codec.prior.priors import Priors
 from tests.support.data import WEIGHTS
 from train.context_prior.network import ContextNet, logistic_tables
 
+# Tests run side by side, one process a core (pytest-xdist), so each computes on one thread, and so do its children.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # CI draws the same examples every time; elsewhere new ones are tried. Nothing is timed.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)

@@ -37,11 +37,12 @@ TRAIN_FLOORS = (
 
 LONGEST, MOST_PARAMETERS = 50, 6
 FRAGMENTS = frozenset(
-    (
-        "After Also And Any As At Because Before Both But By During Either For From How If In Into It Its Like Not Of On "
-        "Only Or Out Over Same Since So Such That Their These They Those Though Till To Under Until Up What When Where "
-        "Whether Which While Who Whose Why With Without"
-    ).split()  # noqa: SIM905
+    re.findall(
+        r"\w+",
+        "After Also And Any As At Because Before Both But By During Either For From How If In Into It Its Like Not Of "
+        "On Only Or Out Over Same Since So Such That Their These They Those Though Till To Under Until Up What When "
+        "Where Whether Which While Who Whose Why With Without",
+    )
 )
 """Words that no docstring begins with: its first sentence has a verb that says what is done or what a thing is."""
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from latent_codec.errors import UserError
 from latent_codec.images import sources
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import find_all, find_images
 from tests.conftest import Draw
 
@@ -243,8 +244,10 @@ def test_options_of_reading_reach_the_reader(tmp_path: Path, draw: Draw) -> None
     Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "b.png")
     a, b = find_images(tmp_path)
     with pytest.raises(UserError, match="exceed the limit of 11"):
-        a.read(max_pixels=11)
-    assert torch.equal(b.read(background="#102030").pixels.flatten(), torch.tensor([16, 32, 48], dtype=torch.uint8))
+        a.read(ReadOptions(max_pixels=11))
+    assert torch.equal(
+        b.read(ReadOptions(background="#102030")).pixels.flatten(), torch.tensor([16, 32, 48], dtype=torch.uint8)
+    )
 
 
 def test_several_places_keep_their_names_unless_they_collide(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Turn features into a posterior: a diagonal Gaussian, or none; `latent_codec.model.codebooks` has the quantised ones."""
+"""Turn features into a posterior: a diagonal Gaussian or none; `model/codebooks.py` has the quantised ones."""
 
 from typing import Any, Protocol
 

@@ -2,7 +2,12 @@
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+Overlap = Annotated[int, tyro.conf.arg(aliases=("--lap",))]
+"""Number of pixels; model files call the field `lap`, and so did command lines."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,8 +17,8 @@ class LinearConfig:
     kind: ClassVar[str] = "linear"
     patch: int
     """Pixels per latent element along one side (the downsampling factor)."""
-    lap: int = 0
-    """Pixels that a patch reaches beyond its own on each side, 0 to `patch`."""
+    overlap: Overlap = dataclasses.field(default=0, metadata={"json": "lap"})
+    """Pixels by which each patch extends into its neighbours on every side, 0 to `patch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,8 @@ class LiteConfig:
     """Residual blocks of each resolution, finest first."""
     decoder_widths: tuple[int, ...]
     decoder_depths: tuple[int, ...]
-    lap: int = 0
-    """Pixels that a patch of the linear path reaches beyond its own on each side, 0 to `patch`."""
+    overlap: Overlap = dataclasses.field(default=0, metadata={"json": "lap"})
+    """Pixels by which each patch of the linear path extends into its neighbours on every side, 0 to `patch`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ def to_json(config: Any) -> Any:
     """A config as plain JSON values; a class that has a `kind` carries it.
 
     An integer in a float field becomes that float, so that equal configs give equal JSON (a model's identity). A field
-    with a default is one that older files lack: at its default it is left out, so that their identity stays.
+    with a default is one that older files lack: at its default it is left out, so that their identity stays. A field
+    renamed since its first file keeps its JSON key, `dataclasses.field(metadata={"json": key})`.
     """
     return _to_json(config, Any)
 
@@ -22,7 +23,7 @@ def _to_json(value: Any, hint: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = _type_hints(type(value))
         written = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
-        fields = {f.name: _to_json(getattr(value, f.name), hints[f.name]) for f in written}
+        fields = {_key(f): _to_json(getattr(value, f.name), hints[f.name]) for f in written}
         return _kind(type(value)) | fields
     if isinstance(value, (tuple, list)):
         item = (*typing.get_args(hint), Any)[0]
@@ -30,6 +31,10 @@ def _to_json(value: Any, hint: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *typing.get_args(hint)):
         return float(value)
     return value
+
+
+def _key(field: "dataclasses.Field[Any]") -> str:
+    return field.metadata.get("json", field.name)
 
 
 def _kind(cls: Any) -> dict[str, str]:
@@ -74,16 +79,20 @@ def _dataclass_from_json(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object, found {value!r}")
     kind, hints = _kind(cls), _type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    names = {_key(f): f.name for f in dataclasses.fields(cls)}
+    needed = {_key(f) for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if unknown := sorted(set(value) - {*names, *kind}):
-        raise ValueError(f"{where}: unknown fields {unknown}; this version knows {names}")
+        raise ValueError(f"{where}: unknown fields {unknown}; this version knows {list(names)}")
     if missing := sorted({*needed, *kind} - set(value)):
         raise ValueError(f"{where}: missing fields {missing}")
     if kind and value["kind"] != kind["kind"]:
         raise ValueError(f"{where}: kind {value['kind']!r} is not {kind['kind']!r}")
     return cls(
-        **{name: from_json(hints[name], value[name], where=f"{where}.{name}") for name in names if name in value}
+        **{
+            name: from_json(hints[name], value[key], where=f"{where}.{key}")
+            for key, name in names.items()
+            if key in value
+        }
     )
 
 

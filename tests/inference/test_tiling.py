@@ -62,7 +62,7 @@ CONV = ConvConfig(
 )
 FINITE = {
     "linear": LinearConfig(patch=3),
-    "lapped": LinearConfig(patch=3, lap=2),
+    "overlapping": LinearConfig(patch=3, overlap=2),
     "lite": lite(2, (0, 0), (0, 0)),
     "lite, deeper when fine": lite(2, (1, 0), (1, 0)),
     "lite, deeper when coarse": lite(2, (0, 1), (0, 1)),

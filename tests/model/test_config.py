@@ -182,6 +182,14 @@ def test_a_field_at_its_default_is_left_out_so_that_older_files_keep_their_text(
     assert to_json(BernoulliConfig(pixels="drawn")) == {"kind": "bernoulli", "pixels": "drawn"}
 
 
+def test_the_overlap_keeps_the_json_key_of_the_first_files() -> None:
+    config = LinearConfig(patch=8, overlap=3)
+    assert to_json(config) == {"kind": "linear", "patch": 8, "lap": 3}
+    assert from_json(LinearConfig, to_json(config)) == config
+    with pytest.raises(ValueError, match=r"unknown fields \['overlap'\]; this version knows \['patch', 'lap'\]"):
+        from_json(LinearConfig, {"kind": "linear", "patch": 8, "overlap": 3})
+
+
 @pytest.mark.parametrize("kind", ["transformer", "", None, 3, ["lite"], {"lite": 1}, ...])
 @pytest.mark.parametrize("part", ["backbone", "bottleneck", "likelihood"])
 def test_an_unknown_or_missing_kind_is_an_error_that_names_the_place(part: str, kind: Any) -> None:

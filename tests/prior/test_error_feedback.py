@@ -43,8 +43,8 @@ def zero(net: ContextNet) -> None:
 
 @pytest.fixture
 def linear(codec: Codec) -> Codec:
-    """Patches that lap, so that their errors overlap, with a context prior of zeros."""
-    config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=8, lap=4))
+    """Patches that overlap, so that their errors do, with a context prior of zeros."""
+    config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=8, overlap=4))
     with torch.random.fork_rng():
         torch.manual_seed(3)
         linear = Codec(config).eval()

@@ -33,7 +33,7 @@ def photo() -> TrainConfig:
                 encoder_depths=(1, 2),
                 decoder_widths=(64, 192),
                 decoder_depths=(2, 3),
-                lap=4,
+                overlap=4,
             ),
             bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
             likelihood=GaussianConfig(scale="fixed", sigma=0.08),

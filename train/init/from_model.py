@@ -1,4 +1,4 @@
-"""Beginning with the weights of another model, which may have fewer latent channels or blocks, or shorter laps."""
+"""Beginning with the weights of another model, which may have fewer latent channels or blocks, or less overlap."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -29,9 +29,9 @@ def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> Non
     state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
     more = codec.config.latent_channels - model.config.latent_channels
     if isinstance(backbone, LiteConfig) and isinstance(own, LiteConfig):
-        grow, shallow = own.lap - backbone.lap, backbone
+        grow, shallow = own.overlap - backbone.overlap, backbone
         if grow > 0:
-            backbone = dataclasses.replace(backbone, lap=own.lap)
+            backbone = dataclasses.replace(backbone, overlap=own.overlap)
         if _deeper(backbone, own):
             depths = {"encoder_depths": own.encoder_depths, "decoder_depths": own.decoder_depths}
             backbone = dataclasses.replace(backbone, **depths)
@@ -105,10 +105,10 @@ def _more_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: flo
         both = torch.cat([own, rows.to(old).reshape(parts, more, *old.shape[1:])], 1)
         state[name] = torch.cat([both.flatten(0, 1), rest])
 
-    lap = model.state_dict()["backbone.linear.encoder.weight"].shape[-1] // 2 - p // 2
+    overlap = model.state_dict()["backbone.linear.encoder.weight"].shape[-1] // 2 - p // 2
 
-    def kernels(columns: torch.Tensor) -> torch.Tensor:  # (d, more) -> (more, c, p + 2 lap, p + 2 lap)
-        return pad(columns.T.reshape(more, c, p, p), (lap,) * 4)
+    def kernels(columns: torch.Tensor) -> torch.Tensor:  # (d, more) -> (more, c, p + 2 overlap, p + 2 overlap)
+        return pad(columns.T.reshape(more, c, p, p), (overlap,) * 4)
 
     means = kernels(new.project)
     append("backbone.linear.encoder.weight", torch.stack([means, torch.zeros_like(means)]), parts=2)

@@ -29,8 +29,8 @@ class Recipe:
     prior_share: float = 0.2
     """Of the training time, what the context prior gets."""
     start_from: str = "photo"
-    """A `lite` model (a file or a shipped one's name) to start from. Its networks and likelihood stay, but patches lap
-    as the preset's."""
+    """A `lite` model (a file or a shipped one's name) to start from. Its networks and likelihood stay, but patches
+    overlap as the preset's."""
     objective: Objective = "joint"
     """`joint`: the codec trains as by `photo_joint`, its context prior with it. `elbo`: as by `photo`, for a model
     that has no quantiser yet, or whose channels grow."""
@@ -91,8 +91,8 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
 
 
 def preset_of(codec: CodecConfig, objective: Objective, latent_channels: int | None = None) -> TrainConfig:
-    """The objective's preset with the parts of a `lite` model, lapped as the preset and of as many channels, if it is
-    said; raises `UserError` for another kind."""
+    """Return the objective's preset with the parts of a `lite` model and at least the preset's overlap of patches; with
+    `latent_channels` if given. Raises `UserError` for another kind of model."""
     if not isinstance(codec.backbone, LiteConfig) or codec.bottleneck.kind != "gaussian":
         raise UserError(
             f"the recipe trains lite models with a gaussian posterior, not {codec.backbone.kind} and "
@@ -100,8 +100,8 @@ def preset_of(codec: CodecConfig, objective: Objective, latent_channels: int | N
         )
     base = photo_joint() if objective == "joint" else photo()
     assert isinstance(base.codec.backbone, LiteConfig)
-    lap = min(max(codec.backbone.lap, base.codec.backbone.lap), codec.backbone.patch)
-    backbone = dataclasses.replace(codec.backbone, lap=lap)
+    overlap = min(max(codec.backbone.overlap, base.codec.backbone.overlap), codec.backbone.patch)
+    backbone = dataclasses.replace(codec.backbone, overlap=overlap)
     channels = codec.latent_channels if latent_channels is None else latent_channels
     return dataclasses.replace(base, codec=dataclasses.replace(codec, backbone=backbone, latent_channels=channels))
 

@@ -21,7 +21,7 @@ class PatchMoments(NamedTuple):
 
 
 class LinearBackbone(nn.Module):
-    """Strided convolution in, its transpose out; a latent element sees one patch and `lap` pixels around it.
+    """Strided convolution in, its transpose out; a latent element sees one patch and `overlap` pixels around it.
 
     Both run in the precision of the weights whatever autocast does: strong components are known to a hundredth of
     their range, which bfloat16's 8 bits would drown.
@@ -39,17 +39,17 @@ class LinearBackbone(nn.Module):
         super().__init__()
         if classes:
             raise ValueError(f"linear: principal components have no place for {classes} classes; take another backbone")
-        if not 0 <= config.lap <= config.patch:
-            raise ValueError(f"linear: lap {config.lap} must be from 0 to the patch of {config.patch} pixels")
-        self.factor, self.lap = config.patch, config.lap
-        self.encoder_margin = self.decoder_margin = min(self.lap, 1)
-        side = config.patch + 2 * config.lap
+        if not 0 <= config.overlap <= config.patch:
+            raise ValueError(f"linear: overlap {config.overlap} must be from 0 to the patch of {config.patch} pixels")
+        self.factor, self.overlap = config.patch, config.overlap
+        self.encoder_margin = self.decoder_margin = min(self.overlap, 1)
+        side = config.patch + 2 * config.overlap
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.encoder = nn.Conv2d(
-            image_channels, features_per_latent * latent_channels, side, stride=config.patch, padding=config.lap
+            image_channels, features_per_latent * latent_channels, side, stride=config.patch, padding=config.overlap
         )
         self.decoder = nn.ConvTranspose2d(
-            latent_channels, params_per_channel * image_channels, side, stride=config.patch, padding=config.lap
+            latent_channels, params_per_channel * image_channels, side, stride=config.patch, padding=config.overlap
         )
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,14 +102,14 @@ class LinearBackbone(nn.Module):
         What a patch sees beyond its own pixels weighs nothing yet.
         """
         z, p, c = self.latent_channels, self.factor, self.image_channels
-        own = slice(self.lap, self.lap + p)
-        weight = torch.zeros(self.encoder.weight.shape, dtype=torch.float64)  # (features, c, p + 2 lap, p + 2 lap)
+        own = slice(self.overlap, self.overlap + p)
+        weight = torch.zeros(self.encoder.weight.shape, dtype=torch.float64)  # (features, c, side, side)
         bias = torch.zeros(weight.shape[0], dtype=torch.float64)
         weight[:z, :, own, own] = project.T.reshape(z, c, p, p)
         bias[:z] = -(moments.mean.repeat_interleave(p * p) @ project)
         if weight.shape[0] == 2 * z and logvar is not None:
             bias[z:] = logvar
-        out = torch.zeros(self.decoder.weight.shape, dtype=torch.float64)  # (z, params * c, p + 2 lap, p + 2 lap)
+        out = torch.zeros(self.decoder.weight.shape, dtype=torch.float64)  # (z, params * c, side, side)
         out[:, :c, own, own] = back.T.reshape(z, c, p, p)
         out_bias = torch.zeros(out.shape[1], dtype=torch.float64)
         out_bias[:c] = moments.mean

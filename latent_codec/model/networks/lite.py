@@ -93,7 +93,7 @@ class LiteBackbone(nn.Module):
         self.encoder_margin = _down_margin(config.encoder_depths)
         self.decoder_margin = _up_margin(config.decoder_depths)
         self.linear = LinearBackbone(
-            LinearConfig(patch=config.patch, lap=config.lap),
+            LinearConfig(patch=config.patch, overlap=config.overlap),
             image_channels,
             latent_channels,
             features_per_latent,

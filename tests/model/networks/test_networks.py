@@ -504,8 +504,8 @@ def test_a_linear_latent_sees_exactly_its_patch() -> None:
     assert (gradient[..., 8:12, 12:16] != 0).all()
 
 
-def test_a_lapped_latent_sees_and_makes_pixels_around_its_patch() -> None:
-    network = LinearBackbone(LinearConfig(patch=4, lap=2), 3, 2, 2, 1, 0)
+def test_an_overlapping_latent_sees_and_makes_pixels_around_its_patch() -> None:
+    network = LinearBackbone(LinearConfig(patch=4, overlap=2), 3, 2, 2, 1, 0)
     x = torch.rand((1, 3, 20, 24), generator=seeded(0)).requires_grad_()
     (gradient,) = torch.autograd.grad(network.encode(x)[0, :, 2, 3].sum(), x)
     assert support(gradient) == (6, 13, 10, 17)
@@ -516,21 +516,21 @@ def test_a_lapped_latent_sees_and_makes_pixels_around_its_patch() -> None:
     assert network.encoder_margin == network.decoder_margin == 1
 
 
-def test_laps_weigh_nothing_in_the_closed_form() -> None:
+def test_the_overlap_weighs_nothing_in_the_closed_form() -> None:
     moments = photograph_moments(3, 4)
-    plain, lapped = (LinearBackbone(LinearConfig(patch=4, lap=lap), 3, 6, 2, 1, 0) for lap in (0, 3))
-    for network in (plain, lapped):
+    plain, overlapping = (LinearBackbone(LinearConfig(patch=4, overlap=overlap), 3, 6, 2, 1, 0) for overlap in (0, 3))
+    for network in (plain, overlapping):
         network.start_from_closed_form(moments, 0.1)
     x = torch.rand((2, 3, 12, 16), generator=seeded(2))
-    torch.testing.assert_close(lapped.encode(x), plain.encode(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(overlapping.encode(x), plain.encode(x), rtol=1e-4, atol=1e-4)
     z = plain.encode(x).chunk(2, 1)[0]
-    torch.testing.assert_close(lapped.decode(z), plain.decode(z), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(overlapping.decode(z), plain.decode(z), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("lap", [-1, 5])
-def test_a_lap_beyond_the_next_patch_is_refused(lap: int) -> None:
-    with pytest.raises(ValueError, match=f"lap {lap} must be from 0 to the patch of 4 pixels"):
-        LinearBackbone(LinearConfig(patch=4, lap=lap), 3, 2, 2, 1, 0)
+@pytest.mark.parametrize("overlap", [-1, 5])
+def test_an_overlap_beyond_the_next_patch_is_refused(overlap: int) -> None:
+    with pytest.raises(ValueError, match=f"overlap {overlap} must be from 0 to the patch of 4 pixels"):
+        LinearBackbone(LinearConfig(patch=4, overlap=overlap), 3, 2, 2, 1, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

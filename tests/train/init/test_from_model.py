@@ -48,12 +48,12 @@ def silent(codec: Codec) -> Codec:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"lap": 3},
+        {"overlap": 3},
         {"encoder_depths": (2, 1)},
         {"encoder_depths": (1, 3), "decoder_depths": (3, 2)},
-        {"decoder_depths": (1, 2), "lap": 2},
+        {"decoder_depths": (1, 2), "overlap": 2},
     ],
-    ids=["laps", "a block", "blocks both ways", "both"],
+    ids=["overlap", "a block", "blocks both ways", "both"],
 )
 def test_what_is_new_says_nothing_until_it_is_trained(images: Batches, tmp_path: Path, fields: dict[str, Any]) -> None:
     model = shaken(started(LITE, images))
@@ -73,13 +73,13 @@ def test_what_is_new_says_nothing_until_it_is_trained(images: Batches, tmp_path:
     assert all(p.grad is not None and p.grad.any() for p in grown.parameters())
 
 
-@pytest.mark.parametrize("lap", [0, 3])
+@pytest.mark.parametrize("overlap", [0, 3])
 def test_channels_beside_a_linear_model_are_the_components_that_it_lacks(
-    images: Batches, tmp_path: Path, lap: int
+    images: Batches, tmp_path: Path, overlap: int
 ) -> None:
     """Four more than six are the ten of the closed form, order and signs aside."""
     silent(started(of(LITE, channels=Z), images)).save(tmp_path / "model.safetensors")
-    grown = silent(make(of(LITE, channels=Z + 4, lap=lap)))
+    grown = silent(make(of(LITE, channels=Z + 4, overlap=overlap)))
     start_from_model(grown, str(tmp_path / "model.safetensors"), images.batches(PLAN, 0, STEPS))
     at_once, before = (silent(started(of(LITE, channels=z), images)) for z in (Z + 4, Z))
     assert elbo(grown, images) == pytest.approx(elbo(at_once, images), rel=1e-5)
@@ -92,7 +92,7 @@ def test_channels_beside_a_trained_model_leave_its_own_as_they_were(
 ) -> None:
     """And gain, whatever the networks have come to say; a per-pixel sigma and classes keep their rows."""
     scale = GaussianConfig(scale="per_pixel", sigma=SIGMA)
-    config = dataclasses.replace(of(LITE, channels=Z, lap=2), classes=classes, likelihood=scale)
+    config = dataclasses.replace(of(LITE, channels=Z, overlap=2), classes=classes, likelihood=scale)
     model = shaken(started(config, images))
     model.save(tmp_path / "model.safetensors")
     grown = make(dataclasses.replace(config, latent_channels=Z + 4))
@@ -112,16 +112,16 @@ def test_channels_beside_a_trained_model_leave_its_own_as_they_were(
 
 
 def test_what_does_not_fit_is_refused(images: Batches, tmp_path: Path) -> None:
-    """More channels, blocks or laps in the model, another posterior, other widths."""
+    """More channels, blocks or overlap in the model, another posterior, other widths."""
     plain = dataclasses.replace(LITE, bottleneck=IdentityConfig())
-    large = of(LITE, lap=2, decoder_depths=(1, 2))
+    large = of(LITE, overlap=2, decoder_depths=(1, 2))
     for name, config in (("model", LITE), ("plain", plain), ("large", large)):
         make(config).save(tmp_path / f"{name}.safetensors")
     for config, source in (
         (of(LITE, channels=Z - 1), "model"),
         (of(plain, channels=Z + 1), "plain"),
         (plain, "model"),
-        (of(large, lap=0), "large"),
+        (of(large, overlap=0), "large"),
         (of(large, decoder_depths=(2, 1)), "large"),
         (of(LITE, encoder_widths=(8, 16)), "model"),
     ):

@@ -88,7 +88,7 @@ def test_a_call_cut_by_its_minutes_is_finished_by_the_next(
     assert f"from step 1 to {plan.steps}" in capsys.readouterr().out
     codec, start = Codec.load(tiny.out / "photo.safetensors"), Codec.load(tiny.start_from)
     assert codec.config == preset_of(start.config, "elbo", 6).codec and codec.model_id != start.model_id
-    assert codec.config.backbone == dataclasses.replace(cast(LiteConfig, start.config.backbone), lap=4)
+    assert codec.config.backbone == dataclasses.replace(cast(LiteConfig, start.config.backbone), overlap=4)
     assert codec.priors is not None and codec.priors.context is not None
     pixels = find_images(tiny.val)[0].read().pixels
     assert torch.isfinite(codec.encode(pad(pixels, codec.factor)[None]).mean).all()

@@ -26,8 +26,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from latent_codec.storage.json_config import dumps, to_json
 from train.config.common import flat
-from train.config.diffusion import DiffusionConfig, check_diffusion
-from train.config.diffusion_presets import PRESETS
+from train.config.diffusion import PRESETS, DiffusionConfig, check_diffusion
 from train.data.crops import Draw, Plan
 from train.data.latents import PosteriorCrops
 from train.loop import checkpoints

@@ -1,1 +1,1 @@
-"""Configure training: one frozen dataclass per program, and presets."""
+"""Configure training: one frozen dataclass for each program, and presets."""

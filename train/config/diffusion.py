@@ -1,54 +1,82 @@
-"""Configure the training of a latent diffusion model."""
+"""Configure the training of a latent diffusion model, by presets whose fields the command line overrides."""
 
 import dataclasses
+from collections.abc import Callable
 
 from latent_codec.diffusion.config import TransformerConfig
 from latent_codec.errors import UserError
-from train.config.common import _check_numbers
+from train.config.common import LoopConfig, check_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowConfig:
+    """Configure flow matching: the distribution of times, and classifier-free guidance."""
+
     time_mean: float
-    """Of the normal variable whose logistic function t is, t = 1 being pure noise."""
+    """Mean of the normal variable whose logistic function is the time t; t = 1 is pure noise."""
     time_std: float
+    """Standard deviation of that variable."""
     label_dropout: float
-    """Share of the images that are trained on without their label; guidance needs some."""
+    """Share of the images trained without their label. Classifier-free guidance needs more than 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(LoopConfig):
+    """Configure `train.diffusion`; the learning rate follows half a cosine to 0 after its warm-up."""
+
     transformer: TransformerConfig
     objective: FlowConfig
     flip: bool
-    """Take the mirrored image's latents half of the time; the latents need to have them (`encode --flips`)."""
-    steps: int
-    """Optimizer steps in all; the cosine learning rate ends here."""
-    batch_size: int
-    """Images per optimizer step, over all processes and micro-batches."""
-    accumulation: int
-    """Micro-batches per optimizer step on each process."""
-    learning_rate: float
-    lr_warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float | None
-    ema_decay: float
-    """Decay of the averaged weights, which are what is evaluated and sampled from; 0 keeps the raw weights."""
-    compile: bool
-    seed: int
-    log_every: int
-    eval_every: int
-    save_every: int
-    keep_checkpoints: int
-    max_skipped: int
-    """Non-finite steps in a row after which the run stops."""
+    """Train on the latents of mirrored images half of the time. They must be stored (`encode --flips`)."""
 
 
 def check_diffusion(config: DiffusionConfig) -> None:
-    """As `check`."""
-    _check_numbers(config)
+    """Raise `UserError` for values that would only fail, or fail to resume, later."""
+    check_numbers(config)
     if not 0 <= config.objective.label_dropout <= 1 or config.objective.time_std < 0:
         raise UserError(
             f"label_dropout {config.objective.label_dropout} must be from 0 to 1, and time_std "
             f"{config.objective.time_std} not negative"
         )
+
+
+def photo() -> DiffusionConfig:
+    """Latents of 256x256 photographs by the shipped codec: 32x32 positions, tokens of 2x2, DiT-S; needs a GPU."""
+    return DiffusionConfig(
+        transformer=TransformerConfig(size=32, patch=2, depth=12, heads=6, head_width=64),
+        objective=FlowConfig(time_mean=0.0, time_std=1.0, label_dropout=0.1),
+        flip=False,
+        steps=100_000,
+        batch_size=256,
+        accumulation=1,
+        learning_rate=2e-4,
+        lr_warmup_steps=1_000,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        ema_decay=0.9995,
+        compile=False,
+        seed=0,
+        log_every=100,
+        eval_every=5_000,
+        save_every=1_000,
+        keep_checkpoints=2,
+        max_skipped=25,
+    )
+
+
+def mnist() -> DiffusionConfig:
+    """Latents of MNIST: 8x8 positions, tokens of 2x2; takes minutes on two CPU cores."""
+    return dataclasses.replace(
+        photo(),
+        transformer=TransformerConfig(size=8, patch=2, depth=6, heads=4, head_width=32),
+        steps=2_000,
+        batch_size=128,
+        learning_rate=1e-3,
+        lr_warmup_steps=100,
+        ema_decay=0.998,
+        eval_every=1_000,
+        save_every=500,
+    )
+
+
+PRESETS: dict[str, Callable[[], DiffusionConfig]] = {"photo": photo, "mnist": mnist}

@@ -436,7 +436,7 @@ def test_what_a_prior_cannot_start_from_is_refused(straight: Path, model: Path, 
         ({"prior_levels": (7,)}, "levels"),
         ({"prior_width": 113}, "prior_width"),
         ({"prior_learning_rate": 0.0}, "prior_learning_rate"),
-        ({"lpips_weight": -1.0}, "lpips_weight is -1.0; it must not be negative"),
+        ({"lpips_weight": -1.0}, "lpips_weight is -1.0; it must be at least 0"),
     ],
 )
 def test_wrong_values_are_refused(fields: dict[str, object], message: str) -> None:

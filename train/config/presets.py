@@ -1,7 +1,7 @@
-"""Whole configurations by name. The command line overrides single fields."""
+"""Define the named configurations of `train.vae`; the command line overrides single fields."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 
 from latent_codec.model.config import (
     BernoulliConfig,
@@ -19,35 +19,41 @@ from latent_codec.model.config import (
 )
 from train.config.vae import AdversarialConfig, CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
+_PHOTO_CODEC = CodecConfig(
+    image_channels=3,
+    latent_channels=32,
+    backbone=LiteConfig(
+        patch=8,
+        stem=4,
+        encoder_widths=(64, 192),
+        encoder_depths=(1, 2),
+        decoder_widths=(64, 192),
+        decoder_depths=(2, 3),
+        overlap=4,
+    ),
+    bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+    likelihood=GaussianConfig(scale="fixed", sigma=0.08),
+)
+_PHOTO_OBJECTIVE = ELBOConfig(
+    beta=1.0,
+    warmup="none",
+    warmup_steps=0,
+    free_bits=0.0,
+    mode_weight=1.0,
+    mode_steps=(0.25, 6.0),
+    lpips_weight=0.0,
+    lpips_net="alex",
+)
+_PATCH_4 = LiteConfig(
+    patch=4, stem=4, encoder_widths=(64,), encoder_depths=(2,), decoder_widths=(64,), decoder_depths=(3,)
+)
+
 
 def photo() -> TrainConfig:
     """The shipped codec's kind: lite, f8, 32 channels, a fixed rate-distortion trade-off, closed-form start."""
     return TrainConfig(
-        codec=CodecConfig(
-            image_channels=3,
-            latent_channels=32,
-            backbone=LiteConfig(
-                patch=8,
-                stem=4,
-                encoder_widths=(64, 192),
-                encoder_depths=(1, 2),
-                decoder_widths=(64, 192),
-                decoder_depths=(2, 3),
-                overlap=4,
-            ),
-            bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-            likelihood=GaussianConfig(scale="fixed", sigma=0.08),
-        ),
-        objective=ELBOConfig(
-            beta=1.0,
-            warmup="none",
-            warmup_steps=0,
-            free_bits=0.0,
-            mode_weight=1.0,
-            mode_steps=(0.25, 6.0),
-            lpips_weight=0.0,
-            lpips_net="alex",
-        ),
+        codec=_PHOTO_CODEC,
+        objective=_PHOTO_OBJECTIVE,
         closed_form=True,
         closed_form_crops=16_384,
         mean_start=False,
@@ -76,8 +82,7 @@ def photo() -> TrainConfig:
 
 
 def photo_joint() -> TrainConfig:
-    """The shipped codec's last phase: the encoder learns what the context prior charges, at all rates at once."""
-    base = photo()
+    """The shipped codec's last phase: trained jointly with its context prior, at all rates at once."""
     objective = JointConfig(
         noise_steps=(0.35, 4.0),
         mode_weight=1.0,
@@ -86,39 +91,32 @@ def photo_joint() -> TrainConfig:
         prior_width=96,
         prior_learning_rate=5e-4,
     )
-    return dataclasses.replace(base, objective=objective, closed_form=False, learning_rate=1e-4)
+    return replace(photo(), objective=objective, closed_form=False, learning_rate=1e-4)
 
 
 def pca() -> TrainConfig:
-    """Principal components of 8x8 patches, from their moments alone: the floor that any VAE must beat."""
-    base = photo()
-    # Noise of half a grey level: no shrinkage to speak of, and every component is kept.
+    """Principal components of 8x8 patches, computed from their moments alone: a lower bound for any VAE."""
+    # Noise of half a grey level shrinks components by next to nothing and keeps all of them.
     likelihood = GaussianConfig(scale="fixed", sigma=1 / 255)
-    codec = dataclasses.replace(base.codec, backbone=LinearConfig(patch=8), likelihood=likelihood)
-    return dataclasses.replace(base, codec=codec, closed_form_crops=None, steps=0)
+    codec = replace(_PHOTO_CODEC, backbone=LinearConfig(patch=8), likelihood=likelihood)
+    return replace(photo(), codec=codec, closed_form_crops=None, steps=0)
 
 
 def conv() -> TrainConfig:
-    """A small AutoencoderKL (f8, 4 channels) with LPIPS, from random weights: KL warm-up."""
-    base = photo()
-    codec = dataclasses.replace(
-        base.codec,
-        latent_channels=4,
-        backbone=ConvConfig(
-            widths=(64, 128, 256, 256),
-            layers_per_block=2,
-            groups=32,
-            mid_attention=True,
-            quant_conv=True,
-            post_quant_conv=True,
-        ),
-        likelihood=GaussianConfig(scale="fixed", sigma=0.2),
+    """A small AutoencoderKL (f8, 4 channels) with LPIPS and KL warm-up, from random weights."""
+    backbone = ConvConfig(
+        widths=(64, 128, 256, 256),
+        layers_per_block=2,
+        groups=32,
+        mid_attention=True,
+        quant_conv=True,
+        post_quant_conv=True,
     )
-    objective = dataclasses.replace(base.objective, warmup="linear", warmup_steps=5_000, lpips_weight=5.0)
-    return dataclasses.replace(
-        base,
-        codec=codec,
-        objective=objective,
+    likelihood = GaussianConfig(scale="fixed", sigma=0.2)
+    return replace(
+        photo(),
+        codec=replace(_PHOTO_CODEC, latent_channels=4, backbone=backbone, likelihood=likelihood),
+        objective=replace(_PHOTO_OBJECTIVE, warmup="linear", warmup_steps=5_000, lpips_weight=5.0),
         closed_form=False,
         steps=100_000,
         batch_size=32,
@@ -129,18 +127,16 @@ def conv() -> TrainConfig:
 
 
 def kl_f8c4() -> TrainConfig:
-    """An AutoencoderKL of half the usual width (f8, 4 channels) for latent diffusion: LPIPS and an adversary.
+    """An AutoencoderKL of half the usual width (f8, 4 channels) for latent diffusion: LPIPS and adversarial loss.
 
-    The trade-off of latent diffusion's own (Rombach et al. 2022, appendix G), there an L1 of 1 nat for each value of
-    each pixel, LPIPS once for each of the three values, and 1e-6 of the KL: a Gaussian of sigma 1/4 pulls as hard as
-    that L1 where the error is 1/16, which is what such a model ends at.
+    It keeps the trade-off of latent diffusion (Rombach et al. 2022, appendix G): there, an L1 of 1 nat per value,
+    LPIPS once for each of a pixel's three values, and 1e-6 of the KL. A Gaussian of sigma 1/4 has the same gradient as
+    that L1 at an error of 1/16, which is where such a model ends.
     """
     base = conv()
-    objective = dataclasses.replace(
-        base.objective,
+    objective = replace(
+        _PHOTO_OBJECTIVE,
         beta=1e-6,
-        warmup="none",
-        warmup_steps=0,
         mode_weight=0.0,  # at this beta the posterior is so narrow that a sample is the mode
         mode_steps=None,
         lpips_weight=3.0,
@@ -153,30 +149,70 @@ def kl_f8c4() -> TrainConfig:
             discriminator_layers=3,
         ),
     )
-    codec = dataclasses.replace(base.codec, likelihood=GaussianConfig(scale="fixed", sigma=0.25))
-    return dataclasses.replace(base, codec=codec, objective=objective, steps=24_000)
+    codec = replace(base.codec, likelihood=GaussianConfig(scale="fixed", sigma=0.25))
+    return replace(base, codec=codec, objective=objective, steps=24_000)
 
 
 def kl_f8c16() -> TrainConfig:
-    """The same with 16 latent channels."""
+    """The AutoencoderKL of `kl_f8c4` with 16 latent channels."""
     base = kl_f8c4()
-    return dataclasses.replace(base, codec=dataclasses.replace(base.codec, latent_channels=16))
+    return replace(base, codec=replace(base.codec, latent_channels=16))
+
+
+def autoencoder() -> TrainConfig:
+    """A deterministic autoencoder of the shipped codec's shape: no posterior, no rate."""
+    codec = replace(_PHOTO_CODEC, bottleneck=IdentityConfig())
+    return replace(photo(), codec=codec, objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0))
+
+
+def vqvae() -> TrainConfig:
+    """A VQ-VAE: one of 512 codes for each 4x4 pixels, trained by running averages; unused codes are replaced."""
+    bottleneck = VectorQuantizerConfig(codes=512)
+    codebook = CodebookConfig(commitment=20.0, codebook="ema", codebook_decay=0.99, revive_below=0.25, revive_every=50)
+    return replace(
+        photo(),
+        codec=replace(_PHOTO_CODEC, latent_channels=16, backbone=_PATCH_4, bottleneck=bottleneck),
+        objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0, codebook=codebook),
+        batch_size=16,
+        crop=64,
+    )
+
+
+def fsq() -> TrainConfig:
+    """Finite scalar quantisation: one of 8 x 5 x 5 x 5 codes for each 4x4 pixels, without a codebook to train."""
+    base = vqvae()
+    codec = replace(base.codec, latent_channels=4, bottleneck=FiniteScalarConfig(levels=(8, 5, 5, 5)))
+    return replace(base, codec=codec, objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0))
+
+
+def logistic() -> TrainConfig:
+    """A discretised logistic likelihood, for bits/dim of 32x32 crops; --components makes it a mixture."""
+    backbone = replace(_PATCH_4, decoder_depths=(2,))
+    likelihood = DiscretizedLogisticConfig(components=1)
+    return replace(
+        photo(),
+        codec=replace(_PHOTO_CODEC, latent_channels=16, backbone=backbone, likelihood=likelihood),
+        objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0, warmup="linear", warmup_steps=500),
+        closed_form=False,
+        batch_size=16,
+        crop=32,
+        eval_crop=32,
+    )
 
 
 def mnist_vae() -> TrainConfig:
-    """The MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli); 3,280 passes over MNIST's 60,000 images."""
-    base = photo()
+    """The MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli); 3,280 epochs of MNIST's 60,000 images."""
     codec = CodecConfig(
         image_channels=1,
         latent_channels=50,
         backbone=MLPConfig(side=28, encoder_widths=(200, 200), decoder_widths=(200, 200), activation="tanh"),
-        bottleneck=base.codec.bottleneck,
+        bottleneck=_PHOTO_CODEC.bottleneck,
         likelihood=BernoulliConfig(pixels="drawn"),
     )
-    return dataclasses.replace(
-        base,
+    return replace(
+        photo(),
         codec=codec,
-        objective=dataclasses.replace(base.objective, mode_weight=0.0, mode_steps=None),
+        objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0, mode_steps=None),
         closed_form=False,
         mean_start=True,
         steps=3_280 * 3_000,
@@ -198,19 +234,17 @@ def mnist_vae() -> TrainConfig:
 
 
 def mnist_iwae() -> TrainConfig:
-    """The same network trained with the importance-weighted bound of 50 samples (Burda et al. 2016)."""
-    return dataclasses.replace(mnist_vae(), objective=IWAEConfig(samples=50))
+    """The network of `mnist_vae` trained with the importance-weighted bound of 50 samples (Burda et al. 2016)."""
+    return replace(mnist_vae(), objective=IWAEConfig(samples=50))
 
 
 def mnist_cvae() -> TrainConfig:
-    """An MLP VAE told which digit it sees; few latents, so that draws from the prior are good digits. 10 passes."""
-    base = mnist_vae()
-    widths = (500, 500)
+    """An MLP VAE conditioned on the digit, with 4 latent channels so that prior samples look good; 10 epochs."""
+    base, widths = mnist_vae(), (500, 500)
     backbone = MLPConfig(side=28, encoder_widths=widths, decoder_widths=widths, activation="relu")
-    codec = dataclasses.replace(base.codec, latent_channels=4, backbone=backbone, classes=tuple("0123456789"))
-    return dataclasses.replace(
+    return replace(
         base,
-        codec=codec,
+        codec=replace(base.codec, latent_channels=4, backbone=backbone, classes=tuple("0123456789")),
         steps=6_000,
         batch_size=100,
         learning_rate=2e-3,
@@ -218,63 +252,6 @@ def mnist_cvae() -> TrainConfig:
         log_every=500,
         eval_every=3_000,
         save_every=1_000,
-    )
-
-
-def autoencoder() -> TrainConfig:
-    """A deterministic autoencoder of the shipped codec's shape: no posterior, no rate."""
-    base = photo()
-    codec = dataclasses.replace(base.codec, bottleneck=IdentityConfig())
-    return dataclasses.replace(base, codec=codec, objective=dataclasses.replace(base.objective, mode_weight=0.0))
-
-
-def vqvae() -> TrainConfig:
-    """A VQ-VAE: one of 512 codes for each 4x4 pixels, averaged, the dead ones revived."""
-    base = photo()
-    codec = dataclasses.replace(
-        base.codec,
-        latent_channels=16,
-        backbone=LiteConfig(
-            patch=4,
-            stem=4,
-            encoder_widths=(64,),
-            encoder_depths=(2,),
-            decoder_widths=(64,),
-            decoder_depths=(3,),
-        ),
-        bottleneck=VectorQuantizerConfig(codes=512),
-    )
-    codebook = CodebookConfig(commitment=20.0, codebook="ema", codebook_decay=0.99, revive_below=0.25, revive_every=50)
-    objective = dataclasses.replace(base.objective, mode_weight=0.0, codebook=codebook)
-    return dataclasses.replace(base, codec=codec, objective=objective, batch_size=16, crop=64)
-
-
-def fsq() -> TrainConfig:
-    """Finite scalar quantisation: one of 8 x 5 x 5 x 5 codes for each 4x4 pixels, nothing to train in them."""
-    base = vqvae()
-    codec = dataclasses.replace(base.codec, latent_channels=4, bottleneck=FiniteScalarConfig(levels=(8, 5, 5, 5)))
-    return dataclasses.replace(base, codec=codec, objective=dataclasses.replace(base.objective, codebook=None))
-
-
-def logistic() -> TrainConfig:
-    """Probabilities of whole pixel values, for bits/dim of 32x32 crops: logistics, one or (--components) several."""
-    base = photo()
-    codec = dataclasses.replace(
-        base.codec,
-        latent_channels=16,
-        backbone=LiteConfig(
-            patch=4,
-            stem=4,
-            encoder_widths=(64,),
-            encoder_depths=(2,),
-            decoder_widths=(64,),
-            decoder_depths=(2,),
-        ),
-        likelihood=DiscretizedLogisticConfig(components=1),
-    )
-    objective = dataclasses.replace(base.objective, mode_weight=0.0, warmup="linear", warmup_steps=500)
-    return dataclasses.replace(
-        base, codec=codec, objective=objective, closed_form=False, batch_size=16, crop=32, eval_crop=32
     )
 
 

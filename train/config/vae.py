@@ -217,7 +217,7 @@ def _check_bottleneck(objective: ELBOConfig, kind: str) -> None:
     if kind != "gaussian":
         for name, off in (("warmup", "none"), ("free_bits", 0.0), ("mode_weight", 0.0)):
             if (value := getattr(objective, name)) != off:
-                raise UserError(f"{name} is {value}, which applies to a gaussian posterior, not {kind}; set it to {off}")
+                raise UserError(f"{name} is {value}, which needs a gaussian posterior, not {kind}; set it to {off}")
     if codebook is not None:
         check_least(codebook, 0, "commitment", "revive_below")
         check_least(codebook, 1, "revive_every")

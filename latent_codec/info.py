@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from latent_codec.bitstream import container
-from latent_codec.bitstream.container import SUFFIX, Header, Stream
+from latent_codec.bitstream.container import SUFFIX, Stream, StreamHeader
 from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_lc import find_streams
@@ -121,7 +121,7 @@ def _describe_streams(folder: Path, sources: list[Source], model: str | None) ->
     )
 
 
-def _model_of(header: Header, model: str | None) -> tuple[Codec | None, str]:
+def _model_of(header: StreamHeader, model: str | None) -> tuple[Codec | None, str]:
     """The model that is called so, or a shipped one, if a stream is its, and what to say."""
     text, names = f"stream id {header.stream_id.hex()}", shipped() if model is None else [model]
     for name in names:

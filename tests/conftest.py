@@ -75,7 +75,7 @@ def _tiny_codec() -> Codec:
 @functools.cache
 def _tiny_priors() -> Priors:
     """Of latents with standard deviations of 1 to 10 steps; a context network with random weights."""
-    base = np.array([0.25, 0.125, 0.1, 0.2], np.float32)
+    channel_steps = np.array([0.25, 0.125, 0.1, 0.2], np.float32)
     spread = torch.tensor([2.0, 0.5, 0.1, 0.5])[:, None]
     statistics = LatentStatistics(
         source="made up", images=1, mean=(0.0,) * 4, std=(2.0, 0.5, 0.1, 0.5), posterior_std=(1.0,) * 4
@@ -83,10 +83,10 @@ def _tiny_priors() -> Priors:
     means = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)) * spread
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        context = ContextNet(ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,)), base, statistics).freeze(
-            logistic_tables()
-        )
-    return Priors(base, factorized.fit(means, base), context)
+        context = ContextNet(
+            ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,)), channel_steps, statistics
+        ).freeze(logistic_tables())
+    return Priors(channel_steps, factorized.fit(means, channel_steps), context)
 
 
 @pytest.fixture

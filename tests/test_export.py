@@ -17,7 +17,7 @@ from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior.quantizer import base_steps, step_code
+from latent_codec.prior.quantizer import channel_steps_from_std, step_code
 from tests.conftest import Draw
 from tests.support.plain_integers import quantize
 
@@ -201,11 +201,11 @@ def test_the_quantiser_follows_the_posterior_and_the_prior_knows_what_it_was_mea
     calibrate(codec, find_images(photos), "five", quiet=True)
     statistics, priors = codec.statistics, codec.priors
     assert statistics is not None and priors is not None and priors.context is None
-    assert np.allclose(priors.base, np.sqrt(12) * np.array(statistics.posterior_std))
+    assert np.allclose(priors.channel_steps, np.sqrt(12) * np.array(statistics.posterior_std))
     step = step_code(0.25)
     for source in find_images(photos):
         mean = codec.encode(pad(source.read().pixels, 8)[None]).mean[0]
-        quantized = quantize(mean, priors.base, step, None)
+        quantized = quantize(mean, priors.channel_steps, step, None)
         tables = priors.factorized.select(step, quantized.values.shape)
         _, escaped = priors.factorized.tables.symbols(quantized.values.reshape(-1), tables)
         assert not escaped.any()
@@ -213,7 +213,7 @@ def test_the_quantiser_follows_the_posterior_and_the_prior_knows_what_it_was_mea
 
 def test_a_model_with_hardly_any_noise_gets_steps_that_its_latents_fit() -> None:
     std, posterior_std = np.array([5.0, 5.0]), np.array([1e-6, 1.0])
-    assert np.allclose(base_steps(std, posterior_std), np.sqrt(12) * np.array([5 / 1024, 1.0]))
+    assert np.allclose(channel_steps_from_std(std, posterior_std), np.sqrt(12) * np.array([5 / 1024, 1.0]))
 
 
 def test_measuring_anew_drops_a_context_prior_and_says_so(

@@ -94,7 +94,7 @@ def train(run: Run) -> int:
         raise UserError(f"crop is {config.crop}; with levels {levels} it must be a multiple of {spacing}")
     context = ContextConfig(groups=groups, width=config.width, centred=True, levels=levels)
     feedback = _measure_feedback(codec, crops, config, accelerator)
-    net = make_net(context, codec.priors.base, codec.statistics, run.start_from)
+    net = make_net(context, codec.priors.channel_steps, codec.statistics, run.start_from)
     net.round_by(feedback)
     net = net.to(accelerator.device)
     net.freeze(logistic_tables())  # what cannot be frozen is not worth training
@@ -148,17 +148,17 @@ def train(run: Run) -> int:
 
 
 def make_net(
-    context: ContextConfig, base: np.ndarray, statistics: LatentStatistics, start_from: Path | None
+    context: ContextConfig, channel_steps: np.ndarray, statistics: LatentStatistics, start_from: Path | None
 ) -> ContextNet:
     """A context prior with random weights, or those of `start_from`; raises `UserError` if that has none that fit."""
     if start_from is None:
-        return ContextNet(context, base, statistics)
+        return ContextNet(context, channel_steps, statistics)
     try:
         if not start_from.is_dir():
             priors = Codec.load(start_from).priors
             if priors is None or priors.context is None:
                 raise UserError(f"--start-from {start_from}: a model without a context prior")
-            net = ContextNet(context, base, statistics, priors.context.order)
+            net = ContextNet(context, channel_steps, statistics, priors.context.order)
             net.thaw(priors.context)
             return net
         files = sorted(start_from.glob("checkpoints/step-*/prior_ema.safetensors"))
@@ -166,7 +166,7 @@ def make_net(
             raise UserError(f"--start-from {start_from}: no checkpoint with a prior, as runs of a joint objective have")
         tensors = load_file(files[-1])
         order = tensors.pop("channels").numpy()
-        net = ContextNet(context, base, statistics, order)
+        net = ContextNet(context, channel_steps, statistics, order)
         tensor_files.check_state(net.state_dict(), tensors, str(files[-1]))
         net.load_state_dict(tensors)
     except ValueError as error:
@@ -182,7 +182,7 @@ def _measure_feedback(
     if config.feedback and accelerator.is_main_process:
         assert codec.priors is not None
         (places,) = (batch.means for batch in crops.batches(PLACES, PLACES, config.seed + 2))
-        found = [measure(codec, places, codec.priors.base)]
+        found = [measure(codec, places, codec.priors.channel_steps)]
     broadcast_object_list(found)
     return found[0]
 

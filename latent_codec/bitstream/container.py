@@ -10,10 +10,10 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.model.config import CodecConfig
-from latent_codec.prior.passes import Settings
+from latent_codec.prior.passes import PayloadSettings
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import MIN_STEP, STEP_ONE
-from latent_codec.prior.tables import LEAST_BITS
+from latent_codec.prior.tables import MIN_SYMBOL_BITS
 
 SUFFIX = ".lc"
 VERSIONS = (1, 2, 3)
@@ -29,7 +29,7 @@ _GREY, _BACKGROUND, _DITHER, _CONTEXT = 1, 2, 4, 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Header:
+class StreamHeader:
     """What a stream says of itself."""
 
     version: int
@@ -45,7 +45,7 @@ class Header:
 
 
 class Stream(NamedTuple):
-    header: Header
+    header: StreamHeader
     payload: bytes
 
 
@@ -114,7 +114,7 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
         )
     except ValueError as error:
         raise UserError(f"damaged: {error}") from error
-    header = Header(
+    header = StreamHeader(
         version=version,
         stream_id=stream_id,
         geometry=geometry,
@@ -146,19 +146,19 @@ def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
         return data + file.read(min(left, promised + _CHECKSUM.size + 1))
 
 
-def settings(stream: Stream, config: CodecConfig, factor: int) -> Settings:
+def settings(stream: Stream, config: CodecConfig, factor: int) -> PayloadSettings:
     """What decoding the payload takes, for a model with latents at 1/`factor` of each side.
 
-    Raises `UserError` if the payload cannot hold that many integers: each costs at least `LEAST_BITS`. So it does if a
-    codebook's indices are said to be anything but plain.
+    Raises `UserError` if the payload cannot hold that many integers: each costs at least `MIN_SYMBOL_BITS`. So it does
+    if a codebook's indices are said to be anything but plain.
     """
     header, geometry = stream.header, stream.header.geometry
     if config.codes is not None and (header.step, header.seed) != (STEP_ONE, None):
         raise UserError("damaged: its header gives a codebook's indices a step or dither")
     shape = (config.coded_channels, -(-geometry.height // factor), -(-geometry.width // factor))
     latents = shape[0] * shape[1] * shape[2]
-    if latents * LEAST_BITS > 8 * len(stream.payload):
+    if latents * MIN_SYMBOL_BITS > 8 * len(stream.payload):
         raise UserError(
             f"damaged: {len(stream.payload)} bytes of coded data cannot hold {geometry.width}x{geometry.height} pixels"
         )
-    return Settings(shape, header.step, header.seed)
+    return PayloadSettings(shape, header.step, header.seed)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from latent_codec.bitstream.stream_codec import Coded, StreamCodec
+from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, as_shown, crop
 from latent_codec.inference.tiling import decode_uint8
@@ -60,7 +60,7 @@ Scale = Callable[[int], Scaled]
 
 def choose(
     codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, rate: Rate, tile: int | None
-) -> Coded:
+) -> CompressedImage:
     """One image's stream as `rate` asks, from what is coded at each step and its pixels (3, height, width) uint8.
 
     Bits per pixel and bytes are those of the whole file, header included; no file found exceeds them. The search is
@@ -83,9 +83,11 @@ def choose(
     return _finest_of_size(codec, scale, geometry, min(limits), first, finest)
 
 
-def _finest_of_size(codec: StreamCodec, scale: Scale, geometry: Geometry, limit: int, first: int, finest: int) -> Coded:
+def _finest_of_size(
+    codec: StreamCodec, scale: Scale, geometry: Geometry, limit: int, first: int, finest: int
+) -> CompressedImage:
     """The finest step, `finest` at most, whose file has up to `limit` bytes; `first` is where the search begins."""
-    best: Coded | None = None
+    best: CompressedImage | None = None
     smallest = math.inf
 
     def excess(step: int) -> float:

@@ -14,7 +14,7 @@ import torch
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.inference.runner import Networks
-from latent_codec.prior.passes import neighbours
+from latent_codec.prior.passes import neighbour_bits
 from latent_codec.prior.quantizer import LIMIT, STEP_ONE, Scaled
 
 USUAL_ROUNDS = 3
@@ -62,9 +62,9 @@ class Refiner:
         coding = self.coder.code(scaled)
         weight = (STEP_ONE / scaled.step) ** 2
         nll, gradient = self.networks.nll_gradient(self.coder.dequantize(coding.quantized), pixels)
-        size = self.coder.base.astype(np.float64) * (scaled.step / STEP_ONE)
+        size = self.coder.channel_steps.astype(np.float64) * (scaled.step / STEP_ONE)
         slope = weight * gradient.double().numpy() * size[:, None, None]
-        bits, lower, higher = neighbours(self.coder.prior, coding)
+        bits, lower, higher = neighbour_bits(self.coder.prior, coding)
         return weight * nll + math.log(2) * float(bits.sum()), _with_rate(
             slope, *(math.log(2) * (other - bits) for other in (lower, higher))
         )

@@ -7,18 +7,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from latent_codec.bitstream.container import Header, Stream, pack, settings
+from latent_codec.bitstream.container import Stream, StreamHeader, pack, settings
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec, right_model
 from latent_codec.noise import fold, text_key
-from latent_codec.prior.passes import Coding, Prior, decode, encode, ideal_bits, quantize
+from latent_codec.prior.passes import Prior, QuantizedPasses, decode, encode, ideal_bits, quantize
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import STEP_ONE, Quantized, Scaled, dequantize, scale
 from latent_codec.prior.rans import Coder
 
 
-class Coded(NamedTuple):
+class CompressedImage(NamedTuple):
     """One image's stream and what it was to cost."""
 
     data: bytes
@@ -41,7 +41,7 @@ class StreamCodec:
             self.prior: Prior = codec.priors.choose(prior)
         except KeyError as error:
             raise UserError(f"the model has no {prior} prior; fit one with train.prior") from error
-        self.codec, self.device, self.base = codec, device, codec.priors.base
+        self.codec, self.device, self.channel_steps = codec, device, codec.priors.channel_steps
         self.feedback = codec.priors.feedback if self.prior.kind == "context" else None  # what it rounds by
         self.stream_id = codec.priors.stream_id(codec.model_id, self.prior.kind)
         self._coder = Coder(self.prior.tables)
@@ -52,7 +52,7 @@ class StreamCodec:
         A codebook's indices are integers as they are: `step` must be `STEP_ONE`, and nothing is dithered.
         """
         if self.codec.config.codes is None:
-            return scale(coded, self.base, step, seed)
+            return scale(coded, self.channel_steps, step, seed)
         assert step == STEP_ONE and seed is None
         if bool((coded < 0).any()):
             raise UserError("the model's latents are not finite; try --dtype float32")
@@ -62,26 +62,26 @@ class StreamCodec:
         """The integers that `compress` codes."""
         return self.code(image).quantized
 
-    def code(self, image: Scaled) -> Coding:
+    def code(self, image: Scaled) -> QuantizedPasses:
         """The integers, and what they are coded under."""
         return quantize(self.prior, [image], self.device, self.feedback)[0]
 
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         """Latents (z, h, w) float32, as a decoder reads them, on the CPU."""
         if self.codec.config.codes is None:
-            return dequantize(quantized, self.base)
+            return dequantize(quantized, self.channel_steps)
         indices = torch.from_numpy(quantized.values.astype(np.int64))  # (1, h, w)
         with torch.no_grad():
             return self.codec.bottleneck.look_up(indices)[0]
 
-    def compress(self, images: Sequence[tuple[Scaled, Geometry]]) -> list[Coded]:
+    def compress(self, images: Sequence[tuple[Scaled, Geometry]]) -> list[CompressedImage]:
         """A file for each image; all of one shape."""
         codings = quantize(self.prior, [image for image, _ in images], self.device, self.feedback)
         return [self._file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
 
-    def _file(self, coding: Coding, geometry: Geometry) -> Coded:
+    def _file(self, coding: QuantizedPasses, geometry: Geometry) -> CompressedImage:
         quantized, passes = coding
-        header = Header(
+        header = StreamHeader(
             version=self.prior.version,
             stream_id=self.stream_id,
             geometry=geometry,
@@ -90,7 +90,7 @@ class StreamCodec:
             seed=quantized.seed,
         )
         data = pack(Stream(header, encode(self._coder, passes)))
-        return Coded(data, ideal_bits(self.prior, passes), quantized)
+        return CompressedImage(data, ideal_bits(self.prior, passes), quantized)
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Latents (z, h, w) float32 of streams whose latents have one shape, or what is wrong with a stream."""

@@ -12,7 +12,7 @@ import torch
 from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.rate_control import Rate, choose
 from latent_codec.bitstream.refinement import Refiner
-from latent_codec.bitstream.stream_codec import Coded, StreamCodec, dither_seed
+from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, dither_seed
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
@@ -103,7 +103,7 @@ def encode_streams(
                 yield [_Encoded(*one) for one in fitting(encode, batch, math.prod(batch[0].shape))]
 
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
-        def code(batch: list[_Encoded]) -> list[tuple[Input[Image], Coded | UserError]]:
+        def code(batch: list[_Encoded]) -> list[tuple[Input[Image], CompressedImage | UserError]]:
             with work.summary.timing("coding"):
                 return list(_coded(refiner, batch, rate, sample, compute.tile, fitting_coder))
 
@@ -141,7 +141,7 @@ class _Encoded(NamedTuple):
 
 def _coded(
     refiner: Refiner, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int | None, fitting: Halving
-) -> Iterator[tuple[Input[Image], Coded | UserError]]:
+) -> Iterator[tuple[Input[Image], CompressedImage | UserError]]:
     """Streams of images of one shape: together where all take one step, else one by one."""
     coder = refiner.coder
     scaled: list[tuple[Input[Image], Scaled]] = []
@@ -170,7 +170,7 @@ def _coded(
         except UserError as error:
             yield item, error
 
-    def compress(images: list[tuple[Input[Image], Scaled]]) -> list[Coded]:
+    def compress(images: list[tuple[Input[Image], Scaled]]) -> list[CompressedImage]:
         return coder.compress([(own, item.content.geometry) for item, own in images])
 
     for (item, _), coded in fitting(compress, scaled, elements):

@@ -17,7 +17,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import factorized
 from latent_codec.prior.priors import Priors
-from latent_codec.prior.quantizer import base_steps
+from latent_codec.prior.quantizer import channel_steps_from_std
 
 _KEPT_POSITIONS = 2**12  # of each image, for the frequencies of quantised latents
 
@@ -80,8 +80,8 @@ class _Measured:
         if self.codes is not None:
             return Priors(np.ones(1, np.float32), factorized.fit_codes(self.taken.numpy()), None)
         of_posterior = None if statistics.posterior_std is None else np.array(statistics.posterior_std)
-        base = base_steps(np.array(statistics.std), of_posterior)
-        return Priors(base, factorized.fit(torch.cat(self.kept, 1), base), None)
+        channel_steps = channel_steps_from_std(np.array(statistics.std), of_posterior)
+        return Priors(channel_steps, factorized.fit(torch.cat(self.kept, 1), channel_steps), None)
 
 
 _ACTIVATION_IMAGES = 8

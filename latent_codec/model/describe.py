@@ -82,7 +82,7 @@ def _describe_priors(priors: Priors | None) -> list[str]:
     if (codes := priors.factorized.codes) is not None:
         return [f"priors      factorized: a table of {codes} codes"]
     lines = [
-        f"quantiser   steps of {priors.base.min():.3g} to {priors.base.max():.3g} at --step 1",
+        f"quantiser   steps of {priors.channel_steps.min():.3g} to {priors.channel_steps.max():.3g} at --step 1",
         f"priors      factorized: {len(priors.factorized.tables)} tables",
     ]
     if (context := priors.context) is not None:

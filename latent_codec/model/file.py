@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from latent_codec.errors import UserError
 from latent_codec.model.config import CodecConfig
-from latent_codec.prior.priors import PREFIX, Header, Priors, from_tensors, to_header, to_tensors
+from latent_codec.prior.priors import PREFIX, Priors, PriorsHeader, from_tensors, to_header, to_tensors
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from latent_codec.storage.tensors import FORMAT_VERSION, KEY, check_finite, content_id, read_header, save_tensors
 
@@ -94,7 +94,7 @@ def read(path: Path) -> ModelFile:
         if statistics is not None and len(statistics.mean) != config.latent_channels:
             raise ValueError(f"statistics of {len(statistics.mean)} channels, latents of {config.latent_channels}")
         priors = None
-        if (about := from_json(Header | None, header.get("priors"), where="priors")) is not None:
+        if (about := from_json(PriorsHeader | None, header.get("priors"), where="priors")) is not None:
             priors = from_tensors(about, of_priors, config.coded_channels, config.codes)
         elif of_priors:
             raise ValueError(f"tensors {sorted(of_priors)[:5]} of priors that the header does not know")

@@ -74,7 +74,7 @@ class Layer(NamedTuple):
     shift: torch.Tensor  # (out,) int32, 1 to 20
 
 
-class Pass(NamedTuple):
+class PassNetwork(NamedTuple):
     """One network: 3x3, 3x3 and 1x1 with activations clipped to 0 .. 127, then 1x1."""
 
     layers: tuple[Layer, Layer, Layer, Layer]
@@ -92,7 +92,7 @@ class Sites(enum.Enum):
     CENTRES = "row and column odd"
 
 
-class Span(NamedTuple):
+class PassLayout(NamedTuple):
     """What a pass decodes: channels start .. stop of the order, at sites of the grid of every `spacing`-th row and
     column."""
 
@@ -119,15 +119,15 @@ class Span(NamedTuple):
         return found
 
 
-def spans(config: ContextConfig) -> list[Span]:
+def pass_layouts(config: ContextConfig) -> list[PassLayout]:
     """The passes in order."""
     stops = np.cumsum(config.groups).tolist()
-    found: list[Span] = []
+    found: list[PassLayout] = []
     for i, (stop, group) in enumerate(zip(stops, config.groups, strict=True)):
         levels = config.levels[i] if i < len(config.levels) else 0
         first = [(Sites.ALL, levels)] if levels else [(Sites.EVEN, 0), (Sites.ODD, 0)]
         finer = [(sites, n) for n in reversed(range(levels)) for sites in (Sites.CENTRES, Sites.ODD)]
-        found += [Span(stop - group, stop, sites, 2**n) for sites, n in [*first, *finer]]
+        found += [PassLayout(stop - group, stop, sites, 2**n) for sites, n in [*first, *finer]]
     return found
 
 
@@ -152,28 +152,28 @@ class ContextPrior:
         order: np.ndarray,
         gain: np.ndarray,
         width_offset: np.ndarray,
-        passes: list[Pass],
+        networks: list[PassNetwork],
         tables: Tables,
     ) -> None:
-        self.config, self.passes, self.tables = config, passes, tables
+        self.config, self.networks, self.tables = config, networks, tables
         self.order, self.gain, self.width_offset = (np.asarray(a, np.int64) for a in (order, gain, width_offset))
-        self.spans = spans(config)
+        self.layouts = pass_layouts(config)
         self.channels = sum(config.groups)
         _check(self)
 
     def select(
         self, number: int, known: np.ndarray, dithers: np.ndarray, dithered: np.ndarray, steps: np.ndarray, device: str
-    ) -> "Choice":
+    ) -> "Prediction":
         """What pass `number` decodes by, for images of one shape.
 
         known: (b, z, h, w) int64, the fine values (`Quantized.fine`) decoded so far, others 0; dithers: of the same
         shape; dithered: (b,) bool, without it an image's dithers are 0; steps: (b,) int64 as stored.
         """
-        span = self.spans[number]
+        span = self.layouts[number]
         where = span.where(known.shape[2:])
         inputs = self._inputs(span, known, dithered, steps)  # (b, span.inputs + SIGNALS, h, w) of the span's view
         sites = torch.from_numpy(where[:: span.view, :: span.view])
-        outputs = _run(self.passes[number], torch.from_numpy(inputs), sites, device)  # (b, 2g, n) int64
+        outputs = _run(self.networks[number], torch.from_numpy(inputs), sites, device)  # (b, 2g, n) int64
         located, wide = np.split(outputs, 2, axis=1)  # (b, g, n) each
         channels = self.order[span.start : span.stop]
         scale = (steps[:, None] * self.gain[channels])[:, :, None]  # (b, g, 1), below 2^31
@@ -188,9 +188,9 @@ class ContextPrior:
         octave = np.array([octave_eighths(int(s)) for s in steps])[:, None, None]
         width = np.clip(wide - octave + self.width_offset[channels][:, None], 0, _WIDE - 1)
         steep = width * _FRACTIONS + eighths - 8 * centre + 4
-        return Choice(offset, centre, np.where(width < _STEEP, steep, width + _STEEP * (_FRACTIONS - 1)))
+        return Prediction(offset, centre, np.where(width < _STEEP, steep, width + _STEEP * (_FRACTIONS - 1)))
 
-    def _inputs(self, span: Span, known: np.ndarray, dithered: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    def _inputs(self, span: PassLayout, known: np.ndarray, dithered: np.ndarray, steps: np.ndarray) -> np.ndarray:
         known = known[:, :, :: span.view, :: span.view]
         b, _, h, w = known.shape
         channels = self.order[: span.inputs]
@@ -204,7 +204,7 @@ class ContextPrior:
         return np.clip(x, -TOP, TOP)
 
 
-class Choice(NamedTuple):
+class Prediction(NamedTuple):
     """For each value of a pass, in the order (channel, row, column): (b, g, n) int64 both."""
 
     offset: np.ndarray  # of fine values from whole steps
@@ -229,7 +229,7 @@ def _at_sites(size: Sequence[int], sites: Sites) -> np.ndarray:
 _STRIP = 2**15  # positions that go through a network at once: what bounds its memory
 
 
-def _run(net: Pass, x: torch.Tensor, sites: torch.Tensor, device: str) -> np.ndarray:
+def _run(net: PassNetwork, x: torch.Tensor, sites: torch.Tensor, device: str) -> np.ndarray:
     """The network's outputs (b, 2g, n) int64 at n sites, given as (h, w) bool, from inputs (b, c, h, w).
 
     By strips of rows, which see what they need of their neighbours: the result is the whole image's. Features lie last,
@@ -299,9 +299,9 @@ def _check(prior: ContextPrior) -> None:
         raise ValueError(f"gains and width offsets of {z} channels do not fit")
     if len(prior.tables) != TABLES:
         raise ValueError(f"{len(prior.tables)} tables, not {TABLES}")
-    if len(prior.passes) != len(prior.spans):
-        raise ValueError(f"{len(prior.passes)} networks for {len(prior.spans)} passes")
-    for span, net in zip(prior.spans, prior.passes, strict=True):
+    if len(prior.networks) != len(prior.layouts):
+        raise ValueError(f"{len(prior.networks)} networks for {len(prior.layouts)} passes")
+    for span, net in zip(prior.layouts, prior.networks, strict=True):
         sizes = [(span.inputs + SIGNALS) * 9, width * 9, width, width], [*[width] * 3, 2 * (span.stop - span.start)]
         for layer, inputs, outputs in zip(net.layers, *sizes, strict=True):
             _check_layer(layer, inputs, outputs)

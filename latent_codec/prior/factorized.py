@@ -56,14 +56,14 @@ class FactorizedPrior:
 _KEPT = 1e-5  # share of the values, at either end, that may be left to the escape
 
 
-def fit(means: torch.Tensor, base: np.ndarray) -> FactorizedPrior:
-    """Tables from posterior means (z, n) of a calibration set, rounded at each level's step; `base` (z,) of `Priors`.
+def fit(means: torch.Tensor, channel_steps: np.ndarray) -> FactorizedPrior:
+    """Tables from posterior means (z, n) of a calibration set, rounded at each level's step; `channel_steps`: (z,).
 
     Raises `UserError` as `quantizer.scale` does.
     """
     tables: list[tuple[int, np.ndarray]] = []
     for i in range(LEVELS):
-        latents = scale(means[:, None], base, step_code(level_step(i)), None).latents[:, 0]
+        latents = scale(means[:, None], channel_steps, step_code(level_step(i)), None).latents[:, 0]
         values = to_integers(latents, np.zeros(()), np.zeros((), bool))
         tables += _level_tables(values)
     return FactorizedPrior(len(means), None, join(tables))

@@ -13,10 +13,10 @@ from latent_codec.prior.quantizer import LIMIT, Quantized, Scaled, dither, neare
 from latent_codec.prior.rans import Coder, Decoder
 
 Prior = FactorizedPrior | ContextPrior
-Values = tuple[np.ndarray, np.ndarray]  # what is coded and under which tables, (n,) each
+PassValues = tuple[np.ndarray, np.ndarray]  # what is coded and under which tables, (n,) each
 
 
-class Settings(NamedTuple):
+class PayloadSettings(NamedTuple):
     """What a decoder must know of an image before its payload."""
 
     shape: tuple[int, int, int]  # (z, h, w)
@@ -24,14 +24,16 @@ class Settings(NamedTuple):
     seed: int | None
 
 
-class Coding(NamedTuple):
+class QuantizedPasses(NamedTuple):
     """One image made integers under a prior."""
 
     quantized: Quantized
-    passes: list[Values]  # in the order of decoding
+    passes: list[PassValues]  # in the order of decoding
 
 
-def quantize(prior: Prior, images: Sequence[Scaled], device: str, feedback: Feedback | None = None) -> list[Coding]:
+def quantize(
+    prior: Prior, images: Sequence[Scaled], device: str, feedback: Feedback | None = None
+) -> list[QuantizedPasses]:
     """Each image's integers and what they are coded under; the images have one shape.
 
     With `feedback` the passes of a context prior make up for the rounding of those before, but where there is dither: a
@@ -40,7 +42,7 @@ def quantize(prior: Prior, images: Sequence[Scaled], device: str, feedback: Feed
     latents = np.stack([image.latents for image in images])  # (b, z, h, w)
     dithers = np.stack([image.dither() for image in images])
     dithered = np.array([image.seed is not None for image in images])
-    coded: list[list[Values]] = [[] for _ in images]
+    coded: list[list[PassValues]] = [[] for _ in images]
     if isinstance(prior, FactorizedPrior):
         values = to_integers(latents, dithers, dithered[:, None, None, None])
         fine = values * 2**17 + dithers
@@ -49,7 +51,7 @@ def quantize(prior: Prior, images: Sequence[Scaled], device: str, feedback: Feed
     else:
         steps = np.array([image.step for image in images], np.int64)
         fine, errors = np.zeros_like(dithers), np.zeros(latents.shape)
-        for number, span in enumerate(prior.spans):
+        for number, span in enumerate(prior.layouts):
             choice = prior.select(number, fine, dithers, dithered, steps, device)
             where = span.where(fine.shape[2:])
             channels = prior.order[span.start : span.stop]
@@ -66,7 +68,7 @@ def quantize(prior: Prior, images: Sequence[Scaled], device: str, feedback: Feed
             if feedback is not None:
                 _put(errors, channels, where, exact_errors(rounded, own))
     return [
-        Coding(Quantized(own, image.step, image.seed), passes)
+        QuantizedPasses(Quantized(own, image.step, image.seed), passes)
         for image, own, passes in zip(images, fine, coded, strict=True)
     ]
 
@@ -77,33 +79,33 @@ def _put(array: np.ndarray, channels: np.ndarray, where: np.ndarray, values: np.
     array[:, channels[:, None], rows, columns] = values
 
 
-def ideal_bits(prior: Prior, passes: Sequence[Values]) -> float:
+def ideal_bits(prior: Prior, passes: Sequence[PassValues]) -> float:
     """The prior's code length of one image's passes."""
     return sum(prior.tables.bits(values, tables) for values, tables in passes)
 
 
-def neighbours(prior: Prior, coding: Coding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def neighbour_bits(prior: Prior, coding: QuantizedPasses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bits of each of one image's integers, and of those one below and above under the same table, (z, h, w) each."""
     fine = coding.quantized.fine
     found = [np.zeros(fine.shape) for _ in range(3)]
     for number, (values, tables) in enumerate(coding.passes):
         for array, change in zip(found, (0, -1, 1), strict=True):
-            bits = prior.tables.each_bits(values + change, tables)
+            bits = prior.tables.code_lengths(values + change, tables)
             if isinstance(prior, FactorizedPrior):
                 array[:] = bits.reshape(fine.shape)
             else:
-                span = prior.spans[number]
+                span = prior.layouts[number]
                 channels = prior.order[span.start : span.stop]
                 _put(array[None], channels, span.where(fine.shape[1:]), bits.reshape(1, len(channels), -1))
     return found[0], found[1], found[2]
 
 
-def encode(coder: Coder, passes: Sequence[Values]) -> bytes:
+def encode(coder: Coder, passes: Sequence[PassValues]) -> bytes:
     return coder.encode(list(passes))
 
 
 def decode(
-    prior: Prior, coder: Coder, payloads: Sequence[bytes], settings: Sequence[Settings], device: str
+    prior: Prior, coder: Coder, payloads: Sequence[bytes], settings: Sequence[PayloadSettings], device: str
 ) -> list[Quantized | UserError]:
     """The inverse for images of one shape: each one's latents, or what is wrong with its payload."""
     shape = settings[0].shape
@@ -116,7 +118,7 @@ def decode(
         dithered = np.array([s.seed is not None for s in settings])
         steps = np.array([s.step for s in settings], np.int64)
         fine = np.zeros_like(dithers)
-        for number, span in enumerate(prior.spans):
+        for number, span in enumerate(prior.layouts):
             if reader.idle:
                 break
             choice = prior.select(number, fine, dithers, dithered, steps, device)
@@ -156,7 +158,7 @@ class _Reader:
         return values
 
     def finish(
-        self, fine: np.ndarray, settings: Sequence[Settings], limits: tuple[int, int]
+        self, fine: np.ndarray, settings: Sequence[PayloadSettings], limits: tuple[int, int]
     ) -> list[Quantized | UserError]:
         """Each one's latents from fine values (b, z, h, w), once its decoder has come to the right end.
 

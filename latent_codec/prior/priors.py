@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, Pass, spans
+from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, PassNetwork, pass_layouts
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.factorized import FactorizedPrior
 from latent_codec.prior.tables import Tables
@@ -24,7 +24,7 @@ PREFIX = "prior."
 class Priors(NamedTuple):
     """A model's quantiser and priors."""
 
-    base: np.ndarray
+    channel_steps: np.ndarray
     """(z,) float32: each channel's quantisation step at step 1; of a codebook's indices (1,), 1."""
     factorized: FactorizedPrior
     context: ContextPrior | None
@@ -56,14 +56,16 @@ class Priors(NamedTuple):
 
 def to_tensors(priors: Priors) -> dict[str, torch.Tensor]:
     """All numbers by name; `from_tensors` is the inverse."""
-    tensors = {"base": torch.from_numpy(priors.base)} | _tables_to_tensors("factorized", priors.factorized.tables)
+    tensors = {"base": torch.from_numpy(priors.channel_steps)} | _tables_to_tensors(
+        "factorized", priors.factorized.tables
+    )
     if priors.feedback is not None:
         tensors["feedback"] = torch.from_numpy(priors.feedback.weights)
     if (context := priors.context) is not None:
         tensors |= _tables_to_tensors("context", context.tables)
         for name in _ARRAYS:
             tensors[f"context.{name}"] = torch.from_numpy(getattr(context, name).astype(np.int32))
-        for p, net in enumerate(context.passes):
+        for p, net in enumerate(context.networks):
             for i, layer in enumerate(net.layers):
                 for name, tensor in layer._asdict().items():
                     tensors[f"context.passes.{p}.layers.{i}.{name}"] = tensor
@@ -78,17 +80,17 @@ def _tables_to_tensors(kind: str, tables: Tables) -> dict[str, torch.Tensor]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Header:
+class PriorsHeader:
     """What the tensors do not say."""
 
     context: ContextConfig | None
 
 
-def to_header(priors: Priors) -> Header:
-    return Header(context=None if priors.context is None else priors.context.config)
+def to_header(priors: Priors) -> PriorsHeader:
+    return PriorsHeader(context=None if priors.context is None else priors.context.config)
 
 
-def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int, codes: int | None) -> Priors:
+def from_tensors(header: PriorsHeader, tensors: dict[str, torch.Tensor], channels: int, codes: int | None) -> Priors:
     """Priors of a model whose streams hold `channels` integers at each position, or an index of `codes`.
 
     Raises `ValueError` for anything missing, extra or unsound.
@@ -106,21 +108,21 @@ def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int
     def take_tables(kind: str) -> Tables:
         return Tables(*(take(f"{kind}.{name}", torch.int32).numpy() for name in ("counts", "sizes", "first")))
 
-    base = take("base", torch.float32).numpy()
-    if base.shape != (channels,) or not (np.isfinite(base).all() and (base > 0).all()):
-        raise ValueError(f"the quantiser's steps {base.shape} are not {channels} positive numbers")
+    channel_steps = take("base", torch.float32).numpy()
+    if channel_steps.shape != (channels,) or not (np.isfinite(channel_steps).all() and (channel_steps > 0).all()):
+        raise ValueError(f"the quantiser's steps {channel_steps.shape} are not {channels} positive numbers")
     factorized = FactorizedPrior(channels, codes, take_tables("factorized"))
-    if codes is not None and (base[0] != 1 or header.context is not None):
+    if codes is not None and (channel_steps[0] != 1 or header.context is not None):
         raise ValueError("a codebook's indices have a step of 1 and no context prior")
     context = None
     if (config := header.context) is not None:
         order, gain, width_offset = (take(f"context.{name}", torch.int32).numpy() for name in _ARRAYS)
         dtypes = {"weight": torch.int8, "bias": torch.int32, "shift": torch.int32}
         nets = []
-        for p in range(len(spans(config))):
+        for p in range(len(pass_layouts(config))):
             names = [f"context.passes.{p}.layers.{i}" for i in range(4)]
             layers = (Layer(**{k: take(f"{name}.{k}", dtype) for k, dtype in dtypes.items()}) for name in names)
-            nets.append(Pass(tuple(layers)))  # pyright: ignore[reportArgumentType]
+            nets.append(PassNetwork(tuple(layers)))  # pyright: ignore[reportArgumentType]
         context = ContextPrior(config, order, gain, width_offset, nets, take_tables("context"))
         if context.channels != channels:
             raise ValueError(f"a context prior of {context.channels} channels for latents of {channels}")
@@ -132,4 +134,4 @@ def from_tensors(header: Header, tensors: dict[str, torch.Tensor], channels: int
         feedback = Feedback(weights)
     if left:
         raise ValueError(f"tensors {sorted(left)[:5]} are unknown")
-    return Priors(base, factorized, context, feedback)
+    return Priors(channel_steps, factorized, context, feedback)

@@ -34,7 +34,7 @@ LIMIT = 2**14 - 1
 """Largest magnitude of a quantised latent."""
 
 
-def round_down_zone(x: torch.Tensor) -> torch.Tensor:
+def round_with_dead_zone(x: torch.Tensor) -> torch.Tensor:
     """Integers, in x's dtype: magnitudes are rounded to nearest after `DEAD_ZONE` is taken off them."""
     return x.sign() * (x.abs() + (0.5 - DEAD_ZONE)).floor()
 
@@ -57,7 +57,7 @@ def dither(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return (2 * ((bits >> 48) & 0xFFFF) + 1 - 2**16).reshape(shape)
 
 
-def base_steps(std: np.ndarray, posterior_std: np.ndarray | None) -> np.ndarray:
+def channel_steps_from_std(std: np.ndarray, posterior_std: np.ndarray | None) -> np.ndarray:
     """Each channel's step at step 1, (z,) float32, from its latents' standard deviation and its posterior's.
 
     A model that hardly adds noise would get steps that no bitstream wants; they are at least sqrt(12) / 1024 of `std`.
@@ -102,12 +102,12 @@ def nearest(fine: np.ndarray) -> np.ndarray:
     return (fine + 2**16) >> 17
 
 
-def scale(mean: torch.Tensor, base: np.ndarray, step: int, seed: int | None) -> Scaled:
-    """The posterior's mean (z, h, w) in steps, for a stored step; `base` (z,) float32 are the channels' steps at 1.
+def scale(mean: torch.Tensor, channel_steps: np.ndarray, step: int, seed: int | None) -> Scaled:
+    """The posterior's mean (z, h, w) in steps, for a stored step; `channel_steps`: (z,) float32, at step 1.
 
     Raises `UserError` if a value is not finite or exceeds `LIMIT` steps.
     """
-    size = torch.from_numpy(base.astype(np.float64) * (step / STEP_ONE))[:, None, None]
+    size = torch.from_numpy(channel_steps.astype(np.float64) * (step / STEP_ONE))[:, None, None]
     scaled = mean.detach().cpu().double() / size  # (z, h, w)
     worst = scaled.abs().amax().item() if scaled.numel() else 0.0
     if not worst <= LIMIT:  # also true of NaN
@@ -121,14 +121,14 @@ def scale(mean: torch.Tensor, base: np.ndarray, step: int, seed: int | None) -> 
 def to_integers(latents: np.ndarray, offset: np.ndarray, dithered: np.ndarray) -> np.ndarray:
     """Integers, int64, such that they and `offset` (1 / 2^17 of a step) come near latents given in steps.
 
-    Where `dithered` they are the nearest, else rounded down as `round_down_zone` does. The arrays' shapes agree.
+    Where `dithered` they are the nearest, else rounded down as `round_with_dead_zone` does. The arrays' shapes agree.
     """
     rest = torch.from_numpy(latents - offset / 2**17)
-    return torch.where(torch.from_numpy(dithered), rest.round(), round_down_zone(rest)).long().numpy()
+    return torch.where(torch.from_numpy(dithered), rest.round(), round_with_dead_zone(rest)).long().numpy()
 
 
-def dequantize(quantized: Quantized, base: np.ndarray) -> torch.Tensor:
+def dequantize(quantized: Quantized, channel_steps: np.ndarray) -> torch.Tensor:
     """Latents (z, h, w) float32: the mean's rounded value, or with dither a draw around the mean."""
-    size = base.astype(np.float64) * quantized.step  # exact: 24 bits by 16
+    size = channel_steps.astype(np.float64) * quantized.step  # exact: 24 bits by 16
     product = quantized.fine * size[:, None, None]  # the one rounding in float64
     return torch.from_numpy((product * 2.0**-27).astype(np.float32))

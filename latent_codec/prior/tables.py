@@ -14,7 +14,7 @@ _MOST = TOTAL - 2**14
 _FARTHEST = 2**15
 """Largest magnitude of an integer in a table: what an escape's 16 bits can say."""
 
-LEAST_BITS = -math.log2(_MOST / TOTAL)
+MIN_SYMBOL_BITS = -math.log2(_MOST / TOTAL)
 """The least that any symbol costs, in bits."""
 
 
@@ -60,9 +60,9 @@ class Tables:
 
     def bits(self, values: np.ndarray, tables: np.ndarray) -> float:
         """Ideal code length of values (n,) under tables (n,), the 16 raw bits of each escape included."""
-        return float(self.each_bits(values, tables).sum())
+        return float(self.code_lengths(values, tables).sum())
 
-    def each_bits(self, values: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    def code_lengths(self, values: np.ndarray, tables: np.ndarray) -> np.ndarray:
         """Of each value apart, (n,) float64."""
         symbols, escaped = self.symbols(values, tables)
         return TOTAL_BITS - np.log2(self.counts[self._start[tables] + symbols]) + 16 * escaped

@@ -27,7 +27,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.prior.rans import Coder
 from tests.conftest import Draw, files_of
-from tests.support import witness
+from tests.support import reference_decoder
 from tools.stress import fuzz
 from tools.stress.mutants import mutate
 
@@ -74,13 +74,13 @@ def read(model: Codec, data: bytes) -> torch.Tensor:
 
 @codebooks
 def test_a_file_holds_the_codes_of_its_image(model: Codec, photos: Path, tmp_path: Path) -> None:
-    independent = witness.read_model(tmp_path / "model.safetensors")
+    independent = reference_decoder.read_model(tmp_path / "model.safetensors")
     for name, data in encode(model, photos, tmp_path / "lc").items():
         pixels = next(s for s in find_images(photos) if f"{s.name}.lc" == name).read().pixels
         with torch.no_grad():
             posterior = model.encode(pad(pixels, model.factor)[None])
         assert torch.equal(read(model, data), posterior.mode()[0])
-        again = witness.decode(data, independent)
+        again = reference_decoder.decode(data, independent)
         np.testing.assert_array_equal(again.values, posterior.coded[0].numpy())
         np.testing.assert_array_equal(again.latents, posterior.mode()[0].numpy())
 
@@ -110,7 +110,7 @@ def test_the_table_prices_codes_as_they_were_seen(model: Codec, photos: Path, tm
     assert len(tables) == 1 and tables.first.tolist() == [0] and tables.sizes.tolist() == [model.config.codes + 1]
     counts = np.zeros(model.config.codes)
     for data in encode(model, photos, tmp_path / "lc").values():
-        values = witness.decode(data, witness.read_model(tmp_path / "model.safetensors")).values
+        values = reference_decoder.decode(data, reference_decoder.read_model(tmp_path / "model.safetensors")).values
         counts += np.bincount(values.flatten(), minlength=len(counts))
     frequency = tables.frequencies(0)[:-1]
     assert (np.diff(frequency[np.argsort(counts, kind="stable")]) >= -1).all()  # rounding may take one
@@ -206,21 +206,21 @@ def test_every_flipped_bit_and_truncation_is_refused(model: Codec, photos: Path,
 def test_indices_beyond_the_codebook_and_steps_are_refused(model: Codec, tmp_path: Path, photos: Path) -> None:
     sound = unpack(encode(model, photos, tmp_path / "lc")["1.png.lc"])
     streams, codes = StreamCodec(model, "cpu"), model.config.codes
-    independent = witness.read_model(tmp_path / "model.safetensors")
+    independent = reference_decoder.read_model(tmp_path / "model.safetensors")
     assert codes is not None
     for value in (-1, codes, 2**15 - 1):
         payload = Coder(streams.prior.tables).encode([(np.array([value]), np.array([0]))])
         data = pack(Stream(sound.header, payload))
         with pytest.raises(UserError, match=f"outside 0 to {codes - 1}"):
             read(model, data)
-        with pytest.raises(witness.RefusalError, match="no such code"):
-            witness.decode(data, independent)
+        with pytest.raises(reference_decoder.RefusalError, match="no such code"):
+            reference_decoder.decode(data, independent)
     for change in ({"step": 1025}, {"seed": 0}):
         data = pack(Stream(dataclasses.replace(sound.header, **change), sound.payload))
         with pytest.raises(UserError, match="a step or dither"):
             read(model, data)
-        with pytest.raises(witness.RefusalError, match="no step"):
-            witness.decode(data, independent)
+        with pytest.raises(reference_decoder.RefusalError, match="no step"):
+            reference_decoder.decode(data, independent)
 
 
 @codebooks
@@ -237,7 +237,7 @@ def test_an_autoencoder_has_one_step_for_all_channels(model: Codec, photos: Path
     assert model.priors is not None and model.statistics is not None
     assert model.statistics.posterior_std is None
     rms = np.sqrt(np.mean(np.square(model.statistics.std)))
-    np.testing.assert_allclose(model.priors.base, np.sqrt(12) / 16 * rms, rtol=1e-6)
+    np.testing.assert_allclose(model.priors.channel_steps, np.sqrt(12) / 16 * rms, rtol=1e-6)
     coarse, fine = (
         sum(map(len, encode(model, photos, tmp_path / f"{step}", rate=Rate(step=step)).values())) for step in (4.0, 0.5)
     )

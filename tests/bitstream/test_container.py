@@ -14,14 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.bitstream.container import OVERHEAD, Header, Stream, pack, unpack
+from latent_codec.bitstream.container import OVERHEAD, Stream, StreamHeader, pack, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
-from tests.support import witness
+from tests.support import reference_decoder
 from tools.stress import fuzz
 from tools.stress.mutants import Mutant, mutate, sealed
 
@@ -46,8 +46,8 @@ def reader() -> StreamReader:
 
 
 @functools.cache
-def independent() -> witness.Model:
-    return witness.read_model(MODEL)
+def independent() -> reference_decoder.Model:
+    return reference_decoder.read_model(MODEL)
 
 
 def geometry(width: int, height: int) -> Geometry:
@@ -90,7 +90,7 @@ geometries = st.builds(
     background=st.none() | st.binary(min_size=3, max_size=3).map(lambda b: "#" + b.hex()),
 )
 headers = st.builds(
-    Header,
+    StreamHeader,
     version=st.sampled_from([1, 2]),
     stream_id=st.binary(min_size=8, max_size=8),
     geometry=geometries,
@@ -101,11 +101,11 @@ headers = st.builds(
 
 
 @given(headers, st.binary(max_size=50))
-def test_a_container_gives_back_what_it_holds(header: Header, payload: bytes) -> None:
+def test_a_container_gives_back_what_it_holds(header: StreamHeader, payload: bytes) -> None:
     data = pack(Stream(header, payload))
     assert len(data) == OVERHEAD + len(payload) == 51 + len(payload)
     assert unpack(data) == Stream(header, payload)
-    found, its_payload = witness.read_stream(data)
+    found, its_payload = reference_decoder.read_stream(data)
     g = header.geometry
     assert its_payload == payload
     assert (found.version, found.stream_id) == (header.version, header.stream_id)
@@ -134,7 +134,7 @@ def test_latents_come_back_to_the_bit_from_both_decoders(
     assert streams(prior).compress([(quantized.scaled(), geometry(width, height))])[0].data == coded.data
     assert coded.ideal_bits <= 8 * (len(coded.data) - OVERHEAD) <= 1.001 * coded.ideal_bits + 65
     assert torch.equal(read(coded.data), streams(prior).dequantize(quantized))
-    again = witness.decode(coded.data, independent())
+    again = reference_decoder.decode(coded.data, independent())
     np.testing.assert_array_equal(again.values, quantized.values)
     np.testing.assert_array_equal(again.latents, streams(prior).dequantize(quantized).numpy())
 
@@ -237,8 +237,8 @@ def test_checks_come_in_the_documented_order() -> None:
     for message, reason, data in stages:
         with pytest.raises(UserError, match=message):
             read(data, max_pixels=2**23)
-        with pytest.raises(witness.RefusalError, match=f"^{reason}$"):
-            witness.decode(data, independent(), max_pixels=2**23)
+        with pytest.raises(reference_decoder.RefusalError, match=f"^{reason}$"):
+            reference_decoder.decode(data, independent(), max_pixels=2**23)
 
 
 def test_a_prior_that_the_model_has_not_is_refused_before_its_stream_id() -> None:
@@ -267,8 +267,8 @@ def test_a_prior_that_the_model_has_not_is_refused_before_its_stream_id() -> Non
 def test_headers_that_no_encoder_writes_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         unpack(crafted(example(), **fields))
-    with pytest.raises(witness.RefusalError):
-        witness.read_stream(crafted(example(), **fields))
+    with pytest.raises(reference_decoder.RefusalError):
+        reference_decoder.read_stream(crafted(example(), **fields))
 
 
 @pytest.mark.parametrize(
@@ -342,8 +342,8 @@ def test_both_decoders_agree_on_mutants() -> None:
     for number in range(1000):
         data = mutate(originals, 1, number).data
         try:
-            expected = witness.decode(data, independent()).latents
-        except witness.RefusalError:
+            expected = reference_decoder.decode(data, independent()).latents
+        except reference_decoder.RefusalError:
             with pytest.raises(UserError):
                 read(data)
         else:

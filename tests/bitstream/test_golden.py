@@ -18,7 +18,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.passes import decode
 from latent_codec.prior.quantizer import Quantized
 from latent_codec.prior.rans import Coder
-from tests.support import witness
+from tests.support import reference_decoder
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {
@@ -37,8 +37,8 @@ def codec_of(name: str) -> Codec:
 
 
 @functools.cache
-def model_of(name: str) -> witness.Model:
-    return witness.read_model((GOLDEN / name).parent / "tiny.safetensors")
+def model_of(name: str) -> reference_decoder.Model:
+    return reference_decoder.read_model((GOLDEN / name).parent / "tiny.safetensors")
 
 
 def test_every_golden_file_is_checked() -> None:
@@ -71,7 +71,7 @@ def test_integers_latents_and_pixels_are_what_they_were(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_second_decoder_finds_the_same(name: str) -> None:
-    found = witness.decode((GOLDEN / f"{name}.lc").read_bytes(), model_of(name))
+    found = reference_decoder.decode((GOLDEN / f"{name}.lc").read_bytes(), model_of(name))
     assert sha256(found.values, "<i4") == EXPECTED[name]["values"]
     assert sha256(found.latents, "<f4") == EXPECTED[name]["latents"]
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate, choose
-from latent_codec.bitstream.stream_codec import Coded, StreamCodec
+from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, as_shown, crop, pad
 from latent_codec.metrics import distortion
@@ -24,7 +24,7 @@ WIDTH, HEIGHT = 45, 30
 GRID = sorted({round(STEP_ONE * 2 ** (e / 12)) for e in range(-72, 72)})
 """Stored steps all over the range, a twelfth of an octave apart."""
 
-Choose = Callable[..., Coded]
+Choose = Callable[..., CompressedImage]
 
 
 class Subject:
@@ -51,7 +51,7 @@ class Subject:
         codec.backbone.start_from_closed_form(PatchMoments(mean, patches.T @ patches / len(patches)), 0.01)
         self.stream = StreamCodec(codec, "cpu", self.stream.prior.kind)
 
-    def choose(self, **rate: Any) -> Coded:
+    def choose(self, **rate: Any) -> CompressedImage:
         def scale(step: int) -> Scaled:
             return self.stream.scale(self.mean, step, self.seed)
 
@@ -163,7 +163,9 @@ def test_the_limit_of_bytes_comes_first(subject: Subject) -> None:
 
 def test_steps_too_fine_for_a_stream_are_passed_over(subject: Subject) -> None:
     subject.mean = subject.mean * 1000
-    finest = int(subject.mean.abs().div(torch.from_numpy(subject.stream.base)[:, None, None]).max() / LIMIT * STEP_ONE)
+    finest = int(
+        subject.mean.abs().div(torch.from_numpy(subject.stream.channel_steps)[:, None, None]).max() / LIMIT * STEP_ONE
+    )
     assert finest > step_code(MIN_STEP)
     step = subject.choose(bpp=1e6).quantized.step
     assert finest <= step <= finest * (1 + 1 / 256) + 2

@@ -21,7 +21,7 @@ from latent_codec.inference.calibration import calibrate
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import FiniteScalarConfig
-from latent_codec.prior.passes import ideal_bits, neighbours, quantize
+from latent_codec.prior.passes import ideal_bits, neighbour_bits, quantize
 from latent_codec.prior.quantizer import STEP_ONE, Scaled
 from tests.bitstream.test_rate_control import Subject
 from tests.conftest import Draw
@@ -83,7 +83,7 @@ def test_neighbours_cost_what_their_tables_say(subject: Subject) -> None:
     scaled = subject.stream.scale(subject.mean, STEP_ONE, None)
     prior, shape = subject.stream.prior, subject.mean.shape
     (coding,) = quantize(prior, [scaled], "cpu")
-    own, lower, higher = neighbours(prior, coding)
+    own, lower, higher = neighbour_bits(prior, coding)
     assert own.shape == lower.shape == higher.shape == shape
     assert own.sum() == pytest.approx(ideal_bits(prior, coding.passes))
     for array, change in ((lower, -1), (higher, 1)):

@@ -167,7 +167,7 @@ def test_draws_lie_around_the_mean(codec: Codec, tmp_path: Path, draw: Draw) -> 
         encode(codec, tmp_path / "a.png", tmp_path / name, **options)
     fine, drawn = (reader.decompress([container.read(tmp_path / n / "a.png.lc")])[0] for n in ("fine", "draw"))
     assert isinstance(fine, torch.Tensor) and isinstance(drawn, torch.Tensor) and codec.priors is not None
-    error = (drawn - fine) / torch.from_numpy(2 * codec.priors.base)[:, None, None]  # in steps
+    error = (drawn - fine) / torch.from_numpy(2 * codec.priors.channel_steps)[:, None, None]  # in steps
     assert error.abs().max() < 0.52
     assert abs(error.mean()) < 0.02 and abs(error.std() - 12**-0.5) < 0.02
 

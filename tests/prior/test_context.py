@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.prior import context
-from latent_codec.prior.context import Choice, ContextConfig, ContextPrior, Layer, Pass, spans
+from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, PassNetwork, Prediction, pass_layouts
 from latent_codec.prior.factorized import LEVELS, FactorizedPrior
-from latent_codec.prior.passes import Settings, decode, encode, quantize
+from latent_codec.prior.passes import PayloadSettings, decode, encode, quantize
 from latent_codec.prior.priors import Priors, from_tensors, to_header, to_tensors
 from latent_codec.prior.quantizer import LIMIT, Quantized, Scaled
 from latent_codec.prior.rans import Coder
 from latent_codec.prior.tables import Tables
-from tests.support import witness
+from tests.support import reference_decoder
 from tests.support.prior import context_prior, context_tables
 
 tables = functools.cache(context_tables)
@@ -48,9 +48,9 @@ def as_priors(context: ContextPrior) -> Priors:
     return Priors(np.ones(context.channels, np.float32), factorized, context)
 
 
-def as_witness(context: ContextPrior) -> witness.Model:
+def as_reference(context: ContextPrior) -> reference_decoder.Model:
     tensors = {name: tensor.numpy() for name, tensor in to_tensors(as_priors(context)).items()}
-    return witness.Model({}, {"context": dataclasses.asdict(context.config)}, tensors, "")
+    return reference_decoder.Model({}, {"context": dataclasses.asdict(context.config)}, tensors, "")
 
 
 def image(channels: int, h: int, w: int, step: int, seed: int | None, data: int = 0) -> Scaled:
@@ -65,14 +65,14 @@ def fine(image: Scaled) -> np.ndarray:
     return image.latents.astype(np.int64) * 2**17 + image.dither()
 
 
-def choices(context: ContextPrior, images: list[Scaled], device: str = "cpu") -> list[Choice]:
+def choices(context: ContextPrior, images: list[Scaled], device: str = "cpu") -> list[Prediction]:
     """What every pass decodes by if all of the images were known, which no decoder ever has: all that matters here."""
     known, dithers = (np.stack(arrays) for arrays in zip(*((fine(i), i.dither()) for i in images), strict=True))
     dithered, steps = np.array([i.seed is not None for i in images]), np.array([i.step for i in images])
-    return [context.select(n, known, dithers, dithered, steps, device) for n in range(len(context.spans))]
+    return [context.select(n, known, dithers, dithered, steps, device) for n in range(len(context.layouts))]
 
 
-def assert_equal(found: list[Choice], expected: list[Choice]) -> None:
+def assert_equal(found: list[Prediction], expected: list[Prediction]) -> None:
     for one, other in zip(found, expected, strict=True):
         for array, expected_array in zip(one, other, strict=True):
             np.testing.assert_array_equal(array, expected_array)
@@ -80,7 +80,9 @@ def assert_equal(found: list[Choice], expected: list[Choice]) -> None:
 
 def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
     for number, found in enumerate(choices(context, [q])):
-        expected = witness.choose(as_witness(context), number, fine(q), q.dither(), q.step, q.seed is not None)
+        expected = reference_decoder.choose(
+            as_reference(context), number, fine(q), q.dither(), q.step, q.seed is not None
+        )
         assert found.offset.ravel().tolist() == expected.offsets
         assert found.centre.ravel().tolist() == expected.centres
         assert found.table.ravel().tolist() == expected.tables
@@ -116,9 +118,11 @@ def test_sums_at_the_limit_of_float32_are_exact() -> None:
         return Layer(weight, bias, torch.full((outputs,), shift, dtype=torch.int32))
 
     nets = []
-    for span in spans(config):
+    for span in pass_layouts(config):
         sizes = ((span.inputs + 4) * 9, 104), (104 * 9, 104), (104, 104), (104, 2 * (span.stop - span.start))
-        nets.append(Pass(*[tuple(layer(*size, shift) for size, shift in zip(sizes, (17, 16, 1, 1), strict=True))]))
+        nets.append(
+            PassNetwork(*[tuple(layer(*size, shift) for size, shift in zip(sizes, (17, 16, 1, 1), strict=True))])
+        )
     gain, zeros = np.full(101, 2**15), np.zeros(101, np.int64)
     extreme = ContextPrior(config, np.arange(101), gain, zeros, nets, tables())
     values = rng.choice([-LIMIT, LIMIT], (101, 3, 4)).astype(np.float64)
@@ -133,22 +137,22 @@ def several() -> list[Scaled]:
 
 
 @pytest.fixture(scope="module")
-def plain(several: list[Scaled]) -> list[Choice]:
+def plain(several: list[Scaled]) -> list[Prediction]:
     return choices(prior(*LARGE), several)
 
 
 @pytest.mark.parametrize("strip", [1, 300, 1000])
 def test_strips_give_what_the_whole_gives(
-    monkeypatch: pytest.MonkeyPatch, strip: int, several: list[Scaled], plain: list[Choice]
+    monkeypatch: pytest.MonkeyPatch, strip: int, several: list[Scaled], plain: list[Prediction]
 ) -> None:
     monkeypatch.setattr(context, "_STRIP", strip)
     assert_equal(choices(prior(*LARGE), several), plain)
 
 
-def test_a_batch_gives_what_each_image_gives(several: list[Scaled], plain: list[Choice]) -> None:
+def test_a_batch_gives_what_each_image_gives(several: list[Scaled], plain: list[Prediction]) -> None:
     alone = [choices(prior(*LARGE), [q]) for q in several]
     for number, whole in enumerate(plain):
-        assert_equal([Choice(*map(np.concatenate, zip(*(a[number] for a in alone), strict=True)))], [whole])
+        assert_equal([Prediction(*map(np.concatenate, zip(*(a[number] for a in alone), strict=True)))], [whole])
 
 
 @pytest.fixture
@@ -158,21 +162,21 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def test_threads_do_not_matter(threads: Callable[[int], None], several: list[Scaled], plain: list[Choice]) -> None:
+def test_threads_do_not_matter(threads: Callable[[int], None], several: list[Scaled], plain: list[Prediction]) -> None:
     for count in (1, 2, 3):
         threads(count)
         assert_equal(choices(prior(*LARGE), several), plain)
 
 
 def test_float64_as_other_devices_use_it_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, several: list[Scaled], plain: list[Choice]
+    monkeypatch: pytest.MonkeyPatch, several: list[Scaled], plain: list[Prediction]
 ) -> None:
     monkeypatch.setattr(context, "_dtype", lambda device: torch.float64)
     assert_equal(choices(prior(*LARGE), several), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_same(several: list[Scaled], plain: list[Choice]) -> None:
+def test_a_gpu_gives_the_same(several: list[Scaled], plain: list[Prediction]) -> None:
     assert_equal(choices(prior(*LARGE), several, "cuda"), plain)
 
 
@@ -185,14 +189,14 @@ def matmul_precision() -> Iterator[Callable[[str], None]]:
 
 @pytest.mark.parametrize("precision", ["medium", "high"])
 def test_coarse_matrix_products_do_not_matter(
-    matmul_precision: Callable[[str], None], precision: str, several: list[Scaled], plain: list[Choice]
+    matmul_precision: Callable[[str], None], precision: str, several: list[Scaled], plain: list[Prediction]
 ) -> None:
     matmul_precision(precision)
     assert_equal(choices(prior(*LARGE), several), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_around_it_does_not_matter(dtype: torch.dtype, several: list[Scaled], plain: list[Choice]) -> None:
+def test_autocast_around_it_does_not_matter(dtype: torch.dtype, several: list[Scaled], plain: list[Prediction]) -> None:
     with torch.autocast("cpu", dtype):
         assert_equal(choices(prior(*LARGE), several), plain)
 
@@ -223,7 +227,7 @@ def test_decoding_undoes_encoding_and_a_damaged_neighbour_does_not_matter(shape:
     codings = quantize(model, images, "cpu")
     payloads = [encode(Coder(tables()), coding.passes) for coding in codings]
     assert payloads == [encode(Coder(tables()), quantize(model, [q], "cpu")[0].passes) for q in images]
-    settings = [Settings(q.latents.shape, q.step, q.seed) for q in images]  # pyright: ignore[reportArgumentType]
+    settings = [PayloadSettings(q.latents.shape, q.step, q.seed) for q in images]  # pyright: ignore[reportArgumentType]
     payloads[1], payloads[2] = payloads[1][:-4], b"\xff" * 20
     found = decode(model, Coder(tables()), payloads, settings, "cpu")
     assert [isinstance(f, Quantized) for f in found] == [True, False, False, True]
@@ -239,7 +243,7 @@ def test_what_a_centred_prior_expects_is_coded_as_zeros(shape: Shape) -> None:
     model = prior(*shape)
     expected = np.zeros((1, sum(shape[0]), 6, 5), np.int64)
     steps, none = np.array([1500]), np.zeros(1, bool)
-    for number, span in enumerate(model.spans):
+    for number, span in enumerate(model.layouts):
         choice = model.select(number, expected, np.zeros_like(expected), none, steps, "cpu")
         rows, columns = np.nonzero(span.where((6, 5)))
         expected[:, model.order[span.start : span.stop][:, None], rows, columns] = choice.offset
@@ -258,9 +262,9 @@ def changed(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
 def changed_layer(number: int, i: int, **fields: Any) -> Callable[[dict[str, Any]], None]:
     def change(arguments: dict[str, Any]) -> None:
-        layers = list(arguments["passes"][number].layers)
+        layers = list(arguments["networks"][number].layers)
         layers[i] = layers[i]._replace(**{name: f(getattr(layers[i], name)) for name, f in fields.items()})
-        arguments["passes"][number] = Pass(tuple(layers))  # pyright: ignore[reportArgumentType]
+        arguments["networks"][number] = PassNetwork(tuple(layers))  # pyright: ignore[reportArgumentType]
 
     return change
 
@@ -302,8 +306,8 @@ def changed_layer(number: int, i: int, **fields: Any) -> Callable[[dict[str, Any
 )
 def test_unsound_models_are_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
     sound = prior((1, 3))
-    names = ("config", "order", "gain", "width_offset", "passes", "tables")
-    arguments = {name: getattr(sound, name) for name in names} | {"passes": list(sound.passes)}
+    names = ("config", "order", "gain", "width_offset", "networks", "tables")
+    arguments = {name: getattr(sound, name) for name in names} | {"networks": list(sound.networks)}
     ContextPrior(**arguments)
     change(arguments)
     with pytest.raises(ValueError, match=message):
@@ -321,7 +325,7 @@ def test_tensors_are_the_whole_prior() -> None:
 
 def test_every_tensor_that_matters_to_a_stream_is_in_its_id() -> None:
     priors = as_priors(prior((1, 3)))
-    model = as_witness(prior((1, 3)))
+    model = as_reference(prior((1, 3)))
     ids = {kind: priors.stream_id("m", kind) for kind in ("context", "factorized")}
     assert len({*ids.values(), priors.stream_id("n", "context")}) == 3
     for name, tensor in model.tensors.items():

@@ -51,10 +51,10 @@ def linear(codec: Codec) -> Codec:
         with torch.no_grad():
             linear.backbone.decoder.weight.copy_(torch.rand(4, 3, 16, 16) - 0.3)  # pyright: ignore
     assert codec.priors is not None
-    base = codec.priors.base
+    channel_steps = codec.priors.channel_steps
     statistics = LatentStatistics(source="", images=1, mean=(0.0,) * 4, std=(1.0,) * 4, posterior_std=(1.0,) * 4)
     config_of_prior = ContextConfig(groups=(1, 1, 1, 1), width=8, centred=True, levels=(1, 1, 1, 1))
-    net = ContextNet(config_of_prior, base, statistics)
+    net = ContextNet(config_of_prior, channel_steps, statistics)
     zero(net)
     linear.priors = codec.priors._replace(context=net.freeze(logistic_tables()))
     linear.statistics = statistics
@@ -65,26 +65,26 @@ def test_the_weights_are_the_gram_matrix_of_what_latents_draw(linear: Codec) -> 
     """A linear decoder's, from its kernels: the overlap of every two of them, at every distance."""
     assert linear.priors is not None
     weight = linear.backbone.decoder.weight.detach().double()  # pyright: ignore  (z, 3, 16, 16)
-    drawn = weight * torch.from_numpy(linear.priors.base).double()[:, None, None, None]
+    drawn = weight * torch.from_numpy(linear.priors.channel_steps).double()[:, None, None, None]
     overlap = conv2d(pad(drawn, (8 * REACH,) * 4), drawn, stride=8)  # [j, i]: of j's kernel with i's moved
     gram = overlap.transpose(0, 1).flip(2, 3)
     expected = gram / gram[:, :, REACH, REACH].diagonal()[:, None, None, None]
     latents = torch.randn(3, 4, 20, 15, generator=torch.Generator().manual_seed(0))
-    found = measure(linear, latents, linear.priors.base)
+    found = measure(linear, latents, linear.priors.channel_steps)
     assert found is not None
     np.testing.assert_allclose(found.weights / 2**14, expected.clamp(-2, 2).numpy(), atol=2**-13)
 
 
 def test_it_lowers_the_error_of_the_pixels(linear: Codec) -> None:
     assert linear.priors is not None and linear.statistics is not None
-    base, prior = linear.priors.base, linear.priors.context
+    channel_steps, prior = linear.priors.channel_steps, linear.priors.context
     assert prior is not None
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = measure(linear, latents, base)
+    found = measure(linear, latents, channel_steps)
     subjects = [image._replace(latents=image.latents * 5) for image in images(4, 4, (24, 24))]
 
     def error(use: Feedback | None) -> float:
-        size = torch.from_numpy(base)[:, None, None]
+        size = torch.from_numpy(channel_steps)[:, None, None]
         total = 0.0
         for image, coding in zip(subjects, quantize(prior, subjects, "cpu", use), strict=True):
             wrong = torch.from_numpy(coding.quantized.fine / 2**17 - image.latents).float() * size
@@ -150,22 +150,26 @@ def test_a_draw_stays_a_draw() -> None:
 def test_training_rounds_as_a_file_does(codec: Codec) -> None:
     """The float network's own rounding, against the same prior's in integers, with the same feedback."""
     assert codec.priors is not None and codec.statistics is not None
-    base, use = codec.priors.base, feedback(4)
+    channel_steps, use = codec.priors.channel_steps, feedback(4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,))
-        nets = [ContextNet(config, base, codec.statistics) for _ in range(2)]
+        nets = [ContextNet(config, channel_steps, codec.statistics) for _ in range(2)]
     nets[0].round_by(use)
     assert nets[0].state_dict().keys() == nets[1].state_dict().keys()  # nothing of it is in a checkpoint
     for net in nets:
         zero(net)
-    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * torch.tensor(base)[:, None, None] * 2
+    z = (
+        torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        * torch.tensor(channel_steps)[:, None, None]
+        * 2
+    )
     step = torch.tensor([0.5, 1.0, 2.0])
     shares = []
     for net in nets:
         read = net.code(net.rounded(z, step)).latents / net.sizes(1024 * step)[:, net.inverse]
         scaled = [
-            Scaled(m.double().numpy() / (base * float(s))[:, None, None], int(1024 * s), None)
+            Scaled(m.double().numpy() / (channel_steps * float(s))[:, None, None], int(1024 * s), None)
             for m, s in zip(z, step, strict=True)
         ]
         files = [c.quantized.fine / 2**17 for c in quantize(nets[0].freeze(logistic_tables()), scaled, "cpu", use)]
@@ -228,9 +232,9 @@ def test_refining_rounds_by_it(codec: Codec) -> None:
 
 def test_where_there_are_no_neighbours_there_is_no_feedback(codec: Codec) -> None:
     assert codec.priors is not None
-    base = codec.priors.base
-    assert measure(codec, [torch.zeros(4, 2, 9)], base) is None
-    assert measure(codec, [], base) is None
+    channel_steps = codec.priors.channel_steps
+    assert measure(codec, [torch.zeros(4, 2, 9)], channel_steps) is None
+    assert measure(codec, [], channel_steps) is None
     config = dataclasses.replace(
         codec.config,
         backbone=ConvConfig(
@@ -242,11 +246,11 @@ def test_where_there_are_no_neighbours_there_is_no_feedback(codec: Codec) -> Non
             post_quant_conv=True,
         ),
     )
-    assert measure(Codec(config), torch.zeros(1, 4, 16, 16), base) is None
+    assert measure(Codec(config), torch.zeros(1, 4, 16, 16), channel_steps) is None
 
 
 def test_small_latents_are_measured_as_they_are(codec: Codec) -> None:
     assert codec.priors is not None
-    found = measure(codec, [torch.zeros(4, 3, 7)], codec.priors.base)
+    found = measure(codec, [torch.zeros(4, 3, 7)], codec.priors.channel_steps)
     assert found is not None and found.weights.shape == (4, 4, WIDE, WIDE)
     assert (found.weights[range(4), range(4), REACH, REACH] == 2**14).all()

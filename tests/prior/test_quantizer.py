@@ -22,7 +22,7 @@ from latent_codec.prior.quantizer import (
     octave_eighths,
     step_code,
 )
-from tests.support import witness
+from tests.support import reference_decoder
 from tests.support.plain_integers import quantize
 
 N = 100_000
@@ -85,16 +85,16 @@ def test_the_error_under_dither_is_uniform_whatever_the_signal(scale: float) -> 
 
 def test_at_step_1_the_noise_of_dither_has_the_posteriors_variance() -> None:
     deviation = 0.23
-    base = np.array([STEP_OF_STD * deviation], np.float32)
+    channel_steps = np.array([STEP_OF_STD * deviation], np.float32)
     mean = torch.randn((1, 1, N), generator=torch.Generator().manual_seed(2))
-    e = dequantize(quantize(mean, base, step_code(1), 3), base) - mean
+    e = dequantize(quantize(mean, channel_steps, step_code(1), 3), channel_steps) - mean
     assert e.square().mean().item() == pytest.approx(deviation**2, rel=4 * math.sqrt(0.8 / N))
 
 
 @given(seeds, st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)))
 def test_dither_is_what_the_format_says(seed: int, shape: tuple[int, int, int]) -> None:
     found = dither(seed, shape)
-    np.testing.assert_array_equal(found, witness.dither(seed, shape))
+    np.testing.assert_array_equal(found, reference_decoder.dither(seed, shape))
     assert (found % 2 == 1).all() and np.abs(found).max() < 2**16
 
 
@@ -108,7 +108,7 @@ def test_dither_of_neighbouring_seeds_and_positions_is_uncorrelated() -> None:
 def test_octave_eighths_is_the_rounded_logarithm(code: int) -> None:
     exact = 8 * math.log2(code / STEP_ONE)
     assert abs(octave_eighths(code) - exact) <= 0.5 + 1e-9
-    assert octave_eighths(code) == witness.octave(code)
+    assert octave_eighths(code) == reference_decoder.octave(code)
 
 
 def test_octave_eighths_of_every_step_never_falls() -> None:
@@ -138,8 +138,8 @@ def test_a_latent_beyond_the_limit_is_refused(value: float, seed: int | None) ->
 
 
 @given(st.integers(-(2**31), 2**31), codes, st.floats(2**-20, 2**20, width=32))
-def test_dequantising_is_one_product_in_float64(fine: int, code: int, base: float) -> None:
+def test_dequantising_is_one_product_in_float64(fine: int, code: int, channel_steps: float) -> None:
     quantized = Quantized(np.full((1, 1, 1), fine), code, None)
-    exact = float(np.float32(base)) * code
+    exact = float(np.float32(channel_steps)) * code
     expected = np.float32(float(fine) * exact / 2**27)
-    assert dequantize(quantized, np.array([base], np.float32)).item() == expected
+    assert dequantize(quantized, np.array([channel_steps], np.float32)).item() == expected

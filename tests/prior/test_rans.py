@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
 from latent_codec.prior.rans import Coder
-from latent_codec.prior.tables import LEAST_BITS, Tables, join, normalize
-from tests.support import witness
+from latent_codec.prior.tables import MIN_SYMBOL_BITS, Tables, join, normalize
+from tests.support import reference_decoder
 
 Pass = tuple[np.ndarray, np.ndarray]
 
@@ -35,8 +35,8 @@ def draw_passes(seed: int, lengths: list[int], far: float) -> list[Pass]:
     return passes
 
 
-def independent(tables: Tables) -> witness.Tables:
-    return witness.Tables(tables.counts, tables.sizes, tables.first)
+def independent(tables: Tables) -> reference_decoder.Tables:
+    return reference_decoder.Tables(tables.counts, tables.sizes, tables.first)
 
 
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 60), min_size=1, max_size=6), st.sampled_from([0, 0.01, 0.5, 1]))
@@ -49,17 +49,17 @@ def test_passes_come_back_and_cost_what_they_should(seed: int, lengths: list[int
     decoder.finish()
     bits = sum(coder().tables.bits(values, tables) for values, tables in passes)
     assert bits <= 8 * len(payload) <= 1.001 * bits + 65
-    assert sum(lengths) * LEAST_BITS <= 8 * len(payload)
+    assert sum(lengths) * MIN_SYMBOL_BITS <= 8 * len(payload)
 
 
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from([0, 0.1, 1]))
 def test_payloads_are_the_formats_to_the_bit(seed: int, lengths: list[int], far: float) -> None:
-    passes, tables, writer = draw_passes(seed, lengths, far), independent(coder().tables), witness.Writer()
+    passes, tables, writer = draw_passes(seed, lengths, far), independent(coder().tables), reference_decoder.Writer()
     for values, chosen in reversed(passes):
         tables.write(writer, values.tolist(), chosen.tolist())
     payload = coder().encode(passes)
     assert writer.payload() == payload
-    ans = witness.Ans(payload)
+    ans = reference_decoder.Ans(payload)
     for values, chosen in passes:
         assert tables.read(ans, chosen.tolist()) == values.tolist()
     ans.finish()
@@ -68,7 +68,7 @@ def test_payloads_are_the_formats_to_the_bit(seed: int, lengths: list[int], far:
 def test_a_long_run_of_the_cheapest_symbol_costs_least_bits() -> None:
     n = 200_000
     payload = coder().encode([(np.zeros(n, np.int64), np.zeros(n, np.int64))])
-    assert n * LEAST_BITS <= 8 * len(payload) <= 1.001 * n * LEAST_BITS + 65
+    assert n * MIN_SYMBOL_BITS <= 8 * len(payload) <= 1.001 * n * MIN_SYMBOL_BITS + 65
     decoder = coder().decoder(payload)
     assert not decoder.read(np.zeros(n, np.int64)).any()
     decoder.finish()
@@ -86,14 +86,14 @@ def test_any_bytes_decode_or_are_refused_and_both_decoders_agree(data: bytes, le
         return found
 
     def read_independently() -> list[list[int]]:
-        ans = witness.Ans(data)
+        ans = reference_decoder.Ans(data)
         found = [tables.read(ans, c.tolist()) for c in chosen]
         ans.finish()
         return found
 
     try:
         expected = read_independently()
-    except witness.RefusalError:
+    except reference_decoder.RefusalError:
         with pytest.raises(UserError, match="damaged"):
             read()
     else:
@@ -125,8 +125,8 @@ def test_an_escape_for_what_has_a_symbol_is_refused() -> None:
     tables = independent(coder().tables)
     cumulative, first = tables.cumulative[9], tables.first[9]
     for value, needed in ((first - 1, True), (first, False), (first + len(cumulative) - 2, True)):
-        writer = witness.Writer()
-        writer.symbol(witness.UNIFORM, value + 2**15)
+        writer = reference_decoder.Writer()
+        writer.symbol(reference_decoder.UNIFORM, value + 2**15)
         writer.symbol(cumulative, len(cumulative) - 2)
         decoder = coder().decoder(writer.payload())
         if needed:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.prior.tables import LEAST_BITS, TOTAL, Tables, join, normalize
+from latent_codec.prior.tables import MIN_SYMBOL_BITS, TOTAL, Tables, join, normalize
 
 MOST = TOTAL - 2**14
 weights = st.lists(st.floats(1e-12, 1e12), min_size=2, max_size=40).map(np.array)
@@ -42,8 +42,8 @@ def test_the_scale_of_weights_does_not_matter(w: np.ndarray, scale: float) -> No
 
 def test_the_cheapest_symbol_costs_least_bits() -> None:
     tables = table(*normalize(np.array([1.0, 1e-30])))
-    assert tables.bits(np.zeros(1000, np.int64), np.zeros(1000, np.int64)) == pytest.approx(1000 * LEAST_BITS)
-    assert 0.001 < LEAST_BITS < 0.0015
+    assert tables.bits(np.zeros(1000, np.int64), np.zeros(1000, np.int64)) == pytest.approx(1000 * MIN_SYMBOL_BITS)
+    assert 0.001 < MIN_SYMBOL_BITS < 0.0015
 
 
 @given(st.lists(st.tuples(st.integers(-(2**15), 2**15 - 40), weights), min_size=1, max_size=5), st.data())

@@ -5,7 +5,16 @@ import math
 import numpy as np
 import torch
 
-from latent_codec.prior.context import SIGNALS, TABLES, ContextConfig, ContextPrior, Layer, Pass, spans, table_scale
+from latent_codec.prior.context import (
+    SIGNALS,
+    TABLES,
+    ContextConfig,
+    ContextPrior,
+    Layer,
+    PassNetwork,
+    pass_layouts,
+    table_scale,
+)
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.tables import Tables, join, normalize
 
@@ -34,19 +43,19 @@ def context_prior(
     """Random weights over the whole range; outputs of a few steps and of medium width."""
     rng = np.random.default_rng(seed)
     config, channels = ContextConfig(groups=groups, width=width, centred=centred, levels=levels), sum(groups)
-    passes = []
-    for span in spans(config):
+    networks = []
+    for span in pass_layouts(config):
         outputs = span.stop - span.start
         first = _layer(rng, (span.inputs + SIGNALS) * 9, width, 60, 32)
         second, third = _layer(rng, width * 9, width, 40, 32), _layer(rng, width, width, 40, 32)
         bias = np.r_[np.zeros(outputs), np.full(outputs, 50)]  # i = 40 is one step
-        passes.append(Pass((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias))))
+        networks.append(PassNetwork((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias))))
     return ContextPrior(
         config,
         order=rng.permutation(channels),
         gain=2 ** rng.integers(10, 13, channels) + rng.integers(0, 100, channels),
         width_offset=rng.integers(-8, 9, channels),
-        passes=passes,
+        networks=networks,
         tables=context_tables() if tables is None else tables,
     )
 

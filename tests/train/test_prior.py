@@ -22,7 +22,7 @@ from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import factorized
-from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, Sites, Span, table_scale
+from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, PassLayout, Sites, table_scale
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
@@ -55,8 +55,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> tuple[
         std=tuple(means.std((0, 2, 3)).tolist()),
         posterior_std=(0.5, 0.5, 0.25, 0.25),
     )
-    base = np.array(codec.statistics.posterior_std, np.float32) * np.float32(STEP_OF_STD)
-    codec.priors = Priors(base, factorized.fit(means.transpose(0, 1).flatten(1), base), None)
+    channel_steps = np.array(codec.statistics.posterior_std, np.float32) * np.float32(STEP_OF_STD)
+    codec.priors = Priors(channel_steps, factorized.fit(means.transpose(0, 1).flatten(1), channel_steps), None)
     codec.save(folder / "model.safetensors")
     geometry = Geometry(width=80, height=72, orientation=1, mode="RGB", background=None)
     posterior, header = DiagonalGaussian(means, torch.zeros_like(means)), header_of(codec, "float32")
@@ -88,7 +88,7 @@ def net_of(
     assert codec.priors is not None and codec.statistics is not None
     torch.manual_seed(0)
     config = ContextConfig(groups=groups, width=width, centred=True, levels=levels)
-    return ContextNet(config, codec.priors.base, codec.statistics)
+    return ContextNet(config, codec.priors.channel_steps, codec.statistics)
 
 
 def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
@@ -120,7 +120,7 @@ def test_error_feedback_is_a_choice(tmp_path: Path, places: tuple[Path, Path]) -
     one, other = (model.priors for model in models)
     assert one is not None and other is not None and one.context is not None and other.context is not None
     assert one.feedback is not None and other.feedback is None
-    for layer, same in zip(one.context.passes[0].layers, other.context.passes[0].layers, strict=True):
+    for layer, same in zip(one.context.networks[0].layers, other.context.networks[0].layers, strict=True):
         assert torch.equal(layer.weight, same.weight)
     assert not np.array_equal(one.context.tables.counts, other.context.tables.counts)
 
@@ -196,7 +196,7 @@ def test_drawn_latents_are_those_of_the_quantiser(places: tuple[Path, Path]) -> 
     assert 0 < int(drawn.dithered.sum()) < 16
     assert codec.priors is not None
     for mean, found in zip(batch.means, program._scaled(net, drawn), strict=True):
-        expected = scale(mean, codec.priors.base, found.step, found.seed)
+        expected = scale(mean, codec.priors.channel_steps, found.step, found.seed)
         assert np.array_equal(found.latents, expected.latents)
         assert 512 <= found.step <= 4096
 
@@ -216,9 +216,9 @@ def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path], le
     prior = net.freeze(logistic_tables())
     codings = quantize(prior, program._scaled(net, drawn), "cpu")
     found = [ideal_bits(prior, coding.passes) for coding in codings]
-    base = Codec.load(places[0]).priors.base  # pyright: ignore[reportOptionalMemberAccess]
-    read = torch.stack([dequantize(coding.quantized, base) for coding in codings])
-    size = torch.from_numpy(base)[:, None, None] * (drawn.step / 1024)[:, None, None, None]
+    channel_steps = Codec.load(places[0]).priors.channel_steps  # pyright: ignore[reportOptionalMemberAccess]
+    read = torch.stack([dequantize(coding.quantized, channel_steps) for coding in codings])
+    size = torch.from_numpy(channel_steps)[:, None, None] * (drawn.step / 1024)[:, None, None, None]
     assert ((coded.latents - read) / size).abs().mean() < 0.03  # an eighth apart where a location is at an edge
     assert np.sum(found) == pytest.approx(np.sum(wanted), rel=0.03)
     assert np.corrcoef(found, wanted)[0, 1] > 0.99
@@ -232,7 +232,7 @@ def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path
     coded = net.code(drawn)
     assert not torch.equal(coded.latents, torch.zeros_like(means))
     coded.bits.sum().backward()
-    for span, layers in zip(net.spans, net.nets, strict=True):
+    for span, layers in zip(net.layouts, net.nets, strict=True):
         gradient = layers[3].weight.grad  # pyright: ignore
         located, wide = gradient.split(span.stop - span.start)  # pyright: ignore
         assert located.abs().amax() > 0 and wide.abs().amax() > 0
@@ -241,8 +241,8 @@ def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path
 def test_passes_put_values_back_where_they_were_taken() -> None:
     x = torch.arange(2 * 3 * 8 * 12).reshape(2, 3, 8, 12).float()
     for passes in (
-        [Span(0, 3, Sites.EVEN), Span(0, 3, Sites.ODD)],
-        [Span(0, 3, Sites.ALL, 4), *(Span(0, 3, s, n) for n in (2, 1) for s in (Sites.CENTRES, Sites.ODD))],
+        [PassLayout(0, 3, Sites.EVEN), PassLayout(0, 3, Sites.ODD)],
+        [PassLayout(0, 3, Sites.ALL, 4), *(PassLayout(0, 3, s, n) for n in (2, 1) for s in (Sites.CENTRES, Sites.ODD))],
     ):
         parts = [network._placed(network._at(x, span), (8, 12), span) for span in passes]
         assert torch.equal(sum(parts), x)
@@ -312,17 +312,17 @@ def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, places: tuple[Path, 
 def test_a_prior_of_other_levels_hands_on_the_passes_that_both_have(places: tuple[Path, Path]) -> None:
     before, net = net_of(places, levels=(0, 1)), net_of(places)
     fresh = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    assert [span in before.spans for span in net.spans] == [False, False, False, False, True, False, True]
+    assert [span in before.layouts for span in net.layouts] == [False, False, False, False, True, False, True]
     with torch.no_grad():
         for parameter in before.parameters():
             parameter.mul_(1.5)
     frozen = before.freeze(logistic_tables())
     net.thaw(frozen)
     after = net.freeze(logistic_tables())
-    for number, span in enumerate(net.spans):
-        if span in before.spans:
-            taken = frozen.passes[before.spans.index(span)]
-            for one, other in zip(after.passes[number].layers, taken.layers, strict=True):
+    for number, span in enumerate(net.layouts):
+        if span in before.layouts:
+            taken = frozen.networks[before.layouts.index(span)]
+            for one, other in zip(after.networks[number].layers, taken.layers, strict=True):
                 assert torch.equal(one.weight * 2.0 ** -one.shift[:, None], other.weight * 2.0 ** -other.shift[:, None])
         else:
             own = {k: t for k, t in net.state_dict().items() if k.startswith(f"nets.{number}.")}

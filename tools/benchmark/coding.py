@@ -20,7 +20,7 @@ from latent_codec.images.sources import find_images
 from latent_codec.inference.runner import Compute, Networks
 from latent_codec.model.codec import Codec
 from latent_codec.prior.error_feedback import Feedback
-from latent_codec.prior.passes import Prior, Settings, Values, decode, encode, quantize
+from latent_codec.prior.passes import PassValues, PayloadSettings, Prior, decode, encode, quantize
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import Quantized, Scaled, dequantize, scale, step_code
 from latent_codec.prior.rans import Coder
@@ -81,13 +81,13 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
                 with clock("encoder"):
                     mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0].cpu()
                 with clock("scale"):
-                    scaled = scale(mean, priors.base, step_code(step), None)
+                    scaled = scale(mean, priors.channel_steps, step_code(step), None)
                 found = [
                     _time_prior(p, coder, scaled, clock, device, priors.feedback)
                     for p, coder in zip(kinds, coders, strict=True)
                 ]
                 with clock("dequantize"):
-                    latents = dequantize(found[-1], priors.base)
+                    latents = dequantize(found[-1], priors.channel_steps)
                 with clock("decoder"):
                     codec.decode_uint8(latents[None].to(device)).cpu()
             if round_ == 1:
@@ -117,7 +117,7 @@ def _time_prior(
     with clock(f"{prior.kind} encode_coder"):
         payload = encode(coder, coding.passes)
     z, h, w = scaled.latents.shape
-    settings = Settings((z, h, w), scaled.step, scaled.seed)
+    settings = PayloadSettings((z, h, w), scaled.step, scaled.seed)
     with clock(f"{prior.kind} decode"):
         (found,) = decode(prior, coder, [payload], [settings], device)
     with clock(f"{prior.kind} decode_coder"):
@@ -127,7 +127,7 @@ def _time_prior(
     return found
 
 
-def _read(coder: Coder, payload: bytes, passes: Sequence[Values]) -> None:
+def _read(coder: Coder, payload: bytes, passes: Sequence[PassValues]) -> None:
     decoder = coder.decoder(payload)
     for _, tables in passes:
         decoder.read(tables)

@@ -15,8 +15,8 @@ _SIDE = 2 * REACH + 9  # of the latents around a place that are decoded
 
 
 @torch.no_grad()
-def measure(codec: Codec, latents: Iterable[torch.Tensor], base: np.ndarray) -> Feedback | None:
-    """Of the decoder around the middle of each image's latents (z, h, w); `base` (z,) are the quantiser's steps.
+def measure(codec: Codec, latents: Iterable[torch.Tensor], channel_steps: np.ndarray) -> Feedback | None:
+    """Of the decoder around the middle of each image's latents (z, h, w); `channel_steps` (z,): the quantiser's.
 
     None where no latents are large enough, or where the decoder sees the whole image at once, whose Gram matrix is no
     matter of neighbours and too costly to measure.
@@ -28,7 +28,7 @@ def measure(codec: Codec, latents: Iterable[torch.Tensor], base: np.ndarray) -> 
         side = min(_SIDE, *own.shape[1:])
         if side > 2 * REACH:
             top, left = ((s - side) // 2 for s in own.shape[1:])
-            gram = _gram(codec, own[:, top : top + side, left : left + side], torch.from_numpy(base))
+            gram = _gram(codec, own[:, top : top + side, left : left + side], torch.from_numpy(channel_steps))
             total = gram if total is None else total + gram
     if total is None:
         return None
@@ -37,18 +37,18 @@ def measure(codec: Codec, latents: Iterable[torch.Tensor], base: np.ndarray) -> 
     return Feedback(weights.to(torch.int16).numpy())
 
 
-def _gram(codec: Codec, z: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def _gram(codec: Codec, z: torch.Tensor, channel_steps: torch.Tensor) -> torch.Tensor:
     """(z, z, 3, 3) float64 in squared pixels: of each channel's step in the middle, with steps of all around it."""
     device, middle = next(codec.parameters()).device, z.shape[1] // 2
     channels = len(z)
-    base = base.to(device)
+    channel_steps = channel_steps.to(device)
     around = z.to(device).expand(channels, -1, -1, -1).clone()  # one copy for each channel that is moved
     moved = around.clone()
-    moved[range(channels), range(channels), middle, middle] += base
+    moved[range(channels), range(channels), middle, middle] += channel_steps
     labels = torch.zeros(channels, dtype=torch.int64, device=device)
     with torch.enable_grad():
         pixels = codec.decode(around.requires_grad_(), labels)
         change = codec.decode(moved, labels) - pixels
         (rows,) = torch.autograd.grad(pixels, around, change.detach())  # J' (change of the pixels)
     near = slice(middle - REACH, middle + REACH + 1)
-    return (rows[:, :, near, near] * base[:, None, None]).double().cpu()
+    return (rows[:, :, near, near] * channel_steps[:, None, None]).double().cpu()

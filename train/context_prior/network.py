@@ -19,14 +19,14 @@ from latent_codec.prior.context import (
     ContextConfig,
     ContextPrior,
     Layer,
-    Pass,
+    PassLayout,
+    PassNetwork,
     Sites,
-    Span,
-    spans,
+    pass_layouts,
     table_scale,
 )
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
-from latent_codec.prior.quantizer import LIMIT, STEP_ONE, round_down_zone
+from latent_codec.prior.quantizer import LIMIT, STEP_ONE, round_with_dead_zone
 from latent_codec.prior.tables import Tables, join, normalize
 
 _HIDDEN = 16  # integers per unit of an activation
@@ -60,32 +60,38 @@ class Coded(NamedTuple):
 class ContextNet(nn.Module):
     """Bits of quantised latents under the prior; what is wrapped for several processes, so only `forward` is called."""
 
-    base: torch.Tensor
+    channel_steps: torch.Tensor
     gain: torch.Tensor
     permutation: torch.Tensor  # `order` on the device
     inverse: torch.Tensor  # of the permutation
     feedback: torch.Tensor | None  # (z, z, 3, 3) of errors in steps, in the prior's order
 
     def __init__(
-        self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
+        self,
+        config: ContextConfig,
+        channel_steps: np.ndarray,
+        statistics: LatentStatistics,
+        order: np.ndarray | None = None,
     ) -> None:
-        """`base`: (z,) the quantiser's steps; `order`: (z,) channels in their groups' order, by default those with most
-        bits first. Raises `ValueError` if the groups do not add up to the channels.
+        """`channel_steps`: (z,) the quantiser's; `order`: (z,) channels in their groups' order, by default those with
+        most bits first. Raises `ValueError` if the groups do not add up to the channels.
         """
         super().__init__()
-        if sum(config.groups) != len(base):
-            raise ValueError(f"groups {config.groups} do not add up to the model's {len(base)} latent channels")
-        self.config, self.spans = config, spans(config)
+        if sum(config.groups) != len(channel_steps):
+            raise ValueError(
+                f"groups {config.groups} do not add up to the model's {len(channel_steps)} latent channels"
+            )
+        self.config, self.layouts = config, pass_layouts(config)
         std = np.array(statistics.std)
-        self.order = np.argsort(-std / base, kind="stable") if order is None else order
+        self.order = np.argsort(-std / channel_steps, kind="stable") if order is None else order
         # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step where that is coarser.
-        gain = np.minimum(np.round(base * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
-        self.register_buffer("base", torch.from_numpy(base[self.order]), persistent=False)
+        gain = np.minimum(np.round(channel_steps * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
+        self.register_buffer("channel_steps", torch.from_numpy(channel_steps[self.order]), persistent=False)
         self.register_buffer("permutation", torch.from_numpy(self.order), persistent=False)
         self.register_buffer("inverse", torch.from_numpy(np.argsort(self.order)), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
         self.register_buffer("feedback", None, persistent=False)
-        self.nets = nn.ModuleList(_net(config.width, span) for span in self.spans)
+        self.nets = nn.ModuleList(_net(config.width, span) for span in self.layouts)
 
     def round_by(self, feedback: Feedback | None) -> None:
         """Quantise as encoders do that go by it; before the module is moved to a device."""
@@ -109,7 +115,9 @@ class ContextNet(nn.Module):
         bits = hashes(fold(seeds), means[0].numel()).view(means.shape)[:, order]  # as `quantizer.dither` has them
         offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
         offset = offset * with_dither[:, None, None, None]
-        size = self.base.double()[:, None, None] * step[:, None, None, None] / STEP_ONE  # a bitstream's float64
+        size = (
+            self.channel_steps.double()[:, None, None] * step[:, None, None, None] / STEP_ONE
+        )  # a bitstream's float64
         return Drawn(means[:, order].double() / size, offset, step.long(), with_dither, seeds)
 
     def code(self, drawn: Drawn) -> Coded:
@@ -124,7 +132,7 @@ class ContextNet(nn.Module):
         known: list[torch.Tensor] = []  # (b, channels, h, w) each, in steps
         errors = torch.zeros_like(drawn.scaled, dtype=torch.float32)  # (b, z, h, w) of what is known, in steps
         total = torch.zeros(b, device=drawn.scaled.device)
-        for span, net in zip(self.spans, self.nets, strict=True):
+        for span, net in zip(self.layouts, self.nets, strict=True):
             group = slice(span.start, span.stop)
             unit = scale[:, group, :, 0] / UNIT  # (b, g, 1)
             outputs = self._run(net, span, self._inputs(known, span, scale), drawn)  # (b, 2g, n)
@@ -155,13 +163,13 @@ class ContextNet(nn.Module):
         return Coded(total / (h * w), z[:, self.inverse])
 
     @torch.no_grad()
-    def _feed_back(self, errors: torch.Tensor, span: Span) -> torch.Tensor:
+    def _feed_back(self, errors: torch.Tensor, span: PassLayout) -> torch.Tensor:
         """What is to be taken off a span's latents in steps, (b, g, n), as `Feedback.shift` adds it."""
         assert self.feedback is not None
         weights = self.feedback[span.start : span.stop, : span.inputs]
         return _at(conv2d(errors[:, : span.inputs], weights, padding=REACH), span)
 
-    def _inputs(self, known: list[torch.Tensor], span: Span, scale: torch.Tensor) -> torch.Tensor | None:
+    def _inputs(self, known: list[torch.Tensor], span: PassLayout, scale: torch.Tensor) -> torch.Tensor | None:
         """Known latents as a span's network sees them, whole numbers of its unit."""
         if not known:
             return None
@@ -169,7 +177,7 @@ class ContextNet(nn.Module):
         x = x * scale[:, : x.shape[1]]
         return (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # the gradient passes through
 
-    def _run(self, net: nn.Module, span: Span, known: torch.Tensor | None, drawn: Drawn) -> torch.Tensor:
+    def _run(self, net: nn.Module, span: PassLayout, known: torch.Tensor | None, drawn: Drawn) -> torch.Tensor:
         b, _, h, w = _view(drawn.scaled, span).shape
         device = drawn.scaled.device
         row, column = (torch.arange(side, device=device) for side in (h, w))
@@ -200,7 +208,7 @@ class ContextNet(nn.Module):
 
     def sizes(self, step: torch.Tensor) -> torch.Tensor:
         """Widths of one step of each channel (b, z, 1, 1), in the prior's order, for stored steps (b,)."""
-        return self.base[:, None, None] * (step.float() / STEP_ONE)[:, None, None, None]
+        return self.channel_steps[:, None, None] * (step.float() / STEP_ONE)[:, None, None, None]
 
     def reorder(self, z: torch.Tensor) -> torch.Tensor:
         return z[:, self.permutation]
@@ -212,8 +220,8 @@ class ContextNet(nn.Module):
         Of a prior with other groups or levels, those of passes that decode the same channels at the same positions; the
         others stay as they are. Raises `ValueError` if no pass does, or if the width or the channels' order differ.
         """
-        passes = dict(zip(prior.spans, prior.passes, strict=True))
-        common = [(span, net, passes[span]) for span, net in zip(self.spans, self.nets, strict=True) if span in passes]
+        passes = dict(zip(prior.layouts, prior.networks, strict=True))
+        common = [(span, net, passes[span]) for span, net in zip(self.layouts, self.nets, strict=True) if span in passes]
         same = prior.config.width == self.config.width and np.array_equal(prior.order, self.order)
         if not same or not common:
             raise ValueError(
@@ -235,23 +243,23 @@ class ContextNet(nn.Module):
         by_channel[self.order] = gain
         offset = np.round(152 - 8 * np.log2(by_channel)).astype(np.int64)
         passes = []
-        for span, net in zip(self.spans, self.nets, strict=True):
+        for span, net in zip(self.layouts, self.nets, strict=True):
             layers = [
                 _frozen(layer, inputs, outputs)
                 for layer, (inputs, outputs) in zip(net, _units(span), strict=True)  # pyright: ignore[reportArgumentType]
             ]
-            passes.append(Pass(tuple(layers)))  # pyright: ignore[reportArgumentType]
+            passes.append(PassNetwork(tuple(layers)))  # pyright: ignore[reportArgumentType]
         return ContextPrior(self.config, self.order, by_channel, offset, passes, tables)
 
 
-def _units(span: Span) -> list[tuple[int, int | torch.Tensor]]:
+def _units(span: PassLayout) -> list[tuple[int, int | torch.Tensor]]:
     """Integers per unit of each layer's inputs and outputs; of the last layer's outputs (2g,) row by row."""
     g = span.stop - span.start
     last = torch.tensor([_LOCATED] * g + [_WIDE] * g)
     return [(UNIT, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, last)]
 
 
-def _net(width: int, span: Span) -> nn.ModuleList:
+def _net(width: int, span: PassLayout) -> nn.ModuleList:
     layers = [
         nn.Conv2d(span.inputs + SIGNALS, width, 3, padding=1),
         nn.Conv2d(width, width, 3),
@@ -270,25 +278,25 @@ _RUNS: dict[Sites, tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def _runs(span: Span, unit: int) -> list[tuple[int, int, int]]:
+def _runs(span: PassLayout, unit: int) -> list[tuple[int, int, int]]:
     """First row, first column and stride of the rectangles that a span's positions fall into, in the order of `_at`,
     the spacing of its grid being `unit`."""
     return [(row * unit, column * unit, stride * unit) for row, column, stride in _RUNS[span.sites]]
 
 
-def _view(x: torch.Tensor, span: Span) -> torch.Tensor:
+def _view(x: torch.Tensor, span: PassLayout) -> torch.Tensor:
     """What a span's network sees of (b, c, h, w)."""
     return x[:, :, :: span.view, :: span.view]
 
 
-def _at(x: torch.Tensor, span: Span) -> torch.Tensor:
+def _at(x: torch.Tensor, span: PassLayout) -> torch.Tensor:
     """Values of (b, c, h, w) at a span's positions, (b, c, n). Sides are multiples of twice the spacing of its grid,
     or of the spacing where it takes all of it."""
     found = [x[:, :, row::stride, column::stride] for row, column, stride in _runs(span, span.spacing)]
     return torch.cat(found, 2).flatten(2)
 
 
-def _conv_at(layer: nn.Module, x: torch.Tensor, span: Span) -> torch.Tensor:
+def _conv_at(layer: nn.Module, x: torch.Tensor, span: PassLayout) -> torch.Tensor:
     """A 3x3 convolution of what a span's network sees at its positions, in the order of `_at`."""
     assert isinstance(layer, nn.Conv2d)
     x, runs = pad(x, (1, 1, 1, 1)), _runs(span, span.spacing // span.view)
@@ -296,7 +304,7 @@ def _conv_at(layer: nn.Module, x: torch.Tensor, span: Span) -> torch.Tensor:
     return torch.cat(found, 2)
 
 
-def _placed(values: torch.Tensor, size: tuple[int, int], span: Span) -> torch.Tensor:
+def _placed(values: torch.Tensor, size: tuple[int, int], span: PassLayout) -> torch.Tensor:
     """The inverse of `_at`, (b, c, h, w) of values (b, c, n): 0 elsewhere."""
     placed, first = values.new_zeros(*values.shape[:2], *size), 0
     for row, column, stride in _runs(span, span.spacing):
@@ -313,7 +321,7 @@ def _rounded(scaled: torch.Tensor, dither: torch.Tensor, dithered: torch.Tensor,
     expected = ((8 * located + 0.5).floor() / 8).clamp(-LIMIT, LIMIT)  # in eighths, as the frozen prior has it
     offset = torch.where(dithered, dither, expected.to(dither.dtype))
     rest = scaled - offset
-    return (torch.where(dithered, rest.round(), round_down_zone(rest)) + offset).float()
+    return (torch.where(dithered, rest.round(), round_with_dead_zone(rest)) + offset).float()
 
 
 def _logistic_bits(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

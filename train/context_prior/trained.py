@@ -20,9 +20,13 @@ class TrainedPrior(ContextNet):
     """A context prior that a run's checkpoints hold: `prior.safetensors`, and averaged in `prior_ema.safetensors`."""
 
     def __init__(
-        self, config: ContextConfig, base: np.ndarray, statistics: LatentStatistics, order: np.ndarray | None = None
+        self,
+        config: ContextConfig,
+        channel_steps: np.ndarray,
+        statistics: LatentStatistics,
+        order: np.ndarray | None = None,
     ) -> None:
-        super().__init__(config, base, statistics, order)
+        super().__init__(config, channel_steps, statistics, order)
         self.register_buffer("channels", torch.from_numpy(self.order))  # for those that go on from the weights
 
     def save(self, path: Path) -> None:
@@ -48,9 +52,9 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
             "model's --prior-groups, --prior-levels and --prior-width, or train one by train.prior first"
         )
     if context is None or dataclasses.replace(context.config, centred=True) != wanted:
-        net = TrainedPrior(wanted, model.priors.base, model.statistics)
+        net = TrainedPrior(wanted, model.priors.channel_steps, model.statistics)
     else:
-        net = TrainedPrior(wanted, model.priors.base, model.statistics, context.order)
+        net = TrainedPrior(wanted, model.priors.channel_steps, model.statistics, context.order)
         net.thaw(context)
     net.round_by(model.priors.feedback)
     return net

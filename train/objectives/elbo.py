@@ -10,7 +10,7 @@ from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.model.codebooks import Codes
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, uniform
-from latent_codec.prior.quantizer import STEP_OF_STD, round_down_zone
+from latent_codec.prior.quantizer import STEP_OF_STD, round_with_dead_zone
 from train.config.vae import ELBOConfig
 from train.objectives.adversarial import Adversary, Contest, last_weight, no_contest
 from train.objectives.losses import PIXELS, STEP, Losses, signed
@@ -124,7 +124,7 @@ class ELBO(nn.Module):
         step = torch.exp(low + (high - low) * uniform(fold(keys, STEP))).float()  # (b,)
         std = posterior.std.square().mean((2, 3), keepdim=True).sqrt()  # (b, z, 1, 1)
         size = STEP_OF_STD * std * step[:, None, None, None]
-        return size * round_down_zone(mode / size), step.clamp(min=1).square().reciprocal()
+        return size * round_with_dead_zone(mode / size), step.clamp(min=1).square().reciprocal()
 
     def _charged(self, kl_map: torch.Tensor) -> torch.Tensor:
         """The KL that the loss charges, averaged over the batch."""

@@ -126,7 +126,9 @@ class Joint(nn.Module):
         The prior gives the mass of a quantiser's cell around z; its density is that over the cell's size.
         """
         mass = self.prior.code(self.prior.noisy(z, step)).bits * z.shape[2:].numel() * math.log(2)  # (b,)
-        cell = self.prior.base.log().sum() * z.shape[2:].numel()  # of step 1; the step itself is in both and cancels
+        cell = (
+            self.prior.channel_steps.log().sum() * z.shape[2:].numel()
+        )  # of step 1; the step itself is in both and cancels
         entropy = posterior.std.log().flatten(1).sum(1) + 0.5 * math.log(2 * math.pi * math.e) * z[0].numel()
         return mass + cell - entropy
 

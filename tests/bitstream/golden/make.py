@@ -28,7 +28,7 @@ from latent_codec.model.networks import LiteBackbone
 from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.prior import factorized
 from latent_codec.prior.priors import PriorKind, Priors
-from latent_codec.prior.quantizer import base_steps, step_code
+from latent_codec.prior.quantizer import channel_steps_from_std, step_code
 
 VERSION = int(sys.argv[1])
 HERE = Path(__file__).parent / str(VERSION)
@@ -105,10 +105,10 @@ def tiny_codec() -> Codec:
         std=tuple(std.tolist()),
         posterior_std=tuple(deviation.tolist()),
     )
-    base = base_steps(std.numpy(), deviation.numpy())
+    channel_steps = channel_steps_from_std(std.numpy(), deviation.numpy())
     levels = (2, 1) if VERSION == 3 else ()
     context = context_prior((1, 3), 8, seed=1, centred=VERSION >= 2, levels=levels)
-    codec.priors = Priors(base, factorized.fit(means, base), context)
+    codec.priors = Priors(channel_steps, factorized.fit(means, channel_steps), context)
     codec.provenance = {"note": "made by tests/golden/make.py"}
     return codec
 

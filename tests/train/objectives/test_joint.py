@@ -79,7 +79,7 @@ def net_of(codec: Codec, seed: int = 0) -> TrainedPrior:
     assert codec.priors is not None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return TrainedPrior(SHAPE, codec.priors.base, STATISTICS)
+        return TrainedPrior(SHAPE, codec.priors.channel_steps, STATISTICS)
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +408,7 @@ def test_the_prior_goes_on_from_the_run(argv: list[str], straight: Path, tmp_pat
     data = (Path(argv[argv.index("--data") + 1]),)
     codec = export(straight, tmp_path / "model.safetensors", data=data, images=3, half=False)
     assert codec.priors is not None and codec.statistics is not None and codec.priors.context is None
-    net = make_net(SHAPE, codec.priors.base, codec.statistics, straight)
+    net = make_net(SHAPE, codec.priors.channel_steps, codec.statistics, straight)
     trained = load_file(checkpoint(straight, 6) / "prior_ema.safetensors")
     assert net.order.tolist() == trained.pop("channels").tolist()
     assert_same_tensors(dict(net.state_dict()), trained)
@@ -417,7 +417,7 @@ def test_the_prior_goes_on_from_the_run(argv: list[str], straight: Path, tmp_pat
 def test_what_a_prior_cannot_start_from_is_refused(straight: Path, model: Path, tmp_path: Path) -> None:
     codec = tiny_codec()
     assert codec.priors is not None
-    base = codec.priors.base
+    base = codec.priors.channel_steps
     codec.save(tmp_path / "bare.safetensors")
     for source, message in ((tmp_path, "no checkpoint with a prior"), (tmp_path / "bare.safetensors", "without")):
         with pytest.raises(UserError, match=message):
@@ -462,7 +462,7 @@ def test_a_prior_that_orders_channels_its_own_way_is_thawed_in_that_order(model:
     codec = Codec.load(model)
     assert codec.priors is not None and codec.priors.context is not None and codec.statistics is not None
     order = codec.priors.context.order[::-1].copy()
-    net = ContextNet(SHAPE, codec.priors.base, codec.statistics, order)
+    net = ContextNet(SHAPE, codec.priors.channel_steps, codec.statistics, order)
     codec.priors = codec.priors._replace(context=net.freeze(codec.priors.context.tables))
     codec.save(tmp_path / "m.safetensors")
     assert prior_of(CONFIG, str(tmp_path / "m.safetensors")).order.tolist() == order.tolist()
@@ -482,5 +482,5 @@ def test_the_prior_learns_at_a_rate_of_its_own(argv: list[str], model: Path, tmp
 
 
 def test_a_context_net_without_an_order_takes_the_strongest_first() -> None:
-    net = ContextNet(SHAPE, tiny_codec().priors.base, STATISTICS)  # pyright: ignore
+    net = ContextNet(SHAPE, tiny_codec().priors.channel_steps, STATISTICS)  # pyright: ignore
     assert net.order.tolist() == [3, 1, 2, 0]  # 3 / .25, 4 / .5, 2 / .25 (in this order of equals), 1 / .5

@@ -221,7 +221,9 @@ class ContextNet(nn.Module):
         others stay as they are. Raises `ValueError` if no pass does, or if the width or the channels' order differ.
         """
         passes = dict(zip(prior.layouts, prior.networks, strict=True))
-        common = [(span, net, passes[span]) for span, net in zip(self.layouts, self.nets, strict=True) if span in passes]
+        common = [
+            (span, net, passes[span]) for span, net in zip(self.layouts, self.nets, strict=True) if span in passes
+        ]
         same = prior.config.width == self.config.width and np.array_equal(prior.order, self.order)
         if not same or not common:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Move a shipped model forward on one GPU, a call at a time: `python -m train.recipe --data TARS --val TAR --out RUN`.
+"""Improve a shipped model on one GPU, in one or more calls: `python -m train.recipe --data TARS --val TAR --out RUN`.
 
 Trains the codec from a model, measures its quantiser, encodes the images, trains the context prior, writes
-RUN/photo.safetensors and a figure on validation photographs beside the model it started from. A call ends within
---minutes; the same command goes on, until all is done.
+RUN/photo.safetensors, and compares it with the model it started from on validation photographs. A call ends within
+--minutes. Repeat the same command until all stages are done.
 """
 
 import time
@@ -14,14 +14,15 @@ from train.recipe.config import Recipe, check
 
 
 def main() -> None:
+    """Run the command line, and exit with its code."""
     started = time.monotonic()  # before torch is imported
 
     def work() -> int:
         recipe = tyro.cli(Recipe, prog="train.recipe", description=__doc__)
         check(recipe)
-        from train.recipe.stages import advance  # imports torch
+        from train.recipe.stages import Clock, advance  # imports torch
 
-        return advance(recipe, started)
+        return advance(recipe, Clock(started, recipe.minutes))
 
     main_of("train.recipe", work)
 

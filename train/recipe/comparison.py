@@ -1,4 +1,4 @@
-"""Models side by side on a few photographs: bytes against quality, from whole files that are decoded again."""
+"""Compare the rate and distortion of models on a few photographs, by whole files that are decoded again."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,11 @@ from latent_codec.metrics.bjontegaard import SCALES, Curve, Delta, delta_rate
 _STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 
-def draw_figure(sources: Sequence[Source], models: Mapping[str, str], out: Path, device: str) -> None:
-    """Measure models by name, the first against the others; those without a prior write no files and are left out.
+def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, device: str) -> None:
+    """Measure models by name, and print the first one's rate relative to each other one's.
 
-    Leaves OUT/NAME/rd.json and rd.png, and the photographs' own bytes in OUT/images.
+    Writes OUT/NAME/rd.json and rd.png, and copies of the photographs to OUT/images. Models without a prior are left
+    out, because they cannot write files.
     """
     images = out / "images"
     shutil.rmtree(images, ignore_errors=True)
@@ -46,13 +47,13 @@ def draw_figure(sources: Sequence[Source], models: Mapping[str, str], out: Path,
     first, *others = reports
     for other in others:
         for metric in ("psnr", "ms_ssim"):
-            delta = against(reports[first], reports[other], metric)
+            delta = delta_of_models(reports[first], reports[other], metric)
             value = f"none ({delta.reason})" if delta.percent is None else f"{delta.percent:+.1f}%"
             print(f"delta rate of {first} against {other}, {metric}: {value}", flush=True)
 
 
-def against(tested: Report, anchor: Report, metric: str) -> Delta:
-    """Bjontegaard's delta rate of the best prior's files of one model against another's."""
+def delta_of_models(tested: Report, anchor: Report, metric: str) -> Delta:
+    """Return Bjontegaard's delta rate of one model against another, each with the best of its priors."""
     return delta_rate(_curve(anchor, metric), _curve(tested, metric))
 
 

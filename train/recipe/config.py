@@ -1,6 +1,6 @@
-"""Configure the recipe that trains a codec on one GPU."""
+"""Configure the recipe that trains a codec and its context prior on one GPU."""
 
-import dataclasses
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,77 +13,79 @@ from train.config.vae import IWAEConfig, JointConfig, TrainConfig
 Objective = Literal["joint", "elbo"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """Configure a recipe and one call of it."""
+
     data: tuple[Path, ...]
     """Tar shards or folders of images to train on."""
     val: Path
-    """A tar file or a folder of other images: for the quantiser, and to measure on."""
+    """Tar file or folder of other images, to measure the quantiser and the model on."""
     out: Path
-    """The recipe's folder. What is there goes on."""
+    """Folder of the recipe. An existing one is continued."""
     minutes: float
-    """Wall time of this call, from the start of the process: reading, compiling and saving are within it."""
+    """Wall time of this call from the start of the process, with reading, compiling and saving."""
     total_minutes: float = 30.0
-    """Training time of the whole plan, over all calls, without reading, compiling and measuring. At the speed that the
-    first call measures it is a number of steps, at which the learning rates' cosines end."""
+    """Training time over all calls, without reading, compiling and measuring.
+    The first call measures the speed and turns it into a number of steps, with which the learning rates reach 0."""
     prior_share: float = 0.2
-    """Of the training time, what the context prior gets."""
+    """Share of the training time that the context prior gets."""
     start_from: str = "photo"
-    """A `lite` model (a file or a shipped one's name) to start from. Its networks and likelihood stay, but patches
-    overlap as the preset's."""
+    """Model to start from: a `lite` model's file or a shipped model's name.
+    Networks and likelihood stay; patches overlap at least as much as the preset's."""
     objective: Objective = "joint"
-    """`joint`: the codec trains as by `photo_joint`, its context prior with it. `elbo`: as by `photo`, for a model
-    that has no quantiser yet, or whose channels grow."""
+    """`joint`: train the codec together with its context prior, as `photo_joint`.
+    `elbo`: train as `photo`, for a model without a quantiser or with new channels."""
     latent_channels: int | None = None
-    """What its channels grow to; by default they stay as many."""
+    """Number of latent channels to grow to. None: as many as the model has."""
     batch_size: int | None = None
-    """Crops per step of the codec; by default 256 on a GPU of 16 GiB or more, 64 on a smaller one, 8 on a CPU."""
+    """Crops per step of the codec. None: 256 on a GPU of 16 GiB or more, 64 on a smaller one, 8 on a CPU."""
     crop: int = 128
-    """Side of the codec's crops, in pixels."""
+    """Side of the codec's training crops in pixels."""
     learning_rate: float | None = None
-    """Of the codec; by default the preset's times the square root of how much larger the batch is, up to 0.001."""
+    """Peak learning rate of the codec. None: scale the preset's by the square root of the batch size, up to 0.001."""
     lpips_weight: float = 0.0
     """Nats per pixel for one unit of LPIPS in the codec's training; 0 leaves LPIPS out."""
     lpips_backbone: Path | None = None
-    """Local safetensors file with AlexNet's ImageNet features for it; otherwise they are downloaded."""
-    prior: PriorConfig = dataclasses.field(default_factory=PriorConfig)
-    """Of the context prior; steps follow from the plan, and a batch of 8 becomes 256 on a GPU."""
+    """Local safetensors file with AlexNet's ImageNet features for LPIPS. None: download it."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """Context prior. Its steps follow from the measured speed, and a batch size of 8 becomes 256 on a GPU."""
     compile: bool | None = None
-    """Have torch compile the codec's training step; by default on a GPU."""
+    """Compile the codec's training step with torch.compile. None: only on a GPU."""
     probe_steps: int = 80
-    """Steps of the throwaway run that measures the speed, the last quarter of which counts."""
+    """Steps of the discarded run that measures the speed; the last quarter of them counts."""
     save_minutes: float = 2.0
-    """Between two checkpoints."""
+    """Minutes between two checkpoints."""
     margin_minutes: float = 0.3
-    """Of a call, kept for the last checkpoint."""
+    """Minutes of a call to keep for the last checkpoint."""
     finish_minutes: float = 2.0
-    """A stage starts only if a call has this much left: some cannot be interrupted, and a network compiles first."""
+    """Start a stage only if this many minutes of the call are left: some stages cannot be interrupted."""
     figure_images: int = 24
-    """Validation images of the figure, by the hashes of their names; 0 draws none."""
+    """Validation images to compare the models on, those whose names hash lowest; 0 skips the comparison."""
 
 
 def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int, on_gpu: bool) -> TrainConfig:
-    """The codec's training; `model` holds the parts of the model that it starts from."""
-    more = (batch_size / model.batch_size) ** 0.5
-    rate, objective = min(1e-3, model.learning_rate * more), model.objective
+    """Return the codec's training configuration; `model` is the preset with the parts of the starting model."""
+    growth, objective = (batch_size / model.batch_size) ** 0.5, model.objective
     assert not isinstance(objective, IWAEConfig)
-    objective = dataclasses.replace(objective, lpips_weight=recipe.lpips_weight)
+    objective = replace(objective, lpips_weight=recipe.lpips_weight)
     if isinstance(objective, JointConfig):
-        objective = dataclasses.replace(
+        objective = replace(
             objective,
             prior_groups=recipe.prior.groups,
             prior_levels=recipe.prior.levels,
             prior_width=recipe.prior.width,
-            prior_learning_rate=min(recipe.prior.learning_rate, objective.prior_learning_rate * more),
+            prior_learning_rate=min(recipe.prior.learning_rate, objective.prior_learning_rate * growth),
         )
-    return dataclasses.replace(
+    rate = min(1e-3, model.learning_rate * growth) if recipe.learning_rate is None else recipe.learning_rate
+    return replace(
         model,
         objective=objective,
         closed_form=False,
         steps=steps,
         batch_size=batch_size,
         crop=recipe.crop,
-        learning_rate=rate if recipe.learning_rate is None else recipe.learning_rate,
+        learning_rate=rate,
         lr_warmup_steps=min(500, steps // 10),
         compile=on_gpu if recipe.compile is None else recipe.compile,
         keep_checkpoints=1,
@@ -91,8 +93,10 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
 
 
 def preset_of(codec: CodecConfig, objective: Objective, latent_channels: int | None = None) -> TrainConfig:
-    """Return the objective's preset with the parts of a `lite` model and at least the preset's overlap of patches; with
-    `latent_channels` if given. Raises `UserError` for another kind of model."""
+    """Return the objective's preset for a `lite` model: its parts, at least the preset's overlap, and its channels.
+
+    `latent_channels` replaces the model's number of channels. Raises `UserError` for another kind of model.
+    """
     if not isinstance(codec.backbone, LiteConfig) or codec.bottleneck.kind != "gaussian":
         raise UserError(
             f"the recipe trains lite models with a gaussian posterior, not {codec.backbone.kind} and "
@@ -101,13 +105,13 @@ def preset_of(codec: CodecConfig, objective: Objective, latent_channels: int | N
     base = photo_joint() if objective == "joint" else photo()
     assert isinstance(base.codec.backbone, LiteConfig)
     overlap = min(max(codec.backbone.overlap, base.codec.backbone.overlap), codec.backbone.patch)
-    backbone = dataclasses.replace(codec.backbone, overlap=overlap)
     channels = codec.latent_channels if latent_channels is None else latent_channels
-    return dataclasses.replace(base, codec=dataclasses.replace(codec, backbone=backbone, latent_channels=channels))
+    backbone = replace(codec.backbone, overlap=overlap)
+    return replace(base, codec=replace(codec, backbone=backbone, latent_channels=channels))
 
 
 def check(recipe: Recipe) -> None:
-    """Raise `UserError` for values of which no plan can be made."""
+    """Raise `UserError` for values that no plan can be made from."""
     if recipe.minutes <= recipe.margin_minutes or recipe.total_minutes <= 0:
         raise UserError(
             f"minutes {recipe.minutes:g} must exceed margin_minutes {recipe.margin_minutes:g}, and total_minutes "
@@ -115,10 +119,10 @@ def check(recipe: Recipe) -> None:
         )
     if recipe.objective == "joint" and recipe.latent_channels is not None:
         raise UserError(
-            f"latent_channels {recipe.latent_channels} and a joint objective, whose model needs a quantiser for them: "
-            "let them grow with --objective elbo, then start from that model"
+            f"latent_channels is {recipe.latent_channels}, but a joint objective needs a quantiser for these channels: "
+            "grow them with --objective elbo, then start from that model"
         )
     if not 0 < recipe.prior_share < 1:
-        raise UserError(f"prior_share is {recipe.prior_share:g}; it is a share, between 0 and 1")
+        raise UserError(f"prior_share is {recipe.prior_share:g}; it must be between 0 and 1")
     if recipe.probe_steps < 4:
-        raise UserError(f"probe_steps is {recipe.probe_steps}; the speed of fewer than 4 steps says nothing")
+        raise UserError(f"probe_steps is {recipe.probe_steps}; measuring the speed needs at least 4")

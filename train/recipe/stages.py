@@ -1,10 +1,10 @@
-"""The recipe's stages, each a call of a program that stands by itself, and what of them is done."""
+"""Run the recipe's stages in order, and record which are done in RUN/recipe.json."""
 
-import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,40 +32,41 @@ from train.config.prior import PriorConfig
 from train.config.vae import TrainConfig
 from train.loop.accelerate_state import accelerate_as
 from train.loop.run_setup import Run
-from train.recipe.comparison import draw_figure
+from train.recipe.comparison import compare
 from train.recipe.config import Recipe, codec_config, preset_of
 
 _EXPORT_IMAGES = 256
 _GPU_BATCH, _SMALL_GPU_BATCH, _LARGE_GPU = 256, 64, 16 * 2**30
+_LEAST_MINUTES = 1e-5  # a run of no time at all still takes one step
 
 
 class Clock:
-    """Minutes of this call."""
+    """Tell how many minutes of this call are left."""
 
     def __init__(self, started: float, minutes: float) -> None:
-        """`started`: what `time.monotonic` said when the process began."""
+        """`started` is `time.monotonic()` at the start of the process."""
         self._end = started + 60 * minutes
 
     @property
     def left(self) -> float:
+        """Minutes until the call has to end; negative afterwards."""
         return (self._end - time.monotonic()) / 60
 
 
-class Plan(NamedTuple):
-    """What was settled once for training one network."""
+class TrainingPlan(NamedTuple):
+    """Fix the number of steps of one network's training, from a speed measured once."""
 
     steps: int
     batch_size: int
     images_per_s: float
-    """As it was measured."""
 
     def every(self, minutes: float) -> int:
-        """Steps that take so long."""
+        """Return the number of steps that take so many minutes, at least 1."""
         return max(1, round(minutes * 60 * self.images_per_s / self.batch_size))
 
 
 class EndOfCallError(Exception):
-    """This call does no more; `code` is the process' exit code."""
+    """Ends this call with the exit code `code`; the same command continues from there."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -73,36 +74,42 @@ class EndOfCallError(Exception):
 
 
 class State:
-    """RUN/recipe.json: the flags that the plan follows from, the plan, and which stages are done."""
+    """Keep RUN/recipe.json: the flags that fix the plans, the plans, and the stages that are done."""
 
     def __init__(self, recipe: Recipe, start_id: str) -> None:
-        """Raises `UserError` if the folder is a recipe with other flags."""
+        """Read the file if there is one; raises `UserError` if it was written with other flags."""
         fields = "total_minutes prior_share objective latent_channels batch_size crop learning_rate lpips_weight"
         flags = {"start_from": start_id} | {name: getattr(recipe, name) for name in fields.split()}
         flags |= flat(to_json(recipe.prior), "prior")
-        self.path, self.plans, self.done = recipe.out / "recipe.json", dict[str, Plan](), list[str]()
+        self.path, self.plans, self.done = recipe.out / "recipe.json", dict[str, TrainingPlan](), list[str]()
         self._flags = json.loads(json.dumps(flags))
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            before = {"lpips_weight": 0.0} | found["flags"]  # the first recipes had none
+            before = {"lpips_weight": 0.0} | found["flags"]  # the first recipes had no LPIPS
             if changed := [k for k in self._flags if before.get(k) != self._flags[k]]:
                 raise UserError(
                     f"{recipe.out} was planned with other flags ({', '.join(changed)}); give its own, or another --out"
                 )
-            self.plans = {name: Plan(**plan) for name, plan in found["plans"].items()}
+            self.plans = {name: TrainingPlan(**plan) for name, plan in found["plans"].items()}
             self.done = found["done"]
 
+    def finish(self, stage: str) -> None:
+        """Record that a stage is done."""
+        if stage not in self.done:
+            self.done.append(stage)
+        self.write()
+
     def write(self) -> None:
+        """Write the file."""
         plans = {name: plan._asdict() for name, plan in self.plans.items()}
         write_text(self.path, json.dumps({"flags": self._flags, "plans": plans, "done": self.done}, indent=1))
 
 
-def advance(recipe: Recipe, started: float) -> int:
-    """Go on with a recipe until it is done or the call's minutes are over; the exit code, 0 for both.
+def advance(recipe: Recipe, clock: Clock) -> int:
+    """Continue a recipe until it is done or the call's minutes are over, and return the exit code.
 
-    It is 128 + a signal's number after one, and 1 if a whole call is too short to measure a speed. `started` is what
-    `time.monotonic` said when the process began. Raises `UserError` as the programs do, and if there are several
-    processes.
+    The code is 0 for both, 128 + the number of a signal that ended the call, and 1 if a whole call is too short to
+    measure the speed. Raises `UserError` as the training programs do, and for more than one process.
     """
     if recipe.figure_images:
         check_extra()
@@ -113,79 +120,76 @@ def advance(recipe: Recipe, started: float) -> int:
         raise UserError(f"the recipe is for one process, not {processes}: start train.vae and train.prior on several")
     make_folder(recipe.out)
     start = Codec.load(recipe.start_from)
-    stages = _Stages(recipe, Clock(started, recipe.minutes), State(recipe, start.model_id), start, device)
+    stages = Stages(recipe, clock, State(recipe, start.model_id), start, device)
     work_of: dict[str, Callable[[], None]] = {
         "train the codec": stages.train_codec,
         "measure the quantiser": stages.measure_quantizer,
         "encode the images": stages.encode_images,
         "train the prior": stages.train_prior,
         "write the model": stages.write_model,
-        "draw the figure": stages.draw_figure,
+        "draw the figure": stages.compare_models,
     }
     for name, work in work_of.items():
         if name in stages.state.done and not (work == stages.encode_images and stages.lacks_latents):
             continue
         try:
             stages.need(recipe.finish_minutes)
-            print(f"{name}: {stages.clock.left:.1f} minutes left of this call", flush=True)
+            print(f"{name}: {clock.left:.1f} minutes left of this call", flush=True)
             work()
         except EndOfCallError as end:
             print(f"{name}: {end}; the same command goes on from here", flush=True)
             return end.code
-        stages.state.done = [*stages.state.done, *([] if name in stages.state.done else [name])]
-        stages.state.write()
-        stages.advanced = True
+        stages.state.finish(name)
     print(f"done: {stages.model}")
     return 0
 
 
-@dataclasses.dataclass
-class _Stages:
-    """A method for each stage; one that has not come to its end raises `EndOfCallError`."""
+@dataclass(frozen=True)
+class Stages:
+    """Run each stage by a method, which raises `EndOfCallError` if it is not done when it returns."""
 
     recipe: Recipe
     clock: Clock
     state: State
     start: Codec
     device: torch.device
-    advanced: bool = False
-    """Whether this call has brought a stage to its end."""
 
     @property
     def model(self) -> Path:
+        """The finished model."""
         return self.recipe.out / "photo.safetensors"
 
     @property
-    def quantized(self) -> Path:
+    def _quantized(self) -> Path:
         return self.recipe.out / "quantised.safetensors"
 
     @property
-    def preset(self) -> TrainConfig:
+    def _preset(self) -> TrainConfig:
         return preset_of(self.start.config, self.recipe.objective, self.recipe.latent_channels)
 
     @property
-    def on_gpu(self) -> bool:
+    def _on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
     def need(self, minutes: float) -> None:
+        """Raise `EndOfCallError` if fewer minutes of this call are left."""
         if self.clock.left < minutes:
             raise EndOfCallError(
                 0, f"{max(0.0, self.clock.left):.1f} minutes are left of this call, and {minutes:g} are kept"
             )
 
     def train_codec(self) -> None:
-        share = 1 - self.recipe.prior_share
+        """Train the codec with `train.vae`."""
         if "codec" not in self.state.plans:
-            self._plan("codec", share, self._batch_size(), self._run_codec)
+            self._plan("codec", 1 - self.recipe.prior_share, self._batch_size(), self._run_codec)
         plan = self.state.plans["codec"]
         self._run_codec(plan, self.recipe.out / "codec")
         if not (self.recipe.out / "codec" / "checkpoints" / f"step-{plan.steps:08d}").exists():
             raise EndOfCallError(0, "the minutes of this call are over")
 
-    def _run_codec(self, plan: Plan, out: Path) -> None:
-        """`train.vae` to its end or the call's."""
-        config = codec_config(self.recipe, self.preset, plan.batch_size, plan.steps, self.on_gpu)
-        config = dataclasses.replace(
+    def _run_codec(self, plan: TrainingPlan, out: Path) -> None:
+        config = codec_config(self.recipe, self._preset, plan.batch_size, plan.steps, self._on_gpu)
+        config = replace(
             config,
             log_every=min(100, max(1, plan.steps // 4)),
             save_every=plan.every(self.recipe.save_minutes),
@@ -196,43 +200,44 @@ class _Stages:
             val=(self.recipe.val,),
             out=out,
             start_from=self.recipe.start_from,
-            max_minutes=self._training_minutes(),
+            max_minutes=max(_LEAST_MINUTES, self.clock.left - self.recipe.margin_minutes),
             lpips_backbone=self.recipe.lpips_backbone,
             config=config,
         )
-        with accelerate_as("bf16" if self.on_gpu else "no"):
-            self._check(vae.train(run))
+        with accelerate_as("bf16" if self._on_gpu else "no"):
+            _check_code(vae.train(run))
 
     def measure_quantizer(self) -> None:
-        export(
-            self.recipe.out / "codec",
-            self.quantized,
-            data=(self.recipe.val,),
-            images=_EXPORT_IMAGES,
-            half=True,
-        )
+        """Export the codec with a quantiser measured on the validation images."""
+        export(self.recipe.out / "codec", self._quantized, data=(self.recipe.val,), images=_EXPORT_IMAGES, half=True)
 
     def encode_images(self) -> None:
-        """A folder of latents for each of `data`, and one for `val`."""
-        options = ComputeOptions(device=str(self.device), batch_size=64 if self.on_gpu else 8)
-        codec, compute = load(str(self.quantized), options)
-        for where, folder in [*self._latents(), (self.recipe.val, self.recipe.out / "latents" / "val")]:
-            print(encode_folder(codec, where, folder, compute, resume=Resume("hash", False, WHOLE)), flush=True)
+        """Encode each of `data` and `val` to a folder of latents."""
+        options = ComputeOptions(device=str(self.device), batch_size=64 if self._on_gpu else 8)
+        codec, compute = load(str(self._quantized), options)
+        folders = zip((*self.recipe.data, self.recipe.val), (*self._latents, self._val_latents), strict=True)
+        for images, folder in folders:
+            print(encode_folder(codec, images, folder, compute, resume=Resume("hash", False, WHOLE)), flush=True)
 
     @property
     def lacks_latents(self) -> bool:
-        """They are large, and may stay behind when a recipe moves to another machine; a trained prior needs none."""
-        folders = [self.recipe.out / "latents" / "val", *(folder for _, folder in self._latents())]
+        """Whether latents that training still needs are missing, because the recipe moved without these large files."""
+        folders = [self._val_latents, *self._latents]
         return "train the prior" not in self.state.done and not all((f / INDEX).exists() for f in folders)
 
-    def _latents(self) -> Iterator[tuple[Path, Path]]:
-        for i, where in enumerate(self.recipe.data):
-            yield where, self.recipe.out / "latents" / f"{i}-{where.stem}"
+    @property
+    def _val_latents(self) -> Path:
+        return self.recipe.out / "latents" / "val"
+
+    @property
+    def _latents(self) -> tuple[Path, ...]:
+        return tuple(self.recipe.out / "latents" / f"{i}-{path.stem}" for i, path in enumerate(self.recipe.data))
 
     def train_prior(self) -> None:
+        """Train the context prior with `train.prior`."""
         if "prior" not in self.state.plans:
             batch_size = self.recipe.prior.batch_size
-            if self.on_gpu and batch_size == PriorConfig().batch_size:
+            if self._on_gpu and batch_size == PriorConfig().batch_size:
                 batch_size = _GPU_BATCH
             self._plan("prior", self.recipe.prior_share, batch_size, self._run_prior)
             self.need(self.recipe.finish_minutes)
@@ -240,46 +245,48 @@ class _Stages:
         if not (self.recipe.out / "prior" / PRIOR_RUN_MODEL).exists():
             raise EndOfCallError(0, "the minutes of this call are over")
 
-    def _run_prior(self, plan: Plan, out: Path) -> None:
-        """`train.prior` to its end or the call's. It ends early enough to be frozen, which nothing interrupts."""
-        measured = out.name == "prior"
-        config = dataclasses.replace(
+    def _run_prior(self, plan: TrainingPlan, out: Path) -> None:
+        final = out.name == "prior"
+        config = replace(
             self.recipe.prior,
             steps=plan.steps,
             batch_size=plan.batch_size,
             lr_warmup_steps=min(self.recipe.prior.lr_warmup_steps, plan.steps // 10),
-            count_images=self.recipe.prior.count_images if measured else plan.batch_size,
+            count_images=self.recipe.prior.count_images if final else plan.batch_size,
             log_every=min(100, max(1, plan.steps // 4)),
             save_every=plan.every(self.recipe.save_minutes),
         )
         run = prior.Run(
-            model=str(self.quantized),
-            latents=tuple(folder for _, folder in self._latents()),
-            val=(self.recipe.out / "latents" / "val",) if measured else (),
+            model=str(self._quantized),
+            latents=self._latents,
+            val=(self._val_latents,) if final else (),
             start_from=self.recipe.out / "codec" if self.recipe.objective == "joint" else None,
             out=out,
-            max_minutes=max(1e-3, self.clock.left - self.recipe.finish_minutes),
+            # Freezing the prior afterwards cannot be interrupted.
+            max_minutes=max(_LEAST_MINUTES, self.clock.left - self.recipe.finish_minutes),
             config=config,
         )
-        with accelerate_as("no"):  # in float32: its integers are to follow
-            self._check(prior.train(run))
+        with accelerate_as("no"):  # float32, because the network becomes one of integers
+            _check_code(prior.train(run))
 
     def write_model(self) -> None:
+        """Export the finished model."""
         codec = export(self.recipe.out / "prior", self.model, data=(), images=1, half=True)
         print(f"wrote {self.model} ({self.model.stat().st_size / 1e6:.2f} MB), model {codec.model_id}", flush=True)
 
-    def draw_figure(self) -> None:
+    def compare_models(self) -> None:
+        """Compare the finished model with the one it started from."""
         sources = sorted(find_images(self.recipe.val), key=lambda s: text_key(s.name))[: self.recipe.figure_images]
         if sources:
             models = {"trained": str(self.model), "start": self.recipe.start_from}
-            draw_figure(sources, models, self.recipe.out / "figure", str(self.device))
+            compare(sources, models, self.recipe.out / "figure", str(self.device))
 
-    def _plan(self, name: str, share: float, batch_size: int, run: Callable[[Plan, Path], None]) -> None:
-        """Measure the speed with a throwaway run, and let the plan's steps follow from it."""
+    def _plan(self, name: str, share: float, batch_size: int, run: Callable[[TrainingPlan, Path], None]) -> None:
+        """Measure the speed with a run that is discarded, and derive the number of steps from it."""
         folder, steps = self.recipe.out / f"{name}-speed", self.recipe.probe_steps
         shutil.rmtree(folder, ignore_errors=True)
-        run(Plan(steps, batch_size, 1e6 * batch_size), folder)  # with no save before its end
-        log = folder / "log.jsonl"  # none was written if the first window was not reached
+        run(TrainingPlan(steps, batch_size, 1e6 * batch_size), folder)  # too fast to save before its end
+        log = folder / "log.jsonl"  # missing if the run ended before its first line
         lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else [])
         speeds = [line["images_per_s"] for line in lines if line["kind"] == "train" and line["step"] > steps // 2]
         if not speeds:
@@ -288,7 +295,7 @@ class _Stages:
             )
         shutil.rmtree(folder)
         seconds = 60 * self.recipe.total_minutes * share
-        plan = Plan(max(1, round(seconds * speeds[-1] / batch_size)), batch_size, speeds[-1])
+        plan = TrainingPlan(max(1, round(seconds * speeds[-1] / batch_size)), batch_size, speeds[-1])
         self.state.plans[name] = plan
         self.state.write()
         print(
@@ -300,14 +307,13 @@ class _Stages:
     def _batch_size(self) -> int:
         if self.recipe.batch_size is not None:
             return self.recipe.batch_size
-        if not self.on_gpu:
-            return self.preset.batch_size
+        if not self._on_gpu:
+            return self._preset.batch_size
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return _GPU_BATCH if memory >= _LARGE_GPU else _SMALL_GPU_BATCH
 
-    def _training_minutes(self) -> float:
-        return max(1e-3, self.clock.left - self.recipe.margin_minutes)
 
-    def _check(self, code: int) -> None:
-        if code:
-            raise EndOfCallError(code, "interrupted")
+def _check_code(code: int) -> None:
+    """Raise `EndOfCallError` for the exit code of a training program that a signal ended."""
+    if code:
+        raise EndOfCallError(code, "interrupted")

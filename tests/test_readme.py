@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from tests.support.data import ROOT
 
@@ -19,8 +20,8 @@ def test_the_python_example_runs(
     snippet = readme.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (19, 13), (9, 99, 199)).save("photo.jpg")
-    quick = Compute(device="cpu", dtype="float32", batch_size=1, workers=1)
-    encode_folder(codec, "photo.jpg", Path("latents"), quick, quiet=True)
+    quick = ComputeOptions(batch_size=1, workers=1)
+    encode_folder(Runner(codec, quick), "photo.jpg", Path("latents"), quiet=True)
     exec(snippet.replace('"photo"', f'"{model_file}"'), {})
     with Image.open("back.png") as back:
         assert back.size == (19, 13)

@@ -59,7 +59,7 @@ Scale = Callable[[int], Scaled]
 
 
 def choose(
-    codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, rate: Rate, tile: int | None
+    codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, rate: Rate, tile: int
 ) -> CompressedImage:
     """One image's stream as `rate` asks, from what is coded at each step and its pixels (3, height, width) uint8.
 
@@ -117,7 +117,7 @@ def _finest_of_size(
 
 
 def _coarsest_of_quality(
-    codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, target: float, tile: int | None
+    codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, target: float, tile: int
 ) -> int:
     """The coarsest step at which the decoded image comes up to `target` dB."""
     original = as_shown(pixels, geometry)[None]

@@ -13,7 +13,7 @@ import torch
 
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
-from latent_codec.inference.runner import Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.prior.passes import neighbour_bits
 from latent_codec.prior.quantizer import LIMIT, STEP_ONE, Scaled
 
@@ -29,13 +29,13 @@ loses again within five rounds."""
 class Refiner:
     """Latents to be coded, refined in so many rounds; 0 leaves them as they are."""
 
-    def __init__(self, coder: StreamCodec, networks: Networks, rounds: int) -> None:
+    def __init__(self, coder: StreamCodec, runner: Runner, rounds: int) -> None:
         """Raises `UserError` if the rounds are negative, or the model has nothing that could be moved."""
         if rounds < 0:
             raise UserError(f"--refine {rounds} must not be negative; {USUAL_ROUNDS} is usual")
         if rounds and coder.codec.config.codes is not None:
             raise UserError("--refine moves latents before they are rounded; this model's are indices: leave it out")
-        self.coder, self.networks, self.rounds = coder, networks, rounds
+        self.coder, self.runner, self.rounds = coder, runner, rounds
 
     def scale(self, coded: torch.Tensor, pixels: torch.Tensor, step: int, *, seed: int | None) -> Scaled:
         """As `StreamCodec.scale`, refined for the image's pixels (3, height, width) uint8, which are not padded.
@@ -61,7 +61,7 @@ class Refiner:
         """In nats, and its gradient with respect to latents in steps, (z, h, w) float64."""
         coding = self.coder.code(scaled)
         weight = (STEP_ONE / scaled.step) ** 2
-        nll, gradient = self.networks.nll_gradient(self.coder.dequantize(coding.quantized), pixels)
+        nll, gradient = self.runner.nll_gradient(self.coder.dequantize(coding.quantized), pixels)
         size = self.coder.channel_steps.astype(np.float64) * (scaled.step / STEP_ONE)
         slope = weight * gradient.double().numpy() * size[:, None, None]
         bits, lower, higher = neighbour_bits(self.coder.prior, coding)

@@ -41,13 +41,12 @@ class Decode:
             raise UserError(
                 f"{self.src}: what a .lc file draws is decided when it is made; give --sample to encode, not to decode"
             )
-        codec, compute = load(self.model, self.compute)
+        runner = load(self.model, self.compute)
         if streams:
             summary = decode_streams(
-                codec,
+                runner,
                 self.src,
                 self.dst,
-                compute,
                 image_format=self.image_format,
                 max_pixels=self.max_pixels,
                 tar=self.tar,
@@ -55,10 +54,9 @@ class Decode:
             )
         else:
             summary = decode_folder(
-                codec,
+                runner,
                 self.src,
                 self.dst,
-                compute,
                 image_format=self.image_format,
                 sample=self.sample,
                 tar=self.tar,

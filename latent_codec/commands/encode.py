@@ -65,12 +65,11 @@ class Encode:
         from latent_codec.folders.encode_lc import encode_streams
 
         rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
-        codec, compute = load(self.model, self.compute)
+        runner = load(self.model, self.compute)
         return encode_streams(
-            codec,
+            runner,
             self.src,
             self.dst,
-            compute,
             rate=rate,
             refine=self.refine,
             sample=self.sample,
@@ -90,12 +89,11 @@ class Encode:
             raise UserError("--tar is for --format lc; latents in safetensors are in shards as it is")
         from latent_codec.folders.encode_latents import encode_folder
 
-        codec, compute = load(self.model, self.compute)
+        runner = load(self.model, self.compute)
         return encode_folder(
-            codec,
+            runner,
             self.src,
             self.dst,
-            compute,
             store=self.store or "float16",
             flips=self.flips,
             background=self.background,

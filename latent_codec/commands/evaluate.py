@@ -3,13 +3,16 @@
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from latent_codec.errors import UserError
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+
+if TYPE_CHECKING:
+    from latent_codec.inference.runner import Runner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class Evaluate:
             raise UserError("--refine is of the files that --rd measures; give --rd as well, or leave it out")
         if self.pages.report:
             return self._report()
-        report = self._rate_distortion() if self.rd else self._evaluate()
+        runner = load(self.model, self.compute)
+        report = self._rate_distortion(runner) if self.rd else self._evaluate(runner)
         print(report.table())
         return 1 if report.failures else 0
 
@@ -81,15 +85,15 @@ class Evaluate:
         )
         if options.baseline_data is not None:
             find_images(options.baseline_data)  # refuses what it cannot find before anything is measured
-        others = [(name, load(name, self.compute)[0]) for name in self.pages.baseline]
-        report = self._evaluate()
-        rd = self._rate_distortion() if self.rd else None
+        compute = dataclasses.replace(self.compute, tile=None)  # by default: other models may not have this one
+        others = [(name, load(name, compute)) for name in self.pages.baseline]
+        runner = load(self.model, self.compute)
+        report = self._evaluate(runner)
+        rd = self._rate_distortion(runner) if self.rd else None
         print(report.table())
-        codec, compute = load(self.model, self.compute)
         write_report(
-            Evaluated(codec, self.model, self.dir, report, rd, self._command(*self._report_flags())),
+            Evaluated(runner, self.model, self.dir, report, rd, self._command(*self._report_flags())),
             self.out,
-            compute,
             options,
             others,
             lpips_net=self._net,
@@ -98,20 +102,17 @@ class Evaluate:
         print(f"wrote {self.out / 'report.html'}")
         return 1 if report.failures else 0
 
-    def _evaluate(self):
+    def _evaluate(self, runner: "Runner"):
         from latent_codec.evaluation.evaluate import evaluate
 
-        codec, compute = load(self.model, self.compute)
-        return evaluate(codec, self.dir, compute, out=self.out, lpips_net=self._net, lpips_backbone=self.lpips_backbone)
+        return evaluate(runner, self.dir, out=self.out, lpips_net=self._net, lpips_backbone=self.lpips_backbone)
 
-    def _rate_distortion(self):
+    def _rate_distortion(self, runner: "Runner"):
         from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 
-        codec, compute = load(self.model, self.compute)
         return rate_distortion(
-            codec,
+            runner,
             self.dir,
-            compute,
             steps=self.steps,
             refine=self.refine,
             sample=self.sample,

@@ -41,15 +41,14 @@ class Sample:
         from latent_codec.diffusion.sampling import choose, sample, write_grid_of
         from latent_codec.diffusion.sampling import load as load_diffusion
 
-        codec, compute = load(self.model, self.compute)
-        diffusion = load_diffusion(self.run_or_file, compute.device)
+        runner = load(self.model, self.compute)
+        diffusion = load_diffusion(self.run_or_file, runner.options.device)
         wanted = choose(diffusion, self.label, self.count)
         drawn = sample(
             diffusion,
-            codec,
+            runner,
             wanted,
             self.dst,
-            compute,
             seed=self.seed,
             steps=self.steps,
             guidance=self.guidance,

@@ -17,7 +17,7 @@ from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.read import read_image
 from latent_codec.images.write import ImageFormat, write_image
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.files import atomic_path, make_folder, write_text
@@ -106,10 +106,9 @@ class Sampled(NamedTuple):
 
 def sample(
     model: Diffusion,
-    codec: Codec,
+    runner: Runner,
     wanted: Sequence[Wanted],
     folder: Path,
-    compute: Compute,
     *,
     seed: int = 0,
     steps: int = 50,
@@ -124,6 +123,7 @@ def sample(
     settings made are kept. Raises `UserError` for settings that make no sense, another model's codec, or a folder with
     images by other settings.
     """
+    codec = runner.codec
     check_codec(model, codec)
     if steps < 1 or not math.isfinite(guidance):
         raise UserError(f"--steps {steps} must be at least 1, and --guidance {guidance} a finite number")
@@ -133,7 +133,7 @@ def sample(
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
-        "dtype": compute.dtype,
+        "dtype": runner.options.dtype,
         "format": image_format,
     }
     _claim(folder, settings, overwrite)
@@ -143,12 +143,11 @@ def sample(
         make_folder(parent)
     side = model.config.size * model.latents.factor
     geometry = Geometry(width=side, height=side, orientation=1, mode="RGB", background=None)
-    networks = Networks(codec, compute)
     with tqdm(total=len(missing), unit="image", disable=quiet or None) as bar:
-        for batch in _split(missing, compute.batch_size):
-            with compute.autocast():
+        for batch in _split(missing, runner.options.batch_size):
+            with runner.autocast():
                 z = draw_latents(model, batch, seed=seed, steps=steps, guidance=guidance)
-            for one, image in zip(batch, networks.decode_uint8(z.unbind()), strict=True):
+            for one, image in zip(batch, runner.decode_uint8(z.unbind()), strict=True):
                 write_image(paths[one], image, geometry, image_format)
             bar.update(len(batch))
     return Sampled(list(paths.values()), len(missing))

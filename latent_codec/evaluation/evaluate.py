@@ -23,12 +23,11 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, crop
 from latent_codec.images.sources import find_images
 from latent_codec.images.write import write_image
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import stored_files
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS, Net
-from latent_codec.model.codec import Codec
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.version import __version__
 
@@ -71,9 +70,8 @@ class Report(NamedTuple):
 
 
 def evaluate(
-    codec: Codec,
+    runner: Runner,
     where: str | Path,
-    compute: Compute,
     *,
     out: Path | None,
     lpips_net: Net | None,
@@ -87,17 +85,17 @@ def evaluate(
     reported and left out. Raises `UserError` if no image can be read, if LPIPS' weights cannot be had, if `out` holds
     latents that no evaluation put there, or if the model has neither a Gaussian posterior nor a prior.
     """
+    codec = runner.codec
     gaussian = codec.config.bottleneck.kind == "gaussian"
     if out is not None:
         make_folder(out)
         for stored in (out / _POSTERIORS, out / _STREAMS):
             if (stored_files(stored) or any(stored.rglob(f"*{SUFFIX}"))) and not (out / RESULTS).exists():
                 raise UserError(f"{stored}: latents without the {RESULTS} of an evaluation; give another --out")
-    networks = Networks(codec, compute)
-    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
+    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(runner.options.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / (_POSTERIORS if gaussian else _STREAMS)
-        stored = (_store_posteriors if gaussian else _store_streams)(codec, where, folder, compute, quiet)
+        stored = (_store_posteriors if gaussian else _store_streams)(runner, where, folder, quiet)
         if not stored.size:
             raise UserError(f"{where}: none of the {stored.encoded.found} images could be read")
         sources = {s.name: s for s in find_images(where)}
@@ -105,14 +103,14 @@ def evaluate(
         for one in tqdm(stored.images, "evaluate", stored.size, unit="image", disable=quiet or None):
             original = sources[one.path].read().pixels
             labels = codec.class_numbers([sources[one.path].label])
-            decoded = crop(networks.decode_uint8([one.latents], labels), one.geometry)
+            decoded = crop(runner.decode_uint8([one.latents], labels), one.geometry)
             if out is not None:
                 write_image(out / "decoded" / f"{one.path}.png", decoded[0], one.geometry, "png")
             pixels = one.geometry.width * one.geometry.height
             record: dict[str, Any] = {"path": one.path, "pixels": pixels}
             if one.kl is not None:
                 record["kl_bpp"] = one.kl / math.log(2) / pixels
-            records.append(record | compare(original[None], decoded, lpips, compute.device))
+            records.append(record | compare(original[None], decoded, lpips, runner.options.device))
     names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if lpips else []), *(["kl_bpp"] if gaussian else [])]
     summary = {name: mean_defined([r[name] for r in records]) for name in names}
     summary["disk_bpp"] = 8 * stored.bytes_out / sum(r["pixels"] for r in records)
@@ -121,7 +119,7 @@ def evaluate(
         images=records,
         protocol=(PROTOCOL if gaussian else distortion.PROTOCOL | _OF_STREAMS)
         | ({"lpips": lpips.protocol} if lpips else {}),
-        about=describe(codec, where, len(records), compute),
+        about=describe(runner, where, len(records)),
         failures=stored.encoded.failures,
     )
     if out is not None:
@@ -146,9 +144,9 @@ class _Stored(NamedTuple):
     images: Iterable[_One]
 
 
-def _store_posteriors(codec: Codec, where: str | Path, folder: Path, compute: Compute, quiet: bool) -> _Stored:
-    encoded = encode_folder(codec, where, folder, compute, resume=OVERWRITE, quiet=quiet)
-    latents = Latents(folder, model_id=codec.model_id)
+def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
+    encoded = encode_folder(runner, where, folder, resume=OVERWRITE, quiet=quiet)
+    latents = Latents(folder, model_id=runner.codec.model_id)
 
     def images() -> Iterator[_One]:
         for i, entry in enumerate(latents.entries):
@@ -159,10 +157,10 @@ def _store_posteriors(codec: Codec, where: str | Path, folder: Path, compute: Co
     return _Stored(encoded, len(latents.entries), size, images())
 
 
-def _store_streams(codec: Codec, where: str | Path, folder: Path, compute: Compute, quiet: bool) -> _Stored:
-    encoded = encode_streams(codec, where, folder, compute, rate=Rate(), resume=OVERWRITE, quiet=quiet)
+def _store_streams(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
+    encoded = encode_streams(runner, where, folder, rate=Rate(), resume=OVERWRITE, quiet=quiet)
     files = [folder / f"{s.name}{SUFFIX}" for s in find_images(where) if s.name not in encoded.failures]
-    reader = StreamReader(codec, compute.device)
+    reader = StreamReader(runner.codec, runner.options.device)
 
     def images() -> Iterator[_One]:
         for file in files:
@@ -197,16 +195,17 @@ def mean_defined(values: list[float | None]) -> float | None:
     return sum(defined) / len(defined) if defined else None
 
 
-def describe(codec: Codec, where: str | Path, images: int, compute: Compute) -> dict[str, Any]:
+def describe(runner: Runner, where: str | Path, images: int) -> dict[str, Any]:
+    codec, options = runner.codec, runner.options
     return {
         "set": Path(where).name or str(where),
         "images": images,
         "model_id": codec.model_id,
         "latent_channels": codec.config.latent_channels,
         "factor": codec.factor,
-        "device": compute.device,
-        "dtype": compute.dtype,
-        "tile": compute.tile,
+        "device": options.device,
+        "dtype": options.dtype,
+        "tile": options.tile,
         "versions": {
             "latent_codec": __version__,
             "torch": torch.__version__,

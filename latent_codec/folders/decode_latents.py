@@ -15,20 +15,18 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.sources import Source
 from latent_codec.images.write import ImageFormat
 from latent_codec.inference.out_of_memory import Halving
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import Entry, latent_size
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.checks import check_channels
-from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 
 
 def decode_folder(
-    codec: Codec,
+    runner: Runner,
     where: Path,
     folder: Path,
-    compute: Compute,
     *,
     image_format: ImageFormat = "png",
     sample: int | None = None,
@@ -41,8 +39,8 @@ def decode_folder(
     The posterior's mode is decoded, or with `sample` a draw that depends on (sample, path) alone. Raises `UserError`
     before any work if the latents are another model's, and as `outputs.make_outputs` does.
     """
+    codec = runner.codec
     check_channels(codec)
-    networks = Networks(codec, compute)
     latents = Latents(where, model_id=codec.model_id)
     rows = {entry.path: index for index, entry in enumerate(latents.entries)}
     z = codec.config.latent_channels
@@ -50,7 +48,7 @@ def decode_folder(
         "model_id": codec.model_id,
         "sample": sample,
         "format": image_format,
-    } | networks.settings
+    } | runner.settings
     fitting = Halving()
 
     def sides(entry: Entry) -> tuple[int, int]:
@@ -74,17 +72,17 @@ def decode_folder(
 
     def decode(batch: list[Input[DiagonalGaussian]]) -> Sequence[torch.Tensor]:
         labels = codec.class_numbers([i.job.source.label for i in batch])
-        return networks.decode_uint8([_drawn(i.job.name, i.content, sample)[0] for i in batch], labels).unbind()
+        return runner.decode_uint8([_drawn(i.job.name, i.content, sample)[0] for i in batch], labels).unbind()
 
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
         for batch in in_batches(
             jobs,
             load,
             parse,
-            batch_size=compute.batch_size,
+            batch_size=runner.options.batch_size,
             resume=resume,
             work=work,
-            is_large=networks.cuts_latents,
+            is_large=runner.cuts_latents,
             is_whole=are_whole if tar else None,
         ):
             with work.summary.timing("network"):
@@ -96,7 +94,7 @@ def decode_folder(
     sources = sorted(source(entry) for entry in latents.entries)
     names = [f"{s.name}.{image_format}" for s in sources]
     return make_outputs(
-        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=compute, quiet=quiet
+        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=runner.options, quiet=quiet
     )
 
 

@@ -21,20 +21,18 @@ from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_files
 from latent_codec.images.write import ImageFormat
 from latent_codec.inference.out_of_memory import Halving
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import INDEX
 from latent_codec.model.checks import check_channels, check_unconditional
-from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 
 PRIORS = get_args(PriorKind)
 
 
 def decode_streams(
-    codec: Codec,
+    runner: Runner,
     where: Path,
     folder: Path,
-    compute: Compute,
     *,
     image_format: ImageFormat = "png",
     max_pixels: int = DEFAULT_MAX_PIXELS,
@@ -47,18 +45,18 @@ def decode_streams(
     With `tar` it becomes a member of a tar shard. Damaged files and those of another model fail, the others go on.
     Raises `UserError` before any work if there are none or the model has no prior, and as `outputs.make_outputs` does.
     """
+    codec = runner.codec
     check_channels(codec)
     check_unconditional(codec, "a .lc file")
     check_options("#ffffff", max_pixels)
-    networks = Networks(codec, compute)
     sources = find_streams(where)
     if not sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
-    reader = StreamReader(codec, compute.device)
+    reader = StreamReader(codec, runner.options.device)
     settings = {
         "model_id": codec.model_id,
         "format": image_format,
-    } | networks.settings
+    } | runner.settings
     fitting, fitting_coder = Halving(), Halving()
 
     def load(source: Source) -> bytes:
@@ -73,7 +71,7 @@ def decode_streams(
         return reader.decompress([i.content for i in batch])
 
     def decode(batch: list[_Decompressed]) -> Sequence[torch.Tensor]:
-        return networks.decode_uint8([z for _, z in batch]).unbind()
+        return runner.decode_uint8([z for _, z in batch]).unbind()
 
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
         def uncode(batch: list[Input[Stream]]) -> list[tuple[Input[Stream], torch.Tensor | UserError]]:
@@ -84,10 +82,10 @@ def decode_streams(
             jobs,
             load,
             parse,
-            batch_size=compute.batch_size,
+            batch_size=runner.options.batch_size,
             resume=resume,
             work=work,
-            is_large=networks.cuts_latents,
+            is_large=runner.cuts_latents,
             is_whole=are_whole if tar else None,
         )
         for _, future in work.coder.map(uncode, read, ahead=2):
@@ -105,7 +103,7 @@ def decode_streams(
 
     names = [f"{s.name.removesuffix(SUFFIX)}.{image_format}" for s in sources]
     return make_outputs(
-        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=compute, quiet=quiet
+        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=runner.options, quiet=quiet
     )
 
 

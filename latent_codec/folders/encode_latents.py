@@ -25,7 +25,7 @@ from latent_codec.images.geometry import Image, mirrored
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.out_of_memory import Halving
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import (
     INDEX,
     Entry,
@@ -42,16 +42,14 @@ from latent_codec.latents.format import (
 )
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.checks import check_channels, check_gaussian
-from latent_codec.model.codec import Codec
 from latent_codec.storage.files import disk_errors, sha256_of
 from latent_codec.storage.json_config import to_json
 
 
 def encode_folder(
-    codec: Codec,
+    runner: Runner,
     where: str | Path,
     folder: Path,
-    compute: Compute,
     *,
     store: StoredDtype = "float16",
     flips: bool = False,
@@ -67,16 +65,16 @@ def encode_folder(
     nothing is found, an option makes no sense, the model is none of grey or RGB images or has no Gaussian posterior, or
     `folder` holds latents of other images; and as `pipeline.run` does.
     """
+    codec = runner.codec
     check_channels(codec)
     check_gaussian(codec)
     check_options(background, max_pixels)
-    networks = Networks(codec, compute)
     sources = find_images(where)
     header = header_of(codec, store, flips)
     if not resume.overwrite:
         _check_folder(folder, sources)
     options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
-    settings = {"header": to_json(header), "background": background} | networks.settings
+    settings = {"header": to_json(header), "background": background} | runner.settings
     fitting = Halving()
 
     def make(jobs: Iterable[Job], work: Work) -> Iterator[_UnitRows]:
@@ -84,10 +82,10 @@ def encode_folder(
             jobs,
             Source.read_bytes,
             partial(parse, work.decoders),
-            batch_size=compute.batch_size,
+            batch_size=runner.options.batch_size,
             resume=resume,
             work=work,
-            is_large=networks.cuts_pixels,
+            is_large=runner.cuts_pixels,
             is_whole=are_whole,
         )
         for claim, inputs in groupby(read, lambda batch: batch[0].job.claim):
@@ -104,7 +102,7 @@ def encode_folder(
         return parse_image_in(processes, source, data, **options)
 
     def posterior(pixels: list[torch.Tensor], labels: torch.Tensor) -> DiagonalGaussian:
-        found = networks.encode(pixels, labels)
+        found = runner.encode(pixels, labels)
         assert isinstance(found, DiagonalGaussian)
         return found
 
@@ -142,7 +140,7 @@ def encode_folder(
         resume,
         process,
         gather=lambda ledger, units: _gather(folder, header, ledger, units),
-        compute=compute,
+        compute=runner.options,
         quiet=quiet,
     )
 

@@ -25,7 +25,7 @@ from latent_codec.images.geometry import Image, crop
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.out_of_memory import Halving
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import stored_files
 from latent_codec.model.checks import check_channels, check_unconditional
 from latent_codec.model.codec import Codec
@@ -36,10 +36,9 @@ T = TypeVar("T")
 
 
 def encode_streams(
-    codec: Codec,
+    runner: Runner,
     where: str | Path,
     folder: Path,
-    compute: Compute,
     *,
     rate: Rate,
     refine: int = 0,
@@ -59,6 +58,7 @@ def encode_streams(
     option makes no sense, the model has no such prior or is none of grey or RGB images, or `folder` holds latents; and
     as `outputs.make_outputs` does.
     """
+    codec = runner.codec
     check_channels(codec)
     check_unconditional(codec, "a .lc file")
     check_options(background, max_pixels)
@@ -67,9 +67,8 @@ def encode_streams(
     if sample is not None and refine:
         raise UserError("--refine moves what is rounded, and --sample draws around the mean; leave out one of the two")
     _check_rate(codec, rate, sample)
-    networks = Networks(codec, compute)
-    coder = StreamCodec(codec, compute.device, prior)
-    refiner = Refiner(coder, networks, refine)
+    coder = StreamCodec(codec, runner.options.device, prior)
+    refiner = Refiner(coder, runner, refine)
     sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
@@ -79,24 +78,24 @@ def encode_streams(
         "sample": sample,
         "dead_zone": DEAD_ZONE,
         "background": background,
-    } | networks.settings
+    } | runner.settings
     settings |= {"refine": refine} if refine else {}
     settings |= {"feedback": coder.feedback.digest} if coder.feedback else {}
     options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
     fitting, fitting_coder = Halving(), Halving()
 
     def encode(batch: list[Input[Image]]) -> Sequence[torch.Tensor]:
-        return networks.encode([i.content.pixels for i in batch]).coded.unbind()
+        return runner.encode([i.content.pixels for i in batch]).coded.unbind()
 
     def encoded(jobs: Iterable[Job], work: Work) -> Iterator[list[_Encoded]]:
         for batch in in_batches(
             jobs,
             Source.read_bytes,
             partial(parse_image_in, work.decoders, **options),
-            batch_size=compute.batch_size,
+            batch_size=runner.options.batch_size,
             resume=resume,
             work=work,
-            is_large=networks.cuts_pixels,
+            is_large=runner.cuts_pixels,
             is_whole=are_whole if tar else None,
         ):
             with work.summary.timing("network"):
@@ -105,7 +104,7 @@ def encode_streams(
     def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
         def code(batch: list[_Encoded]) -> list[tuple[Input[Image], CompressedImage | UserError]]:
             with work.summary.timing("coding"):
-                return list(_coded(refiner, batch, rate, sample, compute.tile, fitting_coder))
+                return list(_coded(refiner, batch, rate, sample, runner.options.tile, fitting_coder))
 
         for _, future in work.coder.map(code, encoded(jobs, work), ahead=2):
             for item, coded in future.result():
@@ -118,7 +117,17 @@ def encode_streams(
 
     names = [f"{s.name}{SUFFIX}" for s in sources]
     return make_outputs(
-        "encode", "streams", sources, names, folder, settings, resume, make, tar=tar, compute=compute, quiet=quiet
+        "encode",
+        "streams",
+        sources,
+        names,
+        folder,
+        settings,
+        resume,
+        make,
+        tar=tar,
+        compute=runner.options,
+        quiet=quiet,
     )
 
 
@@ -140,7 +149,7 @@ class _Encoded(NamedTuple):
 
 
 def _coded(
-    refiner: Refiner, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int | None, fitting: Halving
+    refiner: Refiner, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int, fitting: Halving
 ) -> Iterator[tuple[Input[Image], CompressedImage | UserError]]:
     """Streams of images of one shape: together where all take one step, else one by one."""
     coder = refiner.coder

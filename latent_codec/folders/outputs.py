@@ -22,7 +22,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, crop
 from latent_codec.images.sources import Source
 from latent_codec.images.write import ImageFormat, image_bytes
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.runner import ResolvedOptions
 from latent_codec.storage.files import atomic_path, disk_errors, put, sha256, sha256_of, temporary_path
 
 
@@ -73,7 +73,7 @@ def make_outputs(
     make: Callable[[Iterable[Job], Work], Iterator[Output]],
     *,
     tar: bool,
-    compute: Compute,
+    compute: ResolvedOptions,
     quiet: bool,
 ) -> Summary:
     """`pipeline.run` where each source becomes an `Output` of its own: a file called by `names`, or a tar's member.

@@ -17,7 +17,7 @@ from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.images.colour import parse_colour
 from latent_codec.images.sources import Source
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.runner import ResolvedOptions
 from latent_codec.storage.files import make_folder
 
 
@@ -38,7 +38,7 @@ def run(
     resume: Resume,
     process: Callable[[Iterable[Job], Work], None],
     *,
-    compute: Compute,
+    compute: ResolvedOptions,
     quiet: bool,
     gather: Callable[[Ledger, Sequence[Unit]], None] = lambda ledger, units: None,
 ) -> Summary:

@@ -3,12 +3,15 @@
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
-from latent_codec.inference.runner import R, T
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Halving:

@@ -1,53 +1,71 @@
-"""Where and how a codec's networks run."""
+"""Run a codec's networks on a device, in batches and tiles."""
 
 import contextlib
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from latent_codec.errors import FatalError
 from latent_codec.inference import tiling
+from latent_codec.inference.options import DEFAULT_COMPUTE, ComputeOptions
 from latent_codec.model.bottlenecks import Posterior
 from latent_codec.model.codec import Codec
 
-T = TypeVar("T")
-R = TypeVar("R")
 
-
-class Compute(NamedTuple):
-    """Where and how the networks run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedOptions:
+    """Hold `ComputeOptions` with nothing left to choose."""
 
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
     batch_size: int
     workers: int
-    """Images that are read, decoded and written at once."""
-    tile: int | None = None
-    """Side in pixels of the tiles that larger images are cut into; None leaves all whole."""
-    decode_in: Literal["threads", "processes"] = "threads"
-    """Where images are decoded."""
-    compile: bool = False
-    """Have torch compile the networks."""
+    decode_in: Literal["threads", "processes"]
+    compile: bool
+    tile: int
+
+
+class Runner:
+    """Run a codec's networks as `options` say.
+
+    Where tiles change a model's results, the first image that is cut is used to say by how much, on stderr.
+    """
+
+    def __init__(self, codec: Codec, options: ComputeOptions = DEFAULT_COMPUTE) -> None:
+        """Move the codec to `options.device`, by default leave it where it is, and resolve the options.
+
+        Raises `UserError` for counts below 1 and for a tile that the model cannot have.
+        """
+        options.check()
+        if options.device is not None:
+            codec.to(options.device)
+        device = options.device or str(next(codec.parameters()).device)
+        if options.tile is not None:
+            tiling.check_tile(codec, options.tile)
+        on_cpu = device.startswith("cpu")
+        self.codec = codec
+        self.options = ResolvedOptions(
+            device=device,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            workers=options.workers or (4 if on_cpu else max(1, min(16, _own_cores()))),
+            decode_in=options.decode_in or ("threads" if on_cpu else "processes"),
+            compile=options.compile,
+            tile=options.tile or tiling.default_tile(codec),
+        )
+        if options.compile:
+            codec.compile_networks()
+        self._silent = {tiling.encode_error, tiling.decode_error} if tiling.is_exact(codec) else set()
 
     def autocast(self) -> torch.autocast:
-        dtype = getattr(torch, self.dtype)
-        return torch.autocast(self.device.split(":")[0], dtype=dtype, enabled=self.dtype != "float32")
-
-
-class Networks:
-    """A codec's networks, run as `compute` says. Where tiles change results, the first image shows by how much."""
-
-    def __init__(self, codec: Codec, compute: Compute) -> None:
-        """Raises `UserError` for a tile that the model cannot have."""
-        if compute.tile is not None:
-            tiling.check_tile(codec, compute.tile)
-        if compute.compile:
-            codec.compile_networks()
-        self.codec, self.compute = codec, compute
-        self._silent = tiling.is_exact(codec)
+        """Return the context in which networks run in `options.dtype`."""
+        dtype = getattr(torch, self.options.dtype)
+        return torch.autocast(self.options.device.split(":")[0], dtype=dtype, enabled=dtype != torch.float32)
 
     def encode(self, images: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Posterior:
         """The posterior, on the CPU, of images (3, h, w) uint8 of one shape; labels as `Codec.encode` takes them.
@@ -55,16 +73,16 @@ class Networks:
         Raises `UserError` if the networks cannot be compiled.
         """
         pixels = torch.stack(list(images)) if len(images) > 1 else images[0][None]
-        with torch.inference_mode(), self.compute.autocast(), _compiling(self.compute.compile):
-            posterior = tiling.encode(self.codec, pixels, self.compute.tile, labels)
+        with torch.inference_mode(), self.autocast(), _compiling(self.options.compile):
+            posterior = tiling.encode(self.codec, pixels, self.options.tile, labels)
             self._report(pixels, labels, self.codec.factor, tiling.encode_error)
         return posterior
 
     def decode_uint8(self, latents: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels (b, 3, h, w) uint8, on the CPU, of latents (z, h/f, w/f) of one shape; raises as `encode` does."""
         z = torch.stack(list(latents)) if len(latents) > 1 else latents[0][None]
-        with torch.inference_mode(), self.compute.autocast(), _compiling(self.compute.compile):
-            pixels = tiling.decode_uint8(self.codec, z, self.compute.tile, labels)
+        with torch.inference_mode(), self.autocast(), _compiling(self.options.compile):
+            pixels = tiling.decode_uint8(self.codec, z, self.options.tile, labels)
             self._report(z, labels, 1, tiling.decode_error)
         return pixels
 
@@ -73,17 +91,17 @@ class Networks:
 
         pixels: (3, height, width) uint8, not padded. Where tiles are blended their own parts count alone.
         """
-        with torch.inference_mode(False), self.compute.autocast(), _compiling(self.compute.compile):
+        with torch.inference_mode(False), self.autocast(), _compiling(self.options.compile):
             z, pixels = z.clone(), pixels.clone()  # what inference mode has made takes no part in a gradient
-            return tiling.nll_gradient(self.codec, z, pixels, self.compute.tile)
+            return tiling.nll_gradient(self.codec, z, pixels, self.options.tile)
 
     def _report(self, x: torch.Tensor, labels: torch.Tensor | None, scale: int, measure: Callable[..., object]) -> None:
         """Say on stderr, once, what tiles change of x, which has `scale` elements along a side for each latent one."""
         height, width = (size // scale for size in x.shape[2:])
-        tile = self.compute.tile
-        if self._silent or tile is None or not self.cuts(height, width):
+        tile = self.options.tile
+        if measure in self._silent or not self.cuts(height, width):
             return
-        self._silent = True
+        self._silent.add(measure)
         rows, columns = (slice(s.start * scale, s.stop * scale) for s in tiling.seam(self.codec, height, width, tile))
         error = measure(self.codec, x[:1, :, rows, columns], tile, None if labels is None else labels[:1])
         tqdm.write(
@@ -94,7 +112,7 @@ class Networks:
 
     def cuts_pixels(self, shape: tuple[int, ...]) -> bool:
         """Whether an image (..., h, w) goes in tiles."""
-        return tiling.cuts(shape[-2] * shape[-1], self.compute.tile)
+        return tiling.cuts(shape[-2] * shape[-1], self.options.tile)
 
     def cuts_latents(self, shape: tuple[int, ...]) -> bool:
         """Whether the image of latents (..., h/f, w/f) goes in tiles."""
@@ -102,17 +120,17 @@ class Networks:
 
     def cuts(self, height: int, width: int) -> bool:
         """Whether an image with latents (height, width) goes in tiles."""
-        return tiling.cuts(height * width * self.codec.factor**2, self.compute.tile)
+        return tiling.cuts(height * width * self.codec.factor**2, self.options.tile)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What results depend on, as JSON."""
-        return {"dtype": self.compute.dtype, "compile": self.compute.compile, "tile": self.changing_tile}
+        return {"dtype": self.options.dtype, "compile": self.options.compile, "tile": self.changing_tile}
 
     @property
     def changing_tile(self) -> int | None:
         """The tile, if what is computed depends on it."""
-        return None if tiling.is_exact(self.codec) else self.compute.tile
+        return None if tiling.is_exact(self.codec) else self.options.tile
 
 
 @contextlib.contextmanager
@@ -127,3 +145,10 @@ def _compiling(wanted: bool) -> Iterator[None]:
     except TorchDynamoException as error:
         reason = str(error).strip().splitlines()[0]
         raise FatalError(f"torch.compile does not work here ({reason}); leave out --compile") from error
+
+
+def _own_cores() -> int:
+    """Return how many of the machine's cores are this process', which shares them with others of its launcher."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return cores // max(1, int(processes) if processes.isdecimal() else 1)

@@ -21,7 +21,8 @@ from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.info import describe
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BottleneckConfig, FiniteScalarConfig, IdentityConfig, VectorQuantizerConfig
@@ -31,7 +32,7 @@ from tests.support import reference_decoder
 from tools.stress import fuzz
 from tools.stress.mutants import mutate
 
-CPU = Compute("cpu", "float32", 2, 1)
+CPU = ComputeOptions(batch_size=2, workers=1)
 SIZES = [(70, 41), (8, 8), (1, 1), (33, 64), (40, 40)]
 VQ, FSQ = VectorQuantizerConfig(codes=37), FiniteScalarConfig(levels=(5, 3, 2, 4))
 codebooks = pytest.mark.parametrize("bottleneck", [VQ, FSQ], ids=["vq", "fsq"])
@@ -58,7 +59,7 @@ def model(codec: Codec, bottleneck: BottleneckConfig, photos: Path, tmp_path: Pa
 
 
 def encode(model: Codec, photos: Path, folder: Path, **options: Any) -> dict[str, bytes]:
-    summary = encode_streams(model, photos, folder, CPU, **{"rate": Rate(), "quiet": True} | options)
+    summary = encode_streams(Runner(model, CPU), photos, folder, **{"rate": Rate(), "quiet": True} | options)
     assert summary.done == len(SIZES) and not summary.failures
     return files_of(folder)
 
@@ -88,7 +89,7 @@ def test_a_file_holds_the_codes_of_its_image(model: Codec, photos: Path, tmp_pat
 @kinds
 def test_folders_come_back_at_their_sizes(model: Codec, photos: Path, tmp_path: Path) -> None:
     encode(model, photos, tmp_path / "lc")
-    assert decode_streams(model, tmp_path / "lc", tmp_path / "images", CPU, quiet=True).done == len(SIZES)
+    assert decode_streams(Runner(model, CPU), tmp_path / "lc", tmp_path / "images", quiet=True).done == len(SIZES)
     for i, size in enumerate(SIZES):
         assert Image.open(tmp_path / "images" / f"{i}.png.png").size == size
 
@@ -97,9 +98,9 @@ def test_folders_come_back_at_their_sizes(model: Codec, photos: Path, tmp_path: 
 def test_files_do_not_depend_on_batch_or_tiles(model: Codec, photos: Path, tmp_path: Path) -> None:
     together = encode(model, photos, tmp_path / "a")
     tile = 8 * (2 * max(model.backbone.encoder_margin, model.backbone.decoder_margin) + 1)
-    others = [Compute("cpu", "float32", 1, 1), CPU._replace(tile=tile)]
+    others = [ComputeOptions(batch_size=1, workers=1), dataclasses.replace(CPU, tile=tile)]
     for i, compute in enumerate(others):
-        encode_streams(model, photos, tmp_path / f"{i}", compute, rate=Rate(), quiet=True)
+        encode_streams(Runner(model, compute), photos, tmp_path / f"{i}", rate=Rate(), quiet=True)
         assert files_of(tmp_path / f"{i}") == together
 
 
@@ -133,7 +134,7 @@ def test_what_leaves_no_choice_is_refused(
     model: Codec, photos: Path, tmp_path: Path, rate: Rate, sample: int | None, flag: str
 ) -> None:
     with pytest.raises(UserError, match=f"^{flag}: this model's files hold the indices"):
-        encode_streams(model, photos, tmp_path / "lc", CPU, rate=rate, sample=sample, quiet=True)
+        encode_streams(Runner(model, CPU), photos, tmp_path / "lc", rate=rate, sample=sample, quiet=True)
     assert not (tmp_path / "lc").exists()
 
 
@@ -141,25 +142,32 @@ def test_what_leaves_no_choice_is_refused(
 def test_latents_to_train_on_need_a_gaussian(model: Codec, photos: Path, tmp_path: Path) -> None:
     kind = model.config.bottleneck.kind
     with pytest.raises(UserError, match=f"which a {kind} bottleneck has not; write .lc files"):
-        encode_folder(model, photos, tmp_path / "latents", CPU, quiet=True)
+        encode_folder(Runner(model, CPU), photos, tmp_path / "latents", quiet=True)
     with pytest.raises(UserError, match=f"--rd .* a {kind} bottleneck"):
         rate_distortion(
-            model, photos, CPU, steps=[1.0], sample=0, out=None, lpips_net=None, lpips_backbone=None, command="",
-        )  # fmt: skip
+            Runner(model, CPU),
+            photos,
+            steps=[1.0],
+            sample=0,
+            out=None,
+            lpips_net=None,
+            lpips_backbone=None,
+            command="",
+        )
 
 
 @kinds
 def test_an_evaluation_counts_the_bytes_of_the_files(model: Codec, photos: Path, tmp_path: Path) -> None:
-    report = evaluate(model, photos, CPU, out=tmp_path / "out", lpips_net=None, lpips_backbone=None, quiet=True)
+    report = evaluate(Runner(model, CPU), photos, out=tmp_path / "out", lpips_net=None, lpips_backbone=None, quiet=True)
     files = files_of(tmp_path / "out" / "streams")
     pixels = sum(w * h for w, h in SIZES)
     assert report.summary["disk_bpp"] == pytest.approx(8 * sum(map(len, files.values())) / pixels)
     assert "kl_bpp" not in report.summary and all("kl_bpp" not in record for record in report.images)
-    decode_streams(model, tmp_path / "out" / "streams", tmp_path / "images", CPU, quiet=True)
+    decode_streams(Runner(model, CPU), tmp_path / "out" / "streams", tmp_path / "images", quiet=True)
     assert files_of(tmp_path / "images") == files_of(tmp_path / "out" / "decoded")
     (tmp_path / "out" / "results.json").unlink()
     with pytest.raises(UserError, match=r"without the results\.json of an evaluation"):
-        evaluate(model, photos, CPU, out=tmp_path / "out", lpips_net=None, lpips_backbone=None, quiet=True)
+        evaluate(Runner(model, CPU), photos, out=tmp_path / "out", lpips_net=None, lpips_backbone=None, quiet=True)
 
 
 @codebooks

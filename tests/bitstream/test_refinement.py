@@ -18,7 +18,8 @@ from latent_codec.images.geometry import crop, pad
 from latent_codec.images.sources import find_images
 from latent_codec.inference import tiling
 from latent_codec.inference.calibration import calibrate
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import FiniteScalarConfig
 from latent_codec.prior.passes import ideal_bits, neighbour_bits, quantize
@@ -26,7 +27,7 @@ from latent_codec.prior.quantizer import STEP_ONE, Scaled
 from tests.bitstream.test_rate_control import Subject
 from tests.conftest import Draw
 
-CPU = Compute("cpu", "float32", 4, 2)
+CPU = ComputeOptions(batch_size=4, workers=2)
 
 
 @pytest.fixture(params=["factorized", "context"])
@@ -34,8 +35,8 @@ def subject(request: pytest.FixtureRequest, codec: Codec) -> Subject:
     return Subject(codec, request.param, None)
 
 
-def refiner(subject: Subject, rounds: int, compute: Compute = CPU) -> Refiner:
-    return Refiner(subject.stream, Networks(subject.stream.codec, compute), rounds)
+def refiner(subject: Subject, rounds: int, compute: ComputeOptions = CPU) -> Refiner:
+    return Refiner(subject.stream, Runner(subject.stream.codec, compute), rounds)
 
 
 def cost(subject: Subject, scaled: Scaled) -> float:
@@ -115,7 +116,7 @@ def test_the_gradient_is_that_of_the_pixels_that_are_there(codec: Codec) -> None
     pixels = torch.randint(0, 256, (3, 21, 30), generator=generator, dtype=torch.uint8)
     with torch.inference_mode():
         z = codec.encode(pad(pixels, 8)[None]).mean[0]
-    networks = Networks(codec.double(), CPU)
+    networks = Runner(codec.double(), CPU)
     nll, gradient = networks.nll_gradient(z.double(), pixels)
     direction = torch.randn(z.shape, generator=generator).double()
     ahead, behind = (networks.nll_gradient(z + e * direction, pixels)[0] for e in (1e-3, -1e-3))
@@ -142,7 +143,7 @@ def test_tiles_give_the_gradient_of_the_whole(codec: Codec, monkeypatch: pytest.
 
 def encode(codec: Codec, photos: Path, folder: Path, **options: Any) -> dict[str, bytes]:
     rate = options.pop("rate", Rate())
-    summary = encode_streams(codec, photos, folder, CPU, rate=rate, quiet=True, **options)
+    summary = encode_streams(Runner(codec, CPU), photos, folder, rate=rate, quiet=True, **options)
     assert not summary.failures
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.lc"))}
 
@@ -158,8 +159,8 @@ def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, phot
     plain, refined = (encode(codec, photos, tmp_path / str(n), refine=n) for n in (0, 2))
     assert plain.keys() == refined.keys() and plain != refined
     assert encode(codec, photos, tmp_path / "0", refine=2) == refined
-    compute = CPU._replace(batch_size=1)
-    assert encode_streams(codec, photos, tmp_path / "1", compute, rate=Rate(), refine=2, quiet=True).done == 4
+    compute = dataclasses.replace(CPU, batch_size=1)
+    assert encode_streams(Runner(codec, compute), photos, tmp_path / "1", rate=Rate(), refine=2, quiet=True).done == 4
     assert {p.name: p.read_bytes() for p in (tmp_path / "1").glob("*.lc")} == refined
     assert encode(codec, photos, tmp_path / "size", refine=2, rate=Rate(bpp=9.0)) != encode(
         codec, photos, tmp_path / "size, plain", rate=Rate(bpp=9.0)
@@ -169,15 +170,15 @@ def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, phot
 def test_too_little_memory_for_one_image_fails_that_image(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Networks.nll_gradient
+    real = Runner.nll_gradient
 
-    def scarce(self: Networks, z: torch.Tensor, pixels: torch.Tensor) -> Any:
+    def scarce(self: Runner, z: torch.Tensor, pixels: torch.Tensor) -> Any:
         if pixels.shape[1] == 40:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(self, z, pixels)
 
-    monkeypatch.setattr(Networks, "nll_gradient", scarce)
-    summary = encode_streams(codec, photos, tmp_path / "out", CPU, rate=Rate(), refine=1, quiet=True)
+    monkeypatch.setattr(Runner, "nll_gradient", scarce)
+    summary = encode_streams(Runner(codec, CPU), photos, tmp_path / "out", rate=Rate(), refine=1, quiet=True)
     assert summary.done == 3 and "memory ran out" in summary.failures["3.png"]
 
 
@@ -185,7 +186,7 @@ def test_measured_files_are_refined(codec: Codec, photos: Path, monkeypatch: pyt
     monkeypatch.setattr("latent_codec.evaluation.rate_distortion.measure.peer_codecs.available", list)
     options: dict[str, Any] = {"sample": 0, "out": None, "lpips_net": None, "lpips_backbone": None, "command": "it"}
     plain, refined = (
-        rate_distortion(codec, photos, CPU, steps=(0.7, 1.0), refine=n, quiet=True, **options) for n in (0, 4)
+        rate_distortion(Runner(codec, CPU), photos, steps=(0.7, 1.0), refine=n, quiet=True, **options) for n in (0, 4)
     )
     assert refined.codecs == ["context", "factorized", "refined"] and "refined" not in plain.codecs
     assert refined.curve_points("context") == plain.curve_points("context")
@@ -203,13 +204,13 @@ def test_indices_are_not_refined(codec: Codec, photos: Path, tmp_path: Path) -> 
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Networks.nll_gradient
+    real = Runner.nll_gradient
 
-    def broken(self: Networks, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def broken(self: Runner, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
         nll, gradient = real(self, z, pixels)
         return nll, gradient / 0
 
-    monkeypatch.setattr(Networks, "nll_gradient", broken)
+    monkeypatch.setattr(Runner, "nll_gradient", broken)
     plain = subject.stream.scale(subject.mean, STEP_ONE, None)
     found = refiner(subject, 3).scale(subject.mean, subject.pixels, STEP_ONE, seed=None)
     np.testing.assert_array_equal(found.latents, plain.latents)

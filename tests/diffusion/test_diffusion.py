@@ -12,7 +12,8 @@ from latent_codec.diffusion.config import LatentSpace, TransformerConfig
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.diffusion.sampling import SETTINGS, Wanted, choose, draw, draw_latents, sample
 from latent_codec.errors import UserError
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.info import describe
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
@@ -22,7 +23,7 @@ from train.objectives.flow import FlowMatching
 
 SMALL = TransformerConfig(size=4, patch=2, depth=2, heads=2, head_width=8)
 FLOW = FlowConfig(time_mean=0.0, time_std=1.0, label_dropout=0.25)
-CPU = Compute("cpu", "float32", 2, 1)
+CPU = ComputeOptions(batch_size=2, workers=1)
 
 
 def make(codec: Codec, classes: tuple[str, ...] = ("a", "b"), config: TransformerConfig = SMALL) -> Diffusion:
@@ -279,35 +280,35 @@ def test_an_image_depends_on_seed_label_and_number_alone(codec: Codec) -> None:
 
 def test_images_lie_in_folders_of_their_labels_and_are_kept_by_the_same_settings(codec: Codec, tmp_path: Path) -> None:
     model = make(codec)
-    first = sample(model, codec, choose(model, ["a"], 3), tmp_path, CPU, steps=2, quiet=True)
+    first = sample(model, Runner(codec, CPU), choose(model, ["a"], 3), tmp_path, steps=2, quiet=True)
     assert first.made == 3 and str(first) == "3 images drawn, 0 were there"
     assert [p.relative_to(tmp_path).as_posix() for p in first.paths] == ["a/00000.png", "a/00001.png", "a/00002.png"]
     with Image.open(first.paths[0]) as image:
         assert image.size == (32, 32)
     before = {path: path.read_bytes() for path in first.paths}
     first.paths[1].unlink()
-    more = sample(model, codec, choose(model, [], 3), tmp_path, CPU, steps=2, quiet=True)
+    more = sample(model, Runner(codec, CPU), choose(model, [], 3), tmp_path, steps=2, quiet=True)
     assert more.made == 4 and {path: path.read_bytes() for path in first.paths} == before
 
 
 def test_images_by_other_settings_are_not_mistaken_for_these(codec: Codec, tmp_path: Path) -> None:
     model = make(codec)
-    paths = sample(model, codec, choose(model, ["a"], 1), tmp_path, CPU, steps=2, quiet=True).paths
+    paths = sample(model, Runner(codec, CPU), choose(model, ["a"], 1), tmp_path, steps=2, quiet=True).paths
     before = paths[0].read_bytes()
     with pytest.raises(UserError, match="holds images by other settings; give another folder, or --overwrite"):
-        sample(model, codec, choose(model, ["a"], 1), tmp_path, CPU, steps=2, seed=1, quiet=True)
+        sample(model, Runner(codec, CPU), choose(model, ["a"], 1), tmp_path, steps=2, seed=1, quiet=True)
     assert paths[0].read_bytes() == before
-    sample(model, codec, choose(model, ["a"], 1), tmp_path, CPU, steps=2, seed=1, overwrite=True, quiet=True)
+    sample(model, Runner(codec, CPU), choose(model, ["a"], 1), tmp_path, steps=2, seed=1, overwrite=True, quiet=True)
     assert paths[0].read_bytes() != before
     (tmp_path / SETTINGS).write_text("{")
     with pytest.raises(UserError, match="holds images by other settings"):
-        sample(model, codec, choose(model, ["a"], 1), tmp_path, CPU, steps=2, quiet=True)
+        sample(model, Runner(codec, CPU), choose(model, ["a"], 1), tmp_path, steps=2, quiet=True)
 
 
 def test_pixels_are_the_codecs_of_the_drawn_latents(codec: Codec, tmp_path: Path) -> None:
     model = make(codec)
     wanted = choose(model, ["b"], 2)
-    paths = sample(model, codec, wanted, tmp_path, CPU, steps=2, quiet=True).paths
+    paths = sample(model, Runner(codec, CPU), wanted, tmp_path, steps=2, quiet=True).paths
     expected = codec.decode_uint8(draw_latents(model, wanted, seed=0, steps=2, guidance=1.0))
     sampling.write_grid_of(paths, 2, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid, Image.open(paths[1]) as second:
@@ -323,8 +324,8 @@ def test_what_cannot_be_drawn_is_refused(codec: Codec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--count 0 must be at least 1"):
         choose(model, [], 0)
     with pytest.raises(UserError, match="--steps 0 must be at least 1"):
-        sample(model, codec, choose(model, [], 1), tmp_path, CPU, steps=0, quiet=True)
+        sample(model, Runner(codec, CPU), choose(model, [], 1), tmp_path, steps=0, quiet=True)
     with torch.no_grad():
         next(codec.parameters()).add_(1)
     with pytest.raises(UserError, match=r"latents of model .*, but the model given is .*--model"):
-        sample(model, codec, choose(model, [], 1), tmp_path, CPU, quiet=True)
+        sample(model, Runner(codec, CPU), choose(model, [], 1), tmp_path, quiet=True)

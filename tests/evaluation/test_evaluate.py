@@ -12,7 +12,8 @@ from PIL import Image
 
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import Report, evaluate
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS
@@ -20,14 +21,14 @@ from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 from tests.support.data import WEIGHTS
 
-CPU = Compute("cpu", "float32", 4, 2)
+CPU = ComputeOptions(batch_size=4, workers=2)
 ALEXNET = WEIGHTS / "alexnet_features.safetensors"
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7)}
 
 
 def run(codec: Codec, where: Path | str, out: Path | None, **options: Any) -> Report:
     options = {"lpips_net": None, "lpips_backbone": None} | options
-    return evaluate(codec, where, CPU, out=out, quiet=True, **options)
+    return evaluate(Runner(codec, CPU), where, out=out, quiet=True, **options)
 
 
 @pytest.fixture

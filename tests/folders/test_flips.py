@@ -1,5 +1,6 @@
 """Latents of mirrored images: they are what encoding the mirrored file gives, and half of the draws."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
 from latent_codec.info import describe
 from latent_codec.latents.batches import Rows, ShapeBatches
 from latent_codec.latents.dataset import Latents
@@ -80,7 +81,7 @@ def test_flips_are_another_setting_and_survive_interruptions(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(encode_latents_module, "write_shard", stop)
-        encode(codec, photos, tmp_path / "z", Compute("cpu", "float32", 4, 1), flips=True)
+        encode(codec, photos, tmp_path / "z", ComputeOptions(batch_size=4, workers=1), flips=True)
     assert 0 < encode(codec, photos, tmp_path / "z", flips=True).done < len(SIZES)
     assert files_of(tmp_path / "z") == files_of(tmp_path / "whole")
 
@@ -150,14 +151,21 @@ def test_memory_for_one_batch_is_enough(
         return real(pixels, labels)
 
     monkeypatch.setattr(codec, "encode", count)
-    encode(codec, photos, tmp_path / "z", Compute("cpu", "float32", 2, 1), flips=True)
+    encode(codec, photos, tmp_path / "z", ComputeOptions(batch_size=2, workers=1), flips=True)
     assert max(largest) == 2 and sum(largest) == 2 * len(SIZES)
 
 
 def test_tiles_give_what_whole_images_give(codec: Codec, tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "photos" / "a.png", 501, 340)
     for tile in (None, 168):
-        encode(codec, tmp_path / "photos", tmp_path / f"{tile}", CPU._replace(tile=tile), flips=True, store="float32")
+        encode(
+            codec,
+            tmp_path / "photos",
+            tmp_path / f"{tile}",
+            dataclasses.replace(CPU, tile=tile),
+            flips=True,
+            store="float32",
+        )
     whole, tiled = (Latents(tmp_path / f"{tile}").posterior(0, flip=True) for tile in (None, 168))
     assert torch.allclose(whole.mean, tiled.mean, atol=1e-5) and torch.allclose(whole.logvar, tiled.logvar, atol=1e-5)
 

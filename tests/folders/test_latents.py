@@ -19,26 +19,27 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.summary import Summary
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_files, stored_shards
 from latent_codec.model import file as model_file
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 
-CPU = Compute("cpu", "float32", 4, 2)
+CPU = ComputeOptions(batch_size=4, workers=2)
 ORIENTATION = 0x0112
 
 
-def encode(codec: Codec, where: str | Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
-    summary = encode_folder(codec, where, folder, compute, quiet=True, **options)
+def encode(codec: Codec, where: str | Path, folder: Path, compute: ComputeOptions = CPU, **options: Any) -> Summary:
+    summary = encode_folder(Runner(codec, compute), where, folder, quiet=True, **options)
     assert summary.done + summary.skipped + len(summary.failures) == summary.found
     assert len(Latents(folder).entries) == summary.done + summary.skipped
     return summary
 
 
-def decode(codec: Codec, where: Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
-    summary = decode_folder(codec, where, folder, compute, quiet=True, **options)
+def decode(codec: Codec, where: Path, folder: Path, compute: ComputeOptions = CPU, **options: Any) -> Summary:
+    summary = decode_folder(Runner(codec, compute), where, folder, quiet=True, **options)
     assert summary.done + summary.skipped + len(summary.failures) == summary.found
     return summary
 
@@ -177,13 +178,13 @@ def test_noise_depends_on_seed_and_path_alone(codec: Codec, tmp_path: Path, draw
     (tmp_path / "one").mkdir()
     shutil.copy(tmp_path / "all" / "3.png", tmp_path / "one" / "3.png")
     encode(codec, tmp_path / "all", tmp_path / "all latents")
-    encode(codec, tmp_path / "one", tmp_path / "one latents", Compute("cpu", "float32", 1, 1))
+    encode(codec, tmp_path / "one", tmp_path / "one latents", ComputeOptions(batch_size=1, workers=1))
     ways = {
-        "batch of 1": ("all", Compute("cpu", "float32", 1, 1), 7),
-        "batch of 4": ("all", Compute("cpu", "float32", 4, 1), 7),
-        "3 workers": ("all", Compute("cpu", "float32", 4, 3), 7),
-        "alone": ("one", Compute("cpu", "float32", 4, 1), 7),
-        "other seed": ("all", Compute("cpu", "float32", 4, 1), 8),
+        "batch of 1": ("all", ComputeOptions(batch_size=1, workers=1), 7),
+        "batch of 4": ("all", ComputeOptions(batch_size=4, workers=1), 7),
+        "3 workers": ("all", ComputeOptions(batch_size=4, workers=3), 7),
+        "alone": ("one", ComputeOptions(batch_size=4, workers=1), 7),
+        "other seed": ("all", ComputeOptions(batch_size=4, workers=1), 8),
     }
     for name, (which, compute, seed) in ways.items():
         torch.manual_seed(len(name))  # the global state plays no part
@@ -298,7 +299,7 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
 
     monkeypatch.setattr(encode_latents_module, "read_image", count_reading)
     monkeypatch.setattr(codec, "encode", count_encoding)
-    encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 2))
+    encode(codec, tmp_path / "src", tmp_path / "latents", ComputeOptions(batch_size=2, workers=2))
     assert sum(encoded) == 40
     assert max(waiting) <= 4 * 2 + 2 * 2 + 1  # for companions, and read ahead by the threads
 
@@ -307,7 +308,13 @@ def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
 def test_coarse_networks_still_give_float32_posteriors(codec: Codec, tmp_path: Path, draw: Draw, dtype: Any) -> None:
     draw(tmp_path / "a.png", 16, 16)
     encode(codec, tmp_path / "a.png", tmp_path / "fine", store="float32")
-    encode(codec, tmp_path / "a.png", tmp_path / "coarse", Compute("cpu", dtype, 1, 1), store="float32")
+    encode(
+        codec,
+        tmp_path / "a.png",
+        tmp_path / "coarse",
+        ComputeOptions(dtype=dtype, batch_size=1, workers=1),
+        store="float32",
+    )
     fine, coarse = (Latents(tmp_path / name).posterior(0).mean for name in ("fine", "coarse"))
     assert not torch.equal(coarse, coarse.to(getattr(torch, dtype)).float())  # not rounded to the networks' type
     assert torch.allclose(fine, coarse, atol=0.02)
@@ -326,7 +333,7 @@ def test_a_batch_holds_images_of_one_shape_and_every_image_once(
         return forward(x, labels)
 
     monkeypatch.setattr(codec, "encode", record)
-    encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 2, 3))
+    encode(codec, tmp_path / "src", tmp_path / "latents", ComputeOptions(batch_size=2, workers=3))
     assert sum(shape[0] for shape in batches) == 23
     assert max(shape[0] for shape in batches) == 2
     names = {e.path: (e.geometry.width, e.geometry.height) for e in Latents(tmp_path / "latents").entries}
@@ -521,7 +528,7 @@ def test_an_interrupted_encode_leaves_whole_shards_under_an_index(
 
     monkeypatch.setattr(encode_latents_module, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
+        encode(codec, tmp_path / "src", tmp_path / "latents", ComputeOptions(batch_size=1, workers=1))
     assert temporary_files(tmp_path / "latents") == []
     found = Latents(tmp_path / "latents")
     assert len(stored_files(tmp_path / "latents")) > 2
@@ -549,7 +556,7 @@ def test_an_encode_interrupted_inside_a_shard_keeps_the_shards_before(
 
     monkeypatch.setattr(model_file, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        encode(codec, tmp_path / "src", tmp_path / "latents", Compute("cpu", "float32", 1, 1))
+        encode(codec, tmp_path / "src", tmp_path / "latents", ComputeOptions(batch_size=1, workers=1))
     assert temporary_files(tmp_path / "latents") == []
     assert decode(codec, tmp_path / "latents", tmp_path / "out").done == 2
 
@@ -586,7 +593,7 @@ def test_an_interrupted_decode_leaves_whole_images_only(
 
     monkeypatch.setattr(Path, "write_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        decode(codec, tmp_path / "latents", tmp_path / "out", Compute("cpu", "float32", 1, 1))
+        decode(codec, tmp_path / "latents", tmp_path / "out", ComputeOptions(batch_size=1, workers=1))
     found = images(tmp_path / "out")
     assert 3 <= len(found) < 9 and temporary_files(tmp_path / "out") == []
     for image in found.values():

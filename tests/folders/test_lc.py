@@ -31,25 +31,26 @@ from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.summary import Summary
 from latent_codec.images.read import read_image
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 
-CPU = Compute("cpu", "float32", 4, 2)
+CPU = ComputeOptions(batch_size=4, workers=2)
 RATES: list[dict[str, Any]] = [{}, {"step": 0.3}, {"bpp": 9.0}, {"psnr": 6.0}, {"max_bytes": 400}]
 
 
-def encode(codec: Codec, where: str | Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
+def encode(codec: Codec, where: str | Path, folder: Path, compute: ComputeOptions = CPU, **options: Any) -> Summary:
     rate = Rate(**{name: options.pop(name) for name in ("step", "bpp", "psnr", "max_bytes") if name in options})
-    summary = encode_streams(codec, where, folder, compute, rate=rate, quiet=True, **options)
+    summary = encode_streams(Runner(codec, compute), where, folder, rate=rate, quiet=True, **options)
     assert summary.done + summary.skipped + len(summary.failures) == summary.found
     assert len(list(folder.rglob("*.lc"))) >= summary.done
     return summary
 
 
-def decode(codec: Codec, where: Path, folder: Path, compute: Compute = CPU, **options: Any) -> Summary:
-    summary = decode_streams(codec, where, folder, compute, quiet=True, **options)
+def decode(codec: Codec, where: Path, folder: Path, compute: ComputeOptions = CPU, **options: Any) -> Summary:
+    summary = decode_streams(Runner(codec, compute), where, folder, quiet=True, **options)
     assert summary.done + summary.skipped + len(summary.failures) == summary.found
     return summary
 
@@ -121,7 +122,7 @@ def test_files_and_latents_depend_on_no_batch_worker_or_thread(
     )
     files, found = [], []
     for batch, workers, threads in ((1, 1, 1), (8, 3, 1), (3, 2, 2)):
-        out, compute = tmp_path / f"{batch}", Compute("cpu", "float32", batch, workers)
+        out, compute = tmp_path / f"{batch}", ComputeOptions(batch_size=batch, workers=workers)
         with torch_threads(threads):
             assert not encode(codec, photos, out, compute, sample=sample, prior=prior, **rate).failures
             latents.clear()
@@ -272,7 +273,7 @@ def test_a_member_whose_name_is_no_plain_path_stops_all_before_any_work(
 
 
 def encode_latents(codec: Codec, where: Path, folder: Path) -> Summary:
-    return encode_folder(codec, where, folder, CPU, quiet=True)
+    return encode_folder(Runner(codec, CPU), where, folder, quiet=True)
 
 
 def test_a_file_where_another_needs_a_folder_stops_all_before_any_work(
@@ -321,7 +322,7 @@ def test_existing_files_are_refused_before_any_work_unless_to_be_overwritten(
 
 
 def test_both_kinds_are_kept_apart(codec: Codec, photos: Path, streams: Path, tmp_path: Path) -> None:
-    encode_folder(codec, photos, tmp_path / "latents", CPU, quiet=True)
+    encode_folder(Runner(codec, CPU), photos, tmp_path / "latents", quiet=True)
     with pytest.raises(UserError, match="holds latents for training on"):
         encode(codec, photos, tmp_path / "latents", resume=OVERWRITE)
     shutil.copytree(tmp_path / "latents", streams, dirs_exist_ok=True)
@@ -385,7 +386,7 @@ def test_a_payload_that_no_encoder_wrote_fails_alone_in_its_batch(codec: Codec, 
         header, payload = container.read(work / "z" / "3.png.lc")
         changed = payload[:4] + bytes([payload[4] ^ 1]) + payload[5:]
         (work / "z" / "3.png.lc").write_bytes(container.pack(container.Stream(header, changed)))
-        summary = decode(codec, work / "z", work / "out", Compute("cpu", "float32", 8, 1))
+        summary = decode(codec, work / "z", work / "out", ComputeOptions(batch_size=8, workers=1))
         assert set(summary.failures) == {"3.png.lc"} and "damaged: " in summary.failures["3.png.lc"]
         encode(codec, photos, work / "again", prior=prior)
         decode(codec, work / "again", work / "good")
@@ -431,7 +432,7 @@ def test_a_prior_that_the_model_has_not_is_refused(codec: Codec, photos: Path, s
 def test_files_of_both_priors_are_decoded_together(codec: Codec, photos: Path, tmp_path: Path) -> None:
     for prior in ("context", "factorized"):
         encode(codec, photos, tmp_path / "z" / prior, prior=prior, sample=1)
-    assert decode(codec, tmp_path / "z", tmp_path / "out", Compute("cpu", "float32", 8, 2)).done == 18
+    assert decode(codec, tmp_path / "z", tmp_path / "out", ComputeOptions(batch_size=8, workers=2)).done == 18
     for i in range(9):  # the same latents, for dither is the same under both
         a, b = (np.asarray(Image.open(tmp_path / "out" / p / f"{i}.png.png"), int) for p in ("context", "factorized"))
         assert np.abs(a - b).max() <= 1
@@ -507,7 +508,7 @@ def test_an_interrupted_encode_leaves_whole_files_only(
 
     monkeypatch.setattr(encode_latents_module, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        encode(codec, photos, tmp_path / "z", Compute("cpu", "float32", 1, 1))
+        encode(codec, photos, tmp_path / "z", ComputeOptions(batch_size=1, workers=1))
     found = contents(tmp_path / "z")
     assert 3 <= len(found) < 9
     assert decode(codec, tmp_path / "z", tmp_path / "out").done == len(found)
@@ -533,6 +534,6 @@ def test_the_summary_counts_the_real_bytes_and_pixels(codec: Codec, photos: Path
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_coarse_networks_still_make_sound_files(codec: Codec, photos: Path, tmp_path: Path, dtype: Any) -> None:
-    compute = Compute("cpu", dtype, 4, 2)
+    compute = ComputeOptions(dtype=dtype, batch_size=4, workers=2)
     assert not encode(codec, photos, tmp_path / "z", compute, psnr=6.0).failures
     assert not decode(codec, tmp_path / "z", tmp_path / "out", compute).failures

@@ -18,7 +18,8 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.resume.units import units
 from latent_codec.images.sources import find_images
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw
 
@@ -54,15 +55,17 @@ def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(Networks, "encode", lambda images, _: images)
-    watch(Networks, "decode_uint8", lambda _, result: [result])
+    watch(Runner, "encode", lambda images, _: images)
+    watch(Runner, "decode_uint8", lambda _, result: [result])
     for i in range(40):
         draw(tmp_path / "photos" / f"{i:02d}.png", 24, 16, seed=i)
     assert len(units(find_images(tmp_path / "photos"))) == 1
-    compute = Compute("cpu", "float32", 1, 1)
-    encode_folder(codec, tmp_path / "photos", tmp_path / "latents", compute, quiet=True)
+    compute = ComputeOptions(batch_size=1, workers=1)
+    encode_folder(Runner(codec, compute), tmp_path / "photos", tmp_path / "latents", quiet=True)
     for tar in (False, True):
-        encode_streams(codec, tmp_path / "photos", tmp_path / f"{tar}", compute, rate=Rate(), tar=tar, quiet=True)
-        decode_streams(codec, tmp_path / f"{tar}", tmp_path / f"back {tar}", compute, tar=tar, quiet=True)
-    decode_folder(codec, tmp_path / "latents", tmp_path / "back", compute, tar=True, quiet=True)
+        encode_streams(
+            Runner(codec, compute), tmp_path / "photos", tmp_path / f"{tar}", rate=Rate(), tar=tar, quiet=True
+        )
+        decode_streams(Runner(codec, compute), tmp_path / f"{tar}", tmp_path / f"back {tar}", tar=tar, quiet=True)
+    decode_folder(Runner(codec, compute), tmp_path / "latents", tmp_path / "back", tar=True, quiet=True)
     assert 1 <= most <= 8

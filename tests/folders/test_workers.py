@@ -1,5 +1,6 @@
 """Threads and processes: nothing is lost, nothing runs on, and little waits."""
 
+import dataclasses
 import os
 import signal
 import tempfile
@@ -22,7 +23,8 @@ from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.resume import units as plan
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.images.sources import Source
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 from tests.support.folder import finish, start, wait_for
@@ -139,15 +141,15 @@ def test_images_are_decoded_in_processes_and_one_that_is_killed_costs_nothing_be
     for i in range(8):
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     (tmp_path / "photos" / "bad.png").write_text("no image")
-    threads = Compute("cpu", "float32", 2, 1)
-    expected = make(codec, tmp_path / "photos", tmp_path / "in threads", threads, quiet=True)
-    compute = threads._replace(decode_in="processes")
+    threads = ComputeOptions(batch_size=2, workers=1)
+    expected = make(Runner(codec, threads), tmp_path / "photos", tmp_path / "in threads", quiet=True)
+    compute = dataclasses.replace(threads, decode_in="processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_latents_module, "_parse_array", decode_or_die)
         with pytest.raises(FatalError, match="was killed"):
-            make(codec, tmp_path / "photos", tmp_path / "in processes", compute, quiet=True)
+            make(Runner(codec, compute), tmp_path / "photos", tmp_path / "in processes", quiet=True)
     before = {name: data for name, data in files_of(tmp_path / "in processes").items() if name.endswith(("lc", "rs"))}
     assert before and before.items() < files_of(tmp_path / "in threads").items()
-    summary = make(codec, tmp_path / "photos", tmp_path / "in processes", compute, quiet=True)
+    summary = make(Runner(codec, compute), tmp_path / "photos", tmp_path / "in processes", quiet=True)
     assert summary.skipped and summary.failures == expected.failures and summary.failures.keys() == {"bad.png"}
     assert files_of(tmp_path / "in processes") == files_of(tmp_path / "in threads")

@@ -1,5 +1,6 @@
-"""Networks in batches that fit into memory, and compiled."""
+"""Test that networks run in batches that fit into memory, and compiled."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.out_of_memory import Halving
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 
-CPU = Compute("cpu", "float32", 4, 2)
+CPU = ComputeOptions(batch_size=4, workers=2)
 
 OUT_OF_MEMORY: list[type[Exception] | Exception] = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -79,8 +81,8 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(owner, name, call)
 
-    limited(Networks, "encode", 1)
-    limited(Networks, "decode_uint8", 64)
+    limited(Runner, "encode", 1)
+    limited(Runner, "decode_uint8", 64)
 
 
 @pytest.mark.parametrize("kind", ["streams", "latents"])
@@ -97,27 +99,27 @@ def test_a_folder_goes_on_where_memory_runs_out(
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     draw(tmp_path / "photos" / "large.png", 48, 40)
     if kind == "streams":
-        summary = encode_streams(codec, tmp_path / "photos", tmp_path / "z", CPU, rate=Rate(), quiet=True)
+        summary = encode_streams(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", rate=Rate(), quiet=True)
     else:
-        summary = encode_folder(codec, tmp_path / "photos", tmp_path / "z", CPU, quiet=True)
+        summary = encode_folder(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", quiet=True)
     assert (summary.done, summary.failures.keys()) == (7, {"large.png"})
     assert "--tile" in summary.failures["large.png"]
     assert capsys.readouterr().err.count("memory ran out for 4 images at once; going on with 2") == 1
     decode = decode_streams if kind == "streams" else decode_folder
-    assert decode(codec, tmp_path / "z", tmp_path / "y", CPU, quiet=True).done == 7
+    assert decode(Runner(codec, CPU), tmp_path / "z", tmp_path / "y", quiet=True).done == 7
     assert "going on with 2" in capsys.readouterr().err
     monkeypatch.undo()
-    decode(codec, tmp_path / "z", tmp_path / "whole", CPU, quiet=True)
+    decode(Runner(codec, CPU), tmp_path / "z", tmp_path / "whole", quiet=True)
     assert files_of(tmp_path / "y") == files_of(tmp_path / "whole")
 
 
 def test_compiled_networks_give_the_same_but_for_rounding(codec: Codec) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(256, (3, 16, 24), dtype=torch.uint8, generator=generator) for _ in range(3)]
-    plain = Networks(codec, CPU).encode(images)
+    plain = Runner(codec, CPU).encode(images)
     z = plain.mean.unbind()
-    pixels = Networks(codec, CPU).decode_uint8(z)
-    networks = Networks(codec, CPU._replace(compile=True))
+    pixels = Runner(codec, CPU).decode_uint8(z)
+    networks = Runner(codec, dataclasses.replace(CPU, compile=True))
     compiled = networks.encode(images)
     torch.testing.assert_close(compiled.mean, plain.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(compiled.logvar, plain.logvar, rtol=1e-4, atol=1e-4)
@@ -133,4 +135,6 @@ def test_a_compiler_that_fails_is_one_clear_error(
     draw(tmp_path / "photos" / "a.png", 24, 16)
     monkeypatch.setattr(codec, "encode", fail)
     with pytest.raises(FatalError, match=r"torch\.compile does not work here .*--compile"):
-        encode_folder(codec, tmp_path / "photos", tmp_path / "z", CPU._replace(compile=True), quiet=True)
+        encode_folder(
+            Runner(codec, dataclasses.replace(CPU, compile=True)), tmp_path / "photos", tmp_path / "z", quiet=True
+        )

@@ -26,7 +26,8 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.read import read_image
 from latent_codec.inference import tiling
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.inference.tiling import blended, spans
 from latent_codec.latents.dataset import Latents
 from latent_codec.metrics import distortion
@@ -395,8 +396,8 @@ _CONV = make(CONV)
 
 
 SMALL, LARGE = 88, 200
-CPU = Compute("cpu", "float32", 4, 2)
-TILES = CPU._replace(tile=SMALL)  # the least of the tiny codec
+CPU = ComputeOptions(batch_size=4, workers=2)
+TILES = dataclasses.replace(CPU, tile=SMALL)  # the least of the tiny codec
 
 
 @pytest.fixture
@@ -414,23 +415,23 @@ def test_large_images_go_alone_and_others_in_batches(
     work = {name: getattr(tiling, name) for name in ("encode", "decode_uint8")}
     for name, function in work.items():
         monkeypatch.setattr(tiling, name, lambda c, x, *rest, f=function: batches.append(len(x)) or f(c, x, *rest))
-    encode_folder(codec, photos, tmp_path / "latents", TILES, quiet=True)
+    encode_folder(Runner(codec, TILES), photos, tmp_path / "latents", quiet=True)
     assert sorted(batches) == [1, 1, 1, 3]
     batches.clear()
-    decode_folder(codec, tmp_path / "latents", tmp_path / "decoded", TILES, quiet=True)
+    decode_folder(Runner(codec, TILES), tmp_path / "latents", tmp_path / "decoded", quiet=True)
     assert sorted(batches) == [1, 1, 1, 3]
     batches.clear()
-    encode_folder(codec, photos, tmp_path / "whole", CPU, quiet=True)
+    encode_folder(Runner(codec, CPU), photos, tmp_path / "whole", quiet=True)
     assert sorted(batches) == [3, 3]
 
 
 def test_files_made_in_tiles_are_those_made_whole(codec: Codec, photos: Path, tmp_path: Path, capsys: Any) -> None:
     for name, compute in (("whole", CPU), ("tiles", TILES)):
         out = tmp_path / name
-        encode_folder(codec, photos, out / "latents", compute, store="float32", quiet=True)
-        encode_streams(codec, photos, out / "lc", compute, rate=Rate(step=1.0), quiet=True)
-        decode_folder(codec, tmp_path / "whole" / "latents", out / "a", compute, quiet=True)
-        decode_streams(codec, tmp_path / "whole" / "lc", out / "b", compute, quiet=True)
+        encode_folder(Runner(codec, compute), photos, out / "latents", store="float32", quiet=True)
+        encode_streams(Runner(codec, compute), photos, out / "lc", rate=Rate(step=1.0), quiet=True)
+        decode_folder(Runner(codec, compute), tmp_path / "whole" / "latents", out / "a", quiet=True)
+        decode_streams(Runner(codec, compute), tmp_path / "whole" / "lc", out / "b", quiet=True)
     whole, tiles = (Latents(tmp_path / name / "latents") for name in ("whole", "tiles"))
     reader = StreamReader(codec, "cpu")
     for i, entry in enumerate(whole.entries):
@@ -453,16 +454,16 @@ def read(path: Path) -> torch.Tensor:
 
 def test_a_quality_is_kept_to_in_tiles(codec: Codec, photos: Path, tmp_path: Path) -> None:
     source, options = photos / "large0.png", {"rate": Rate(psnr=5.0), "quiet": True}
-    assert not encode_streams(codec, source, tmp_path / "lc", TILES, **options).failures
-    decode_streams(codec, tmp_path / "lc", tmp_path / "out", TILES, quiet=True)
+    assert not encode_streams(Runner(codec, TILES), source, tmp_path / "lc", **options).failures
+    decode_streams(Runner(codec, TILES), tmp_path / "lc", tmp_path / "out", quiet=True)
     x, y = read(source), read(tmp_path / "out" / "large0.png.png")
     assert distortion.psnr(x[None].byte(), y[None].byte()).item() >= 5.0
 
 
 def test_measuring_a_model_goes_in_tiles_too(codec: Codec, photos: Path) -> None:
     lpips: Any = {"lpips_net": None, "lpips_backbone": None, "out": None, "quiet": True}
-    whole, tiles = (evaluate(codec, photos, c, **lpips) for c in (CPU, TILES))
-    assert tiles.about["tile"] == SMALL and whole.about["tile"] is None
+    whole, tiles = (evaluate(Runner(codec, c), photos, **lpips) for c in (CPU, TILES))
+    assert tiles.about["tile"] == SMALL and whole.about["tile"] == 1536
     assert tiles.summary["psnr"] == pytest.approx(whole.summary["psnr"], rel=1e-4)
     assert tiles.summary["kl_bpp"] == pytest.approx(whole.summary["kl_bpp"], rel=1e-4)
 
@@ -471,7 +472,7 @@ def test_rate_distortion_goes_in_tiles_too(codec: Codec, photos: Path, monkeypat
     monkeypatch.setattr("latent_codec.evaluation.rate_distortion.anchors.available", list)
     codec.priors = None if codec.priors is None else codec.priors._replace(context=None)
     options: Any = {"steps": [1.0], "sample": 0, "out": None, "lpips_net": None, "lpips_backbone": None, "command": ""}
-    reports = [rate_distortion(codec, photos / "large0.png", c, **options, quiet=True) for c in (CPU, TILES)]
+    reports = [rate_distortion(Runner(codec, c), photos / "large0.png", **options, quiet=True) for c in (CPU, TILES)]
     whole, tiles = ([row.distortion["psnr"] for row in r.records[0].rows] for r in reports)
     assert tiles == pytest.approx(whole, rel=1e-3)
 
@@ -480,16 +481,18 @@ def test_what_tiles_change_is_said_once_and_only_where_they_do(tmp_path: Path, d
     codec = make(CONV)
     for i in range(2):
         draw(tmp_path / "photos" / f"{i}.png", 60, 41, seed=i)
-    compute = CPU._replace(tile=32, batch_size=1)
-    encode_folder(codec, tmp_path / "photos", tmp_path / "latents", compute, quiet=True)
+    compute = dataclasses.replace(CPU, tile=32, batch_size=1)
+    encode_folder(Runner(codec, compute), tmp_path / "photos", tmp_path / "latents", quiet=True)
     told = capsys.readouterr().err
     assert told.count("tiles of 32 pixels change what this model gives;") == 1
     assert told.count("means differ by up to") == 1
     assert told.count("dB PSNR") == 1
-    decode_folder(codec, tmp_path / "latents", tmp_path / "out", compute, quiet=True)
+    decode_folder(Runner(codec, compute), tmp_path / "latents", tmp_path / "out", quiet=True)
     assert capsys.readouterr().err.count("decoded pixels differ by up to") == 1
     for tile in (None, 64):
-        encode_folder(codec, tmp_path / "photos", tmp_path / f"{tile}", CPU._replace(tile=tile), quiet=True)
+        encode_folder(
+            Runner(codec, dataclasses.replace(CPU, tile=tile)), tmp_path / "photos", tmp_path / f"{tile}", quiet=True
+        )
     assert capsys.readouterr().err == ""
 
 

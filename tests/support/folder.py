@@ -21,7 +21,8 @@ from latent_codec.folders.resume import units as plan
 from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.summary import Summary
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX
 from latent_codec.model import file as model_file
@@ -29,7 +30,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.storage.files import atomic_path
 from tests.support.run import PATIENCE, fork_server
 
-COMPUTE = Compute("cpu", "float32", 2, 1)
+COMPUTE = ComputeOptions(batch_size=2, workers=1)
 UNIT = 3
 """Images at most in a unit, so that it has batches of two and of one."""
 
@@ -43,7 +44,7 @@ class Task(NamedTuple):
     model: Path
     src: Path
 
-    def do(self, folder: Path, resume: Resume = RESUME, compute: Compute = COMPUTE, **options: Any) -> Summary:
+    def do(self, folder: Path, resume: Resume = RESUME, compute: ComputeOptions = COMPUTE, **options: Any) -> Summary:
         """To the end; every image is accounted for, and every file whole."""
         codec = Codec.load(self.model)
         make: Any = {
@@ -58,7 +59,7 @@ class Task(NamedTuple):
             options = {"rate": Rate(), "sample": 5} | options
         if self.kind.startswith("tars"):
             options["tar"] = True
-        summary: Summary = make(codec, self.src, folder, compute, resume=resume, quiet=True, **options)
+        summary: Summary = make(Runner(codec, compute), self.src, folder, resume=resume, quiet=True, **options)
         assert summary.done + summary.skipped + summary.elsewhere + len(summary.failures) == summary.found
         return summary
 

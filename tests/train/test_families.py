@@ -18,7 +18,8 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import IdentityConfig
@@ -32,7 +33,7 @@ SMALL = flags(
     "--log-every 1 --eval-every 12 --val-images 4 --lr-schedule cosine --learning-rate 0.01"
 )
 SAMPLES = flags("--samples 5 --gradient-samples 2")
-COMPUTE = Compute(device="cpu", dtype="float32", batch_size=8, workers=1)
+COMPUTE = ComputeOptions(batch_size=8, workers=1)
 
 
 def write_digits(folder: Path, contrast: int = 180, count: int = 36) -> Path:
@@ -89,8 +90,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(digits: Path, iwae: Path,
 def test_its_model_is_exported_and_encodes_and_decodes_the_file(digits: Path, iwae: Path, tmp_path: Path) -> None:
     export(iwae, tmp_path / "m.safetensors", data=(digits,), images=8, half=False)
     codec = Codec.load(tmp_path / "m.safetensors")
-    assert encode_folder(codec, digits, tmp_path / "z", COMPUTE, quiet=True).done == 36
-    assert decode_folder(codec, tmp_path / "z", tmp_path / "back", COMPUTE, quiet=True).done == 36
+    assert encode_folder(Runner(codec, COMPUTE), digits, tmp_path / "z", quiet=True).done == 36
+    assert decode_folder(Runner(codec, COMPUTE), tmp_path / "z", tmp_path / "back", quiet=True).done == 36
     assert sorted(p.name for p in (tmp_path / "back").iterdir() if p.is_dir() and p.name[0] != ".") == ["0", "1"]
 
 
@@ -126,7 +127,7 @@ def test_folder_tools_take_a_conditional_models_class_from_the_folder(digits: Pa
     strange = struct.pack(">BBBBI", 0, 0, 8, 1, 36) + bytes([0] * 35 + [2])
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(strange)
     encoded = encode_folder(
-        codec, tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "z", COMPUTE, store="float32", quiet=True
+        Runner(codec, COMPUTE), tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "z", store="float32", quiet=True
     )
     assert encoded.done == 35 and list(encoded.failures) == ["2/train-00035"]
     assert "class '2', but the model knows 0, 1" in encoded.failures["2/train-00035"]
@@ -135,9 +136,9 @@ def test_folder_tools_take_a_conditional_models_class_from_the_folder(digits: Pa
     stored = Latents(tmp_path / "z").posterior(3).mean
     torch.testing.assert_close(stored, told, rtol=1e-5, atol=1e-5)
     assert (stored - other).abs().max() > 1e-3
-    assert decode_folder(codec, tmp_path / "z", tmp_path / "back", COMPUTE, quiet=True).done == 35
+    assert decode_folder(Runner(codec, COMPUTE), tmp_path / "z", tmp_path / "back", quiet=True).done == 35
     with pytest.raises(UserError, match=r"which of 2 classes an image is of; a \.lc file cannot"):
-        encode_streams(codec, digits, tmp_path / "lc", COMPUTE, rate=Rate(), quiet=True)
+        encode_streams(Runner(codec, COMPUTE), digits, tmp_path / "lc", rate=Rate(), quiet=True)
 
 
 def test_draws_are_weighed_of_a_gaussian_posterior_alone() -> None:

@@ -17,7 +17,8 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Image, crop, pad
 from latent_codec.images.sources import find_images
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.prior.error_feedback import Feedback
 from latent_codec.prior.passes import PassValues, PayloadSettings, Prior, decode, encode, quantize
@@ -70,8 +71,8 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
     """All parts of coding one image, then the next, so that noise hits all alike; the first round is not counted."""
     priors, kinds = priors_of(codec)
     coders = [Coder(prior.tables) for prior in kinds]
-    compute = Compute(device, "float32", batch_size=1, workers=1)
-    refiner = Refiner(StreamCodec(codec, device), Networks(codec, compute), USUAL_ROUNDS)
+    compute = ComputeOptions(device=device, batch_size=1, workers=1)
+    refiner = Refiner(StreamCodec(codec, device), Runner(codec, compute), USUAL_ROUNDS)
     taken: dict[str, list[float]] = defaultdict(list)
     symbols = 0
     for round_ in range(rounds + 1):

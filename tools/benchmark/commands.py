@@ -19,7 +19,8 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import STEP_ONE
 from tools.benchmark.peers import sd_codec
@@ -95,9 +96,14 @@ class _Folder:
         flags = ["--model", self.model, "--device", self.device, "--dtype", self.dtype]
         return [*flags, "--batch-size", f"{self.batch_size}", *(["--compile"] if self.compile else [])]
 
-    def networks(self) -> Networks:
+    def runner(self) -> Runner:
         codec = Codec.load(self.model, self.device).to(memory_format=torch.channels_last)
-        return Networks(codec, Compute(self.device, self.dtype, self.batch_size, 1, compile=self.compile))
+        return Runner(
+            codec,
+            ComputeOptions(
+                device=self.device, dtype=self.dtype, batch_size=self.batch_size, workers=1, compile=self.compile
+            ),
+        )
 
     def batches(self, images: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
         return (images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size))
@@ -128,20 +134,20 @@ class Encode(_Folder):
     """Time `encode` of a folder, from the start of the process to its end, beside the encoder alone."""
 
     def run(self) -> None:
-        networks = self.networks()
-        coder = StreamCodec(networks.codec, self.device)
+        runner = self.runner()
+        coder = StreamCodec(runner.codec, self.device)
         with tempfile.TemporaryDirectory() as temporary:
             src = gather(self.dir, Path(temporary, "photos"), self.count)
-            images = self.read(src, networks.codec.factor)
+            images = self.read(src, runner.codec.factor)
             geometries = [source.read().geometry for source in find_images(src)]
 
             def network(_: int) -> None:
                 for batch in self.batches(images):
-                    networks.encode(batch)
+                    runner.encode(batch)
 
             def network_and_coding(_: int) -> None:
                 for start, batch in enumerate(self.batches(images)):
-                    means = networks.encode(batch).mean
+                    means = runner.encode(batch).mean
                     scaled = [coder.scale(mean, STEP_ONE, None) for mean in means]
                     coder.compress(list(zip(scaled, geometries[start * self.batch_size :], strict=False)))
 
@@ -165,17 +171,17 @@ class Decode(_Folder):
     """Time `decode` of a folder, from the start of the process to its end, beside the decoder alone."""
 
     def run(self) -> None:
-        networks = self.networks()
+        runner = self.runner()
         with tempfile.TemporaryDirectory() as temporary:
             src = gather(self.dir, Path(temporary, "photos"), self.count)
-            images = self.read(src, networks.codec.factor)
-            latents = [mean for batch in self.batches(images) for mean in networks.encode(batch).mean]
+            images = self.read(src, runner.codec.factor)
+            latents = [mean for batch in self.batches(images) for mean in runner.encode(batch).mean]
             run("tools.encode", src, Path(temporary, "latents"), *self.flags, "--format", "safetensors")
             run("tools.encode", src, Path(temporary, "streams"), *self.flags)
 
             def network(_: int) -> None:
                 for batch in self.batches(latents):
-                    networks.decode_uint8(batch)
+                    runner.decode_uint8(batch)
 
             def command(kind: str, *flags: str) -> Contender:
                 return lambda i: run(

@@ -9,7 +9,8 @@ import tyro
 
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.images.sources import find_images
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
@@ -33,10 +34,11 @@ class Quality:
     """JSON file for the results."""
 
     def run(self) -> None:
-        compute = Compute(device="cpu", dtype="float32", batch_size=1, workers=2)
+        compute = ComputeOptions(batch_size=1, workers=2)
         lpips: dict[str, Any] = {"lpips_net": self.lpips_net, "lpips_backbone": self.lpips_backbone}
         reports = {
-            Path(model).stem: evaluate(Codec.load(model), self.dir, compute, out=None, **lpips) for model in self.models
+            Path(model).stem: evaluate(Runner(Codec.load(model), compute), self.dir, out=None, **lpips)
+            for model in self.models
         }
         results: dict[str, dict[str, Any]] = {
             name: report.summary | {key: report.about[key] for key in ("model_id", "latent_channels", "factor")}

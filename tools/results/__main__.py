@@ -58,7 +58,7 @@ class Results:
         """`settings` are further ones of `Measuring`."""
         check_extra()
         make_folder(self.out)
-        codec, compute = load(self.model, self.compute)
+        runner = load(self.model, self.compute)
         measuring = Measuring(
             model=self.model,
             data=self.data,
@@ -66,14 +66,13 @@ class Results:
             taef2=self.taef2,
             lpips_net=None if self.lpips_net == "none" else self.lpips_net,
             lpips_backbone=self.lpips_backbone,
-            compute=compute,
             **settings,
         )
         sheet = Sheet(photos=self.photos, details=details, side=SIDE, steps=(1.0, 2.0), path=self.out / SHEET)
         files = {"rd": self.rd_json, "quality": self.quality_json, "crops": self.crops_json}
-        measured = gather(codec, measuring, sheet, **files, anew=self.anew)
+        measured = gather(runner, measuring, sheet, **files, anew=self.anew)
         write_text(self.out / PLOT, plot(measured))
-        write_text(self.out / PAGE, page(measured, codec))
+        write_text(self.out / PAGE, page(measured, runner.codec))
         print(f"wrote {self.out / PAGE}")
 
 

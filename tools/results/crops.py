@@ -19,9 +19,8 @@ from latent_codec.evaluation.rate_distortion.anchors import Peer
 from latent_codec.images.geometry import Geometry, as_shown, crop, pad
 from latent_codec.images.read import read_image
 from latent_codec.images.write import rgb_pixels, to_pil
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics import distortion
-from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import step_code
 from latent_codec.storage.files import atomic_path, write_text
 from tools.benchmark.record import machine
@@ -66,7 +65,7 @@ class _Tile(NamedTuple):
     detail: PilImage.Image
 
 
-def make_sheet(codec: Codec, compute: Compute, sheet: Sheet, record: Path) -> None:
+def make_sheet(runner: Runner, sheet: Sheet, record: Path) -> None:
     """Write the picture, a row for each detail and step, and what is in it as JSON at `record`.
 
     In each row are the original, the peers that this Pillow has, each with its largest file that is no larger than
@@ -81,14 +80,14 @@ def make_sheet(codec: Codec, compute: Compute, sheet: Sheet, record: Path) -> No
                 f"{detail.image}: a detail of {sheet.side} pixels at {detail.left}, {detail.top} does not fit into "
                 f"{geometry.width}x{geometry.height}; give another corner"
             )
-        for step, tiles in _rows(codec, compute, sheet, detail, pixels, geometry):
+        for step, tiles in _rows(runner, sheet, detail, pixels, geometry):
             rows.append((detail, step, tiles))
     data = _draw([tiles for _, _, tiles in rows], sheet.side)
     with atomic_path(sheet.path) as temporary:
         temporary.write_bytes(data)
     about: dict[str, Any] = {
-        "model_id": codec.model_id,
-        "stream_id": StreamCodec(codec, compute.device).stream_id.hex(),
+        "model_id": runner.codec.model_id,
+        "stream_id": StreamCodec(runner.codec, runner.options.device).stream_id.hex(),
         "sheet_sha256": hashlib.sha256(data).hexdigest(),
         "side": sheet.side,
         "zoom": ZOOM,
@@ -96,7 +95,7 @@ def make_sheet(codec: Codec, compute: Compute, sheet: Sheet, record: Path) -> No
         "missing": [peer.name for peer in anchors.PEERS if not features.check(peer.library)],
         "commit": git_commit(),
     }
-    found = {"about": about | machine(compute.device), "rows": [_json(*row) for row in rows]}
+    found = {"about": about | machine(runner.options.device), "rows": [_json(*row) for row in rows]}
     write_text(record, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
@@ -108,7 +107,7 @@ def _json(detail: Detail, step: float, tiles: Sequence[_Tile]) -> dict[str, Any]
 
 
 def _rows(
-    codec: Codec, compute: Compute, sheet: Sheet, detail: Detail, pixels: torch.Tensor, geometry: Geometry
+    runner: Runner, sheet: Sheet, detail: Detail, pixels: torch.Tensor, geometry: Geometry
 ) -> Iterator[tuple[float, list[_Tile]]]:
     """(step, tiles) of one detail."""
     original = to_pil(pixels, geometry)
@@ -119,7 +118,7 @@ def _rows(
         return _Tile(name, setting, size, reached, image.convert("RGB").crop(box))
 
     for step in sheet.steps:
-        data, decoded = _ours(codec, compute, pixels, geometry, step)
+        data, decoded = _ours(runner, pixels, geometry, step)
         tiles = [tile("original", "", None, original)]
         for peer in anchors.available():
             quality, file = nearest(peer, original, len(data))
@@ -129,20 +128,19 @@ def _rows(
         yield step, tiles
 
 
-def _ours(
-    codec: Codec, compute: Compute, pixels: torch.Tensor, geometry: Geometry, step: float
-) -> tuple[bytes, PilImage.Image]:
+def _ours(runner: Runner, pixels: torch.Tensor, geometry: Geometry, step: float) -> tuple[bytes, PilImage.Image]:
     """The file, and the image decoded from its bytes."""
-    networks, coder = Networks(codec, compute), StreamCodec(codec, compute.device)
-    mean = networks.encode([pad(pixels, codec.factor)]).mean[0]  # (z, h/f, w/f)
+    codec, device = runner.codec, runner.options.device
+    coder = StreamCodec(codec, device)
+    mean = runner.encode([pad(pixels, codec.factor)]).mean[0]  # (z, h/f, w/f)
     (coded,) = coder.compress([(coder.scale(mean, step_code(step), None), geometry)])
-    reader = StreamReader(codec, compute.device)
+    reader = StreamReader(codec, device)
     stream = unpack(coded.data)
     reader.check(stream)
     (latents,) = reader.decompress([stream])
     if isinstance(latents, UserError):
         raise latents
-    decoded = crop(networks.decode_uint8([latents])[0], geometry)
+    decoded = crop(runner.decode_uint8([latents])[0], geometry)
     return coded.data, to_pil(as_shown(decoded, geometry), geometry)
 
 

@@ -11,8 +11,7 @@ from latent_codec.bitstream.refinement import USUAL_ROUNDS
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
-from latent_codec.inference.runner import Compute
-from latent_codec.model.codec import Codec
+from latent_codec.inference.runner import Runner
 from latent_codec.storage.files import write_text
 from tools.benchmark.quality import Quality
 from tools.benchmark.record import machine
@@ -33,7 +32,6 @@ class Measuring(NamedTuple):
     taef2: Path | None
     lpips_net: Literal["alex", "squeeze", "vgg"] | None
     lpips_backbone: Path | None
-    compute: Compute
     steps: tuple[float, ...] = STEPS
     refine: int = USUAL_ROUNDS
 
@@ -52,7 +50,7 @@ class Measured(NamedTuple):
 
 
 def gather(
-    codec: Codec, measuring: Measuring, sheet: Sheet, *, rd: Path, quality: Path, crops: Path, anew: bool
+    runner: Runner, measuring: Measuring, sheet: Sheet, *, rd: Path, quality: Path, crops: Path, anew: bool
 ) -> Measured:
     """Read the three files, and first measure and write those that are missing, of another model, or all if `anew`.
 
@@ -65,16 +63,18 @@ def gather(
             measure()
         return json.loads(path.read_text(encoding="utf-8"))
 
-    stream = StreamCodec(codec, measuring.compute.device)  # files are of a model and its prior
+    stream = StreamCodec(runner.codec, runner.options.device)  # files are of a model and its prior
     own, kind = stream.stream_id.hex(), stream.prior.kind
     return Measured(
-        rd=of(rd, lambda d: d["about"].get("stream_ids", {}).get(kind), own, lambda: _measure_rd(codec, measuring, rd)),
-        quality=of(quality, _first_model, codec.model_id, lambda: _measure_quality(measuring, quality)),
+        rd=of(
+            rd, lambda d: d["about"].get("stream_ids", {}).get(kind), own, lambda: _measure_rd(runner, measuring, rd)
+        ),
+        quality=of(quality, _first_model, runner.codec.model_id, lambda: _measure_quality(measuring, quality)),
         crops=of(
             crops,
             lambda d: d["about"].get("stream_id"),
             own,
-            lambda: make_sheet(codec, measuring.compute, sheet, crops),
+            lambda: make_sheet(runner, sheet, crops),
         ),
     )
 
@@ -92,16 +92,15 @@ def _is_of(path: Path, own: str, found: Callable[[dict[str, Any]], str]) -> bool
         raise UserError(f"{path}: no results of this kind ({error!r}); give another file or remove it") from error
 
 
-def _measure_rd(codec: Codec, measuring: Measuring, path: Path) -> None:
+def _measure_rd(runner: Runner, measuring: Measuring, path: Path) -> None:
     where = measuring.where(path)
     command = ["latent-codec", "evaluate", measuring.model, where, "--rd", "--steps"]
     command += [f"{step:g}" for step in measuring.steps]
     command += ["--refine", str(measuring.refine), "--sample", "0", "--lpips-net", measuring.lpips_net or "none"]
     command += [] if measuring.lpips_backbone is None else ["--lpips-backbone", str(measuring.lpips_backbone)]
     report = rate_distortion(
-        codec,
+        runner,
         where,
-        measuring.compute,
         steps=measuring.steps,
         refine=measuring.refine,
         sample=0,
@@ -113,7 +112,7 @@ def _measure_rd(codec: Codec, measuring: Measuring, path: Path) -> None:
     if report.failures:
         raise UserError(f"{where}: {len(report.failures)} images could not be used; a page needs all of them")
     found = report.json()
-    found["about"] |= {"commit": git_commit()} | machine(measuring.compute.device)
+    found["about"] |= {"commit": git_commit()} | machine(runner.options.device)
     write_text(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 

@@ -27,7 +27,8 @@ from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.folders.jobs import RESUME
 from latent_codec.folders.resume.ledger import NAME
 from latent_codec.folders.resume.units import Share
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 
 
@@ -73,11 +74,13 @@ class Kill:
             return child
         try:
             resume = RESUME._replace(share=Share(rank, self.processes, alone=False))
-            compute = Compute("cpu", "float32", 4, 2)
+            compute = ComputeOptions(device="cpu", batch_size=4, workers=2)
             if self.format == "lc":
-                summary = encode_streams(codec, self.src, folder, compute, rate=Rate(), resume=resume, quiet=True)
+                summary = encode_streams(
+                    Runner(codec, compute), self.src, folder, rate=Rate(), resume=resume, quiet=True
+                )
             else:
-                summary = encode_folder(codec, self.src, folder, compute, resume=resume, quiet=True)
+                summary = encode_folder(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
             os._exit(len(summary.failures))
         except BaseException as error:
             print(error, file=sys.stderr)

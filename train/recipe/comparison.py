@@ -27,15 +27,14 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
         (images / f"{i:03d}{Path(source.name).suffix}").write_bytes(source.read_bytes())
     reports: dict[str, Report] = {}
     for name, model in models.items():
-        codec, compute = load(model, ComputeOptions(device=device))
-        if codec.priors is None:
+        runner = load(model, ComputeOptions(device=device))
+        if runner.codec.priors is None:
             print(f"{model}: has no prior, and is left out of the figure", flush=True)
             continue
         steps = " ".join(f"{step:g}" for step in _STEPS)
         reports[name] = rate_distortion(
-            codec,
+            runner,
             images,
-            compute,
             steps=_STEPS,
             sample=0,
             out=out / name,

@@ -214,10 +214,10 @@ class Stages:
     def encode_images(self) -> None:
         """Encode each of `data` and `val` to a folder of latents."""
         options = ComputeOptions(device=str(self.device), batch_size=64 if self._on_gpu else 8)
-        codec, compute = load(str(self._quantized), options)
+        runner = load(str(self._quantized), options)
         folders = zip((*self.recipe.data, self.recipe.val), (*self._latents, self._val_latents), strict=True)
         for images, folder in folders:
-            print(encode_folder(codec, images, folder, compute, resume=Resume("hash", False, WHOLE)), flush=True)
+            print(encode_folder(runner, images, folder, resume=Resume("hash", False, WHOLE)), flush=True)
 
     @property
     def lacks_latents(self) -> bool:

@@ -21,11 +21,10 @@ from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, Image, crop, pad
 from latent_codec.images.sources import Source, find_images
 from latent_codec.images.write import rgb_pixels, to_pil
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPS, Net
 from latent_codec.model.checks import check_channels, check_unconditional
-from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import step_code
 from latent_codec.storage.files import make_folder
 
@@ -34,9 +33,8 @@ DITHERED_STEP = 1.0
 
 
 def rate_distortion(
-    codec: Codec,
+    runner: Runner,
     where: str | Path,
-    compute: Compute,
     *,
     steps: Sequence[float],
     refine: int = 0,
@@ -58,20 +56,20 @@ def rate_distortion(
     check_extra()
     if out is not None:
         make_folder(out)
-    ours = _Ours(codec, compute, steps, refine, sample)
-    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
+    ours = _Ours(runner, steps, refine, sample)
+    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(runner.options.device)
     peers = anchors.available()
     sources = find_images(where)
     summary = Summary("evaluated", found=len(sources))
     records: list[Record] = []
     for source in tqdm(sources, "evaluate", unit="image", disable=quiet or None):
         try:
-            records.append(_measure(source, ours, peers, lpips, compute))
+            records.append(_measure(source, ours, peers, lpips, runner.options.device))
         except UserError as error:
             summary.fail(source.name, error)
     if not records:
         raise UserError(f"{where}: none of the {summary.found} images could be used")
-    result = report(codec, where, compute, records, ours.stream_ids, refine, peers, lpips, command, summary.failures)
+    result = report(runner, where, records, ours.stream_ids, refine, peers, lpips, command, summary.failures)
     if out is not None:
         result.write(out)
     return result
@@ -95,22 +93,22 @@ class _Version(NamedTuple):
 class _Ours:
     """The codec's own files of one image after another."""
 
-    def __init__(self, codec: Codec, compute: Compute, steps: Sequence[float], refine: int, sample: int) -> None:
+    def __init__(self, runner: Runner, steps: Sequence[float], refine: int, sample: int) -> None:
         if not steps or len(set(steps)) != len(steps):
             raise UserError(f"--steps {' '.join(f'{s:g}' for s in steps)}: give at least one, each once")
-        self.codec, self.sample = codec, sample
+        self._runner, self.codec, self.sample = runner, runner.codec, sample
+        codec, device = runner.codec, runner.options.device
         check_channels(codec)
         check_unconditional(codec, "a .lc file")
         if (kind := codec.config.bottleneck.kind) != "gaussian":
             raise UserError(
                 f"--rd sets files beside the KL of a posterior, which a {kind} bottleneck has not; leave it out"
             )
-        self._networks = Networks(codec, compute)
-        self._coders = [StreamCodec(codec, compute.device)]  # of the best prior; refuses a model without any
-        self._refiner = Refiner(self._coders[0], self._networks, refine)
+        self._coders = [StreamCodec(codec, device)]  # of the best prior; refuses a model without any
+        self._refiner = Refiner(self._coders[0], self._runner, refine)
         if self._coders[0].prior.kind != "factorized":
-            self._coders.append(StreamCodec(codec, compute.device, "factorized"))
-        self._reader = StreamReader(codec, compute.device)
+            self._coders.append(StreamCodec(codec, device, "factorized"))
+        self._reader = StreamReader(codec, device)
         self._settings = [(step, False) for step in sorted(steps)] + [(DITHERED_STEP, True)]
         for step in steps:
             step_code(step)  # refuses what no stream can have
@@ -121,7 +119,7 @@ class _Ours:
 
     def encode(self, image: Image) -> tuple[torch.Tensor, float]:
         """The posterior's mean (z, h, w) and its KL in bits."""
-        posterior = self._networks.encode([pad(image.pixels, self.codec.factor)])
+        posterior = self._runner.encode([pad(image.pixels, self.codec.factor)])
         return posterior.mean[0], posterior.kl().item() / np.log(2)
 
     def versions(self, mean: torch.Tensor, image: Image, name: str) -> Iterator[_Version]:
@@ -161,7 +159,7 @@ class _Ours:
         return latents
 
     def _decode(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        pixels = self._networks.decode_uint8([latents])[0]
+        pixels = self._runner.decode_uint8([latents])[0]
         return rgb_pixels(to_pil(crop(pixels, geometry), geometry))
 
 
@@ -173,7 +171,7 @@ def _peer_versions(original: PilImage.Image, peers: list[Peer]) -> Iterator[_Ver
             yield _Version(decoded, [_File(Setting(peer.name, "quality", quality, False), len(data), None)])
 
 
-def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None, compute: Compute) -> Record:
+def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None, device: str) -> Record:
     """Everything about one image; raises `UserError` if it cannot be read or a codec refuses it."""
     image = source.read()
     area = image.geometry.width * image.geometry.height
@@ -184,7 +182,7 @@ def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None
         _peer_versions(to_pil(image.pixels, image.geometry), peers),
     ):
         for decoded, files in versions:
-            distortion = compare(image.pixels[None], decoded[None], lpips, compute.device)
+            distortion = compare(image.pixels[None], decoded[None], lpips, device)
             for setting, size, ideal_bits in files:
                 ideal_bpp = None if ideal_bits is None else ideal_bits / area
                 rows.append(Row(setting, size, 8 * size / area, ideal_bpp, distortion))

@@ -10,10 +10,9 @@ import numpy as np
 
 from latent_codec.evaluation.evaluate import PROTOCOL, describe, mean_defined
 from latent_codec.evaluation.rate_distortion.anchors import PEERS, Peer
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics.bjontegaard import LEAST_OVERLAP, METHOD, SCALES, Curve, Delta, delta_rate
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.model.codec import Codec
 from latent_codec.storage.files import write_text
 
 RESULTS, PLOT = "rd.json", "rd.png"
@@ -189,9 +188,8 @@ class Report(NamedTuple):
 
 
 def report(
-    codec: Codec,
+    runner: Runner,
     where: str | Path,
-    compute: Compute,
     records: list[Record],
     stream_ids: dict[str, str],
     refine: int,
@@ -202,7 +200,7 @@ def report(
 ) -> Report:
     """Means, comparisons and words for the records of all images, which hold the same settings in the same order."""
     points = [_mean([record.rows[i] for record in records]) for i in range(len(records[0].rows))]
-    about = describe(codec, where, len(records), compute) | {"stream_ids": stream_ids, "command": command}
+    about = describe(runner, where, len(records)) | {"stream_ids": stream_ids, "command": command}
     about["versions"] |= {name: importlib.metadata.version(name) for name in ("bjontegaard", "constriction", "pillow")}
     missing = sorted({peer.name for peer in PEERS} - {peer.name for peer in peers})
     best = next(iter(stream_ids))

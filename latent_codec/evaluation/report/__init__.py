@@ -15,9 +15,8 @@ from latent_codec.evaluation.report.html import paragraphs
 from latent_codec.evaluation.report.page import Section, left_out
 from latent_codec.evaluation.report.survey import survey
 from latent_codec.images.sources import Source, find_images
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics.lpips import LPIPS, Net
-from latent_codec.model.codec import Codec
 from latent_codec.storage.files import write_text
 
 PAGE, RESULTS = "report.html", "report.json"
@@ -51,7 +50,7 @@ class Options:
 class Evaluated(NamedTuple):
     """What a report is about."""
 
-    codec: Codec
+    runner: Runner
     name: str
     """As the user calls the model."""
     where: str
@@ -63,9 +62,8 @@ class Evaluated(NamedTuple):
 def write_report(
     evaluated: Evaluated,
     out: Path,
-    compute: Compute,
     options: Options,
-    others: Sequence[tuple[str, Codec]],
+    others: Sequence[tuple[str, Runner]],
     *,
     lpips_net: Net | None,
     lpips_backbone: Path | None,
@@ -76,13 +74,13 @@ def write_report(
     `others` are models to set beside this one, by what the user calls them. Raises `UserError` if an image has gone
     since it was evaluated, or LPIPS' weights or `baseline_data` cannot be had.
     """
-    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(compute.device)
+    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(evaluated.runner.options.device)
     found = {source.name: source for source in find_images(evaluated.where)}
     names = [record["path"] for record in evaluated.report.images]
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{missing[0]}: gone since it was evaluated; evaluate what is there")
     sources = [found[name] for name in names]
-    sections = _sections(evaluated, sources, compute, options, others, lpips, quiet=quiet)
+    sections = _sections(evaluated, sources, options, others, lpips, quiet=quiet)
     set_name, count = evaluated.report.about["set"], len(sources)
     introduction = paragraphs(
         f"Measured on {count} images of {set_name}. Everything is in this file; nothing is loaded."
@@ -95,32 +93,31 @@ def write_report(
 def _sections(
     evaluated: Evaluated,
     sources: list[Source],
-    compute: Compute,
     options: Options,
-    others: Sequence[tuple[str, Codec]],
+    others: Sequence[tuple[str, Runner]],
     lpips: LPIPS | None,
     *,
     quiet: bool,
 ) -> list[Section]:
-    codec, evaluation, seed = evaluated.codec, evaluated.report, options.seed
-    networks = Networks(codec, compute)
+    runner, evaluation, seed = evaluated.runner, evaluated.report, options.seed
+    codec = runner.codec
     few = pictures.shown(codec, sources, options.report_images)
     bounded = pictures.shown(codec, sources, options.bound_images)
-    posteriors = survey(codec, sources, networks, seed, quiet=quiet)
-    shown = pictures.reconstructions(codec, networks, few, seed)
+    posteriors = survey(runner, sources, seed, quiet=quiet)
+    shown = pictures.reconstructions(runner, few, seed)
     return [
         about.model(codec, evaluated.name),
         shown._replace(numbers=about.means(evaluation)),
-        pictures.prior_samples(codec, networks, few[0], seed),
-        pictures.interpolations(codec, networks, few),
-        pictures.traversals(codec, networks, few[0], posteriors),
+        pictures.prior_samples(runner, few[0], seed),
+        pictures.interpolations(runner, few),
+        pictures.traversals(runner, few[0], posteriors),
         latent_space.active_units(codec, posteriors),
         latent_space.kl_by_channel(codec, posteriors, evaluation.summary.get("kl_bpp")),
         latent_space.aggregate_posterior(codec, posteriors, seed),
-        likelihood.likelihood_bounds(codec, compute, bounded, seed, options.bound_samples, quiet=quiet),
+        likelihood.likelihood_bounds(runner, bounded, seed, options.bound_samples, quiet=quiet),
         rate.rate_distortion(evaluated.rd),
-        baselines(codec, others, sources, options.baseline_data, evaluation, compute, lpips, quiet=quiet),
-        jpeg.jpeg_at_equal_bytes(codec, sources, networks, lpips, [image.name for image in few], quiet=quiet),
+        baselines(runner, others, sources, options.baseline_data, evaluation, lpips, quiet=quiet),
+        jpeg.jpeg_at_equal_bytes(runner, sources, lpips, [image.name for image in few], quiet=quiet),
         left_out("rfid", "rFID", _NO_FID),
         about.making(evaluation, evaluated.command, seed),
     ]

@@ -14,8 +14,7 @@ from latent_codec.evaluation.report.html import Html, join, name_of, paragraphs,
 from latent_codec.evaluation.report.page import Section, is_continuous, is_gaussian, written
 from latent_codec.images.geometry import in_channels, in_rgb, pad
 from latent_codec.images.sources import Source, find_images
-from latent_codec.inference.runner import Compute, Networks
-from latent_codec.inference.tiling import default_tile
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
 
@@ -43,12 +42,11 @@ class Method(NamedTuple):
 
 
 def baselines(
-    codec: Codec,
-    others: Sequence[tuple[str, Codec]],
+    runner: Runner,
+    others: Sequence[tuple[str, Runner]],
     sources: Sequence[Source],
     data: str | None,
     evaluation: Report,
-    compute: Compute,
     lpips: LPIPS | None,
     *,
     quiet: bool,
@@ -57,16 +55,17 @@ def baselines(
 
     Raises `UserError` if `data` holds no images that can be read.
     """
+    codec = runner.codec
     names = [name for name in _COLUMNS if name in evaluation.summary]
-    methods = [_this_model(codec, sources, names, evaluation, compute, lpips, quiet=quiet)]
+    methods = [_this_model(runner, sources, names, evaluation, lpips, quiet=quiet)]
     reason = why_no_pca(codec, sources, data)
     if reason is None:
         how, pairs = _pca_pairs(codec, sources, data, quiet)
-        methods.append(Method("PCA", how, density(codec), _distortion(pairs, compute, lpips)))
+        methods.append(Method("PCA", how, density(codec), _distortion(pairs, lpips, runner.options.device)))
     for name, other in others:
-        pairs = _coded_pairs(other, sources, compute, quiet)
-        how = f"model {other.model_id[:12]}, its mode decoded"
-        methods.append(Method(name, how, density(other), _distortion(pairs, compute, lpips)))
+        pairs = _coded_pairs(other, sources, quiet)
+        how = f"model {other.codec.model_id[:12]}, its mode decoded"
+        methods.append(Method(name, how, density(other.codec), _distortion(pairs, lpips, runner.options.device)))
     notes = [] if reason is None else [f"PCA is left out: {reason}."]
     notes += [] if others else ["Other models, such as a deterministic autoencoder, take --baseline MODEL."]
     if unequal := [m.name for m in methods if not math.isclose(m.numbers_per_pixel, density(codec))]:
@@ -82,20 +81,20 @@ def baselines(
 
 
 def _this_model(
-    codec: Codec,
+    runner: Runner,
     sources: Sequence[Source],
     names: Sequence[str],
     evaluation: Report,
-    compute: Compute,
     lpips: LPIPS | None,
     *,
     quiet: bool,
 ) -> Method:
     """What `evaluate` found, unless it went through files, which round."""
+    codec = runner.codec
     if is_gaussian(codec):
         found = {name: evaluation.summary[name] for name in names}
         return Method("this model", "the mode as `evaluate` stores it, decoded", density(codec), found)
-    found = _distortion(_coded_pairs(codec, sources, compute, quiet), compute, lpips)
+    found = _distortion(_coded_pairs(runner, sources, quiet), lpips, runner.options.device)
     return Method("this model", "its latents, decoded", density(codec), found)
 
 
@@ -141,12 +140,12 @@ def _pca_pairs(codec: Codec, sources: Sequence[Source], data: str | None, quiet:
     return f"{words}every other image and measured on the rest, then the other way round", pairs()
 
 
-def _coded_pairs(codec: Codec, sources: Sequence[Source], compute: Compute, quiet: bool) -> Pairs:
-    networks = Networks(codec, compute._replace(tile=default_tile(codec)))
+def _coded_pairs(runner: Runner, sources: Sequence[Source], quiet: bool) -> Pairs:
+    codec = runner.codec
     for source, pixels in zip(sources, _pixels(sources, "baseline", quiet), strict=True):
         labels = codec.class_numbers([source.label])
-        z = networks.encode([pad(pixels, codec.factor)], labels).mode()
-        yield pixels, networks.decode_uint8([z[0]], labels)[0, :, : pixels.shape[1], : pixels.shape[2]]
+        z = runner.encode([pad(pixels, codec.factor)], labels).mode()
+        yield pixels, runner.decode_uint8([z[0]], labels)[0, :, : pixels.shape[1], : pixels.shape[2]]
 
 
 def _pixels(sources: Sequence[Source], what: str, quiet: bool) -> Iterator[torch.Tensor]:
@@ -159,8 +158,8 @@ def _pairs(sources: Sequence[Source], reconstruct: Reconstruct, what: str, quiet
         yield pixels, reconstruct(pixels)
 
 
-def _distortion(pairs: Pairs, compute: Compute, lpips: LPIPS | None) -> dict[str, float | None]:
-    found = [compare(x[None], y[None], lpips, compute.device) for x, y in pairs]
+def _distortion(pairs: Pairs, lpips: LPIPS | None, device: str) -> dict[str, float | None]:
+    found = [compare(x[None], y[None], lpips, device) for x, y in pairs]
     return {name: mean_defined([values[name] for values in found]) for name in found[0]}
 
 

@@ -19,9 +19,8 @@ from latent_codec.evaluation.report.pictures import SIDE, middle
 from latent_codec.images.geometry import Image, as_shown, crop, pad
 from latent_codec.images.sources import Source
 from latent_codec.images.write import rgb_pixels, to_pil
-from latent_codec.inference.runner import Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import STEP_ONE
 
 NAME, TITLE = "jpeg", "JPEG at equal bytes"
@@ -66,25 +65,25 @@ class Mean(NamedTuple):
 
 
 def jpeg_at_equal_bytes(
-    codec: Codec,
+    runner: Runner,
     sources: Sequence[Source],
-    networks: Networks,
     lpips: LPIPS | None,
     names: Sequence[str],
     *,
     quiet: bool,
 ) -> Section:
     """Over all images; those of `names` that have a JPEG are shown."""
+    codec = runner.codec
     if codec.config.classes:
         return left_out(NAME, TITLE, "no .lc file holds the class that this model has to be told")
     if codec.priors is None:
         return left_out(NAME, TITLE, "the model has no prior, so it makes no .lc files; `export --data` gives it one")
-    coder = StreamCodec(codec, networks.compute.device)
+    coder = StreamCodec(codec, runner.options.device)
     rows: list[Row] = []
     strips: list[Html] = []
     for source in tqdm(sources, "JPEG", unit="image", disable=quiet or None):
         image = source.read()
-        row, ours, jpeg = _measure(source.name, image, coder, networks, lpips)
+        row, ours, jpeg = _measure(source.name, image, coder, runner, lpips)
         rows.append(row)
         if jpeg is not None and source.name in names:
             strips.append(_strip(row, image.pixels, ours, jpeg))
@@ -131,15 +130,15 @@ def closest_below(image: PilImage.Image, limit: int) -> Jpeg | None:
 
 
 def _measure(
-    name: str, image: Image, coder: StreamCodec, networks: Networks, lpips: LPIPS | None
+    name: str, image: Image, coder: StreamCodec, runner: Runner, lpips: LPIPS | None
 ) -> tuple[Row, torch.Tensor, torch.Tensor | None]:
     """An image's row, and both files decoded, (3, h, w) uint8."""
 
     def file(size: int, setting: str, pixels: torch.Tensor) -> File:
-        return File(size, setting, compare(image.pixels[None], pixels[None], lpips, networks.compute.device))
+        return File(size, setting, compare(image.pixels[None], pixels[None], lpips, runner.options.device))
 
     area = image.geometry.width * image.geometry.height
-    data, decoded = _ours(image, coder, networks)
+    data, decoded = _ours(image, coder, runner)
     ours = file(len(data), "step 1", decoded)
     found = closest_below(to_pil(image.pixels, image.geometry), len(data))
     if found is None:
@@ -148,11 +147,11 @@ def _measure(
     return Row(name, area, ours, file(len(found.data), f"quality {found.quality}", pixels)), decoded, pixels
 
 
-def _ours(image: Image, coder: StreamCodec, networks: Networks) -> tuple[bytes, torch.Tensor]:
+def _ours(image: Image, coder: StreamCodec, runner: Runner) -> tuple[bytes, torch.Tensor]:
     """An image's file and what `decode` would write of it, (3, h, w) uint8."""
-    coded = networks.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
+    coded = runner.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
     (file,) = coder.compress([(coder.scale(coded, STEP_ONE, None), image.geometry)])
-    decoded = crop(networks.decode_uint8([coder.dequantize(file.quantized)])[0], image.geometry)
+    decoded = crop(runner.decode_uint8([coder.dequantize(file.quantized)])[0], image.geometry)
     return file.data, as_shown(decoded, image.geometry)
 
 

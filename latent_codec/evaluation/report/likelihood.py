@@ -13,7 +13,7 @@ from latent_codec.evaluation.report.page import NOT_GAUSSIAN, Number, Section, i
 from latent_codec.evaluation.report.pictures import SIDE, Shown, shown_side
 from latent_codec.evaluation.report.survey import image_key
 from latent_codec.images.geometry import in_channels, pad
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BernoulliConfig, GaussianConfig
 
@@ -31,13 +31,12 @@ class Bound(NamedTuple):
     effective_samples: float
 
 
-def likelihood_bounds(
-    codec: Codec, compute: Compute, images: Sequence[Shown], seed: int, samples: int, *, quiet: bool
-) -> Section:
+def likelihood_bounds(runner: Runner, images: Sequence[Shown], seed: int, samples: int, *, quiet: bool) -> Section:
     """With `samples` importance samples for each of `images`."""
+    codec = runner.codec
     if not is_gaussian(codec):
         return left_out(NAME, TITLE, NOT_GAUSSIAN)
-    found = [_measure(codec, compute, image, seed, samples) for image in tqdm(images, "bounds", disable=quiet or None)]
+    found = [_measure(runner, image, seed, samples) for image in tqdm(images, "bounds", disable=quiet or None)]
     of = (
         f"mean over {len(images)} images spread evenly over the set, of each the middle of up to {shown_side(codec)} "
         f"pixels a side; {samples} draws each from the posterior, seed {seed}"
@@ -76,12 +75,13 @@ def likelihood_bounds(
     return Section(NAME, TITLE, words, numbers, {"images": [bound._asdict() for bound in found]})
 
 
-def _measure(codec: Codec, compute: Compute, image: Shown, seed: int, samples: int) -> Bound:
+def _measure(runner: Runner, image: Shown, seed: int, samples: int) -> Bound:
+    codec = runner.codec
     device = next(codec.parameters()).device
     x = in_channels(pad(image.pixels, codec.factor), codec.config.image_channels)[None].to(device)  # (1, c, h, w)
-    at_once = max(1, compute.batch_size * SIDE**2 // x[0, 0].numel())
+    at_once = max(1, runner.options.batch_size * SIDE**2 // x[0, 0].numel())
     labels, key = codec.class_numbers([image.label]).to(device), image_key(seed, image.name)[None]
-    with compute.autocast():
+    with runner.autocast():
         found = bounds(codec, x, key, samples, at_once=at_once, labels=labels)
     return Bound(image.name, x.numel(), found.elbo.item(), found.iwae.item(), found.effective_samples.item())
 

@@ -19,7 +19,7 @@ from latent_codec.evaluation.report.page import (
 from latent_codec.evaluation.report.survey import Survey, image_key
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
-from latent_codec.inference.runner import Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
@@ -70,14 +70,15 @@ def shown(codec: Codec, sources: Sequence[Source], count: int) -> list[Shown]:
     return [Shown(s.name, middle(s.read().pixels, side, side).clone(), s.label) for s in chosen]
 
 
-def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], seed: int) -> Section:
+def reconstructions(runner: Runner, images: Sequence[Shown], seed: int) -> Section:
+    codec = runner.codec
     strips, records = [], []
     for name, pixels, label in images:
         labels = codec.class_numbers([label])
-        posterior = networks.encode([pad(pixels, codec.factor)], labels)
+        posterior = runner.encode([pad(pixels, codec.factor)], labels)
         noise = normal(image_key(seed, name)[None], tuple(posterior.mean.shape[1:]))
         latents = torch.cat([posterior.mode(), posterior.sample(noise)])
-        mode, sample = networks.decode_uint8(list(latents), labels.repeat(2))[..., : pixels.shape[1], : pixels.shape[2]]
+        mode, sample = runner.decode_uint8(list(latents), labels.repeat(2))[..., : pixels.shape[1], : pixels.shape[2]]
         psnrs = [distortion.psnr(pixels[None], x[None]).item() for x in (mode, sample)]
         difference = (128 + _GAIN * (mode.int() - pixels.int())).clamp(0, 255).to(torch.uint8)
         of = f"of {name}"
@@ -98,8 +99,9 @@ def reconstructions(codec: Codec, networks: Networks, images: Sequence[Shown], s
     return Section("reconstructions", "Reconstructions", join(words, *strips), [], {"images": records})
 
 
-def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> Section:
+def prior_samples(runner: Runner, like: Shown, seed: int) -> Section:
     """Of the size of `like`, or of its middle."""
+    codec = runner.codec
     name, title = "prior_samples", "Samples of the prior"
     if not is_gaussian(codec):
         return left_out(name, title, NOT_GAUSSIAN)
@@ -111,7 +113,7 @@ def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> S
     labels = codec.class_numbers([classes[i % len(classes)] if classes else None for i in range(_SAMPLES)])
     captions = [f"class {classes[i]}" for i in labels.tolist()] if classes else None
     z = normal(fold(seed, _PRIOR, numbers), shape)
-    strips = [_strip("z ~ N(0, I)", networks.decode_uint8(list(z), labels), "Sample of N(0, I), decoded", captions)]
+    strips = [_strip("z ~ N(0, I)", runner.decode_uint8(list(z), labels), "Sample of N(0, I), decoded", captions)]
     if (statistics := codec.statistics) is None:
         words = "The model has no latent statistics, so there are no samples of its latents' own scale."
     else:
@@ -119,7 +121,7 @@ def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> S
         z = shift + scale * normal(fold(seed, _AGGREGATE, numbers), shape)
         heading = f"z ~ each channel's Gaussian over {statistics.source}"
         alt = "Sample of the channels' Gaussians, decoded"
-        strips.append(_strip(heading, networks.decode_uint8(list(z), labels), alt, captions))
+        strips.append(_strip(heading, runner.decode_uint8(list(z), labels), alt, captions))
         words = (
             "The second row has each channel's mean and standard deviation by the model's statistics, and no more of "
             "the aggregate posterior: neither channels nor positions depend on each other."
@@ -128,7 +130,8 @@ def prior_samples(codec: Codec, networks: Networks, like: Shown, seed: int) -> S
     return Section(name, title, join(paragraphs(first, words), *strips), [], {})
 
 
-def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) -> Section:
+def interpolations(runner: Runner, images: Sequence[Shown]) -> Section:
+    codec = runner.codec
     name, title = "interpolations", "Interpolations"
     if not is_continuous(codec):
         return left_out(name, title, NOT_CONTINUOUS)
@@ -140,10 +143,10 @@ def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) ->
         height, width = (min(side, *(image.pixels.shape[i] for image in (a, b))) for i in (1, 2))
         parts = [pad(middle(image.pixels, height, width), codec.factor) for image in (a, b)]
         labels = codec.class_numbers([a.label, b.label])
-        first, last = networks.encode(parts, labels).mode()
+        first, last = runner.encode(parts, labels).mode()
         weights = torch.linspace(0, 1, _STEPS)[:, None, None, None]
         z = torch.lerp(first, last, weights)
-        decoded = networks.decode_uint8(list(z), labels[:1].repeat(_STEPS))[..., :height, :width]
+        decoded = runner.decode_uint8(list(z), labels[:1].repeat(_STEPS))[..., :height, :width]
         mixed = torch.lerp(decoded[:1].float(), decoded[-1:].float(), weights).round().to(torch.uint8)
         heading = join(name_of(a.name), " to ", name_of(b.name))
         of = f"{a.name} and {b.name}"
@@ -159,20 +162,21 @@ def interpolations(codec: Codec, networks: Networks, images: Sequence[Shown]) ->
     return Section(name, title, join(words, *strips), [], {})
 
 
-def traversals(codec: Codec, networks: Networks, image: Shown, found: Survey) -> Section:
+def traversals(runner: Runner, image: Shown, found: Survey) -> Section:
+    codec = runner.codec
     name, title = "traversals", "Latent traversals"
     if not is_continuous(codec):
         return left_out(name, title, NOT_CONTINUOUS)
     side = _side(codec, _SMALL_SIDE)
     part = middle(image.pixels, side, side)
     labels = codec.class_numbers([image.label])
-    mode = networks.encode([pad(part, codec.factor)], labels).mode()  # (1, z, h, w)
+    mode = runner.encode([pad(part, codec.factor)], labels).mode()  # (1, z, h, w)
     moves = torch.linspace(-_REACH, _REACH, _STEPS)
     strips = []
     for channel in found.by_activity[:_CHANNELS]:
         z = mode.repeat(_STEPS, 1, 1, 1)
         z[:, channel] += (moves * found.std[channel])[:, None, None]
-        decoded = networks.decode_uint8(list(z), labels.repeat(_STEPS))[..., : part.shape[1], : part.shape[2]]
+        decoded = runner.decode_uint8(list(z), labels.repeat(_STEPS))[..., : part.shape[1], : part.shape[2]]
         heading = f"channel {channel}: std {written(float(found.std[channel]))}"
         if is_gaussian(codec):
             heading += f", KL {written(float(found.kl[channel]))} nats per element"

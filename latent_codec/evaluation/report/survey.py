@@ -9,9 +9,8 @@ from tqdm import tqdm
 
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
-from latent_codec.inference.runner import Networks
+from latent_codec.inference.runner import Runner
 from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
-from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 
 EDGES = torch.linspace(-6, 6, 97, dtype=torch.float64)
@@ -71,13 +70,14 @@ class Survey(NamedTuple):
         return torch.argsort(self.variance, descending=True, stable=True).tolist()
 
 
-def survey(codec: Codec, sources: Sequence[Source], networks: Networks, seed: int, *, quiet: bool) -> Survey:
+def survey(runner: Runner, sources: Sequence[Source], seed: int, *, quiet: bool) -> Survey:
     """Encode every image; draws are by `seed` and the image's name. Raises `UserError` for one that cannot be read."""
+    codec = runner.codec
     moments, draws, scaled = _Moments(codec.config.latent_channels), _Pooled(), _Pooled()
     statistics, count = codec.statistics, codec.config.codes
     codes = None if count is None else torch.zeros(count, dtype=torch.int64)
     for source in tqdm(sources, "posteriors", unit="image", disable=quiet or None):
-        posterior = networks.encode([pad(source.read().pixels, codec.factor)], codec.class_numbers([source.label]))
+        posterior = runner.encode([pad(source.read().pixels, codec.factor)], codec.class_numbers([source.label]))
         moments.add(posterior)
         z = posterior.sample(normal(image_key(seed, source.name)[None], tuple(posterior.mean.shape[1:])))
         draws.add(z)

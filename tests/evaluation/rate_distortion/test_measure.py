@@ -21,13 +21,14 @@ from latent_codec.evaluation.rate_distortion.measure import rate_distortion
 from latent_codec.evaluation.rate_distortion.report import Report, Row
 from latent_codec.images.geometry import pad
 from latent_codec.images.read import read_image
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics import bjontegaard, distortion
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import step_code
 from tests.conftest import Draw
 
-CPU = Compute("cpu", "float32", 4, 2)
+CPU = ComputeOptions(batch_size=4, workers=2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "grey.png": (9, 7), "large.png": (165, 170)}
 STEPS = (0.7, 1.0, 2.0)
 
@@ -58,7 +59,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 def run(codec: Codec, where: Path, out: Path | None = None, **options: Any) -> Report:
     options = {"steps": STEPS, "sample": 0, "lpips_net": None, "lpips_backbone": None, "command": "it"} | options
-    return rate_distortion(codec, where, CPU, out=out, quiet=True, **options)
+    return rate_distortion(Runner(codec, CPU), where, out=out, quiet=True, **options)
 
 
 def rows(report: Report, codec: str, *, dithered: bool = False) -> dict[tuple[str, float], Row]:

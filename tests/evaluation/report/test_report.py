@@ -34,7 +34,8 @@ from latent_codec.images.geometry import in_channels, pad
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
-from latent_codec.inference.runner import Compute, Networks
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
@@ -43,7 +44,7 @@ from latent_codec.prior.quantizer import STEP_ONE
 from tests.conftest import Draw, files_of
 from train.config.presets import mnist_cvae
 
-CPU = Compute("cpu", "float32", 4, 2)
+CPU = ComputeOptions(batch_size=4, workers=2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}
 HOSTILE = "x<script>alert(1)<!--\"'&amp;\u202egnp.png"
 LIKE = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8), None)
@@ -60,9 +61,10 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 def write(codec: Codec, where: Path, out: Path, *others: tuple[str, Codec], **changes: Any) -> tuple[str, Any]:
     """Page and results."""
     nets: dict[str, Any] = {"lpips_net": None, "lpips_backbone": None, "quiet": True}
-    found = evaluate(codec, where, CPU, out=None, **nets)
-    evaluated = Evaluated(codec, "tiny", str(where), found, None, "latent-codec evaluate tiny")
-    write_report(evaluated, out, CPU, dataclasses.replace(OPTIONS, **changes), others, **nets)
+    found = evaluate(Runner(codec, CPU), where, out=None, **nets)
+    evaluated = Evaluated(Runner(codec, CPU), "tiny", str(where), found, None, "latent-codec evaluate tiny")
+    named = [(name, Runner(other, CPU)) for name, other in others]
+    write_report(evaluated, out, dataclasses.replace(OPTIONS, **changes), named, **nets)
     return (out / "report.html").read_text(encoding="utf-8"), json.loads((out / "report.json").read_text())
 
 
@@ -162,7 +164,7 @@ def test_every_number_is_on_the_page_and_in_the_json_with_its_protocol(
 
 
 def test_moments_are_those_of_all_posteriors_together(codec: Codec, photos: Path) -> None:
-    found = survey(codec, find_images(photos), Networks(codec, CPU), 5, quiet=True)
+    found = survey(Runner(codec, CPU), find_images(photos), 5, quiet=True)
     means, variances, draws = [], [], []
     with torch.inference_mode():
         for source in find_images(photos):
@@ -227,9 +229,9 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
         drawn.append(torch.stack(latents))
         return torch.zeros(len(latents), 3, 8, 8, dtype=torch.uint8)
 
-    networks = Networks(codec, CPU)
-    monkeypatch.setattr(networks, "decode_uint8", decode)
-    pictures.prior_samples(codec, networks, LIKE, 0)
+    runner = Runner(codec, CPU)
+    monkeypatch.setattr(runner, "decode_uint8", decode)
+    pictures.prior_samples(runner, LIKE, 0)
     prior, aggregate = (z.transpose(0, 1).flatten(1) for z in drawn)  # (z, n)
     assert drawn[0].shape == (8, 4, 16, 16)
     statistics = codec.statistics
@@ -239,7 +241,7 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
             assert channel.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(len(channel)))
             assert channel.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * len(channel)))
     codec.statistics = None
-    assert "no latent statistics" in pictures.prior_samples(codec, networks, LIKE, 0).body
+    assert "no latent statistics" in pictures.prior_samples(runner, LIKE, 0).body
 
 
 def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Draw) -> None:
@@ -291,7 +293,7 @@ def test_models_without_a_gaussian_have_the_parts_that_make_sense(
 def test_bounds_are_those_of_images_from_all_over_the_set(codec: Codec, photos: Path) -> None:
     images = pictures.shown(codec, find_images(photos), 2)
     assert [image.name for image in images] == ["a.png", "d.png"]
-    section = likelihood_bounds(codec, CPU, images, 5, 3, quiet=True)
+    section = likelihood_bounds(Runner(codec, CPU), images, 5, 3, quiet=True)
     for image, record in zip(images, section.records["images"], strict=True):
         found = bounds(codec, pad(image.pixels, 8)[None], image_key(5, image.name)[None], 3, at_once=64)
         assert record["elbo"] == pytest.approx(found.elbo.item(), rel=1e-6)
@@ -307,7 +309,7 @@ def test_bits_per_dimension_are_of_discrete_pixels_alone(codec: Codec, photos: P
         torch.manual_seed(0)
         discrete = Codec(config).eval()
     images = pictures.shown(discrete, find_images(photos)[:2], 2)
-    section = likelihood_bounds(discrete, CPU, images, 5, 3, quiet=True)
+    section = likelihood_bounds(Runner(discrete, CPU), images, 5, 3, quiet=True)
     values = {n.name: n.value for n in section.numbers}
     sizes = (3 * 16 * 24, 3 * 40 * 24)  # padded to multiples of 8
     rates = [-r["iwae"] / size / math.log(2) for r, size in zip(section.records["images"], sizes, strict=True)]
@@ -350,8 +352,8 @@ def test_pca_is_never_fitted_to_what_it_is_measured_on(
     monkeypatch.setattr(pca, "fit", recorded)
     monkeypatch.setattr(pca.Pca, "reconstruct", watched)
     sources = find_images(photos)
-    found = evaluate(codec, photos, CPU, out=None, lpips_net=None, lpips_backbone=None, quiet=True)
-    section = baselines(codec, [("again", codec)], sources, None, found, CPU, None, quiet=True)
+    found = evaluate(Runner(codec, CPU), photos, out=None, lpips_net=None, lpips_backbone=None, quiet=True)
+    section = baselines(Runner(codec, CPU), [("again", Runner(codec, CPU))], sources, None, found, None, quiet=True)
     assert len(measured) == len(SIZES) and sum(map(len, fitted.values())) == len(SIZES)
     for model, pixels in measured:
         assert not any(torch.equal(pixels, other) for other in fitted[model])
@@ -396,7 +398,7 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
         )
     Image.new("RGB", (3, 3)).save(tmp_path / "photos" / "tiny.png")  # whose smallest JPEG is larger than a .lc file
     sources = find_images(tmp_path / "photos")
-    section = jpeg.jpeg_at_equal_bytes(codec, sources, Networks(codec, CPU), None, ["grey.png", "tiny.png"], quiet=True)
+    section = jpeg.jpeg_at_equal_bytes(Runner(codec, CPU), sources, None, ["grey.png", "tiny.png"], quiet=True)
     coder = StreamCodec(codec, "cpu")
     for source, record in zip(sources, section.records["images"], strict=True):
         image = source.read()
@@ -420,7 +422,9 @@ def test_curves_are_those_of_the_rate_distortion_report(
     few = [p._replace(qualities=p.qualities[::3]) for p in anchors.PEERS]
     monkeypatch.setattr(anchors, "PEERS", few)
     nets: dict[str, Any] = {"lpips_net": None, "lpips_backbone": None, "quiet": True}
-    found = rate_distortion(codec, photos, CPU, steps=(0.5, 1.0, 2.0, 4.0), sample=0, out=None, command="it", **nets)
+    found = rate_distortion(
+        Runner(codec, CPU), photos, steps=(0.5, 1.0, 2.0, 4.0), sample=0, out=None, command="it", **nets
+    )
     section = rate.rate_distortion(found)
     assert section.records["points"] == [p.json() for p in found.points]
     page = Parsed(section.body)
@@ -468,8 +472,8 @@ def test_wrong_wishes_are_refused_before_any_work(
 
 
 def test_images_that_have_gone_are_an_error(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    found = evaluate(codec, photos, CPU, out=None, lpips_net=None, lpips_backbone=None, quiet=True)
+    found = evaluate(Runner(codec, CPU), photos, out=None, lpips_net=None, lpips_backbone=None, quiet=True)
     (photos / "d.png").unlink()
-    evaluated = Evaluated(codec, "tiny", str(photos), found, None, "it")
+    evaluated = Evaluated(Runner(codec, CPU), "tiny", str(photos), found, None, "it")
     with pytest.raises(UserError, match=r"d\.png.*gone"):
-        write_report(evaluated, tmp_path, CPU, OPTIONS, [], lpips_net=None, lpips_backbone=None, quiet=True)
+        write_report(evaluated, tmp_path, OPTIONS, [], lpips_net=None, lpips_backbone=None, quiet=True)

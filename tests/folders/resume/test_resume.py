@@ -1,5 +1,6 @@
 """Laws 8 and 10: run again, a command makes what is not there as it should be, all of it, and nothing else."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -25,7 +26,7 @@ from latent_codec.folders.resume import units as plan
 from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.folders.resume.units import Share
 from latent_codec.folders.summary import Summary
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_shards
 from latent_codec.model.codec import Codec
@@ -35,7 +36,7 @@ from tests.support.folder import COMPUTE, UNIT, Kind, Task, die, finish, posteri
 KINDS: tuple[Kind, ...] = ("streams", "latents", "images of streams", "images of latents")
 SIZES = {"a.png": (24, 16), "b.png": (24, 16), "c.jpg": (24, 16), "sub/d.png": (9, 17), "sub/e.png": (24, 16)}
 """In units of three and two; and bad.png, which is no image and takes no part in any."""
-EXACT = Compute("cpu", "float32", 1, 1)
+EXACT = ComputeOptions(batch_size=1, workers=1)
 """Batches of one: no image is made again for another's sake."""
 
 
@@ -199,15 +200,19 @@ OTHER: dict[Kind, list[dict[str, Any]]] = {
         {"rate": Rate(max_bytes=300)},
         {"prior": "factorized"},
         {"background": "#102030"},
-        {"compute": COMPUTE._replace(dtype="bfloat16")},
+        {"compute": dataclasses.replace(COMPUTE, dtype="bfloat16")},
     ],
     "latents": [
         {"store": "float32"},
         {"background": "#102030"},
-        {"compute": COMPUTE._replace(dtype="bfloat16")},
+        {"compute": dataclasses.replace(COMPUTE, dtype="bfloat16")},
     ],
-    "images of streams": [{"image_format": "webp"}, {"compute": COMPUTE._replace(dtype="bfloat16")}],
-    "images of latents": [{"image_format": "webp"}, {"sample": 1}, {"compute": COMPUTE._replace(dtype="bfloat16")}],
+    "images of streams": [{"image_format": "webp"}, {"compute": dataclasses.replace(COMPUTE, dtype="bfloat16")}],
+    "images of latents": [
+        {"image_format": "webp"},
+        {"sample": 1},
+        {"compute": dataclasses.replace(COMPUTE, dtype="bfloat16")},
+    ],
 }
 
 
@@ -230,7 +235,7 @@ def test_what_an_output_does_not_depend_on_makes_nothing_again(places: dict[Kind
     for kind in KINDS:
         task, _ = places[kind]
         task.do(tmp_path / kind)
-        others: list[dict[str, Any]] = [{"compute": Compute("cpu", "float32", 3, 2)}]
+        others: list[dict[str, Any]] = [{"compute": ComputeOptions(batch_size=3, workers=2)}]
         others += [{"max_pixels": 10**6}] if kind != "images of latents" else []
         assert [task.do(tmp_path / kind, **options).skipped for options in others] == [5] * len(others)
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.interop.caches import read as recover_module
 from latent_codec.interop.caches.options import CacheName
 from latent_codec.interop.caches.read import recover
@@ -105,7 +106,12 @@ def test_what_comes_back_decodes_to_the_size_it_had(codec: Codec, tmp_path: Path
             continue
         made(latents, source, tmp_path / source, **EVERY[source])
         back(codec, source, tmp_path / source, tmp_path / f"{source} z", **EVERY[source])
-        decode_folder(codec, tmp_path / f"{source} z", tmp_path / "out", Compute("cpu", "float32", 1, 1), quiet=True)
+        decode_folder(
+            Runner(codec, ComputeOptions(batch_size=1, workers=1)),
+            tmp_path / f"{source} z",
+            tmp_path / "out",
+            quiet=True,
+        )
         for entry in latents.entries:
             with Image.open(tmp_path / "out" / f"{entry.path}.png") as image:
                 assert image.size == (entry.geometry.width, entry.geometry.height)

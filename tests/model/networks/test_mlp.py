@@ -13,7 +13,8 @@ from latent_codec.errors import UserError
 from latent_codec.folders.decode_latents import decode_folder
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.images.geometry import in_channels, in_rgb
-from latent_codec.inference.runner import Compute
+from latent_codec.inference.options import ComputeOptions
+from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import (
     BernoulliConfig,
@@ -166,11 +167,11 @@ def test_a_grey_model_encodes_and_decodes_files_of_any_size(
     draw: Draw, tmp_path: Path, width: int, height: int
 ) -> None:
     codec = make()
-    compute = Compute(device="cpu", dtype="float32", batch_size=2, workers=1)
+    compute = ComputeOptions(batch_size=2, workers=1)
     draw(tmp_path / "src" / "a.png", width, height, "L")
     draw(tmp_path / "src" / "b.png", width, height)
-    assert encode_folder(codec, tmp_path / "src", tmp_path / "z", compute, quiet=True).done == 2
-    assert decode_folder(codec, tmp_path / "z", tmp_path / "back", compute, quiet=True).done == 2
+    assert encode_folder(Runner(codec, compute), tmp_path / "src", tmp_path / "z", quiet=True).done == 2
+    assert decode_folder(Runner(codec, compute), tmp_path / "z", tmp_path / "back", quiet=True).done == 2
     for name, mode in (("a", "L"), ("b", "RGB")):
         with Image.open(tmp_path / "back" / f"{name}.png.png") as image:
             assert (image.size, image.mode) == ((width, height), mode)

@@ -10,7 +10,7 @@ from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_lc import find_streams
 from latent_codec.images.sources import Source
-from latent_codec.latents.format import INDEX, parts, read_index
+from latent_codec.latents.format import INDEX, moment_names, read_index
 from latent_codec.model.codec import Codec
 from latent_codec.model.describe import _describe_model
 from latent_codec.model.shipped import resolve, shipped
@@ -45,8 +45,8 @@ def _is_shard(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             found = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
-            plain = set(parts(flip=False))
-            return found in (plain, plain | set(parts(flip=True)))
+            plain = set(moment_names(flip=False))
+            return found in (plain, plain | set(moment_names(flip=True)))
     except (SafetensorError, OSError):
         return False
 

@@ -17,7 +17,7 @@ from latent_codec.images.write import ImageFormat
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Entry, latent_size
+from latent_codec.latents.format import LatentsEntry, latent_size
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.checks import check_channels
 from latent_codec.noise import fold, normal, text_key
@@ -51,10 +51,10 @@ def decode_folder(
     } | runner.settings
     fitting = Halving()
 
-    def sides(entry: Entry) -> tuple[int, int]:
+    def sides(entry: LatentsEntry) -> tuple[int, int]:
         return latent_size(entry.geometry, codec.factor)
 
-    def source(entry: Entry) -> Source:
+    def source(entry: LatentsEntry) -> Source:
         h, w = sides(entry)
         return Source(entry.path, where / entry.shard, entry.row, 2 * 4 * z * h * w)
 

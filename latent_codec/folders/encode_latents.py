@@ -28,15 +28,16 @@ from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import (
     INDEX,
-    Entry,
-    Header,
-    Row,
+    LatentsEntry,
+    LatentsHeader,
+    LatentsRow,
     StoredDtype,
-    header_of,
+    latents_header,
+    latents_row,
     read_index,
-    row,
     stored_files,
     stored_shards,
+    unplaced_entry,
     write_index,
     write_shard,
 )
@@ -70,7 +71,7 @@ def encode_folder(
     check_gaussian(codec)
     check_options(background, max_pixels)
     sources = find_images(where)
-    header = header_of(codec, store, flips)
+    header = latents_header(codec, store, flips)
     if not resume.overwrite:
         _check_folder(folder, sources)
     options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
@@ -89,7 +90,7 @@ def encode_folder(
             is_whole=are_whole,
         )
         for claim, inputs in groupby(read, lambda batch: batch[0].job.claim):
-            rows: list[tuple[Input[None], Row]] = []
+            rows: list[tuple[Input[None], LatentsRow]] = []
             for batch in inputs:
                 with work.summary.timing("network"):
                     for item, found in fitting(encode, batch, math.prod(batch[0].shape)):
@@ -156,19 +157,19 @@ class _Encoded(NamedTuple):
 
 class _UnitRows(NamedTuple):
     claim: Claim
-    rows: list[tuple[Input[None], Row]]
+    rows: list[tuple[Input[None], LatentsRow]]
 
 
 def _rows(
     found: _Encoded | UserError, item: Input[Image], store: StoredDtype, work: Work
-) -> Iterator[tuple[Input[None], Row]]:
+) -> Iterator[tuple[Input[None], LatentsRow]]:
     try:
         if isinstance(found, UserError):
             raise found
-        geometry = item.content.geometry
+        entry = unplaced_entry(item.job.name, item.content.geometry, item.sha256)
         yield (
             item.emptied(),
-            row(item.job.name, found.posterior, found.place, geometry, item.sha256, store, found.mirrored),
+            latents_row(entry, found.posterior, found.place, store, found.mirrored),
         )
     except UserError as error:
         work.fail(item.job, error)
@@ -205,10 +206,10 @@ def _check_folder(folder: Path, sources: Sequence[Source]) -> None:
         )
 
 
-def _gather(folder: Path, header: Header, ledger: Ledger, units: Sequence[Unit]) -> None:
+def _gather(folder: Path, header: LatentsHeader, ledger: Ledger, units: Sequence[Unit]) -> None:
     """The index over all that is done so far, by any process; then the shards go that nobody needs any more."""
     shards: set[str] = set()
-    entries: list[Entry] = []
+    entries: list[LatentsEntry] = []
     for unit in units:
         wanted = {(r.output, r.path) for r in ledger.records(unit)}
         there = {shard for shard, _ in wanted if (folder / shard).is_file()}

@@ -1,4 +1,7 @@
-"""Batches of equal shape as a pure function of (seed, epoch, rank, world, position): no sampler has a state to lose."""
+"""Make batches of equal shape as a pure function of (seed, epoch, rank, world, position).
+
+The sampler has no random state, so an interrupted epoch resumes at any batch.
+"""
 
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,23 +15,22 @@ from latent_codec.noise import fold, permutation
 _IMAGES, _BATCHES = range(2)  # what a key is used for
 
 
-class Rows(NamedTuple):
-    """What a batch is made of; the epoch comes with it, so that workers that outlive an epoch know of the next."""
+class BatchIndices(NamedTuple):
+    """Name the items of a batch and their epoch, so that persistent workers draw that epoch's noise."""
 
     indices: tuple[int, ...]
     epoch: int
 
 
-class ShapeBatches(Sampler[Rows]):
-    """An epoch's batches for one of `world` ranks, each of up to `batch_size` items of one shape, in random order.
+class ShapeBatches(Sampler[BatchIndices]):
+    """Sample an epoch's batches for one of `world` ranks: up to `batch_size` items of one shape each, shuffled.
 
     Give it to a `DataLoader` as `sampler` with `batch_size=None` (the dataset makes the batch) or as `batch_sampler`
-    (the loader collates it). It has shared out the work already: `accelerate` is not to do that again.
+    (the loader collates it). The work is already divided among the ranks; do not let `accelerate` divide it again.
 
-    shapes: one for each item. An epoch has every item once, over all ranks: what is left over of a shape makes a
-    smaller batch. If the number of batches is not a multiple of `world`, the epoch's first ones are repeated at its
-    end, for every rank has equally many. With `drop_last` both are left out instead: an item is there at most once, and
-    those of a shape with fewer than `batch_size` never. Raises `UserError` if nothing is left.
+    `shapes` has one element for each item. Over all ranks an epoch has every item once; what is left of a shape makes a
+    smaller batch. So that every rank has equally many batches, the epoch's first ones are repeated at its end. With
+    `drop_last` both smaller batches and the incomplete last round are left out. Raises `UserError` if no batch is left.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class ShapeBatches(Sampler[Rows]):
         counts = torch.bincount(self._shape, minlength=1)
         batches = int((counts // batch_size if drop_last else -(-counts // batch_size)).sum())
         self.batches = batches // world if drop_last else -(-batches // world)
-        """Of one rank in a whole epoch."""
+        """Number of batches of one rank in a whole epoch."""
         if not self.batches:
             raise UserError(
                 f"{len(shapes)} items of {len(numbers)} shapes make no batch of {batch_size} for each of {world} "
@@ -58,21 +60,20 @@ class ShapeBatches(Sampler[Rows]):
             )
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
-        """The next iteration gives the batches of this epoch, less the rank's first `position`, to resume there."""
+        """Choose the epoch of the next iteration, which skips the rank's first `position` batches to resume there."""
         if not 0 <= position <= self.batches:
-            raise UserError(f"position {position} is none of an epoch of {self.batches} batches")
+            raise UserError(f"position {position} is outside an epoch of {self.batches} batches")
         self.epoch, self.position = epoch, position
 
     def __len__(self) -> int:
         return self.batches - self.position
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[BatchIndices]:
         epoch = self.epoch
-        for indices in self._epoch(epoch)[self.rank :: self.world][self.position :]:
-            yield Rows(tuple(indices.tolist()), epoch)
+        for indices in self._epoch_of_all_ranks(epoch)[self.rank :: self.world][self.position :]:
+            yield BatchIndices(tuple(indices.tolist()), epoch)
 
-    def _epoch(self, epoch: int) -> list[torch.Tensor]:
-        """Of all ranks, in turn."""
+    def _epoch_of_all_ranks(self, epoch: int) -> list[torch.Tensor]:
         order = permutation(len(self._shape), fold(self.seed, epoch, _IMAGES))
         order = order[torch.argsort(self._shape[order], stable=True)]  # by shape, in random order within one
         batches: list[torch.Tensor] = []
@@ -81,5 +82,4 @@ class ShapeBatches(Sampler[Rows]):
         if self.drop_last:
             batches = [batch for batch in batches if len(batch) == self.batch_size]
         chosen = permutation(len(batches), fold(self.seed, epoch, _BATCHES)).tolist()
-        total = self.batches * self.world
-        return [batches[chosen[i % len(chosen)]] for i in range(total)]
+        return [batches[chosen[i % len(chosen)]] for i in range(self.batches * self.world)]

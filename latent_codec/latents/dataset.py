@@ -1,4 +1,4 @@
-"""Posteriors of many images on disk as a torch `Dataset`, for training on."""
+"""Read stored posteriors as a torch `Dataset`, for training a diffusion model."""
 
 import contextlib
 import math
@@ -13,49 +13,45 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from latent_codec.errors import UserError
-from latent_codec.latents.batches import Rows
+from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.format import (
     INDEX,
-    Entry,
+    LatentsEntry,
     StoredDtype,
     check_model,
     latent_size,
-    parts,
+    moment_names,
     read_index,
     tensor_name,
 )
-from latent_codec.latents.shard_reader import ShardReader, Span
+from latent_codec.latents.shard_reader import ShardReader, TensorLocation
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key, uniform
 
 _FLIP = 1  # what a key is used for, beside the noise
-_CACHED = 2**18
-"""Bytes that are still in a processor's cache when they are looked at again."""
+_CACHE_BYTES = 2**18  # stay in a processor's cache between two passes over them
 
 
-class _Kind(NamedTuple):
-    """How numbers of a type lie in a shard."""
+class _FloatFormat(NamedTuple):
+    """Describe the bits of a floating-point type in a shard."""
 
     dtype: torch.dtype
-    name: str
-    """As safetensors calls it."""
+    name: str  # in safetensors
     bits: type[np.unsignedinteger[Any]]
-    magnitude: int
-    """All bits but the sign's."""
-    infinity: int
-    """Its bits: those of finite numbers are below, but for the sign."""
+    magnitude: int  # mask of all bits but the sign
+    infinity: int  # bits of infinity; the magnitudes of finite numbers are below
 
 
-_KINDS: dict[StoredDtype, _Kind] = {
-    "float16": _Kind(torch.float16, "F16", np.uint16, 0x7FFF, 0x7C00),
-    "bfloat16": _Kind(torch.bfloat16, "BF16", np.uint16, 0x7FFF, 0x7F80),
-    "float32": _Kind(torch.float32, "F32", np.uint32, 0x7FFFFFFF, 0x7F800000),
+_FORMATS: dict[StoredDtype, _FloatFormat] = {
+    "float16": _FloatFormat(torch.float16, "F16", np.uint16, 0x7FFF, 0x7C00),
+    "bfloat16": _FloatFormat(torch.bfloat16, "BF16", np.uint16, 0x7FFF, 0x7F80),
+    "float32": _FloatFormat(torch.float32, "F32", np.uint32, 0x7FFFFFFF, 0x7F800000),
 }
 
 
 @contextlib.contextmanager
-def _naming(current: Callable[[], Entry]) -> Iterator[None]:
-    """What goes wrong with the shard of the image at hand as `UserError`."""
+def _naming(current: Callable[[], LatentsEntry]) -> Iterator[None]:
+    """Turn errors about the current image's shard into `UserError`s with the image's name."""
     try:
         yield
     except (OSError, ValueError, RecursionError) as error:
@@ -66,21 +62,23 @@ def _naming(current: Callable[[], Entry]) -> Iterator[None]:
 
 
 class LatentSample(NamedTuple):
+    """Hold one image's draw."""
+
     z: torch.Tensor  # (z, h, w) float32
     path: str
     label: int
-    """A number of `Latents.classes`, or -1 at the top level."""
+    """Index into `Latents.classes`; -1 for an image at the top level."""
 
 
 class LatentBatch(NamedTuple):
-    """Of images of one size."""
+    """Hold draws of images of one size."""
 
     z: torch.Tensor  # (b, z, h, w) float32
     paths: list[str]
     labels: torch.Tensor  # (b,) int64, as in `LatentSample`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As `Moments`."""
+        """Pickle the labels as a list, as `Moments` does."""
         return _batch, (self.z, self.paths, self.labels.tolist())
 
 
@@ -89,17 +87,18 @@ def _batch(z: torch.Tensor, paths: list[str], labels: list[int]) -> LatentBatch:
 
 
 class Moments(NamedTuple):
-    """Posteriors of images of one size as they are stored, and what `Latents.draw` draws by."""
+    """Hold stored posteriors of images of one size, and the keys of the noise that `Latents.draw` adds."""
 
-    mean: torch.Tensor  # (b, z, h, w) of the stored type
+    mean: torch.Tensor  # (b, z, h, w) in the stored type
     logvar: torch.Tensor
     keys: torch.Tensor  # (b,) int64
     paths: list[str]
     labels: torch.Tensor  # (b,) int64, as in `LatentSample`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes each tensor is a file handle, which takes as long as reading does: small ones go as lists,
-        and the halves of one as one.
+        """Pickle as one tensor and lists.
+
+        Between processes each tensor takes a file handle, which costs as much as reading the latents.
         """
         mean, logvar = self.mean, self.logvar
         one = mean.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
@@ -110,6 +109,7 @@ class Moments(NamedTuple):
         return _moments, (both, self.keys.tolist(), self.paths, self.labels.tolist())
 
     def to(self, device: torch.device | str) -> "Moments":
+        """Copy the tensors to a device."""
         mean, logvar, keys, labels = (
             t.to(device, non_blocking=True) for t in (self.mean, self.logvar, self.keys, self.labels)
         )
@@ -121,14 +121,16 @@ def _moments(both: torch.Tensor, keys: list[int], paths: list[str], labels: list
 
 
 class Latents(Dataset[LatentSample]):
-    """The folder as a torch `Dataset` that draws z = mean + std * noise anew from (seed, epoch, path).
+    """Draw z = mean + std * noise from a folder of latents; the noise is a function of (seed, epoch, path).
 
-    An item is a `LatentSample`; indexed by `batches.Rows`, which say their epoch, it is a `LatentBatch`. `normalize`
-    scales z by the model's statistics to mean 0 and standard deviation 1 per channel. `model_id`, where given, must be
-    the model that made the latents. With `flip` half of the draws are of the mirrored images, chosen by (seed, epoch,
-    path) as well; the other half are what they are without it. Raises `UserError` for a folder that is none of ours or
-    lacks what is asked for, and for an image whose shard is missing or damaged. It may be used by several threads and
-    copied to other processes.
+    An integer index gives a `LatentSample`, `batches.BatchIndices` (which carry their epoch) a `LatentBatch`.
+
+    - `normalize` scales z by the model's statistics to mean 0 and standard deviation 1 per channel.
+    - `model_id` must be that of the model that made the latents, if given.
+    - `flip` takes half of the draws from the mirrored images, chosen by (seed, epoch, path); the other draws stay.
+
+    Threads may share it, and it may be copied to other processes. Raises `UserError` for a folder without latents or
+    without what is asked for, and for an image whose shard is missing or damaged.
     """
 
     def __init__(
@@ -155,18 +157,18 @@ class Latents(Dataset[LatentSample]):
             )
             self._scale = (mean, std)
         self.classes: tuple[str, ...] = tuple(sorted({e.label for e in self.entries if e.label is not None}))
-        """Names of the folders at the top, sorted; their places here are the labels."""
+        """Sorted names of the top-level folders; a label is an index into them."""
         numbers = {None: -1} | {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[e.label] for e in self.entries], dtype=torch.int64)  # (n,)
         self.shapes = [latent_size(e.geometry, self.header.factor) for e in self.entries]
-        """(height, width) of each image's latents, for `batches.ShapeBatches`."""
+        """Height and width of each image's latents, for `batches.ShapeBatches`."""
         self._keys = torch.tensor([text_key(e.path) for e in self.entries], dtype=torch.int64)  # (n,)
         self._reader = ShardReader(self.folder)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws of different epochs are independent.
+        """Choose the epoch of the following draws; draws of different epochs are independent.
 
-        A `DataLoader`'s workers that are there already do not hear of it: give those `batches.ShapeBatches`.
+        Persistent workers of a `DataLoader` are not told: sample with `batches.ShapeBatches` there.
         """
         self.epoch = epoch
 
@@ -174,31 +176,31 @@ class Latents(Dataset[LatentSample]):
         return len(self.entries)
 
     def posterior(self, index: int, *, flip: bool = False) -> DiagonalGaussian:
-        """The stored posterior of one image, or of its mirror image, as a batch of one, float32."""
+        """Return one image's stored posterior, or its mirror image's, as a float32 batch of one."""
         mean, logvar = self._read([index], [flip])
         return DiagonalGaussian(mean.float(), logvar.float())  # (1, z, h/f, w/f)
 
     def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, Rows):
+        if not isinstance(index, BatchIndices):
             return self.__getitems__([int(index)])[0]
         moments = self.moments(index)
         return LatentBatch(self.draw(moments), moments.paths, moments.labels)
 
-    def __getitems__(self, indices: Sequence[int] | Rows) -> list[LatentSample]:
-        """Several at once, of any sizes: what a `DataLoader` that makes batches itself asks for."""
-        rows, epoch = indices if isinstance(indices, Rows) else (indices, self.epoch)
+    def __getitems__(self, indices: Sequence[int] | BatchIndices) -> list[LatentSample]:
+        """Return several samples of any sizes; a `DataLoader` that collates batches calls this."""
+        rows, epoch = indices if isinstance(indices, BatchIndices) else (indices, self.epoch)
         by_size: dict[tuple[int, int], list[int]] = {}
         for index in rows:
             by_size.setdefault(self.shapes[index], []).append(index)
         found: dict[int, LatentSample] = {}
         for same in by_size.values():
-            moments = self.moments(Rows(tuple(same), epoch))
+            moments = self.moments(BatchIndices(tuple(same), epoch))
             samples = zip(self.draw(moments), moments.paths, moments.labels.tolist(), strict=True)
             found |= zip(same, (LatentSample(*sample) for sample in samples), strict=True)
         return [found[index] for index in rows]
 
-    def moments(self, rows: Rows) -> Moments:
-        """The posteriors of images of one size, to be drawn elsewhere: on a GPU noise costs next to nothing."""
+    def moments(self, rows: BatchIndices) -> Moments:
+        """Return posteriors of images of one size without drawing; a GPU draws the noise faster (`draw`)."""
         chosen = torch.tensor(rows.indices)
         paths = [self.entries[index].path for index in rows.indices]
         keys = fold(self.seed, rows.epoch, self._keys[chosen])
@@ -206,7 +208,7 @@ class Latents(Dataset[LatentSample]):
         return Moments(*self._read(rows.indices, flips.tolist()), keys, paths, self.labels[chosen])
 
     def draw(self, moments: Moments) -> torch.Tensor:
-        """mean + std * noise, scaled if it was asked for, (b, z, h, w) float32 on the moments' device."""
+        """Return mean + std * noise, normalised if chosen, (b, z, h, w) float32 on the moments' device."""
         posterior = DiagonalGaussian(moments.mean.float(), moments.logvar.float())
         z = posterior.sample(normal(moments.keys, tuple(posterior.mean.shape[1:])))
         if self._scale is not None:
@@ -215,12 +217,12 @@ class Latents(Dataset[LatentSample]):
         return z
 
     def _read(self, indices: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means and log-variances of images of one size, mirrored or not, (b, z, h, w) of the stored type each."""
-        kind, size = _KINDS[self.header.dtype], self.shapes[indices[0]]
+        """Read means and log-variances of images of one size, (b, z, h, w) in the stored type each."""
+        kind, size = _FORMATS[self.header.dtype], self.shapes[indices[0]]
         entries = [self.entries[index] for index in indices]
         for entry, index in zip(entries, indices, strict=True):
             if self.shapes[index] != size:
-                raise UserError(f"{entry.path}: its latents are no {size} as {entries[0].path}'s")
+                raise UserError(f"{entry.path}: its latents are {self.shapes[index]}, but {entries[0].path}'s {size}")
         both, values = torch.empty(0), np.empty(0, np.uint8)
         order = sorted((e.shard, flips[i], e.row, i) for i, e in enumerate(entries))  # as they lie on the disk
         entry = entries[0]
@@ -228,7 +230,7 @@ class Latents(Dataset[LatentSample]):
             for (shard, flip), rows in groupby(order, itemgetter(0, 1)):
                 run = list(rows)
                 entry = entries[run[0][3]]
-                found = self._spans(shard, size, flip)
+                found = self.locate(shard, size, flip)
                 if not both.numel():
                     both = _empty((2, len(indices), *found[0].shape[1:]), kind.dtype)
                     values = both.view(torch.uint8).numpy()  # (2, b, z, h, w * bytes)
@@ -240,18 +242,18 @@ class Latents(Dataset[LatentSample]):
         _check_finite(entries, values.view(kind.bits), kind)
         return both[0], both[1]
 
-    def _spans(self, shard: str, size: tuple[int, int], flip: bool) -> tuple[Span, Span]:
-        """Where means and log-variances of a size are in a shard, (n, z, h, w) both; raises as `ShardReader.span`."""
-        mean, logvar = (self._reader.span(shard, tensor_name(part, size)) for part in parts(flip=flip))
+    def locate(self, shard: str, size: tuple[int, int], flip: bool) -> tuple[TensorLocation, TensorLocation]:
+        """Locate a shard's means and log-variances of a latent size, (n, z, h, w) each; raises as `ShardReader`."""
+        mean, logvar = (self._reader.locate(shard, tensor_name(name, size)) for name in moment_names(flip=flip))
         fits = len(mean.shape) == 4 and mean.shape[2:] == size and mean.shape == logvar.shape
-        if not fits or not mean.dtype == logvar.dtype == _KINDS[self.header.dtype].name:
+        if not fits or not mean.dtype == logvar.dtype == _FORMATS[self.header.dtype].name:
             raise ValueError(f"it holds {mean.dtype} {mean.shape} and {logvar.dtype} {logvar.shape}")
         return mean, logvar
 
 
-def _check_finite(entries: Sequence[Entry], bits: np.ndarray, kind: _Kind) -> None:
-    """Raise `UserError` for the first image whose numbers, as bits (2, b, z, h, w), are not all finite."""
-    step = max(1, _CACHED // bits[:, 0].nbytes)
+def _check_finite(entries: Sequence[LatentsEntry], bits: np.ndarray, kind: _FloatFormat) -> None:
+    """Raise `UserError` for the first image with values, as bits (2, b, z, h, w), that are not finite."""
+    step = max(1, _CACHE_BYTES // bits[:, 0].nbytes)
     for first in range(0, len(entries), step):
         magnitudes = bits[:, first : first + step] & kind.magnitude
         if magnitudes.max() >= kind.infinity:
@@ -260,7 +262,7 @@ def _check_finite(entries: Sequence[Entry], bits: np.ndarray, kind: _Kind) -> No
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """In a data loader's worker within the memory that it shares with the loader, so that nothing is copied there."""
+    """Allocate a tensor; in a data loader's worker in memory shared with the loader, so that it is not copied."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize

@@ -1,9 +1,9 @@
-"""Posteriors of many images as they lie on disk: safetensors shards and an index.
+"""Store the posteriors of a folder of images as safetensors shards with an index.
 
-A folder holds `latents-NAME.safetensors` ..., each with tensors `mean.HxW` and `logvar.HxW` (n, z, H, W) for each size
-of latents in it, and `index.json`, which says where each image is. Values are raw (not scaled); logvar is the natural
-log of the variance. With flips `mean_flip.HxW` and `logvar_flip.HxW` are there too: the posteriors of the images
-mirrored left to right.
+A folder holds `latents-NAME.safetensors` files and `index.json`, which maps each image to a shard and a row. A shard
+has tensors `mean.HxW` and `logvar.HxW`, (n, z, H, W), for each latent size HxW in it; with flips also `mean_flip.HxW`
+and `logvar_flip.HxW`, the posteriors of the images mirrored left to right. Values are raw (not scaled by the
+statistics); logvar is the natural logarithm of the variance.
 """
 
 import dataclasses
@@ -27,26 +27,28 @@ from latent_codec.storage.tensors import KEY, own_metadata, save_tensors
 FORMAT_VERSION = 3
 INDEX = "index.json"
 StoredDtype = Literal["float16", "bfloat16", "float32"]
-Part = Literal["mean", "logvar", "mean_flip", "logvar_flip"]
+Moment = Literal["mean", "logvar", "mean_flip", "logvar_flip"]
+
+_UNPLACED = "unknown"  # shard of an entry that is not written yet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Header:
-    """What all latents of a folder have in common."""
+class LatentsHeader:
+    """Describe what all latents of a folder have in common."""
 
     format_version: int
     model_id: str
     factor: int
-    """Pixels per latent element along one side."""
+    """Pixels per latent element along each side."""
     pixel_range: tuple[float, ...]
-    """Range of the pixels that the encoder saw."""
+    """Lowest and highest value of the pixels that the encoder was given."""
     scale_state: Literal["raw"]
     second_moment: Literal["logvar"]
     dtype: StoredDtype
     statistics: LatentStatistics | None
-    """The model's, for scaling without the model at hand."""
+    """The model's statistics, so that latents can be scaled without the model."""
     flips: bool
-    """Whether the posteriors of the mirrored images are there as well."""
+    """True if the posteriors of the mirrored images are stored as well."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -54,19 +56,19 @@ class Header:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """Where one image's posterior is and how its file's pixels became the model's input."""
+class LatentsEntry:
+    """Locate one image's posterior and describe its source file."""
 
     path: str
-    """Relative to the encoded folder, with "/" between its parts."""
+    """Path relative to the encoded folder, with "/" between its parts."""
     shard: str
     row: int
-    """Of its shard's tensors for latents of its size."""
+    """Row in the shard's tensors for latents of this size."""
     geometry: Geometry
     sha256: str
-    """Of the source file."""
+    """SHA-256 of the source file."""
     label: str | None
-    """The first folder of the path, as in a folder of classes; None at the top level."""
+    """Class of the image: the first folder of its path; None at the top level."""
 
     def __post_init__(self) -> None:
         for name in (self.path, self.shard):
@@ -75,8 +77,27 @@ class Entry:
             raise ValueError(f"row {self.row} is negative")
 
 
-def header_of(codec: Codec, dtype: StoredDtype, flips: bool = False) -> Header:
-    return Header(
+class LatentsRow(NamedTuple):
+    """Hold one image's posterior in the stored type, ready to be written. Tensors are (z, h, w)."""
+
+    entry: LatentsEntry
+    """Its shard and row are set when the shard is written."""
+    mean: torch.Tensor
+    logvar: torch.Tensor
+    mean_flip: torch.Tensor | None = None
+    logvar_flip: torch.Tensor | None = None
+
+
+class LatentsIndex(NamedTuple):
+    """Hold what index.json says."""
+
+    header: LatentsHeader
+    entries: list[LatentsEntry]
+
+
+def latents_header(codec: Codec, dtype: StoredDtype, flips: bool = False) -> LatentsHeader:
+    """Return the header of latents that `codec` makes."""
+    return LatentsHeader(
         format_version=FORMAT_VERSION,
         model_id=codec.model_id,
         factor=codec.factor,
@@ -89,123 +110,111 @@ def header_of(codec: Codec, dtype: StoredDtype, flips: bool = False) -> Header:
     )
 
 
-class Row(NamedTuple):
-    """One image's posterior as it will be stored."""
-
-    entry: Entry  # its shard and row not known yet
-    mean: torch.Tensor  # (z, h, w) of the stored type, as are the others
-    logvar: torch.Tensor
-    mean_flip: torch.Tensor | None = None
-    logvar_flip: torch.Tensor | None = None
-
-
-def row(
-    path: str,
-    posterior: DiagonalGaussian,
-    index: int,
-    geometry: Geometry,
-    sha256: str,
-    dtype: StoredDtype,
-    mirrored: DiagonalGaussian | None = None,
-) -> Row:
-    """Image `index` of a batch's posterior, and of that of the mirrored images if they are to be stored.
-
-    Raises `UserError` if the stored type cannot hold it or the path is no plain relative one.
-    """
-    found = [posterior] if mirrored is None else [posterior, mirrored]
-    exact = [t[index].cpu() for p in found for t in (p.mean, p.logvar)]  # (z, h, w) each
-    moments = [t.to(getattr(torch, dtype)) for t in exact]
-    if not _finite(*moments):
-        if not _finite(*exact):
-            raise UserError(f"{path}: the model's latents are not finite; try --dtype float32")
-        raise UserError(f"{path}: latents exceed the range of {dtype}; give --store float32")
+def unplaced_entry(path: str, geometry: Geometry, sha256: str) -> LatentsEntry:
+    """Return the entry of an image that is in no shard yet; raises `UserError` unless `path` is plain and relative."""
     label = path.split("/")[0] if "/" in path else None
     try:
-        entry = Entry(path=path, shard=_UNKNOWN, row=0, geometry=geometry, sha256=sha256, label=label)
+        return LatentsEntry(path=path, shard=_UNPLACED, row=0, geometry=geometry, sha256=sha256, label=label)
     except UserError as error:
         raise UserError(f"{path}: {error}; rename it") from error
-    return Row(entry, *moments)
 
 
-def write_shard(folder: Path, header: Header, name: str, rows: Sequence[Row]) -> list[Entry]:
-    """`latents-NAME.safetensors` with all rows, whatever their sizes, as the header says; raises `OSError`.
+def latents_row(
+    entry: LatentsEntry,
+    posterior: DiagonalGaussian,
+    index: int,
+    dtype: StoredDtype,
+    mirrored: DiagonalGaussian | None = None,
+) -> LatentsRow:
+    """Convert image `index` of a batch's posterior to the stored type, and of the mirrored images' where it is given.
 
-    Equal rows in equal order give equal files. Returns the entries, in the order of the rows.
+    Raises `UserError` if a value is not finite or exceeds the range of `dtype`.
+    """
+    posteriors = [posterior] if mirrored is None else [posterior, mirrored]
+    exact = [t[index].cpu() for p in posteriors for t in (p.mean, p.logvar)]  # (z, h, w) each
+    moments = [t.to(getattr(torch, dtype)) for t in exact]
+    if not _all_finite(moments):
+        if not _all_finite(exact):
+            raise UserError(f"{entry.path}: the model's latents are not finite; try --dtype float32")
+        raise UserError(f"{entry.path}: latents exceed the range of {dtype}; give --store float32")
+    return LatentsRow(entry, *moments)
+
+
+def write_shard(folder: Path, header: LatentsHeader, name: str, rows: Sequence[LatentsRow]) -> list[LatentsEntry]:
+    """Write `latents-NAME.safetensors` with rows of any sizes and return their entries in the same order.
+
+    Equal rows in equal order give equal bytes. Raises `OSError`.
     """
     shard = f"latents-{name}.safetensors"
-    by_size: dict[tuple[int, int], list[Row]] = {}
-    entries: list[Entry] = []
-    for one in rows:
-        same = by_size.setdefault((one.mean.shape[1], one.mean.shape[2]), [])
-        entries.append(dataclasses.replace(one.entry, shard=shard, row=len(same)))
-        same.append(one)
-    tensors: dict[str, torch.Tensor] = {}
-    for size, same in by_size.items():
-        for part in parts(flip=False) + (parts(flip=True) if header.flips else ()):
-            tensors[tensor_name(part, size)] = torch.stack([getattr(r, part) for r in same])  # (n, z, h, w)
+    by_size: dict[tuple[int, int], list[LatentsRow]] = {}
+    entries: list[LatentsEntry] = []
+    for row in rows:
+        same = by_size.setdefault((row.mean.shape[1], row.mean.shape[2]), [])
+        entries.append(dataclasses.replace(row.entry, shard=shard, row=len(same)))
+        same.append(row)
+    moments = moment_names(flip=False) + (moment_names(flip=True) if header.flips else ())
+    tensors = {
+        tensor_name(moment, size): torch.stack([getattr(row, moment) for row in same])  # (n, z, h, w)
+        for size, same in by_size.items()
+        for moment in moments
+    }
     save_tensors(folder / shard, tensors, {KEY: index_json(header, entries)})
     return entries
 
 
-def parts(*, flip: bool) -> tuple[Part, Part]:
-    """Names of the mean and the log-variance of images, or of the mirrored ones."""
+def moment_names(*, flip: bool) -> tuple[Moment, Moment]:
+    """Return the names of mean and log-variance, of the mirrored images if `flip`."""
     return ("mean_flip", "logvar_flip") if flip else ("mean", "logvar")
 
 
-def tensor_name(part: Part, size: tuple[int, int]) -> str:
-    """Of a shard's tensor for latents of this (height, width)."""
-    return f"{part}.{size[0]}x{size[1]}"
+def tensor_name(moment: Moment, size: tuple[int, int]) -> str:
+    """Return the name of a shard's tensor for latents of `size` (height, width)."""
+    return f"{moment}.{size[0]}x{size[1]}"
 
 
 def latent_size(geometry: Geometry, factor: int) -> tuple[int, int]:
-    """Height and width of the latents of an image of this geometry."""
+    """Return height and width of an image's latents."""
     return -(-geometry.height // factor), -(-geometry.width // factor)
 
 
-def write_index(folder: Path, header: Header, entries: Sequence[Entry]) -> None:
+def write_index(folder: Path, header: LatentsHeader, entries: Sequence[LatentsEntry]) -> None:
+    """Write index.json atomically, with entries sorted by path."""
     write_text(folder / INDEX, index_json(header, sorted(entries, key=lambda e: e.path)))
 
 
-def index_json(header: Header, entries: Sequence[Entry]) -> str:
-    """Sorted JSON in ASCII: a name that is not valid UTF-8 survives as escaped surrogates."""
+def index_json(header: LatentsHeader, entries: Sequence[LatentsEntry]) -> str:
+    """Return canonical JSON in ASCII; a name that is not valid UTF-8 survives as escaped surrogates."""
     found = to_json(header) | {"entries": [to_json(e) for e in entries]}
     return json.dumps(found, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-_UNKNOWN = "unknown"  # an entry's shard until it is written
-
-
-def _finite(*tensors: torch.Tensor) -> bool:
-    """By their sums, which float64 holds of any finite float32: a third of the time of looking at each element."""
+def _all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    # The float64 sum of finite float32 values is finite; it takes a third of the time of `isfinite`.
     return all(math.isfinite(t.sum(dtype=torch.float64).item()) for t in tensors)
 
 
 def stored_files(folder: Path) -> list[Path]:
-    """The index and the shards of latents in a folder, those that are there."""
+    """List the index and the shards in a folder."""
     return [*folder.glob(INDEX), *stored_shards(folder)]
 
 
 def stored_shards(folder: Path) -> list[Path]:
+    """List the shards in a folder, sorted by name."""
     return sorted(folder.glob("latents-*.safetensors"))
 
 
-class Index(NamedTuple):
-    header: Header
-    entries: list[Entry]
-
-
-def read_index(path: Path) -> Index:
-    """Read index.json, or the same facts from one shard's metadata; raises `UserError` if it is damaged or unsafe."""
+def read_index(path: Path) -> LatentsIndex:
+    """Read index.json, or the same facts from a shard's metadata; raises `UserError` if it is damaged or unsafe."""
     text = _index_text(path)
     try:
         found: dict[str, Any] = from_json(dict, json.loads(text), where="index")
         version = found.get("format_version")
         if version == FORMAT_VERSION:
-            entries = from_json(tuple[Entry, ...], found.pop("entries", None), where="entries")
-            header = from_json(Header, found, where="header")
+            entries = from_json(tuple[LatentsEntry, ...], found.pop("entries", None), where="entries")
+            header = from_json(LatentsHeader, found, where="header")
             if len({entry.path for entry in entries}) < len(entries):
                 raise ValueError("two entries have the same path")
-            return Index(header, list(entries))
+            return LatentsIndex(header, list(entries))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged latents index: {error}") from error
     remedy = "encode the images again" if version in range(FORMAT_VERSION) else "update latent-codec"
@@ -225,8 +234,8 @@ def _index_text(path: Path) -> str:
         raise UserError(f"{path}: damaged latents index: {error}") from error
 
 
-def check_model(header: Header, model_id: str, where: str) -> None:
-    """Raise `UserError` if the latents are another model's."""
+def check_model(header: LatentsHeader, model_id: str, where: str) -> None:
+    """Raise `UserError` if another model than `model_id` made the latents."""
     if header.model_id != model_id:
         raise UserError(
             f"{where}: made by model {header.model_id[:12]}, but the model given is {model_id[:12]}; "

@@ -14,7 +14,7 @@ from latent_codec.errors import UserError
 from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.info import describe
-from latent_codec.latents.batches import Rows, ShapeBatches
+from latent_codec.latents.batches import BatchIndices, ShapeBatches
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_shards
 from latent_codec.model.codec import Codec
@@ -110,7 +110,7 @@ def test_half_of_the_draws_are_mirrored_by_seed_epoch_and_path_alone(codec: Code
                 flipped[index] = bool((moments.mean[place] == latents.posterior(index, flip=True).mean[0]).all())
                 assert torch.equal(batch.z[place], unflipped.z[place]) != bool(flipped[index])
         latents.set_epoch(epoch)
-        alone = [latents.moments(Rows((i,), epoch)).mean[0] for i in range(0, 400, 80)]
+        alone = [latents.moments(BatchIndices((i,), epoch)).mean[0] for i in range(0, 400, 80)]
         assert all(
             torch.equal(mean, latents.posterior(80 * i, flip=bool(flipped[80 * i])).mean[0])
             for i, mean in enumerate(alone)
@@ -124,7 +124,7 @@ def test_half_of_the_draws_are_mirrored_by_seed_epoch_and_path_alone(codec: Code
 
 def test_which_are_mirrored_does_not_depend_on_the_noise(codec: Codec, tmp_path: Path) -> None:
     latents = Latents(many(codec, tmp_path), flip=True)
-    rows = Rows(tuple(range(400)), 0)
+    rows = BatchIndices(tuple(range(400)), 0)
     moments = latents.moments(rows)
     flipped = (moments.mean == latents.posterior(0, flip=True).mean).flatten(1).all(1)
     noise = (latents.draw(moments) - moments.mean) / torch.exp(0.5 * moments.logvar)  # (400, z, h, w)

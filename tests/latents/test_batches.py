@@ -1,4 +1,4 @@
-"""Batches have one shape, and are a pure function of (seed, epoch, rank, world, position)."""
+"""Check that batches have one shape and are a pure function of (seed, epoch, rank, world, position)."""
 
 import pytest
 import torch
@@ -6,14 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
-from latent_codec.latents.batches import Rows, ShapeBatches
+from latent_codec.latents.batches import BatchIndices, ShapeBatches
 
 SHAPES = [(2, 3)] * 13 + [(4, 4)] * 7 + [(1, 9)]
 
 
-def epoch_of(shapes: list[tuple[int, int]], size: int, world: int, epoch: int = 0, **options: bool) -> list[list[Rows]]:
-    """By rank."""
-    found: list[list[Rows]] = []
+def epoch_of(
+    shapes: list[tuple[int, int]], size: int, world: int, epoch: int = 0, **options: bool
+) -> list[list[BatchIndices]]:
+    """Return an epoch's batches by rank."""
+    found: list[list[BatchIndices]] = []
     for rank in range(world):
         batches = ShapeBatches(shapes, size, seed=3, rank=rank, world=world, **options)
         batches.set_epoch(epoch)
@@ -73,7 +75,7 @@ def test_an_epoch_resumes_at_any_batch() -> None:
         assert list(batches) == whole[position:]
         batches.set_epoch(5)
         assert list(batches) == whole
-    with pytest.raises(UserError, match=f"position {len(whole) + 1} is none of an epoch of {len(whole)} batches"):
+    with pytest.raises(UserError, match=f"position {len(whole) + 1} is outside an epoch of {len(whole)} batches"):
         ShapeBatches(SHAPES, 4, seed=3, rank=1, world=2).set_epoch(5, len(whole) + 1)
 
 

@@ -1,4 +1,4 @@
-"""Rows come as safetensors has them; what a file does not hold is an error, whatever its bytes."""
+"""BatchIndices come as safetensors has them; what a file does not hold is an error, whatever its bytes."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latent_codec.latents import shard_reader
 from latent_codec.latents.shard_reader import ShardReader
 
 TENSORS = {"a": torch.arange(24.0).reshape(4, 2, 3), "b": torch.arange(10).reshape(5, 2).half()}
@@ -25,17 +24,16 @@ def shard(tmp_path: Path) -> Path:
 
 
 def row_of(reader: ShardReader, shard: str, name: str, row: int) -> np.ndarray:
-    span = reader.span(shard, name)
-    item = {"F32": np.float32, "F16": np.float16}[span.dtype]
-    out = np.empty(span.shape[1:], item)
-    reader.read(shard, (span,), row, (out.view(np.uint8),))
+    location = reader.locate(shard, name)
+    out = np.empty(location.shape[1:], {"F32": np.float32, "F16": np.float16}[location.dtype])
+    reader.read(shard, (location,), row, (out.view(np.uint8),))
     return out
 
 
 def test_every_row_of_every_tensor_is_read(shard: Path) -> None:
     for reader in (made := ShardReader(shard.parent), pickle.loads(pickle.dumps(made))):
         for name, tensor in TENSORS.items():
-            assert reader.span("s", name).shape == tuple(tensor.shape)
+            assert reader.locate("s", name).shape == tuple(tensor.shape)
             for row in range(len(tensor)):
                 assert np.array_equal(row_of(reader, "s", name, row), tensor[row].numpy())
 
@@ -43,18 +41,17 @@ def test_every_row_of_every_tensor_is_read(shard: Path) -> None:
 def test_what_is_not_there_is_refused(shard: Path) -> None:
     reader = ShardReader(shard.parent)
     with pytest.raises(ValueError, match="no tensor c"):
-        reader.span("s", "c")
-    with pytest.raises(ValueError, match="row 4 of 4"):
+        reader.locate("s", "c")
+    with pytest.raises(ValueError, match="no row 4, only 4 rows"):
         row_of(reader, "s", "a", 4)
     with pytest.raises(FileNotFoundError):
-        reader.span("none", "a")
+        reader.locate("none", "a")
 
 
-def test_few_files_stay_open_and_all_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_reader, "_MOST_OPEN", 3)
+def test_few_files_stay_open_and_all_can_be_read(tmp_path: Path) -> None:
     for i in range(9):
         save_file({"a": torch.full((2, 4), float(i))}, tmp_path / f"{i}")
-    reader = ShardReader(tmp_path)
+    reader = ShardReader(tmp_path, open_files=3)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None  # noqa: PTH208
     for _ in range(2):
         for i in range(9):
@@ -66,7 +63,7 @@ def test_few_files_stay_open_and_all_can_be_read(tmp_path: Path, monkeypatch: py
 def test_a_header_is_parsed_once(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
     loads = json.loads
-    monkeypatch.setattr(shard_reader.json, "loads", lambda text: parsed.append(text) or loads(text))
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
     reader = ShardReader(shard.parent)
     for row in range(4):
         row_of(reader, "s", "a", row)
@@ -79,7 +76,7 @@ def test_a_file_cut_off_anywhere_is_refused(shard: Path) -> None:
     for size in range(len(whole)):
         shard.write_bytes(whole[:size])
         with pytest.raises(ValueError):
-            ShardReader(shard.parent).span("s", "a")
+            ShardReader(shard.parent).locate("s", "a")
 
 
 def test_a_file_cut_off_while_it_is_open_is_refused(shard: Path) -> None:
@@ -110,17 +107,17 @@ def test_a_tensor_that_does_not_lie_in_its_file_is_refused(tmp_path: Path, chang
     header = json.dumps({"a": {"dtype": "F32", "shape": [4, 2, 3], "data_offsets": [0, 96]} | change}).encode()
     (tmp_path / "s").write_bytes(struct.pack("<Q", len(header)) + header + bytes(96))
     with pytest.raises(ValueError, match="tensor a does not lie within the file"):
-        ShardReader(tmp_path).span("s", "a")
+        ShardReader(tmp_path).locate("s", "a")
 
 
 @pytest.mark.parametrize("header", [b"[]", b"{", b"\xff", b"null"])
 def test_a_header_that_is_none_is_refused(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "s").write_bytes(struct.pack("<Q", len(header)) + header + bytes(96))
     with pytest.raises(ValueError):
-        ShardReader(tmp_path).span("s", "a")
+        ShardReader(tmp_path).locate("s", "a")
 
 
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(struct.pack("<Q", 2**63) + bytes(96))
     with pytest.raises(ValueError, match="cut off in its header"):
-        ShardReader(tmp_path).span("s", "a")
+        ShardReader(tmp_path).locate("s", "a")

@@ -12,11 +12,18 @@ import torch
 
 from latent_codec.interop.caches.options import CacheName, Options
 from latent_codec.interop.caches.write import Converted, convert
-from latent_codec.latents.batches import Rows
+from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Row, header_of, row, write_index, write_shard
+from latent_codec.latents.format import (
+    LatentsRow,
+    latents_header,
+    latents_row,
+    unplaced_entry,
+    write_index,
+    write_shard,
+)
 from latent_codec.model.codec import Codec
-from tests.latents.test_dataset import geometry, posterior
+from tests.support.latents import geometry, posterior
 
 PATHS = ("cat/a.jpg", "cat/b.c.png", "dog/ü/a.png", "dog/d.png")
 
@@ -32,17 +39,18 @@ def store(
     """Float16 latents of square images, or for None of several sizes; each image's own."""
     rows = [_row(path, side, flips) for path in paths]
     folder.mkdir(exist_ok=True)
-    header = header_of(codec, "float16", flips)
+    header = latents_header(codec, "float16", flips)
     write_index(folder, header, write_shard(folder, header, "name", rows))
     return Latents(folder)
 
 
-def _row(path: str, side: int | None, flips: bool) -> Row:
+def _row(path: str, side: int | None, flips: bool) -> LatentsRow:
     seed = sum(path.encode())
     width, height = (17 + 8 * (seed % 2), 9) if side is None else (side, side)
     sides = -(-height // 8), -(-width // 8)
     mirrored = posterior(seed + 1, *sides) if flips else None
-    return row(path, posterior(seed, *sides), 0, geometry(width, height), f"{seed:064x}", "float16", mirrored)
+    entry = unplaced_entry(path, geometry(width, height), f"{seed:064x}")
+    return latents_row(entry, posterior(seed, *sides), 0, "float16", mirrored)
 
 
 def draws(latents: Latents, seed: int = 0, epoch: int = 0) -> dict[str, torch.Tensor]:
@@ -57,7 +65,7 @@ def flipped_draws(latents: Latents, seed: int = 0) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     drawn = Latents(latents.folder, seed=seed)
     for i, entry in enumerate(latents.entries):
-        moments, mirrored = drawn.moments(Rows((i,), 0)), drawn.posterior(i, flip=True)
+        moments, mirrored = drawn.moments(BatchIndices((i,), 0)), drawn.posterior(i, flip=True)
         found[entry.path] = drawn.draw(moments._replace(mean=mirrored.mean, logvar=mirrored.logvar))[0]
     return found
 

@@ -11,7 +11,7 @@ from latent_codec.cli import main
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
-from tests.latents.test_dataset import store
+from tests.support.latents import store
 from tests.support.run import (
     assert_same_tensors,
     checkpoint,

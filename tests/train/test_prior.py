@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images.geometry import Geometry
-from latent_codec.latents.format import header_of, row, write_index, write_shard
+from latent_codec.latents.format import latents_header, latents_row, unplaced_entry, write_index, write_shard
 from latent_codec.model import file as model_file
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
@@ -59,8 +59,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> tuple[
     codec.priors = Priors(channel_steps, factorized.fit(means.transpose(0, 1).flatten(1), channel_steps), None)
     codec.save(folder / "model.safetensors")
     geometry = Geometry(width=80, height=72, orientation=1, mode="RGB", background=None)
-    posterior, header = DiagonalGaussian(means, torch.zeros_like(means)), header_of(codec, "float32")
-    rows = [row(f"{i}.png", posterior, i, geometry, "", "float32") for i in range(6)]
+    posterior, header = DiagonalGaussian(means, torch.zeros_like(means)), latents_header(codec, "float32")
+    rows = [latents_row(unplaced_entry(f"{i}.png", geometry, ""), posterior, i, "float32") for i in range(6)]
     (folder / "latents").mkdir()
     write_index(folder / "latents", header, write_shard(folder / "latents", header, "all", rows))
     return folder / "model.safetensors", folder / "latents"

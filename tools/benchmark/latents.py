@@ -13,9 +13,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_codec.images.geometry import Geometry
-from latent_codec.latents.batches import Rows, ShapeBatches
+from latent_codec.latents.batches import BatchIndices, ShapeBatches
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import FORMAT_VERSION, Entry, Header, Row, write_index, write_shard
+from latent_codec.latents.format import (
+    FORMAT_VERSION,
+    LatentsEntry,
+    LatentsHeader,
+    LatentsRow,
+    unplaced_entry,
+    write_index,
+    write_shard,
+)
 from tools.benchmark.record import machine, report
 
 _UNIT = 128
@@ -40,7 +48,7 @@ class _Stored(Dataset[Any]):
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
 
-    def __getitem__(self, rows: Rows) -> Any:
+    def __getitem__(self, rows: BatchIndices) -> Any:
         return self.latents.moments(rows)
 
 
@@ -97,7 +105,7 @@ class LatentsSpeed:
 
     def _write(self, folder: Path) -> None:
         generator = torch.Generator().manual_seed(0)
-        header = Header(
+        header = LatentsHeader(
             format_version=FORMAT_VERSION,
             model_id="0" * 64,
             factor=8,
@@ -110,15 +118,15 @@ class LatentsSpeed:
         )
         height, width = (header.factor * side for side in self.shape[1:])
         geometry = Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
-        entries: list[Entry] = []
+        entries: list[LatentsEntry] = []
         for first in range(0, self.images, _UNIT):
-            rows: list[Row] = []
+            rows: list[LatentsRow] = []
             for i in range(first, min(first + _UNIT, self.images)):
                 both = torch.randn(2, *self.shape, generator=generator).half()
                 torch.save(both, folder / f"{i:06d}.pt")
                 np.savez(folder / f"{i:06d}.npz", latents=both.numpy())
-                entry = Entry(path=f"{i:06d}.png", shard="unknown", row=0, geometry=geometry, sha256="", label=None)
-                rows.append(Row(entry, *both))
+                entry = unplaced_entry(f"{i:06d}.png", geometry, "")
+                rows.append(LatentsRow(entry, *both))
             entries += write_shard(folder, header, f"{first:06d}", rows)
         write_index(folder, header, entries)
 

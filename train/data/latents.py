@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_codec.errors import UserError
-from latent_codec.latents.batches import Rows
+from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.dataset import Latents
 from latent_codec.noise import fold
 from latent_codec.storage.json_config import dumps
@@ -110,7 +110,7 @@ class PosteriorCrops(Dataset[PosteriorBatch]):
             places.setdefault((shapes[number], epoch), []).append(place)
         crops: list[torch.Tensor] = [torch.empty(0)] * len(numbers)
         for (_, epoch), same in places.items():
-            moments = self.latents.moments(Rows(tuple(numbers[place] for place in same), epoch))
+            moments = self.latents.moments(BatchIndices(tuple(numbers[place] for place in same), epoch))
             for place, *both in zip(same, moments.mean, moments.logvar, strict=True):
                 top, left = boxes[place]
                 crops[place] = torch.stack(both)[..., top : top + self.crop, left : left + self.crop]

@@ -11,9 +11,9 @@ import torch
 
 from latent_codec.images.geometry import Geometry
 from latent_codec.interop.caches.options import Options
-from latent_codec.latents.batches import Rows
+from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Entry
+from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.noise import normal
 from latent_codec.storage.json_config import from_json, to_json
@@ -46,7 +46,7 @@ class About:
 class Item:
     """One image's latents, on their way into a cache."""
 
-    entry: Entry
+    entry: LatentsEntry
     about: About
     label: int
     """-1 without one."""
@@ -70,7 +70,7 @@ class Item:
 def read_item(latents: Latents, index: int, epoch: int) -> Item:
     """Raises `UserError`, with the image's name, if its shard is missing or damaged."""
     entry = latents.entries[index]
-    moments = latents.moments(Rows((index,), epoch))
+    moments = latents.moments(BatchIndices((index,), epoch))
     posterior = DiagonalGaussian(moments.mean.float(), moments.logvar.float())  # (1, z, h, w)
     mirrored = latents.posterior(index, flip=True) if latents.header.flips else None
     return Item(
@@ -111,7 +111,7 @@ class ImageCache(Cache):
     """A file for each image."""
 
     @abc.abstractmethod
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: LatentsEntry) -> str:
         """Of its file, relative, with "/" between its parts."""
 
     @abc.abstractmethod

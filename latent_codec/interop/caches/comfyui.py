@@ -13,7 +13,7 @@ from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, S
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, latents_in
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Entry
+from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
@@ -28,7 +28,7 @@ class ComfyUi(ImageCache):
         self.leave_out_flips("ComfyUI")
         self.tell_range(PIXELS, "ComfyUI")
 
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: LatentsEntry) -> str:
         return f"{entry.path}.latent"
 
     def data(self, item: Item) -> bytes:

@@ -18,7 +18,7 @@ from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, S
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Entry
+from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 
 ARCHITECTURES = ("sd", "sdxl", "flux")
@@ -40,7 +40,7 @@ class Kohya(ImageCache):
             )
         self.tell_range(PIXELS, "kohya")
 
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: LatentsEntry) -> str:
         size = f"{entry.geometry.width:04d}x{entry.geometry.height:04d}"
         return f"{posixpath.splitext(entry.path)[0]}_{size}_{self._arch}.npz"
 

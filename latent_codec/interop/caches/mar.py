@@ -14,7 +14,7 @@ from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, S
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.requirements import need_flips, need_labels
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Entry
+from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.file import LatentStatistics
 
@@ -28,7 +28,7 @@ class Mar(ImageCache):
         need_labels(latents, "MAR")
         self.tell_range(PIXELS, "MAR")
 
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: LatentsEntry) -> str:
         return f"{entry.path}.npz"
 
     def data(self, item: Item) -> bytes:

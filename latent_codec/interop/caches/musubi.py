@@ -17,7 +17,7 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, latents_in
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Entry
+from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
@@ -57,7 +57,7 @@ class Musubi(ImageCache):
         self.leave_out_flips("musubi-tuner")
         self.tell_range(PIXELS, "musubi-tuner")
 
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: LatentsEntry) -> str:
         stem = posixpath.splitext(posixpath.basename(entry.path))[0]
         return f"{stem}_{entry.geometry.width:04d}x{entry.geometry.height:04d}_{self.options.arch}.safetensors"
 

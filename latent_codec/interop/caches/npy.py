@@ -12,7 +12,7 @@ from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, S
 from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.scaling import chosen_scaling
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import Entry
+from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 
 
@@ -25,7 +25,7 @@ class Npy(ImageCache):
         self.leave_out_flips("a .npy file")
         self.tell_range(PIXELS, "DC-AE")
 
-    def name(self, entry: Entry) -> str:
+    def name(self, entry: LatentsEntry) -> str:
         return f"{posixpath.splitext(entry.path)[0]}.npy"
 
     def data(self, item: Item) -> bytes:

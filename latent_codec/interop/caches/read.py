@@ -19,14 +19,15 @@ from latent_codec.interop.caches.registry import CONSUMERS
 from latent_codec.interop.caches.write import Converted
 from latent_codec.latents.format import (
     INDEX,
-    Entry,
-    Header,
-    Row,
+    LatentsEntry,
+    LatentsHeader,
+    LatentsRow,
     StoredDtype,
-    header_of,
     latent_size,
-    row,
+    latents_header,
+    latents_row,
     stored_shards,
+    unplaced_entry,
     write_index,
     write_shard,
 )
@@ -104,9 +105,9 @@ class _Gathered:
         check_gaussian(codec)
         assert isinstance(codec.config.bottleneck, DiagonalGaussianConfig)
         self._model_id, self._clamp = codec.model_id, codec.config.bottleneck
-        self._header: Header | None = None
-        self._rows: list[Row] = []
-        self._entries: list[Entry] = []
+        self._header: LatentsHeader | None = None
+        self._rows: list[LatentsRow] = []
+        self._entries: list[LatentsEntry] = []
         self._paths: set[str] = set()
         self._shards = self._bytes = self._draws = self.bytes_in = 0
 
@@ -125,8 +126,8 @@ class _Gathered:
         if mirrored is not None and mirrored.mean.shape != posterior.mean.shape:
             raise ValueError("the mirror image's latents are of another size")
         sha256 = "" if about is None else about.sha256
-        self._rows.append(row(path, posterior, 0, geometry, sha256, self._store, mirrored))
-        self._header = self._header or header_of(self._codec, self._store, flips)
+        self._rows.append(latents_row(unplaced_entry(path, geometry, sha256), posterior, 0, self._store, mirrored))
+        self._header = self._header or latents_header(self._codec, self._store, flips)
         self._paths.add(path)
         self._draws += stored.logvar is None
         size = sum(t.nbytes for t in stored[:4] if isinstance(t, torch.Tensor))
@@ -191,7 +192,7 @@ class _Gathered:
         ]
 
 
-def _digest(rows: Sequence[Row]) -> str:
+def _digest(rows: Sequence[LatentsRow]) -> str:
     """Of what a shard holds."""
     found = hashlib.sha256()
     for one in rows:

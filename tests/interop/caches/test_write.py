@@ -16,8 +16,8 @@ from latent_codec.interop.caches.options import CacheName
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from tests.conftest import files_of
-from tests.latents.test_dataset import row_of, write
 from tests.support.caches import DISTINCT, EVERY, PATHS, draws, made, samples, store
+from tests.support.latents import damage, row_of, write
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 
 DRAWN = [name for name in EVERY if name not in ("mar", "edm2")]
@@ -87,18 +87,6 @@ def test_seed_and_epoch_choose_the_draw(codec: Codec, tmp_path: Path, to: CacheN
     none, zero, *others = (files_of(tmp_path / name) for name in ways)
     assert none == zero
     assert all(other.keys() == none.keys() and other != none for other in others) and others[0] != others[1]
-
-
-def damage(latents: Latents, index: int) -> str:
-    """An infinity in one image's latents."""
-    entry = latents.entries[index]
-    span = latents._spans(entry.shard, latents.shapes[index], False)[0]
-    shard = latents.folder / entry.shard
-    data = bytearray(shard.read_bytes())
-    start = span.start + entry.row * 2 * 4 * 4
-    data[start : start + 2] = b"\x00\x7c"
-    shard.write_bytes(data)
-    return entry.path
 
 
 @pytest.mark.parametrize("to", EVERY)

@@ -1,0 +1,52 @@
+"""Test that the pages name files, headings, modules, commands and options that exist."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.data import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "checkpoints").glob("*.md")])
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading)).lower().replace(" ", "-") for heading in headings}
+
+
+def _named(pattern: str) -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for found in sorted(set(re.findall(pattern, page.read_text(encoding="utf-8")))):
+            yield page.relative_to(ROOT).as_posix(), found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in _anchors(linked), f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize(("page", "path"), _named(r"`((?:latent_codec|train|tools|tests|checkpoints|examples|docs)/[\w/.\-]*)`"))
+def test_paths_exist(page: str, path: str) -> None:
+    assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+@pytest.mark.parametrize(("page", "module"), _named(r"(?:-m |`)((?:latent_codec|train|tools)(?:\.\w+)+)"))
+def test_modules_exist(page: str, module: str) -> None:
+    """Accept a module, or an attribute of one."""
+    parent, _, name = module.rpartition(".")
+    found = importlib.util.find_spec(parent)
+    assert found is not None, f"{page} names {module}"
+    attribute = re.search(rf"\b{name}\b", Path(found.origin or "").read_text(encoding="utf-8"))
+    assert attribute or importlib.util.find_spec(module), f"{page} names {module}"
+
+
+def test_pages_name_no_path_outside_the_repository() -> None:
+    for page in PAGES:
+        assert "../shared" not in page.read_text(encoding="utf-8"), page

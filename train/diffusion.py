@@ -27,7 +27,7 @@ from latent_codec.noise import fold, text_key
 from latent_codec.storage.json_config import dumps, to_json
 from train.config.common import flat
 from train.config.diffusion import PRESETS, DiffusionConfig, check_diffusion
-from train.data.crops import Draw, Plan
+from train.data.crops import Draw, SamplePlan
 from train.data.latents import PosteriorCrops
 from train.loop import checkpoints
 from train.loop.interrupts import Interrupts
@@ -99,7 +99,7 @@ def train(run: DiffusionRun) -> int:
     if run.log_with:
         accelerator.init_trackers(run.out.name, flat(to_json(config) | described))
 
-    plan = Plan(
+    plan = SamplePlan(
         seed=config.seed,
         crop=config.transformer.size,
         flip=False,
@@ -189,7 +189,9 @@ _COLUMNS, _STEPS, _GUIDANCE = 8, 25, 2.0  # of the pictures
 class DiffusionTask:
     """What `Trainer` leaves to a diffusion model. Raises `UserError` for a codec that did not make the latents."""
 
-    def __init__(self, run: DiffusionRun, ema: Diffusion, data: LatentData, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, run: DiffusionRun, ema: Diffusion, data: LatentData, plan: SamplePlan, device: torch.device
+    ) -> None:
         self.out, self.ema, self.device = run.out, ema, device
         self.crops = PosteriorCrops(data.held, data.held_rows, run.config.transformer.size, plan)
         self.flow = FlowMatching(dataclasses.replace(run.config.objective, label_dropout=0.0), ema)

@@ -28,7 +28,7 @@ from train.config.common import flat
 from train.config.presets import PRESETS
 from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 from train.context_prior.trained import prior_of
-from train.data.crops import Batches, MemoryImages, Plan, StreamedImages, centre_crops
+from train.data.crops import Batches, ImageSet, MemoryImages, SamplePlan, StreamedImages, centre_crops
 from train.init.closed_form import (
     all_patch_moments,
     mean_pixels,
@@ -113,8 +113,8 @@ def train(run: Run) -> int:
     progress = checkpoints.restore(run.out / "checkpoints", modules, optimizer)
     check_same_step(accelerator, progress)
 
-    images = _open_images(run, sources, labels_of(codec, sources), accelerator, quiet)
-    plan = Plan(
+    images = _open_images(run, _labelled(codec, sources), accelerator, quiet)
+    plan = SamplePlan(
         seed=config.seed,
         crop=config.crop,
         flip=config.flip,
@@ -148,7 +148,7 @@ def train(run: Run) -> int:
     if run.log_with:
         accelerator.init_trackers(run.out.name, flat(to_json(config) | described))
 
-    crops = centre_crops(held_out, labels_of(codec, held_out), config.codec.image_channels, config.eval_crop)
+    crops = centre_crops(_labelled(codec, held_out), config.eval_crop)
     log = RunLog(run.out / "log.jsonl", accelerator, progress.step)
     after_step = None if codebook is None else codebook.after_step
     task = VAETask(config, run.out, ema, Validation(crops), log)
@@ -230,7 +230,7 @@ def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
 
 
 def _moments(
-    config: TrainConfig, codec: Codec, sources: list[Source], images: Batches, plan: Plan, quiet: bool
+    config: TrainConfig, codec: Codec, sources: list[Source], images: Batches, plan: SamplePlan, quiet: bool
 ) -> PatchMoments:
     if config.closed_form_crops is None:
         return all_patch_moments(sources, codec, quiet=quiet)
@@ -239,13 +239,14 @@ def _moments(
     return patch_moments(images, whole, codec, batches, quiet=quiet)
 
 
-def _open_images(
-    run: Run, sources: list[Source], labels: torch.Tensor, accelerator: Accelerator, quiet: bool
-) -> Batches:
-    channels = run.config.codec.image_channels
+def _labelled(codec: Codec, sources: list[Source]) -> ImageSet:
+    return ImageSet(sources=sources, labels=labels_of(codec, sources), channels=codec.config.image_channels)
+
+
+def _open_images(run: Run, images: ImageSet, accelerator: Accelerator, quiet: bool) -> Batches:
     if run.data_mode == "stream":
-        return StreamedImages(sources, labels, channels, run.workers, accelerator.device)
-    return MemoryImages(sources, labels, channels, run.config.crop, accelerator.device, quiet=quiet)
+        return StreamedImages(images, run.workers, accelerator.device)
+    return MemoryImages(images, run.config.crop, accelerator.device, quiet=quiet)
 
 
 def _announce(run: Run, accelerator: Accelerator, codec: Codec, sources: list[Source], progress: Progress) -> None:

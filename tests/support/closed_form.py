@@ -12,12 +12,12 @@ from PIL import Image
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, LiteConfig
-from train.data.crops import Batches, MemoryImages, Plan
+from train.data.crops import Batches, ImageSet, MemoryImages, SamplePlan
 from train.init.closed_form import patch_moments, start_from_closed_form
 
 PATCH, Z, SIGMA = 4, 6, 0.05
 D = 3 * PATCH**2
-PLAN = Plan(seed=0, crop=16, flip=True, batch_size=8, micro_batches=1, rank=0, world=1)
+PLAN = SamplePlan(seed=0, crop=16, flip=True, batch_size=8, micro_batches=1, rank=0, world=1)
 STEPS = 6
 LINEAR = CodecConfig(
     image_channels=3,
@@ -44,7 +44,8 @@ def smooth_images(folder: Path) -> Batches:
         field = np.clip(field * 35 + np.array([150, 128, 90]), 0, 255)
         Image.fromarray(np.rint(field).astype(np.uint8)).save(folder / f"{i}.png")
     sources = find_images(folder)
-    return MemoryImages(sources, torch.zeros(len(sources)), 3, PLAN.crop, torch.device("cpu"), quiet=True)
+    images = ImageSet(sources=sources, labels=torch.zeros(len(sources)), channels=3)
+    return MemoryImages(images, PLAN.crop, torch.device("cpu"), quiet=True)
 
 
 def make(config: CodecConfig) -> Codec:

@@ -23,7 +23,7 @@ from tests.support.run import (
     start_ranks,
     tensors,
 )
-from train.data.crops import Plan
+from train.data.crops import SamplePlan
 from train.data.latents import PosteriorBatch, PosteriorCrops
 
 TINY = flags(
@@ -131,8 +131,8 @@ def test_two_ranks_have_the_gradients_of_one_and_resume_to_the_bit(
 # --- the data
 
 
-def plan(batch_size: int, rank: int = 0, world: int = 1) -> Plan:
-    return Plan(seed=3, crop=2, flip=False, batch_size=batch_size, micro_batches=1, rank=rank, world=world)
+def plan(batch_size: int, rank: int = 0, world: int = 1) -> SamplePlan:
+    return SamplePlan(seed=3, crop=2, flip=False, batch_size=batch_size, micro_batches=1, rank=rank, world=world)
 
 
 def test_two_ranks_draw_disjoint_complete_and_reproducible_epochs(folder: Path) -> None:

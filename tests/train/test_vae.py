@@ -37,7 +37,7 @@ from tests.support.run import (
     tensors,
     write_images,
 )
-from train.data.crops import centre_crops
+from train.data.crops import ImageSet, centre_crops
 from train.loop.interrupts import Interrupts
 
 STEPS = 8
@@ -129,7 +129,9 @@ def test_the_grid_has_the_images_and_three_decodings_of_them(straight: Straight,
     assert picture.shape == (4 * 32, 2 * 32, 3)
     rows = picture.reshape(4, 32, 2, 32, 3).transpose(0, 2, 4, 1, 3)  # (row, image, c, h, w)
     sources = {s.name: s for s in find_images(data)}
-    crops = centre_crops(list(sources.values()), torch.zeros(len(sources)), 3, 32).pixels.numpy()
+    crops = centre_crops(
+        ImageSet(sources=list(sources.values()), labels=torch.zeros(len(sources)), channels=3), 32
+    ).pixels.numpy()
     held_out = [next(i for i, crop in enumerate(crops) if np.array_equal(crop, image)) for image in rows[0]]
     assert len(set(held_out)) == 2
     codec = Codec.load(checkpoint(straight.out, STEPS) / "ema.safetensors")

@@ -1,9 +1,11 @@
-"""Training crops as a pure function of (seed, samples consumed).
+"""Cut training crops as a pure function of the seed and the number of samples consumed.
 
-Sample number i is crop `fold(seed, i)` of image permutation(seed, i // n)[i % n]. There is no sampler state: a run
-resumes by counting, and the samples are the same for any number of processes and workers, streamed or in memory.
+Sample i is the crop with key `fold(seed, i)` of image permutation(seed, i // n)[i % n], out of n images. There is no
+sampler state: a run resumes by counting, and the samples do not depend on the number of processes and workers, or on
+whether images are in memory or streamed.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -11,7 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,17 +27,30 @@ from latent_codec.noise import below, fold, permutation, uniform
 from train.data.packed import Boxes, Packed, to_device
 
 log = logging.getLogger(__name__)
-_ORDER, _TOP, _LEFT, _FLIP, _NOISE = range(5)  # what a key is used for
+_ORDER, _TOP, _LEFT, _FLIP, NOISE = range(5)  # purposes of a key
+T = TypeVar("T", bound=tuple[torch.Tensor, ...])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Hold image files, their classes, and the number of channels to read."""
+
+    sources: Sequence[Source]
+    labels: torch.Tensor
+    """(n,) int64."""
+    channels: int
 
 
 class Batch(NamedTuple):
+    """Hold one micro-batch of crops."""
+
     pixels: torch.Tensor  # (b, c, crop, crop) uint8
     keys: torch.Tensor  # (b,) int64, for the posterior's noise
     labels: torch.Tensor  # (b,) int64, numbers of classes; zeros for an unconditional model
 
 
 def fingerprint(sources: Sequence[Source]) -> str:
-    """SHA-256 over names and sizes, and the content of IDX files: what a run was trained on."""
+    """Return the SHA-256 of names and sizes, and of the content of IDX files, to identify a training set."""
     digest = hashlib.sha256("\n".join(f"{s.name}\t{s.size}" for s in sources).encode())
     for path in sorted({s.path for s in sources if s.bare is not None}):  # their names and sizes are all alike
         digest.update(hashlib.sha256(idx.content(path)).digest())
@@ -43,6 +58,8 @@ def fingerprint(sources: Sequence[Source]) -> str:
 
 
 class Draw(NamedTuple):
+    """Hold the image and the key of each sample."""
+
     image: torch.Tensor  # (b,) int64
     key: torch.Tensor  # (b,) int64
 
@@ -53,7 +70,7 @@ def _epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def draw(samples: Sequence[int], n: int, seed: int) -> Draw:
-    """Which image each sample number shows, out of n, and its key."""
+    """Return which of n images each sample number shows, and its key."""
     number = torch.tensor(samples)  # (b,)
     epoch, place = number // n, number % n
     image = torch.empty_like(number)
@@ -64,7 +81,7 @@ def draw(samples: Sequence[int], n: int, seed: int) -> Draw:
 
 
 def crop_boxes(key: torch.Tensor, height: torch.Tensor, width: torch.Tensor, crop: int, flip: bool) -> Boxes:
-    """Where to crop images of the given sizes, each at least `crop`."""
+    """Draw where to crop images of the given sizes, each at least `crop`, and which to mirror."""
     return Boxes(
         top=below(height - crop + 1, fold(key, _TOP)),
         left=below(width - crop + 1, fold(key, _LEFT)),
@@ -80,8 +97,8 @@ def at_least(pixels: torch.Tensor, side: int) -> torch.Tensor:
     return pixels[..., torch.arange(side).clamp(max=w - 1)] if w < side else pixels
 
 
-class Plan(NamedTuple):
-    """Which samples this process takes, and how they are cropped."""
+class SamplePlan(NamedTuple):
+    """Assign samples to steps, processes and micro-batches, and say how they are cropped."""
 
     seed: int
     crop: int
@@ -92,118 +109,106 @@ class Plan(NamedTuple):
     world: int
 
     def samples(self, step: int, micro: int) -> list[int]:
-        """The sample numbers of one micro-batch of one step on this process."""
+        """Return the sample numbers of one micro-batch of one step on this process."""
         size = self.batch_size // (self.world * self.micro_batches)
         start = step * self.batch_size + (self.rank * self.micro_batches + micro) * size
         return list(range(start, start + size))
 
     def schedule(self, first_step: int, last_step: int) -> Iterator[list[int]]:
+        """Yield the sample numbers of each micro-batch of the steps from `first_step` to before `last_step`."""
         for step in range(first_step, last_step):
             for micro in range(self.micro_batches):
                 yield self.samples(step, micro)
 
 
 class Batches(Protocol):
-    """A source of micro-batches in the order of `Plan.schedule`."""
+    """Provide micro-batches in the order of `SamplePlan.schedule`."""
 
-    def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]: ...
-
-
-_AHEAD = 64
-"""Micro-batches whose crops are chosen at once, on the CPU: choosing is many small operations, gathering is few."""
+    def batches(self, plan: SamplePlan, first_step: int, last_step: int) -> Iterator[Batch]:
+        """Yield the micro-batches of the steps from `first_step` to before `last_step`."""
+        ...
 
 
 class MemoryImages:
-    """All images decoded once into one uint8 tensor on the device; crops are gathered there."""
+    """Decode all images once into one uint8 tensor on the device, and gather crops there."""
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        labels: torch.Tensor,
-        channels: int,
-        min_side: int,
-        device: torch.device,
-        *,
-        quiet: bool,
+        self, images: ImageSet, min_side: int, device: torch.device, *, quiet: bool = False, ahead: int = 64
     ) -> None:
-        """`labels` (n,) are the sources' classes."""
-        images = _read_all(sources, channels, quiet)
-        good = [i for i, image in enumerate(images) if image is not None]
-        if not good:
-            raise UserError(f"none of the {len(sources)} images could be read; the first reason stands above")
-        kept = [at_least(images[i], min_side) for i in good]  # pyright: ignore[reportArgumentType]
-        images.clear()
-        # A broken image's turn goes to the next readable one, as when streaming.
-        self.row = torch.searchsorted(torch.tensor(good), torch.arange(len(sources))) % len(good)
-        self.labels = labels[torch.tensor(good)].long()
-        self.packed = Packed(kept, device)
+        """Read the images; the crops of `ahead` micro-batches are drawn together on the CPU, which is faster."""
+        count = len(images.sources)
+        with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it decodes
+            found = pool.map(read_or_report, images.sources, repeat(images.channels))
+            read = list(tqdm(found, "reading images", count, disable=quiet or None, unit="image"))
+        good = torch.tensor([i for i, image in enumerate(read) if image is not None])
+        kept = [at_least(image, min_side) for image in read if image is not None]
+        if not kept:
+            raise _none_readable(count)
+        del read
+        # The next readable image takes the turn of a broken one, as in streaming.
+        self.row = torch.searchsorted(good, torch.arange(count)) % len(good)
+        self.labels = images.labels[good].long()
+        self.packed, self.ahead = Packed(kept, device), ahead
 
-    def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
+    def batches(self, plan: SamplePlan, first_step: int, last_step: int) -> Iterator[Batch]:
+        """Yield micro-batches as `Batches` does."""
         schedule = plan.schedule(first_step, last_step)
-        while ahead := list(islice(schedule, _AHEAD)):
+        while ahead := list(islice(schedule, self.ahead)):
             drawn = draw([i for samples in ahead for i in samples], len(self.row), plan.seed)
-            row, keys = self.row[drawn.image], fold(drawn.key, _NOISE)
+            row, keys = self.row[drawn.image], fold(drawn.key, NOISE)
             box = crop_boxes(drawn.key, self.packed.height[row], self.packed.width[row], plan.crop, plan.flip)
             chosen = to_device(torch.stack([keys, self.labels[row], *self.packed.places(row, box)]), self.packed.device)
             for part in chosen.split(len(ahead[0]), dim=1):  # (2 + places, b)
                 yield Batch(self.packed.crops(part[2:], plan.crop), part[0], part[1])
 
 
-class StreamedImages(Dataset[Batch]):
-    """Images decoded anew for every crop, in worker processes: for sets larger than memory."""
+class StreamedImages:
+    """Decode images anew for every crop in worker processes, for sets larger than memory."""
 
-    def __init__(
-        self, sources: Sequence[Source], labels: torch.Tensor, channels: int, workers: int, device: torch.device
-    ) -> None:
-        """`labels` (n,) are the sources' classes."""
-        self.sources, self.labels, self.channels = sources, labels, channels
-        self.workers, self.device = workers, device
+    def __init__(self, images: ImageSet, workers: int, device: torch.device) -> None:
+        self.images, self.workers, self.device = images, workers, device
 
-    def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Crops(self.sources, self.labels, self.channels, plan),
-            sampler=Schedule(plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=leave_signals_to_the_run,
-            pin_memory=self.device.type == "cuda",
-        )
-        for batch in loader:
-            yield Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+    def batches(self, plan: SamplePlan, first_step: int, last_step: int) -> Iterator[Batch]:
+        """Yield micro-batches as `Batches` does."""
+        schedule = plan.schedule(first_step, last_step)
+        return load_in_workers(_Crops(self.images, plan), schedule, self.workers, self.device)
 
 
-def leave_signals_to_the_run(_: int) -> None:
-    """In a worker: Ctrl-C and many schedulers signal the whole process group, but the run still needs its crops."""
+def load_in_workers(
+    dataset: Dataset[T], schedule: Iterator[list[int]], workers: int, device: torch.device
+) -> Iterator[T]:
+    """Yield a dataset's micro-batches, made in worker processes from lists of sample numbers, on the device."""
+    loader = DataLoader(
+        dataset,
+        sampler=schedule,  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        yield type(batch)(*(t.to(device, non_blocking=True) for t in batch))  # pyright: ignore[reportCallIssue]
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and a scheduler's signal to the main process, which still needs crops for its last step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Schedule:
-    """The data loader's sampler: its items are lists of sample numbers."""
-
-    def __init__(self, plan: Plan, first_step: int, last_step: int) -> None:
-        self.plan, self.first_step, self.last_step = plan, first_step, last_step
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.plan.schedule(self.first_step, self.last_step)
-
-    def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.plan.micro_batches
-
-
 class _Crops(Dataset[Batch]):
-    """Indexed by a list of sample numbers: one micro-batch."""
+    """Make one micro-batch from a list of sample numbers."""
 
-    def __init__(self, sources: Sequence[Source], labels: torch.Tensor, channels: int, plan: Plan) -> None:
-        self.sources, self.labels, self.channels, self.plan = sources, labels, channels, plan
+    def __init__(self, images: ImageSet, plan: SamplePlan) -> None:
+        self.images, self.plan = images, plan
         self.reported: set[str] = set()
 
     def __getitem__(self, samples: list[int]) -> Batch:
-        drawn = draw(samples, len(self.sources), self.plan.seed)
+        drawn = draw(samples, len(self.images.sources), self.plan.seed)
         read = [self._read(int(image)) for image in drawn.image]
         crops = [self._crop(pixels, key) for (_, pixels), key in zip(read, drawn.key, strict=True)]
-        labels = self.labels[torch.tensor([i for i, _ in read])]
-        return Batch(torch.stack(crops), fold(drawn.key, _NOISE), labels)
+        labels = self.images.labels[torch.tensor([i for i, _ in read])]
+        return Batch(torch.stack(crops), fold(drawn.key, NOISE), labels)
 
     def _crop(self, pixels: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         pixels = at_least(pixels, self.plan.crop)
@@ -213,21 +218,25 @@ class _Crops(Dataset[Batch]):
         return pixels.flip(-1) if box.flip else pixels
 
     def _read(self, image: int) -> tuple[int, torch.Tensor]:
-        """An image and its number, or the next that can be read."""
-        for i in range(len(self.sources)):
-            number = (image + i) % len(self.sources)
-            source = self.sources[number]
+        """Return an image and its number, or the next one that can be read."""
+        count = len(self.images.sources)
+        for number in (*range(image, count), *range(image)):
+            source = self.images.sources[number]
             try:
-                return number, in_channels(source.read().pixels, self.channels)
+                return number, in_channels(source.read().pixels, self.images.channels)
             except UserError as error:
                 if source.name not in self.reported:  # once per worker, not once per epoch
                     log.warning("skipping %s", error)
                     self.reported.add(source.name)
-        raise UserError(f"none of the {len(self.sources)} images could be read; the first reason stands above")
+        raise _none_readable(count)
+
+
+def _none_readable(count: int, kind: str = "") -> UserError:
+    return UserError(f"none of the {count} {kind}images could be read; the first reason stands above")
 
 
 def read_or_report(source: Source, channels: int) -> torch.Tensor | None:
-    """Pixels (channels, h, w) uint8; None, and a warning that says why, where there are none to be had."""
+    """Return an image's pixels (channels, h, w) uint8, or None after a warning that says why it cannot be read."""
     try:
         return in_channels(source.read().pixels, channels)
     except UserError as error:
@@ -235,33 +244,29 @@ def read_or_report(source: Source, channels: int) -> torch.Tensor | None:
         return None
 
 
-def _read_all(sources: Sequence[Source], channels: int, quiet: bool) -> list[torch.Tensor | None]:
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        images = pool.map(read_or_report, sources, repeat(channels))
-        return list(tqdm(images, "reading images", len(sources), disable=quiet or None, unit="image"))
-
-
 class CentreCrops(NamedTuple):
+    """Hold the centre crops of readable images."""
+
     pixels: torch.Tensor  # (n, c, side, side) uint8
     names: list[str]
     labels: torch.Tensor  # (n,) int64
 
 
-def centre_crops(sources: Sequence[Source], labels: torch.Tensor, channels: int, side: int) -> CentreCrops:
-    """The middle of each readable image; small images are extended by their edges.
+def centre_crops(images: ImageSet, side: int) -> CentreCrops:
+    """Cut the centre of each readable image, extending small images by their last row and column.
 
     Raises `UserError` if none can be read.
     """
     crops, names, kept = [], [], []
-    for source, label in zip(sources, labels, strict=True):
-        image = read_or_report(source, channels)
+    for source, label in zip(images.sources, images.labels, strict=True):
+        image = read_or_report(source, images.channels)
         if image is None:
             continue
         pixels = at_least(image, side)
         top, left = (pixels.shape[1] - side) // 2, (pixels.shape[2] - side) // 2
-        crops.append(pixels[:, top : top + side, left : left + side].clone())  # the rest of the image can go
+        crops.append(pixels[:, top : top + side, left : left + side].clone())  # frees the rest of the image
         names.append(source.name)
         kept.append(label)
     if not crops:
-        raise UserError(f"none of the {len(sources)} validation images could be read; the first reason stands above")
+        raise _none_readable(len(images.sources), "validation ")
     return CentreCrops(torch.stack(crops), names, torch.stack(kept))

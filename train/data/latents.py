@@ -1,4 +1,4 @@
-"""Crops of stored latents as a pure function of (seed, samples consumed): of means in memory, of posteriors on disk."""
+"""Cut crops of stored latents as a pure function of the seed and the number of samples consumed."""
 
 import hashlib
 import logging
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from latent_codec.errors import UserError
 from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.dataset import Latents
 from latent_codec.noise import fold
 from latent_codec.storage.json_config import dumps
-from train.data.crops import Draw, Plan, Schedule, crop_boxes, draw, leave_signals_to_the_run
+from train.data.crops import NOISE, Draw, SamplePlan, crop_boxes, draw, load_in_workers
 from train.data.packed import Packed, to_device
 
 log = logging.getLogger(__name__)
@@ -22,17 +22,17 @@ _CPU = torch.device("cpu")
 
 
 class LatentBatch(NamedTuple):
+    """Hold crops of posterior means."""
+
     means: torch.Tensor  # (b, z, crop, crop) float32
-    keys: torch.Tensor  # (b,) int64, for whatever is drawn
+    keys: torch.Tensor  # (b,) int64, for all random numbers of an image
 
 
 class LatentCrops:
-    """The means of all images at least as large as the crop, float16, on one device.
-
-    Raises `UserError` if a folder holds another model's latents, or none is large enough.
-    """
+    """Hold the float16 means of all images at least as large as the crop, and cut crops of them, on one device."""
 
     def __init__(self, folders: Sequence[Path], model_id: str, crop: int, device: torch.device = _CPU) -> None:
+        """Read folders of latents; raises `UserError` for another model's latents, or if none is large enough."""
         self.model_id, self.crop = model_id, crop
         means: list[torch.Tensor] = []
         digest, small = hashlib.sha256(), 0
@@ -56,7 +56,7 @@ class LatentCrops:
         return len(self.packed)
 
     def batch(self, samples: Sequence[int], seed: int) -> LatentBatch:
-        """Sample number i is the same crop of the same image in every run of a seed."""
+        """Return the crops with these sample numbers, which depend on nothing but their number and the seed."""
         drawn = draw(samples, len(self), seed)
         height, width = self.packed.height[drawn.image], self.packed.width[drawn.image]
         box = crop_boxes(drawn.key, height, width, self.crop, flip=False)
@@ -64,32 +64,29 @@ class LatentCrops:
         return LatentBatch(self.packed.crops(chosen[1:], self.crop).float(), chosen[0])
 
     def batches(self, images: int, size: int, seed: int) -> Iterator[LatentBatch]:
-        """The first samples of a seed, `images` of them, a few at a time."""
+        """Yield the first `images` samples of a seed in batches of `size`."""
         for first in range(0, images, size):
             yield self.batch(range(first, min(first + size, images)), seed)
 
 
 class PosteriorBatch(NamedTuple):
-    """What `train.objectives.flow.FlowMatching` takes."""
+    """Hold crops of posteriors, the arguments of `train.objectives.flow.FlowMatching`."""
 
     mean: torch.Tensor  # (b, z, crop, crop) of the stored type
     logvar: torch.Tensor
     labels: torch.Tensor  # (b,) int64; -1 for none
-    keys: torch.Tensor  # (b,) int64, for whatever is drawn
-
-
-_FLIP, _DRAWS = 3, 4  # what a key is used for beside the crop, which takes 1 and 2
+    keys: torch.Tensor  # (b,) int64, for all random numbers of an image
 
 
 class PosteriorCrops(Dataset[PosteriorBatch]):
-    """Square crops of the posteriors of some images of a folder, read as they are needed; an item is a micro-batch.
+    """Read square crops of the posteriors of some images of a folder; an item is a micro-batch.
 
-    Sample number i is the same crop of the same image in every run of a seed: a run resumes by counting, and any number
-    of processes and workers makes the same samples. `rows` are the images' numbers, at least one; all are as large as
-    the crop.
+    A sample depends on nothing but its number and the plan's seed: a run resumes by counting, and any number of
+    processes and workers makes the same samples.
     """
 
-    def __init__(self, latents: Latents, rows: Sequence[int], crop: int, plan: Plan) -> None:
+    def __init__(self, latents: Latents, rows: Sequence[int], crop: int, plan: SamplePlan) -> None:
+        """`rows` are the numbers of one or more images, each at least as large as the crop."""
         self.latents, self.rows, self.crop, self.plan = latents, list(rows), crop, plan
         self._shapes = latents.shapes
 
@@ -99,7 +96,7 @@ class PosteriorCrops(Dataset[PosteriorBatch]):
         return self.crops(Draw(torch.tensor([self.rows[i] for i in drawn.image.tolist()]), drawn.key), epochs)
 
     def crops(self, drawn: Draw, epochs: Sequence[int]) -> PosteriorBatch:
-        """Crops of images by their numbers in the folder; epochs decide which are mirrored, if the latents are."""
+        """Cut crops of images given by their numbers; epochs decide which are mirrored, if mirrored latents exist."""
         shapes = self._shapes
         numbers = drawn.image.tolist()
         height, width = (torch.tensor([shapes[i][side] for i in numbers]) for side in (0, 1))
@@ -115,17 +112,8 @@ class PosteriorCrops(Dataset[PosteriorBatch]):
                 top, left = boxes[place]
                 crops[place] = torch.stack(both)[..., top : top + self.crop, left : left + self.crop]
         mean, logvar = torch.stack(crops, 1)  # (b, z, crop, crop) each
-        return PosteriorBatch(mean, logvar, self.latents.labels[drawn.image], fold(drawn.key, _DRAWS))
+        return PosteriorBatch(mean, logvar, self.latents.labels[drawn.image], fold(drawn.key, NOISE))
 
     def batches(self, first_step: int, last_step: int, workers: int, device: torch.device) -> Iterator[PosteriorBatch]:
-        """The micro-batches of this process, in the order of `Plan.schedule`."""
-        loader = DataLoader(
-            self,
-            sampler=Schedule(self.plan, first_step, last_step),  # pyright: ignore[reportArgumentType]
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=leave_signals_to_the_run,
-            pin_memory=device.type == "cuda",
-        )
-        for batch in loader:
-            yield PosteriorBatch(*(t.to(device, non_blocking=True) for t in batch))
+        """Yield the micro-batches of this process from `first_step` to before `last_step`."""
+        return load_in_workers(self, self.plan.schedule(first_step, last_step), workers, device)

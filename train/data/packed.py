@@ -1,4 +1,4 @@
-"""Images or latents of any sizes in one tensor on a device, and crops of them gathered there."""
+"""Pack images or latents of any sizes into one tensor on a device, and gather crops of them there."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,13 +7,15 @@ import torch
 
 
 class Boxes(NamedTuple):
+    """Hold the position of each crop and whether it is mirrored."""
+
     top: torch.Tensor  # (b,) int64
     left: torch.Tensor  # (b,) int64
     flip: torch.Tensor  # (b,) bool
 
 
 class Packed:
-    """Tensors (c, h, w) of one type and number of channels, at least one, laid end to end on the device."""
+    """Hold one or more tensors (c, h, w) of one type and number of channels end to end on a device."""
 
     def __init__(self, items: Sequence[torch.Tensor], device: torch.device) -> None:
         self.channels, self.device = items[0].shape[0], device
@@ -27,11 +29,11 @@ class Packed:
         return len(self.start)
 
     def places(self, row: torch.Tensor, box: Boxes) -> tuple[torch.Tensor, ...]:
-        """What `crops` wants to know of crops of items `row` (b,): tensors (b,) int64 on the CPU, to be stacked."""
+        """Return where the crops of items `row` (b,) lie, as tensors (b,) int64 on the CPU to stack for `crops`."""
         return self.start[row], self.height[row], self.width[row], box.top, box.left, box.flip.long()
 
     def crops(self, places: torch.Tensor, side: int) -> torch.Tensor:
-        """Crops (b, c, side, side) at the stacked `places` (6, b), which lie on the device."""
+        """Gather crops (b, c, side, side) at the stacked `places` (6, b), which are on the device."""
         start, height, width, top, left, flip = places[:, :, None, None, None].unbind()  # (b, 1, 1, 1) each
         along = torch.arange(side, device=self.device)
         x = torch.where(flip > 0, side - 1 - along, along) + left  # (b, 1, 1, side)
@@ -41,5 +43,5 @@ class Packed:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for; without pinned memory it would wait for all that the device has to do."""
+    """Copy a tensor from pinned memory, so that the host does not wait for the device to finish its work."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -14,12 +14,12 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import Bernoulli, Gaussian
 from latent_codec.model.networks import LinearBackbone, LiteBackbone, MLPBackbone
 from latent_codec.model.networks.linear import PatchMoments
-from train.data.crops import Batches, Plan, read_or_report
+from train.data.crops import Batches, SamplePlan, read_or_report
 
 _READERS = 4  # threads; twice as many images wait to be counted
 
 
-def patch_moments(images: Batches, plan: Plan, codec: Codec, steps: int, *, quiet: bool) -> PatchMoments:
+def patch_moments(images: Batches, plan: SamplePlan, codec: Codec, steps: int, *, quiet: bool) -> PatchMoments:
     """Moments of the non-overlapping patches of `steps` batches of crops."""
     batches = tqdm(images.batches(plan, 0, steps), "patch moments", steps, disable=quiet or None)
     return _moments((batch.pixels.cpu() for batch in batches), codec)
@@ -72,7 +72,7 @@ def _together(parts: Iterable[torch.Tensor], least: int) -> Iterator[torch.Tenso
         yield torch.cat(waiting)
 
 
-def mean_pixels(images: Batches, plan: Plan, count: int) -> torch.Tensor:
+def mean_pixels(images: Batches, plan: SamplePlan, count: int) -> torch.Tensor:
     """The average crop (c, crop, crop) float64, in 0..1, of at least `count` samples, in whole batches."""
     total, seen = torch.zeros((), dtype=torch.float64), 0
     for batch in images.batches(plan, 0, math.ceil(count / plan.batch_size)):

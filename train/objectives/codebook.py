@@ -15,7 +15,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, permutation
 from latent_codec.storage import tensors as tensor_files
 from train.config.vae import CodebookConfig
-from train.data.crops import Batches, Plan
+from train.data.crops import Batches, SamplePlan
 from train.objectives.losses import Losses
 
 _EPSILON = 1e-5  # of an even share, that each code is taken to be used besides
@@ -74,7 +74,7 @@ class CodebookTraining:
     averages: CodebookAverages
     accelerator: Accelerator
     images: Batches
-    plan: Plan
+    plan: SamplePlan
 
     @property
     def quantizer(self) -> VectorQuantizer:

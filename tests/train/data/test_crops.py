@@ -1,4 +1,4 @@
-"""Training crops: a pure function of (seed, samples consumed), however they are fetched."""
+"""Test that training crops are a pure function of the seed and the samples consumed, however they are fetched."""
 
 import logging
 import tarfile
@@ -15,18 +15,27 @@ from PIL import Image
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source, find_images
 from latent_codec.noise import fold, permutation
-from train.data import crops
-from train.data.crops import Batch, Batches, MemoryImages, Plan, StreamedImages, centre_crops, draw, fingerprint
+from train.data.crops import (
+    Batch,
+    Batches,
+    ImageSet,
+    MemoryImages,
+    SamplePlan,
+    StreamedImages,
+    centre_crops,
+    draw,
+    fingerprint,
+)
 
 CPU = torch.device("cpu")
 SIZES = [(40, 48), (33, 35), (20, 50), (36, 16), (32, 32), (9, 7)]  # height, width; several below the crop
-PLAN = Plan(seed=3, crop=32, flip=True, batch_size=4, micro_batches=1, rank=0, world=1)
+PLAN = SamplePlan(seed=3, crop=32, flip=True, batch_size=4, micro_batches=1, rank=0, world=1)
 BROKEN = 2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise images: a crop can lie at one place of one of them only."""
+    """Write noise images: a crop fits at one place of one of them only."""
     path = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i, (height, width) in enumerate(SIZES):
@@ -41,131 +50,110 @@ def sources(folder: Path) -> list[Source]:
 
 @pytest.fixture
 def with_broken(sources: list[Source], tmp_path: Path) -> list[Source]:
-    """The same, one of them cut off in the middle of its pixels."""
+    """Return the same sources, one of them cut off in the middle of its pixels."""
     cut = tmp_path / "cut.png"
     cut.write_bytes(sources[BROKEN].read_bytes()[:-200])
     return [s if i != BROKEN else Source(s.name, cut, 0, cut.stat().st_size) for i, s in enumerate(sources)]
 
 
-def memory(sources: list[Source]) -> Batches:
-    return MemoryImages(sources, torch.arange(len(sources)), 3, PLAN.crop, CPU, quiet=True)
+def image_set(sources: list[Source]) -> ImageSet:
+    return ImageSet(sources=sources, labels=torch.arange(len(sources)), channels=3)
+
+
+def memory(sources: list[Source], ahead: int = 64) -> Batches:
+    return MemoryImages(image_set(sources), PLAN.crop, CPU, quiet=True, ahead=ahead)
 
 
 def stream(sources: list[Source], workers: int = 0) -> Batches:
-    return StreamedImages(sources, torch.arange(len(sources)), 3, workers, CPU)
+    return StreamedImages(image_set(sources), workers, CPU)
 
 
-def collect(images: Batches, plan: Plan = PLAN, first: int = 0, last: int = 4) -> list[Batch]:
+def collect(images: Batches, plan: SamplePlan = PLAN, first: int = 0, last: int = 4) -> list[Batch]:
     return list(images.batches(plan, first, last))
+
+
+def pixels(images: Batches, plan: SamplePlan = PLAN, last: int = 4) -> torch.Tensor:
+    return torch.cat([batch.pixels for batch in collect(images, plan, last=last)])
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
     assert len(one) == len(other) > 0
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.keys, b.keys)
+        assert torch.equal(a.pixels, b.pixels) and torch.equal(a.keys, b.keys) and torch.equal(a.labels, b.labels)
 
 
 def places(crop: torch.Tensor, sources: list[Source]) -> Iterator[tuple[int, int, int, bool]]:
-    """(image, top, left, flipped) at which a crop is found, by looking everywhere."""
+    """Yield (image, top, left, flipped) where a crop is found, by looking everywhere."""
     for i, source in enumerate(sources):
-        pixels = source.read().pixels.numpy()
-        short = [(0, max(0, PLAN.crop - side)) for side in pixels.shape[1:]]
-        extended = np.pad(pixels, [(0, 0), *short], mode="edge")
+        image = source.read().pixels.numpy()
+        short = [(0, max(0, PLAN.crop - side)) for side in image.shape[1:]]
+        extended = np.pad(image, [(0, 0), *short], mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(extended, (PLAN.crop, PLAN.crop), axis=(1, 2))
         for flipped, wanted in ((False, crop), (True, crop.flip(-1))):
             hits = (windows == wanted.numpy()[:, None, None]).all((0, 3, 4))
             yield from ((i, int(top), int(left), flipped) for top, left in np.argwhere(hits))
 
 
-def test_batches_are_uint8_crops_with_one_key_each(sources: list[Source]) -> None:
-    for images in (memory(sources), stream(sources)):
-        (batch,) = collect(images, last=1)
-        assert batch.pixels.shape == (4, 3, 32, 32) and batch.pixels.dtype == torch.uint8
-        assert batch.keys.shape == (4,) and batch.keys.dtype == torch.int64
-
-
 def test_sample_i_is_a_crop_of_image_i_of_the_epochs_order(sources: list[Source]) -> None:
-    batches = collect(memory(sources), last=12)
-    crops = torch.cat([b.pixels for b in batches])
-    order = draw(range(len(crops)), len(sources), PLAN.seed).image.tolist()
+    crops = pixels(memory(sources), last=12)
+    assert crops.shape == (48, 3, 32, 32) and crops.dtype == torch.uint8
     found = [next(places(crop, sources)) for crop in crops]
-    assert [image for image, *_ in found] == order
-    tall = [top for image, top, _, _ in found if image == 0]
-    assert len(set(tall)) > 3  # of 9 possible, over 8 crops
+    assert [image for image, *_ in found] == draw(range(48), len(sources), PLAN.seed).image.tolist()
+    assert len({top for image, top, _, _ in found if image == 0}) > 3  # of 9 possible, over 8 crops
     # An image of exactly the crop's size can only be told apart by its mirroring.
     assert {flipped for image, _, _, flipped in found if image == 4} == {True, False}
 
 
 def test_crops_reach_every_place_and_half_are_flipped(sources: list[Source]) -> None:
     one = [sources[1]]  # 33 x 35: 2 x 4 places
-    crops = torch.cat([b.pixels for b in collect(memory(one), last=50)])
-    found = [next(places(crop, one)) for crop in crops]
+    found = [next(places(crop, one)) for crop in pixels(memory(one), last=50)]
     assert {(top, left) for _, top, left, _ in found} == {(t, left) for t in range(2) for left in range(4)}
     assert 70 < sum(flipped for *_, flipped in found) < 130  # of 200: four standard deviations
 
 
 def test_without_flip_nothing_is_mirrored_and_all_else_is_the_same(sources: list[Source]) -> None:
-    plain = torch.cat([b.pixels for b in collect(memory(sources), PLAN._replace(flip=False))])
-    flipped = torch.cat([b.pixels for b in collect(memory(sources))])
-    for a, b in zip(plain, flipped, strict=True):
+    plain = pixels(memory(sources), PLAN._replace(flip=False))
+    for a, b in zip(plain, pixels(memory(sources)), strict=True):
         assert not next(places(a, sources))[3]
         assert torch.equal(a, b) or torch.equal(a, b.flip(-1))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_crops_are_those_in_memory(sources: list[Source], workers: int) -> None:
-    assert_same(collect(stream(sources, workers)), collect(memory(sources)))
-
-
-def test_crops_do_not_depend_on_the_global_random_state(sources: list[Source]) -> None:
+def test_crops_depend_on_the_seed_and_not_on_the_global_random_state(sources: list[Source]) -> None:
     torch.manual_seed(1)
     one = collect(memory(sources))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    other = collect(memory(sources))
-    assert_same(one, other)
+    assert_same(collect(memory(sources)), one)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_another_seed_gives_other_crops(sources: list[Source]) -> None:
-    one, other = (collect(memory(sources), PLAN._replace(seed=seed)) for seed in (3, 4))
+    other = collect(memory(sources), PLAN._replace(seed=4))
     assert not any(torch.equal(a.pixels, b.pixels) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_reported_and_its_turn_goes_to_the_next(
-    with_broken: list[Source], sources: list[Source], caplog: pytest.LogCaptureFixture, workers: int
+@pytest.mark.parametrize("last", [False, True])
+def test_streamed_crops_are_those_in_memory_and_the_next_image_replaces_a_broken_one(
+    with_broken: list[Source], sources: list[Source], caplog: pytest.LogCaptureFixture, workers: int, last: bool
 ) -> None:
     caplog.set_level(logging.WARNING)
-    batches = collect(memory(with_broken))
+    start = BROKEN + 1 if last else 0  # the first image takes the turn of a broken last one
+    broken, whole = with_broken[start:] + with_broken[:start], sources[start:] + sources[:start]
+    number = len(sources) - 1 if last else BROKEN
+    batches = collect(memory(broken))
     assert sum(sources[BROKEN].name in r.getMessage() for r in caplog.records) == 1
     order = draw(range(16), len(sources), PLAN.seed).image.tolist()
-    assert BROKEN in order
-    found = [next(places(crop, sources))[0] for b in batches for crop in b.pixels]
-    assert found == [BROKEN + 1 if image == BROKEN else image for image in order]
+    assert number in order
+    found = [next(places(crop, whole))[0] for b in batches for crop in b.pixels]
+    assert found == [(number + 1) % len(sources) if image == number else image for image in order]
     caplog.clear()
-    assert_same(collect(stream(with_broken, workers)), batches)
+    assert_same(collect(stream(broken, workers)), batches)
     if workers == 0:  # a worker's report goes to its own standard error
         assert sum(sources[BROKEN].name in r.getMessage() for r in caplog.records) == 1
 
 
-def test_the_turn_of_a_broken_last_image_goes_to_the_first(with_broken: list[Source], sources: list[Source]) -> None:
-    rolled, whole = with_broken[BROKEN + 1 :] + with_broken[: BROKEN + 1], sources[BROKEN + 1 :] + sources[: BROKEN + 1]
-    batches = collect(memory(rolled))
-    last = len(rolled) - 1
-    order = draw(range(16), len(rolled), PLAN.seed).image.tolist()
-    assert last in order
-    found = [next(places(crop, whole))[0] for b in batches for crop in b.pixels]
-    assert found == [0 if image == last else image for image in order]
-    assert_same(collect(stream(rolled)), batches)
-
-
-def test_nothing_but_broken_images_is_an_error(with_broken: list[Source]) -> None:
-    broken = [with_broken[BROKEN]] * 2
+@pytest.mark.parametrize("fetch", [memory, lambda broken: collect(stream(broken))])
+def test_nothing_but_broken_images_is_an_error(with_broken: list[Source], fetch: Callable[..., object]) -> None:
     with pytest.raises(UserError, match="none of the 2 images could be read"):
-        memory(broken)
-    with pytest.raises(UserError, match="none of the 2 images could be read"):
-        collect(stream(broken))
+        fetch([with_broken[BROKEN]] * 2)
 
 
 def test_a_tar_file_gives_the_same_pixels_as_its_folder(folder: Path, sources: list[Source], tmp_path: Path) -> None:
@@ -173,18 +161,23 @@ def test_a_tar_file_gives_the_same_pixels_as_its_folder(folder: Path, sources: l
         for file in sorted(folder.iterdir(), reverse=True):  # the order within does not count
             tar.add(file, file.name)
     packed = find_images(tmp_path / "shard.tar")
-    assert_same(collect(memory(packed)), collect(memory(sources)))
-    assert_same(collect(stream(packed)), collect(memory(sources)))
+    for images in (memory(packed), stream(packed)):
+        assert_same(collect(images), collect(memory(sources)))
 
 
 @pytest.mark.parametrize("fetch", [memory, stream])
-def test_starting_at_a_later_step_goes_on_with_the_same_batches(
+def test_a_run_resumed_at_a_later_step_sees_the_same_batches(
     sources: list[Source], fetch: Callable[[list[Source]], Batches]
 ) -> None:
-    whole = collect(fetch(sources), last=6)
-    assert_same(collect(fetch(sources), first=0, last=2) + collect(fetch(sources), first=2, last=6), whole)
     plan = PLAN._replace(micro_batches=2)
-    assert_same(collect(fetch(sources), plan, 4, 6), collect(fetch(sources), plan, 0, 6)[8:])
+    whole = collect(fetch(sources), plan, last=6)
+    assert_same(collect(fetch(sources), plan, 0, 2) + collect(fetch(sources), plan, 2, 6), whole)
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_crops_do_not_depend_on_how_many_are_drawn_ahead(sources: list[Source], ahead: int) -> None:
+    plan = PLAN._replace(micro_batches=2)
+    assert_same(collect(memory(sources, ahead), plan, last=5), collect(memory(sources), plan, last=5))
 
 
 @given(
@@ -205,24 +198,14 @@ def test_ranks_and_micro_batches_share_each_steps_samples_in_order(
         assert samples == list(range((first + step) * batch_size, (first + step + 1) * batch_size))
 
 
-@pytest.mark.parametrize(("world", "micro_batches"), [(2, 1), (4, 1), (1, 2), (2, 2)])
-def test_the_ranks_crops_together_are_those_of_one_process(
-    sources: list[Source], world: int, micro_batches: int
-) -> None:
-    images = memory(sources)
-    plan = PLAN._replace(world=world, micro_batches=micro_batches)
+@pytest.mark.parametrize(("world", "micro_batches"), [(4, 1), (1, 2), (2, 2)])
+def test_the_crops_of_all_ranks_are_those_of_one_process(sources: list[Source], world: int, micro_batches: int) -> None:
+    images, plan = memory(sources), PLAN._replace(world=world, micro_batches=micro_batches)
     ranks = [collect(images, plan._replace(rank=rank)) for rank in range(world)]
     for step, whole in enumerate(collect(images)):
-        of_step = slice(step * micro_batches, (step + 1) * micro_batches)
-        parts = [part for rank in ranks for part in rank[of_step]]
+        parts = [part for rank in ranks for part in rank[step * micro_batches : (step + 1) * micro_batches]]
         assert torch.equal(torch.cat([p.pixels for p in parts]), whole.pixels)
         assert torch.equal(torch.cat([p.keys for p in parts]), whole.keys)
-
-
-@given(n=st.integers(1, 20), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 5))
-def test_each_epoch_shows_each_image_once(n: int, seed: int, epoch: int) -> None:
-    drawn = draw(range(epoch * n, (epoch + 1) * n), n, seed)
-    assert sorted(drawn.image.tolist()) == list(range(n))
 
 
 @given(
@@ -232,10 +215,10 @@ def test_each_epoch_shows_each_image_once(n: int, seed: int, epoch: int) -> None
     seed=st.integers(-(2**63), 2**63 - 1),
     stride=st.integers(1, 3),
 )
-def test_samples_drawn_together_are_those_drawn_one_by_one(
+def test_image_and_key_of_a_sample_follow_their_definition(
     start: int, count: int, n: int, seed: int, stride: int
 ) -> None:
-    """By the definition: sample i is image permutation(seed, i // n)[i % n], its key fold(seed, i)."""
+    """Sample i is image permutation(seed, i // n)[i % n] with the key fold(seed, i), however samples are batched."""
     samples = range(start, start + count * stride, stride)
     drawn = draw(samples, n, seed)
     for i, image, key in zip(samples, drawn.image.tolist(), drawn.key.tolist(), strict=True):
@@ -243,26 +226,17 @@ def test_samples_drawn_together_are_those_drawn_one_by_one(
         assert key == int(fold(seed, i))
 
 
-@pytest.mark.parametrize("ahead", [1, 3])
-def test_how_far_ahead_crops_are_chosen_changes_none(
-    sources: list[Source], monkeypatch: pytest.MonkeyPatch, ahead: int
-) -> None:
-    plan = PLAN._replace(micro_batches=2)
-    whole = collect(memory(sources), plan, last=5)
-    monkeypatch.setattr(crops, "_AHEAD", ahead)
-    assert_same(collect(memory(sources), plan, last=5), whole)
-
-
 def test_epochs_differ_in_order_and_every_sample_has_its_own_key() -> None:
     drawn = draw(range(300), 100, 0)
-    assert len({tuple(epoch.tolist()) for epoch in drawn.image.split(100)}) == 3
+    epochs = [epoch.tolist() for epoch in drawn.image.split(100)]
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and all(sorted(e) == list(range(100)) for e in epochs)
     assert len(set(drawn.key.tolist())) == 300
 
 
-def test_centre_crops_are_the_middle_and_skip_what_is_broken(
+def test_centre_crops_are_the_middle_of_readable_images(
     with_broken: list[Source], sources: list[Source], caplog: pytest.LogCaptureFixture
 ) -> None:
-    crops = centre_crops(with_broken, torch.arange(len(with_broken)), 3, 16)
+    crops = centre_crops(image_set(with_broken), 16)
     assert crops.names == [s.name for i, s in enumerate(sources) if i != BROKEN]
     assert sources[BROKEN].name in caplog.text
     assert torch.equal(crops.pixels[0], sources[0].read().pixels[:, 12:28, 16:32])
@@ -270,13 +244,12 @@ def test_centre_crops_are_the_middle_and_skip_what_is_broken(
     assert torch.equal(crops.pixels[-1][:, :9, :7], small)
     assert torch.equal(crops.pixels[-1][:, 9:, 7:], small[:, -1:, -1:].expand(3, 7, 9))
     with pytest.raises(UserError, match="none of the 1 validation images could be read"):
-        centre_crops([with_broken[BROKEN]], torch.zeros(1), 3, 16)
+        centre_crops(image_set([with_broken[BROKEN]]), 16)
 
 
-def test_the_fingerprint_tells_names_sizes_and_order(sources: list[Source]) -> None:
+def test_the_fingerprint_tells_names_sizes_and_order_but_not_places(sources: list[Source]) -> None:
     renamed = [sources[0]._replace(name="other.png"), *sources[1:]]
     resized = [sources[0]._replace(size=1), *sources[1:]]
     moved = [sources[0]._replace(path=Path("elsewhere")), *sources[1:]]
-    prints = [fingerprint(s) for s in (sources, renamed, resized, sources[::-1], sources[:-1])]
-    assert len(set(prints)) == len(prints)
+    assert len({fingerprint(s) for s in (sources, renamed, resized, sources[::-1], sources[:-1])}) == 5
     assert fingerprint(moved) == fingerprint(sources)

@@ -17,7 +17,7 @@ from latent_codec.model.config import VectorQuantizerConfig
 from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors, write_images
 from train.config.presets import autoencoder, fsq, photo, vqvae
 from train.config.vae import CodebookConfig, TrainConfig, check
-from train.data.crops import Batch, Plan
+from train.data.crops import Batch, SamplePlan
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.objectives.elbo import ELBO
 
@@ -131,11 +131,11 @@ def make(**fields: Any) -> tuple[CodebookTraining, list[torch.Tensor]]:
     pixels = [torch.randint(0, 256, (2, 3, 16, 16), generator=generator, dtype=torch.uint8) for _ in range(9)]
 
     class Images:
-        def batches(self, plan: Plan, first_step: int, last_step: int) -> Iterator[Batch]:
+        def batches(self, plan: SamplePlan, first_step: int, last_step: int) -> Iterator[Batch]:
             for step in range(first_step, last_step):
                 yield Batch(pixels[step], torch.arange(2), torch.zeros(2, dtype=torch.int64))
 
-    plan = Plan(seed=3, crop=16, flip=False, batch_size=2, micro_batches=1, rank=0, world=1)
+    plan = SamplePlan(seed=3, crop=16, flip=False, batch_size=2, micro_batches=1, rank=0, world=1)
     return CodebookTraining(training, codec, averages, Accelerator(cpu=True), Images(), plan), pixels
 
 

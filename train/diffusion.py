@@ -203,7 +203,7 @@ class DiffusionTask:
         return ()
 
     def values(self, losses: FlowLosses, step: int) -> dict[str, float]:
-        return {name: value.item() for name, value in losses._asdict().items()}
+        return losses.values()
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:

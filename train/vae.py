@@ -19,7 +19,6 @@ from accelerate.utils import set_seed
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.model.codebooks import perplexity
 from latent_codec.model.codec import Codec
 from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.storage.json_config import to_json
@@ -45,12 +44,11 @@ from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import Run, check_run, check_same_step, claim, describe, labels_of, split
 from train.loop.trainer import RATE, Trainer
 from train.objectives.codebook import CodebookTraining, averages_of
-from train.objectives.elbo import ELBO
-from train.objectives.iwae import IWAE
-from train.objectives.joint import Joint, measure
-from train.objectives.losses import Losses
+from train.objectives.elbo import ELBO, ELBOLosses
+from train.objectives.iwae import IWAE, IWAELosses
+from train.objectives.joint import Joint, JointLosses, measure
 from train.objectives.schedules import beta_at
-from train.validation import Validation, active_channels
+from train.validation import Validation
 
 _START_CROPS = 1024
 """New channels of a model to start from take their components of these: 262,144 patches of 8x8 at 128x128."""
@@ -180,29 +178,8 @@ class VAETask:
             return beta, measure, step >= objective.adversarial.adversarial_start
         return beta, measure
 
-    def values(self, losses: Losses, step: int) -> dict[str, float]:
-        config = self.config
-        values = {
-            "loss": losses.loss.item(),
-            "nll": losses.nll.item(),
-            "kl": losses.kl.item(),
-            "beta": beta_at(config.objective, step - 1),
-            "kl_bpp": losses.kl.item() / math.log(2) / config.crop**2,
-            "psnr": -10 * math.log10(max(losses.mse.item(), 1e-12)),
-            "active_channels": active_channels(losses.latent_mean, losses.latent_square),
-            "clamped": losses.clamped.item(),
-        }
-        if not isinstance(config.objective, IWAEConfig) and config.objective.mode_weight > 0:
-            values["nll_mode"] = losses.nll_mode.item()
-        if config.codec.codes is not None:
-            values["perplexity"] = perplexity(losses.code_use[:, 0])
-            values["penalty"] = losses.penalty.item()
-        if not isinstance(config.objective, IWAEConfig) and config.objective.lpips_weight > 0:
-            values["lpips"] = losses.lpips.item()
-        if isinstance(config.objective, ELBOConfig) and config.objective.adversarial is not None:
-            names = ("generator", "discriminator", "adversarial_weight", "score_real", "score_fake")
-            values |= dict(zip(names, losses.contest.tolist(), strict=True))
-        return values
+    def values(self, losses: ELBOLosses | IWAELosses | JointLosses, step: int) -> dict[str, float]:
+        return losses.values(beta_at(self.config.objective, step - 1), self.config.crop)
 
     def evaluate(self, step: int) -> dict[str, float]:
         self.validation.write_grid(self.out / "grids" / f"step-{step:08d}.png", self.ema)

@@ -15,7 +15,7 @@ from latent_codec.model.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.files import atomic_path
 from train.data.crops import CentreCrops
-from train.objectives.losses import PIXELS
+from train.objectives.losses import PIXELS, active_channels
 
 _COLUMNS = 8
 
@@ -91,8 +91,3 @@ class Validation:
         picture = rearrange(rows, "r n c h w -> (r h) (n w) c").cpu().numpy()
         with atomic_path(path) as temporary:
             Image.fromarray(picture).save(temporary, format="PNG")
-
-
-def active_channels(mean: torch.Tensor, square: torch.Tensor) -> int:
-    """Channels whose posterior mean varies over the data by more than 0.01 (Burda et al. 2016, section 5.2)."""
-    return int((square - mean.square() > 0.01).sum())

@@ -17,6 +17,7 @@ from train.loop.checkpoints import Progress, Saved
 from train.loop.guarded_steps import Skipped, Steps
 from train.loop.interrupts import Agreement, Interrupts, agree, is_heard
 from train.loop.logs import RunLog
+from train.objectives.losses import map_losses
 from train.objectives.schedules import LearningRate, learning_rate_at
 
 RATE = "rate"
@@ -143,10 +144,10 @@ class Trainer:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
                 losses = self.objective(*next(batches), *arguments)
                 accelerator.backward(losses.loss / config.accumulation)
-            micro.append(type(losses)(*(v.detach() for v in losses)))
+            micro.append(map_losses(torch.Tensor.detach, losses))
         losses = micro[0]
         if len(micro) > 1:
-            losses = type(losses)(*(torch.stack(v).mean(0) for v in zip(*micro, strict=True)))
+            losses = map_losses(lambda *parts: torch.stack(parts).mean(0), *micro)
         limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
         norm = accelerator.clip_grad_norm_(self.trained.parameters(), limit)
         assert norm is not None
@@ -186,7 +187,7 @@ class Trainer:
             )
 
     def _log(self, losses: Any, norm: torch.Tensor, speed: float) -> None:
-        losses = type(losses)(*(torch.as_tensor(self.accelerator.reduce(v, "mean")) for v in losses))
+        losses = map_losses(lambda t: torch.as_tensor(self.accelerator.reduce(t, "mean")), losses)
         step = self.progress.step
         values = self.task.values(losses, step) | {
             "grad_norm": norm.item(),

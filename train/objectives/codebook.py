@@ -1,4 +1,4 @@
-"""What trains a vector quantiser's codebook beside the optimizer: running averages, and codes brought back to life."""
+"""Train the codebook of a vector quantiser beside the optimizer: keep running averages and revive dead codes."""
 
 import dataclasses
 import math
@@ -13,44 +13,45 @@ from torch import nn
 from latent_codec.model.codebooks import Codes, VectorQuantizer
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, permutation
-from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.tensors import save_tensors
 from train.config.vae import CodebookConfig
 from train.data.crops import Batches, SamplePlan
-from train.objectives.losses import Losses
+from train.objectives.elbo import ELBOLosses
 
-_EPSILON = 1e-5  # of an even share, that each code is taken to be used besides
-_CHOICE = 3  # what a run's seed is folded with to choose encoder outputs
+_EPSILON = 1e-5  # of an even share, added to each code's share
+_CHOICE = 3  # a run's seed is folded with it to choose encoder outputs
 
 
 class CodebookAverages(nn.Module):
-    """Running averages of each code's share of the positions and of the outputs it stands for.
+    """Keep running averages of each code's share of the positions and of the outputs assigned to it.
 
     They belong to a run's checkpoints, not to its model.
     """
 
-    use: torch.Tensor  # (K, 1 + z) as `Codes.use`
+    use: torch.Tensor  # (K, 1 + z) as `Codes.use` returns it
 
     def __init__(self, codes: int, channels: int) -> None:
         super().__init__()
         self.register_buffer("use", torch.zeros(codes, 1 + channels))
 
     def save(self, path: Path) -> None:
-        tensor_files.save_tensors(path, {"use": self.use.detach().cpu().contiguous()}, {"format": "pt"})
+        """Write the averages to a safetensors file."""
+        save_tensors(path, {"use": self.use.detach().cpu().contiguous()}, {"format": "pt"})
 
     @torch.no_grad()
-    def put(self, code: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Codes (n,) start again as vectors (n, z), with an even share each."""
+    def reset(self, codes: torch.Tensor, vectors: torch.Tensor) -> None:
+        """Restart codes (n,) at vectors (n, z), with an even share each."""
         share = 1 / len(self.use)
-        self.use[code] = torch.cat([torch.ones_like(vectors[:, :1]), vectors], 1) * share
+        self.use[codes] = torch.cat([torch.ones_like(vectors[:, :1]), vectors], 1) * share
 
     @torch.no_grad()
     def add(self, use: torch.Tensor, decay: float) -> None:
-        """use: (K, 1 + z), of one step over all processes (Razavi et al. 2019, eq. 2)."""
+        """Add `use` (K, 1 + z) of one step over all processes (Razavi et al. 2019, eq. 2)."""
         self.use.lerp_(use, 1 - decay)
 
     @property
     def vectors(self) -> torch.Tensor:
-        """(K, z): sums over shares, these smoothed so that no code divides by zero."""
+        """Return the averaged outputs (K, z): sums over shares, which are smoothed so that none is zero."""
         share, sums = self.use[:, :1], self.use[:, 1:]
         even = share.sum() / len(share)
         smoothed = (share + _EPSILON * even) / (1 + _EPSILON)
@@ -58,7 +59,10 @@ class CodebookAverages(nn.Module):
 
 
 def averages_of(codec: Codec, config: CodebookConfig | None) -> CodebookAverages | None:
-    """New ones for a codec whose codebook is trained; the optimizer is told whether the codebook is its business."""
+    """Return new averages for a codec whose codebook is trained, else None.
+
+    The codebook gets `requires_grad` exactly if the optimizer trains it.
+    """
     if config is None or not isinstance(codec.bottleneck, VectorQuantizer):
         return None
     codec.bottleneck.codebook.requires_grad_(config.codebook == "gradient")
@@ -67,7 +71,7 @@ def averages_of(codec: Codec, config: CodebookConfig | None) -> CodebookAverages
 
 @dataclasses.dataclass
 class CodebookTraining:
-    """Follows one run's vector quantiser: `start`, then `after_step` at every step that the optimizer took."""
+    """Train one run's codebook: call `start` once, then `after_step` after every step that the optimizer took."""
 
     config: CodebookConfig
     codec: Codec
@@ -78,40 +82,45 @@ class CodebookTraining:
 
     @property
     def quantizer(self) -> VectorQuantizer:
+        """Return the codec's quantiser."""
         assert isinstance(self.codec.bottleneck, VectorQuantizer)
         return self.codec.bottleneck
 
     @torch.no_grad()
     def start(self, *, keep: bool) -> None:
-        """Every code on an encoder output of the first samples, or where it is."""
+        """Put every code on an encoder output of the first samples, or leave the codes where they are."""
         codes = torch.arange(len(self.averages.use), device=self.accelerator.device)
         if keep:
-            self.averages.put(codes, self.quantizer.codebook)
+            self.averages.reset(codes, self.quantizer.codebook)
         else:
-            self._put(codes, 0)
+            self._move(codes, 0)
 
     @torch.no_grad()
-    def after_step(self, losses: Losses, step: int) -> None:
-        """`losses`: this process' averages over the micro-batches of step number `step`, from 1."""
-        use = torch.as_tensor(self.accelerator.reduce(losses.code_use, "mean"))
+    def after_step(self, losses: ELBOLosses, step: int) -> None:
+        """Update averages and codebook.
+
+        `losses` are this process' averages over the micro-batches of step number `step`, counted from 1.
+        """
+        assert losses.codes is not None
+        use = torch.as_tensor(self.accelerator.reduce(losses.codes.use, "mean"))
         self.averages.add(use, self.config.codebook_decay)
         if self.config.codebook == "ema":
             self.quantizer.codebook.copy_(self.averages.vectors)
         if step % self.config.revive_every == 0 and self.config.revive_below > 0:
             share = self.averages.use[:, 0]
             dead = torch.nonzero(share * len(share) < self.config.revive_below)[:, 0]
-            if len(dead):  # on every process alike, for the averages are
-                self._put(dead, step)
+            if len(dead):  # the same on every process, because the averages are
+                self._move(dead, step)
 
-    def _put(self, codes: torch.Tensor, step: int) -> None:
+    def _move(self, codes: torch.Tensor, step: int) -> None:
         vectors = self._outputs(len(codes), step)
-        self.averages.put(codes, vectors)
+        self.averages.reset(codes, vectors)
         self.quantizer.codebook[codes] = vectors
 
     def _outputs(self, count: int, step: int) -> torch.Tensor:
-        """Encoder outputs (count, z) at places of this step's samples that a counter chooses.
+        """Return encoder outputs (count, z) at positions of this step's samples, chosen by a counter.
 
-        Every process computes them from the same samples, whoever trains on them, and takes the first one's.
+        Every process computes them from the same samples and takes those of the first.
         """
         whole = self.plan._replace(rank=0, world=1, micro_batches=1)
         batches = math.ceil(count / (whole.batch_size * (whole.crop // self.codec.factor) ** 2))

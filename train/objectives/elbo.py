@@ -1,38 +1,80 @@
-"""Losses. An objective owns the codec and is what Accelerate wraps: only its `forward` is called on the wrapper."""
+"""Compute the negative ELBO and the terms that may be added to it.
+
+An objective owns the codec and is what Accelerate wraps, so that only its `forward` is called.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
-from latent_codec.model.codebooks import Codes
+from latent_codec.model.codebooks import Codes, perplexity
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.quantizer import STEP_OF_STD, round_with_dead_zone
 from train.config.vae import ELBOConfig
-from train.objectives.adversarial import Adversary, Contest, last_weight, no_contest
-from train.objectives.losses import PIXELS, STEP, Losses, signed
+from train.objectives.adversarial import AdversarialLosses, Adversary, last_weight
+from train.objectives.losses import PIXELS, STEP, Bound, bound_of, map_losses, mse_of, signed
+
+
+class CodeLosses(NamedTuple):
+    """Hold what a bottleneck with a codebook adds to the losses, without gradients."""
+
+    penalty: torch.Tensor  # commitment and codebook loss; 0 where the codes are not trained
+    use: torch.Tensor  # (K, 1 + z) as `Codes.use` returns it
+
+    def values(self) -> dict[str, float]:
+        """Return the logged values."""
+        return {"perplexity": perplexity(self.use[:, 0]), "penalty": self.penalty.item()}
+
+
+class ELBOLosses(NamedTuple):
+    """Hold the losses of a batch; only `loss` has a gradient, and terms that are off are None."""
+
+    loss: torch.Tensor
+    bound: Bound
+    nll_mode: torch.Tensor | None  # NLL of the decoded mode, weighted by its step, in nats per image
+    codes: CodeLosses | None
+    lpips: torch.Tensor | None
+    adversarial: AdversarialLosses | None
+
+    def values(self, beta: float, crop: int) -> dict[str, float]:
+        """Return the logged values; the arguments are those of `Bound.values`."""
+        values = {"loss": self.loss.item()} | self.bound.values(beta, crop)
+        if self.nll_mode is not None:
+            values["nll_mode"] = self.nll_mode.item()
+        if self.codes is not None:
+            values |= self.codes.values()
+        if self.lpips is not None:
+            values["lpips"] = self.lpips.item()
+        if self.adversarial is not None:
+            values |= self.adversarial.values()
+        return values
 
 
 class ELBO(nn.Module):
     """Negative ELBO = NLL + beta KL (Kingma & Welling 2014, eq. 3; beta: Higgins et al. 2017), in nats per image.
 
     Free bits: a channel's KL below `free_bits` nats per latent element costs nothing. Kingma et al. (2016) take the
-    minimum over a batch's average; here it is per image, so that the loss of a batch is the average of its images'.
+    minimum over a batch's average; here it is taken per image, so that a batch's loss is the average of its images'.
 
-    The mode's NLL (`mode_weight`, `mode_steps`) changes nothing for the encoder: the rate-distortion trade-off stays
-    the ELBO's.
+    The NLL of the mode (`mode_weight`, `mode_steps`) has no gradient for the encoder: the rate-distortion trade-off
+    remains that of the ELBO.
 
-    A vector quantiser adds its commitment, and the codebook's own loss where gradients train it (van den Oord et al.
-    2017, eq. 3). The KL against a uniform prior over the codes is in the bound; it is a constant.
+    A vector quantiser adds its commitment loss and, where gradients train the codebook, the codebook's loss (van den
+    Oord et al. 2017, eq. 3). The KL against a uniform prior over the codes is a constant of the bound.
 
-    An adversary adds the generator's loss, and the discriminator's own.
+    An adversary adds the generator's loss and the discriminator's.
     """
 
     def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:
-        """Draws the discriminator's weights, if there is to be one."""
+        """Draw the weights of the discriminator, if there is one.
+
+        Raises `ValueError` if `lpips` is given without a positive `lpips_weight`, or the other way round.
+        """
         super().__init__()
         if (lpips is not None) != (config.lpips_weight > 0):
             raise ValueError("an LPIPS module is needed exactly when lpips_weight is positive")
@@ -49,10 +91,12 @@ class ELBO(nn.Module):
         labels: torch.Tensor,
         beta: torch.Tensor,
         measure: bool,
-        contest: bool = False,
-    ) -> Losses:
-        """pixels (b, c, h, w) uint8; keys (b,) int64 for the posterior's noise; labels (b,) int64; beta a scalar;
-        `contest`: whether the adversary takes part yet.
+        adversarial: bool = False,
+    ) -> ELBOLosses:
+        """Return the losses of pixels (b, c, h, w) uint8.
+
+        `keys` (b,) int64 determine all noise, `labels` (b,) int64 are the classes and `beta` () weighs the KL.
+        `measure` asks for the MSE, and `adversarial` says whether the adversary takes part yet.
         """
         codec = self.codec
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
@@ -62,46 +106,28 @@ class ELBO(nn.Module):
         nll = -codec.likelihood.log_prob(params, x).mean()
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
         penalty = self._penalty(posterior)
-        loss = beta * self._charged(kl_map) + penalty
-        nll_mode = torch.zeros_like(nll)
+        loss = beta * self.charged_kl(kl_map) + penalty
+        nll_mode = lpips = codes = played = None
         if self.config.mode_weight > 0:
-            assert isinstance(posterior, DiagonalGaussian)
-            mode, weight = self._decoded_mode(posterior, keys)
-            nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)).mean()
+            nll_mode = self._nll_mode(posterior, keys, labels, x)
             loss = loss + self.config.mode_weight * nll_mode
-        lpips, played = torch.zeros_like(nll), no_contest(nll)
         reconstruction = nll
         if self.lpips is not None:
-            mean = codec.likelihood.mean(params)
-            lpips = self.lpips(signed(codec, mean), signed(codec, x)).mean()
+            lpips = self.lpips(signed(codec, codec.likelihood.mean(params)), signed(codec, x)).mean()
             reconstruction = nll + self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
         loss = loss + reconstruction
         if self.adversary is not None:
             real, fake = signed(codec, x), signed(codec, codec.likelihood.mean(params))
-            played = self.adversary(real, fake, reconstruction, last_weight(codec.backbone.decoder), contest)
+            played = self.adversary(real, fake, reconstruction, last_weight(codec.backbone.decoder), adversarial)
             loss = loss + played.generator + played.discriminator
-        with torch.no_grad():
-            mse = torch.full_like(nll, math.nan)
-            if measure:
-                mse = (signed(codec, codec.likelihood.mean(params)) - signed(codec, x)).square().mean() / 4
-            mean = posterior.mean.detach()
-            return Losses(
-                loss=loss,
-                nll=nll.detach(),
-                kl=kl_map.detach().flatten(1).sum(1).mean(),
-                nll_mode=nll_mode.detach(),
-                lpips=lpips.detach(),
-                mse=mse,
-                clamped=posterior.clamped,
-                latent_mean=mean.mean((0, 2, 3)),
-                latent_square=mean.square().mean((0, 2, 3)),
-                penalty=penalty.detach(),
-                code_use=posterior.use() if isinstance(posterior, Codes) else torch.ones(1, 1, device=x.device),
-                contest=torch.stack(Contest(*(t.detach() for t in played))),
-            )
+        if isinstance(posterior, Codes):
+            codes = CodeLosses(penalty, posterior.use())
+        mse = mse_of(codec, params, x) if measure else None
+        bound = bound_of(posterior, nll, kl_map.flatten(1).sum(1).mean(), mse)
+        detached = map_losses(torch.Tensor.detach, ELBOLosses(loss, bound, nll_mode, codes, lpips, played))
+        return detached._replace(loss=loss)
 
     def _penalty(self, posterior: Posterior) -> torch.Tensor:
-        """Averaged over the batch."""
         config = self.config.codebook
         if config is None or not isinstance(posterior, Codes):
             return torch.zeros((), device=posterior.mean.device)
@@ -110,12 +136,19 @@ class ELBO(nn.Module):
             penalty = penalty + posterior.codebook_loss()
         return penalty.mean()
 
-    @torch.no_grad()
-    def _decoded_mode(self, posterior: DiagonalGaussian, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents (b, z, h/f, w/f) of the second NLL and its weights (b,).
+    def _nll_mode(
+        self, posterior: Posterior, keys: torch.Tensor, labels: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        assert isinstance(posterior, DiagonalGaussian)
+        mode, weight = self.decoded_mode(posterior, keys)
+        return -(weight * self.codec.likelihood.log_prob(self.codec.likelihood_params(mode, labels), x)).mean()
 
-        The posterior's standard deviation is each image's own, not the set's that a bitstream goes by: an image's loss
-        must not depend on the batch it is in.
+    @torch.no_grad()
+    def decoded_mode(self, posterior: DiagonalGaussian, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the latents (b, z, h/f, w/f) of the second NLL and its weights (b,).
+
+        Channel steps follow each image's own posterior standard deviation, not that of the data set as in a bitstream:
+        an image's loss must not depend on the batch it is in.
         """
         mode = posterior.mode().detach()
         if self.config.mode_steps is None:
@@ -126,8 +159,8 @@ class ELBO(nn.Module):
         size = STEP_OF_STD * std * step[:, None, None, None]
         return size * round_with_dead_zone(mode / size), step.clamp(min=1).square().reciprocal()
 
-    def _charged(self, kl_map: torch.Tensor) -> torch.Tensor:
-        """The KL that the loss charges, averaged over the batch."""
+    def charged_kl(self, kl_map: torch.Tensor) -> torch.Tensor:
+        """Return the KL that the loss charges, with free bits, as an average over the batch of kl_map (b, z, h, w)."""
         if self.config.free_bits == 0:
             return kl_map.flatten(1).sum(1).mean()
         per_channel = kl_map.mean((2, 3)).clamp(min=self.config.free_bits)  # (b, z) nats per element

@@ -1,4 +1,4 @@
-"""The loss of a latent diffusion model: an objective as `train.objectives.elbo` has them, for Accelerate to wrap."""
+"""Compute the loss of a latent diffusion model by flow matching."""
 
 from typing import NamedTuple
 
@@ -10,22 +10,26 @@ from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
 from train.config.diffusion import FlowConfig
 
-_POSTERIOR, _NOISE, _TIME, _DROP = range(4)  # what a sample's key is used for
+_POSTERIOR, _NOISE, _TIME, _DROP = range(4)  # numbers that a sample's key is folded with
 
 
 class FlowLosses(NamedTuple):
-    """Scalars: averages over the batch."""
+    """Hold the losses of a batch; each is a scalar, and only `loss` has a gradient."""
 
     loss: torch.Tensor  # squared error of the velocity per latent element
-    late: torch.Tensor  # the same of those images with t < 1/2, where little noise is left; NaN if there are none
-    early: torch.Tensor  # and of those with t >= 1/2
+    late: torch.Tensor  # the same for images with t < 1/2, where little noise is left; NaN if there are none
+    early: torch.Tensor  # the same for images with t >= 1/2
+
+    def values(self) -> dict[str, float]:
+        """Return the logged values."""
+        return {name: value.item() for name, value in self._asdict().items()}
 
 
 class FlowMatching(nn.Module):
     """Conditional flow matching on straight paths (Lipman et al. 2023; Liu et al. 2023).
 
-    t is logit-normal (Esser et al. 2024, section 3.1); a share of the labels is dropped, for classifier-free guidance
-    (Ho & Salimans 2022). Whatever is drawn of an image depends on its key alone.
+    t is logit-normal (Esser et al. 2024, section 3.1). A share of the labels is dropped for classifier-free guidance
+    (Ho & Salimans 2022). All random numbers of an image depend on its key alone.
     """
 
     def __init__(self, config: FlowConfig, model: Diffusion) -> None:
@@ -33,7 +37,10 @@ class FlowMatching(nn.Module):
         self.config, self.model = config, model
 
     def forward(self, mean: torch.Tensor, logvar: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> FlowLosses:
-        """Raw posteriors (b, z, s, s) of any floating-point type, labels (b,) int64, -1 for none, keys (b,) int64."""
+        """Return the losses of raw posteriors (b, z, s, s) of any floating-point type.
+
+        `labels` (b,) int64 are -1 for none; `keys` (b,) int64 determine all noise.
+        """
         shape = tuple(mean.shape[1:])
         posterior = DiagonalGaussian(mean.float(), logvar.float())
         z = self.model.normalize(posterior.sample(normal(fold(keys, _POSTERIOR), shape)))

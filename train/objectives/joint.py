@@ -1,6 +1,7 @@
-"""The joint phase: encoder, decoder and context prior trained together over a range of rates."""
+"""Compute the loss of the joint phase, which trains encoder, decoder and context prior over a range of rates."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,40 +11,91 @@ from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, uniform
 from train.config.vae import JointConfig
-from train.context_prior.network import ContextNet
+from train.context_prior.network import Coded, ContextNet
 from train.data.crops import CentreCrops
-from train.objectives.adversarial import no_contest
-from train.objectives.losses import CHOSEN, PIXELS, STEP, Losses, signed
+from train.objectives.losses import CHOSEN, PIXELS, STEP, Bound, bound_of, mse_of, signed
 
 _ENCODES = {"encoder", "quant_conv"}
 """Parts of a backbone that make latents."""
 
-MEASURED = (0.5, 1.0, 2.0)
-"""Steps at which a run says what its latents cost and what they are worth."""
+MEASURED_STEPS = (0.5, 1.0, 2.0)
+"""Quantiser steps at which an evaluation measures rate and distortion."""
+
+
+class JointLosses(NamedTuple):
+    """Hold the losses of a batch; only `loss` has a gradient, and terms that are off are None."""
+
+    loss: torch.Tensor
+    bound: Bound  # at the steps drawn
+    nll_mode: torch.Tensor | None  # NLL of the quantised mode, weighted by its step, in nats per image
+    lpips: torch.Tensor | None
+
+    def values(self, beta: float, crop: int) -> dict[str, float]:
+        """Return the logged values; the arguments are those of `Bound.values`."""
+        values = {"loss": self.loss.item()} | self.bound.values(beta, crop)
+        if self.nll_mode is not None:
+            values["nll_mode"] = self.nll_mode.item()
+        if self.lpips is not None:
+            values["lpips"] = self.lpips.item()
+        return values
+
+
+class _Latents(NamedTuple):
+    """Hold the latents that are decoded."""
+
+    posterior: DiagonalGaussian
+    step: torch.Tensor  # (b,)
+    drawn: torch.Tensor  # (b, z, h/f, w/f)
+    coded: Coded  # the quantised mode
+
+    @property
+    def coarse(self) -> torch.Tensor:
+        """Return the weight (b,) of distortions, 1 / step^2 above 1."""
+        return self.step.clamp(min=1).square().reciprocal()
+
+    @property
+    def fine(self) -> torch.Tensor:
+        """Return the weight (b,) of rates, step^2 below 1."""
+        return self.step.clamp(max=1).square()
+
+
+class _Terms(NamedTuple):
+    """Hold the loss () and its terms (b,)."""
+
+    loss: torch.Tensor
+    params: torch.Tensor  # likelihood parameters of what was decoded
+    nll: torch.Tensor
+    nll_mode: torch.Tensor
+    kl: torch.Tensor
+    lpips: torch.Tensor
 
 
 class Joint(nn.Module):
     """The ELBO of a posterior whose noise is scaled by a step s, under a prior that knows s, in nats per image.
 
-    q_s(z given x) = N(mean, s^2 std^2); p_s is the context prior's density at step s. As a coarser quantiser's error
-    grows with s^2, so may the likelihood's: for each image NLL / s^2 + KL(q_s, p_s) (the multi-rate objective that a
-    beta of s^2 makes of the VAE's, Higgins et al. 2017), and all of it times s^2 where s is below 1, so that neither
-    end outweighs the other. The KL is -log p_s of the one sample, less the entropy of q_s (Balle et al. 2017, eq. 13,
-    with Gaussian noise and a prior that sees its context).
+    q_s(z given x) = N(mean, s^2 std^2), and p_s is the context prior's density at step s. The error of a coarser
+    quantiser grows with s^2, and the likelihood's error may grow with it: an image's loss is NLL / s^2 + KL(q_s, p_s)
+    (the multi-rate form of a beta of s^2, Higgins et al. 2017), and s^2 times that where s is below 1, so that neither
+    end of the range outweighs the other. The KL is -log p_s of one sample less the entropy of q_s (Balle et al. 2017,
+    eq. 13, with Gaussian noise and a prior that sees its context).
 
-    A prior that learns would follow latents anywhere, and they do wander off, beyond what its inputs can show. So each
-    image also pays what N(0, I) charges for its channels' means.
+    A learned prior does not anchor the means, so their drift is penalised: each image also pays what N(0, I) charges
+    for the means of its channels.
 
-    The decoder also learns the mode quantised at s, and the prior the integers that a bitstream would hold; both
-    change nothing for the encoder.
+    The decoder also learns the mode quantised at s, and the prior the integers that a bitstream would hold; neither has
+    a gradient for the encoder.
 
-    With `decoder_alone` only the two NLLs are left, of the decoder's weights; each image has one of them, by lot.
+    With `decoder_alone` only the two NLLs remain, with gradients for the decoder's weights; a Bernoulli mask gives each
+    image one of them.
 
-    LPIPS of what is decoded is added to either NLL.
+    LPIPS of the expected pixels is added to either NLL.
     """
 
     def __init__(self, config: JointConfig, codec: Codec, prior: ContextNet, lpips: LPIPS | None = None) -> None:
-        """With `decoder_alone` no other weights of `codec` and `prior` will have a gradient."""
+        """With `decoder_alone`, freeze all weights but the decoder's.
+
+        Raises `ValueError` if `lpips` is given without a positive `lpips_weight`, or the other way round.
+        """
         super().__init__()
         if (lpips is not None) != (config.lpips_weight > 0):
             raise ValueError("an LPIPS module is needed exactly when lpips_weight is positive")
@@ -55,80 +107,72 @@ class Joint(nn.Module):
 
     def forward(
         self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
-    ) -> Losses:
-        """As `train.objectives.elbo.ELBO.forward`; `kl` in the losses is that of the steps drawn."""
-        codec, prior = self.codec, self.prior
+    ) -> JointLosses:
+        """Return the losses; the arguments are those of `ELBO.forward`."""
+        codec = self.codec
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
         posterior = codec.encode(x, labels)
         assert isinstance(posterior, DiagonalGaussian)
         low, high = (math.log(step) for step in self.config.noise_steps)
         step = torch.exp(low + (high - low) * uniform(fold(keys, STEP))).float()  # (b,)
         noise = normal(keys, tuple(posterior.mean.shape[1:]))
-        z = posterior.mean + step[:, None, None, None] * posterior.std * noise  # (b, z, h/f, w/f)
+        z = posterior.mean + step[:, None, None, None] * posterior.std * noise
         with torch.no_grad():
-            rounded = prior.rounded(posterior.mean, step)
-        coded = prior.code(rounded)  # what the latents are has no gradient
-        coarse, fine = step.clamp(min=1).square().reciprocal(), step.clamp(max=1).square()
-        weight = self.config.mode_weight
+            rounded = self.prior.rounded(posterior.mean, step)
+        latents = _Latents(posterior, step, z, self.prior.code(rounded))  # integers have no gradient
         if self.config.decoder_alone:
-            lot = uniform(fold(keys, CHOSEN)) * (1 + weight) < weight  # (b,)
-            params = codec.likelihood_params(torch.where(lot[:, None, None, None], coded.latents, z), labels)
-            either, lpips = self._errors(params, x)  # (b,)
-            looks = self._nats(lpips, x)
-            either = either * (1 + weight)
-            nll, nll_mode = torch.where(lot, 0, either), torch.where(lot, either / max(weight, 1e-9), 0)
-            kl = torch.zeros_like(nll)
-            loss = (coarse * (either + (1 + weight) * looks)).mean()
+            terms = self._decoder_terms(latents, keys, labels, x)
         else:
-            params = codec.likelihood_params(z, labels)
-            nll, lpips = self._errors(params, x)  # (b,)
-            kl = self._kl(posterior, z, step)  # (b,)
-            nll_mode, lpips_mode = self._errors(codec.likelihood_params(coded.latents, labels), x)  # (b,)
-            looks = self._nats(lpips + weight * lpips_mode, x)
-            integers = coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
-            off_centre = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
-            loss = (coarse * (nll + weight * nll_mode + looks) + fine * (beta * kl + integers + off_centre)).mean()
+            terms = self._all_terms(latents, labels, x, beta)
         with torch.no_grad():
-            mse = torch.full((), math.nan, device=x.device)
-            if measure:
-                mse = (signed(codec, codec.likelihood.mean(params)) - signed(codec, x)).square().mean() / 4
-            mean, zero = posterior.mean, torch.zeros((), device=x.device)
-            return Losses(
-                loss=loss,
-                nll=nll.mean(),
-                kl=kl.mean(),
-                nll_mode=(coarse * nll_mode).mean(),
-                lpips=lpips.mean(),
-                mse=mse,
-                clamped=posterior.clamped,
-                latent_mean=mean.mean((0, 2, 3)),
-                latent_square=mean.square().mean((0, 2, 3)),
-                penalty=zero,
-                code_use=torch.ones(1, 1, device=x.device),
-                contest=torch.stack(no_contest(x)),
-            )
+            mse = mse_of(codec, terms.params, x) if measure else None
+            nll_mode = (latents.coarse * terms.nll_mode).mean() if self.config.mode_weight > 0 else None
+            lpips = None if self.lpips is None else terms.lpips.mean()
+            return JointLosses(terms.loss, bound_of(posterior, terms.nll.mean(), terms.kl.mean(), mse), nll_mode, lpips)
+
+    def _decoder_terms(self, latents: _Latents, keys: torch.Tensor, labels: torch.Tensor, x: torch.Tensor) -> _Terms:
+        """Decode the quantised mode of some images and the draw of the others, in proportion to the NLLs' weights."""
+        weight = self.config.mode_weight
+        masked = uniform(fold(keys, CHOSEN)) * (1 + weight) < weight  # (b,)
+        z = torch.where(masked[:, None, None, None], latents.coded.latents, latents.drawn)
+        params = self.codec.likelihood_params(z, labels)
+        either, lpips = self._errors(params, x)  # (b,)
+        either = either * (1 + weight)
+        loss = (latents.coarse * (either + (1 + weight) * self._lpips_nats(lpips, x))).mean()
+        nll, nll_mode = torch.where(masked, 0, either), torch.where(masked, either / max(weight, 1e-9), 0)
+        return _Terms(loss, params, nll, nll_mode, torch.zeros_like(nll), lpips)
+
+    def _all_terms(self, latents: _Latents, labels: torch.Tensor, x: torch.Tensor, beta: torch.Tensor) -> _Terms:
+        posterior, z, weight = latents.posterior, latents.drawn, self.config.mode_weight
+        params = self.codec.likelihood_params(z, labels)
+        nll, lpips = self._errors(params, x)  # (b,)
+        kl = self.kl(posterior, z, latents.step)  # (b,)
+        nll_mode, lpips_mode = self._errors(self.codec.likelihood_params(latents.coded.latents, labels), x)  # (b,)
+        perceptual = self._lpips_nats(lpips + weight * lpips_mode, x)
+        integers = latents.coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
+        drift = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
+        distortion = latents.coarse * (nll + weight * nll_mode + perceptual)
+        loss = (distortion + latents.fine * (beta * kl + integers + drift)).mean()
+        return _Terms(loss, params, nll, nll_mode, kl, lpips)
 
     def _errors(self, params: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """NLL of each image x in nats, and LPIPS of its expected pixels, 0 where that is left out, (b,) both."""
+        """Return the NLL (b,) of each image in nats and the LPIPS (b,) of its expected pixels, 0 if that is off."""
         nll = -self.codec.likelihood.log_prob(params, x)
         if self.lpips is None:
             return nll, torch.zeros_like(nll)
         mean = self.codec.likelihood.mean(params)
         return nll, self.lpips(signed(self.codec, mean), signed(self.codec, x))
 
-    def _nats(self, lpips: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What LPIPS (b,) of images x counts."""
+    def _lpips_nats(self, lpips: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
 
-    def _kl(self, posterior: DiagonalGaussian, z: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-        """KL(q_s, p_s) of each image in nats, (b,), by one sample; the entropy of q_s is exact.
+    def kl(self, posterior: DiagonalGaussian, z: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Estimate KL(q_s, p_s) of each image in nats, (b,), from one sample z; the entropy of q_s is exact.
 
-        The prior gives the mass of a quantiser's cell around z; its density is that over the cell's size.
+        The prior gives the mass of a quantiser's cell around z; its density is that mass over the cell's size.
         """
         mass = self.prior.code(self.prior.noisy(z, step)).bits * z.shape[2:].numel() * math.log(2)  # (b,)
-        cell = (
-            self.prior.channel_steps.log().sum() * z.shape[2:].numel()
-        )  # of step 1; the step itself is in both and cancels
+        cell = self.prior.channel_steps.log().sum() * z.shape[2:].numel()  # at step 1; the step itself cancels
         entropy = posterior.std.log().flatten(1).sum(1) + 0.5 * math.log(2 * math.pi * math.e) * z[0].numel()
         return mass + cell - entropy
 
@@ -137,21 +181,24 @@ class Joint(nn.Module):
 def measure(
     prior: ContextNet, codec: Codec, crops: CentreCrops, lpips: LPIPS | None, batch: int = 8
 ) -> dict[str, float]:
-    """At each of `MEASURED` steps: bits per pixel of rounded latents under the prior, PSNR of what they decode to and,
-    if it is there to measure it, LPIPS."""
+    """Measure the images' quantised modes at each of `MEASURED_STEPS`.
+
+    Returns the bits per pixel under the prior and the PSNR in decibels as `bpp_step_S` and `psnr_step_S`, and
+    `lpips_step_S` if `lpips` is given.
+    """
     device = next(codec.parameters()).device
     values: dict[str, float] = {}
     means = [codec.encode(p.to(device)).mean for p in crops.pixels.split(batch)]
-    for step in MEASURED:
+    for step in MEASURED_STEPS:
         bits, psnr, distances = [], [], []
         for mean, pixels in zip(means, crops.pixels.split(batch), strict=True):
             coded = prior.code(prior.rounded(mean, torch.full((len(mean),), step, device=device)))
             bits.append(coded.bits / codec.factor**2)
             decoded, original = codec.decode_uint8(coded.latents).float(), pixels.to(device).float()
-            error = decoded - original
             if lpips is not None:
                 distances.append(lpips(decoded / 127.5 - 1, original / 127.5 - 1))
-            psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3)).clamp(min=1e-6)))
+            error = (decoded - original).square().mean((1, 2, 3))
+            psnr.append(10 * torch.log10(255**2 / error.clamp(min=1e-6)))
         values[f"bpp_step_{step:g}"] = torch.cat(bits).mean().item()
         values[f"psnr_step_{step:g}"] = torch.cat(psnr).mean().item()
         if distances:

@@ -1,39 +1,86 @@
-"""Define what an objective returns: the losses of a batch."""
+"""Define what the objectives share: how losses are combined, and the measures of a variational bound."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from latent_codec.model.bottlenecks import Posterior
 from latent_codec.model.codec import Codec
 
-# What a key is folded with; the posterior's noise uses the key as it is.
-STEP = 1  # the quantiser's step
+STEP, PIXELS, CHOSEN = 1, 2, 3
+"""Numbers that a sample's key is folded with to draw the quantiser step, the binary pixels, and the samples that a
+gradient passes through. The posterior's noise uses the key as it is."""
+
+Losses = TypeVar("Losses")
 
 
-PIXELS = 2  # drawn pixels
+def map_losses(function: Callable[..., torch.Tensor], *losses: Losses) -> Losses:
+    """Apply a function to the tensors at the same place of named tuples of one kind; None stays None."""
+    first: Any = losses[0]
+    if first is None:
+        return first
+    if isinstance(first, torch.Tensor):
+        return function(*losses)  # pyright: ignore[reportReturnType]
+    return type(first)(*(map_losses(function, *parts) for parts in zip(*losses, strict=True)))  # pyright: ignore
 
 
-CHOSEN = 3  # samples that a gradient goes through
+class Bound(NamedTuple):
+    """Hold the measures of the variational bound that every objective of a VAE logs, without gradients.
 
+    Scalars are averages over the batch, in nats per image unless a comment says otherwise.
+    """
 
-class Losses(NamedTuple):
-    """Scalars are averages over the batch, in nats per image unless said otherwise; only `loss` has a gradient."""
-
-    loss: torch.Tensor
     nll: torch.Tensor
     kl: torch.Tensor
-    nll_mode: torch.Tensor  # of the decoded mode, weighted by its step; 0 where the term is off
-    lpips: torch.Tensor  # LPIPS units; 0 where the term is off
-    mse: torch.Tensor  # of the expected pixels, in units of [0, 1]; NaN unless measured
-    clamped: torch.Tensor  # share of clamped logvars
+    mse: torch.Tensor  # of the expected pixels in units of [0, 1]; NaN unless measured
+    clamped: torch.Tensor  # share of the log-variances that were clamped
     latent_mean: torch.Tensor  # (z,) average of the posterior means
     latent_square: torch.Tensor  # (z,) average of their squares
-    penalty: torch.Tensor  # of a vector quantiser, commitment and codebook; 0 of others
-    code_use: torch.Tensor  # (K, 1 + z) as `Codes.use` gives it; (1, 1), 1, where there is no codebook
-    contest: torch.Tensor  # (5,) as `Contest` names them; zeros where there is no adversary
+
+    def values(self, beta: float, crop: int) -> dict[str, float]:
+        """Return the logged values; `beta` is the weight of the KL and `crop` the side of an image in pixels."""
+        return {
+            "nll": self.nll.item(),
+            "kl": self.kl.item(),
+            "beta": beta,
+            "kl_bpp": self.kl.item() / math.log(2) / crop**2,
+            "psnr": -10 * math.log10(max(self.mse.item(), 1e-12)),
+            "active_channels": active_channels(self.latent_mean, self.latent_square),
+            "clamped": self.clamped.item(),
+        }
+
+
+@torch.no_grad()
+def bound_of(posterior: Posterior, nll: torch.Tensor, kl: torch.Tensor, mse: torch.Tensor | None) -> Bound:
+    """Return the measures of a batch from its posterior, its NLL and KL (each a scalar) and, if measured, its MSE."""
+    mean = posterior.mean.detach()
+    return Bound(
+        nll=nll.detach(),
+        kl=kl.detach(),
+        mse=torch.full((), math.nan, device=mean.device) if mse is None else mse,
+        clamped=posterior.clamped,
+        latent_mean=mean.mean((0, 2, 3)),
+        latent_square=mean.square().mean((0, 2, 3)),
+    )
+
+
+@torch.no_grad()
+def mse_of(codec: Codec, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of the expected pixels against x, both taken as lying in [0, 1]."""
+    return (signed(codec, codec.likelihood.mean(params)) - signed(codec, x)).square().mean() / 4
 
 
 def signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:
-    """Pixels in the likelihood's range, brought to [-1, 1]."""
+    """Scale pixels from the likelihood's range to [-1, 1]."""
     low, high = codec.likelihood.data_range
     return (x - low) * (2.0 / (high - low)) - 1.0
+
+
+def active_channels(mean: torch.Tensor, square: torch.Tensor) -> int:
+    """Count the channels whose posterior mean has a variance above 0.01 (Burda et al. 2016, section 5.2).
+
+    `mean` and `square` (z,) are averages over the data of the posterior means and of their squares.
+    """
+    return int((square - mean.square() > 0.01).sum())

@@ -1,4 +1,4 @@
-"""Pure functions of the step: KL weight and learning rate."""
+"""Compute the KL weight and the learning rate as pure functions of the step."""
 
 import math
 from typing import Protocol
@@ -7,7 +7,7 @@ from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
 
 class LearningRate(Protocol):
-    """What a configuration says of its learning rate."""
+    """The fields of a configuration that determine its learning rate."""
 
     @property
     def steps(self) -> int: ...
@@ -18,7 +18,7 @@ class LearningRate(Protocol):
 
 
 def beta_at(config: ELBOConfig | IWAEConfig | JointConfig, step: int) -> float:
-    """The KL's weight at a step, from 0 up to `config.beta`; with any but 1 the importance-weighted bound is none."""
+    """Return the weight of the KL at a step; objectives other than the ELBO have a weight of 1."""
     if not isinstance(config, ELBOConfig):
         return 1.0
     if config.warmup == "none" or config.warmup_steps == 0:
@@ -32,7 +32,11 @@ def beta_at(config: ELBOConfig | IWAEConfig | JointConfig, step: int) -> float:
 
 
 def learning_rate_at(config: LearningRate, step: int) -> float:
-    """Linear warm-up, then half a cosine down to zero at the last step (Loshchilov & Hutter 2017), or stages."""
+    """Return the learning rate at a step.
+
+    It warms up linearly and falls by half a cosine to zero at the last step (Loshchilov & Hutter 2017), or it falls in
+    stages if the configuration says so.
+    """
     if isinstance(config, TrainConfig) and config.lr_schedule == "stages":
         return _staged_rate_at(config, step)
     if step < config.lr_warmup_steps:
@@ -42,9 +46,9 @@ def learning_rate_at(config: LearningRate, step: int) -> float:
 
 
 def _staged_rate_at(config: LearningRate, step: int) -> float:
-    """Eight falling stages: stage i has 10^(-i/7) of the rate for a share of 3^i / 3280 of the steps.
+    """Return the rate of eight falling stages; stage i has 10^(-i/7) of it for a share of 3^i / 3280 of the steps.
 
-    In 3,280 passes over the data that is the schedule of Burda et al. (2016, section 5). There is no warm-up.
+    Over 3,280 passes this is the schedule of Burda et al. (2016, section 5). There is no warm-up.
     """
     # 1 + 3 + ... + 3^(i-1) = (3^i - 1) / 2 passes come before stage i.
     stage = sum(2 * 3280 * step >= (3**i - 1) * config.steps for i in range(1, 8))

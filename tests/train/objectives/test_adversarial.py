@@ -1,4 +1,4 @@
-"""The contest of decoder and discriminator: its losses, whose gradient goes where, its weight, and whole runs."""
+"""Test the adversarial losses: their values, their gradients, the weight between them, and whole runs."""
 
 import dataclasses
 from pathlib import Path
@@ -24,11 +24,10 @@ from tests.support.run import (
 )
 from train.config.presets import kl_f8c4
 from train.config.vae import AdversarialConfig, check
-from train.objectives.adversarial import Adversary, Contest, PatchDiscriminator, last_weight, scores_along
+from train.objectives.adversarial import AdversarialLosses, Adversary, PatchDiscriminator, last_weight
 from train.objectives.elbo import ELBO
-from train.objectives.losses import Losses
 
-CONTEST = AdversarialConfig(
+CONFIG = AdversarialConfig(
     adversarial_start=2,
     adversarial_weight=0.5,
     adaptive=True,
@@ -48,30 +47,29 @@ def make(**fields: object) -> ELBO:
     backbone = dataclasses.replace(config.codec.backbone, widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
     codec = dataclasses.replace(config.codec, backbone=backbone)
     objective = dataclasses.replace(
-        config.objective, lpips_weight=0.0, adversarial=dataclasses.replace(CONTEST, **fields)
+        config.objective, lpips_weight=0.0, adversarial=dataclasses.replace(CONFIG, **fields)
     )  # pyright: ignore
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return ELBO(objective, Codec(codec), None)  # pyright: ignore[reportArgumentType]
 
 
-def call(objective: ELBO, count: int = 3, *, contest: bool = True) -> Losses:
-    pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    keys, labels = torch.arange(count), torch.zeros(count, dtype=torch.int64)
-    return objective(pixels, keys, labels, torch.tensor(1e-6), False, contest)
+def call(objective: ELBO, begun: bool = True) -> tuple[torch.Tensor, AdversarialLosses]:
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    keys, labels = torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    losses = objective(pixels, keys, labels, torch.tensor(1e-6), False, begun)
+    assert losses.adversarial is not None
+    return losses.loss, losses.adversarial
 
 
 def images(count: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-# --- the discriminator
-
-
 @pytest.mark.parametrize(("layers", "side"), [(1, 8), (2, 32), (3, 72), (3, 24)])
 def test_scores_are_a_map_of_patches(layers: int, side: int) -> None:
     net = PatchDiscriminator(3, 32, layers)
-    n = scores_along(side, layers)
+    n = side // 2**layers - 2
     assert net(torch.zeros(2, 3, side, side)).shape == (2, 1, n, n) and n >= 1
 
 
@@ -89,73 +87,54 @@ def test_an_images_scores_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(net(x)[1:2], net(x[1:2]))
 
 
-# --- the losses
-
-
 def test_the_discriminators_loss_is_the_hinge() -> None:
-    adversary = Adversary(CONTEST, 3)
+    adversary = Adversary(CONFIG, 3)
     real, fake = images(seed=0), images(seed=1).requires_grad_()
     scores = adversary.net(real), adversary.net(fake)
     expected = 0.5 * ((1 - scores[0]).clamp(min=0).mean() + (1 + scores[1]).clamp(min=0).mean())
     last = torch.nn.Parameter(torch.ones(1))
-    played = adversary(real, fake * last, (fake * last).square().sum(), last, True)
-    torch.testing.assert_close(played.discriminator, expected)
-    torch.testing.assert_close(played.real, scores[0].mean())
-    torch.testing.assert_close(played.fake, scores[1].mean())
+    found = adversary(real, fake * last, (fake * last).square().sum(), last, True)
+    torch.testing.assert_close(found.discriminator, expected)
+    torch.testing.assert_close(found.score_real, scores[0].mean())
+    torch.testing.assert_close(found.score_fake, scores[1].mean())
 
 
 def test_the_weight_makes_gradients_of_the_asked_proportion() -> None:
     objective = make()
     last = last_weight(objective.codec.backbone.decoder)
-    with_it, without = (torch.autograd.grad(call(make_, contest=on).loss, last)[0] for make_, on in _pair(objective))
+    with_it, without = (torch.autograd.grad(call(objective, on)[0], last)[0] for on in (True, False))
     ratio = (with_it - without).norm() / without.norm()
-    assert ratio.item() == pytest.approx(CONTEST.adversarial_weight, rel=2e-2)
-    bounded = call(make(most_weight=1e-3))
-    assert bounded.contest[2].item() == pytest.approx(1e-3)
-    fixed = call(make(adaptive=False))
-    assert fixed.contest[2].item() == 0.5 * 32 * 32
-
-
-def _pair(objective: ELBO) -> list[tuple[ELBO, bool]]:
-    return [(objective, True), (objective, False)]
+    assert ratio.item() == pytest.approx(CONFIG.adversarial_weight, rel=2e-2)
+    assert call(make(most_weight=1e-3))[1].weight.item() == pytest.approx(1e-3)
+    assert call(make(adaptive=False))[1].weight.item() == 0.5 * 32 * 32
 
 
 def test_neither_side_moves_the_other() -> None:
-    """The discriminator's gradient is that of its own loss, the codec's has nothing of it."""
     objective = make()
     adversary = objective.adversary
     assert adversary is not None
     ours = list(adversary.net.parameters())
-    losses = call(objective)
-    whole = torch.autograd.grad(losses.loss, ours)
-    contest = losses.contest
-    assert contest.shape == (5,) and contest[2] > 0
-    # Ten times the generator's weight changes nothing for the discriminator; a blind one changes nothing for the codec.
+    loss, adversarial = call(objective)
+    whole = torch.autograd.grad(loss, ours)
+    assert adversarial.weight > 0
+    # Ten times the generator's weight changes nothing for the discriminator, and a blind one nothing for the codec.
     heavier = make(adversarial_weight=5.0)
     heavier.load_state_dict(objective.state_dict())
     assert heavier.adversary is not None
-    for a, b in zip(
-        whole, torch.autograd.grad(call(heavier).loss, list(heavier.adversary.net.parameters())), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(whole, torch.autograd.grad(call(heavier)[0], list(heavier.adversary.net.parameters())))
     with torch.no_grad():
         adversary.net.score.weight.zero_()
     codec = [p for p in objective.codec.parameters() if p.requires_grad]
-    blind, none = (torch.autograd.grad(call(objective, contest=on).loss, codec) for on in (True, False))
-    for a, b in zip(blind, none, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*(torch.autograd.grad(call(objective, on)[0], codec) for on in (True, False)))
 
 
-def test_before_the_start_there_is_no_contest() -> None:
+def test_before_the_start_all_adversarial_losses_are_zero() -> None:
     objective = make()
     assert objective.adversary is not None
-    losses = call(objective, contest=False)
-    losses.loss.backward()
-    assert losses.contest.tolist() == [0.0] * 5
+    loss, adversarial = call(objective, begun=False)
+    loss.backward()
+    assert [value.item() for value in adversarial] == [0.0] * 5
     assert all(p.grad is not None and not p.grad.any() for p in objective.adversary.net.parameters())
-
-
-# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -170,17 +149,14 @@ def test_before_the_start_there_is_no_contest() -> None:
 )
 def test_wrong_values_are_refused(fields: dict[str, object], message: str) -> None:
     config = kl_f8c4()
-    contest = dataclasses.replace(config.objective.adversarial, **fields)  # pyright: ignore
+    adversarial = dataclasses.replace(config.objective.adversarial, **fields)  # pyright: ignore
     with pytest.raises(UserError, match=message):
-        check(dataclasses.replace(config, objective=dataclasses.replace(config.objective, adversarial=contest)))  # pyright: ignore
+        check(dataclasses.replace(config, objective=dataclasses.replace(config.objective, adversarial=adversarial)))  # pyright: ignore
 
 
 def test_an_adaptive_weight_is_not_compiled() -> None:
     with pytest.raises(UserError, match="compile"):
         check(dataclasses.replace(kl_f8c4(), compile=True))
-
-
-# --- runs
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +175,7 @@ def discriminator(out: Path, step: int) -> dict[str, torch.Tensor]:
     return {k: t for k, t in tensors(out, step).items() if k.startswith("discriminator/")}
 
 
-def test_the_contest_begins_at_its_step(straight: Path) -> None:
+def test_the_discriminator_rests_until_its_step(straight: Path) -> None:
     assert_same_tensors(discriminator(straight, 1), discriminator(straight, 2))
     after = discriminator(straight, 3)
     assert all(not torch.equal(after[k], t) for k, t in discriminator(straight, 2).items())
@@ -225,13 +201,13 @@ def test_a_gradient_of_the_discriminator_that_is_not_finite_skips_the_step(
 
 
 def _spoil() -> None:
-    """The discriminator's loss stays as it is and its gradient becomes NaN."""
+    """Make the gradient of the discriminator NaN, while its loss stays as it is."""
     real = Adversary.forward
 
-    def forward(self: Adversary, *args: Any) -> Contest:
-        played = real(self, *args)
+    def forward(self: Adversary, *args: Any) -> AdversarialLosses:
+        found = real(self, *args)
         nothing = (0 * self.net.score.weight.sum()).sqrt() if args[-1] else 0.0
-        return played._replace(discriminator=played.discriminator + nothing)
+        return found._replace(discriminator=found.discriminator + nothing)
 
     Adversary.forward = forward
 
@@ -241,7 +217,6 @@ def _stall() -> None:
 
 
 def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tmp_path: Path) -> None:
-    """Law 5, the adaptive weight included."""
     assert "2 process(es) on cpu" in run_ranks(argv, tmp_path / "run", 2)
     for a, b in zip(log_lines(tmp_path / "run", "train")[:3], log_lines(straight, "train")[:3], strict=True):
         for name in ("loss", "generator", "discriminator", "adversarial_weight", "score_real", "score_fake"):
@@ -250,7 +225,7 @@ def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tm
         ours, theirs = tensors(tmp_path / "run", step), tensors(straight, step)
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            # Attention does not depend on to_k's bias; its gradient is rounding.
+            # Attention does not depend on to_k's bias: its gradient is rounding.
             if name.startswith("optimizer/") and "to_k.bias" not in name:
                 scale = float(theirs[name].abs().max())
                 assert float((ours[name] - theirs[name]).abs().max()) <= 1e-3 * scale + 1e-6, (step, name)

@@ -1,4 +1,4 @@
-"""Training by the importance-weighted bound: its expectation, its order in the samples, its gradient."""
+"""Test the importance-weighted bound: its expectation, its order in the number of samples, and its gradient."""
 
 import math
 
@@ -19,13 +19,13 @@ KEYS = torch.arange(4)
 PIXELS = torch.randint(0, 256, (4, 1, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
 
 
-def linear(logvar_max: float = 11.0) -> Codec:
-    """p(x given z) = N(W z + b, sigma^2), so that p(x) is a Gaussian."""
+def linear() -> Codec:
+    """Return a codec with p(x given z) = N(W z + b, sigma^2), so that p(x) is a Gaussian."""
     config = CodecConfig(
         image_channels=1,
         latent_channels=Z,
         backbone=LinearConfig(patch=SIDE),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=logvar_max),
+        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
         likelihood=GaussianConfig(scale="fixed", sigma=SIGMA),
     )
     with torch.random.fork_rng():
@@ -42,20 +42,22 @@ def exact_nll(codec: Codec) -> torch.Tensor:
         return -MultivariateNormal(bias, covariance).log_prob(x)
 
 
-def call(codec: Codec, samples: int, pixels: torch.Tensor = PIXELS, keys: torch.Tensor = KEYS) -> torch.Tensor:
-    return IWAE(IWAEConfig(samples=samples), codec)(pixels, keys, torch.zeros_like(keys), torch.tensor(1.0), False).loss
+def call(
+    codec: Codec, samples: int, pixels: torch.Tensor = PIXELS, keys: torch.Tensor = KEYS, few: int = 0
+) -> torch.Tensor:
+    """Return the loss of IWAE; with no samples, that of the ELBO."""
+    objective = IWAE(IWAEConfig(samples=samples, gradient_samples=few), codec)
+    if samples == 0:
+        objective = ELBO(mnist_vae().objective, codec, None)  # pyright: ignore[reportArgumentType]
+    return objective(pixels, keys, torch.zeros_like(keys), torch.tensor(1.0), False).loss
 
 
 def test_one_sample_is_the_elbo_in_expectation() -> None:
-    """Law 7."""
     codec, many = linear(), torch.arange(20_000)
     image = PIXELS[:1].expand(1000, -1, -1, -1)
     with torch.no_grad():
         found = torch.stack([call(codec, 1, image, keys) for keys in many.split(1000)])
-        objective = ELBO(mnist_vae().objective, codec, None)  # pyright: ignore[reportArgumentType]
-        elbo = torch.stack(
-            [objective(image, keys, torch.zeros_like(keys), torch.tensor(1.0), False).loss for keys in many.split(1000)]
-        )
+        elbo = torch.stack([call(codec, 0, image, keys) for keys in many.split(1000)])
     spread = (found.std() + elbo.std()).item() / math.sqrt(len(found))
     assert found.mean().item() == pytest.approx(elbo.mean().item(), abs=4 * spread)
     assert spread < 0.02 * elbo.mean().item()
@@ -71,7 +73,7 @@ def test_more_samples_tighten_the_training_bound() -> None:
 
 
 def test_a_batchs_loss_and_gradient_are_the_means_of_its_images() -> None:
-    """What lets ranks and micro-batches average."""
+    """This lets processes and micro-batches average."""
     codec = linear()
     parameters = list(codec.parameters())
     whole = torch.autograd.grad(call(codec, 5), parameters)
@@ -81,7 +83,7 @@ def test_a_batchs_loss_and_gradient_are_the_means_of_its_images() -> None:
 
 
 def test_the_gradient_is_that_of_the_weighted_samples() -> None:
-    """Burda et al. (2016), eq. 14: the average of grad log w_i by the normalised weights."""
+    """Burda et al. (2016), eq. 14: the average of grad log w_i under the normalised weights."""
     codec = linear()
     decoder = list(codec.backbone.decoder.parameters())
     found = torch.autograd.grad(call(codec, 3, PIXELS[:1], KEYS[:1]), decoder)
@@ -104,28 +106,20 @@ def test_the_gradient_through_a_few_samples_is_that_of_all_on_average() -> None:
     image = PIXELS[:1].expand(len(many), -1, -1, -1)
     parameters = list(codec.parameters())
 
-    def gradient(few: int) -> list[torch.Tensor]:
-        objective = IWAE(IWAEConfig(samples=6, gradient_samples=few), codec)
-        loss = objective(image, many, torch.zeros_like(many), torch.tensor(1.0), False).loss
-        losses.append(loss.item())
-        return list(torch.autograd.grad(loss, parameters))
-
-    losses: list[float] = []
-    exact = gradient(0)
-    for few in (1, 2):
-        size = max(g.abs().max().item() for g in exact)
-        for found, expected in zip(gradient(few), exact, strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * size)
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)  # the loss is the bound, however few
-    elbo = ELBO(mnist_vae().objective, codec, None)  # pyright: ignore[reportArgumentType]
-    other = torch.autograd.grad(elbo(image, many, torch.zeros_like(many), torch.tensor(1.0), False).loss, parameters)
+    losses = [call(codec, 6, image, many, few) for few in (0, 1, 2)]
+    exact, *others = [torch.autograd.grad(loss, parameters) for loss in losses]
+    size = max(g.abs().max().item() for g in exact)
+    for found, expected in zip(others, [exact] * 2, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * size)
+    assert [loss.item() for loss in losses[1:]] == pytest.approx([losses[0].item()] * 2, rel=1e-5)  # the bound
+    other = torch.autograd.grad(call(codec, 0, image, many), parameters)
     difference = max((a - b).abs().max().item() for a, b in zip(other, exact, strict=True))
-    assert difference > 0.1 * max(g.abs().max().item() for g in exact)  # unlike that of samples weighed alike
+    assert difference > 0.1 * size  # the samples' weights matter
 
 
 @pytest.mark.parametrize("n", [1, 3, 7])
 def test_samples_are_drawn_by_their_weights(n: int) -> None:
-    """Each floor(n w) or ceil(n w) times, and n w on average."""
+    """A sample is drawn floor(n w) or ceil(n w) times, and n w times on average."""
     weights = torch.tensor([0.5, 0.0, 0.3, 0.2])
     offset = (torch.arange(1000) + 0.5) / 1000
     drawn = resampled(weights.log()[:, None].expand(-1, 1000) + 80, n, offset)  # weights need no common scale
@@ -142,12 +136,10 @@ def test_one_sample_decides_where_the_others_weigh_nothing(offset: float) -> Non
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_no_numbers_make_a_loss_that_is_none(bad: float) -> None:
-    """Which a step leaves out, where a sample that is not there would end the run."""
+def test_weights_that_are_not_finite_make_a_loss_that_is_not_and_choose_valid_samples(bad: float) -> None:
     drawn = resampled(torch.full((3, 2), bad), 2, torch.tensor([0.0, 0.9]))
     assert bool(((drawn >= 0) & (drawn < 3)).all())
     codec = linear()
     with torch.no_grad():
         codec.backbone.decoder.bias.fill_(bad)
-    objective = IWAE(IWAEConfig(samples=3, gradient_samples=2), codec)
-    assert not torch.isfinite(objective(PIXELS, KEYS, torch.zeros_like(KEYS), torch.tensor(1.0), False).loss)
+    assert not torch.isfinite(call(codec, 3, few=2))

@@ -1,7 +1,7 @@
-"""Signs of posterior collapse in what is measured at an evaluation, each by its name. Free of torch.
+"""Detect posterior collapse from the measurements of an evaluation. Free of torch.
 
-Collapse is where the encoder stops saying anything (the KL dies) and the decoder stops listening (latents are ignored);
-Bowman et al. (2016), section 3.1; Lucas et al. (2019). KL warm-up and free bits prevent it.
+In a collapse the posterior becomes the prior (the KL vanishes) and the decoder ignores the latents: Bowman et al.
+(2016), section 3.1; Lucas et al. (2019). KL warm-up and free bits prevent it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,24 +10,26 @@ from typing import NamedTuple
 from train.config.vae import TrainConfig
 
 LEAST_KL = 0.01
-"""Nats per latent element."""
+"""Lower limit of the KL in nats per latent element."""
 LEAST_ACTIVE = 0.25
-"""Share of channels."""
+"""Lower limit of the share of active channels."""
 MOST_CLAMPED = 0.05
-"""Share of log-variances."""
+"""Upper limit of the share of clamped log-variances."""
 LEAST_SHUFFLE_COST = 1.0
-"""Nats per image that another image's latents must cost."""
+"""Lower limit of the nats per image that another image's latents cost."""
 
 
 class Sign(NamedTuple):
+    """Name one sign of collapse, and describe it with its remedy."""
+
     name: str
     text: str
 
 
 def signs_of_collapse(values: Mapping[str, float], config: TrainConfig, step: int) -> Iterator[Sign]:
-    """What is wrong with a model of which `Validation.measure` says `values`; nothing while a warm-up lasts.
+    """Yield the signs of collapse in `values` of `Validation.measure`; none before the end of a warm-up.
 
-    A value that is not a number is of no concern here.
+    NaN is no sign.
     """
     if step < max(config.lr_warmup_steps, getattr(config.objective, "warmup_steps", 0)):
         return

@@ -18,8 +18,9 @@ from accelerate.utils import set_seed
 
 from latent_codec.diffusion.config import LatentSpace
 from latent_codec.diffusion.model import Diffusion
-from latent_codec.diffusion.sampling import Wanted, check_codec, draw_latents, write_grid
+from latent_codec.diffusion.sampling import SampleId, check_codec, draw_latents
 from latent_codec.errors import UserError
+from latent_codec.images.write import write_grid
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import check_model
 from latent_codec.model.codec import Codec
@@ -218,13 +219,13 @@ class DiffusionTask:
                 errors += [losses.loss] * len(rows)
         if self.codec is not None:
             classes = range(len(self.ema.latents.classes)) or [-1]
-            wanted = [Wanted(label, number) for label in [*classes][:16] for number in range(_COLUMNS)]
+            wanted = [SampleId(label, number) for label in [*classes][:16] for number in range(_COLUMNS)]
             z = [
                 draw_latents(self.ema, wanted[first : first + 64], seed=0, steps=_STEPS, guidance=_GUIDANCE)
                 for first in range(0, len(wanted), 64)
             ]
             pixels = torch.cat([self.codec.decode_uint8(part) for part in z])
-            write_grid(pixels, _COLUMNS, self.out / "grids" / f"step-{step:08d}.png")
+            write_grid(self.out / "grids" / f"step-{step:08d}.png", pixels, _COLUMNS)
         return {"loss": torch.stack(errors).mean().item()}
 
 

@@ -1,19 +1,17 @@
-"""What is measured and drawn at every evaluation: people look before they read."""
+"""Measure a model on validation images, and draw its reconstructions and samples."""
 
 import math
 from pathlib import Path
 
 import torch
-from einops import rearrange
-from PIL import Image
 
 from latent_codec.images.geometry import in_rgb
+from latent_codec.images.write import write_grid
 from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codebooks import Codes, perplexity
 from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import DiscretizedLogistic
 from latent_codec.noise import fold, normal, text_key
-from latent_codec.storage.files import atomic_path
 from train.data.crops import CentreCrops
 from train.objectives.losses import PIXELS, active_channels
 
@@ -21,7 +19,7 @@ _COLUMNS = 8
 
 
 class Validation:
-    """Fixed centre crops and the noise that belongs to each."""
+    """Measure a model on fixed centre crops, with fixed noise for each."""
 
     def __init__(self, crops: CentreCrops) -> None:
         self.pixels = crops.pixels
@@ -30,12 +28,12 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, codec: Codec, batch: int = 8) -> dict[str, float]:
-        """NLL, KL and ELBO in nats per image, PSNR of the mode, KL in bits per pixel, active channels.
+        """Return averages over the images by the names that the log uses.
 
-        Of a codebook also the perplexity of its codes, and their entropy in bits per pixel; of a likelihood of whole
-        pixel values the ELBO in bits per dimension. And for signs of collapse: KL in nats per latent element, the share
-        of clamped log-variances, and how many nats per image the latents of the image before it cost (NaN if there is
-        no other).
+        nll, kl, nelbo: nats per image. kl_bpp: bits per pixel. psnr_mode: dB, of the decoded mode. active_channels:
+        see `active_channels`. kl_per_latent: nats per latent element. clamped: share of clamped log-variances.
+        shuffle_cost: nats per image that the latents of the image before cost instead, NaN for a single image.
+        perplexity, code_bpp (bits per pixel): of a codebook. bits_per_dim: of a discretised likelihood.
         """
         device = next(codec.parameters()).device
         nll, kl, psnr, mean, square, clamped, costs, use = ([] for _ in range(8))
@@ -79,7 +77,7 @@ class Validation:
 
     @torch.no_grad()
     def write_grid(self, path: Path, codec: Codec) -> None:
-        """A PNG whose rows are input, decoded mode and, of a Gaussian posterior, decoded sample and prior sample."""
+        """Write a PNG with rows of inputs, decoded modes and, for a Gaussian posterior, decoded and prior samples."""
         device = next(codec.parameters()).device
         pixels, keys, labels = (t[:_COLUMNS].to(device) for t in (self.pixels, self.keys, self.labels))
         posterior = codec.encode(pixels, labels)
@@ -87,7 +85,5 @@ class Validation:
         latents = [posterior.mode()]
         if isinstance(posterior, DiagonalGaussian):
             latents += [posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)]
-        rows = in_rgb(torch.stack([pixels, *(codec.decode_uint8(z, labels) for z in latents)]))
-        picture = rearrange(rows, "r n c h w -> (r h) (n w) c").cpu().numpy()
-        with atomic_path(path) as temporary:
-            Image.fromarray(picture).save(temporary, format="PNG")
+        rows = torch.cat([pixels, *(codec.decode_uint8(z, labels) for z in latents)])
+        write_grid(path, in_rgb(rows), len(pixels))

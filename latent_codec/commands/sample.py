@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from latent_codec.diffusion.config import SampleOptions
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 
@@ -38,25 +39,25 @@ class Sample:
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:
-        from latent_codec.diffusion.sampling import choose, sample, write_grid_of
+        import torch
+
+        from latent_codec.diffusion.sampling import choose, sample
         from latent_codec.diffusion.sampling import load as load_diffusion
+        from latent_codec.images.read import read_image
+        from latent_codec.images.write import write_grid
 
         runner = load(self.model, self.compute)
         diffusion = load_diffusion(self.run_or_file, runner.options.device)
-        wanted = choose(diffusion, self.label, self.count)
-        drawn = sample(
-            diffusion,
-            runner,
-            wanted,
-            self.dst,
+        options = SampleOptions(
             seed=self.seed,
             steps=self.steps,
             guidance=self.guidance,
             image_format=self.image_format,
             overwrite=self.overwrite,
         )
+        drawn = sample(diffusion, runner, choose(diffusion, self.label, self.count), self.dst, options)
         print(drawn)
         if self.grid is not None:
-            write_grid_of(drawn.paths, self.count, self.grid)
+            write_grid(self.grid, torch.stack([read_image(path).pixels for path in drawn.paths]), self.count)
             print(f"wrote {self.grid}")
         return 0

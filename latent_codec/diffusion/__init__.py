@@ -1,1 +1,1 @@
-"""Latent diffusion: a transformer that makes latents of noise, its file, and images drawn from it."""
+"""Draw images from latent diffusion models: the network and its file, sampling, and configuration."""

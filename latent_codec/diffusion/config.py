@@ -1,21 +1,26 @@
-"""A latent diffusion model's configuration: travels as JSON in its file. Free of torch."""
+"""Configure a latent diffusion model and sampling from it. Free of torch."""
 
 import dataclasses
+import math
+from typing import Literal
+
+from latent_codec.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """The diffusion transformer of Peebles & Xie (2023) as diffusers builds it, `DiTTransformer2DModel`."""
+    """Configure the diffusion transformer of Peebles & Xie (2023), diffusers' `DiTTransformer2DModel`."""
 
     size: int
-    """Side of the square of latent elements that it is trained on and draws."""
+    """Side of the square of latent positions that the model is trained on and draws."""
     patch: int
-    """Side of the square of latent elements that makes one token; divides `size`."""
+    """Side of the square of latent positions that makes one token; divides `size`."""
     depth: int
-    """Blocks."""
+    """Number of transformer blocks."""
     heads: int
+    """Number of attention heads."""
     head_width: int
-    """Channels of each head: `heads` times as many have the tokens."""
+    """Channels of each head. A token has `heads` times as many."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -25,24 +30,24 @@ class TransformerConfig:
             raise ValueError(f"patch {self.patch} does not divide size {self.size}")
         if self.heads * self.head_width % 4:
             raise ValueError(
-                f"heads {self.heads} x head_width {self.head_width} is no multiple of 4; positions need one"
+                f"heads {self.heads} x head_width {self.head_width} is no multiple of 4, which position embeddings need"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentSpace:
-    """Whose latents a diffusion model makes, and how they are labelled."""
+    """Identify the latents that a diffusion model draws, and name their labels."""
 
     codec_id: str
     """The id of the model that decodes them."""
     factor: int
-    """Pixels per latent element along one side."""
+    """Pixels per latent position along one side."""
     mean: tuple[float, ...]
-    """Per channel: what is subtracted from raw latents,"""
+    """Mean of raw latents per channel."""
     std: tuple[float, ...]
-    """and what they are divided by then."""
+    """Standard deviation of raw latents per channel."""
     classes: tuple[str, ...]
-    """Names of the labels 0, 1 ...; none of an unconditional model."""
+    """Names of the labels 0, 1 ...; empty for an unconditional model."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean or not all(value > 0 for value in self.std):
@@ -52,4 +57,28 @@ class LatentSpace:
 
     @property
     def channels(self) -> int:
+        """Number of latent channels."""
         return len(self.mean)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Choose how images are drawn and written. Raises `UserError` for values out of range."""
+
+    seed: int = 0
+    steps: int = 50
+    """Steps of Euler's method from noise to latents."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is the model without guidance."""
+    image_format: Literal["png", "webp", "jpg"] = "png"
+    overwrite: bool = False
+    """Draw existing images again, including those made with other options."""
+    quiet: bool = False
+    """Show no progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not math.isfinite(self.guidance):
+            raise UserError(f"--steps {self.steps} must be at least 1, and --guidance {self.guidance} a finite number")
+
+
+DEFAULT_SAMPLING = SampleOptions()

@@ -1,6 +1,6 @@
-"""A class-conditional flow model of normalised latents, and its file. Needs the extra `diffusers`.
+"""Define a class-conditional flow model of normalised latents, and its file. Needs the extra `diffusers`.
 
-Its file is safetensors with the metadata key `latent_codec`, as a codec's is: {format_version, transformer, latents,
+The file is safetensors with the metadata key `latent_codec`, as a codec's: {format_version, transformer, latents,
 provenance}.
 """
 
@@ -26,14 +26,14 @@ from latent_codec.storage.tensors import (
 )
 
 TIMES = 1000
-"""What diffusers' schedulers and embeddings count time by: 1 is pure noise and called 1000."""
+"""Number of diffusers' time steps: its schedulers and embeddings call t = 1, pure noise, 1000."""
 
 
 class Diffusion(nn.Module):
-    """v(z_t, t, label): the velocity noise - z of the straight path z_t = (1 - t) z + t noise.
+    """Predict the velocity noise - z of the straight path z_t = (1 - t) z + t noise from z_t, t and a label.
 
-    Rectified flow (Liu et al. 2023; Lipman et al. 2023); z are latents normalised by `LatentSpace`. Raises `UserError`
-    if diffusers is not there.
+    This is rectified flow (Liu et al. 2023; Lipman et al. 2023) of latents z that `LatentSpace` normalises. Raises
+    `UserError` if diffusers is not installed.
     """
 
     def __init__(self, config: TransformerConfig, latents: LatentSpace) -> None:
@@ -43,9 +43,9 @@ class Diffusion(nn.Module):
         self.transformer = _transformer(config, latents)
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Velocities (b, z, s, s) float32 at latents of that shape, t (b,) in [0, 1] and labels (b,) int64.
+        """Return velocities (b, z, s, s) float32 at latents of that shape, t (b,) in [0, 1] and labels (b,) int64.
 
-        A label of -1 is none: what guidance compares with, and all that an unconditional model knows.
+        The label -1 means none: guidance compares with it, and an unconditional model has no other.
         """
         if z.shape[1:] != self.shape:
             raise ValueError(f"latents of shape {tuple(z.shape)} are not (b, {', '.join(map(str, self.shape))})")
@@ -55,17 +55,17 @@ class Diffusion(nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        """(z, s, s) of one image's latents."""
+        """Return the shape (z, s, s) of one image's latents."""
         return torch.Size((self.latents.channels, self.config.size, self.config.size))
 
     def normalize(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw latents (b, z, h, w) as the model knows them, float32: mean 0 and standard deviation 1 per channel."""
+        """Scale raw latents (b, z, h, w) to mean 0 and standard deviation 1 per channel, in float32."""
         mean, std = self._scale(z)
         with float32_island(z):
             return (z.float() - mean) / std
 
     def denormalize(self, z: torch.Tensor) -> torch.Tensor:
-        """The inverse of `normalize`."""
+        """Invert `normalize`."""
         mean, std = self._scale(z)
         return z.float() * std + mean
 
@@ -75,11 +75,11 @@ class Diffusion(nn.Module):
 
     @property
     def model_id(self) -> str:
-        """SHA-256 of configuration and tensors, 64 hex digits."""
+        """Return the SHA-256 of configuration and tensors, 64 hex digits."""
         return content_id([to_json(self.config), to_json(self.latents)], self.state_dict())
 
     def save(self, path: Path) -> None:
-        """Write a file that `load` reads; raises `OSError` if the disk refuses."""
+        """Write a file that `load` reads; raises `OSError` if it cannot be written."""
         tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in self.state_dict().items()}
         check_finite(tensors, path)
         header = {
@@ -92,7 +92,7 @@ class Diffusion(nn.Module):
 
     @classmethod
     def load(cls, path: Path, device: str | torch.device = "cpu") -> "Diffusion":
-        """Raises `UserError` for a file that is no diffusion model of ours or damaged, as `modelfile.read` does."""
+        """Read a file that `save` wrote; raises `UserError` if it is damaged or holds another kind of model."""
         header = read_header(path)
         try:
             config = from_json(TransformerConfig, header["transformer"], where="transformer")
@@ -112,7 +112,7 @@ class Diffusion(nn.Module):
 
 
 def _transformer(config: TransformerConfig, latents: LatentSpace) -> nn.Module:
-    """With adaLN-Zero's start (Peebles & Xie 2023, section 3.2), which diffusers' class leaves to its users."""
+    """Build the network with the initial weights of adaLN-Zero (Peebles & Xie 2023, section 3.2), unlike diffusers."""
     try:
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     except ImportError as error:

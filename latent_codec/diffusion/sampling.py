@@ -1,46 +1,43 @@
-"""Images of a latent diffusion model: noise -> latents -> the codec's decoder -> files."""
+"""Sample images from a latent diffusion model: noise, latents, the codec's decoder, image files."""
 
 import contextlib
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
-from PIL import Image
 from tqdm import tqdm
 
+from latent_codec.diffusion.config import DEFAULT_SAMPLING, SampleOptions
 from latent_codec.diffusion.model import TIMES, Diffusion
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
-from latent_codec.images.read import read_image
-from latent_codec.images.write import ImageFormat, write_image
+from latent_codec.images.write import write_image
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
-from latent_codec.storage.files import atomic_path, make_folder, write_text
+from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.run_folder import newest_checkpoint
 
 SETTINGS = "samples.json"
-"""What the images of a folder were made by; they are kept by the same command and by no other."""
+"""Name of the file with the settings that a folder's images were drawn with."""
 
 
-class Wanted(NamedTuple):
-    """One image."""
+class SampleId(NamedTuple):
+    """Identify one image of a model by its label and its number."""
 
     label: int
-    """Of the model's classes, or -1."""
+    """Index of the label among the model's classes, or -1 for none."""
     number: int
 
 
 @torch.no_grad()
 def draw(model: Diffusion, noise: torch.Tensor, labels: torch.Tensor, *, steps: int, guidance: float) -> torch.Tensor:
-    """Raw latents (b, z, s, s) float32 from standard normal noise of that shape and labels (b,) int64.
+    """Return raw latents (b, z, s, s) float32 from standard normal noise of that shape and labels (b,) int64.
 
-    `steps` steps of Euler's method along the flow; `guidance` is classifier-free (Ho & Salimans 2022): 1 is the model
-    as it is, larger values push samples towards what is typical of their label.
+    Follows the flow by `steps` steps of Euler's method, with classifier-free guidance (Ho & Salimans 2022): 1 is the
+    model as it is, and larger values push samples towards what is typical of their label.
     """
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -57,11 +54,14 @@ def draw(model: Diffusion, noise: torch.Tensor, labels: torch.Tensor, *, steps: 
     return model.denormalize(z)
 
 
-def draw_latents(model: Diffusion, wanted: Sequence[Wanted], *, seed: int, steps: int, guidance: float) -> torch.Tensor:
-    """Raw latents (b, z, s, s) float32 on the model's device, each of (seed, its label's name, its number) alone."""
+def draw_latents(model: Diffusion, ids: Sequence[SampleId], *, seed: int, steps: int, guidance: float) -> torch.Tensor:
+    """Return raw latents (b, z, s, s) float32 on the model's device.
+
+    Each depends on nothing but the seed, its label's name and its number.
+    """
     device = next(model.parameters()).device
-    keys = torch.stack([fold(seed, text_key(_name(model, one.label)), one.number) for one in wanted])
-    labels = torch.tensor([one.label for one in wanted], device=device)
+    keys = torch.stack([fold(seed, text_key(_name(model, one.label)), one.number) for one in ids])
+    labels = torch.tensor([one.label for one in ids], device=device)
     return draw(model, normal(keys.to(device), tuple(model.shape)), labels, steps=steps, guidance=guidance)
 
 
@@ -70,7 +70,7 @@ def _name(model: Diffusion, label: int) -> str:
 
 
 def load(run_or_file: Path, device: str | torch.device = "cpu") -> Diffusion:
-    """A model from its file, or the averaged weights of a run's newest checkpoint; raises `UserError`."""
+    """Load a model from its file, or the averaged weights of a run's newest checkpoint; raises `UserError`."""
     path = newest_checkpoint(run_or_file) / "ema.safetensors" if run_or_file.is_dir() else run_or_file
     return Diffusion.load(path, device)
 
@@ -84,20 +84,24 @@ def check_codec(model: Diffusion, codec: Codec) -> None:
         )
 
 
-def choose(model: Diffusion, labels: Sequence[str], count: int) -> list[Wanted]:
-    """`count` images of each label, by default of each class; raises `UserError` for a label that there is not."""
+def choose(model: Diffusion, labels: Sequence[str], count: int) -> list[SampleId]:
+    """Return the ids of the first `count` images of each label, by default of every class.
+
+    Raises `UserError` for an unknown label.
+    """
     classes = model.latents.classes
     if count < 1:
         raise UserError(f"--count {count} must be at least 1")
     if unknown := sorted(set(labels) - set(classes)):
         raise UserError(f"no label {', '.join(unknown)}; the model's are: {', '.join(classes) or 'none'}")
     chosen = [classes.index(label) for label in dict.fromkeys(labels or classes)] or [-1]
-    return [Wanted(label, number) for label in chosen for number in range(count)]
+    return [SampleId(label, number) for label in chosen for number in range(count)]
 
 
 class Sampled(NamedTuple):
+    """Report where images are, and how many of them were drawn now."""
+
     paths: list[Path]
-    """Of all that were wanted, in their order."""
     made: int
 
     def __str__(self) -> str:
@@ -107,59 +111,44 @@ class Sampled(NamedTuple):
 def sample(
     model: Diffusion,
     runner: Runner,
-    wanted: Sequence[Wanted],
+    ids: Sequence[SampleId],
     folder: Path,
-    *,
-    seed: int = 0,
-    steps: int = 50,
-    guidance: float = 1.0,
-    image_format: ImageFormat = "png",
-    overwrite: bool = False,
-    quiet: bool = False,
+    options: SampleOptions = DEFAULT_SAMPLING,
 ) -> Sampled:
-    """Draw images into `folder`/LABEL/00000.png ..., without a folder for each label if the model has none.
+    """Draw images into `folder`/LABEL/00000.png ..., or `folder`/00000.png ... if the model has no labels.
 
-    Images depend on (seed, label, index), not on the batch they are drawn in, but for rounding. Those that the same
-    settings made are kept. Raises `UserError` for settings that make no sense, another model's codec, or a folder with
-    images by other settings.
+    An image depends on its id and the options, not on its batch except for rounding. Images that exist are kept.
+    Raises `UserError` for another model's codec, or a folder with images drawn with other settings.
     """
-    codec = runner.codec
-    check_codec(model, codec)
-    if steps < 1 or not math.isfinite(guidance):
-        raise UserError(f"--steps {steps} must be at least 1, and --guidance {guidance} a finite number")
+    check_codec(model, runner.codec)
     settings = {
         "diffusion_id": model.model_id,
-        "codec_id": codec.model_id,
-        "seed": seed,
-        "steps": steps,
-        "guidance": guidance,
+        "codec_id": runner.codec.model_id,
+        "seed": options.seed,
+        "steps": options.steps,
+        "guidance": options.guidance,
         "dtype": runner.options.dtype,
-        "format": image_format,
+        "format": options.image_format,
     }
-    _claim(folder, settings, overwrite)
-    paths = {one: folder / _name(model, one.label) / f"{one.number:05d}.{image_format}" for one in wanted}
-    missing = [one for one in wanted if overwrite or not paths[one].is_file()]
+    _claim(folder, settings, options.overwrite)
+    paths = {one: folder / _name(model, one.label) / f"{one.number:05d}.{options.image_format}" for one in ids}
+    missing = [one for one in ids if options.overwrite or not paths[one].is_file()]
     for parent in sorted({paths[one].parent for one in missing}):
         make_folder(parent)
-    side = model.config.size * model.latents.factor
+    side, size = model.config.size * model.latents.factor, runner.options.batch_size
     geometry = Geometry(width=side, height=side, orientation=1, mode="RGB", background=None)
-    with tqdm(total=len(missing), unit="image", disable=quiet or None) as bar:
-        for batch in _split(missing, runner.options.batch_size):
+    with tqdm(total=len(missing), unit="image", disable=options.quiet or None) as bar:
+        for batch in (missing[first : first + size] for first in range(0, len(missing), size)):
             with runner.autocast():
-                z = draw_latents(model, batch, seed=seed, steps=steps, guidance=guidance)
+                z = draw_latents(model, batch, seed=options.seed, steps=options.steps, guidance=options.guidance)
             for one, image in zip(batch, runner.decode_uint8(z.unbind()), strict=True):
-                write_image(paths[one], image, geometry, image_format)
+                write_image(paths[one], image, geometry, options.image_format)
             bar.update(len(batch))
     return Sampled(list(paths.values()), len(missing))
 
 
-def _split(wanted: Sequence[Wanted], size: int) -> Iterator[Sequence[Wanted]]:
-    for first in range(0, len(wanted), size):
-        yield wanted[first : first + size]
-
-
 def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Write the folder's settings, or check that they are these."""
+    """Write the folder's settings, or check that they are the same."""
     path = folder / SETTINGS
     make_folder(folder)
     found = None
@@ -169,15 +158,3 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
         if found != settings:
             raise UserError(f"{folder}: holds images by other settings; give another folder, or --overwrite")
     write_text(path, json.dumps(settings, indent=1) + "\n")
-
-
-def write_grid_of(paths: Sequence[Path], columns: int, path: Path) -> None:
-    """`write_grid` of image files of one size."""
-    write_grid(torch.stack([read_image(one).pixels for one in paths]), columns, path)
-
-
-def write_grid(pixels: torch.Tensor, columns: int, path: Path) -> None:
-    """One PNG of images (n, 3, h, w) uint8, n a multiple of `columns`, row by row."""
-    picture = rearrange(pixels.cpu(), "(r n) c h w -> (r h) (n w) c", n=columns).numpy()
-    with atomic_path(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image as PilImage
 
 from latent_codec.errors import UserError
@@ -62,3 +63,10 @@ def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFor
 def rgb_pixels(image: PilImage.Image) -> torch.Tensor:
     """(3, h, w) uint8; grey is repeated, as reading a grey file does."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def write_grid(path: Path, pixels: torch.Tensor, columns: int) -> None:
+    """Write images (n, 3, h, w) uint8 as one PNG, row by row; n is a multiple of `columns`."""
+    picture = rearrange(pixels.cpu(), "(r n) c h w -> (r h) (n w) c", n=columns).numpy()
+    with atomic_path(path) as temporary:
+        PilImage.fromarray(picture).save(temporary, format="PNG")

@@ -1,1 +1,1 @@
-"""Initialise a model's weights in closed form or from another model."""
+"""Initialise a codec from patch moments, from the mean image, or from another model."""

@@ -1,4 +1,4 @@
-"""Patch moments of the training images, for the closed-form start of a linear path."""
+"""Initialise a linear path in closed form from patch moments, or a decoder from the mean image."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,20 +16,19 @@ from latent_codec.model.networks import LinearBackbone, LiteBackbone, MLPBackbon
 from latent_codec.model.networks.linear import PatchMoments
 from train.data.crops import Batches, SamplePlan, read_or_report
 
-_READERS = 4  # threads; twice as many images wait to be counted
+_READERS = 4  # threads, which read ahead twice as many images
 
 
 def patch_moments(images: Batches, plan: SamplePlan, codec: Codec, steps: int, *, quiet: bool) -> PatchMoments:
-    """Moments of the non-overlapping patches of `steps` batches of crops."""
+    """Return the moments of the non-overlapping patches of `steps` batches of crops."""
     batches = tqdm(images.batches(plan, 0, steps), "patch moments", steps, disable=quiet or None)
     return _moments((batch.pixels.cpu() for batch in batches), codec)
 
 
 def all_patch_moments(sources: Sequence[Source], codec: Codec, *, quiet: bool) -> PatchMoments:
-    """Moments of the whole patches of all images that can be read, which need not fit into memory together.
+    """Return the moments of the whole patches of all readable images, which are read one by one.
 
-    What is left of an image to the right and below is no whole patch and does not count. Raises `UserError` if there is
-    no patch at all.
+    Partial patches on the right and at the bottom are ignored. Raises `UserError` if there is no patch.
     """
     p = codec.factor
 
@@ -44,7 +43,7 @@ def all_patch_moments(sources: Sequence[Source], codec: Codec, *, quiet: bool) -
 
 
 def _moments(batches: Iterable[torch.Tensor], codec: Codec) -> PatchMoments:
-    """Of the patches of uint8 pixels (b, c, h, w), summed in float64."""
+    """Return the moments of the patches of uint8 pixels (b, c, h, w), summed in float64."""
     p, channels = codec.factor, codec.config.image_channels
     total, outer, count = torch.zeros(()), torch.zeros(()), 0
     rows = (rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p) for x in batches)
@@ -55,13 +54,16 @@ def _moments(batches: Iterable[torch.Tensor], codec: Codec) -> PatchMoments:
     if count == 0:
         raise UserError(f"no image holds a whole patch of {p}x{p} pixels; give larger images")
     mean = rearrange(total / count, "(c d) -> c d", c=channels).mean(1)
-    m, average = mean.repeat_interleave(p * p), total / count
-    covariance = outer / count - torch.outer(m, average) - torch.outer(average, m) + torch.outer(m, m)
-    return PatchMoments(mean, covariance)
+    return PatchMoments(mean, covariance_around(mean.repeat_interleave(p * p), total / count, outer / count))
+
+
+def covariance_around(center: torch.Tensor, average: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """Return E[(x - center) (x - center)'] (d, d) from the averages of x (d,) and of x x' (d, d)."""
+    return square - torch.outer(center, average) - torch.outer(average, center) + torch.outer(center, center)
 
 
 def _together(parts: Iterable[torch.Tensor], least: int) -> Iterator[torch.Tensor]:
-    """Rows of neighbouring parts as tensors of `least` rows or more: a product of few is all overhead."""
+    """Concatenate neighbouring parts to `least` rows or more, because products of few rows are slow."""
     waiting: list[torch.Tensor] = []
     for part in parts:
         waiting.append(part)
@@ -73,7 +75,7 @@ def _together(parts: Iterable[torch.Tensor], least: int) -> Iterator[torch.Tenso
 
 
 def mean_pixels(images: Batches, plan: SamplePlan, count: int) -> torch.Tensor:
-    """The average crop (c, crop, crop) float64, in 0..1, of at least `count` samples, in whole batches."""
+    """Return the average crop (c, crop, crop) float64 in 0..1 over whole batches of at least `count` samples."""
     total, seen = torch.zeros((), dtype=torch.float64), 0
     for batch in images.batches(plan, 0, math.ceil(count / plan.batch_size)):
         total, seen = total + batch.pixels.cpu().double().sum(0), seen + len(batch.pixels)
@@ -81,7 +83,7 @@ def mean_pixels(images: Batches, plan: SamplePlan, count: int) -> torch.Tensor:
 
 
 def check_mean_start(codec: Codec) -> None:
-    """Raise `UserError` where the start from the mean image does not apply."""
+    """Raise `UserError` unless the model can start from the mean image."""
     if not (isinstance(codec.backbone, MLPBackbone) and isinstance(codec.likelihood, Bernoulli)):
         found = f"{codec.config.backbone.kind} and {codec.config.likelihood.kind}"
         raise UserError(
@@ -90,14 +92,14 @@ def check_mean_start(codec: Codec) -> None:
 
 
 def start_from_mean(codec: Codec, mean: torch.Tensor) -> None:
-    """Start the decoder of an `mlp` from the mean image (c, side, side) in 0..1; raises as `check_mean_start` does."""
+    """Initialise the decoder of an `mlp` with the mean image (c, side, side) in 0..1; raises as `check_mean_start`."""
     check_mean_start(codec)
     assert isinstance(codec.backbone, MLPBackbone)
     codec.backbone.start_from_bias(torch.logit(mean, eps=1e-3).float())  # finite where a pixel is always black
 
 
 def check_closed_form(codec: Codec) -> None:
-    """Raise `UserError` where the closed form does not apply."""
+    """Raise `UserError` unless the model can start from the closed form."""
     if not isinstance(codec.likelihood, Gaussian):
         kind = codec.config.likelihood.kind
         raise UserError(f"closed_form needs a gaussian likelihood, not {kind}: set --no-closed-form")
@@ -107,10 +109,10 @@ def check_closed_form(codec: Codec) -> None:
 
 
 def start_from_closed_form(codec: Codec, moments: PatchMoments) -> None:
-    """Set the codec's linear path; raises `UserError` where the closed form does not apply."""
+    """Initialise the codec's linear path from patch moments; raises as `check_closed_form`."""
     check_closed_form(codec)
     assert isinstance(codec.likelihood, Gaussian) and isinstance(codec.backbone, LinearBackbone | LiteBackbone)
-    if codec.config.bottleneck.kind in ("identity", "vq"):  # nothing to scale latents by
+    if codec.config.bottleneck.kind in ("identity", "vq"):  # no posterior that would scale latents
         codec.backbone.start_from_components(moments)
     else:
         codec.backbone.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))

@@ -1,4 +1,4 @@
-"""Beginning with the weights of another model, which may have fewer latent channels or blocks, or less overlap."""
+"""Initialise a codec with the weights of another model, which may have fewer channels or blocks, or less overlap."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,56 +14,53 @@ from latent_codec.model.config import LiteConfig
 from latent_codec.model.likelihoods import Gaussian
 from latent_codec.storage.tensors import check_state
 from train.data.crops import Batch
+from train.init.closed_form import covariance_around
 
 State = dict[str, torch.Tensor]
 
 
 def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> None:
-    """Copy a model's weights; raises `UserError` unless it has the same tensors and kinds of parts.
+    """Copy a model's weights; raises `UserError` unless it has the same kinds of parts and the same tensors.
 
-    Of a `lite` the linear patches may reach less far and its networks be less deep: what is new weighs nothing. And one
-    with a Gaussian posterior and likelihood may have fewer latent channels: the new ones take from the crops of
-    `batches` what the model leaves out.
+    A `lite` model may have less overlap or fewer blocks: what is added starts without effect. With a Gaussian posterior
+    and likelihood it may also have fewer latent channels: new ones learn from the crops of `batches` what it misses.
     """
     model = Codec.load(source)
     state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
     more = codec.config.latent_channels - model.config.latent_channels
     if isinstance(backbone, LiteConfig) and isinstance(own, LiteConfig):
-        grow, shallow = own.overlap - backbone.overlap, backbone
-        if grow > 0:
-            backbone = dataclasses.replace(backbone, overlap=own.overlap)
-        if _deeper(backbone, own):
+        overlap, before = max(backbone.overlap, own.overlap), backbone
+        backbone = dataclasses.replace(backbone, overlap=overlap)
+        if _is_deeper(own, backbone):
             depths = {"encoder_depths": own.encoder_depths, "decoder_depths": own.decoder_depths}
             backbone = dataclasses.replace(backbone, **depths)
         can_grow = backbone == own and codec.config.bottleneck.kind == model.config.bottleneck.kind == "gaussian"
         if more > 0 and can_grow and isinstance(codec.likelihood, Gaussian) and isinstance(model.likelihood, Gaussian):
-            state = _more_channels(model, more, batches, float(codec.likelihood.sigma.detach()))
+            state = _add_channels(model, more, batches, float(codec.likelihood.sigma.detach()))
             more = 0
-        if grow > 0:
-            for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
-                state[name] = pad(state[name], (grow,) * 4)
+        for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
+            state[name] = pad(state[name], (overlap - before.overlap,) * 4)
         if backbone == own:
-            state = _more_blocks(state, shallow, own, codec.state_dict())
+            state = _add_blocks(state, before, own, codec.state_dict())
     if backbone != own or more:
-        raise UserError(f"--start-from {source}: its backbone or channels are others: {model.config}")
+        raise UserError(f"--start-from {source}: its backbone or channels differ from this model's: {model.config}")
     check_state(codec.state_dict(), state, f"--start-from {source}")
     codec.load_state_dict(state)
 
 
-def _deeper(model: LiteConfig, own: LiteConfig) -> bool:
-    """Whether each resolution has at least as many blocks as the model's."""
-    found = (*model.encoder_depths, *model.decoder_depths), (*own.encoder_depths, *own.decoder_depths)
-    same = len(model.encoder_depths) == len(own.encoder_depths), len(model.decoder_depths) == len(own.decoder_depths)
-    return all(same) and all(ours >= theirs for theirs, ours in zip(*found, strict=True))
+def _is_deeper(own: LiteConfig, model: LiteConfig) -> bool:
+    """Return whether each resolution has at least as many blocks as the model's."""
+    pairs = ((own.encoder_depths, model.encoder_depths), (own.decoder_depths, model.decoder_depths))
+    return all(len(a) == len(b) and all(x >= y for x, y in zip(a, b, strict=True)) for a, b in pairs)
 
 
-def _more_blocks(state: State, model: LiteConfig, own: LiteConfig, fresh: State) -> State:
-    """The state of a `lite` of other depths, its own blocks first at each resolution: the new ones add nothing yet.
+def _add_blocks(state: State, model: LiteConfig, own: LiteConfig, fresh: State) -> State:
+    """Return the state of a deeper `lite`, whose new blocks follow the model's at each resolution and add nothing yet.
 
-    `fresh`: a state of the deeper network, of whose new blocks the first convolutions are kept.
+    `fresh` is a state of the deeper network, from which the new blocks take their first convolutions.
     """
     for name, before, after, first in (
-        ("encoder", model.encoder_depths, own.encoder_depths, 1),  # behind the shuffled pixels
+        ("encoder", model.encoder_depths, own.encoder_depths, 1),  # after the space-to-depth layer
         ("decoder", model.decoder_depths[::-1], own.decoder_depths[::-1], 0),
     ):
         prefix, places = f"backbone.{name}.", {part: first + i for i, part in enumerate(_parts(after))}
@@ -81,25 +78,25 @@ def _more_blocks(state: State, model: LiteConfig, own: LiteConfig, fresh: State)
 
 
 def _parts(depths: tuple[int, ...]) -> list[tuple[str, int, int]]:
-    """What a residual network of a `lite` consists of, in order, by resolution and number."""
+    """List the layers of a residual network of a `lite` in order, by kind, resolution and number."""
     parts = [("first", 0, 0)]
     for i, depth in enumerate(depths):
         parts += [("scale", i, 0)] * (i > 0) + [("block", i, k) for k in range(depth)]
     return [*parts, ("activation", 0, 0), ("last", 0, 0)]
 
 
-def _more_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: float) -> State:
-    """The state of a `lite` with `more` channels behind its own, in the linear path alone.
+def _add_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: float) -> State:
+    """Return the state of a `lite` with `more` channels after its own, which only its linear path uses.
 
-    They are the probabilistic principal components of what a linear map of a patch can tell of the model's error there
-    (reduced-rank regression; Izenman 1975), with noise `sigma`: never worse than without them.
+    They are found by reduced-rank regression of the reconstruction error on the patch (Izenman 1975): probabilistic
+    principal components, with noise `sigma`, of the error that a linear map of the patch predicts.
     """
     z, p, c = model.config.latent_channels, model.factor, model.config.image_channels
     new = _components(model, more, batches, sigma)
     state = dict(model.state_dict())
 
     def append(name: str, rows: torch.Tensor, *, parts: int = 1) -> None:
-        """Insert rows behind the model's channels: at the end, or in each half of means and log-variances."""
+        """Insert rows after the model's channels, or after them in each of the means and log-variances."""
         old = state[name]
         rest, own = old[parts * z :], old[: parts * z].reshape(parts, z, *old.shape[1:])  # classes' rows come last
         both = torch.cat([own, rows.to(old).reshape(parts, more, *old.shape[1:])], 1)
@@ -126,7 +123,7 @@ def _more_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: flo
 
 
 class _Components(NamedTuple):
-    """A linear latent (n,) of a patch (d,): z = project' x + offset with log-variance `logvar`, and x + back z."""
+    """Hold n linear latents of a patch x (d,): z = project' x + offset, with log-variance `logvar`; error = back z."""
 
     project: torch.Tensor  # (d, n) float64
     offset: torch.Tensor  # (n,)
@@ -145,13 +142,12 @@ def _components(model: Codec, count: int, batches: Iterable[Batch], sigma: float
         error = x - model.decode(model.encode(x, labels).mode(), labels)
         both = rearrange([x, error], "two b c (h p) (w q) -> (b h w) (two c p q)", p=p, q=p).double()
         total, outer, n = total + both.sum(0), outer + both.T @ both, n + len(both)
-    mean = rearrange(total / n, "(c d) -> c d", d=p * p).mean(1).repeat_interleave(p * p)  # of x a value per channel
-    mean[d:] = 0  # an error is one around nothing
-    average = total / n
-    moments = outer / n - torch.outer(mean, average) - torch.outer(average, mean) + torch.outer(mean, mean)
+    mean = rearrange(total / n, "(c d) -> c d", d=p * p).mean(1).repeat_interleave(p * p)  # one value per channel
+    mean[d:] = 0  # the error is not centred
+    moments = covariance_around(mean, total / n, outer / n)
     of_x, of_both = moments[:d, :d], moments[:d, d:]
-    predict = torch.linalg.lstsq(of_x, of_both, driver="gelsd").solution  # (d, d); x may be flat
-    variance, basis = torch.linalg.eigh(predict.T @ of_x @ predict)  # of what is predicted
+    predict = torch.linalg.lstsq(of_x, of_both, driver="gelsd").solution  # (d, d); of_x may be singular
+    variance, basis = torch.linalg.eigh(predict.T @ of_x @ predict)  # of the predicted error
     variance, basis = variance.flip(0)[:count].clamp(min=1.05 * sigma**2), basis.flip(1)[:, :count]
     gain = torch.sqrt(variance - sigma**2)
     project = predict @ basis * (gain / variance)

@@ -1,19 +1,23 @@
-"""Whole runs of training programs on a handful of tiny images, each in a process of its own that can be killed.
+"""Run training programs on a few tiny images, each in a process of its own that can be killed.
 
-A fork server imports the program once and every run is a fork of it: a real process without a second import.
+A fork server imports the programs once and forks every run: a real process without a second import. It belongs to the
+test process that uses it, and all files and ports are that process's own.
 """
 
+import gzip
 import importlib
 import json
 import multiprocessing
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,7 +42,7 @@ TINY = flags(
 
 
 def write_images(folder: Path, count: int = 8, seed: int = 0) -> Path:
-    """PNGs of several sizes, some smaller than a crop of 32."""
+    """Write PNGs of several sizes, some smaller than a crop of 32."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     for i in range(count):
@@ -48,12 +52,33 @@ def write_images(folder: Path, count: int = 8, seed: int = 0) -> Path:
     return folder
 
 
+def write_digits(folder: Path, contrast: int = 180, count: int = 36) -> Path:
+    """Write an IDX file of two classes on noise, with a brighter upper half and a brighter lower one."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    labels = np.arange(count, dtype=np.uint8) % 2
+    pixels = random.integers(0, 60, (count, 28, 28), dtype=np.uint8)
+    pixels[labels == 0, :14] += contrast
+    pixels[labels == 1, 14:] += contrast
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28) + pixels.tobytes()))
+    write_labels(folder, labels.tolist())
+    return path
+
+
+def write_labels(folder: Path, labels: Sequence[int]) -> None:
+    """Write the IDX file of the labels beside the one of the images."""
+    head = struct.pack(">BBBBI", 0, 0, 8, 1, len(labels))
+    (folder / "train-labels-idx1-ubyte").write_bytes(head + bytes(labels))
+
+
 class Started:
-    """A process that runs a program, train.vae or another; its output goes to a file."""
+    """A process that runs a training program; its output goes to a file."""
 
     def __init__(
         self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str
     ) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         self.output = output
         self._process = fork_server().Process(target=_child, args=(list(argv), output, env, patch, program))
         self._process.start()
@@ -75,7 +100,7 @@ class Started:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """The exit code; minus the number of the signal that killed it."""
+        """Return the exit code, or minus the number of the signal that killed it."""
         self._process.join(PATIENCE)
         if self._process.exitcode is None:
             self._process.kill()
@@ -84,7 +109,7 @@ class Started:
         return self._process.exitcode
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        """Until `condition`, which must come true while the process runs."""
+        """Wait until `condition` is true, which must happen while the process runs."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             assert self.running and time.monotonic() < deadline, self.text
@@ -95,7 +120,6 @@ def start(
     argv: Sequence[str], out: Path, *, env: dict[str, str] | None = None, patch: Any = None, program: str = "vae"
 ) -> Started:
     """Start the program with --out `out`; `patch` is a module-level function called in the process before it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     return Started([*argv, "--out", str(out)], out.with_suffix(".txt"), env or {}, patch, program)
 
 
@@ -103,33 +127,24 @@ def start_ranks(
     argv: Sequence[str], out: Path, ranks: int, *, patch: Any = None, program: str = "vae"
 ) -> list[Started]:
     """Start `ranks` processes that find one another as torchrun's do (gloo)."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
-    env |= {"WORLD_SIZE": str(ranks)}
-    return [
-        Started(
-            [*argv, "--out", str(out)],
-            out.with_suffix(f".{rank}.txt"),
-            env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            patch,
-            program,
-        )
-        for rank in range(ranks)
-    ]
+    argv, env = [*argv, "--out", str(out)], env | {"WORLD_SIZE": str(ranks)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [Started(argv, out.with_suffix(f".{rank}.txt"), env | own[rank], patch, program) for rank in range(ranks)]
 
 
 def run(argv: Sequence[str], out: Path, **options: Any) -> str:
-    """Run to the end, which must be a good one; returns what was printed."""
+    """Run to the end, which must be a good one, and return what was printed."""
     process = start(argv, out, **options)
     assert process.wait() == 0, process.text
     return process.text
 
 
 def run_ranks(argv: Sequence[str], out: Path, ranks: int, **options: Any) -> str:
-    """The same on several processes; returns what the first one printed."""
+    """Run on several processes, and return what the first one printed."""
     processes = start_ranks(argv, out, ranks, **options)
     codes = [process.wait() for process in processes]
     assert codes == [0] * ranks, "\n".join(process.text for process in processes)
@@ -141,14 +156,13 @@ def checkpoint(out: Path, step: int) -> Path:
 
 
 def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint by file and name."""
+    """Read all tensors of a checkpoint by file and name."""
     files = sorted(checkpoint(out, step).glob("*.safetensors"))
     assert len(files) >= 3
     return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """To the bit."""
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
@@ -169,22 +183,13 @@ def call(target: Callable[..., None], *args: Any) -> None:
 
 
 def fork_server() -> Any:
-    """Preloaded with the program; its children find `tests` and the checkout's packages."""
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    found = [str(ROOT), before["PYTHONPATH"] or ""]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, found))
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
+    """Return the multiprocessing context of a fork server that has imported the programs and these helpers."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
         forkserver.set_forkserver_preload(
             ["train.vae", "train.diffusion", "torch._dynamo", "tests.support.run", "tests.support.folder"]
         )
         forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
     return multiprocessing.get_context("forkserver")
 
 

@@ -1,9 +1,6 @@
-"""Whole runs of the MNIST presets on a small IDX file, and what comes of their models."""
+"""Test the MNIST presets by whole runs on a small IDX file, and what their models can do."""
 
 import dataclasses
-import gzip
-import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +20,18 @@ from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import IdentityConfig
-from tests.support.run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors
-from tools.mnist.nll import Options, measure
+from tests.support.run import (
+    assert_same_tensors,
+    checkpoint,
+    flags,
+    log_lines,
+    run,
+    run_ranks,
+    start,
+    tensors,
+    write_digits,
+    write_labels,
+)
 from train.config.presets import mnist_cvae, mnist_iwae
 from train.config.vae import check
 
@@ -32,23 +39,8 @@ SMALL = flags(
     "--encoder-widths 12 --decoder-widths 12 --latent-channels 4 --batch-size 8 --steps 12 --save-every 6 "
     "--log-every 1 --eval-every 12 --val-images 4 --lr-schedule cosine --learning-rate 0.01"
 )
-SAMPLES = flags("--samples 5 --gradient-samples 2")
+IWAE = ["mnist_iwae", *SMALL, *flags("--samples 5 --gradient-samples 2 --data")]
 COMPUTE = ComputeOptions(batch_size=8, workers=1)
-
-
-def write_digits(folder: Path, contrast: int = 180, count: int = 36) -> Path:
-    """Images of two classes, a brighter upper half and a brighter lower one, on noise."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    labels = np.arange(count, dtype=np.uint8) % 2
-    pixels = random.integers(0, 60, (count, 28, 28), dtype=np.uint8)
-    pixels[labels == 0, :14] += contrast
-    pixels[labels == 1, 14:] += contrast
-    head = struct.pack(">BBBB3I", 0, 0, 8, 3, count, 28, 28)
-    path = folder / "train-images-idx3-ubyte.gz"
-    path.write_bytes(gzip.compress(head + pixels.tobytes()))
-    (folder / "train-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, count) + labels.tobytes())
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -57,94 +49,74 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def iwae(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "iwae"
-    run(["mnist_iwae", *SMALL, *SAMPLES, "--data", str(digits)], out)
-    return out
+def iwae(digits: Path) -> Path:
+    run([*IWAE, str(digits)], digits.parent / "iwae")
+    return digits.parent / "iwae"
 
 
 def test_the_bound_falls_from_that_of_the_mean_image(iwae: Path) -> None:
     losses = [line["loss"] for line in log_lines(iwae, "train")]
-    assert losses[0] < 28 * 28 * np.log(2)  # what a decoder knows that starts anywhere else
+    assert losses[0] < 28 * 28 * np.log(2)  # the bound of a decoder that does not start there
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 10
 
 
-def test_two_processes_train_what_one_does(digits: Path, iwae: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_same_model_as_one(digits: Path, iwae: Path, tmp_path: Path) -> None:
     """Law 5, of an objective that draws several latents and its pixels."""
-    run_ranks(["mnist_iwae", *SMALL, *SAMPLES, "--data", str(digits)], tmp_path / "two", 2)
-    one, two = tensors(iwae, 12), tensors(tmp_path / "two", 12)
-    for name, value in one.items():
+    run_ranks([*IWAE, str(digits)], tmp_path / "two", 2)
+    two = tensors(tmp_path / "two", 12)
+    for name, value in tensors(iwae, 12).items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(digits: Path, iwae: Path, tmp_path: Path) -> None:
-    argv = ["mnist_iwae", *SMALL, *SAMPLES, "--data", str(digits)]
-    process = start(argv, tmp_path / "cut")
+def test_a_killed_run_resumes_to_the_same_weights(digits: Path, iwae: Path, tmp_path: Path) -> None:
+    process = start([*IWAE, str(digits)], tmp_path / "cut")
     process.wait_for(lambda: checkpoint(tmp_path / "cut", 6).exists())
     process.signal(9)
     process.wait()
-    run(argv, tmp_path / "cut")
+    run([*IWAE, str(digits)], tmp_path / "cut")
     assert_same_tensors(tensors(tmp_path / "cut", 12), tensors(iwae, 12))
 
 
-def test_its_model_is_exported_and_encodes_and_decodes_the_file(digits: Path, iwae: Path, tmp_path: Path) -> None:
+def test_an_exported_model_encodes_and_decodes_the_file(digits: Path, iwae: Path, tmp_path: Path) -> None:
     export(iwae, tmp_path / "m.safetensors", data=(digits,), images=8, half=False)
-    codec = Codec.load(tmp_path / "m.safetensors")
-    assert encode_folder(Runner(codec, COMPUTE), digits, tmp_path / "z", quiet=True).done == 36
-    assert decode_folder(Runner(codec, COMPUTE), tmp_path / "z", tmp_path / "back", quiet=True).done == 36
+    runner = Runner(Codec.load(tmp_path / "m.safetensors"), COMPUTE)
+    assert encode_folder(runner, digits, tmp_path / "z", quiet=True).done == 36
+    assert decode_folder(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 36
     assert sorted(p.name for p in (tmp_path / "back").iterdir() if p.is_dir() and p.name[0] != ".") == ["0", "1"]
 
 
-def test_its_bound_is_measured_on_files(digits: Path, iwae: Path) -> None:
-    model = str(checkpoint(iwae, 12) / "ema.safetensors")
-    options = Options(model=model, images=digits, samples=20, first=10, batch_size=4, at_once=100)
-    found = [measure(options), measure(dataclasses.replace(options, batch_size=10, at_once=7))]
-    assert found[0].nll == pytest.approx(found[1].nll, rel=1e-5) and found[0].nll < found[0].nelbo
-    assert (found[0].images, found[0].latents, found[0].batches_below_elbo) == (10, 4, 0)
-
-
-@pytest.fixture(scope="module")
-def cvae(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "cvae"
+def test_a_conditional_models_samples_are_of_their_class(digits: Path, tmp_path: Path) -> None:
     longer = flags("--steps 150 --classes 0 1 --eval-every 150 --save-every 150 --beta 100")
-    run(["mnist_cvae", *SMALL, *longer, "--data", str(digits)], out)
-    return out
-
-
-def test_a_conditional_models_samples_are_of_their_class(cvae: Path) -> None:
-    codec = Codec.load(checkpoint(cvae, 150) / "ema.safetensors")
+    run(["mnist_cvae", *SMALL, *longer, "--data", str(digits)], tmp_path / "run")
+    codec = Codec.load(checkpoint(tmp_path / "run", 150) / "ema.safetensors")
     labels = torch.tensor([0, 1] * 8)
-    noise = torch.randn(16, 4, 1, 1, generator=torch.Generator().manual_seed(0))
-    mean = codec.decode(noise, labels)
+    mean = codec.decode(torch.randn(16, 4, 1, 1, generator=torch.Generator().manual_seed(0)), labels)
     brighter_above = mean[:, :, :14].mean((1, 2, 3)) > mean[:, :, 14:].mean((1, 2, 3))
     assert torch.equal(brighter_above, labels == 0)
 
 
-def test_folder_tools_take_a_conditional_models_class_from_the_folder(digits: Path, tmp_path: Path) -> None:
+def test_a_conditional_model_takes_an_images_class_from_its_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     codec = Codec(dataclasses.replace(mnist_cvae().codec, classes=("0", "1"))).eval()
-    shutil.copy(digits, tmp_path / "train-images-idx3-ubyte.gz")
-    strange = struct.pack(">BBBBI", 0, 0, 8, 1, 36) + bytes([0] * 35 + [2])
-    (tmp_path / "train-labels-idx1-ubyte").write_bytes(strange)
-    encoded = encode_folder(
-        Runner(codec, COMPUTE), tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "z", store="float32", quiet=True
-    )
+    runner, digits = Runner(codec, COMPUTE), write_digits(tmp_path / "raw")
+    write_labels(digits.parent, [0] * 35 + [2])
+    encoded = encode_folder(runner, digits, tmp_path / "z", store="float32", quiet=True)
     assert encoded.done == 35 and list(encoded.failures) == ["2/train-00035"]
     assert "class '2', but the model knows 0, 1" in encoded.failures["2/train-00035"]
-    pixels = in_channels(find_images(tmp_path / "train-images-idx3-ubyte.gz")[3].read().pixels[None], 1)
-    told, other = (codec.encode(pixels, torch.tensor([label])).mean for label in (0, 1))
+    pixels = in_channels(find_images(digits)[3].read().pixels[None], 1)
+    right, wrong = (codec.encode(pixels, torch.tensor([label])).mean for label in (0, 1))
     stored = Latents(tmp_path / "z").posterior(3).mean
-    torch.testing.assert_close(stored, told, rtol=1e-5, atol=1e-5)
-    assert (stored - other).abs().max() > 1e-3
-    assert decode_folder(Runner(codec, COMPUTE), tmp_path / "z", tmp_path / "back", quiet=True).done == 35
+    torch.testing.assert_close(stored, right, rtol=1e-5, atol=1e-5)
+    assert (stored - wrong).abs().max() > 1e-3
+    assert decode_folder(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 35
     with pytest.raises(UserError, match=r"which of 2 classes an image is of; a \.lc file cannot"):
-        encode_streams(Runner(codec, COMPUTE), digits, tmp_path / "lc", rate=Rate(), quiet=True)
+        encode_streams(runner, digits, tmp_path / "lc", rate=Rate(), quiet=True)
 
 
-def test_draws_are_weighed_of_a_gaussian_posterior_alone() -> None:
+def test_the_importance_weighted_bound_needs_a_gaussian_posterior() -> None:
     config = mnist_iwae()
     check(config)
-    with pytest.raises(UserError, match="a gaussian posterior, which identity has not"):
+    with pytest.raises(UserError, match="samples of a gaussian posterior, not of identity"):
         check(dataclasses.replace(config, codec=dataclasses.replace(config.codec, bottleneck=IdentityConfig())))
 
 
@@ -161,7 +133,7 @@ def test_draws_are_weighed_of_a_gaussian_posterior_alone() -> None:
         ("photo --mean-start", "mean_start needs an mlp backbone and a bernoulli likelihood"),
     ],
 )
-def test_what_does_not_fit_is_refused(digits: Path, tmp_path: Path, change: str, message: str) -> None:
+def test_mismatched_options_are_refused(digits: Path, tmp_path: Path, change: str, message: str) -> None:
     process = start([*flags(change), "--data", str(digits)], tmp_path / "run")
     assert process.wait() == 1
     assert message in process.text and len(process.text.splitlines()) == 1

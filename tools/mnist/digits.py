@@ -1,8 +1,8 @@
-"""MNIST as folders of images, and a small classifier that says whether generated digits are what they should be.
+"""Write MNIST as folders of images, and recognise generated digits with a small classifier.
 
 python -m tools.mnist.digits write    RAW DST [--split train|test]      RAW: the four IDX files, gzipped or not
 python -m tools.mnist.digits classify RAW DST.safetensors               train the classifier and measure it
-python -m tools.mnist.digits score    CLASSIFIER.safetensors SAMPLES    the share of SAMPLES/DIGIT/*.png recognised
+python -m tools.mnist.digits score    CLASSIFIER.safetensors SAMPLES    the recognised share of SAMPLES/DIGIT/*.png
 """
 
 import dataclasses
@@ -28,30 +28,32 @@ from latent_codec.storage.tensors import check_state, save_tensors
 Split = Literal["train", "test"]
 _NAMES: dict[Split, str] = {"train": "train", "test": "t10k"}
 _SIDE = 32
-"""Of the images as they are written: 28 and a black border of 2, so that models can halve it five times."""
+"""Side of the written images: 28 and a black border of 2, so that models can halve it five times."""
 _BORDER = 2
 
 
 class Digits(NamedTuple):
-    images: torch.Tensor  # (n, 28, 28) uint8, white on black
+    """Hold MNIST's images of one split."""
+
+    images: torch.Tensor  # (n, 32, 32) uint8, white on black
     labels: torch.Tensor  # (n,) int64
     names: list[str]  # "7/train-00042"
 
 
 def read_digits(raw: Path, split: Split) -> Digits:
-    """LeCun's IDX files of a folder; raises `UserError` for one that is missing or no such file."""
+    """Read a split from a folder of MNIST's IDX files; raises `UserError` if one is missing or damaged."""
     name = f"{_NAMES[split]}-images-idx3-ubyte"
     path = raw / name if (raw / name).is_file() else raw / f"{name}.gz"
     sources = find_images(path)
     if any(source.label is None for source in sources):
         raise UserError(f"{path}: no labels beside it; give MNIST's raw folder, with all four files")
-    images = torch.stack([source.read().pixels[0] for source in sources])
+    images = F.pad(torch.stack([source.read().pixels[0] for source in sources]), [_BORDER] * 4)
     labels = torch.tensor([int(source.label or 0) for source in sources])
     return Digits(images, labels, [source.name for source in sources])
 
 
 class Classifier(nn.Module):
-    """Two convolutions and two linear layers: (b, 1, 32, 32) in [0, 1] -> (b, 10) logits."""
+    """Classify digits (b, 1, 32, 32) in [0, 1] to logits (b, 10), by two convolutions and two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,13 +75,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def recognise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Digits (b,) int64 of grey pixels (b, 32, 32) uint8."""
+        """Return the digits (b,) int64 in grey pixels (b, 32, 32) uint8."""
         return torch.cat([self(part[:, None].float() / 255).argmax(1) for part in pixels.split(500)])
-
-
-def _bordered(images: torch.Tensor) -> torch.Tensor:
-    """(n, 28, 28) -> (n, 32, 32) uint8."""
-    return F.pad(images, [_BORDER] * 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ class Write:
 
     def run(self) -> None:
         digits = read_digits(self.raw, self.split)
-        pairs = zip(_bordered(digits.images).numpy(), digits.names, strict=True)
+        pairs = zip(digits.images.numpy(), digits.names, strict=True)
         for image, name in tqdm(pairs, "writing", len(digits.names), disable=None):
             path = self.dst / f"{name}.png"
             make_folder(path.parent)
@@ -103,7 +100,7 @@ class Write:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classify:
-    """Train the classifier on the 60,000 training digits and say how many of the 10,000 test digits it recognises."""
+    """Train the classifier on the training split, and measure it on the test split."""
 
     raw: tyro.conf.Positional[Path]
     dst: tyro.conf.Positional[Path]
@@ -112,8 +109,8 @@ class Classify:
 
     def run(self) -> None:
         digits = read_digits(self.raw, "train")
-        x, y = _bordered(digits.images), digits.labels
-        torch.manual_seed(self.seed)  # of the first weights; the order is counted
+        x, y = digits.images, digits.labels
+        torch.manual_seed(self.seed)  # initial weights; the order of images is a hash
         net = Classifier()
         orders = [permutation(len(x), fold(self.seed, epoch)).split(128) for epoch in range(self.epochs)]
         batches = [batch for order in orders for batch in order]
@@ -127,13 +124,13 @@ class Classify:
             schedule.step()
         save_tensors(self.dst, net.state_dict(), {"format": "pt"})
         digits = read_digits(self.raw, "test")
-        right = net.recognise(_bordered(digits.images)) == digits.labels
+        right = net.recognise(digits.images) == digits.labels
         print(f"wrote {self.dst}: recognises {right.float().mean().item():.2%} of {len(right)} test digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Say how many of the images in SAMPLES/0 ... SAMPLES/9 the classifier takes for the digit of their folder."""
+    """Print the share of images in SAMPLES/0 ... SAMPLES/9 that the classifier recognises as their folder's digit."""
 
     classifier: tyro.conf.Positional[Path]
     samples: tyro.conf.Positional[Path]
@@ -169,6 +166,7 @@ Command = Union[
 
 
 def main() -> None:
+    """Run the command line."""
     command: Command = tyro.cli(Command, prog="tools.mnist.digits", description=__doc__)  # pyright: ignore
     try:
         command.run()

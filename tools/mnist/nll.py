@@ -27,42 +27,48 @@ from train.loop.provenance import git_commit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
+    """Choose the model, the images and the number of samples."""
+
     model: tyro.conf.Positional[str]
-    """A model file or a shipped model's name; of a run, RUN/checkpoints/step-*/ema.safetensors."""
+    """Model file or a shipped model's name; for a run, RUN/checkpoints/step-*/ema.safetensors."""
     images: tyro.conf.Positional[Path]
-    """A folder, tar or IDX file of images whose sides are multiples of the model's factor."""
+    """Folder, tar or IDX file of images whose sides are multiples of the model's factor."""
     samples: int = 5000
-    """Latents drawn for each image."""
+    """Latent samples per image."""
     first: int | None = None
-    """How many of the images, those whose names hash lowest; all if not given."""
+    """Number of images to use, those whose names hash lowest. None: all."""
     batch_size: int = 20
+    """Images per batch."""
     at_once: int = 2000
-    """Latents decoded at once; changes memory, not results."""
+    """Latents to decode at once; changes memory, not results."""
     seed: int = 0
+    """Seed of the samples and of binarised pixels."""
     device: str = "cpu"
+    """Device to run on."""
     out: Path | None = None
     """JSON file for the results."""
 
 
-class Measured(NamedTuple):
-    """Averages over images in nats, and counts."""
+class NLLEstimate(NamedTuple):
+    """Report averages over the images in nats, and counts."""
 
     images: int
     samples: int
     nll: float
-    """Minus the importance-weighted bound of so many samples."""
+    """The negative importance-weighted bound."""
     nll_standard_error: float
-    """Over the images; the bound's own noise is far below it."""
+    """Standard error over the images. The bound's own noise is far below it."""
     nelbo: float
     kl: float
     active: int
-    """Latents whose posterior mean varies over images and positions by more than 0.01, of `latents`."""
+    """Latents, out of `latents`, whose posterior mean has a variance above 0.01 over images and positions."""
     latents: int
     batches_below_elbo: int
-    """Batches whose bound is below their ELBO, whose KL is exact: none but by chance."""
+    """Batches whose bound is below their ELBO with exact KL, which happens only by chance."""
 
 
-def measure(options: Options) -> Measured:
+def estimate(options: Options) -> NLLEstimate:
+    """Estimate the NLL of the images."""
     codec = Codec.load(options.model, options.device)
     sources = sorted(find_images(options.images), key=lambda s: text_key(s.name))[: options.first]
     iwae, elbo, kl, mean = [], [], [], []
@@ -78,7 +84,7 @@ def measure(options: Options) -> Measured:
         kl.append(found.kl)
         mean.append(_means(codec, pixels, keys, labels))
     nll, means = -torch.cat(iwae), torch.cat(mean)
-    return Measured(
+    return NLLEstimate(
         images=len(nll),
         samples=options.samples,
         nll=nll.mean().item(),
@@ -93,20 +99,18 @@ def measure(options: Options) -> Measured:
 
 @torch.inference_mode()
 def _means(codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The posterior means (n, z) float64 of all images and positions."""
+    """Return the posterior means (n, z) float64 of all images and positions."""
     x = codec.likelihood.observe(pixels, keys.to(pixels.device))
     return rearrange(codec.encode(x, labels).mean, "b z h w -> (b h w) z").double().cpu()
 
 
 def main() -> None:
+    """Run the command line, and print the results as JSON."""
     options = tyro.cli(Options, prog="tools.mnist.nll", description=__doc__)
     try:
-        run(options)
+        results = estimate(options)._asdict()
     except (UserError, ValueError) as error:
         raise SystemExit(f"tools.mnist.nll: {error}") from error
-
-
-def run(options: Options) -> None:
     about = {
         "command": shlex.join(["python", "-m", "tools.mnist.nll", *sys.argv[1:]]),
         "commit": git_commit(),
@@ -115,7 +119,7 @@ def run(options: Options) -> None:
         "protocol": "nats per image; importance-weighted bound, Burda et al. 2016, eq. 8; drawn pixels fixed by seed "
         "and name; active: variance of the posterior mean above 0.01",
     }
-    text = json.dumps({"results": measure(options)._asdict(), "about": about | machine(options.device)}, indent=1)
+    text = json.dumps({"results": results, "about": about | machine(options.device)}, indent=1)
     print(text)
     if options.out is not None:
         write_text(options.out, text + "\n")

@@ -1,4 +1,4 @@
-"""Pictures of latents drawn from N(0, I), a folder for each class: `python -m tools.mnist.prior_samples MODEL DST`."""
+"""Decode samples of the prior N(0, I) into a folder for each class: `python -m tools.mnist.prior_samples MODEL DST`."""
 
 import dataclasses
 from pathlib import Path
@@ -17,18 +17,24 @@ from latent_codec.storage.files import make_folder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
+    """Choose the model and the images."""
+
     model: tyro.conf.Positional[str]
+    """Model file or a shipped model's name."""
     dst: tyro.conf.Positional[Path]
+    """Folder for the images."""
     count: int = 100
-    """Of each class, or in all if the model has none."""
+    """Images of each class, or in all if the model has none."""
     size: int = 1
-    """Latent elements along each side."""
+    """Latent positions along each side."""
     border: int = 0
     """Black pixels to add on every side."""
     seed: int = 0
+    """Seed of the samples."""
 
 
 def main() -> None:
+    """Run the command line."""
     options = tyro.cli(Options, prog="tools.mnist.prior_samples", description=__doc__)
     try:
         print(f"wrote {run(options)} images to {options.dst}")
@@ -38,7 +44,10 @@ def main() -> None:
 
 @torch.inference_mode()
 def run(options: Options) -> int:
-    """Write expected pixels as DST/CLASS/00000.png; latent i of a class depends on the seed, the class and i alone."""
+    """Write expected pixels as DST/CLASS/00000.png, and return their number.
+
+    A sample depends on the seed, its class and its number alone.
+    """
     codec = Codec.load(options.model)
     classes = codec.config.classes or ("",)
     for label, name in enumerate(classes):

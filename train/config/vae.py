@@ -164,7 +164,7 @@ def _check_iwae(objective: IWAEConfig, codec: CodecConfig) -> None:
         found, limit = objective.gradient_samples, objective.samples
         raise UserError(f"gradient_samples is {found}; it must be from 0 to the {limit} samples")
     if (kind := codec.bottleneck.kind) != "gaussian":
-        raise UserError(f"iwae needs samples of a gaussian posterior, which a {kind} bottleneck lacks: use elbo")
+        raise UserError(f"iwae weighs samples of a gaussian posterior, not of {kind}; train an elbo")
 
 
 def _check_lpips(objective: ELBOConfig | JointConfig, codec: CodecConfig) -> None:
@@ -194,7 +194,7 @@ def _check_adversarial(adversarial: AdversarialConfig, config: TrainConfig) -> N
 
 def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
     if (kind := codec.bottleneck.kind) != "gaussian":
-        raise UserError(f"joint scales the noise of a gaussian posterior, which a {kind} bottleneck lacks: use elbo")
+        raise UserError(f"joint scales the noise of a gaussian posterior, not of {kind}; train an elbo")
     if codec.classes:
         raise UserError(
             f"joint trains the prior of .lc files, which do not store which of {len(codec.classes)} classes an image "

@@ -73,54 +73,46 @@ class Evaluate:
         from latent_codec.metrics.bjontegaard import check_extra
 
         check_extra()
-        from latent_codec.evaluation.report import Evaluated, Options, write_report
+        from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, write_report
         from latent_codec.images.sources import find_images
 
-        options = Options(
+        options = ReportOptions(
             report_images=self.pages.report_images,
             bound_images=self.pages.bound_images,
             bound_samples=self.pages.bound_samples,
             baseline_data=self.pages.baseline_data,
+            lpips=self._lpips,
             seed=self.sample,
         )
         if options.baseline_data is not None:
             find_images(options.baseline_data)  # refuses what it cannot find before anything is measured
         compute = dataclasses.replace(self.compute, tile=None)  # by default: other models may not have this one
-        others = [(name, load(name, compute)) for name in self.pages.baseline]
+        options = dataclasses.replace(options, baselines=[(name, load(name, compute)) for name in self.pages.baseline])
         runner = load(self.model, self.compute)
         report = self._evaluate(runner)
         rd = self._rate_distortion(runner) if self.rd else None
         print(report.table())
-        write_report(
-            Evaluated(runner, self.model, self.dir, report, rd, self._command(*self._report_flags())),
-            self.out,
-            options,
-            others,
-            lpips_net=self._net,
-            lpips_backbone=self.lpips_backbone,
-        )
+        command = self._command(*self._report_flags())
+        write_report(EvaluatedModel(runner, self.model, self.dir, report, rd, command), self.out, options)
         print(f"wrote {self.out / 'report.html'}")
         return 1 if report.failures else 0
 
     def _evaluate(self, runner: "Runner"):
         from latent_codec.evaluation.evaluate import evaluate
 
-        return evaluate(runner, self.dir, out=self.out, lpips_net=self._net, lpips_backbone=self.lpips_backbone)
+        return evaluate(runner, self.dir, out=self.out, lpips=self._lpips)
 
     def _rate_distortion(self, runner: "Runner"):
-        from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+        from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 
-        return rate_distortion(
-            runner,
-            self.dir,
+        options = RateDistortionOptions(
             steps=self.steps,
             refine=self.refine,
             sample=self.sample,
-            out=self.out,
-            lpips_net=self._net,
-            lpips_backbone=self.lpips_backbone,
+            lpips=self._lpips,
             command=self._command(*self._rd_flags()),
         )
+        return rate_distortion(runner, self.dir, options, out=self.out)
 
     def _report_flags(self) -> list[str]:
         numbers = ("report_images", "bound_images", "bound_samples")
@@ -142,5 +134,7 @@ class Evaluate:
         return shlex.join(command)
 
     @property
-    def _net(self) -> Literal["alex", "squeeze", "vgg"] | None:
-        return None if self.lpips_net == "none" else self.lpips_net
+    def _lpips(self):
+        from latent_codec.metrics.lpips import LPIPSOptions
+
+        return None if self.lpips_net == "none" else LPIPSOptions(net=self.lpips_net, backbone=self.lpips_backbone)

@@ -1,4 +1,4 @@
-"""How likely a model finds images: the evidence lower bound, and the tighter bound of many importance samples."""
+"""Bound the log-likelihood of images by the ELBO and by importance weighting (IWAE)."""
 
 import math
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 
-_PIXELS = -1  # what a key is folded with to draw pixels; samples are numbered from 0
+_PIXELS = -1  # folded into the key to draw pixels; samples are numbered from 0
 
 
 class Bounds(NamedTuple):
-    """Of b images with k samples each, in nats per image, float64 on the CPU; all are lower bounds of log p(x).
+    """Hold lower bounds of log p(x) of b images from k samples each, in nats per image, float64 on the CPU.
 
-    Of a likelihood that is a density they are bounds of a log density, which other likelihoods' are not comparable to.
+    A continuous likelihood bounds a log density, which is not comparable between likelihoods.
     """
 
     log_likelihoods: torch.Tensor  # (b, k) log p(x given z)
@@ -24,17 +24,17 @@ class Bounds(NamedTuple):
 
     @property
     def elbo(self) -> torch.Tensor:
-        """(b,): the average log-likelihood less the KL in closed form (Kingma & Welling 2014, eq. 7)."""
+        """Return the mean log-likelihood less the KL in closed form, (b,) (Kingma & Welling 2014, eq. 7)."""
         return self.log_likelihoods.mean(1) - self.kl
 
     @property
     def iwae(self) -> torch.Tensor:
-        """(b,): log of the average weight (Burda et al. 2016, eq. 8), at least the average of `log_weights`."""
+        """Return the log of the mean weight, (b,), at least the mean of `log_weights` (Burda et al. 2016, eq. 8)."""
         return torch.logsumexp(self.log_weights, 1) - math.log(self.log_weights.shape[1])
 
     @property
     def effective_samples(self) -> torch.Tensor:
-        """(b,) in [1, k]: (sum of weights)^2 / sum of their squares (Kong et al. 1994); near 1 one sample decides."""
+        """Return (sum of weights)^2 / sum of their squares, (b,) in [1, k] (Kong et al. 1994); near 1 one decides."""
         return torch.exp(2 * torch.logsumexp(self.log_weights, 1) - torch.logsumexp(2 * self.log_weights, 1))
 
 
@@ -42,14 +42,14 @@ class Bounds(NamedTuple):
 def bounds(
     codec: Codec, x: torch.Tensor, keys: torch.Tensor, k: int, *, at_once: int, labels: torch.Tensor | None = None
 ) -> Bounds:
-    """Bounds of log p(x) by k draws from each image's Gaussian posterior.
+    """Bound log p(x) by k draws from each image's Gaussian posterior.
 
-    x: (b, c, h, w), uint8 or float in the likelihood's range, as `Codec.encode` takes it; uint8 pixels that the
-    likelihood draws are drawn once, by the key. keys: (b,) int64 on the CPU; labels as for `Codec.encode`. Sample i of
-    an image depends on its key and i alone, so that more samples continue fewer. `at_once` is how many
-    samples go through the decoder together: it bounds the memory and changes nothing but the networks' rounding. Sums
-    over an image's pixels are float32, exact to about a ten-millionth of their size. Raises `ValueError` if k or
-    `at_once` is below 1, the posterior is no Gaussian, or as `Codec.encode` does.
+    x: (b, c, h, w), uint8 or float in the likelihood's range, as for `Codec.encode`; uint8 pixels that the likelihood
+    draws are drawn once, by the key. keys: (b,) int64 on the CPU; labels as for `Codec.encode`. Sample i of an image
+    depends on its key and i alone, so that more samples continue fewer. `at_once` samples go through the decoder
+    together: it bounds the memory and changes nothing but rounding. Sums over an image's pixels are float32, exact to
+    about 1e-7 of their size. Raises `ValueError` if k or `at_once` is below 1 or the posterior is not Gaussian, and
+    as `Codec.encode` does.
     """
     if k < 1 or at_once < 1:
         raise ValueError(f"{k} samples, {at_once} at once: both must be at least 1")
@@ -77,9 +77,9 @@ def _repeated(posterior: DiagonalGaussian, n: int) -> DiagonalGaussian:
 
 
 def _log_ratio(posterior: DiagonalGaussian, noise: torch.Tensor) -> torch.Tensor:
-    """log q(z given x) - log p(z) of z = mean + std * noise, (b,) float64 in nats.
+    """Return log q(z given x) - log p(z) of z = mean + std * noise, (b,) float64 in nats.
 
-    From the noise rather than from z, of which little is left after subtracting the mean where the std is small.
+    It is computed from the noise: (z - mean) / std would lose digits where the std is small.
     """
     z = posterior.sample(noise)
     return 0.5 * (z.square() - noise.square() - posterior.logvar).flatten(1).sum(1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Rate-distortion curves against each other: quality at a rate, and rate at a quality (Bjontegaard's delta)."""
+"""Compare rate-distortion curves: quality at equal rate, and Bjontegaard's delta rate at equal quality."""
 
 import importlib.util
 import math
@@ -9,22 +9,22 @@ import numpy as np
 
 from latent_codec.errors import UserError
 
-EXTRA = ("bjontegaard", "matplotlib")
-"""Packages that only rate-distortion curves and reports need."""
+EXTRA = ("bjontegaard", "jinja2", "matplotlib")
+"""Packages that only rate-distortion curves and reports need: the extra `rd`."""
 
 METHOD = "pchip"
-"""How both this module and bjontegaard interpolate: piecewise cubic, monotone (Fritsch & Butland 1984)."""
+"""Interpolation of this module and of bjontegaard: piecewise cubic, monotone (Fritsch & Butland 1984)."""
 
 LEAST_POINTS = 4
-"""Fewer make no curve."""
+"""Points that a curve must have for a delta rate."""
 
 LEAST_OVERLAP = 0.5
-"""Share of the tested curve's range of quality that the other one must cover."""
+"""Share of the tested curve's range of quality that the anchor must cover."""
 
 
-def check_extra() -> None:
-    """Raise `UserError` unless the packages of the extra are there."""
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+def check_extra(packages: Sequence[str] = EXTRA) -> None:
+    """Raise `UserError` unless all packages of the extra are installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"rate-distortion curves and reports need {' and '.join(missing)}, which "
@@ -33,7 +33,7 @@ def check_extra() -> None:
 
 
 class Scale(NamedTuple):
-    """A metric on a scale where more is better, on which curves are compared."""
+    """Map a metric to a scale where more is better, on which curves are compared."""
 
     words: str
     of: Callable[[float], float]
@@ -51,15 +51,16 @@ SCALES: dict[str, Scale] = {
 
 
 class Curve(NamedTuple):
-    """Points by ascending rate, quality ascending with it."""
+    """Hold a curve's points by ascending rate; quality ascends with it."""
 
     rates: np.ndarray  # (n,) float64, bits per pixel
     qualities: np.ndarray  # (n,) float64
     left_out: int
-    """Points without a value, or that a cheaper point equals or beats: nobody would choose their settings."""
+    """Number of points without a value, or that a cheaper point equals or beats."""
 
     @classmethod
     def of(cls, rates: Sequence[float], values: Sequence[float | None], scale: Scale) -> "Curve":
+        """Make a curve of a metric's values, None where it is undefined; only points that no cheaper one beats stay."""
         kept: list[tuple[float, float]] = []
         defined = [(rate, -scale.of(value)) for rate, value in zip(rates, values, strict=True) if value is not None]
         for rate, negative in sorted(defined):
@@ -69,8 +70,8 @@ class Curve(NamedTuple):
         return cls(found[:, 0], found[:, 1], len(rates) - len(kept))
 
     def at(self, rate: float) -> float | None:
-        """Quality at a rate, interpolated over the rate's logarithm; None outside the curve."""
-        from scipy.interpolate import PchipInterpolator  # here, because it takes a while to import
+        """Interpolate quality at a rate over the rate's logarithm; None outside the curve."""
+        from scipy.interpolate import PchipInterpolator  # slow to import
 
         if len(self.rates) < 2 or not self.rates[0] <= rate <= self.rates[-1]:
             return None
@@ -78,25 +79,27 @@ class Curve(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """Bjontegaard's delta rate."""
+    """Hold Bjontegaard's delta rate, or the reason why there is none."""
 
     percent: float | None
-    """Mean difference of rate at equal quality, in the mean of logarithms; below 0 the tested curve needs less."""
+    """Mean difference of log rate at equal quality, in percent; below 0 the tested curve needs less."""
     reason: str | None
-    """Why there is none."""
+    """Reason why `percent` is None."""
     low: float | None
-    """The qualities between which it was taken: those that both curves reach."""
+    """Lowest quality that both curves reach, and from which the mean is taken."""
     high: float | None
+    """Highest quality that both curves reach."""
     share: float | None
-    """Of the tested curve's range of quality, how much lies between them."""
+    """Share of the tested curve's range of quality that lies between them."""
     left_out: int
     """Points of both curves that were not used (see `Curve`)."""
 
 
 def delta_rate(anchor: Curve, tested: Curve, least_overlap: float = LEAST_OVERLAP) -> Delta:
-    """How much less or more rate `tested` needs than `anchor` (Bjontegaard 2001), by the package of that name.
+    """Return how much more rate `tested` needs than `anchor` at equal quality (Bjontegaard 2001).
 
-    There is none where `anchor` covers less than `least_overlap` of the range of quality of `tested`.
+    There is no value, but a reason, where a curve has fewer than `LEAST_POINTS` points or `anchor` covers less than
+    `least_overlap` of the range of quality of `tested`. Needs the package `bjontegaard` (see `check_extra`).
     """
     left_out = anchor.left_out + tested.left_out
     fewest = min(len(anchor.rates), len(tested.rates))
@@ -108,7 +111,7 @@ def delta_rate(anchor: Curve, tested: Curve, least_overlap: float = LEAST_OVERLA
     if share < least_overlap:
         reason = f"the curves share {share:.0%} of the tested one's range, less than {least_overlap:.0%}"
         return Delta(None, reason, None, None, share, left_out)
-    import bjontegaard  # optional, see `check_extra`
+    import bjontegaard  # optional
 
     percent = bjontegaard.bd_rate(
         anchor.rates,

@@ -1,11 +1,10 @@
-"""How close two uint8 images are: PSNR, SSIM and MS-SSIM, one value per image.
+"""Compute PSNR, SSIM and MS-SSIM between uint8 images, one value per image.
 
-Every function takes x, y: (b, 3, h, w) uint8 RGB on one device and returns (b,) float64 on the CPU. `PROTOCOL` says
-how, in the words to print beside the number.
+Every function takes x, y: (b, 3, h, w) uint8 RGB on one device and returns (b,) float64 on the CPU. `PROTOCOL` defines
+each number in the words to print beside it.
 """
 
 import importlib.metadata
-from typing import NamedTuple
 
 import pytorch_msssim
 import torch
@@ -29,18 +28,11 @@ PROTOCOL: dict[str, str] = {
         f"count as 0, {_PACKAGE}"
     ),
 }
-"""For each metric what a reader needs to reproduce a value, apart from the set; the mean is over images (`mean`)."""
-
-
-class Mean(NamedTuple):
-    value: float
-    """NaN if no image counted; infinite if a PSNR was (an image came back without any error)."""
-    images: int
-    """How many counted: images too small for the metric (NaN) do not."""
+"""Define each metric so that a reader can reproduce a value; means over a set are over images."""
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """10 log10(255^2 / MSE) in dB, (b,) float64; inf where the images are equal."""
+    """Return 10 log10(255^2 / MSE) in dB, (b,) float64; inf where the images are equal."""
     _check(x, y)
     errors = (x.int() - y.int()).square().sum((1, 2, 3), dtype=torch.int64)  # exact, so no order of summing matters
     mse = errors.cpu().double() / x.shape[1:].numel()
@@ -48,9 +40,9 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004, eq. 13), (b,) float64, at most 1.
+    """Return the structural similarity (Wang et al. 2004, eq. 13), (b,) float64, at most 1.
 
-    NaN for images with a side below 11 px, which the window does not fit into.
+    It is NaN for images with a side below 11 pixels, into which the window does not fit.
     """
     _check(x, y)
     if min(x.shape[2:]) < _WINDOW:
@@ -59,20 +51,14 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Multi-scale structural similarity (Wang et al. 2003, eq. 7), (b,) float64 in [0, 1].
+    """Return the multi-scale structural similarity (Wang et al. 2003, eq. 7), (b,) float64 in [0, 1].
 
-    NaN for images with a side of 160 px or less, on which it is not defined.
+    It is NaN for images with a side of 160 pixels or less, on which it is not defined.
     """
     _check(x, y)
     if min(x.shape[2:]) < _MS_SSIM_SIDE:
         return torch.full((len(x),), torch.nan, dtype=torch.float64)
     return pytorch_msssim.ms_ssim(x.float(), y.float(), data_range=255, size_average=False).cpu().double()
-
-
-def mean(values: torch.Tensor) -> Mean:
-    """The plain mean of per-image values (n,), images without a value (NaN) left out; one inf makes it inf."""
-    defined = values[~values.isnan()]
-    return Mean(float(defined.mean()), len(defined))
 
 
 def _check(x: torch.Tensor, y: torch.Tensor) -> None:

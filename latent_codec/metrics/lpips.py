@@ -1,6 +1,7 @@
-"""LPIPS: the distance between deep features that people's judgements were fitted to (Zhang et al. 2018)."""
+"""Measure LPIPS, the distance between deep features fitted to people's judgements (Zhang et al. 2018)."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import sys
 import warnings
@@ -20,20 +21,37 @@ from latent_codec.storage.tensors import check_state
 Net = Literal["alex", "squeeze", "vgg"]
 
 
-class _Backbone(NamedTuple):
-    torchvision: str  # torchvision's name of the whole network
-    smallest_side: int  # px; below it a pooling layer has nothing left
+class Backbone(NamedTuple):
+    """Describe a network whose features LPIPS compares."""
+
+    torchvision: str
+    """Name of the whole network in torchvision."""
+    smallest_side: int
+    """Pixels of the shortest side that its pooling layers leave something of."""
 
 
-_BACKBONES: dict[str, _Backbone] = {
-    "alex": _Backbone("alexnet", 31),
-    "squeeze": _Backbone("squeezenet1_1", 17),
-    "vgg": _Backbone("vgg16", 16),
+BACKBONES: dict[str, Backbone] = {
+    "alex": Backbone("alexnet", 31),
+    "squeeze": Backbone("squeezenet1_1", 17),
+    "vgg": Backbone("vgg16", 16),
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LPIPSOptions:
+    """Choose the network of LPIPS and where its weights come from."""
+
+    net: Net = "alex"
+    backbone: Path | None = None
+    """safetensors file of the network's ImageNet features; None lets torchvision download them."""
+
+    def load(self, device: str | torch.device = "cpu") -> "LPIPS":
+        """Return the module on a device; raises as `LPIPS` does."""
+        return LPIPS(self.net, self.backbone).to(device)
+
+
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity v0.1 (Zhang et al. 2018, eq. 1), 0 for equal images, lower is closer.
+    """Compute learned perceptual image patch similarity v0.1 (Zhang et al. 2018, eq. 1); 0 for equal images.
 
     The linear heads come with the `lpips` package. `backbone` is a safetensors file of ImageNet features, keys
     `features.<i>.weight` and `.bias` in torchvision's numbering; None lets torchvision download them. Weights are
@@ -43,15 +61,15 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: Net, backbone: Path | None) -> None:
         super().__init__()
-        if net not in _BACKBONES:
-            raise UserError(f"LPIPS net '{net}' is unknown; choose from {', '.join(_BACKBONES)}")
+        if net not in BACKBONES:
+            raise UserError(f"LPIPS net '{net}' is unknown; choose from {', '.join(BACKBONES)}")
         package = _package_model(net, download=backbone is None)
         if backbone is not None:
             _load_backbone(package.net, net, backbone)
-        self.smallest_side = _BACKBONES[net].smallest_side
-        """Pixels; `forward` refuses images with a shorter side."""
+        self.smallest_side = BACKBONES[net].smallest_side
+        """Pixels of the shortest side that `forward` accepts."""
         self.protocol = f"LPIPS v0.1 ({net}), RGB in [-1, 1], lpips {importlib.metadata.version('lpips')}"
-        """What a reader needs to reproduce a value."""
+        """Settings and versions that reproduce a value, in words."""
         self.scaling = package.scaling_layer
         self.features = package.net
         self.heads = package.lins
@@ -59,11 +77,11 @@ class LPIPS(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "LPIPS":
-        """Stays in evaluation mode whatever `mode` says: the heads' dropout is for fitting them only."""
+        """Keep the evaluation mode whatever `mode` is: the heads' dropout is for fitting them only."""
         return super().train(False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Distance of each pair, (b,) float32 whatever autocast does around it, differentiable in x and y.
+        """Return the distance of each pair, (b,) float32 under any autocast, differentiable in x and y.
 
         x, y: (b, 3, h, w) float in [-1, 1]. Raises `UserError` for sides below `smallest_side`.
         """
@@ -87,18 +105,18 @@ class LPIPS(nn.Module):
 def _unit(features: torch.Tensor) -> torch.Tensor:
     """Scale each position's feature vector to length 1, (b, c, h, w).
 
-    As the package does, but for the clamp, which changes no value: the square root's slope at 0 is infinite, so where
-    every feature is 0 backward would produce NaN, and only the ReLU just before would happen to drop it.
+    The clamp, which the package lacks, changes no value. Without it backward gives NaN where every feature is 0, since
+    the square root's slope at 0 is infinite.
     """
     norm = features.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt()
     return features / (norm + 1e-10)
 
 
 def _package_model(net: str, *, download: bool) -> Any:
-    """The package's own model, its heads loaded; its backbone random unless `download`."""
-    import lpips  # here, because it pulls in torchvision and scipy
+    """Return the package's model with its heads loaded and, unless `download`, a random backbone."""
+    import lpips  # slow: it imports torchvision and scipy
 
-    name = _BACKBONES[net].torchvision
+    name = BACKBONES[net].torchvision
     try:
         with _quiet():
             return lpips.LPIPS(net=net, version="0.1", pnet_rand=not download, verbose=False)
@@ -114,7 +132,7 @@ def _package_model(net: str, *, download: bool) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep standard output for results, hide the package's deprecations, leave the global random state alone."""
+    """Send the package's output to stderr, hide its deprecation warnings and keep the global random state."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(sys.stderr),
@@ -126,8 +144,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _load_backbone(features: nn.Module, net: str, path: Path) -> None:
-    """Load a backbone file strictly: the package's `slice<n>.<i>.x` is torchvision's `features.<i>.x`."""
-    name = _BACKBONES[net].torchvision
+    """Load a backbone file strictly; the package's `slice<n>.<i>.x` is torchvision's `features.<i>.x`."""
+    name = BACKBONES[net].torchvision
     remedy = f"--lpips-backbone takes a safetensors file of torchvision's {name} features"
     if not path.is_file():
         raise UserError(f"{path}: no such file; {remedy}")

@@ -14,7 +14,7 @@ from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
-from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.folders.decode_lc import decode_streams
 from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.folders.encode_lc import encode_streams
@@ -144,21 +144,12 @@ def test_latents_to_train_on_need_a_gaussian(model: Codec, photos: Path, tmp_pat
     with pytest.raises(UserError, match=f"which a {kind} bottleneck has not; write .lc files"):
         encode_folder(Runner(model, CPU), photos, tmp_path / "latents", quiet=True)
     with pytest.raises(UserError, match=f"--rd .* a {kind} bottleneck"):
-        rate_distortion(
-            Runner(model, CPU),
-            photos,
-            steps=[1.0],
-            sample=0,
-            out=None,
-            lpips_net=None,
-            lpips_backbone=None,
-            command="",
-        )
+        rate_distortion(Runner(model, CPU), photos, RateDistortionOptions(steps=[1.0]))
 
 
 @kinds
 def test_an_evaluation_counts_the_bytes_of_the_files(model: Codec, photos: Path, tmp_path: Path) -> None:
-    report = evaluate(Runner(model, CPU), photos, out=tmp_path / "out", lpips_net=None, lpips_backbone=None, quiet=True)
+    report = evaluate(Runner(model, CPU), photos, out=tmp_path / "out", quiet=True)
     files = files_of(tmp_path / "out" / "streams")
     pixels = sum(w * h for w, h in SIZES)
     assert report.summary["disk_bpp"] == pytest.approx(8 * sum(map(len, files.values())) / pixels)
@@ -167,7 +158,7 @@ def test_an_evaluation_counts_the_bytes_of_the_files(model: Codec, photos: Path,
     assert files_of(tmp_path / "images") == files_of(tmp_path / "out" / "decoded")
     (tmp_path / "out" / "results.json").unlink()
     with pytest.raises(UserError, match=r"without the results\.json of an evaluation"):
-        evaluate(Runner(model, CPU), photos, out=tmp_path / "out", lpips_net=None, lpips_backbone=None, quiet=True)
+        evaluate(Runner(model, CPU), photos, out=tmp_path / "out", quiet=True)
 
 
 @codebooks

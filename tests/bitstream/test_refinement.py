@@ -12,7 +12,7 @@ import torch
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.refinement import Refiner, _with_rate
 from latent_codec.errors import UserError
-from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.images.geometry import crop, pad
 from latent_codec.images.sources import find_images
@@ -182,12 +182,9 @@ def test_too_little_memory_for_one_image_fails_that_image(
     assert summary.done == 3 and "memory ran out" in summary.failures["3.png"]
 
 
-def test_measured_files_are_refined(codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.evaluation.rate_distortion.measure.peer_codecs.available", list)
-    options: dict[str, Any] = {"sample": 0, "out": None, "lpips_net": None, "lpips_backbone": None, "command": "it"}
-    plain, refined = (
-        rate_distortion(Runner(codec, CPU), photos, steps=(0.7, 1.0), refine=n, quiet=True, **options) for n in (0, 4)
-    )
+def test_measured_files_are_refined(codec: Codec, photos: Path) -> None:
+    options = (RateDistortionOptions(steps=(0.7, 1.0), refine=n, anchors=()) for n in (0, 4))
+    plain, refined = (rate_distortion(Runner(codec, CPU), photos, chosen, quiet=True) for chosen in options)
     assert refined.codecs == ["context", "factorized", "refined"] and "refined" not in plain.codecs
     assert refined.curve_points("context") == plain.curve_points("context")
     for before, after in zip(plain.curve_points("context"), refined.curve_points("refined"), strict=True):

@@ -1,4 +1,4 @@
-"""Bounds of log p(x): exact where the posterior is, in order where it is not, the same whatever is done at once."""
+"""Test that bounds of log p(x) are exact with the true posterior, ordered otherwise, and independent of batching."""
 
 import math
 
@@ -29,7 +29,7 @@ def linear(likelihood: GaussianConfig | BernoulliConfig) -> Codec:
 
 @pytest.fixture
 def exact() -> Codec:
-    """A linear VAE at its optimum, where the encoder says the true posterior."""
+    """Return a linear VAE at its optimum, whose encoder gives the true posterior."""
     codec = linear(GaussianConfig(scale="fixed", sigma=SIGMA))
     root = torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.2
     moments = PatchMoments(torch.tensor([0.1, 0.0, -0.1], dtype=torch.float64), root @ root.T)
@@ -47,7 +47,7 @@ KEYS = torch.tensor([3, -1, 2**50, 7])
 
 
 def marginal(codec: Codec, x: torch.Tensor) -> torch.Tensor:
-    """log p(x), (b,) float64, of a linear VAE: patches are Gaussian with covariance W W' + sigma^2 I."""
+    """Return log p(x) of a linear VAE, (b,) float64: patches are Gaussian with covariance W W' + sigma^2 I."""
     weight = codec.backbone.decoder.weight.detach().double().flatten(1)  # (z, d)
     covariance = weight.T @ weight + SIGMA**2 * torch.eye(D)
     mean = codec.backbone.decoder.bias.detach().double().repeat_interleave(PATCH**2)
@@ -83,7 +83,7 @@ def test_the_closed_form_of_the_kl_is_the_average_of_the_ratio(exact: Codec, x: 
     assert ((ratios.mean(1) - found.kl).abs() < 4 * error).all()
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 7, 40, 1000])
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
 def test_samples_depend_on_key_and_number_alone(exact: Codec, x: torch.Tensor, at_once: int) -> None:
     whole = bounds(exact, x, KEYS, 10, at_once=40)
     close = {"rtol": 0, "atol": 1e-4}

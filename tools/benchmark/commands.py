@@ -23,7 +23,7 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import STEP_ONE
-from tools.benchmark.peers import sd_codec
+from tools.benchmark.other_models import sd_codec
 from tools.benchmark.record import machine, report
 
 _SMALLEST = 0.05

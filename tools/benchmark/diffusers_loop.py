@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 from latent_codec.model.codec import Codec
-from tools.benchmark.peers import diffusers_peer
+from tools.benchmark.other_models import diffusers_autoencoder
 
 
 class _Images(Dataset[tuple[str, torch.Tensor]]):
@@ -39,7 +39,7 @@ class Loop:
     @torch.inference_mode()
     def run(self) -> None:
         self.dst.mkdir(parents=True)
-        vae = diffusers_peer(Codec.load(self.weights)).to(self.device)
+        vae = diffusers_autoencoder(Codec.load(self.weights)).to(self.device)
         for names, x in DataLoader(_Images(self.src), self.batch_size, num_workers=self.workers):
             latents = vae.encode(x.to(self.device)).latent_dist.sample().cpu()
             for name, z in zip(names, latents, strict=True):

@@ -11,7 +11,7 @@ import torch
 
 from latent_codec.model.codec import Codec
 from latent_codec.model.describe import count_flops
-from tools.benchmark.peers import diffusers_peer, sd_codec
+from tools.benchmark.other_models import diffusers_autoencoder, sd_codec
 from tools.benchmark.record import machine, report
 
 
@@ -33,7 +33,7 @@ class Encoders:
     def run(self) -> None:
         lite = Codec.load(self.model).to(self.device).to(memory_format=torch.channels_last)
         conv = sd_codec().eval().to(self.device)
-        peer = diffusers_peer(conv).to(self.device)
+        peer = diffusers_autoencoder(conv).to(self.device)
         x = torch.rand(self.batch, 3, self.size, self.size, device=self.device) * 2 - 1
         difference = (conv.encode(x).mean - peer.encode(x).latent_dist.mean).abs().max().item()
         contenders: dict[str, Callable[[], Any]] = {

@@ -1,4 +1,4 @@
-"""What a benchmark found, and what it takes to find it again."""
+"""Print and write what a benchmark measured, with what reproduces it."""
 
 import json
 import platform
@@ -14,24 +14,19 @@ from train.loop.provenance import git_commit
 
 
 def machine(device: str) -> dict[str, Any]:
+    """Return the name of the device, the number of threads and torch's version."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def report(
-    results: dict[str, dict[str, Any]],
-    about: dict[str, Any],
-    out: Path | None,
-    *,
-    command: list[str] | None = None,
-    **more: Any,
-) -> None:
-    """Print the results and what a reader needs to repeat them; `more` goes to the file alone.
+def command_line() -> str:
+    """Return the command that started this process, as the user typed it."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
-    `command` holds the arguments of `tools.benchmark`, by default those of this process.
-    """
-    words = shlex.join(["python", "-m", "tools.benchmark", *(sys.argv[1:] if command is None else command)])
-    found = {"results": results, "about": {"command": words, "commit": git_commit()} | about}
+
+def report(results: dict[str, dict[str, Any]], about: dict[str, Any], out: Path | None, **more: Any) -> None:
+    """Print the results and what reproduces them, and write both to `out`; `more` goes to the file alone."""
+    found = {"results": results, "about": {"command": command_line(), "commit": git_commit()} | about}
     print(json.dumps(found, indent=1))
     if out is not None:
         write_text(out, json.dumps(found | more, indent=1) + "\n")

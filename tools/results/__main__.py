@@ -1,18 +1,21 @@
-"""The comparison page from measurements: `python -m tools.results --data KODAK`."""
+"""Write the page of results from measurements: `python -m tools.results --data KODAK`."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
+from latent_codec.bitstream.refinement import USUAL_ROUNDS
 from latent_codec.errors import UserError
+from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import check_extra
+from latent_codec.metrics.lpips import LPIPSOptions
 from latent_codec.storage.files import make_folder, write_text
 from tools.results.crops import Detail, Sheet
-from tools.results.measured import Measuring, gather
+from tools.results.measured import Measuring, ResultFiles, gather
 from tools.results.page import PAGE, PLOT, SHEET, page, plot
 
 DETAILS = (
@@ -20,33 +23,36 @@ DETAILS = (
     Detail("places/pavilion.jpg", 250, 130),
     Detail("animals/cat.jpg", 138, 64),
 )
-"""Of the example photographs."""
+"""Details of the example photographs."""
 
-SIDE = 88  # pixels
+SIDE = 88
+"""Side of the details in pixels."""
+
+RATES = RateDistortionOptions(refine=USUAL_ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Results:
-    """Write docs/results.md with its plot and its picture. What has not been measured of the model is measured first.
+    """Write docs/results.md with its plot and its picture, measuring first what has not been measured of the model.
 
-    A JSON file of the same model is taken as it is; one of another model is measured anew and replaced.
+    A JSON file of the same model is used as it is; one of another model is measured again and replaced.
     """
 
     model: str = "photo"
-    """A shipped model's name or a file."""
+    """Name of a shipped model or a file."""
     data: str | None = None
     """Images to measure on; not needed where the JSON files are the model's."""
     others: tuple[str, ...] = ()
     """Models to measure as first stages beside this one, such as PCA of the same latent size."""
     taef2: Path | None = None
-    """Folder with TAEF2's encoder.safetensors and decoder.safetensors, to measure it, too."""
+    """Folder with TAEF2's encoder.safetensors and decoder.safetensors, to measure it as well."""
     rd_json: Path = Path("checkpoints/photo-rd.json")
     quality_json: Path = Path("checkpoints/photo.json")
     crops_json: Path = Path("checkpoints/photo-crops.json")
     photos: Path = Path("examples/photos")
-    """The example photographs, of which details are shown."""
+    """Example photographs, of which details are shown."""
     anew: bool = False
-    """Measure all again."""
+    """Measure everything again."""
     lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
     lpips_backbone: Path | None = None
     """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
@@ -54,29 +60,29 @@ class Results:
     """Folder for results.md, results.svg and results.jpg."""
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
-    def run(self, details: tuple[Detail, ...] = DETAILS, **settings: Any) -> None:
-        """`settings` are further ones of `Measuring`."""
+    def run(self, details: tuple[Detail, ...] = DETAILS, rates: RateDistortionOptions = RATES) -> None:
+        """Measure what is missing and write the page."""
         check_extra()
         make_folder(self.out)
         runner = load(self.model, self.compute)
+        lpips = None if self.lpips_net == "none" else LPIPSOptions(net=self.lpips_net, backbone=self.lpips_backbone)
         measuring = Measuring(
+            runner=runner,
             model=self.model,
             data=self.data,
             others=self.others,
             taef2=self.taef2,
-            lpips_net=None if self.lpips_net == "none" else self.lpips_net,
-            lpips_backbone=self.lpips_backbone,
-            **settings,
+            rates=dataclasses.replace(rates, lpips=lpips),
+            sheet=Sheet(photos=self.photos, details=details, side=SIDE, steps=(1.0, 2.0), path=self.out / SHEET),
         )
-        sheet = Sheet(photos=self.photos, details=details, side=SIDE, steps=(1.0, 2.0), path=self.out / SHEET)
-        files = {"rd": self.rd_json, "quality": self.quality_json, "crops": self.crops_json}
-        measured = gather(runner, measuring, sheet, **files, anew=self.anew)
+        measured = gather(measuring, ResultFiles(self.rd_json, self.quality_json, self.crops_json), anew=self.anew)
         write_text(self.out / PLOT, plot(measured))
         write_text(self.out / PAGE, page(measured, runner.codec))
         print(f"wrote {self.out / PAGE}")
 
 
 def main() -> None:
+    """Run the command line."""
     try:
         tyro.cli(Results, prog="tools.results", description=__doc__).run()
     except UserError as error:

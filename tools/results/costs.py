@@ -1,4 +1,4 @@
-"""What networks cost: parameters, and FLOPs of one 256x256 image, counted from their shapes alone."""
+"""Count parameters of networks, and FLOPs of one 256x256 image, from their shapes alone."""
 
 import dataclasses
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig
 from latent_codec.model.describe import count_flops
-from tools.benchmark.peers import Taef2, sd_codec
+from tools.benchmark.other_models import Taef2, sd_codec
 from train.config.presets import pca
 
 SIDE = 256
@@ -17,14 +17,17 @@ SIDE = 256
 
 
 class Costs(NamedTuple):
+    """Hold what a model's networks cost."""
+
     parameters: int
-    """Of encoder and decoder; an entropy model's are not among them."""
+    """Parameters of encoder and decoder, without an entropy model's."""
     encoder: float
     """FLOPs, at 2 per multiply-accumulate."""
     decoder: float
 
 
 def of_config(config: CodecConfig) -> Costs:
+    """Return the costs of a codec."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Codec(config).parameters())
     flops = count_flops(config, SIDE)
@@ -32,11 +35,12 @@ def of_config(config: CodecConfig) -> Costs:
 
 
 def of_pca(channels: int) -> Costs:
+    """Return the costs of PCA of 8x8 patches."""
     return of_config(dataclasses.replace(pca().codec, latent_channels=channels))
 
 
 def of_sd_shape(channels: int) -> Costs:
-    """Of Stable Diffusion's AutoencoderKL; FLUX.1's, of 16 channels, lacks the 1x1 convolutions at its ends."""
+    """Return the costs of Stable Diffusion's AutoencoderKL; FLUX.1's, of 16 channels, lacks its 1x1 convolutions."""
     with torch.device("meta"):
         config = sd_codec().config
     backbone = config.backbone
@@ -47,6 +51,7 @@ def of_sd_shape(channels: int) -> Costs:
 
 
 def of_taef2() -> Costs:
+    """Return the costs of TAEF2."""
     with torch.device("meta"):
         model = Taef2()
         pixels = torch.zeros(1, 3, SIDE, SIDE)

@@ -1,48 +1,50 @@
-"""Rate-distortion curves of a measured file and of the published ones, and how far apart they are."""
+"""Read rate-distortion curves from rd.json, and compare them with published curves."""
 
 from typing import Any
 
+from latent_codec.evaluation.rate_distortion.report import RatePoint, rate_curve
+from latent_codec.evaluation.rate_distortion.report import curve_points as points_of
 from latent_codec.metrics.bjontegaard import SCALES, Curve, Delta, delta_rate
 from tools.results.published import CURVES, PublishedCurve
 
 PUBLISHED_OVERLAP = 0.25
-"""Published curves begin at higher qualities than ours, so that less of ours is asked for; the page says how much."""
+"""Share of our range that a published curve must cover; they begin at higher qualities than ours."""
 
 METRICS = ("psnr", "ms_ssim", "lpips")
 
 
-def points(rd: dict[str, Any], codec: str) -> list[dict[str, Any]]:
-    """Means over images of one codec's settings, without dither."""
-    return [p for p in rd["summary"]["points"] if p["codec"] == codec and not p["dithered"]]
+def all_points(rd: dict[str, Any]) -> list[RatePoint]:
+    """Return the means over images of all settings, our best prior first."""
+    return [RatePoint.from_json(point) for point in rd["summary"]["points"]]
+
+
+def curve_points(rd: dict[str, Any], codec: str) -> list[RatePoint]:
+    """Return the points of one codec without dither."""
+    return points_of(all_points(rd), codec)
 
 
 def best(rd: dict[str, Any]) -> str:
-    """Our best prior, whose rows come first."""
+    """Return the name of our best prior, whose rows come first."""
     return rd["summary"]["points"][0]["codec"]
 
 
 def metrics_of(rd: dict[str, Any]) -> list[str]:
-    """Those that were measured and are defined for images of this size."""
+    """Return the metrics that were measured and are defined for images of this size."""
     return [name for name in METRICS if any(p.get(name) is not None for p in rd["summary"]["points"])]
 
 
-def curve(rd: dict[str, Any], codec: str, metric: str) -> Curve:
-    own = points(rd, codec)
-    return Curve.of([p["bpp"] for p in own], [p[metric] for p in own], SCALES[metric])
-
-
 def published(rd: dict[str, Any]) -> tuple[PublishedCurve, ...]:
-    """The curves to set beside those measured: none, if the images were others than all of Kodak's."""
+    """Return the published curves of the measured set: those of Kodak, or none."""
     about = rd["about"]
     return CURVES if about["set"].lower() == "kodak" and about["images"] == 24 else ()
 
 
 def against_published(rd: dict[str, Any], codec: str) -> list[tuple[PublishedCurve, Delta]]:
-    """Delta rates of one of our kinds of files in PSNR, where the curves overlap; none if there are no such files."""
-    if not points(rd, codec):
+    """Return delta rates in PSNR of one of our kinds of files against each published curve."""
+    points = all_points(rd)
+    if not points_of(points, codec):
         return []
-    ours = curve(rd, codec, "psnr")
-    found = []
+    ours, found = rate_curve(points, codec, "psnr"), []
     for other in published(rd):
         anchor = Curve.of([x for x, _ in other.points], [y for _, y in other.points], SCALES["psnr"])
         found.append((other, delta_rate(anchor, ours, PUBLISHED_OVERLAP)))

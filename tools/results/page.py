@@ -1,25 +1,28 @@
-"""The comparison page: tables, the picture of the curves, and what falls short."""
+"""Render the page of results from its templates."""
 
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from latent_codec.evaluation.rate_distortion.plot import svg
 from latent_codec.model.codec import Codec
 from tools.results import costs, tables
-from tools.results.curves import against_published, best, points
+from tools.results.curves import against_published, all_points, best, curve_points, published
 from tools.results.measured import Measured
-from tools.results.plot import svg
 from tools.results.published import CURVES
 
-TEMPLATES = Path(__file__).parent
 PAGE, PLOT, SHEET = "results.md", "results.svg", "results.jpg"
 
 
 def plot(measured: Measured) -> str:
-    return svg(measured.rd)
+    """Return the SVG of the measured and published curves."""
+    rd = measured.rd
+    return svg(all_points(rd), rd["about"], "photo", {curve.name: curve.points for curve in published(rd)})
 
 
 def page(measured: Measured, codec: Codec) -> str:
-    """The Markdown of `PAGE`; figures come from the JSON files and, of costs, from the networks' shapes alone."""
+    """Return the Markdown; figures come from the JSON files and, of costs, from the networks' shapes."""
     fields = {
         "set": measured.rd["about"]["set"],
         "images": measured.rd["about"]["images"],
@@ -37,17 +40,14 @@ def page(measured: Measured, codec: Codec) -> str:
         "crops": tables.crops(measured.crops),
         "crops_source": _source(measured.crops["about"] | {"command": "python -m tools.results"}),
         "side": measured.crops["about"]["side"],
-        "falls_short": _template("falls_short.md").format(**figures(measured, codec)).strip(),
     }
-    return _template("page.md").format(**fields)
-
-
-def _template(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=False)
+    return environment.get_template("page.md.jinja").render(fields | figures(measured, codec)).rstrip() + "\n"
 
 
 def _source(about: dict[str, Any]) -> str:
-    """Command, commit and machine, as the file says them."""
+    """Return command, commit and machine as Markdown."""
     machine = about["device"]
     if (kind := about.get("versions", {}).get("machine")) and kind not in machine:
         machine = f"{machine} ({kind})"
@@ -59,23 +59,30 @@ def _source(about: dict[str, Any]) -> str:
 
 
 def figures(measured: Measured, codec: Codec) -> dict[str, str]:
-    """What the text of `falls_short.md` says, by name."""
+    """Return the figures in the text of falls_short.md.jinja, by name."""
     rd, stages = measured.rd, measured.quality["results"]
-    ours = points(rd, best(rd))
-    finest, one = ours[0], min(ours, key=lambda p: abs(p["value"] - 1))
+    ours = curve_points(rd, best(rd))
+    finest, one = ours[0], min(ours, key=lambda point: abs(point.setting.value - 1))
     photo = next(iter(stages.values()))
+    finest_psnr = finest.distortion["psnr"] or 0
     found = _training(codec) | {
         "ceiling": f"{photo['psnr']:.2f}",
-        "ceiling_room": f"{photo['psnr'] - finest['psnr']:.2f}",
-        "finest_step": f"{finest['value']:g}",
-        "finest_psnr": f"{finest['psnr']:.2f}",
-        "finest_bpp": f"{finest['bpp']:.2f}",
-        "one_bpp": f"{one['bpp']:.3f}",
-        "one_psnr": f"{one['psnr']:.2f}",
+        "ceiling_room": f"{photo['psnr'] - finest_psnr:.2f}",
+        "finest_step": f"{finest.setting.value:g}",
+        "finest_psnr": f"{finest_psnr:.2f}",
+        "finest_bpp": f"{finest.bpp:.2f}",
+        "one_bpp": f"{one.bpp:.3f}",
         "kl_bpp": f"{rd['summary']['kl_bpp']:.3f}",
-        "dithered_bpp": _dithered(rd),
-        "prior_gap": f"{one['bpp'] - one['ideal_bpp']:.4f}",
-        "prior_saves": _saving(rd, one),
+        "dithered_bpp": next((f"{p.bpp:.3f}" for p in all_points(rd) if p.setting.dithered), "-"),
+        "prior_gap": f"{one.bpp - (one.ideal_bpp or 0):.4f}",
+        "prior_saves": next(
+            (
+                f"{1 - one.bpp / p.bpp:.0%}"
+                for p in curve_points(rd, "factorized")
+                if p.setting.value == one.setting.value
+            ),
+            "nothing",
+        ),
         "lpips": tables.value("lpips", photo.get("lpips")),
         "lpips_taef2": tables.value("lpips", stages.get("TAEF2", {}).get("lpips")),
         "lpips_pca": tables.value("lpips", stages.get("pca32", {}).get("lpips")),
@@ -84,22 +91,16 @@ def figures(measured: Measured, codec: Codec) -> dict[str, str]:
         "encoder_gflop": f"{costs.of_config(codec.config).encoder / 1e9:.1f}",
         "sd_gflop": f"{costs.of_sd_shape(4).encoder / 1e9:.1f}",
     }
-    for peer in ("JPEG", "WebP", "AVIF"):
-        delta = rd["against"].get(peer, {}).get("delta_rates", {}).get("psnr", {}).get("percent")
-        found[peer.lower()] = "not compared" if delta is None else f"{delta:+.0f}%"
-    found |= {_field(other.name): "not compared" for other in CURVES}
-    for other, delta in against_published(rd, best(rd)):
-        found[_field(other.name)] = "not compared" if delta.percent is None else f"{delta.percent:+.0f}%"
+    deltas = {name: c["delta_rates"].get("psnr", {}).get("percent") for name, c in rd["against"].items()}
+    deltas |= {other.name: delta.percent for other, delta in against_published(rd, best(rd))}
+    for name in ("JPEG", "WebP", "AVIF", *(curve.name for curve in CURVES)):
+        percent = deltas.get(name)
+        found[name.replace("-", "_").lower()] = "not compared" if percent is None else f"{percent:+.0f}%"
     return found
 
 
-def _field(name: str) -> str:
-    """A published codec's name, as the text's braces have it."""
-    return name.replace("-", "_").lower()
-
-
 def _training(codec: Codec) -> dict[str, str]:
-    """Of the last stage, as the model's file says it; models made elsewhere do not."""
+    """Return facts of the last training stage from the model's provenance, if it has any."""
     training = codec.provenance.get("training", {})
     config = training.get("config", {})
     objective = config.get("objective", {})
@@ -110,14 +111,3 @@ def _training(codec: Codec) -> dict[str, str]:
         "lpips_weight": f"{objective.get('lpips_weight', 0):g}" if objective else "unknown",
         "finest_mode_step": f"{steps[0]:g}" if steps else "1",
     }
-
-
-def _dithered(rd: dict[str, Any]) -> str:
-    own = [p for p in rd["summary"]["points"] if p["codec"] == best(rd) and p["dithered"]]
-    return f"{own[0]['bpp']:.3f}" if own else "-"
-
-
-def _saving(rd: dict[str, Any], one: dict[str, Any]) -> str:
-    """Of the best prior against the factorised one, at the same step."""
-    plain = [p for p in points(rd, "factorized") if p["value"] == one["value"]]
-    return f"{1 - one['bpp'] / plain[0]['bpp']:.0%}" if plain and plain[0] is not one else "nothing"

@@ -1,4 +1,4 @@
-"""A picture of originals (above) and what came back (below): `python -m tools.results.picture SRC DECODED OUT.jpg`."""
+"""Show originals above their reconstructions: `python -m tools.results.picture SRC DECODED OUT.jpg`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,19 @@ from latent_codec.storage.files import atomic_path
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Squares from the middle of each image, at the images' own resolution."""
+    """Show squares from the middle of each image at its own resolution."""
 
     src: tyro.conf.Positional[str]
-    """The folder that was encoded."""
+    """Folder that was encoded."""
     decoded: tyro.conf.Positional[Path]
-    """The folder that `latent-codec decode` wrote."""
+    """Folder that `latent-codec decode` wrote."""
     out: tyro.conf.Positional[Path]
     columns: int = 6
     side: int = 192
-    """Pixels."""
+    """Side of the squares in pixels."""
 
     def run(self) -> None:
+        """Write the picture."""
         sources = find_images(self.src)[: self.columns]
         canvas = Image.new("RGB", (self.side * len(sources), 2 * self.side))
         for column, source in enumerate(sources):

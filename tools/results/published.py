@@ -1,4 +1,4 @@
-"""What others published of their codecs and autoencoders: carried over with its source, not measured here."""
+"""List what others published of their codecs and autoencoders, with its source; nothing is measured here."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ COMPRESSAI = "CompressAI, results/image/kodak"
 
 
 class PublishedCurve(NamedTuple):
-    """Of a codec on Kodak: 24 images of 768x512, PSNR of RGB in dB, mean over images."""
+    """Hold a codec's curve on Kodak's 24 images of 768x512: PSNR of RGB in dB, mean over images."""
 
     name: str
     source: str
@@ -63,7 +63,7 @@ CURVES = (
 
 
 class PublishedStage(NamedTuple):
-    """An autoencoder of diffusion models, as its makers measured it."""
+    """Hold the quality of a diffusion model's autoencoder as its authors measured it."""
 
     name: str
     factor: int
@@ -73,7 +73,7 @@ class PublishedStage(NamedTuple):
     ssim: float
     lpips: float
     sd_shape: bool
-    """Whether its networks are Stable Diffusion's but for the latents' channels, so that `costs` can count them."""
+    """True if its networks are Stable Diffusion's except for the latents' channels, so that `costs` can count them."""
 
 
 STAGES = (

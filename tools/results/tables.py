@@ -1,4 +1,4 @@
-"""The page's tables, as Markdown, from the measured files."""
+"""Format the page's tables as Markdown."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from latent_codec.metrics.bjontegaard import Delta
 from latent_codec.model.codec import Codec
 from tools.results import costs
 from tools.results.costs import Costs
-from tools.results.curves import against_published, best, metrics_of, points
+from tools.results.curves import against_published, best, curve_points, metrics_of
 from tools.results.published import STAGES
 
 NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
@@ -19,46 +19,49 @@ _PCA = {
     "pca32": ("PCA of 8x8 patches", 32),
     "pca16": ("PCA of 8x8 patches", 16),
 }
-"""Words for, and channels of, the models of the quality file that are no networks."""
+"""Words and channels of the models of the quality file that are not networks."""
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def value(metric: str, number: float | None) -> str:
+    """Format a metric's value; None as a dash."""
     return "-" if number is None else f"{number:{_FORMATS[metric]}}"
 
 
 def rates(rd: dict[str, Any]) -> str:
-    """Our files by step, and those refined."""
+    """Return the table of our files by step, with the refined files beside them."""
     names = metrics_of(rd)
-    refined = {p["value"]: p for p in points(rd, REFINED)}
+    refined = {point.setting.value: point for point in curve_points(rd, REFINED)}
     header = ["bpp", *(NAMES[name] for name in names)]
     header = ["step", *header, *([f"refined: {header[0]}", *header[1:]] if refined else [])]
     rows = []
-    for p in points(rd, best(rd)):
-        row = [f"{p['value']:g}"]
-        for point in [p, refined[p["value"]]] if refined else [p]:
-            row += [f"{point['bpp']:.3f}", *(value(name, point[name]) for name in names)]
+    for own in curve_points(rd, best(rd)):
+        row = [f"{own.setting.value:g}"]
+        for point in [own, refined[own.setting.value]] if refined else [own]:
+            row += [f"{point.bpp:.3f}", *(value(name, point.distortion[name]) for name in names)]
         rows.append(row)
     return markdown(header, rows)
 
 
 def measured_deltas(rd: dict[str, Any], found_by: str = "against") -> str:
-    """Against the codecs of the same run, in every metric; with "refined_against" of refined files."""
+    """Return delta rates against the anchors in every metric; "refined_against" gives those of refined files."""
     names = [name for name in metrics_of(rd) if name in next(iter(rd["against"].values()))["delta_rates"]]
     rows = []
-    for peer, found in rd[found_by].items():
+    for anchor, found in rd[found_by].items():
         deltas = [Delta(**found["delta_rates"][name]) for name in names]
-        rows.append([peer, *(delta_cell(d) for d in deltas), overlap(deltas[names.index("psnr")])])
+        rows.append([anchor, *(delta_cell(d) for d in deltas), overlap(deltas[names.index("psnr")])])
     who = "photo" if found_by == "against" else "photo, refined,"
     header = [f"{who} against", *(NAMES[name].removesuffix(", dB") for name in names), "PSNR compared over"]
     return markdown(header, rows)
 
 
 def published_deltas(rd: dict[str, Any]) -> str:
+    """Return delta rates against the published curves in PSNR."""
     plain, refined = against_published(rd, best(rd)), against_published(rd, REFINED)
     if not plain:
         return "No published curve is of this set."
@@ -71,10 +74,12 @@ def published_deltas(rd: dict[str, Any]) -> str:
 
 
 def delta_cell(delta: Delta) -> str:
+    """Format a delta rate, or the reason why there is none."""
     return f"- ({delta.reason})" if delta.percent is None else f"{delta.percent:+.1f}%"
 
 
 def overlap(delta: Delta) -> str:
+    """Format the qualities that a delta rate was taken over."""
     if delta.low is None or delta.high is None or delta.share is None:
         return "-"
     return f"{delta.low:.1f} to {delta.high:.1f} dB, {delta.share:.0%} of photo's range"
@@ -102,7 +107,7 @@ class _Stage(NamedTuple):
 
 
 def stages(quality: dict[str, Any], codec: Codec) -> str:
-    """First stages of latent diffusion: measured ones, then published ones, each with its set."""
+    """Return the table of first stages of latent diffusion: measured, then published, each with its set."""
     header = ["first stage", "set", "latent of 256x256", "PSNR, dB", "SSIM", "LPIPS"]
     header += ["encoder, GFLOP", "decoder, GFLOP", "parameters, M"]
     rows = [_measured_stage(name, found, quality, codec).cells() for name, found in quality["results"].items()]
@@ -128,7 +133,7 @@ def _measured_stage(name: str, found: dict[str, Any], quality: dict[str, Any], c
 
 
 def crops(found: dict[str, Any]) -> str:
-    """A row for each of the picture's, with every file's bytes."""
+    """Return the table of the picture's rows with the bytes of every file."""
     codecs = [file["codec"] for file in found["rows"][0]["files"]]
     rows = []
     for row in found["rows"]:

@@ -4,12 +4,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from latent_codec.evaluation.rate_distortion.measure import rate_distortion
-from latent_codec.evaluation.rate_distortion.report import Report
+from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
+from latent_codec.evaluation.rate_distortion.report import RateDistortionReport, rate_curve
 from latent_codec.images.sources import Source
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
-from latent_codec.metrics.bjontegaard import SCALES, Curve, Delta, delta_rate
+from latent_codec.metrics.bjontegaard import Delta, delta_rate
 
 _STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
@@ -25,23 +25,16 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
     images.mkdir(parents=True)
     for i, source in enumerate(sources):
         (images / f"{i:03d}{Path(source.name).suffix}").write_bytes(source.read_bytes())
-    reports: dict[str, Report] = {}
+    reports: dict[str, RateDistortionReport] = {}
     for name, model in models.items():
         runner = load(model, ComputeOptions(device=device))
         if runner.codec.priors is None:
             print(f"{model}: has no prior, and is left out of the figure", flush=True)
             continue
         steps = " ".join(f"{step:g}" for step in _STEPS)
-        reports[name] = rate_distortion(
-            runner,
-            images,
-            steps=_STEPS,
-            sample=0,
-            out=out / name,
-            lpips_net=None,
-            lpips_backbone=None,
-            command=f"latent-codec evaluate {model} {images} --rd --steps {steps} --sample 0 --lpips-net none",
-        )
+        command = f"latent-codec evaluate {model} {images} --rd --steps {steps} --sample 0 --lpips-net none"
+        options = RateDistortionOptions(steps=_STEPS, command=command)
+        reports[name] = rate_distortion(runner, images, options, out=out / name)
         print(f"{name}\n{reports[name].table()}", flush=True)
     first, *others = reports
     for other in others:
@@ -51,11 +44,6 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
             print(f"delta rate of {first} against {other}, {metric}: {value}", flush=True)
 
 
-def delta_of_models(tested: Report, anchor: Report, metric: str) -> Delta:
+def delta_of_models(tested: RateDistortionReport, anchor: RateDistortionReport, metric: str) -> Delta:
     """Return Bjontegaard's delta rate of one model against another, each with the best of its priors."""
-    return delta_rate(_curve(anchor, metric), _curve(tested, metric))
-
-
-def _curve(report: Report, metric: str) -> Curve:
-    points = report.curve_points(report.codecs[0])
-    return Curve.of([p.bpp for p in points], [p.distortion[metric] for p in points], SCALES[metric])
+    return delta_rate(*(rate_curve(report.points, report.codecs[0], metric) for report in (anchor, tested)))

@@ -1,6 +1,7 @@
-"""The codecs that ours is measured against, as Pillow drives them; a grey image is saved as grey by each."""
+"""Encode and decode with the anchors JPEG, WebP and AVIF by Pillow; each saves a grey image as grey."""
 
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image, features
@@ -8,27 +9,28 @@ from PIL import Image, features
 from latent_codec.errors import UserError
 
 
-class Peer(NamedTuple):
-    """One codec and the qualities that draw its curve."""
+class Anchor(NamedTuple):
+    """Define a codec to compare with, and the qualities of its curve."""
 
     name: str
     format: str
-    """Pillow's name of it."""
+    """Name of the format in Pillow."""
     library: str
-    """Pillow's name of the library below, to ask for its presence and version."""
+    """Name of the codec's library in `PIL.features`."""
     qualities: tuple[int, ...]
     options: dict[str, Any]
+    """Arguments of `PIL.Image.Image.save`."""
     grey_options: dict[str, Any]
-    """What replaces `options` for a grey image."""
+    """Arguments for a grey image."""
 
     def settings(self) -> str:
-        """All of them in words, with the library's version."""
+        """Return the options and the library's version in words."""
         shown = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
         return f"Pillow {self.format}: {shown}; {self.library} {features.version(self.library)}"
 
 
-PEERS = (
-    Peer(
+JPEG, WEBP, AVIF = ANCHORS = (
+    Anchor(
         name="JPEG",
         format="JPEG",
         library="jpg",
@@ -36,7 +38,7 @@ PEERS = (
         options={"subsampling": "4:2:0", "optimize": True},
         grey_options={"optimize": True},
     ),
-    Peer(
+    Anchor(
         name="WebP",
         format="WEBP",
         library="webp",
@@ -44,7 +46,7 @@ PEERS = (
         options={"method": 6},
         grey_options={"method": 6},
     ),
-    Peer(
+    Anchor(
         name="AVIF",
         format="AVIF",
         library="avif",
@@ -56,23 +58,23 @@ PEERS = (
 )
 
 
-def available() -> list[Peer]:
-    """Those that this Pillow was built with."""
-    return [peer for peer in PEERS if features.check(peer.library)]
+def available(anchors: Sequence[Anchor] = ANCHORS) -> list[Anchor]:
+    """Return the anchors that this Pillow was built with."""
+    return [anchor for anchor in anchors if features.check(anchor.library)]
 
 
-def encode(peer: Peer, image: Image.Image, quality: int) -> bytes:
-    """The whole file for an image of mode L or RGB; raises `UserError` if the codec refuses it."""
+def encode(anchor: Anchor, image: Image.Image, quality: int) -> bytes:
+    """Return the whole file of an image of mode L or RGB; raises `UserError` if the codec refuses it."""
     file = io.BytesIO()
-    options = peer.grey_options if image.mode == "L" else peer.options
+    options = anchor.grey_options if image.mode == "L" else anchor.options
     try:
-        image.save(file, format=peer.format, quality=quality, **options)
+        image.save(file, format=anchor.format, quality=quality, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{image.width}x{image.height} pixels cannot be saved as {peer.name}: {error}") from error
+        raise UserError(f"{image.width}x{image.height} pixels cannot be saved as {anchor.name}: {error}") from error
     return file.getvalue()
 
 
-def decode(peer: Peer, data: bytes, mode: str) -> Image.Image:
-    """The image in `mode`, L or RGB, from its file."""
-    with Image.open(io.BytesIO(data), formats=[peer.format]) as image:
+def decode(anchor: Anchor, data: bytes, mode: str) -> Image.Image:
+    """Return the image of a file in `mode`, L or RGB."""
+    with Image.open(io.BytesIO(data), formats=[anchor.format]) as image:
         return image.convert(mode)

@@ -1,6 +1,9 @@
-"""Rate against distortion: files of many settings, decoded from their bytes; JPEG, WebP and AVIF beside them."""
+"""Measure rate and distortion of files at many settings, decoded from their bytes, with the anchors beside them."""
 
+import dataclasses
+import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,91 +16,131 @@ from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dither_seed
 from latent_codec.errors import UserError
-from latent_codec.evaluation.evaluate import compare
-from latent_codec.evaluation.rate_distortion import anchors
-from latent_codec.evaluation.rate_distortion.anchors import Peer
-from latent_codec.evaluation.rate_distortion.report import REFINED, Record, Report, Row, Setting, report
+from latent_codec.evaluation.evaluate import compare, describe_evaluation
+from latent_codec.evaluation.rate_distortion import anchors as anchor_codecs
+from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
+from latent_codec.evaluation.rate_distortion.report import (
+    RD_PROTOCOL,
+    REFINED,
+    CodecSetting,
+    ImageRates,
+    RateDistortionReport,
+    RatePoint,
+    RateRow,
+    codec_settings,
+    package_versions,
+)
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, Image, crop, pad
 from latent_codec.images.sources import Source, find_images
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics.bjontegaard import check_extra
-from latent_codec.metrics.lpips import LPIPS, Net
+from latent_codec.metrics.lpips import LPIPS, LPIPSOptions
 from latent_codec.model.checks import check_channels, check_unconditional
 from latent_codec.prior.quantizer import step_code
-from latent_codec.storage.files import make_folder
+from latent_codec.storage.files import atomic_path, make_folder, write_text
+
+RESULTS, PLOT = "rd.json", "rd.png"
 
 DITHERED_STEP = 1.0
-"""Where dither is tried: its error then has the variance of the posterior."""
+"""Step of the rows with dither, whose error has the variance of the posterior."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RateDistortionOptions:
+    """Choose the settings of the curves."""
+
+    steps: Sequence[float] = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
+    """Quantiser steps."""
+    refine: int = 0
+    """Rounds of refinement of further rows of the best prior, without dither; 0 for no such rows."""
+    sample: int = 0
+    """Seed of the dither of the rows that have one."""
+    lpips: LPIPSOptions | None = None
+    anchors: Sequence[Anchor] = ANCHORS
+    """Codecs to compare with; those that Pillow was built without are left out with a note."""
+    command: str = ""
+    """Command that the report says it came from."""
+
+    def __post_init__(self) -> None:
+        if not self.steps or len(set(self.steps)) != len(self.steps):
+            raise UserError(f"--steps {' '.join(f'{s:g}' for s in self.steps)}: give at least one, each once")
+        for step in self.steps:
+            step_code(step)  # refuses what no stream can have
 
 
 def rate_distortion(
     runner: Runner,
     where: str | Path,
+    options: RateDistortionOptions,
     *,
-    steps: Sequence[float],
-    refine: int = 0,
-    sample: int,
-    out: Path | None,
-    lpips_net: Net | None,
-    lpips_backbone: Path | None,
-    command: str,
+    out: Path | None = None,
     quiet: bool = False,
-) -> Report:
-    """Measure the codec at every step, and the peers at their qualities, on the images at `where`.
+) -> RateDistortionReport:
+    """Measure the codec at every step, and the anchors at their qualities, on the images at `where`.
 
-    With `refine` there are also rows of the best prior after so many rounds of `refining.Refiner`, without dither.
-    `sample` seeds the dither of the rows that have one. `out` keeps rd.json and rd.png; nothing else is written.
-    `command` is what the report says it came from. Images that cannot be read, or that a peer refuses, are reported
-    and left out of all curves. Raises `UserError` before any work if the packages of the extra `rd` are not there, the
-    model has no prior, a step is out of range or `out` cannot be written into, and later if no image could be used.
+    `out` keeps rd.json and rd.png; nothing else is written. Images that cannot be read, or that an anchor refuses, are
+    reported and left out of all curves. Raises `UserError` before any work if the packages of the extra `rd` are
+    missing, the model has no prior or `out` cannot be written into, and later if no image could be used.
     """
     check_extra()
     if out is not None:
         make_folder(out)
-    ours = _Ours(runner, steps, refine, sample)
-    lpips = None if lpips_net is None else LPIPS(lpips_net, lpips_backbone).to(runner.options.device)
-    peers = anchors.available()
+    ours = _OwnFiles(runner, options)
+    lpips = None if options.lpips is None else options.lpips.load(runner.options.device)
+    anchors = anchor_codecs.available(options.anchors)
     sources = find_images(where)
     summary = Summary("evaluated", found=len(sources))
-    records: list[Record] = []
+    images: list[ImageRates] = []
     for source in tqdm(sources, "evaluate", unit="image", disable=quiet or None):
         try:
-            records.append(_measure(source, ours, peers, lpips, runner.options.device))
+            images.append(_measure_image(source, ours, anchors, lpips))
         except UserError as error:
             summary.fail(source.name, error)
-    if not records:
+    if not images:
         raise UserError(f"{where}: none of the {summary.found} images could be used")
-    result = report(runner, where, records, ours.stream_ids, refine, peers, lpips, command, summary.failures)
+    about = describe_evaluation(runner, where, len(images))
+    about["versions"] |= package_versions()
+    missing = sorted({anchor.name for anchor in options.anchors} - {anchor.name for anchor in anchors})
+    report = RateDistortionReport(
+        about=about | {"stream_ids": ours.stream_ids, "command": options.command},
+        protocol=RD_PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
+        settings=codec_settings(ours.stream_ids, options.refine, anchors),
+        notes=[f"{name} left out: this Pillow was built without it" for name in missing],
+        images=images,
+        failures=summary.failures,
+    )
     if out is not None:
-        result.write(out)
-    return result
+        _write(report, out)
+    return report
 
 
-class _File(NamedTuple):
-    """What one file took."""
+def _write(report: RateDistortionReport, folder: Path) -> None:
+    from latent_codec.evaluation.rate_distortion.plot import png  # matplotlib is optional
 
-    setting: Setting
+    write_text(folder / RESULTS, json.dumps(report.json(), indent=1, allow_nan=False) + "\n")
+    with atomic_path(folder / PLOT) as temporary:
+        temporary.write_bytes(png(report))
+
+
+class _CodedFile(NamedTuple):
+    setting: CodecSetting
     size: int  # bytes
     ideal_bits: float | None
 
 
-class _Version(NamedTuple):
-    """One decoded image and the files that decode to it."""
-
-    decoded: torch.Tensor  # (3, h, w) uint8
-    files: list[_File]
+class _Decoded(NamedTuple):
+    pixels: torch.Tensor  # (3, h, w) uint8
+    files: list[_CodedFile]  # those that decode to them
 
 
-class _Ours:
-    """The codec's own files of one image after another."""
+class _OwnFiles:
+    """Write and decode the codec's own files of one image after another."""
 
-    def __init__(self, runner: Runner, steps: Sequence[float], refine: int, sample: int) -> None:
-        if not steps or len(set(steps)) != len(steps):
-            raise UserError(f"--steps {' '.join(f'{s:g}' for s in steps)}: give at least one, each once")
-        self._runner, self.codec, self.sample = runner, runner.codec, sample
+    def __init__(self, runner: Runner, options: RateDistortionOptions) -> None:
         codec, device = runner.codec, runner.options.device
+        self.runner, self._sample = runner, options.sample
         check_channels(codec)
         check_unconditional(codec, "a .lc file")
         if (kind := codec.config.bottleneck.kind) != "gaussian":
@@ -105,31 +148,32 @@ class _Ours:
                 f"--rd sets files beside the KL of a posterior, which a {kind} bottleneck has not; leave it out"
             )
         self._coders = [StreamCodec(codec, device)]  # of the best prior; refuses a model without any
-        self._refiner = Refiner(self._coders[0], self._runner, refine)
+        self._refiner = Refiner(self._coders[0], runner, options.refine)
         if self._coders[0].prior.kind != "factorized":
             self._coders.append(StreamCodec(codec, device, "factorized"))
         self._reader = StreamReader(codec, device)
-        self._settings = [(step, False) for step in sorted(steps)] + [(DITHERED_STEP, True)]
-        for step in steps:
-            step_code(step)  # refuses what no stream can have
+        self._settings = [(step, False) for step in sorted(options.steps)] + [(DITHERED_STEP, True)]
 
     @property
     def stream_ids(self) -> dict[str, str]:
+        """Return the stream id of each prior, the best one first."""
         return {coder.prior.kind: coder.stream_id.hex() for coder in self._coders}
 
     def encode(self, image: Image) -> tuple[torch.Tensor, float]:
-        """The posterior's mean (z, h, w) and its KL in bits."""
-        posterior = self._runner.encode([pad(image.pixels, self.codec.factor)])
+        """Return the posterior's mean (z, h, w) and its KL in bits."""
+        posterior = self.runner.encode([pad(image.pixels, self.runner.codec.factor)])
         return posterior.mean[0], posterior.kl().item() / np.log(2)
 
-    def versions(self, mean: torch.Tensor, image: Image, name: str) -> Iterator[_Version]:
+    def decoded(self, mean: torch.Tensor, image: Image, name: str) -> Iterator[_Decoded]:
+        """Yield the decoded image of every setting; files that hold equal latents are decoded once."""
         geometry = image.geometry
         for step, dithered in self._settings:
-            seed = dither_seed(self.sample, name) if dithered else None
-            found: list[tuple[torch.Tensor, list[_File]]] = []  # latents, and the files that hold them
+            seed = dither_seed(self._sample, name) if dithered else None
+            found: list[tuple[torch.Tensor, list[_CodedFile]]] = []  # latents, and the files that hold them
             for coder in self._coders:
                 (coded,) = coder.compress([(coder.scale(mean, step_code(step), seed), geometry)])
-                file = _File(Setting(coder.prior.kind, "step", step, dithered), len(coded.data), coded.ideal_bits)
+                setting = CodecSetting(coder.prior.kind, "step", step, dithered)
+                file = _CodedFile(setting, len(coded.data), coded.ideal_bits)
                 latents = self._read(coded.data)
                 same = [files for other, files in found if torch.equal(other, latents)]
                 if same:  # two priors that round alike
@@ -137,20 +181,20 @@ class _Ours:
                 else:
                     found.append((latents, [file]))
             for latents, files in found:
-                yield _Version(self._decode(latents, geometry), files)
+                yield _Decoded(self._decode(latents, geometry), files)
         if self._refiner.rounds:
             yield from self._refined(mean, image)
 
-    def _refined(self, mean: torch.Tensor, image: Image) -> Iterator[_Version]:
+    def _refined(self, mean: torch.Tensor, image: Image) -> Iterator[_Decoded]:
         geometry, pixels = image.geometry, crop(image.pixels, image.geometry)
         for step in (step for step, dithered in self._settings if not dithered):
             scaled = self._refiner.scale(mean, pixels, step_code(step), seed=None)
             (coded,) = self._refiner.coder.compress([(scaled, geometry)])
-            file = _File(Setting(REFINED, "step", step, False), len(coded.data), coded.ideal_bits)
-            yield _Version(self._decode(self._read(coded.data), geometry), [file])
+            file = _CodedFile(CodecSetting(REFINED, "step", step, False), len(coded.data), coded.ideal_bits)
+            yield _Decoded(self._decode(self._read(coded.data), geometry), [file])
 
     def _read(self, data: bytes) -> torch.Tensor:
-        """Latents (z, h, w) from a file's bytes, as any reader of it gets them."""
+        """Return the latents (z, h, w) of a file's bytes with all checks of a reader."""
         stream = unpack(data)
         self._reader.check(stream)
         (latents,) = self._reader.decompress([stream])
@@ -159,31 +203,29 @@ class _Ours:
         return latents
 
     def _decode(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        pixels = self._runner.decode_uint8([latents])[0]
+        pixels = self.runner.decode_uint8([latents])[0]
         return rgb_pixels(to_pil(crop(pixels, geometry), geometry))
 
 
-def _peer_versions(original: PilImage.Image, peers: list[Peer]) -> Iterator[_Version]:
-    for peer in peers:
-        for quality in peer.qualities:
-            data = anchors.encode(peer, original, quality)
-            decoded = rgb_pixels(anchors.decode(peer, data, original.mode))
-            yield _Version(decoded, [_File(Setting(peer.name, "quality", quality, False), len(data), None)])
+def _anchor_decoded(original: PilImage.Image, anchors: Sequence[Anchor]) -> Iterator[_Decoded]:
+    for anchor in anchors:
+        for quality in anchor.qualities:
+            data = anchor_codecs.encode(anchor, original, quality)
+            pixels = rgb_pixels(anchor_codecs.decode(anchor, data, original.mode))
+            setting = CodecSetting(anchor.name, "quality", quality, False)
+            yield _Decoded(pixels, [_CodedFile(setting, len(data), None)])
 
 
-def _measure(source: Source, ours: _Ours, peers: list[Peer], lpips: LPIPS | None, device: str) -> Record:
-    """Everything about one image; raises `UserError` if it cannot be read or a codec refuses it."""
+def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], lpips: LPIPS | None) -> ImageRates:
+    """Measure all files of one image; raises `UserError` if it cannot be read or a codec refuses it."""
     image = source.read()
     area = image.geometry.width * image.geometry.height
     mean, kl_bits = ours.encode(image)
+    original = to_pil(image.pixels, image.geometry)
     rows = []
-    for versions in (
-        ours.versions(mean, image, source.name),
-        _peer_versions(to_pil(image.pixels, image.geometry), peers),
-    ):
-        for decoded, files in versions:
-            distortion = compare(image.pixels[None], decoded[None], lpips, device)
-            for setting, size, ideal_bits in files:
-                ideal_bpp = None if ideal_bits is None else ideal_bits / area
-                rows.append(Row(setting, size, 8 * size / area, ideal_bpp, distortion))
-    return Record(source.name, area, kl_bits / area, rows)
+    for pixels, files in chain(ours.decoded(mean, image, source.name), _anchor_decoded(original, anchors)):
+        distortion = compare(image.pixels[None], pixels[None], lpips, ours.runner.options.device)
+        for setting, size, ideal_bits in files:
+            ideal_bpp = None if ideal_bits is None else ideal_bits / area
+            rows.append(RateRow(size, RatePoint(setting, 8 * size / area, ideal_bpp, distortion)))
+    return ImageRates(source.name, area, kl_bits / area, rows)

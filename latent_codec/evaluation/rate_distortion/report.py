@@ -1,24 +1,19 @@
-"""What rate-distortion measurements say: means over images, curves compared, in JSON and for people."""
+"""Summarise rate-distortion measurements: means over images and comparisons of curves, as JSON and as a table."""
 
+import dataclasses
 import importlib.metadata
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_codec.evaluation.evaluate import PROTOCOL, describe, mean_defined
-from latent_codec.evaluation.rate_distortion.anchors import PEERS, Peer
-from latent_codec.inference.runner import Runner
+from latent_codec.evaluation.evaluate import PROTOCOL, mean_defined
+from latent_codec.evaluation.rate_distortion.anchors import Anchor
 from latent_codec.metrics.bjontegaard import LEAST_OVERLAP, METHOD, SCALES, Curve, Delta, delta_rate
-from latent_codec.metrics.lpips import LPIPS
-from latent_codec.storage.files import write_text
-
-RESULTS, PLOT = "rd.json", "rd.png"
 
 REFINED = "refined"
-"""Names the rows of our best prior's files that were refined."""
+"""Codec name of the rows of our best prior's files that were refined."""
 
 RATES = tuple(i / 100 for i in range(25, 85, 5))
 """Bits per pixel at which quality is compared."""
@@ -42,8 +37,8 @@ RD_PROTOCOL = {
 }
 
 
-class Setting(NamedTuple):
-    """Of a codec: a step of one of our priors, or a peer's quality."""
+class CodecSetting(NamedTuple):
+    """Name a setting: a quantiser step of one of our priors, or an anchor's quality."""
 
     codec: str
     unit: str
@@ -54,104 +49,128 @@ class Setting(NamedTuple):
         return f"{self.unit} {self.value:g}{', dithered' if self.dithered else ''}"
 
 
-class Row(NamedTuple):
-    """One file of one image."""
+class RatePoint(NamedTuple):
+    """Hold rate and distortion of one setting, means over images."""
 
-    setting: Setting
-    bytes: int
+    setting: CodecSetting
     bpp: float
     ideal_bpp: float | None
     distortion: dict[str, float | None]
-    """By the name of the metric; None where it is not defined."""
+    """Values by metric; None where a metric is undefined."""
 
     def json(self) -> dict[str, Any]:
-        about = self.setting._asdict() | {"bytes": self.bytes, "bpp": self.bpp, "ideal_bpp": self.ideal_bpp}
-        return about | self.distortion
+        """Return the point as JSON values."""
+        return self.setting._asdict() | {"bpp": self.bpp, "ideal_bpp": self.ideal_bpp} | self.distortion
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "RatePoint":
+        """Return the point that `json` made the values of."""
+        rest = dict(found)
+        setting = CodecSetting(*(rest.pop(name) for name in CodecSetting._fields))
+        return cls(setting, rest.pop("bpp"), rest.pop("ideal_bpp"), rest)
 
 
-class Record(NamedTuple):
-    """One image."""
+class RateRow(NamedTuple):
+    """Hold rate and distortion of one file of one image."""
+
+    bytes: int
+    point: RatePoint
+
+    def json(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        return self.point.setting._asdict() | {"bytes": self.bytes} | self.point.json()
+
+
+class ImageRates(NamedTuple):
+    """Hold all files of one image."""
 
     path: str
     pixels: int
     kl_bpp: float
-    rows: list[Row]
+    rows: list[RateRow]
 
     def json(self) -> dict[str, Any]:
+        """Return the rows as JSON values."""
         return self._asdict() | {"rows": [row.json() for row in self.rows]}
 
 
-class Point(NamedTuple):
-    """Means over images of the rows of one setting."""
+class AnchorComparison(NamedTuple):
+    """Compare our curve with an anchor's."""
 
-    setting: Setting
-    bpp: float
-    ideal_bpp: float | None
-    distortion: dict[str, float | None]
-
-    def json(self) -> dict[str, Any]:
-        return self.setting._asdict() | {"bpp": self.bpp, "ideal_bpp": self.ideal_bpp} | self.distortion
-
-
-class Against(NamedTuple):
-    """Our curve and a peer's."""
-
-    peer: str
+    anchor: str
     delta_rates: dict[str, Delta]
-    """By metric."""
+    """Delta rates by metric."""
     psnr_gains: list[tuple[float, float | None]]
     """(bits per pixel, dB) at `RATES`; None where one of the curves does not reach."""
 
     def json(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
         rates = {metric: delta._asdict() for metric, delta in self.delta_rates.items()}
         gains = [{"bpp": rate, "db": gain} for rate, gain in self.psnr_gains]
         return {"delta_rates": rates, "psnr_gains": gains}
 
 
-class Report(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RateDistortionReport:
+    """Hold what `rate_distortion` measured, as rd.json has it."""
+
     about: dict[str, Any]
     protocol: dict[str, str]
     settings: dict[str, str]
-    """By codec, in words."""
-    kl_bpp: float
-    points: list[Point]
-    against: list[Against]
-    refined_against: list[Against]
-    """Of the refined files, if there are any."""
+    """Settings in words, by codec."""
     notes: list[str]
-    records: list[Record]
+    images: list[ImageRates]
     failures: dict[str, str]
+
+    @cached_property
+    def points(self) -> list[RatePoint]:
+        """Return the means over images of every setting, our best prior first."""
+        return mean_points(self.images)
+
+    @property
+    def kl_bpp(self) -> float:
+        """Return the mean over images of the posterior's KL in bits per pixel."""
+        return float(np.mean([image.kl_bpp for image in self.images]))
+
+    @cached_property
+    def against(self) -> list[AnchorComparison]:
+        """Return the comparisons of our best prior with each anchor."""
+        return self._comparisons(self.codecs[0])
+
+    @cached_property
+    def refined_against(self) -> list[AnchorComparison]:
+        """Return the comparisons of the refined files, if there are any."""
+        return self._comparisons(REFINED) if REFINED in self.codecs else []
+
+    def _comparisons(self, ours: str) -> list[AnchorComparison]:
+        anchors = dict.fromkeys(p.setting.codec for p in self.points if p.setting.unit == "quality")
+        return [compare_curves(self.points, ours, anchor) for anchor in anchors]
 
     @property
     def codecs(self) -> list[str]:
-        """Ours first, the best prior at their head."""
+        """Return the codecs' names, our best prior first."""
         return list(dict.fromkeys(point.setting.codec for point in self.points))
 
-    def curve_points(self, codec: str) -> list[Point]:
-        """Those of one codec without dither."""
-        return [p for p in self.points if p.setting.codec == codec and not p.setting.dithered]
+    def curve_points(self, codec: str) -> list[RatePoint]:
+        """Return the points of one codec without dither."""
+        return curve_points(self.points, codec)
 
     def json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         return {
             "about": self.about,
             "protocol": self.protocol,
             "settings": self.settings,
             "notes": self.notes,
             "summary": {"kl_bpp": self.kl_bpp, "points": [point.json() for point in self.points]},
-            "against": {a.peer: a.json() for a in self.against},
-            "refined_against": {a.peer: a.json() for a in self.refined_against},
-            "images": [record.json() for record in self.records],
+            "against": {comparison.anchor: comparison.json() for comparison in self.against},
+            "refined_against": {comparison.anchor: comparison.json() for comparison in self.refined_against},
+            "images": [image.json() for image in self.images],
             "failures": self.failures,
         }
 
-    def write(self, folder: Path) -> None:
-        """rd.json and rd.png."""
-        from latent_codec.evaluation.rate_distortion.plot import draw  # here, because matplotlib is optional
-
-        write_text(folder / RESULTS, json.dumps(self.json(), indent=1, allow_nan=False) + "\n")
-        draw(self, folder / PLOT)
-
     def table(self) -> str:
+        """Return points, comparisons and definitions as lines of text."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
@@ -163,21 +182,18 @@ class Report(NamedTuple):
             columns = zip(values, ("9.4f", "6.2f", "7.4f", "6.4f"), strict=True)
             shown = " ".join("-".rjust(int(f[0])) if v is None else f"{v:{f}}" for v, f in columns)
             yield f"{point.setting.codec:11} {point.setting!s:17} {point.bpp:7.4f} {shown}"
-        yield from self._posterior()
-        named = [(self.codecs[0], a) for a in self.against] + [(REFINED, a) for a in self.refined_against]
-        for best, a in named:
-            deltas = "; ".join(f"{name} {_percent(delta)}" for name, delta in a.delta_rates.items())
-            yield f"delta rate of {best} against {a.peer}: {deltas}"
-            yield f"PSNR of {best} over {a.peer}, dB at bpp: " + _gains(a.psnr_gains)
-            yield f"  ahead at {_list([r for r, g in a.psnr_gains if g is not None and g > 0])}"
+        yield from self._dither_lines()
+        for name, comparisons in ((self.codecs[0], self.against), (REFINED, self.refined_against)):
+            for comparison in comparisons:
+                yield from _comparison_lines(name, comparison)
         yield from (f"{name}: {words}" for name, words in self.settings.items())
         yield from self.notes
         yield from (f"{name}: {words}" for name, words in self.protocol.items())
 
-    def _posterior(self) -> Iterator[str]:
-        """The three numbers that are easily taken for each other, side by side."""
+    def _dither_lines(self) -> Iterator[str]:
+        """Set the KL, a dithered file and a rounded file side by side: they are easily confused."""
         yield f"KL of the posterior {self.kl_bpp:.4f} bpp: the rate of an ideal stochastic code, not a file"
-        for dithered in (p for p in self.points if p.setting.dithered):
+        for dithered in (point for point in self.points if point.setting.dithered):
             for rounded in self.curve_points(dithered.setting.codec):
                 if rounded.setting.value == dithered.setting.value:
                     yield (
@@ -187,70 +203,64 @@ class Report(NamedTuple):
                     )
 
 
-def report(
-    runner: Runner,
-    where: str | Path,
-    records: list[Record],
-    stream_ids: dict[str, str],
-    refine: int,
-    peers: Sequence[Peer],
-    lpips: LPIPS | None,
-    command: str,
-    failures: dict[str, str],
-) -> Report:
-    """Means, comparisons and words for the records of all images, which hold the same settings in the same order."""
-    points = [_mean([record.rows[i] for record in records]) for i in range(len(records[0].rows))]
-    about = describe(runner, where, len(records)) | {"stream_ids": stream_ids, "command": command}
-    about["versions"] |= {name: importlib.metadata.version(name) for name in ("bjontegaard", "constriction", "pillow")}
-    missing = sorted({peer.name for peer in PEERS} - {peer.name for peer in peers})
-    best = next(iter(stream_ids))
-    return Report(
-        about=about,
-        protocol=RD_PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
-        settings={f"{kind} (ours)": f"stream id {name}" for kind, name in stream_ids.items()}
-        | ({REFINED: f"files of the {best} prior after {refine} rounds of `encode --refine`"} if refine else {})
-        | {peer.name: peer.settings() for peer in peers},
-        kl_bpp=float(np.mean([record.kl_bpp for record in records])),
-        points=points,
-        against=[_against(points, best, peer.name) for peer in peers],
-        refined_against=[_against(points, REFINED, peer.name) for peer in peers] if refine else [],
-        notes=[f"{name} left out: this Pillow was built without it" for name in missing],
-        records=records,
-        failures=failures,
-    )
+def curve_points(points: Sequence[RatePoint], codec: str) -> list[RatePoint]:
+    """Return the points of one codec without dither."""
+    return [point for point in points if point.setting.codec == codec and not point.setting.dithered]
 
 
-def _mean(rows: list[Row]) -> Point:
-    """Of one setting, over images; images for which a metric is not defined do not count for it."""
-    ideal = [row.ideal_bpp for row in rows]
-    distortion = {name: mean_defined([row.distortion[name] for row in rows]) for name in rows[0].distortion}
-    return Point(rows[0].setting, float(np.mean([row.bpp for row in rows])), mean_defined(ideal), distortion)
+def rate_curve(points: Sequence[RatePoint], codec: str, metric: str) -> Curve:
+    """Return one codec's curve in one metric."""
+    own = curve_points(points, codec)
+    return Curve.of([point.bpp for point in own], [point.distortion[metric] for point in own], SCALES[metric])
 
 
-def _against(points: list[Point], ours: str, peer: str) -> Against:
+def mean_points(images: Sequence[ImageRates]) -> list[RatePoint]:
+    """Average rows over images, which hold the same settings in the same order; undefined values do not count."""
+    means = []
+    for rows in zip(*(image.rows for image in images), strict=True):
+        points = [row.point for row in rows]
+        ideal = mean_defined([point.ideal_bpp for point in points])
+        names = points[0].distortion
+        distortion = {name: mean_defined([point.distortion[name] for point in points]) for name in names}
+        means.append(RatePoint(points[0].setting, float(np.mean([p.bpp for p in points])), ideal, distortion))
+    return means
+
+
+def compare_curves(points: Sequence[RatePoint], ours: str, anchor: str) -> AnchorComparison:
+    """Compare the curves of one of our codecs and of an anchor in every metric that was measured."""
     names = [name for name in SCALES if name in points[0].distortion]
-    tested, anchor = ({name: _curve(points, codec, name) for name in names} for codec in (ours, peer))
+    tested, other = ({name: rate_curve(points, codec, name) for name in names} for codec in (ours, anchor))
     gains: list[tuple[float, float | None]] = []
     for rate in RATES:
-        mine, theirs = tested["psnr"].at(rate), anchor["psnr"].at(rate)
+        mine, theirs = tested["psnr"].at(rate), other["psnr"].at(rate)
         gains.append((rate, None if mine is None or theirs is None else mine - theirs))
-    return Against(peer, {name: delta_rate(anchor[name], tested[name]) for name in names}, gains)
+    return AnchorComparison(anchor, {name: delta_rate(other[name], tested[name]) for name in names}, gains)
 
 
-def _curve(points: list[Point], codec: str, metric: str) -> Curve:
-    own = [p for p in points if p.setting.codec == codec and not p.setting.dithered]
-    return Curve.of([p.bpp for p in own], [p.distortion[metric] for p in own], SCALES[metric])
+def codec_settings(stream_ids: dict[str, str], refine: int, anchors: Sequence[Anchor]) -> dict[str, str]:
+    """Return the settings of our codecs and of the anchors in words."""
+    best = next(iter(stream_ids))
+    refined = {REFINED: f"files of the {best} prior after {refine} rounds of `encode --refine`"} if refine else {}
+    ours = {f"{kind} (ours)": f"stream id {name}" for kind, name in stream_ids.items()}
+    return ours | refined | {anchor.name: anchor.settings() for anchor in anchors}
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that rates depend on."""
+    return {name: importlib.metadata.version(name) for name in ("bjontegaard", "constriction", "pillow")}
+
+
+def _comparison_lines(name: str, comparison: AnchorComparison) -> Iterator[str]:
+    anchor, gains = comparison.anchor, comparison.psnr_gains
+    deltas = "; ".join(f"{metric} {_percent(delta)}" for metric, delta in comparison.delta_rates.items())
+    yield f"delta rate of {name} against {anchor}: {deltas}"
+    shown = "  ".join(f"{rate:.2f} {'-' if gain is None else f'{gain:+.2f}'}" for rate, gain in gains)
+    yield f"PSNR of {name} over {anchor}, dB at bpp: {shown}"
+    ahead = [f"{rate:.2f}" for rate, gain in gains if gain is not None and gain > 0]
+    yield f"  ahead at {' '.join(ahead) + ' bpp' if ahead else 'none of these rates'}"
 
 
 def _percent(delta: Delta) -> str:
     if delta.percent is None:
         return f"none ({delta.reason})"
     return f"{delta.percent:+.1f}% over {delta.low:.2f} .. {delta.high:.2f} dB"
-
-
-def _gains(gains: list[tuple[float, float | None]]) -> str:
-    return "  ".join(f"{rate:.2f} {'-' if gain is None else f'{gain:+.2f}'}" for rate, gain in gains)
-
-
-def _list(rates: list[float]) -> str:
-    return " ".join(f"{rate:.2f}" for rate in rates) + " bpp" if rates else "none of these rates"

@@ -1,4 +1,4 @@
-"""What a model is measured against on the same images: PCA and other models; JPEG files of as many bytes."""
+"""Compare a model with baselines on the same images: PCA of its latent size, and other models."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.evaluation.evaluate import Report, compare, mean_defined
+from latent_codec.evaluation.evaluate import EvaluationReport, compare, mean_defined
 from latent_codec.evaluation.report import pca
-from latent_codec.evaluation.report.html import Html, join, name_of, paragraphs, table
 from latent_codec.evaluation.report.page import Section, is_continuous, is_gaussian, written
 from latent_codec.images.geometry import in_channels, in_rgb, pad
 from latent_codec.images.sources import Source, find_images
@@ -21,90 +20,132 @@ from latent_codec.model.codec import Codec
 _COLUMNS = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 
 Reconstruct = Callable[[torch.Tensor], torch.Tensor]
-"""(3, h, w) uint8 to what comes back, of the same size."""
+"""(3, h, w) uint8 to its reconstruction, of the same size."""
 
 Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]
-"""Images and what came back."""
+"""Images and their reconstructions."""
 
 
-class Method(NamedTuple):
-    """One way to reconstruct images from as many numbers, and what it reached."""
+class Baseline(NamedTuple):
+    """Hold what one way to reconstruct images from latents reached."""
 
     name: str
     how: str
     numbers_per_pixel: float
     """Latent numbers, not bits."""
     distortion: dict[str, float | None]
-    """Means over images, by metric; None where it is not defined."""
+    """Means over images, by metric; None where it is undefined."""
 
     def json(self) -> dict[str, Any]:
+        """Return the baseline as JSON values."""
         return {"name": self.name, "how": self.how, "numbers_per_pixel": self.numbers_per_pixel} | self.distortion
 
 
-def baselines(
-    runner: Runner,
-    others: Sequence[tuple[str, Runner]],
-    sources: Sequence[Source],
-    data: str | None,
-    evaluation: Report,
-    lpips: LPIPS | None,
-    *,
-    quiet: bool,
-) -> Section:
-    """`others` are models by name; `data` is what PCA is fitted to, by default the halves of the images.
+class BaselineComparison:
+    """Reconstruct images with a model and its baselines, and measure each."""
 
-    Raises `UserError` if `data` holds no images that can be read.
-    """
-    codec = runner.codec
-    names = [name for name in _COLUMNS if name in evaluation.summary]
-    methods = [_this_model(runner, sources, names, evaluation, lpips, quiet=quiet)]
-    reason = why_no_pca(codec, sources, data)
-    if reason is None:
-        how, pairs = _pca_pairs(codec, sources, data, quiet)
-        methods.append(Method("PCA", how, density(codec), _distortion(pairs, lpips, runner.options.device)))
-    for name, other in others:
-        pairs = _coded_pairs(other, sources, quiet)
-        how = f"model {other.codec.model_id[:12]}, its mode decoded"
-        methods.append(Method(name, how, density(other.codec), _distortion(pairs, lpips, runner.options.device)))
-    notes = [] if reason is None else [f"PCA is left out: {reason}."]
-    notes += [] if others else ["Other models, such as a deterministic autoencoder, take --baseline MODEL."]
-    if unequal := [m.name for m in methods if not math.isclose(m.numbers_per_pixel, density(codec))]:
-        notes.append(f"Not of the same latent size, so not to be compared by distortion alone: {', '.join(unequal)}.")
-    words = paragraphs(
-        "All reconstruct the same images from latent numbers that nothing rounds; means over images. A model that is "
-        "not above PCA of its own latent size has learned nothing that a linear transform does not have.",
-        *notes,
-    )
-    records: dict[str, Any] = {"methods": [method.json() for method in methods], "pca_left_out": reason}
-    records["protocol"] = {name: evaluation.protocol[name] for name in names}
-    return Section("baselines", "Baselines at equal latent size", join(words, _table(methods, names)), [], records)
+    def __init__(
+        self,
+        runner: Runner,
+        sources: Sequence[Source],
+        evaluation: EvaluationReport,
+        *,
+        lpips: LPIPS | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """`evaluation` is what `evaluate` measured of the model on these images."""
+        self.runner, self.sources, self.evaluation = runner, sources, evaluation
+        self._lpips, self._quiet = lpips, quiet
+        self.names = [name for name in _COLUMNS if name in evaluation.summary]
+
+    def section(self, others: Sequence[tuple[str, Runner]], data: str | None) -> Section:
+        """Show all baselines; `others` are models by name, and PCA is fitted to `data`, by default to half the images.
+
+        Raises `UserError` if `data` holds no images that can be read.
+        """
+        codec = self.runner.codec
+        methods, reason = [self._this_model()], why_no_pca(codec, self.sources, data)
+        if reason is None:
+            how, pairs = self._pca_pairs(data)
+            methods.append(Baseline("PCA", how, latent_density(codec), self._distortion(pairs)))
+        for name, other in others:
+            how = f"model {other.codec.model_id[:12]}, its mode decoded"
+            found = self._distortion(self._coded_pairs(other))
+            methods.append(Baseline(name, how, latent_density(other.codec), found))
+        rows = [
+            (m.name, written(m.numbers_per_pixel), *(written(m.distortion[n]) for n in self.names), m.how)
+            for m in methods
+        ]
+        view = {
+            "reason": reason,
+            "alone": not others,
+            "unequal": [m.name for m in methods if not math.isclose(m.numbers_per_pixel, latent_density(codec))],
+            "head": ["", "numbers per pixel", *(_COLUMNS[name] for name in self.names), "how"],
+            "methods": rows,
+        }
+        protocol = {name: self.evaluation.protocol[name] for name in self.names}
+        records = {"methods": [m.json() for m in methods], "pca_left_out": reason, "protocol": protocol}
+        return Section("baselines", "Baselines at equal latent size", view, records=records)
+
+    def _this_model(self) -> Baseline:
+        """Take what `evaluate` measured, unless it went through files, which round."""
+        density = latent_density(self.runner.codec)
+        if is_gaussian(self.runner.codec):
+            found = {name: self.evaluation.summary[name] for name in self.names}
+            return Baseline("this model", "the mode as `evaluate` stores it, decoded", density, found)
+        found = self._distortion(self._coded_pairs(self.runner))
+        return Baseline("this model", "its latents, decoded", density, found)
+
+    def _pca_pairs(self, data: str | None) -> tuple[str, Pairs]:
+        """Return what PCA was fitted to, in words, and its reconstructions."""
+        codec = self.runner.codec
+        patch, components, channels = codec.factor, codec.config.latent_channels, codec.config.image_channels
+        words = f"{components} components of {patch}x{patch} patches, closed form, fitted to "
+
+        def fit(images: Sequence[Source]) -> Reconstruct:
+            model = pca.fit((in_channels(x, channels) for x in self._pixels(images, "PCA")), patch, components)
+            return lambda x: in_rgb(model.reconstruct(in_channels(x, channels)))
+
+        if data is not None:
+            fitted = find_images(data)
+            where = Path(data).name or data
+            return f"{words}{len(fitted)} images of {where}", self._pairs(self.sources, fit(fitted))
+        halves = self.sources[::2], self.sources[1::2]
+        fitted = [fit(half) for half in halves]
+
+        def pairs() -> Pairs:
+            for half, other in zip(halves, reversed(fitted), strict=True):
+                yield from self._pairs(half, other)
+
+        return f"{words}every other image and measured on the rest, then the other way round", pairs()
+
+    def _pairs(self, sources: Sequence[Source], reconstruct: Reconstruct) -> Pairs:
+        for pixels in self._pixels(sources, "PCA"):
+            yield pixels, reconstruct(pixels)
+
+    def _coded_pairs(self, runner: Runner) -> Pairs:
+        codec = runner.codec
+        for source, pixels in zip(self.sources, self._pixels(self.sources, "baseline"), strict=True):
+            labels = codec.class_numbers([source.label])
+            z = runner.encode([pad(pixels, codec.factor)], labels).mode()
+            yield pixels, runner.decode_uint8([z[0]], labels)[0, :, : pixels.shape[1], : pixels.shape[2]]
+
+    def _pixels(self, sources: Sequence[Source], what: str) -> Iterator[torch.Tensor]:
+        for source in tqdm(sources, what, unit="image", disable=self._quiet or None):
+            yield source.read().pixels
+
+    def _distortion(self, pairs: Pairs) -> dict[str, float | None]:
+        found = [compare(x[None], y[None], self._lpips, self.runner.options.device) for x, y in pairs]
+        return {name: mean_defined([values[name] for values in found]) for name in found[0]}
 
 
-def _this_model(
-    runner: Runner,
-    sources: Sequence[Source],
-    names: Sequence[str],
-    evaluation: Report,
-    lpips: LPIPS | None,
-    *,
-    quiet: bool,
-) -> Method:
-    """What `evaluate` found, unless it went through files, which round."""
-    codec = runner.codec
-    if is_gaussian(codec):
-        found = {name: evaluation.summary[name] for name in names}
-        return Method("this model", "the mode as `evaluate` stores it, decoded", density(codec), found)
-    found = _distortion(_coded_pairs(runner, sources, quiet), lpips, runner.options.device)
-    return Method("this model", "its latents, decoded", density(codec), found)
-
-
-def density(codec: Codec) -> float:
-    """Latent numbers for each pixel."""
+def latent_density(codec: Codec) -> float:
+    """Return the latent numbers per pixel."""
     return codec.config.latent_channels / codec.factor**2
 
 
 def why_no_pca(codec: Codec, sources: Sequence[Source], data: str | None) -> str | None:
-    """Why there is no PCA of the model's latent size, if there is none."""
+    """Return why there is no PCA of the model's latent size, None if there is one."""
     if not is_continuous(codec):
         return "the model's latents are codes, and PCA's components are numbers"
     values = codec.config.image_channels * codec.factor**2
@@ -113,60 +154,5 @@ def why_no_pca(codec: Codec, sources: Sequence[Source], data: str | None) -> str
     if codec.config.latent_channels >= values:
         return f"{codec.config.latent_channels} numbers for each patch of {values} values lose nothing"
     if data is None and len(sources) < 2:
-        return "one image cannot be parted into one half to fit to and one to measure; give --baseline-data"
+        return "one image cannot be split into a half to fit and a half to measure; give --baseline-data"
     return None
-
-
-def _pca_pairs(codec: Codec, sources: Sequence[Source], data: str | None, quiet: bool) -> tuple[str, Pairs]:
-    """In words what PCA was fitted to, and what it makes of the images."""
-    patch, components, channels = codec.factor, codec.config.latent_channels, codec.config.image_channels
-    words = f"{components} components of {patch}x{patch} patches, closed form, fitted to "
-
-    def fit(images: Sequence[Source]) -> Reconstruct:
-        model = pca.fit((in_channels(x, channels) for x in _pixels(images, "PCA", quiet)), patch, components)
-        return lambda x: in_rgb(model.reconstruct(in_channels(x, channels)))
-
-    if data is not None:
-        fitted = find_images(data)
-        where = Path(data).name or data
-        return f"{words}{len(fitted)} images of {where}", _pairs(sources, fit(fitted), "PCA", quiet)
-    halves = sources[::2], sources[1::2]
-    fitted = [fit(half) for half in halves]
-
-    def pairs() -> Pairs:
-        for half, other in zip(halves, reversed(fitted), strict=True):
-            yield from _pairs(half, other, "PCA", quiet)
-
-    return f"{words}every other image and measured on the rest, then the other way round", pairs()
-
-
-def _coded_pairs(runner: Runner, sources: Sequence[Source], quiet: bool) -> Pairs:
-    codec = runner.codec
-    for source, pixels in zip(sources, _pixels(sources, "baseline", quiet), strict=True):
-        labels = codec.class_numbers([source.label])
-        z = runner.encode([pad(pixels, codec.factor)], labels).mode()
-        yield pixels, runner.decode_uint8([z[0]], labels)[0, :, : pixels.shape[1], : pixels.shape[2]]
-
-
-def _pixels(sources: Sequence[Source], what: str, quiet: bool) -> Iterator[torch.Tensor]:
-    for source in tqdm(sources, what, unit="image", disable=quiet or None):
-        yield source.read().pixels
-
-
-def _pairs(sources: Sequence[Source], reconstruct: Reconstruct, what: str, quiet: bool) -> Pairs:
-    for pixels in _pixels(sources, what, quiet):
-        yield pixels, reconstruct(pixels)
-
-
-def _distortion(pairs: Pairs, lpips: LPIPS | None, device: str) -> dict[str, float | None]:
-    found = [compare(x[None], y[None], lpips, device) for x, y in pairs]
-    return {name: mean_defined([values[name] for values in found]) for name in found[0]}
-
-
-def _table(methods: Sequence[Method], names: Sequence[str]) -> Html:
-    head = ("", "numbers per pixel", *(_COLUMNS[name] for name in names), "how")
-    rows: list[tuple[object, ...]] = [
-        (name_of(m.name), written(m.numbers_per_pixel), *(written(m.distortion[name]) for name in names), m.how)
-        for m in methods
-    ]
-    return table(head, rows)

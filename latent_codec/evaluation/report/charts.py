@@ -1,4 +1,4 @@
-"""The report's charts, as SVG images."""
+"""Draw the report's charts as SVG images."""
 
 import io
 from collections.abc import Sequence
@@ -9,23 +9,19 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from latent_codec.evaluation.report.html import Html, image, tag
+from latent_codec.evaluation.report.page import EmbeddedImage, embed
 from latent_codec.evaluation.report.survey import EDGES, Draws, Survey
 
 _OURS, _LOW, _NORMAL, _SECOND = "#2b5fa8", "#b9bfc7", "#c1272d", "#2a7f4f"
 
 
-def chart(figure: Figure, alt: str) -> Html:
-    """The same figure gives the same bytes."""
+def _chart(figure: Figure, alt: str) -> EmbeddedImage:
+    """Embed a figure; equal figures give equal bytes."""
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": "latent_codec"}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     width, height = (round(96 * side) for side in figure.get_size_inches())
-    return tag("figure", image(file.getvalue(), "svg+xml", width, height, alt))
-
-
-def charts(*figures: Html) -> Html:
-    return tag("div", *figures, class_="charts")
+    return embed(file.getvalue(), "svg+xml", (width, height), alt)
 
 
 def bars(
@@ -34,15 +30,15 @@ def bars(
     label: str,
     alt: str,
     *,
-    threshold: float | None,
+    threshold: float | None = None,
     axis: str = "channel",
-) -> Html:
-    """One for each channel or code, the largest first, inactive ones pale; logarithmic where there is a threshold."""
+) -> EmbeddedImage:
+    """Draw a bar for each channel or code, the largest first, inactive ones pale; a threshold makes it logarithmic."""
     figure, axes = _axes()
     order = np.argsort(-np.asarray(values), kind="stable")
     heights = np.asarray(values)[order]
     if threshold is not None:
-        floor = np.clip(heights.min(), threshold / 1000, threshold / 10)  # a dead channel's is nothing at all
+        floor = np.clip(heights.min(), threshold / 1000, threshold / 10)  # a dead channel has no variance
         heights = np.maximum(heights, floor)
         axes.set_yscale("log")
         axes.set_ylim(floor, 2 * max(heights.max(), threshold))
@@ -52,11 +48,11 @@ def bars(
         axes.set_xticks(range(len(order)), [str(i) for i in order], fontsize=6, rotation=90)
     axes.set_xlabel(axis)
     axes.set_ylabel(label, fontsize=9)
-    return chart(figure, alt)
+    return _chart(figure, alt)
 
 
-def spread(found: Survey, alt: str) -> Html:
-    """Each channel's mean, with one standard deviation of the aggregate posterior either way."""
+def spread(found: Survey, alt: str) -> EmbeddedImage:
+    """Draw each channel's mean with one standard deviation of the aggregate posterior either way."""
     figure, axes = _axes()
     channels = range(len(found.mean))
     axes.axhspan(-1, 1, color=_NORMAL, alpha=0.12, lw=0, label="N(0, 1)")
@@ -67,11 +63,11 @@ def spread(found: Survey, alt: str) -> Html:
     axes.set_xlabel("channel")
     axes.set_ylabel("mean and std", fontsize=9)
     figure.legend(loc="outside upper right", ncols=2, fontsize=8, frameon=False)
-    return chart(figure, alt)
+    return _chart(figure, alt)
 
 
-def histogram(draws: Draws, normalized: Draws | None, alt: str) -> Html:
-    """Densities within `EDGES`, beside the standard normal's."""
+def histogram(draws: Draws, normalized: Draws | None, alt: str) -> EmbeddedImage:
+    """Draw the densities of draws within `EDGES` beside the standard normal density."""
     figure, axes = _axes()
     edges = EDGES.numpy()
     for of, colour, label in ((draws, _OURS, "as they are"), (normalized, _SECOND, "normalised by the statistics")):
@@ -84,7 +80,7 @@ def histogram(draws: Draws, normalized: Draws | None, alt: str) -> Html:
     axes.set_xlabel("latent")
     axes.set_ylabel("density", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
-    return chart(figure, alt)
+    return _chart(figure, alt)
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -1,4 +1,4 @@
-"""How likely the model finds images: ELBO, IWAE's bound and, of discrete likelihoods, bits per dimension."""
+"""Measure how likely the model finds images: ELBO, IWAE bound and, of discrete likelihoods, bits per dimension."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from latent_codec.evaluation.bounds import bounds
-from latent_codec.evaluation.report.html import paragraphs
 from latent_codec.evaluation.report.page import NOT_GAUSSIAN, Number, Section, is_gaussian, left_out
 from latent_codec.evaluation.report.pictures import SIDE, Shown, shown_side
 from latent_codec.evaluation.report.survey import image_key
@@ -20,8 +19,8 @@ from latent_codec.model.config import BernoulliConfig, GaussianConfig
 NAME, TITLE = "bounds", "ELBO and IWAE bound"
 
 
-class Bound(NamedTuple):
-    """Of one image, in nats."""
+class ImageBound(NamedTuple):
+    """Hold the bounds of one image in nats."""
 
     image: str
     dimensions: int
@@ -32,50 +31,38 @@ class Bound(NamedTuple):
 
 
 def likelihood_bounds(runner: Runner, images: Sequence[Shown], seed: int, samples: int, *, quiet: bool) -> Section:
-    """With `samples` importance samples for each of `images`."""
-    codec = runner.codec
-    if not is_gaussian(codec):
+    """Bound the log-likelihood of images by `samples` importance samples each."""
+    if not is_gaussian(runner.codec):
         return left_out(NAME, TITLE, NOT_GAUSSIAN)
-    found = [_measure(runner, image, seed, samples) for image in tqdm(images, "bounds", disable=quiet or None)]
-    of = (
-        f"mean over {len(images)} images spread evenly over the set, of each the middle of up to {shown_side(codec)} "
-        f"pixels a side; {samples} draws each from the posterior, seed {seed}"
+    found = [_bound(runner, image, seed, samples) for image in tqdm(images, "bounds", disable=quiet or None)]
+    over = (
+        f"mean over {len(images)} images spread evenly over the set, of each the middle of up to "
+        f"{shown_side(runner.codec)} pixels a side; {samples} draws each from the posterior, seed {seed}"
     )
-    elbo, iwae = "ELBO", f"IWAE bound, k = {samples}"
+    labels = {"elbo": "ELBO", "iwae": f"IWAE bound, k = {samples}"}
+    how = {
+        "elbo": "log p(x given z) averaged, less the KL in closed form (Kingma & Welling 2014, eq. 7)",
+        "iwae": "log of the average importance weight (Burda et al. 2016, eq. 8)",
+    }
     numbers = [
-        Number(
-            "elbo",
-            elbo,
-            _mean([b.elbo for b in found]),
-            "nats per image",
-            f"log p(x given z) averaged, less the KL in closed form (Kingma & Welling 2014, eq. 7); {of}",
-        ),
-        Number(
-            "iwae",
-            iwae,
-            _mean([b.iwae for b in found]),
-            "nats per image",
-            f"log of the average importance weight (Burda et al. 2016, eq. 8); {of}",
-        ),
-        Number(
-            "effective_samples",
-            "effective samples",
-            _mean([b.effective_samples for b in found]),
-            f"of {samples}",
-            "(sum of weights)^2 / sum of their squares (Kong et al. 1994); near 1, more samples would raise the bound",
-        ),
+        Number(name, label, _mean([getattr(b, name) for b in found]), "nats per image", f"{how[name]}; {over}")
+        for name, label in labels.items()
     ]
-    if not isinstance(codec.config.likelihood, GaussianConfig):
-        rates = {elbo: [b.elbo / b.dimensions for b in found], iwae: [b.iwae / b.dimensions for b in found]}
-        for name, (label, values) in zip(("elbo", "iwae"), rates.items(), strict=True):
-            protocol = f"-({label}) over an image's height x width x channels as the network sees it; {of}"
-            rate = -_mean(values) / math.log(2)
+    effective = (
+        "(sum of weights)^2 / sum of their squares (Kong et al. 1994); near 1, more samples would raise the bound"
+    )
+    mean = _mean([b.effective_samples for b in found])
+    numbers.append(Number("effective_samples", "effective samples", mean, f"of {samples}", effective))
+    if not isinstance(runner.codec.config.likelihood, GaussianConfig):
+        for name, label in labels.items():
+            rate = -_mean([getattr(b, name) / b.dimensions for b in found]) / math.log(2)
+            protocol = f"-({label}) over an image's height x width x channels as the network sees it; {over}"
             numbers.append(Number(f"{name}_bits_per_dim", f"bits per dimension by the {label}", rate, "", protocol))
-    words = paragraphs(f"Both are lower bounds of log p(x), in nats. {_meaning(codec)}")
-    return Section(NAME, TITLE, words, numbers, {"images": [bound._asdict() for bound in found]})
+    records = {"images": [bound._asdict() for bound in found]}
+    return Section(NAME, TITLE, {"meaning": _meaning(runner.codec)}, numbers, records)
 
 
-def _measure(runner: Runner, image: Shown, seed: int, samples: int) -> Bound:
+def _bound(runner: Runner, image: Shown, seed: int, samples: int) -> ImageBound:
     codec = runner.codec
     device = next(codec.parameters()).device
     x = in_channels(pad(image.pixels, codec.factor), codec.config.image_channels)[None].to(device)  # (1, c, h, w)
@@ -83,25 +70,21 @@ def _measure(runner: Runner, image: Shown, seed: int, samples: int) -> Bound:
     labels, key = codec.class_numbers([image.label]).to(device), image_key(seed, image.name)[None]
     with runner.autocast():
         found = bounds(codec, x, key, samples, at_once=at_once, labels=labels)
-    return Bound(image.name, x.numel(), found.elbo.item(), found.iwae.item(), found.effective_samples.item())
+    return ImageBound(image.name, x.numel(), found.elbo.item(), found.iwae.item(), found.effective_samples.item())
 
 
 def _meaning(codec: Codec) -> str:
-    """What a value says under this likelihood."""
+    """Explain what a value says under this likelihood."""
     match codec.config.likelihood:
         case GaussianConfig():
             return (
-                "The likelihood is a density: its logarithm can be of either sign, depends on the likelihood's sigma "
-                "and is no code length, so there are no bits per dimension, and other likelihoods' bounds are not "
-                "comparable."
+                "The likelihood is a density: its logarithm has either sign, depends on the likelihood's sigma and is "
+                "no code length, so there are no bits per dimension, and other likelihoods' bounds are not comparable."
             )
         case BernoulliConfig(pixels=pixels):
-            how = (
-                "1 from 128 up" if pixels == "threshold" else "1 with probability v / 255, drawn once by seed and name"
-            )
-            return (
-                f"Bits per dimension are of pixels that are 0 or 1 (a value v of 8 bits is {how}), not of 8-bit pixels."
-            )
+            drawn = "1 with probability v / 255, drawn once by seed and name"
+            how = "1 from 128 up" if pixels == "threshold" else drawn
+            return f"Bits per dimension are of pixels that are 0 or 1 (an 8-bit value v is {how}), not of 8-bit pixels."
         case _:
             return "Bits per dimension are of 8-bit pixels: comparable between all models of them."
 

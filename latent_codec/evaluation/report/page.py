@@ -1,61 +1,131 @@
-"""What a report is made of, and the whole of it as one page and as JSON."""
+"""Define what a report is made of, and render it as one HTML page."""
 
+import base64
+import dataclasses
+import functools
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latent_codec.evaluation.report.html import Html, join, table, tag
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from latent_codec.images.geometry import Geometry
+from latent_codec.images.write import image_bytes
 from latent_codec.model.codec import Codec
 
-_STYLE = Path(__file__).with_name("style.css")
-
-# Nothing is loaded and nothing runs, whatever a file's name or a model's metadata may hold.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
 METRICS = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
-"""What distortion is told by where files are compared, as a table's head has it."""
+"""Table headings of the metrics by which files are compared."""
+
+NOT_GAUSSIAN = "the posterior is not Gaussian: nothing is drawn from it, and it has no KL against N(0, I)"
+NOT_CONTINUOUS = "latents are codes from a codebook, and there is nothing between two codes"
+
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+"""Control characters, surrogates and Unicode's bidirectional controls, which can make a name read backwards."""
 
 
 class Number(NamedTuple):
-    """A result and all that it takes to reproduce it."""
+    """Hold a result and what it takes to reproduce it."""
 
     name: str
-    """Its key in the JSON, unique within a section."""
+    """Key in the JSON, unique within a section."""
     label: str
     value: float | int | None
-    """None where it is not defined."""
+    """None where it is undefined."""
     unit: str
     protocol: str
 
     def json(self) -> dict[str, Any]:
+        """Return the number as JSON values."""
         return {"value": self.value, "unit": self.unit, "protocol": self.protocol}
 
-    @property
-    def shown(self) -> str:
-        return f"{written(self.value)} {self.unit}".strip()
 
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Hold one part of a report."""
 
-class Section(NamedTuple):
     name: str
-    """Its key in the JSON and its place in the page."""
+    """Key in the JSON, place in the page and name of the macro in sections.html.jinja."""
     title: str
-    body: Html
-    numbers: list[Number]
-    records: dict[str, Any]
-    """More for the JSON: of single images, channels, settings."""
-
-    def html(self) -> Html:
-        rows: list[tuple[object, ...]] = [(n.label, tag("b", n.shown), n.protocol) for n in self.numbers]
-        found = table(("", "value", "how"), rows, look="stack") if rows else Html()
-        return tag("section", tag("h2", self.title), self.body, found, id=self.name)
+    view: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the macro shows."""
+    numbers: Sequence[Number] = ()
+    records: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further JSON values: of single images, channels, settings."""
 
     def json(self) -> dict[str, Any]:
-        return {n.name: n.json() for n in self.numbers} | self.records
+        """Return numbers and records as JSON values."""
+        return {number.name: number.json() for number in self.numbers} | self.records
+
+
+class EmbeddedImage(NamedTuple):
+    """Hold an image that is part of the page."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    """Text for readers who do not see it."""
+    caption: str = ""
+
+
+def embed(data: bytes, kind: str, size: tuple[int, int], alt: str, caption: str = "") -> EmbeddedImage:
+    """Embed an image file of the MIME type image/`kind`; `size` is (width, height) as shown."""
+    return EmbeddedImage(f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", *size, alt, caption)
+
+
+def picture(pixels: torch.Tensor, alt: str, caption: str = "") -> EmbeddedImage:
+    """Embed pixels (3, h, w) uint8 as a PNG."""
+    _, height, width = pixels.shape
+    geometry = Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
+    return embed(image_bytes(pixels.contiguous(), geometry, "png"), "png", (width, height), alt, caption)
+
+
+def pictures(pixels: torch.Tensor, alt: str, captions: Sequence[str] = ()) -> list[EmbeddedImage]:
+    """Embed a row of images (n, 3, h, w) uint8."""
+    count = len(pixels)
+    shown = zip(pixels, captions or [""] * count, strict=True)
+    return [picture(x, f"{alt}, {i} of {count}", caption) for i, (x, caption) in enumerate(shown, 1)]
+
+
+def left_out(name: str, title: str, reason: str) -> Section:
+    """Return a section that says why it is empty."""
+    return Section(name, title, records={"left_out": reason})
+
+
+def render(title: str, introduction: str, sections: Sequence[Section]) -> str:
+    """Return the page, which loads nothing and runs nothing; all text from outside is escaped."""
+    page = _environment().get_template("page.html.jinja")
+    return page.render(title=title, introduction=introduction, sections=sections) + "\n"
+
+
+@functools.cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        finalize=_visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["written"] = written
+    return environment
+
+
+def _visible(value: object) -> object:
+    """Spell out characters that show nothing or reorder the text around them."""
+    if isinstance(value, Markup):
+        return value
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(value))
 
 
 def written(value: float | None) -> str:
-    """A number for people: four digits."""
+    """Format a number to four digits; None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, int):
@@ -64,41 +134,15 @@ def written(value: float | None) -> str:
 
 
 def finite(value: float) -> float | None:
-    """What JSON can hold: an image that comes back without any error has no PSNR."""
+    """Return a value for JSON, None if it is infinite or NaN (the PSNR of an equal image)."""
     return value if math.isfinite(value) else None
 
 
-NOT_GAUSSIAN = "the posterior is no Gaussian: nothing is drawn from it, and it has no KL against N(0, I)"
-NOT_CONTINUOUS = "latents are codes from a codebook, and between two codes there is none"
-
-
 def is_gaussian(codec: Codec) -> bool:
+    """Return whether posteriors are Gaussian."""
     return codec.config.bottleneck.kind == "gaussian"
 
 
 def is_continuous(codec: Codec) -> bool:
-    """Whether latents can be anything, and not only codes from a codebook."""
+    """Return whether latents are real numbers, not codes from a codebook."""
     return codec.config.bottleneck.kind in ("gaussian", "identity")
-
-
-def left_out(name: str, title: str, reason: str) -> Section:
-    """In place of what a model has no notion of, or nobody asked for."""
-    return Section(name, title, tag("p", f"Left out: {reason}.", class_="absent"), [], {"left_out": reason})
-
-
-def page(title: str, introduction: Html, sections: list[Section]) -> Html:
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", title),
-        tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
-    )
-    links = (tag("li", tag("a", section.title, href=f"#{section.name}")) for section in sections)
-    contents = tag("nav", tag("ol", *links), aria_label="Contents")
-    header, main = tag("header", tag("h1", title), introduction), tag("main", *(s.html() for s in sections))
-    body = tag("body", header, contents, main)
-    return join(Html("<!doctype html>\n"), tag("html", head, body, lang="en"), "\n")

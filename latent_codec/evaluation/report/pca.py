@@ -1,4 +1,4 @@
-"""Principal components of patches: the floor beneath any model of the same latent size."""
+"""Fit principal components of patches, the baseline of any model of the same latent size."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,18 +9,18 @@ from einops import rearrange
 from latent_codec.images.geometry import pad
 
 LARGEST = 4096
-"""Values of a patch; the covariance of more is not worth a baseline."""
+"""Largest number of values of a patch; the covariance of more is too costly for a baseline."""
 
 
-class Pca(NamedTuple):
-    """Orthonormal components (d, z) of patches flattened as (channel, row, column) around their mean (d,), float64."""
+class PatchPCA(NamedTuple):
+    """Hold orthonormal components (d, z) of patches, flattened (channel, row, column), and their mean (d,), float64."""
 
     patch: int
     mean: torch.Tensor
     basis: torch.Tensor
 
     def reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(c, h, w) uint8 from z numbers a patch, rounded and clipped; of other sizes the last patches are padded."""
+        """Return images (c, h, w) uint8 rebuilt from z numbers per patch, rounded and clipped; odd sizes are padded."""
         _, height, width = pixels.shape
         padded = pad(pixels, self.patch)
         centred = _patches(padded, self.patch) - self.mean  # (n, d)
@@ -30,11 +30,11 @@ class Pca(NamedTuple):
         return image.round().clamp(0, 255).to(torch.uint8)[:, :height, :width]
 
 
-def fit(images: Iterable[torch.Tensor], patch: int, components: int) -> Pca:
-    """The closed form, from the moments of all non-overlapping patches of images (c, h, w) uint8.
+def fit(images: Iterable[torch.Tensor], patch: int, components: int) -> PatchPCA:
+    """Fit components in closed form to the moments of all non-overlapping patches of images (c, h, w) uint8.
 
-    Sums of integers are exact in float64 and take memory for one image and one covariance only. Raises `ValueError`
-    without images, or for more components than a patch has values.
+    Sums of integers are exact in float64; memory holds one image and one covariance. Raises `ValueError` without
+    images, or for more components than a patch has values.
     """
     total, outer, count = torch.zeros(()), torch.zeros(()), 0
     for pixels in images:
@@ -46,7 +46,7 @@ def fit(images: Iterable[torch.Tensor], patch: int, components: int) -> Pca:
     if components > len(mean):
         raise ValueError(f"{components} components of patches of {len(mean)} values; there are no more than those")
     _, basis = torch.linalg.eigh(outer / count - torch.outer(mean, mean))
-    return Pca(patch, mean, basis.flip(1)[:, :components])  # strongest first
+    return PatchPCA(patch, mean, basis.flip(1)[:, :components])  # strongest first
 
 
 def _patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:

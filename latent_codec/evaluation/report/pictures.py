@@ -1,11 +1,10 @@
-"""What people look at: reconstructions, samples of the prior, interpolations and traversals."""
+"""Show reconstructions, samples of the prior, interpolations and traversals."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from latent_codec.evaluation.report.html import Html, Picture, join, name_of, paragraph, paragraphs, strip
 from latent_codec.evaluation.report.page import (
     NOT_CONTINUOUS,
     NOT_GAUSSIAN,
@@ -14,6 +13,8 @@ from latent_codec.evaluation.report.page import (
     is_continuous,
     is_gaussian,
     left_out,
+    picture,
+    pictures,
     written,
 )
 from latent_codec.evaluation.report.survey import Survey, image_key
@@ -29,7 +30,7 @@ SIDE = 256
 
 _SMALL_SIDE = 128  # of the many pictures of interpolations, traversals and samples
 _GAIN = 4  # of differences
-_PRIOR, _AGGREGATE = range(1, 3)  # what a seed is folded with
+_PRIOR, _AGGREGATE = range(1, 3)  # folded into the seed
 _SAMPLES = 8
 _STEPS = 7
 _CHANNELS = 5
@@ -37,31 +38,27 @@ _REACH = 3.0  # standard deviations either way
 
 
 class Shown(NamedTuple):
-    """An image's middle."""
+    """Hold the middle of an image."""
 
     name: str
     pixels: torch.Tensor  # (3, h, w) uint8, sides up to `SIDE` or the model's factor, whichever is larger
     label: str | None
-    """Its class, by its folder; of use to conditional models only."""
+    """Class by the image's folder, for conditional models."""
 
 
 def middle(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The centre of (..., h, w), no larger than (height, width). A view."""
+    """Return the centre of (..., h, w), no larger than (height, width), as a view."""
     top, left = max(pixels.shape[-2] - height, 0) // 2, max(pixels.shape[-1] - width, 0) // 2
     return pixels[..., top : top + height, left : left + width]
 
 
-def shown_side(codec: Codec) -> int:
-    """Pixels that the sides of what is shown have at most: `SIDE`, in whole latent elements."""
-    return _side(codec, SIDE)
-
-
-def _side(codec: Codec, side: int) -> int:
+def shown_side(codec: Codec, side: int = SIDE) -> int:
+    """Return the largest side of what is shown in pixels: `side` in whole latent elements."""
     return max(side // codec.factor, 1) * codec.factor
 
 
-def shown(codec: Codec, sources: Sequence[Source], count: int) -> list[Shown]:
-    """Up to `count` images spread evenly over the set, so that folders of classes come in turn.
+def select_images(codec: Codec, sources: Sequence[Source], count: int) -> list[Shown]:
+    """Return up to `count` images spread evenly over the set, so that folders of classes come in turn.
 
     Raises `UserError` for an image that cannot be read.
     """
@@ -71,8 +68,8 @@ def shown(codec: Codec, sources: Sequence[Source], count: int) -> list[Shown]:
 
 
 def reconstructions(runner: Runner, images: Sequence[Shown], seed: int) -> Section:
-    codec = runner.codec
-    strips, records = [], []
+    """Show each image beside its decoded mode, a decoded draw and the error of the mode."""
+    codec, strips, records = runner.codec, [], []
     for name, pixels, label in images:
         labels = codec.class_numbers([label])
         posterior = runner.encode([pad(pixels, codec.factor)], labels)
@@ -81,64 +78,50 @@ def reconstructions(runner: Runner, images: Sequence[Shown], seed: int) -> Secti
         mode, sample = runner.decode_uint8(list(latents), labels.repeat(2))[..., : pixels.shape[1], : pixels.shape[2]]
         psnrs = [distortion.psnr(pixels[None], x[None]).item() for x in (mode, sample)]
         difference = (128 + _GAIN * (mode.int() - pixels.int())).clamp(0, 255).to(torch.uint8)
-        of = f"of {name}"
-        pictures = [
-            Picture(pixels, "original", f"Original {of}"),
-            Picture(mode, f"mode, {psnrs[0]:.2f} dB", f"Decoded mode {of}, PSNR {psnrs[0]:.2f} dB"),
-            Picture(sample, f"sample, {psnrs[1]:.2f} dB", f"Decoded sample {of}, PSNR {psnrs[1]:.2f} dB"),
-            Picture(difference, f"difference, times {_GAIN}", f"Mode less original {of}, times {_GAIN}, grey is none"),
+        decoded = [
+            picture(x, f"Decoded {kind} of {name}, PSNR {psnr:.2f} dB", f"{kind}, {psnr:.2f} dB")
+            for kind, x, psnr in zip(("mode", "sample"), (mode, sample), psnrs, strict=True)
         ]
-        strips.append(strip(name_of(name), pictures))
+        alt = f"Mode less original of {name}, times {_GAIN}, grey is none"
+        error = picture(difference, alt, f"difference, times {_GAIN}")
+        strips.append((name, [picture(pixels, f"Original of {name}", "original"), *decoded, error]))
         records.append({"image": name, "psnr_mode": finite(psnrs[0]), "psnr_sample": finite(psnrs[1])})
-    words = paragraphs(
-        f"The middle of {len(images)} images spread evenly over the set, up to {shown_side(codec)} pixels a side: the "
-        "original; the posterior's mode, decoded; one draw from the posterior, decoded to the expected pixels; and "
-        f"what the mode gets wrong, (mode - original) times {_GAIN} around grey. PSNR is of the part shown.",
-        *([] if is_gaussian(codec) else ["This model's posterior is a point: its draw is its mode."]),
-    )
-    return Section("reconstructions", "Reconstructions", join(words, *strips), [], {"images": records})
+    view = {"strips": strips, "side": shown_side(codec), "gain": _GAIN, "gaussian": is_gaussian(codec)}
+    return Section("reconstructions", "Reconstructions", view, records={"images": records})
 
 
 def prior_samples(runner: Runner, like: Shown, seed: int) -> Section:
-    """Of the size of `like`, or of its middle."""
-    codec = runner.codec
-    name, title = "prior_samples", "Samples of the prior"
+    """Show decoded samples of N(0, I) and of each channel's Gaussian, of the size of `like` or of its middle."""
+    name, title, codec = "prior_samples", "Samples of the prior", runner.codec
     if not is_gaussian(codec):
         return left_out(name, title, NOT_GAUSSIAN)
-    side = _side(codec, _SMALL_SIDE)
+    side = shown_side(codec, _SMALL_SIDE)
     height, width = (-(-min(side, size) // codec.factor) for size in like.pixels.shape[1:])
     shape = (codec.config.latent_channels, height, width)
     numbers = torch.arange(_SAMPLES)
     classes = codec.config.classes
     labels = codec.class_numbers([classes[i % len(classes)] if classes else None for i in range(_SAMPLES)])
-    captions = [f"class {classes[i]}" for i in labels.tolist()] if classes else None
-    z = normal(fold(seed, _PRIOR, numbers), shape)
-    strips = [_strip("z ~ N(0, I)", runner.decode_uint8(list(z), labels), "Sample of N(0, I), decoded", captions)]
-    if (statistics := codec.statistics) is None:
-        words = "The model has no latent statistics, so there are no samples of its latents' own scale."
-    else:
+    captions = [f"class {classes[i]}" for i in labels.tolist()] if classes else []
+    decoded = runner.decode_uint8(list(normal(fold(seed, _PRIOR, numbers), shape)), labels)
+    strips = [("z ~ N(0, I)", pictures(decoded, "Sample of N(0, I), decoded", captions))]
+    if (statistics := codec.statistics) is not None:
         shift, scale = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
         z = shift + scale * normal(fold(seed, _AGGREGATE, numbers), shape)
+        decoded = runner.decode_uint8(list(z), labels)
         heading = f"z ~ each channel's Gaussian over {statistics.source}"
-        alt = "Sample of the channels' Gaussians, decoded"
-        strips.append(_strip(heading, runner.decode_uint8(list(z), labels), alt, captions))
-        words = (
-            "The second row has each channel's mean and standard deviation by the model's statistics, and no more of "
-            "the aggregate posterior: neither channels nor positions depend on each other."
-        )
-    first = f"Latents of {width}x{height}, every element drawn on its own, decoded to expected pixels (seed {seed})."
-    return Section(name, title, join(paragraphs(first, words), *strips), [], {})
+        strips.append((heading, pictures(decoded, "Sample of the channels' Gaussians, decoded", captions)))
+    return Section(name, title, {"strips": strips, "size": f"{width}x{height}", "seed": seed})
 
 
 def interpolations(runner: Runner, images: Sequence[Shown]) -> Section:
-    codec = runner.codec
-    name, title = "interpolations", "Interpolations"
+    """Show latents, and pixels, along the straight line between two images."""
+    name, title, codec = "interpolations", "Interpolations", runner.codec
     if not is_continuous(codec):
         return left_out(name, title, NOT_CONTINUOUS)
     pairs = list(zip(images[::2], images[1::2], strict=False))[:2]
     if not pairs:
         return left_out(name, title, "they need two images")
-    side, strips = _side(codec, _SMALL_SIDE), []
+    side, rows = shown_side(codec, _SMALL_SIDE), []
     for a, b in pairs:
         height, width = (min(side, *(image.pixels.shape[i] for image in (a, b))) for i in (1, 2))
         parts = [pad(middle(image.pixels, height, width), codec.factor) for image in (a, b)]
@@ -148,30 +131,22 @@ def interpolations(runner: Runner, images: Sequence[Shown]) -> Section:
         z = torch.lerp(first, last, weights)
         decoded = runner.decode_uint8(list(z), labels[:1].repeat(_STEPS))[..., :height, :width]
         mixed = torch.lerp(decoded[:1].float(), decoded[-1:].float(), weights).round().to(torch.uint8)
-        heading = join(name_of(a.name), " to ", name_of(b.name))
-        of = f"{a.name} and {b.name}"
-        strips += [
-            _strip(join(heading, ": latents"), decoded, f"Latents of {of} mixed"),
-            _strip(join(heading, ": pixels, to compare"), mixed, f"Pixels of {of} mixed"),
-        ]
-    words = paragraphs(
-        "Between the modes of two images along a straight line, decoded; below it the two ends' pixels mixed in the "
-        "same shares. A latent line that looks like mixed pixels says that the latents are little more than pixels.",
-        *(["All are decoded as of the first image's class."] if codec.config.classes else []),
-    )
-    return Section(name, title, join(words, *strips), [], {})
+        both = f"of {a.name} and {b.name} mixed"
+        rows.append((a.name, b.name, pictures(decoded, f"Latents {both}"), pictures(mixed, f"Pixels {both}")))
+    return Section(name, title, {"pairs": rows, "conditional": bool(codec.config.classes)})
 
 
 def traversals(runner: Runner, image: Shown, found: Survey) -> Section:
-    codec = runner.codec
-    name, title = "traversals", "Latent traversals"
+    """Show one image with one channel moved at a time, for the most active channels."""
+    name, title, codec = "traversals", "Latent traversals", runner.codec
     if not is_continuous(codec):
         return left_out(name, title, NOT_CONTINUOUS)
-    side = _side(codec, _SMALL_SIDE)
+    side = shown_side(codec, _SMALL_SIDE)
     part = middle(image.pixels, side, side)
     labels = codec.class_numbers([image.label])
     mode = runner.encode([pad(part, codec.factor)], labels).mode()  # (1, z, h, w)
     moves = torch.linspace(-_REACH, _REACH, _STEPS)
+    captions = [f"{move:+.0f} std" if move else "as it is" for move in moves.tolist()]
     strips = []
     for channel in found.by_activity[:_CHANNELS]:
         z = mode.repeat(_STEPS, 1, 1, 1)
@@ -180,23 +155,5 @@ def traversals(runner: Runner, image: Shown, found: Survey) -> Section:
         heading = f"channel {channel}: std {written(float(found.std[channel]))}"
         if is_gaussian(codec):
             heading += f", KL {written(float(found.kl[channel]))} nats per element"
-        captions = [f"{move:+.0f} std" if move else "as it is" for move in moves.tolist()]
-        strips.append(_strip(heading, decoded, f"Channel {channel} moved", captions))
-    words = paragraph(
-        "The mode of ",
-        name_of(image.name),
-        f", of which all elements of one channel are moved together by -{_REACH:g} to +{_REACH:g} of the channel's "
-        f"standard deviation over all images; the {len(strips)} channels whose posterior mean varies most, the most "
-        "active first.",
-    )
-    return Section(name, title, join(words, *strips), [], {})
-
-
-def _strip(title: object, pixels: torch.Tensor, alt: str, captions: Sequence[str] | None = None) -> Html:
-    """Of (n, 3, h, w) uint8; `alt` is what all have in common."""
-    captions = captions or [""] * len(pixels)
-    count = len(pixels)
-    pictures = [
-        Picture(x, c, f"{alt}, {i} of {count}") for i, (x, c) in enumerate(zip(pixels, captions, strict=True), 1)
-    ]
-    return strip(title, pictures)
+        strips.append((heading, pictures(decoded, f"Channel {channel} moved", captions)))
+    return Section(name, title, {"strips": strips, "image": image.name, "reach": f"{_REACH:g}"})

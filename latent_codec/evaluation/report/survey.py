@@ -1,4 +1,4 @@
-"""One pass of the encoder over all images: what the posteriors are like, by channel and together."""
+"""Encode all images once, and summarise the posteriors by channel and together."""
 
 import math
 from collections.abc import Sequence
@@ -14,64 +14,67 @@ from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.noise import fold, normal, text_key
 
 EDGES = torch.linspace(-6, 6, 97, dtype=torch.float64)
-"""Of the histogram's bins; what lies beyond is in the first and the last count."""
+"""Edges of the histogram's bins; values beyond them are in the first and the last count."""
 
 
 class Draws(NamedTuple):
-    """One draw of every latent element, all channels pooled."""
+    """Summarise one draw of every latent element, all channels pooled."""
 
     counts: torch.Tensor  # (98,) int64, of values below, within and above `EDGES`
     powers: torch.Tensor  # (4,) float64: means of z, z^2, z^3 and z^4
 
     @property
     def mean(self) -> float:
+        """Return the mean of the draws."""
         return float(self.powers[0])
 
     @property
     def variance(self) -> float:
+        """Return the variance of the draws."""
         m, square = self.powers[:2].tolist()
         return square - m**2
 
     @property
     def skewness(self) -> float:
+        """Return the skewness, 0 for a Gaussian."""
         m, square, cube = self.powers[:3].tolist()
         return (cube - 3 * m * square + 2 * m**3) / max(self.variance, 1e-30) ** 1.5
 
     @property
     def excess_kurtosis(self) -> float:
-        """0 of a Gaussian."""
+        """Return the excess kurtosis, 0 for a Gaussian."""
         m, square, cube, fourth = self.powers.tolist()
         return (fourth - 4 * m * cube + 6 * m**2 * square - 3 * m**4) / max(self.variance, 1e-30) ** 2 - 3
 
 
 class Survey(NamedTuple):
-    """Moments per channel over images and positions, (z,) float64, and the draws."""
+    """Hold moments per channel over images and positions, (z,) float64, and the draws."""
 
     images: int
     elements: int
-    """Of one channel, over all images."""
+    """Number of elements of one channel, over all images."""
     mean: torch.Tensor  # of the posterior means
     variance: torch.Tensor  # of the posterior means: how active the channel is
-    posterior_variance: torch.Tensor  # average of the posteriors' own variances; 0 of those that are points
+    posterior_variance: torch.Tensor  # mean of the posteriors' own variances; 0 where they are points
     kl: torch.Tensor  # nats per latent element, of Gaussian posteriors
     draws: Draws
     normalized: Draws | None
-    """Less the mean and over the std of the model's statistics, as a diffusion model sees them; None without."""
-    codes: torch.Tensor | None  # (K,) int64: how often each code of a codebook was taken
+    """Draws normalised by the model's statistics, as a diffusion model sees them; None without statistics."""
+    codes: torch.Tensor | None  # (K,) int64, how often each code of a codebook was taken
 
     @property
     def std(self) -> torch.Tensor:
-        """Of the aggregate posterior: a draw's standard deviation over images, positions and noise."""
+        """Return the standard deviation of a draw over images, positions and noise (of the aggregate posterior)."""
         return (self.variance + self.posterior_variance).sqrt()
 
     @property
     def by_activity(self) -> list[int]:
-        """Channels, the most active first."""
+        """Return the channels, the most active first."""
         return torch.argsort(self.variance, descending=True, stable=True).tolist()
 
 
 def survey(runner: Runner, sources: Sequence[Source], seed: int, *, quiet: bool) -> Survey:
-    """Encode every image; draws are by `seed` and the image's name. Raises `UserError` for one that cannot be read."""
+    """Encode every image; `seed` and the image's name decide its draw. Raises `UserError` for an unreadable image."""
     codec = runner.codec
     moments, draws, scaled = _Moments(codec.config.latent_channels), _Pooled(), _Pooled()
     statistics, count = codec.statistics, codec.config.codes
@@ -91,7 +94,7 @@ def survey(runner: Runner, sources: Sequence[Source], seed: int, *, quiet: bool)
 
 
 def image_key(seed: int, name: str) -> torch.Tensor:
-    """Of an image's noise, int64 of shape ()."""
+    """Return the key of an image's noise, int64 of shape ()."""
     return fold(seed, text_key(name))
 
 

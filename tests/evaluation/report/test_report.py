@@ -1,4 +1,4 @@
-"""The report: its numbers a second way, its pictures what they are called, its page safe whatever names say."""
+"""Test the report: its numbers a second way, its pictures, and a page that is safe whatever names say."""
 
 import base64
 import dataclasses
@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -24,17 +24,16 @@ from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion import anchors
-from latent_codec.evaluation.rate_distortion.measure import rate_distortion
-from latent_codec.evaluation.report import Evaluated, Options, jpeg, pca, pictures, rate, write_report
-from latent_codec.evaluation.report.baselines import baselines, why_no_pca
-from latent_codec.evaluation.report.html import escaped, tag
+from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
+from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, jpeg, pca, pictures, rate, write_report
+from latent_codec.evaluation.report.baselines import BaselineComparison, why_no_pca
 from latent_codec.evaluation.report.likelihood import likelihood_bounds
+from latent_codec.evaluation.report.page import Section, left_out, render
 from latent_codec.evaluation.report.survey import EDGES, image_key, survey
 from latent_codec.images.geometry import in_channels, pad
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
-from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
@@ -44,11 +43,25 @@ from latent_codec.prior.quantizer import STEP_ONE
 from tests.conftest import Draw, files_of
 from train.config.presets import mnist_cvae
 
-CPU = ComputeOptions(batch_size=4, workers=2)
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}
 HOSTILE = "x<script>alert(1)<!--\"'&amp;\u202egnp.png"
-LIKE = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8), None)
-OPTIONS = Options(report_images=3, bound_images=2, bound_samples=3, baseline_data=None, seed=5)
+HIDDEN = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+OPTIONS = ReportOptions(report_images=3, bound_images=2, bound_samples=3, seed=5)
+
+
+def write(codec: Codec, where: Path, out: Path, **changes: Any) -> tuple[str, Any]:
+    """Write a report, and return its page and its results."""
+    runner = Runner(codec)
+    evaluated = EvaluatedModel(runner, "tiny", str(where), evaluate(runner, where, quiet=True), None, "it")
+    write_report(evaluated, out, dataclasses.replace(OPTIONS, **changes), quiet=True)
+    return (out / "report.html").read_text(encoding="utf-8"), json.loads((out / "report.json").read_text())
+
+
+def changed(codec: Codec, **changes: Any) -> Codec:
+    """Return an untrained codec of a changed configuration."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Codec(dataclasses.replace(codec.config, **changes)).eval()
 
 
 @pytest.fixture
@@ -58,23 +71,13 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
-def write(codec: Codec, where: Path, out: Path, *others: tuple[str, Codec], **changes: Any) -> tuple[str, Any]:
-    """Page and results."""
-    nets: dict[str, Any] = {"lpips_net": None, "lpips_backbone": None, "quiet": True}
-    found = evaluate(Runner(codec, CPU), where, out=None, **nets)
-    evaluated = Evaluated(Runner(codec, CPU), "tiny", str(where), found, None, "latent-codec evaluate tiny")
-    named = [(name, Runner(other, CPU)) for name, other in others]
-    write_report(evaluated, out, dataclasses.replace(OPTIONS, **changes), named, **nets)
-    return (out / "report.html").read_text(encoding="utf-8"), json.loads((out / "report.json").read_text())
-
-
 class Parsed(HTMLParser):
-    """Tags with their attributes, the text between them, and images by section."""
+    """Collect tags with their attributes, the text between them, and images by section."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
+        self.text = ""
         self.images: dict[str, list[bytes]] = {}
         self._section = ""
         self.feed(page)
@@ -92,30 +95,26 @@ class Parsed(HTMLParser):
             assert kind == "png" or ElementTree.fromstring(self.images[self._section][-1]).tag.endswith("svg")
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
+        self.text += data
 
     def pixels(self, section: str) -> list[torch.Tensor]:
-        """(3, h, w) uint8 of every PNG in a section."""
+        """Return every PNG of a section, (3, h, w) uint8."""
         opened = [Image.open(io.BytesIO(data)) for data in self.images[section]]
         return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in opened]
 
 
+def parsed(section: Section) -> Parsed:
+    return Parsed(render("", "", [section]))
+
+
+@settings(max_examples=50)
 @given(st.text())
-def test_text_comes_out_of_the_page_as_text(text: str) -> None:
-    page = Parsed(tag("p", text, title=text))
-    assert [name for name, _ in page.tags] == ["p"]
-    shown = page.text
-    assert page.tags[0][1]["title"] == shown
-    assert shown == text or not text.isprintable()
-    assert not re.search(r"[\x00-\x08\x0e-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
-
-
-def test_what_turns_text_around_or_cannot_be_encoded_is_spelled() -> None:
-    assert escaped("a\u202eb\udcffc\x1b") == "a\\u202eb\\udcffc\\x1b"
+@example("a\u202eb\udcffc\x1b<b>")
+def test_text_comes_out_of_the_page_as_text_with_nothing_hidden(text: str) -> None:
+    page, plain = (Parsed(render(words, "", [left_out("x", "y", words)])) for words in (text, "plain"))
+    assert page.tags == plain.tags
+    spelled = re.sub(HIDDEN, lambda found: found[0].encode("unicode_escape").decode(), text)
+    assert page.text == plain.text.replace("plain", spelled) and not re.search(HIDDEN, page.text)
 
 
 def test_the_page_loads_and_runs_nothing_whatever_names_say(codec: Codec, photos: Path, tmp_path: Path) -> None:
@@ -140,18 +139,12 @@ def test_the_page_loads_and_runs_nothing_whatever_names_say(codec: Codec, photos
     assert list(results["making"]["failures"]) == ["bad<img src=x>.png"]
 
 
-def test_the_same_inputs_give_the_same_bytes(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        write(codec, photos, tmp_path / name)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "other")
-    write(codec, photos, tmp_path / "seed", seed=6)
-    assert files_of(tmp_path / "seed") != files_of(tmp_path / "one")
-
-
-def test_every_number_is_on_the_page_and_in_the_json_with_its_protocol(
+def test_the_page_has_every_number_and_pictures_are_what_they_are_called(
     codec: Codec, photos: Path, tmp_path: Path
 ) -> None:
     text, results = write(codec, photos, tmp_path / "out")
+    write(codec, photos, tmp_path / "again")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
     page = Parsed(text)
     numbers = [n for section in results.values() for n in section.values() if isinstance(n, dict) and "protocol" in n]
     assert len(numbers) > 15
@@ -159,41 +152,8 @@ def test_every_number_is_on_the_page_and_in_the_json_with_its_protocol(
         assert number["protocol"] in page.text
         if number["value"] is not None:
             assert f"{number['value']:#.4g}" in page.text or f"{number['value']:,.0f}" in page.text
-    headings = [a["id"] for n, a in page.tags if n == "section" and a.get("id")]
-    assert headings == list(results)
+    assert [a["id"] for n, a in page.tags if n == "section" and a.get("id")] == list(results)
 
-
-def test_moments_are_those_of_all_posteriors_together(codec: Codec, photos: Path) -> None:
-    found = survey(Runner(codec, CPU), find_images(photos), 5, quiet=True)
-    means, variances, draws = [], [], []
-    with torch.inference_mode():
-        for source in find_images(photos):
-            posterior = codec.encode(pad(source.read().pixels, 8)[None])
-            means.append(posterior.mean[0].flatten(1).double())
-            variances.append(posterior.logvar[0].flatten(1).double().exp())
-            noise = normal(image_key(5, source.name)[None], tuple(posterior.mean.shape[1:]))
-            draws.append(posterior.sample(noise)[0].flatten(1).double())
-    mean, variance, z = (torch.cat(v, 1).numpy() for v in (means, variances, draws))
-    assert (found.images, found.elements) == (len(SIZES), mean.shape[1])
-    close = {"rtol": 1e-5, "atol": 1e-7}
-    np.testing.assert_allclose(found.variance, mean.var(1), **close)
-    np.testing.assert_allclose(found.posterior_variance, variance.mean(1), **close)
-    np.testing.assert_allclose(found.std, np.sqrt(mean.var(1) + variance.mean(1)), **close)
-    kl = 0.5 * (mean**2 + variance - 1 - np.log(variance)).mean(1)
-    np.testing.assert_allclose(found.kl, kl, **close)
-    assert found.by_activity == sorted(range(4), key=lambda i: -mean.var(1)[i])
-    z = z.ravel()
-    standard = (z - z.mean()) / z.std()
-    assert found.draws.mean == pytest.approx(z.mean()) and found.draws.variance == pytest.approx(z.var())
-    assert found.draws.skewness == pytest.approx((standard**3).mean(), abs=1e-6)
-    assert found.draws.excess_kurtosis == pytest.approx((standard**4).mean() - 3, abs=1e-6)
-    counts, _ = np.histogram(z, EDGES.numpy())
-    assert found.draws.counts[1:-1].tolist() == counts.tolist() and int(found.draws.counts.sum()) == z.size
-
-
-def test_pictures_are_what_they_are_called(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    text, results = write(codec, photos, tmp_path / "out")
-    page = Parsed(text)
     shown = [read_image(photos / name).pixels for name in list(SIZES)[:3]]
     with torch.inference_mode():
         modes = [codec.encode(pad(x, 8)[None]).mode() for x in shown]
@@ -222,16 +182,45 @@ def test_pictures_are_what_they_are_called(codec: Codec, photos: Path, tmp_path:
     assert not torch.equal(mixed[3], mixed[10])
 
 
+def test_moments_are_those_of_all_posteriors_together(codec: Codec, photos: Path) -> None:
+    found = survey(Runner(codec), find_images(photos), 5, quiet=True)
+    means, variances, draws = [], [], []
+    with torch.inference_mode():
+        for source in find_images(photos):
+            posterior = codec.encode(pad(source.read().pixels, 8)[None])
+            means.append(posterior.mean[0].flatten(1).double())
+            variances.append(posterior.logvar[0].flatten(1).double().exp())
+            noise = normal(image_key(5, source.name)[None], tuple(posterior.mean.shape[1:]))
+            draws.append(posterior.sample(noise)[0].flatten(1).double())
+    mean, variance, z = (torch.cat(v, 1).numpy() for v in (means, variances, draws))
+    assert (found.images, found.elements) == (len(SIZES), mean.shape[1])
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    np.testing.assert_allclose(found.variance, mean.var(1), **close)
+    np.testing.assert_allclose(found.posterior_variance, variance.mean(1), **close)
+    np.testing.assert_allclose(found.std, np.sqrt(mean.var(1) + variance.mean(1)), **close)
+    kl = 0.5 * (mean**2 + variance - 1 - np.log(variance)).mean(1)
+    np.testing.assert_allclose(found.kl, kl, **close)
+    assert found.by_activity == sorted(range(4), key=lambda i: -mean.var(1)[i])
+    z = z.ravel()
+    standard = (z - z.mean()) / z.std()
+    assert found.draws.mean == pytest.approx(z.mean()) and found.draws.variance == pytest.approx(z.var())
+    assert found.draws.skewness == pytest.approx((standard**3).mean(), abs=1e-6)
+    assert found.draws.excess_kurtosis == pytest.approx((standard**4).mean() - 3, abs=1e-6)
+    counts, _ = np.histogram(z, EDGES.numpy())
+    assert found.draws.counts[1:-1].tolist() == counts.tolist() and int(found.draws.counts.sum()) == z.size
+
+
 def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    like = pictures.Shown("like", torch.zeros(3, 140, 121, dtype=torch.uint8), None)
     drawn: list[torch.Tensor] = []
 
     def decode(latents: list[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
         drawn.append(torch.stack(latents))
         return torch.zeros(len(latents), 3, 8, 8, dtype=torch.uint8)
 
-    runner = Runner(codec, CPU)
+    runner = Runner(codec)
     monkeypatch.setattr(runner, "decode_uint8", decode)
-    pictures.prior_samples(runner, LIKE, 0)
+    pictures.prior_samples(runner, like, 0)
     prior, aggregate = (z.transpose(0, 1).flatten(1) for z in drawn)  # (z, n)
     assert drawn[0].shape == (8, 4, 16, 16)
     statistics = codec.statistics
@@ -241,7 +230,8 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
             assert channel.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(len(channel)))
             assert channel.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * len(channel)))
     codec.statistics = None
-    assert "no latent statistics" in pictures.prior_samples(runner, LIKE, 0).body
+    assert "no latent statistics" in parsed(pictures.prior_samples(runner, like, 1)).text
+    assert len(drawn) == 3 and not torch.equal(drawn[2], drawn[0])  # of another seed
 
 
 def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Draw) -> None:
@@ -265,20 +255,17 @@ def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Dra
     assert "class" in results["jpeg"]["left_out"]
 
 
-@pytest.mark.parametrize("kind", ["identity", "vq"])
+@pytest.mark.parametrize("bottleneck", [IdentityConfig(), VectorQuantizerConfig(codes=8)], ids=["identity", "vq"])
 def test_models_without_a_gaussian_have_the_parts_that_make_sense(
-    codec: Codec, photos: Path, tmp_path: Path, kind: str
+    codec: Codec, photos: Path, tmp_path: Path, bottleneck: IdentityConfig | VectorQuantizerConfig
 ) -> None:
-    bottleneck = IdentityConfig() if kind == "identity" else VectorQuantizerConfig(codes=8)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        other = Codec(dataclasses.replace(codec.config, bottleneck=bottleneck)).eval()
+    other = changed(codec, bottleneck=bottleneck)
     calibrate(other, find_images(photos), "photos", quiet=True)
     _, results = write(other, photos, tmp_path / "out")
     out = {name for name, section in results.items() if "left_out" in section} - {"rate_distortion", "rfid"}
     never = {"prior_samples", "kl", "aggregate_posterior", "bounds"}
-    assert out == (never if kind == "identity" else never | {"interpolations", "traversals"})
-    if kind == "vq":
+    assert out == (never if bottleneck.kind == "identity" else never | {"interpolations", "traversals"})
+    if bottleneck.kind == "vq":
         taken = torch.zeros(8, dtype=torch.int64)
         with torch.inference_mode():
             for source in find_images(photos):
@@ -291,27 +278,20 @@ def test_models_without_a_gaussian_have_the_parts_that_make_sense(
 
 
 def test_bounds_are_those_of_images_from_all_over_the_set(codec: Codec, photos: Path) -> None:
-    images = pictures.shown(codec, find_images(photos), 2)
+    images = pictures.select_images(codec, find_images(photos), 2)
     assert [image.name for image in images] == ["a.png", "d.png"]
-    section = likelihood_bounds(Runner(codec, CPU), images, 5, 3, quiet=True)
+    section = likelihood_bounds(Runner(codec), images, 5, 3, quiet=True)
     for image, record in zip(images, section.records["images"], strict=True):
         found = bounds(codec, pad(image.pixels, 8)[None], image_key(5, image.name)[None], 3, at_once=64)
         assert record["elbo"] == pytest.approx(found.elbo.item(), rel=1e-6)
         assert record["iwae"] == pytest.approx(found.iwae.item(), rel=1e-6)
     values = {n.name: n.value for n in section.numbers}
     assert values["elbo"] == pytest.approx(np.mean([r["elbo"] for r in section.records["images"]]))
-    assert "elbo_bits_per_dim" not in values and "no bits per dimension" in section.body
-
-
-def test_bits_per_dimension_are_of_discrete_pixels_alone(codec: Codec, photos: Path) -> None:
-    config = dataclasses.replace(codec.config, likelihood=DiscretizedLogisticConfig(components=1))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        discrete = Codec(config).eval()
-    images = pictures.shown(discrete, find_images(photos)[:2], 2)
-    section = likelihood_bounds(Runner(discrete, CPU), images, 5, 3, quiet=True)
+    assert "elbo_bits_per_dim" not in values and "no bits per dimension" in parsed(section).text
+    discrete = changed(codec, likelihood=DiscretizedLogisticConfig(components=1))
+    section = likelihood_bounds(Runner(discrete), images, 5, 3, quiet=True)
     values = {n.name: n.value for n in section.numbers}
-    sizes = (3 * 16 * 24, 3 * 40 * 24)  # padded to multiples of 8
+    sizes = (3 * 16 * 24, 3 * 8 * 16)  # padded to multiples of 8
     rates = [-r["iwae"] / size / math.log(2) for r, size in zip(section.records["images"], sizes, strict=True)]
     assert values["iwae_bits_per_dim"] == pytest.approx(np.mean(rates))
 
@@ -337,43 +317,31 @@ def test_pca_is_never_fitted_to_what_it_is_measured_on(
 ) -> None:
     fitted: dict[int, list[torch.Tensor]] = {}
     measured: list[tuple[int, torch.Tensor]] = []
-    fit, reconstruct = pca.fit, pca.Pca.reconstruct
+    fit, reconstruct = pca.fit, pca.PatchPCA.reconstruct
 
-    def recorded(images: Any, patch: int, components: int) -> pca.Pca:
+    def recorded(images: Any, patch: int, components: int) -> pca.PatchPCA:
         kept = list(images)
         model = fit(kept, patch, components)
         fitted[id(model.basis)] = kept
         return model
 
-    def watched(self: pca.Pca, pixels: torch.Tensor) -> torch.Tensor:
+    def watched(self: pca.PatchPCA, pixels: torch.Tensor) -> torch.Tensor:
         measured.append((id(self.basis), pixels))
         return reconstruct(self, pixels)
 
     monkeypatch.setattr(pca, "fit", recorded)
-    monkeypatch.setattr(pca.Pca, "reconstruct", watched)
-    sources = find_images(photos)
-    found = evaluate(Runner(codec, CPU), photos, out=None, lpips_net=None, lpips_backbone=None, quiet=True)
-    section = baselines(Runner(codec, CPU), [("again", Runner(codec, CPU))], sources, None, found, None, quiet=True)
+    monkeypatch.setattr(pca.PatchPCA, "reconstruct", watched)
+    sources, runner = find_images(photos), Runner(codec)
+    comparison = BaselineComparison(runner, sources, evaluate(runner, photos, quiet=True), quiet=True)
+    smaller = Runner(changed(codec, latent_channels=2))
+    section = comparison.section([("again", runner), ("small<b>", smaller)], None)
     assert len(measured) == len(SIZES) and sum(map(len, fitted.values())) == len(SIZES)
     for model, pixels in measured:
         assert not any(torch.equal(pixels, other) for other in fitted[model])
-    own, principal, again = section.records["methods"]
+    own, principal, again, _ = section.records["methods"]
     assert own["psnr"] == pytest.approx(again["psnr"], abs=0.01)  # as stored in float16
     assert own["numbers_per_pixel"] == principal["numbers_per_pixel"] == 4 / 64
-
-
-def test_another_latent_size_is_named(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(codec.config, latent_channels=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        smaller = Codec(config).eval()
-    text, results = write(codec, photos, tmp_path / "out", ("small", smaller), ("same", codec))
-    assert [m["name"] for m in results["baselines"]["methods"]] == ["this model", "PCA", "small", "same"]
-    assert "Not of the same latent size, so not to be compared by distortion alone: small." in text
-
-
-def test_where_there_is_no_pca_the_reason_is_said(codec: Codec, photos: Path) -> None:
-    sources = find_images(photos)
+    assert "Not of the same latent size, so not to be compared by distortion alone: small<b>." in parsed(section).text
     assert why_no_pca(codec, sources, None) is None and why_no_pca(codec, sources[:1], "data") is None
     assert "--baseline-data" in (why_no_pca(codec, sources[:1], None) or "")
 
@@ -381,7 +349,7 @@ def test_where_there_is_no_pca_the_reason_is_said(codec: Codec, photos: Path) ->
 def test_the_jpeg_is_the_largest_that_is_no_larger() -> None:
     values = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     image = Image.fromarray(values).resize((64, 64), Image.Resampling.BICUBIC)
-    sizes = [len(anchors.encode(jpeg._JPEG, image, quality)) for quality in range(1, 96)]
+    sizes = [len(anchors.encode(anchors.JPEG, image, quality)) for quality in jpeg.QUALITIES]
     for limit in (min(sizes), min(sizes) + 1, sizes[40], sizes[60] - 1):
         found = jpeg.closest_below(image, limit)
         assert found is not None and len(found.data) == max(size for size in sizes if size <= limit)
@@ -393,12 +361,11 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
     smooth = np.random.default_rng(1).integers(0, 256, (5, 5, 3), np.uint8)
     (tmp_path / "photos").mkdir()
     for name, mode in (("a.png", "RGB"), ("grey.png", "L")):
-        Image.fromarray(smooth).resize((200, 104), Image.Resampling.BICUBIC).convert(mode).save(
-            tmp_path / "photos" / name
-        )
+        large = Image.fromarray(smooth).resize((200, 104), Image.Resampling.BICUBIC)
+        large.convert(mode).save(tmp_path / "photos" / name)
     Image.new("RGB", (3, 3)).save(tmp_path / "photos" / "tiny.png")  # whose smallest JPEG is larger than a .lc file
     sources = find_images(tmp_path / "photos")
-    section = jpeg.jpeg_at_equal_bytes(Runner(codec, CPU), sources, None, ["grey.png", "tiny.png"], quiet=True)
+    section = jpeg.jpeg_at_equal_bytes(Runner(codec), sources, None, ["grey.png", "tiny.png"], quiet=True)
     coder = StreamCodec(codec, "cpu")
     for source, record in zip(sources, section.records["images"], strict=True):
         image = source.read()
@@ -408,35 +375,30 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
         assert record["ours"]["bytes"] == len(coded.data)
         assert record["jpeg"] is None or record["jpeg"]["bytes"] <= record["ours"]["bytes"]
     assert [r["jpeg"] is None for r in section.records["images"]] == [False, False, True]
-    pairs = [(r["ours"], r["jpeg"]) for r in section.records["images"][:2]]
+    pairs, page = [(r["ours"], r["jpeg"]) for r in section.records["images"][:2]], parsed(section)
     for i, mean in enumerate(section.records["means"]):
         assert mean["psnr"] == pytest.approx(np.mean([pair[i]["psnr"] for pair in pairs]))
         assert mean["bpp"] == pytest.approx(np.mean([8 * pair[i]["bytes"] / (200 * 104) for pair in pairs]))
-        assert f"{mean['bpp']:#.4g}" in section.body
-    assert "1 images are in no mean" in section.body and len(Parsed(section.body).images[""]) == 3
+        assert f"{mean['bpp']:#.4g}" in page.text
+    assert "1 images are in no mean" in page.text and len(page.images["jpeg"]) == 3
 
 
-def test_curves_are_those_of_the_rate_distortion_report(
-    codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = [p._replace(qualities=p.qualities[::3]) for p in anchors.PEERS]
-    monkeypatch.setattr(anchors, "PEERS", few)
-    nets: dict[str, Any] = {"lpips_net": None, "lpips_backbone": None, "quiet": True}
-    found = rate_distortion(
-        Runner(codec, CPU), photos, steps=(0.5, 1.0, 2.0, 4.0), sample=0, out=None, command="it", **nets
-    )
-    section = rate.rate_distortion(found)
-    assert section.records["points"] == [p.json() for p in found.points]
-    page = Parsed(section.body)
-    with Image.open(io.BytesIO(page.images[""][0])) as curves:
+def test_curves_are_those_of_the_rate_distortion_report(codec: Codec, photos: Path) -> None:
+    few = tuple(anchor._replace(qualities=anchor.qualities[::3]) for anchor in anchors.ANCHORS)
+    options = RateDistortionOptions(steps=(0.5, 1.0, 2.0, 4.0), anchors=few)
+    found = rate_distortion(Runner(codec), photos, options, quiet=True)
+    section = rate.rate_distortion_section(found)
+    assert section.records["points"] == [point.json() for point in found.points]
+    page = parsed(section)
+    with Image.open(io.BytesIO(page.images["rate_distortion"][0])) as curves:
         assert curves.format == "PNG"
-    for against in found.against:
-        assert f"against {against.peer}" in page.text
-        for delta in against.delta_rates.values():
+    for comparison in found.against:
+        assert f"against {comparison.anchor}" in page.text
+        for delta in comparison.delta_rates.values():
             assert (delta.reason or f"{delta.percent:+.1f} %") in page.text
 
 
-def test_what_there_is_not_is_said(codec: Codec, tmp_path: Path, draw: Draw) -> None:
+def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "photos" / "one.png", 16, 16)
     codec.priors = None
     _, results = write(codec, tmp_path / "photos", tmp_path / "out")
@@ -444,6 +406,17 @@ def test_what_there_is_not_is_said(codec: Codec, tmp_path: Path, draw: Draw) -> 
     assert "no prior" in results["jpeg"]["left_out"]
     assert "--rd" in results["rate_distortion"]["left_out"]
     assert "one image" in results["baselines"]["pca_left_out"]
+    evaluated = EvaluatedModel(
+        Runner(codec),
+        "tiny",
+        str(tmp_path / "photos"),
+        evaluate(Runner(codec), tmp_path / "photos", quiet=True),
+        None,
+        "",
+    )
+    (tmp_path / "photos" / "one.png").rename(tmp_path / "photos" / "other.png")
+    with pytest.raises(UserError, match=r"one\.png.*gone"):
+        write_report(evaluated, tmp_path, OPTIONS, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +429,7 @@ def test_what_there_is_not_is_said(codec: Codec, tmp_path: Path, draw: Draw) -> 
         (("--report", "--out", "OUT", "--baseline", "nowhere"), "nowhere: neither a file nor a shipped model"),
     ],
 )
-def test_wrong_wishes_are_refused_before_any_work(
+def test_wrong_options_are_refused_before_any_work(
     model_file: Path,
     photos: Path,
     tmp_path: Path,
@@ -469,11 +442,3 @@ def test_wrong_wishes_are_refused_before_any_work(
         cli.main(["evaluate", str(model_file), str(photos), "--lpips-net", "none", "--device", "cpu", *given])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_images_that_have_gone_are_an_error(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    found = evaluate(Runner(codec, CPU), photos, out=None, lpips_net=None, lpips_backbone=None, quiet=True)
-    (photos / "d.png").unlink()
-    evaluated = Evaluated(Runner(codec, CPU), "tiny", str(photos), found, None, "it")
-    with pytest.raises(UserError, match=r"d\.png.*gone"):
-        write_report(evaluated, tmp_path, OPTIONS, [], lpips_net=None, lpips_backbone=None, quiet=True)

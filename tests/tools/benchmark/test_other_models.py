@@ -12,7 +12,7 @@ from torch import nn
 from latent_codec.errors import UserError
 from latent_codec.metrics import distortion
 from tests.support.data import DATA
-from tools.benchmark.peers import Taef2
+from tools.benchmark.other_models import Taef2
 
 needs_shared = pytest.mark.skipif(
     not ((DATA / "weights" / "taef2").is_dir() and (DATA / "data" / "kodak").is_dir()),

@@ -139,7 +139,7 @@ def sd_codec() -> Codec:
     )
 
 
-def diffusers_peer(codec: Codec) -> Any:
+def diffusers_autoencoder(codec: Codec) -> Any:
     """diffusers' `AutoencoderKL` with the weights of a `conv` codec."""
     import diffusers  # only this needs it; it comes with the test extra
 

@@ -12,8 +12,8 @@ from latent_codec.folders.decode_lc import find_streams
 from latent_codec.images.sources import Source
 from latent_codec.latents.format import INDEX, moment_names, read_index
 from latent_codec.model.codec import Codec
-from latent_codec.model.describe import _describe_model
-from latent_codec.model.shipped import resolve, shipped
+from latent_codec.model.describe import describe_model
+from latent_codec.model.shipped import resolve, shipped_names
 from latent_codec.prior.quantizer import STEP_ONE
 from latent_codec.storage import tensors as tensor_files
 
@@ -38,7 +38,9 @@ def describe(where: str, model: str | None = None) -> str:
     path = resolve(where)
     if _is_shard(path):
         return _describe_latents(path)
-    return _describe_diffusion(path) if "transformer" in tensor_files.read_header(path) else _describe_model(path)
+    if "transformer" in tensor_files.read_header(path):
+        return _describe_diffusion(path)
+    return describe_model(Codec.load(path).contents(), path)
 
 
 def _is_shard(path: Path) -> bool:
@@ -123,7 +125,7 @@ def _describe_streams(folder: Path, sources: list[Source], model: str | None) ->
 
 def _model_of(header: StreamHeader, model: str | None) -> tuple[Codec | None, str]:
     """The model that is called so, or a shipped one, if a stream is its, and what to say."""
-    text, names = f"stream id {header.stream_id.hex()}", shipped() if model is None else [model]
+    text, names = f"stream id {header.stream_id.hex()}", shipped_names() if model is None else [model]
     for name in names:
         codec = Codec.load(name)
         if is_maker(codec, header.prior, header.stream_id):

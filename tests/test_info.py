@@ -203,7 +203,7 @@ def test_a_streams_model_is_recognised(streams: Path, codec: Codec, model_file: 
 
 
 def test_a_default_model_that_is_not_there_is_no_obstacle(streams: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.model.shipped._SHIPPED", ())
+    monkeypatch.setattr("latent_codec.model.shipped.FOLDERS", ())
     assert "model       stream id " in describe(str(streams / "plain.png.lc"))
 
 
@@ -211,7 +211,7 @@ def test_a_stream_of_a_shipped_model_names_it_unasked(
     streams: Path, codec: Codec, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And so does the error of decoding it with another one."""
-    monkeypatch.setattr("latent_codec.model.shipped._SHIPPED", (tmp_path / "shipped",))
+    monkeypatch.setattr("latent_codec.model.shipped.FOLDERS", (tmp_path / "shipped",))
     (tmp_path / "shipped").mkdir()
     (tmp_path / "shipped" / "maker.safetensors").write_bytes(model_file.read_bytes())
     codec.state_dict()["backbone.linear.encoder.bias"][0] += 1

@@ -7,10 +7,10 @@ import torch
 
 from latent_codec.images.geometry import in_rgb
 from latent_codec.images.write import write_grid
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codebooks import Codes, perplexity
 from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import DiscretizedLogistic
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 from train.data.crops import CentreCrops
 from train.objectives.losses import PIXELS, active_channels

@@ -10,7 +10,7 @@ import torch
 from latent_codec.bitstream.container import Stream, StreamHeader, pack, settings
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
-from latent_codec.model.codec import Codec, right_model
+from latent_codec.model.codec import Codec, suggest_model
 from latent_codec.noise import fold, text_key
 from latent_codec.prior.passes import Prior, QuantizedPasses, decode, encode, ideal_bits, quantize
 from latent_codec.prior.priors import PriorKind
@@ -106,7 +106,7 @@ def is_maker(codec: Codec, kind: PriorKind, stream_id: bytes) -> bool:
 
 @functools.cache  # a folder may hold many files of one other model
 def _remedy(kind: PriorKind, stream_id: bytes) -> str:
-    return right_model(lambda codec: is_maker(codec, kind, stream_id))
+    return suggest_model(lambda codec: is_maker(codec, kind, stream_id))
 
 
 class StreamReader:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal
 
 _PIXELS = -1  # folded into the key to draw pixels; samples are numbered from 0

@@ -18,8 +18,8 @@ from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry, latent_size
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.checks import check_channels
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 
 

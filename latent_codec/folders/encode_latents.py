@@ -41,8 +41,8 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.checks import check_channels, check_gaussian
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import disk_errors, sha256_of
 from latent_codec.storage.json_config import to_json
 

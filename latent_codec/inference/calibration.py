@@ -10,11 +10,11 @@ from tqdm import tqdm
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source, find_all
 from latent_codec.inference import tiling
-from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.model.checks import check_channels
 from latent_codec.model.codebooks import Codes
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
+from latent_codec.model.posteriors import DiagonalGaussian, Posterior
 from latent_codec.prior import factorized
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import channel_steps_from_std

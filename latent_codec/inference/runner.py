@@ -13,8 +13,8 @@ from tqdm import tqdm
 from latent_codec.errors import FatalError
 from latent_codec.inference import tiling
 from latent_codec.inference.options import DEFAULT_COMPUTE, ComputeOptions
-from latent_codec.model.bottlenecks import Posterior
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import Posterior
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import in_channels, in_rgb
 from latent_codec.metrics.distortion import psnr
-from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian, Posterior
 
 # 2.4 megapixels: lite takes 0.2 GB for them, and the decoder of Stable Diffusion's shape, at 3 KB a pixel, 7 GB.
 DEFAULT_SIDE = 1536

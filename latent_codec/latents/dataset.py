@@ -25,7 +25,7 @@ from latent_codec.latents.format import (
     tensor_name,
 )
 from latent_codec.latents.shard_reader import ShardReader, TensorLocation
-from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key, uniform
 
 _FLIP = 1  # what a key is used for, beside the noise

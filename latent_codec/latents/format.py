@@ -17,9 +17,9 @@ import torch
 
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
-from latent_codec.model.bottlenecks import DiagonalGaussian
-from latent_codec.model.codec import Codec, right_model
+from latent_codec.model.codec import Codec, suggest_model
 from latent_codec.model.file import LatentStatistics
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import check_name, write_text
 from latent_codec.storage.json_config import from_json, to_json
 from latent_codec.storage.tensors import KEY, own_metadata, save_tensors
@@ -239,5 +239,5 @@ def check_model(header: LatentsHeader, model_id: str, where: str) -> None:
     if header.model_id != model_id:
         raise UserError(
             f"{where}: made by model {header.model_id[:12]}, but the model given is {model_id[:12]}; "
-            f"{right_model(lambda codec: codec.model_id == header.model_id)}"
+            f"{suggest_model(lambda codec: codec.model_id == header.model_id)}"
         )

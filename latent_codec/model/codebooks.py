@@ -1,6 +1,6 @@
-"""Features -> one code of a codebook at each position: vector quantisation, and finite scalar quantisation.
+"""Quantise features to one code of a codebook at each position: vector and finite scalar quantisation.
 
-Gradients go straight through: the encoder gets those of the latents as if nothing had been chosen (Bengio et al. 2013).
+Gradients go straight through: the encoder gets those of the latents as if nothing were quantised (Bengio et al. 2013).
 """
 
 import math
@@ -10,60 +10,48 @@ from einops import rearrange
 from torch import nn
 
 from latent_codec.model.config import FiniteScalarConfig, VectorQuantizerConfig
+from latent_codec.model.posteriors import Posterior
 from latent_codec.precision import float32_island
 
 MOST_CODES = 2**14
-"""A bitstream's integers reach this far."""
+"""The largest codebook: a bitstream's integers reach this far."""
 
 _POSITIONS = 2**13  # whose distances to all codes are in memory at once
 
 
-class Codes:
-    """All mass on one of K codes at each position (van den Oord et al. 2017, eq. 1).
+class Codes(Posterior):
+    """Puts all mass on one of K codes at each position (van den Oord et al. 2017, eq. 1).
 
     outputs: (b, z, h, w) float32, the encoder's; vectors: the chosen codes in their place; indices: (b, h, w) int64.
     """
 
     def __init__(self, outputs: torch.Tensor, vectors: torch.Tensor, indices: torch.Tensor, codes: int) -> None:
         self.outputs, self.vectors, self.indices, self.codes = outputs, vectors, indices, codes
+        # The added difference is 0, so the values are the vectors' to the bit; the gradient is the outputs'.
+        self.mean = vectors.detach() + (outputs - outputs.detach())
         self.clamped = torch.zeros((), device=outputs.device)
 
     @property
-    def mean(self) -> torch.Tensor:
-        # The values are the vectors' to the bit: what is added is 0.
-        return self.vectors.detach() + (self.outputs - self.outputs.detach())
-
-    @property
     def coded(self) -> torch.Tensor:
-        """Indices (b, 1, h, w) int64; -1 where the encoder's output is not finite, which is nearest to nothing."""
+        """Return the indices (b, 1, h, w) int64; -1 where the encoder's output is not finite."""
         sound = torch.isfinite(self.outputs).all(1)
         return torch.where(sound, self.indices, -1)[:, None]
 
-    def sample(self, noise: torch.Generator | torch.Tensor) -> torch.Tensor:
-        """The mode: there is nothing to draw."""
-        return self.mean
-
-    def mode(self) -> torch.Tensor:
-        return self.mean
-
     def kl_map(self) -> torch.Tensor:
-        """log K, (b, 1, h, w): the KL against a uniform prior over the codes, a constant (the same, section 3.1)."""
+        """Return log K, (b, 1, h, w): the KL from a uniform prior over the codes, a constant (section 3.1)."""
         return torch.full_like(self.outputs[:, :1], math.log(self.codes))
 
-    def kl(self) -> torch.Tensor:
-        return self.kl_map().flatten(1).sum(1)
-
     def commitment(self) -> torch.Tensor:
-        """Squared distance of the outputs to their codes, whose gradient is the encoder's alone, (b,)."""
+        """Return the squared distance of the outputs to their codes, (b,); its gradient reaches the encoder alone."""
         return (self.outputs - self.vectors.detach()).square().flatten(1).sum(1)
 
     def codebook_loss(self) -> torch.Tensor:
-        """The same with the gradient of the codes alone, (b,)."""
+        """Return the same distance, (b,), with a gradient that reaches the codes alone."""
         return (self.outputs.detach() - self.vectors).square().flatten(1).sum(1)
 
     @torch.no_grad()
     def use(self) -> torch.Tensor:
-        """(K, 1 + z): of all positions the share that took each code, and the sum of its outputs over their number."""
+        """Return (K, 1 + z): each code's share of all positions, and the sum of its outputs over their number."""
         outputs = rearrange(self.outputs, "b z h w -> (b h w) z")
         rows = torch.cat([torch.ones_like(outputs[:, :1]), outputs], 1) / len(outputs)  # (n, 1 + z)
         return rows.new_zeros(self.codes, rows.shape[1]).index_add_(0, self.indices.flatten(), rows)
@@ -73,13 +61,13 @@ class Codes:
 
 
 def perplexity(use: torch.Tensor) -> float:
-    """exp(entropy) of the codes' shares (K,), 1 to K: how many codes, evenly used, would be as hard to guess."""
+    """Return exp(entropy) of the codes' shares (K,): the number of equally used codes that would be as uncertain."""
     share = use.double() / use.double().sum()
     return math.exp(-torch.xlogy(share, share).sum().item())
 
 
 class VectorQuantizer(nn.Module):
-    """The nearest of K vectors, by Euclidean distance over the channels (van den Oord et al. 2017)."""
+    """Takes the nearest of K learned vectors, by Euclidean distance over the channels (van den Oord et al. 2017)."""
 
     features_per_latent = 1
 
@@ -89,7 +77,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(config.codes, latent_channels))  # (K, z)
 
     def forward(self, features: torch.Tensor) -> Codes:
-        """features: (b, z, h, w)."""
+        """Return the codes nearest to features (b, z, h, w)."""
         with float32_island(features):
             outputs = features.float()
             codebook = self.codebook.float().to(outputs.device)  # tiles are put together on the CPU
@@ -99,12 +87,12 @@ class VectorQuantizer(nn.Module):
             return Codes(outputs, _look_up(codebook, indices), indices, len(codebook))
 
     def look_up(self, indices: torch.Tensor) -> torch.Tensor:
-        """Latents (b, z, h, w) float32 of codes (b, h, w) int64, wherever these are."""
+        """Return latents (b, z, h, w) float32 of codes (b, h, w) int64, on the device of the codes."""
         return _look_up(self.codebook.float().to(indices.device), indices)
 
 
 def _nearest(outputs: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """(n, z) -> (n,) int64."""
+    """Return the indices (n,) int64 of the vectors nearest to outputs (n, z)."""
     return (codebook.square().sum(1) - 2 * outputs @ codebook.T).argmin(1)
 
 
@@ -113,10 +101,10 @@ def _look_up(codebook: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Each channel in one of L levels evenly spaced from -1 to 1 (Mentzer et al. 2024, section 3).
+    """Rounds each channel to one of L levels evenly spaced from -1 to 1 (Mentzer et al. 2024, section 3).
 
-    A channel is bounded by tanh, whose range is divided into L parts of one width. The code's index has the channels'
-    levels for digits, the first channel's the least.
+    tanh bounds a channel, and its range is divided into L parts of equal width. A code's index has the channels' levels
+    as digits, the first channel's the least significant.
     """
 
     features_per_latent = 1
@@ -126,36 +114,32 @@ class FiniteScalarQuantizer(nn.Module):
         self.levels, self.codes = config.levels, math.prod(config.levels)
         if len(self.levels) != latent_channels or min(self.levels, default=0) < 2:
             raise ValueError(
-                f"fsq: levels {self.levels} must be {latent_channels} numbers, one a channel, of at least 2"
+                f"fsq: levels {self.levels} must be {latent_channels} numbers of at least 2, one a channel"
             )
         _check_codes(self.codes, f"fsq: levels {self.levels}, {self.codes} codes")
+        self._places = tuple(math.prod(self.levels[:c]) for c in range(latent_channels))  # values of the digits
 
     def forward(self, features: torch.Tensor) -> Codes:
-        """features: (b, z, h, w)."""
+        """Return the codes of features (b, z, h, w)."""
         with float32_island(features):
-            levels = self._per_channel(self.levels, features)
+            levels, places = self._per_channel(features.device)
             bounded = levels / 2 * (1 + torch.tanh(features.float())) - 0.5  # -1/2 to L - 1/2
             digits = torch.minimum(bounded.detach().round().clamp(min=0), levels - 1)
-            indices = (digits.nan_to_num().long() * self._per_channel(self._places, features).long()).sum(1)
+            indices = (digits.nan_to_num().long() * places).sum(1)
             outputs = bounded * (2 / (levels - 1)) - 1  # (b, z, h, w)
             return Codes(outputs, self.look_up(indices), indices, self.codes)
 
     def look_up(self, indices: torch.Tensor) -> torch.Tensor:
-        """Latents (b, z, h, w) float32 of codes (b, h, w) int64."""
-        levels, places = (torch.tensor(t, device=indices.device)[:, None, None] for t in (self.levels, self._places))
+        """Return latents (b, z, h, w) float32 of codes (b, h, w) int64."""
+        levels, places = self._per_channel(indices.device)
         digits = indices[:, None] // places % levels
         # Whole numbers and one division in float64: the same everywhere.
         return ((2 * digits - (levels - 1)).double() / (levels - 1)).float()
 
-    @property
-    def _places(self) -> tuple[int, ...]:
-        """What each channel's digit counts."""
-        return tuple(math.prod(self.levels[:c]) for c in range(len(self.levels)))
-
-    @staticmethod
-    def _per_channel(values: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """(z, 1, 1) float32."""
-        return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+    def _per_channel(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return levels and places, (z, 1, 1) int64 each."""
+        levels, places = (torch.tensor(t, device=device)[:, None, None] for t in (self.levels, self._places))
+        return levels, places
 
 
 def _check_codes(codes: int, what: str) -> None:

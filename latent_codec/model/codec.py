@@ -1,4 +1,4 @@
-"""The model: backbone + bottleneck + likelihood."""
+"""Define the codec, a VAE of images, as one module of a backbone, a bottleneck and a likelihood."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,48 +6,44 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import one_hot as one_hot_of
+from torch.nn.functional import one_hot
 
 from latent_codec.errors import UserError
-from latent_codec.model import file as model_file
-from latent_codec.model.bottlenecks import BOTTLENECKS, Posterior
+from latent_codec.model import file, hub, parts
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics, ModelFile
-from latent_codec.model.likelihoods import LIKELIHOODS, Likelihood
-from latent_codec.model.networks import BACKBONES
-from latent_codec.model.shipped import resolve, shipped
+from latent_codec.model.posteriors import Posterior
+from latent_codec.model.shipped import resolve, shipped_names
 from latent_codec.prior.priors import Priors
-from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.tensors import check_state
 
 
 class Codec(nn.Module):
-    """A VAE over images (b, c, h, w) whose sides are multiples of `factor`.
+    """Encodes images to posteriors over latents, and decodes latents to images.
 
-    `statistics`, `priors` and `provenance` come from the model file; a codec made from a config has none.
+    Shapes: images (b, c, h, w), whose sides h and w are multiples of `factor` f; latents (b, z, h/f, w/f). c and z are
+    `config.image_channels` and `config.latent_channels`. Labels (b,) int64 number the classes of a conditional model
+    from 0; an unconditional model ignores them.
+
+    Attributes:
+        config: what the tensors mean; a model is made of it, and its file carries it.
+        statistics: mean and standard deviation of the latents over a set of images, or None.
+        priors: the distributions that entropy coding assumes for .lc files, or None.
+        provenance: how the model was trained, as JSON values; empty if unknown.
     """
 
-    likelihood: Likelihood
-
     def __init__(self, config: CodecConfig) -> None:
+        """Make a model with random weights; raises `ValueError` naming the field of a config that makes none."""
         super().__init__()
         self.config = config
         self.statistics: LatentStatistics | None = None
         self.provenance: dict[str, Any] = {}
         self.priors: Priors | None = None
-        self.bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck, config.latent_channels)
-        self.likelihood = LIKELIHOODS[config.likelihood.kind](config.likelihood)
-        self.backbone = BACKBONES[config.backbone.kind](
-            config.backbone,
-            config.image_channels,
-            config.latent_channels,
-            self.bottleneck.features_per_latent,
-            self.likelihood.params_per_channel,
-            len(config.classes),
-        )
+        self.backbone, self.bottleneck, self.likelihood = parts.build(config)
 
     @property
     def factor(self) -> int:
-        """Pixels per latent element along one side."""
+        """Return the pixels per latent element along one side."""
         return self.backbone.factor
 
     def check_pixels(self, x: torch.Tensor) -> None:
@@ -59,34 +55,33 @@ class Codec(nn.Module):
             )
 
     def encode(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Posterior:
-        """Posterior over latents (b, z, h/f, w/f) of pixels (b, c, h, w): uint8, or float in the likelihood's range.
+        """Return the posterior over latents of pixels: uint8, or float in the likelihood's range.
 
-        `labels` (b,) int64 number the config's classes; a conditional model needs them, another ignores them.
-        Raises `ValueError` if they are missing or out of range, or if h or w is no multiple of the factor (pad with
-        `latent_codec.images.geometry.pad`).
+        Raises `ValueError` if h or w is not a multiple of the factor (pad with `latent_codec.images.geometry.pad`), or
+        if a conditional model's labels are missing or out of range.
         """
         return self.bottleneck(self.features(x, labels))
 
     def features(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """What the bottleneck makes the posterior of, (b, features * z, h/f, w/f), given what `encode` takes."""
+        """Return the encoder's output, (b, features_per_latent * z, h/f, w/f); arguments as for `encode`."""
         self.check_pixels(x)
         x = self.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x
         return self.backbone.encode(self._with_labels(x, labels))
 
     def likelihood_params(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """The likelihood's parameters (b, p * c, h, w) given latents (b, z, h/f, w/f); labels as for `encode`."""
+        """Return the likelihood's parameters (b, params_per_channel * c, h, w) given latents."""
         return self.backbone.decode(self._with_labels(z, labels))
 
     def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped; labels as for `encode`."""
+        """Return expected pixels (b, c, h, w) given latents, float32 in the likelihood's range, not clipped."""
         return self.likelihood.mean(self.likelihood_params(z, labels))
 
     def decode_uint8(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Expected pixels (b, c, h, w) as uint8, rounded and clipped; labels as for `encode`."""
+        """Return expected pixels (b, c, h, w) given latents, rounded and clipped to uint8."""
         return self.likelihood.to_uint8(self.decode(z, labels))
 
     def class_numbers(self, names: Sequence[str | None]) -> torch.Tensor:
-        """Labels (b,) int64 of images by the names of their classes, zeros where the model has none.
+        """Return labels (b,) int64 of images by the names of their classes; zeros for an unconditional model.
 
         Raises `UserError` for a class that a conditional model does not know.
         """
@@ -102,72 +97,74 @@ class Codec(nn.Module):
         return torch.tensor([classes.index(name) for name in names if name is not None], dtype=torch.int64)
 
     def _with_labels(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """(b, c, h, w) -> (b, c + classes, h, w): one-hot, constant over the image; no copy where there are none."""
+        """Append one-hot labels to x as channels that are constant over the image, (b, c + classes, h, w)."""
         count = len(self.config.classes)
         if count == 0:
             return x
         if labels is None or labels.shape != x.shape[:1] or not bool(((labels >= 0) & (labels < count)).all()):
             found = None if labels is None else labels.tolist()
             raise ValueError(f"labels {found} are not one of {count} classes, 0 to {count - 1}, for each image")
-        one_hot = one_hot_of(labels, count).to(x)[:, :, None, None]  # (b, classes, 1, 1)
-        return torch.cat([x, one_hot.expand(-1, -1, *x.shape[2:])], 1)
+        planes = one_hot(labels, count).to(x)[:, :, None, None]  # (b, classes, 1, 1)
+        return torch.cat([x, planes.expand(-1, -1, *x.shape[2:])], 1)
 
     def compile_networks(self) -> None:
-        """Have torch compile encoder and decoder when they are first used; results differ in their last bits."""
+        """Have torch compile encoder and decoder on first use; results differ in their last bits."""
         self.backbone.encode = torch.compile(self.backbone.encode)
         self.backbone.decode = torch.compile(self.backbone.decode)
 
     @property
     def model_id(self) -> str:
-        """SHA-256 of config and tensors, 64 hex digits."""
-        return model_file.model_id(self.config, self.state_dict())
+        """Return the SHA-256 of config and tensors as 64 hex digits, computed from the weights as they are now."""
+        return self.contents().model_id
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Codec":
-        """A codec from a file, or from a shipped model's name such as "photo"; in eval mode, float32.
+        """Load a model file, or a shipped model by a name such as "photo", in eval mode and float32.
 
-        Raises `UserError` if there is no such model, its config makes none, or any tensor is missing, extra,
-        mis-shaped or not finite.
+        Raises `UserError` if there is no such model, its config makes none, or a tensor is missing, extra, of another
+        shape or not finite.
         """
         path = resolve(source)
-        model = model_file.read(path)
+        model = file.read(path)
         try:
             codec = cls(model.config)
         except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: no model can be made of its config: {error}") from error
-        tensor_files.check_state(codec.state_dict(), model.tensors, str(path))
+        check_state(codec.state_dict(), model.tensors, str(path))
         codec.load_state_dict(model.tensors)
         codec.statistics, codec.priors, codec.provenance = model.statistics, model.priors, model.provenance
         return codec.eval().to(device)
 
+    def contents(self) -> ModelFile:
+        """Return what a model file holds of this model; the tensors are not copied."""
+        return ModelFile(self.config, self.state_dict(), self.statistics, self.provenance, self.priors)
+
     def save(self, path: Path, *, half: bool = False) -> None:
-        """Write a model file that `load` reads; `half` stores float16."""
-        model = ModelFile(self.config, self.state_dict(), self.statistics, self.provenance, self.priors)
-        model_file.write(path, model, half=half)
+        """Write a model file that `load` reads, with float16 tensors if `half`; errors as `model.file.write`."""
+        file.write(path, self.contents(), half=half)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> "Codec":
-        """A codec from a folder that `save_pretrained` wrote, a repository "user/name" of the Hugging Face hub, or what
-        `load` takes. `options` are `hub.find`'s: revision, filename, token ...; raises as that and `load` do.
-        """
-        from latent_codec import hub
+        """Load a model from a folder, a repository "user/name" of the Hugging Face hub, or whatever `load` takes.
 
+        `options` are those of `hub.find`: filename, and revision, token, cache_dir ... of `hf_hub_download`.
+        """
         return cls.load(hub.find(source, **options), device)
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
-        """Write a folder with the model file and a card, as `hub.save` does."""
-        from latent_codec import hub
-
-        hub.save(self, Path(folder), half=half)
+        """Write a folder with the model file and, unless there is one, a model card; see `hub.save`."""
+        hub.save(self.contents(), Path(folder), half=half)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload model and card to "user/name" on the hub; options, result and errors are `hub.push`'s."""
-        from latent_codec.model import hub
+        """Upload model and card to "user/name" on the Hugging Face hub, and return the commit's URL.
 
-        return hub.push(self, repo_id, **options)
+        `options` are the fields of `hub.PushOptions`: half, private, revision, commit_message, create_pr, token and
+        endpoint.
+        """
+        return hub.push(self.contents(), repo_id, hub.PushOptions(**options))
 
 
-def right_model(made_it: Callable[[Codec], bool]) -> str:
-    """What to tell someone whose file is another model's: the name of the shipped one that made it, if one did."""
-    name = next((name for name in shipped() if made_it(Codec.load(name))), None)
+def suggest_model(made_it: Callable[[Codec], bool]) -> str:
+    """Return advice for a user whose file another model made: the name of the shipped model that did, if one did."""
+    name = next((name for name in shipped_names() if made_it(Codec.load(name))), None)
     return "give the right one with --model" if name is None else f"give --model {name}, which made it"

@@ -1,4 +1,4 @@
-"""Describe a model in words: its size, FLOPs, priors and training."""
+"""Describe a model in words: its parts, size, FLOPs, latent statistics, priors and training."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -6,44 +6,53 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
+from latent_codec.model.file import LatentStatistics, ModelFile
+from latent_codec.model.parts import build
 from latent_codec.prior.priors import Priors
-from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.json_config import dumps
+from latent_codec.storage.tensors import FORMAT_VERSION
 
 _SIDE = 256  # pixels, of the image whose computation is counted
 
 
 class Flops(NamedTuple):
+    """Holds the floating-point operations for one image, at 2 per multiply-accumulate."""
+
     encoder: float
     decoder: float
 
 
 def count_flops(config: CodecConfig, side: int = _SIDE) -> Flops:
-    """Of one `side` x `side` image, at 2 per multiply-accumulate; convolutions, products and attention."""
+    """Count the convolutions, matrix products and attention for one `side` x `side` image; allocates no memory."""
     with torch.device("meta"):
-        codec = Codec(config).eval()
+        backbone = build(config).backbone
         pixels = torch.zeros(1, config.image_channels + len(config.classes), side, side)
-        latents = torch.zeros(1, config.latent_channels + len(config.classes), *(2 * [side // codec.factor]))
+        latents = torch.zeros(1, config.latent_channels + len(config.classes), *(2 * [side // backbone.factor]))
         with FlopCounterMode(display=False) as encoder:
-            codec.backbone.encode(pixels)
+            backbone.encode(pixels)
         with FlopCounterMode(display=False) as decoder:
-            codec.backbone.decode(latents)
+            backbone.decode(latents)
     return Flops(encoder.get_total_flops(), decoder.get_total_flops())
 
 
-def _describe_model(path: Path) -> str:
-    codec = Codec.load(path)
-    config, statistics = codec.config, codec.statistics
-    side = -(-_SIDE // codec.factor) * codec.factor
+def factor_of(config: CodecConfig) -> int:
+    """Return the pixels per latent element along one side; allocates no memory."""
+    with torch.device("meta"):
+        return build(config).backbone.factor
+
+
+def describe_model(model: ModelFile, path: Path) -> str:
+    """Return a paragraph for people about the model, which lies in the file `path`."""
+    config, factor = model.config, factor_of(model.config)
+    side = -(-_SIDE // factor) * factor
     flops = count_flops(config, side)
-    parameters = sum(p.numel() for p in codec.parameters())
+    parameters = sum(t.numel() for t in model.tensors.values())
     lines = [
-        f"model       {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {tensor_files.FORMAT_VERSION}",
-        f"id          {codec.model_id}",
+        f"model       {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {FORMAT_VERSION}",
+        f"id          {model.model_id}",
         f"backbone    {config.backbone}",
-        f"latents     {config.latent_channels} channels, 1/{codec.factor} of each side; {config.bottleneck}",
+        f"latents     {config.latent_channels} channels, 1/{factor} of each side; {config.bottleneck}",
         f"likelihood  {config.likelihood}",
         f"parameters  {parameters / 1e6:.2f} M",
         f"compute     encoder {flops.encoder / 1e9:.2f} GFLOP, decoder {flops.decoder / 1e9:.2f} GFLOP per "
@@ -51,21 +60,24 @@ def _describe_model(path: Path) -> str:
     ]
     if config.classes:
         lines.append(f"classes     {len(config.classes)}: {', '.join(config.classes)}")
-    if statistics is None:
-        lines.append("statistics  none")
-    else:
-        lines.append(f"statistics  over {statistics.source} ({statistics.images} images)")
-        for name in ("mean", "std", "posterior_std"):
-            values = getattr(statistics, name)
-            lines.append(f"  {name:13} " + ("unknown" if values is None else " ".join(f"{v:.3g}" for v in values)))
-    lines += _describe_priors(codec.priors)
-    if codec.provenance:
-        lines.append(f"training    {_describe_training(codec.provenance)}")
+    lines += [*_describe_statistics(model.statistics), *_describe_priors(model.priors)]
+    if model.provenance:
+        lines.append(f"training    {_describe_training(model.provenance)}")
     return "\n".join(lines)
 
 
+def _describe_statistics(statistics: LatentStatistics | None) -> list[str]:
+    if statistics is None:
+        return ["statistics  none"]
+    lines = [f"statistics  over {statistics.source} ({statistics.images} images)"]
+    for name in ("mean", "std", "posterior_std"):
+        values = getattr(statistics, name)
+        lines.append(f"  {name:13} " + ("unknown" if values is None else " ".join(f"{v:.3g}" for v in values)))
+    return lines
+
+
 def _describe_training(provenance: dict[str, Any]) -> str:
-    """One line; whoever made the file may have written something else there than `export` does."""
+    """Return one line; a file that `export` did not write may hold something else there, given as JSON."""
     try:
         progress, training = provenance["progress"], provenance["training"]
         return (
@@ -89,7 +101,6 @@ def _describe_priors(priors: Priors | None) -> list[str]:
         groups, levels = (", ".join(map(str, n)) for n in (context.config.groups, context.config.levels))
         lines.append(
             f"            context: groups of {groups} channels,{f' levels {levels},' if levels else ''} width "
-            f"{context.config.width}, "
-            f"{len(context.tables)} tables; streams of format {context.version}"
+            f"{context.config.width}, {len(context.tables)} tables; streams of format {context.version}"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Model files: safetensors with one metadata key, `latent_codec`, that says everything else. No pickle anywhere."""
+"""Read and write model files: safetensors whose metadata key `latent_codec` holds the rest as JSON, and no pickle."""
 
 import dataclasses
 from pathlib import Path
@@ -16,18 +16,19 @@ from latent_codec.storage.tensors import FORMAT_VERSION, KEY, check_finite, cont
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentStatistics:
-    """What a model's latents look like over a stated set of images."""
+    """Holds the statistics of a model's latents over a set of images."""
 
     source: str
-    """The set, in words."""
+    """The set of images, in words."""
     images: int
+    """Number of images."""
     mean: tuple[float, ...]
-    """Per channel, of the posterior means over images and positions."""
+    """Mean of the posterior means over images and positions, per channel."""
     std: tuple[float, ...]
-    """Per channel, of one posterior sample: sqrt(var(mean) + E[var])."""
+    """Standard deviation of a posterior sample, sqrt(var(mean) + E[posterior variance]), per channel."""
     posterior_std: tuple[float, ...] | None
-    """Per channel, sqrt(E[posterior variance]); None if the posterior has none, or if the set was never seen, only its
-    mean and std were told."""
+    """sqrt(E[posterior variance]) per channel; None if the posterior has no variance, or if mean and std were given and
+    not measured."""
 
     def __post_init__(self) -> None:
         of_posterior = self.std if self.posterior_std is None else self.posterior_std
@@ -38,20 +39,27 @@ class LatentStatistics:
 
 
 class ModelFile(NamedTuple):
+    """Holds what a model file does."""
+
     config: CodecConfig
     tensors: dict[str, torch.Tensor]  # float32
     statistics: LatentStatistics | None
     provenance: dict[str, Any]
     priors: Priors | None
 
+    @property
+    def model_id(self) -> str:
+        """Return the SHA-256 of config and tensors."""
+        return model_id(self.config, self.tensors)
+
 
 def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over config and tensors, 64 hex digits. Values count, not the width they are stored in."""
+    """Return the SHA-256 of config and tensors as 64 hex digits; values count, not the width they are stored in."""
     return content_id(to_json(config), tensors)
 
 
 def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
-    """Write a model file atomically; `half` stores float16.
+    """Write a model file atomically, with float16 tensors if `half`.
 
     Raises `UserError` naming a tensor that is not finite or overflows float16, `OSError` if the disk refuses.
     """
@@ -77,13 +85,13 @@ def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
 def read(path: Path) -> ModelFile:
     """Read and check a model file.
 
-    Raises `UserError` if it is missing, not safetensors, not ours, of a newer format, or holds non-finite values.
+    Raises `UserError` if it is missing, not safetensors, not ours, of another format version, or not finite.
     """
-    header, tensors, of_priors = read_header(path), {}, {}
+    header, tensors, prior_tensors = read_header(path), {}, {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
             if name.startswith(PREFIX):
-                of_priors[name] = file.get_tensor(name)
+                prior_tensors[name] = file.get_tensor(name)
             else:
                 tensors[name] = file.get_tensor(name).float()
     check_finite(tensors, path)
@@ -95,9 +103,9 @@ def read(path: Path) -> ModelFile:
             raise ValueError(f"statistics of {len(statistics.mean)} channels, latents of {config.latent_channels}")
         priors = None
         if (about := from_json(PriorsHeader | None, header.get("priors"), where="priors")) is not None:
-            priors = from_tensors(about, of_priors, config.coded_channels, config.codes)
-        elif of_priors:
-            raise ValueError(f"tensors {sorted(of_priors)[:5]} of priors that the header does not know")
+            priors = from_tensors(about, prior_tensors, config.coded_channels, config.codes)
+        elif prior_tensors:
+            raise ValueError(f"tensors {sorted(prior_tensors)[:5]} of priors that the header does not know")
     except KeyError as error:
         raise UserError(f"{path}: damaged model header: {error} is missing") from error
     except (ValueError, RecursionError) as error:

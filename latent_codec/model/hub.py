@@ -1,5 +1,6 @@
-"""Models on the Hugging Face hub, and in folders as they lie there: model.safetensors and README.md, the card."""
+"""Exchange models with the Hugging Face hub, as folders with model.safetensors and README.md, the model card."""
 
+import dataclasses
 import re
 import tempfile
 from collections.abc import Iterator
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from latent_codec.errors import UserError
-from latent_codec.info import describe
-from latent_codec.model.codec import Codec
+from latent_codec.model import file
+from latent_codec.model.describe import describe_model, factor_of
+from latent_codec.model.file import ModelFile
 from latent_codec.model.shipped import resolve
 from latent_codec.storage.files import make_folder, write_text
 
@@ -19,77 +21,85 @@ CARD = "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Says how a model is uploaded; the fields that are not commented are those of `huggingface_hub.HfApi`."""
+
+    half: bool = False
+    """Store float16."""
+    private: bool | None = None
+    """Visibility of a repository that is created; None for the account's default."""
+    revision: str | None = None
+    """Branch to commit to, created if there is none."""
+    commit_message: str = "Upload model"
+    create_pr: bool = False
+    """Open a pull request instead of committing to the branch."""
+    token: str | bool | None = None
+    endpoint: str | None = None
+
+
 def find(source: str | Path, *, filename: str = MODEL, **options: Any) -> Path:
-    """The file of a model: a path, a folder with `filename` in it, a shipped model's name or a repository "user/name".
+    """Return the file of a model given by path, by a folder that holds `filename`, by shipped name or as "user/name".
 
     What is there locally comes first. `options` are those of `huggingface_hub.hf_hub_download`: revision, token,
-    cache_dir, local_files_only ... Raises `UserError` if there is none, or the hub does not give it.
+    cache_dir, local_files_only ... Raises `UserError` if there is no such model, or the hub refuses it.
     """
     path = Path(source)
     if path.is_dir():
         if not (path / filename).is_file():
-            raise UserError(f"{source}: no {filename} in it; of an AutoencoderKL, latent-codec import makes one")
+            raise UserError(f"{source}: no {filename} in it; if it is an AutoencoderKL, use latent-codec import")
         return path / filename
     if path.is_file() or path.suffix == ".safetensors" or not _REPOSITORY.fullmatch(str(source)):
         return resolve(source)
-    with _hub_errors(str(source), filename):
+    with hub_errors(str(source), filename):
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(str(source), filename, **options))
 
 
-def save(codec: Codec, folder: Path, *, name: str | None = None, half: bool = False) -> None:
-    """Write a folder that `find` takes. A README.md that is there already is kept; `name` is what the new one says.
+def save(model: ModelFile, folder: Path, *, name: str | None = None, half: bool = False) -> None:
+    """Write a folder that `find` takes. A card that is there already is kept; a new one calls the model `name`.
 
     Raises `UserError` if the folder cannot be written into or, with `half`, a tensor exceeds float16.
     """
     make_folder(folder)
-    codec.save(folder / MODEL, half=half)
+    file.write(folder / MODEL, model, half=half)
     if not (folder / CARD).exists():
-        write_text(folder / CARD, card(codec, folder / MODEL, name or folder.name))
+        write_text(folder / CARD, card(file.read(folder / MODEL), folder / MODEL, name or folder.name))
 
 
-def push(
-    codec: Codec,
-    repo_id: str,
-    *,
-    half: bool = False,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload model",
-    create_pr: bool = False,
-    token: str | bool | None = None,
-    endpoint: str | None = None,
-) -> str:
-    """Upload model and card in one commit, to a repository that is created if there is none; returns the commit's URL.
+def push(model: ModelFile, repo_id: str, options: PushOptions) -> str:
+    """Upload model and card in one commit to a repository, created if there is none, and return the commit's URL.
 
-    A card that the repository has already stays as it is. `revision` is a branch, created if there is none. Raises
-    `UserError` if the hub refuses or cannot be reached.
+    A card that the repository has already stays as it is. Raises `UserError` if the hub refuses or cannot be reached.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        save(codec, Path(temporary), name=repo_id, half=half)
-        with _hub_errors(repo_id, MODEL):
+        save(model, Path(temporary), name=repo_id, half=options.half)
+        with hub_errors(repo_id, MODEL):
             from huggingface_hub import HfApi
 
-            api = HfApi(endpoint=endpoint, token=token)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            if api.file_exists(repo_id, CARD, revision=revision):
+            api = HfApi(endpoint=options.endpoint, token=options.token)
+            repo_id = api.create_repo(repo_id, private=options.private, exist_ok=True).repo_id
+            if options.revision is not None and not options.create_pr:
+                api.create_branch(repo_id, branch=options.revision, exist_ok=True)
+            if api.file_exists(repo_id, CARD, revision=options.revision):
                 (Path(temporary) / CARD).unlink()
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=temporary,
-                revision=revision,
-                commit_message=commit_message,
-                create_pr=create_pr,
+                revision=options.revision,
+                commit_message=options.commit_message,
+                create_pr=options.create_pr,
             )
     return str(commit.commit_url)
 
 
-def card(codec: Codec, file: Path, name: str) -> str:
-    """A model card: front matter for the hub, how to use the model, and what `latent-codec info` says of its file."""
-    config = codec.config
+def card(model: ModelFile, path: Path, name: str) -> str:
+    """Return a model card: front matter for the hub, a snippet that uses the model, and its description.
+
+    `path` is the model's file, of which the card gives name and size.
+    """
+    config, factor = model.config, factor_of(model.config)
     return f"""---
 library_name: latent-codec
 tags:
@@ -101,34 +111,34 @@ tags:
 
 # {name.split("/")[-1]}
 
-An image VAE: {config.latent_channels} latent channels at 1/{codec.factor} of each side, a {config.backbone.kind} \
+An image VAE: {config.latent_channels} latent channels at 1/{factor} of each side, a {config.backbone.kind} \
 backbone, a {config.likelihood.kind} likelihood.
 
 ```python
 from latent_codec import Codec
 
 codec = Codec.from_pretrained("{name}")
-posterior = codec.encode(pixels)  # (b, {config.image_channels}, h, w) uint8, sides multiples of {codec.factor}
+posterior = codec.encode(pixels)  # (b, {config.image_channels}, h, w) uint8, sides multiples of {factor}
 image = codec.decode_uint8(posterior.mode())
 ```
 
 In a pipeline of diffusers: `vae=latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder.from_codec(codec)`.
 
 ```
-{describe(str(file))}
+{describe_model(model, path)}
 ```
 """
 
 
 @contextmanager
-def _hub_errors(repo_id: str, filename: str) -> Iterator[None]:
-    """What huggingface_hub raises as one sentence each; without it, how to get it."""
+def hub_errors(repo_id: str, filename: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a `UserError` of one sentence; say how to install it if it is missing."""
     try:
         from huggingface_hub import errors
     except ImportError as error:
         raise UserError(f"{repo_id}: the hub needs huggingface_hub: pip install 'latent-codec[hub]'") from error
-    transport: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library, of which there were several
-    sentences: tuple[tuple[type[Exception], str], ...] = (  # a special case before what it is a case of
+    transport: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library, which differs by version
+    sentences: tuple[tuple[type[Exception], str], ...] = (  # subclasses before their bases
         (errors.HFValidationError, "is no repository's name, which is user/name"),
         (errors.GatedRepoError, "is gated; accept its terms on its page, and log in (hf auth login)"),
         (errors.RepositoryNotFoundError, "no such repository, or a private one; check the name, or log in"),
@@ -136,7 +146,7 @@ def _hub_errors(repo_id: str, filename: str) -> Iterator[None]:
         (errors.OfflineModeIsEnabled, "the hub is switched off by HF_HUB_OFFLINE; unset it"),
         (errors.LocalTokenNotFoundError, "needs a login; run hf auth login, or give a token"),
         (errors.LocalEntryNotFoundError, f"the hub gives no answer, and {filename} is not in the cache"),
-        (errors.EntryNotFoundError, f"has no {filename}; of an AutoencoderKL, latent-codec import makes one"),
+        (errors.EntryNotFoundError, f"has no {filename}; if it is an AutoencoderKL, use latent-codec import"),
     )
     try:
         yield

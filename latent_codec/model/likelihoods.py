@@ -1,7 +1,7 @@
-"""p(x given z) from the decoder's output. The range of pixel values is each likelihood's own business.
+"""Define the likelihoods p(x|z) of pixels given the decoder's output, and register them by the `kind` of their config.
 
-Every `log_prob` is in nats per image, float32 whatever autocast does around it, and refuses pixels outside its range.
-A decoder emits `params_per_channel` values per pixel and channel, laid out (parameter, channel) on dim 1.
+To add one: (1) write its config dataclass in `model/config.py` and name it in `LikelihoodConfig`; (2) derive a class
+from `Likelihood` that takes the config; (3) add a line to `LIKELIHOODS`.
 """
 
 import abc
@@ -13,51 +13,60 @@ from einops import rearrange
 from torch import nn
 from torch.nn.functional import log_softmax, logsigmoid, softplus
 
-from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.model.config import DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.noise import uniforms
 from latent_codec.precision import float32_island
 
 
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+    """Map uint8 to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1.0
 
 
 def from_signed(x: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1] -> uint8, rounded to nearest; values outside are clipped."""
+    """Map [-1, 1] to uint8, rounded to nearest and clipped."""
     return _levels(x).round().clamp(0, 255).to(torch.uint8)
 
 
 def _levels(x: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1] -> grey levels, float32 in [0, 255]."""
+    """Map [-1, 1] to grey levels, float32 in [0, 255]."""
     return (x.float() + 1.0) * 127.5
 
 
 class Likelihood(nn.Module, abc.ABC):
-    """Abstract: see the module's docstring."""
+    """Gives the probability of pixels in `data_range` given the decoder's output.
+
+    That output has `params_per_channel` p values per pixel and channel, laid out (parameter, channel) on dim 1. Results
+    are float32, under autocast too. This base maps uint8 pixels to [-1, 1].
+    """
 
     params_per_channel: int
     data_range: tuple[float, float] = (-1.0, 1.0)
 
-    @abc.abstractmethod
+    def __init__(self, config: Any) -> None:
+        """Raise `ValueError` naming the field if the config makes no likelihood."""
+        super().__init__()
+        self.config = config
+
     def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels -> float32 pixels in this likelihood's range; the network's input as well."""
+        """Map uint8 pixels to float32 in `data_range`, as the encoder takes them."""
+        return to_signed(pixels)
 
     def observe(self, pixels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels (b, c, h, w) -> float32 pixels as `log_prob` takes them; where they are drawn, by keys (b,)."""
+        """Map uint8 pixels (b, c, h, w) to float32 as `log_prob` takes them, drawn by keys (b,) if at all."""
         return self.from_uint8(pixels)
 
-    @abc.abstractmethod
     def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
-        """Float pixels in this likelihood's range -> uint8, rounded and clipped."""
+        """Map pixels in `data_range` to uint8, rounded and clipped."""
+        return from_signed(x)
 
     @abc.abstractmethod
     def check(self, x: torch.Tensor) -> None:
-        """Raise `ValueError` where x is not in this likelihood's range."""
+        """Raise `ValueError` if x has values that this likelihood is not defined for."""
 
     @abc.abstractmethod
     def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Per element, (..., b, c, h, w), from params (p, ..., b, c, h, w) and x (b, c, h, w)."""
+        """Return nats per element (..., b, c, h, w), from params (p, ..., b, c, h, w) and x (b, c, h, w)."""
 
     @abc.abstractmethod
     def _mean(self, params: torch.Tensor) -> torch.Tensor: ...
@@ -66,9 +75,10 @@ class Likelihood(nn.Module, abc.ABC):
     def _sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor: ...
 
     def log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """log p(x given z) in nats per image, (b,) float32; params (b, p * c, h, w), x (b, c, h, w).
+        """Return log p(x|z) in nats per image, (b,), from params (b, p * c, h, w) and x (b, c, h, w).
 
-        Of n z for each image, (n * b,): params are then (n * b, p * c, h, w), those of all images' first z first.
+        Given n latents for each image, params are (n * b, p * c, h, w), those of all images' first latents first, and
+        the result is (n * b,). Raises `ValueError` as `check` does.
         """
         if not torch.compiler.is_compiling():
             self.check(x)
@@ -79,12 +89,12 @@ class Likelihood(nn.Module, abc.ABC):
             return self._log_prob(split, x.float()).flatten(-3).sum(-1).flatten()
 
     def mean(self, params: torch.Tensor) -> torch.Tensor:
-        """The expected pixel, (b, c, h, w) float32 in this likelihood's range."""
+        """Return the expected pixels (b, c, h, w), in `data_range`."""
         with float32_island(params):
             return self._mean(self._split(params))
 
     def sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One draw of the pixels, (b, c, h, w) float32."""
+        """Draw pixels (b, c, h, w)."""
         with float32_island(params):
             return self._sample(self._split(params), generator)
 
@@ -94,7 +104,7 @@ class Likelihood(nn.Module, abc.ABC):
 
 def _check_range(x: torch.Tensor, low: float, high: float, name: str, remedy: str) -> None:
     found_low, found_high = x.amin().item(), x.amax().item()
-    # A dark uint8 image may lie in the range by chance; the second comparison is false of NaN too.
+    # A dark uint8 image may lie in the range by chance. The comparison is false for NaN too.
     if not x.is_floating_point() or not (low - 1e-4 <= found_low and found_high <= high + 1e-4):
         raise ValueError(
             f"the {name} likelihood takes float pixels in [{low:g}, {high:g}], found {x.dtype} in "
@@ -103,20 +113,19 @@ def _check_range(x: torch.Tensor, low: float, high: float, name: str, remedy: st
 
 
 class Gaussian(Likelihood):
-    """Normal density over pixels in [-1, 1], sigma fixed, one learned scalar, or predicted per pixel.
+    """Models pixels in [-1, 1] by a normal density; sigma is fixed, one learned scalar, or predicted per pixel.
 
-    With a fixed sigma the negative ELBO is a rate-distortion objective: 6 MSE01 / sigma^2 nats per RGB pixel plus
-    the rate. In the compression literature's bpp + lambda 255^2 MSE01 that is sigma^2 = 6 / (ln 2 * 65025 * lambda):
-    lambda .0018 .0035 .0067 .0130 .0250 .0483 are sigma .272 .195 .141 .101 .073 .0525.
+    With a fixed sigma the negative ELBO is a rate-distortion objective: 6 MSE01 / sigma^2 nats per RGB pixel, plus the
+    rate. It equals the compression literature's bpp + lambda 255^2 MSE01 at sigma^2 = 6 / (ln 2 * 65025 * lambda):
+    lambda .0018 .0035 .0067 .0130 .0250 .0483 give sigma .272 .195 .141 .101 .073 .0525.
     """
 
     log_sigma: torch.Tensor
 
     def __init__(self, config: GaussianConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if not config.sigma > 0:
             raise ValueError(f"gaussian likelihood: sigma {config.sigma} must be positive")
-        self.config = config
         self.params_per_channel = 2 if config.scale == "per_pixel" else 1
         start = torch.tensor(math.log(config.sigma))
         if config.scale == "learned":
@@ -126,21 +135,15 @@ class Gaussian(Likelihood):
 
     @property
     def sigma(self) -> torch.Tensor:
-        """The scalar sigma (the starting point where it is predicted per pixel)."""
+        """Return the scalar sigma, which is only the starting point if it is predicted per pixel."""
         return self.log_sigma.exp()
-
-    def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
-        return to_signed(pixels)
-
-    def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
-        return from_signed(x)
 
     def check(self, x: torch.Tensor) -> None:
         _check_range(x, -1, 1, "gaussian", "scale uint8 pixels with from_uint8")
 
     def _log_sigma(self, params: torch.Tensor) -> torch.Tensor:
         if self.config.scale == "per_pixel":
-            return (self.log_sigma + params[1]).clamp(-7.0, 2.0)  # below a tenth of a grey level no density is honest
+            return (self.log_sigma + params[1]).clamp(-7.0, 2.0)  # at least a tenth of a grey level
         return self.log_sigma.float()
 
     def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -156,25 +159,19 @@ class Gaussian(Likelihood):
 
 
 class DiscretizedLogistic(Likelihood):
-    """Probabilities of the 256 values: logistics integrated over each value's bin (Salimans et al. 2017, eq. 2).
+    """Gives the 256 pixel values the mass of logistics over each value's bin (Salimans et al. 2017, eq. 2).
 
     The first and last bins reach to infinity, so that the 256 probabilities sum to 1. Channels are independent.
-    Parameters per channel: locations and log scales in units of [-1, 1] pixels, and mixture logits if there are
-    several components. Pixels are the 256 values in [-1, 1] and nothing between them.
+    Parameters per channel: locations and log scales in units of [-1, 1] pixels, then mixture logits if there are
+    several components.
     """
 
     def __init__(self, config: DiscretizedLogisticConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.components < 1:
             raise ValueError(f"discretized_logistic likelihood: components {config.components} must be at least 1")
         self.components = config.components
         self.params_per_channel = 2 if config.components == 1 else 3 * config.components
-
-    def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
-        return to_signed(pixels)
-
-    def to_uint8(self, x: torch.Tensor) -> torch.Tensor:
-        return from_signed(x)
 
     def check(self, x: torch.Tensor) -> None:
         remedy = "scale uint8 pixels with from_uint8"
@@ -188,17 +185,17 @@ class DiscretizedLogistic(Likelihood):
             )
 
     def _parts(self, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log weights, locations and log scales, (k, b, c, h, w) each."""
+        """Return log weights, locations and log scales, (k, b, c, h, w) each."""
         if self.components == 1:
             logits, location, log_scale = torch.zeros_like(params[:1]), params[:1], params[1:]
         else:
             location, log_scale, logits = params.chunk(3)
-        # From a tenth of a grey level to 500 times the range: nothing beyond is of use, and no logarithm is infinite.
+        # Scales from a tenth of a grey level to 500 times the range, so that no logarithm is infinite.
         return log_softmax(logits, dim=0), location, log_scale.clamp(-7.0, 7.0)
 
     def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         log_weight, location, log_scale = self._parts(params)
-        # In grey levels a bin's edges are exact, so that neighbours share theirs to the bit and the sum is 1.
+        # In grey levels the edges of bins are exact, so that neighbours share theirs to the bit and the sum is 1.
         level, centre, inverse = _levels(x).round(), _levels(location), torch.exp(-log_scale) / 127.5
         upper = (level + 0.5 - centre) * inverse
         lower = (level - 0.5 - centre) * inverse
@@ -209,11 +206,11 @@ class DiscretizedLogistic(Likelihood):
         return torch.logsumexp(log_weight + log_bin, dim=0)
 
     def _mean(self, params: torch.Tensor) -> torch.Tensor:
-        """Sum of v P(v) = 255 - sum over k < 255 of P(value <= k), from the exact bin edges."""
+        """Return the sum of v P(v) = 255 - sum over k < 255 of P(value <= k), from the exact bin edges."""
         log_weight, location, log_scale = self._parts(params)
         weight, centre, inverse = log_weight.exp(), _levels(location), torch.exp(-log_scale) / 127.5
         total = torch.zeros_like(location[0])
-        for k in range(255):  # one edge at a time: 255 copies of an image would not fit
+        for k in range(255):  # one edge at a time: 255 copies of an image need too much memory
             total += (weight * torch.sigmoid((k + 0.5 - centre) * inverse)).sum(0)
         return (255.0 - total) / 127.5 - 1.0
 
@@ -228,14 +225,10 @@ class DiscretizedLogistic(Likelihood):
 
 
 class Bernoulli(Likelihood):
-    """Binary pixels {0, 1}; the parameter is the logit. uint8 pixels are 1 from 128 up, or drawn if so configured."""
+    """Models binary pixels {0, 1} by a logit each; uint8 pixels are 1 from 128 up, or drawn if so configured."""
 
     params_per_channel = 1
     data_range = (0.0, 1.0)
-
-    def __init__(self, config: BernoulliConfig) -> None:
-        super().__init__()
-        self.config = config
 
     def from_uint8(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels >= 128).float()
@@ -265,7 +258,7 @@ class Bernoulli(Likelihood):
         return torch.bernoulli(torch.sigmoid(params[0]), generator=generator)
 
 
-LIKELIHOODS: dict[str, Any] = {
+LIKELIHOODS: dict[str, type[Likelihood]] = {
     "gaussian": Gaussian,
     "discretized_logistic": DiscretizedLogistic,
     "bernoulli": Bernoulli,

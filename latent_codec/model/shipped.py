@@ -4,23 +4,26 @@ from pathlib import Path
 
 from latent_codec.errors import UserError
 
-_SHIPPED = tuple(parent / "checkpoints" for parent in Path(__file__).parents[1:3])
+FOLDERS = [parent / "checkpoints" for parent in Path(__file__).parents[1:3]]
+"""Folders that are searched for models by name: the installed package's, then the source checkout's. A program with
+models of its own may append theirs."""
 
 
 def resolve(source: str | Path) -> Path:
-    """The file of a model given by path or by a shipped model's name; raises `UserError` if there is neither.
+    """Return the file of a model given by its path or by a shipped model's name; raise `UserError` if there is none.
 
     A folder that happens to be called like a shipped model does not hide it.
     """
     path = Path(source)
     if path.is_file():
         return path
-    for folder in _SHIPPED:
+    for folder in FOLDERS:
         if (folder / f"{path}.safetensors").is_file():
             return folder / f"{path}.safetensors"
-    raise UserError(f"{source}: neither a file nor a shipped model; shipped are: {', '.join(shipped()) or 'none'}")
+    names = ", ".join(shipped_names()) or "none"
+    raise UserError(f"{source}: neither a file nor a shipped model; shipped are: {names}")
 
 
-def shipped() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted({file.stem for folder in _SHIPPED for file in folder.glob("*.safetensors")})
+def shipped_names() -> list[str]:
+    """Return the names of the shipped models, sorted."""
+    return sorted({file.stem for folder in FOLDERS for file in folder.glob("*.safetensors")})

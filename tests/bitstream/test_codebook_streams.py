@@ -141,7 +141,7 @@ def test_what_leaves_no_choice_is_refused(
 @kinds
 def test_latents_to_train_on_need_a_gaussian(model: Codec, photos: Path, tmp_path: Path) -> None:
     kind = model.config.bottleneck.kind
-    with pytest.raises(UserError, match=f"which a {kind} bottleneck has not; write .lc files"):
+    with pytest.raises(UserError, match=f"which a {kind} bottleneck does not have; write .lc files"):
         encode_folder(Runner(model, CPU), photos, tmp_path / "latents", quiet=True)
     with pytest.raises(UserError, match=f"--rd .* a {kind} bottleneck"):
         rate_distortion(Runner(model, CPU), photos, RateDistortionOptions(steps=[1.0]))

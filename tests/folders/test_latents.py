@@ -397,7 +397,7 @@ def test_latents_of_another_model_are_refused_before_any_work(
     codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
     with pytest.raises(UserError, match=r"made by model .* give the right one with --model"):
         decode(codec, latents, tmp_path / "out")
-    monkeypatch.setattr("latent_codec.model.shipped._SHIPPED", (model_file.parent,))
+    monkeypatch.setattr("latent_codec.model.shipped.FOLDERS", (model_file.parent,))
     with pytest.raises(UserError, match=rf"made by model .* give --model {model_file.stem}, which made it"):
         decode(codec, latents, tmp_path / "out")
     assert not (tmp_path / "out").exists()

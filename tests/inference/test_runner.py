@@ -19,8 +19,8 @@ from latent_codec.folders.encode_lc import encode_streams
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.out_of_memory import Halving
 from latent_codec.inference.runner import Runner
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian
 from tests.conftest import Draw, files_of
 
 CPU = ComputeOptions(batch_size=4, workers=2)

@@ -42,7 +42,7 @@ from latent_codec.model.config import (
     LinearConfig,
     LiteConfig,
 )
-from latent_codec.model.networks import BACKBONES
+from latent_codec.model.networks import BACKBONES, BackboneShape
 from tests.conftest import Draw
 
 
@@ -134,10 +134,13 @@ def test_tiles_cover_an_axis_once_with_their_margins_and_are_about_as_large(size
 DEPTHS = [d for levels in (1, 2, 3) for d in itertools.product((0, 1, 2) if levels < 3 else (0, 1), repeat=levels)]
 
 
+SHAPE = BackboneShape(image_channels=3, latent_channels=2, features_per_latent=2, params_per_channel=1)
+
+
 @pytest.mark.parametrize("config", [*FINITE.values(), *(lite(2, d, d) for d in DEPTHS)], ids=str)
 @torch.inference_mode()
 def test_a_margin_is_all_that_a_tile_needs_and_no_more(config: Any) -> None:
-    backbone = BACKBONES[config.kind](config, 3, 2, 2, 1, 0)
+    backbone = BACKBONES[config.kind](config, SHAPE)
     randomise(backbone)
     assert backbone.encoder_margin is not None and backbone.decoder_margin is not None
     for network, margin, shape in (
@@ -166,10 +169,10 @@ def felt(network: Any, margin: int, channels: int, scale: int, turned: Any) -> l
 
 def test_the_default_models_margins_are_those_of_its_depths() -> None:
     config = lite(4, (1, 2), (2, 3))
-    backbone = BACKBONES["lite"](config, 3, 2, 2, 1, 0)
+    backbone = BACKBONES["lite"](config, SHAPE)
     assert (backbone.encoder_margin, backbone.decoder_margin) == (7, 10)
     # 4 + 1 convolutions of 3x3 on the 8-pixel grid and 2 + 1 on the 4-pixel one: 5 + 3 / 2 latents, rounded up.
-    conv = BACKBONES["conv"](CONV, 3, 2, 2, 1, 0)
+    conv = BACKBONES["conv"](CONV, SHAPE)
     assert (conv.encoder_margin, conv.decoder_margin) == (None, None)
 
 

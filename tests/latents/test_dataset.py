@@ -14,8 +14,8 @@ from latent_codec.errors import UserError
 from latent_codec.latents.batches import BatchIndices, ShapeBatches
 from latent_codec.latents.dataset import LatentBatch, Latents, LatentSample, Moments
 from latent_codec.latents.format import latents_row, unplaced_entry
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.tensors import KEY
 from tests.support.latents import PATHS, damage, geometry, row_of, store, stored, write

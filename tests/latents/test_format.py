@@ -25,8 +25,8 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian
 from tests.support.latents import PATHS, geometry, posterior, row_of, seed_of, size_of, store, stored
 
 

@@ -17,10 +17,13 @@ from latent_codec.model.config import (
     ConvConfig,
     DiagonalGaussianConfig,
     DiscretizedLogisticConfig,
+    FiniteScalarConfig,
     GaussianConfig,
+    IdentityConfig,
     LinearConfig,
     LiteConfig,
     MLPConfig,
+    VectorQuantizerConfig,
 )
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from tests.support.data import ROOT
@@ -30,34 +33,31 @@ floats = st.floats(allow_nan=False, allow_infinity=False)
 several = st.lists(integers, max_size=4).map(tuple)
 
 backbones = st.one_of(
-    st.builds(LinearConfig, patch=integers),
+    st.builds(LinearConfig, patch=integers, overlap=integers),
     st.builds(
         LiteConfig,
-        patch=integers,
-        stem=integers,
-        encoder_widths=several,
-        encoder_depths=several,
-        decoder_widths=several,
-        decoder_depths=several,
+        **dict.fromkeys(("patch", "stem", "overlap"), integers),
+        **dict.fromkeys(("encoder_widths", "encoder_depths", "decoder_widths", "decoder_depths"), several),
     ),
     st.builds(
         ConvConfig,
         widths=several,
-        layers_per_block=integers,
-        groups=integers,
-        mid_attention=st.booleans(),
-        quant_conv=st.booleans(),
-        post_quant_conv=st.booleans(),
+        **dict.fromkeys(("layers_per_block", "groups"), integers),
+        **dict.fromkeys(("mid_attention", "quant_conv", "post_quant_conv"), st.booleans()),
     ),
     st.builds(
         MLPConfig,
         side=integers,
-        encoder_widths=several,
-        decoder_widths=several,
+        **dict.fromkeys(("encoder_widths", "decoder_widths"), several),
         activation=st.sampled_from(["tanh", "relu", "silu"]),
     ),
 )
-bottlenecks = st.builds(DiagonalGaussianConfig, logvar_min=floats, logvar_max=floats)
+bottlenecks = st.one_of(
+    st.builds(DiagonalGaussianConfig, logvar_min=floats, logvar_max=floats),
+    st.just(IdentityConfig()),
+    st.builds(VectorQuantizerConfig, codes=integers),
+    st.builds(FiniteScalarConfig, levels=several),
+)
 likelihoods = st.one_of(
     st.builds(GaussianConfig, scale=st.sampled_from(["fixed", "learned", "per_pixel"]), sigma=floats),
     st.builds(DiscretizedLogisticConfig, components=integers),
@@ -70,19 +70,16 @@ codecs = st.builds(
     backbone=backbones,
     bottleneck=bottlenecks,
     likelihood=likelihoods,
+    classes=st.lists(st.text(max_size=3), max_size=3).map(tuple),
 )
 
+LITE = LiteConfig(
+    patch=8, stem=4, encoder_widths=(64, 128), encoder_depths=(1, 2), decoder_widths=(64, 128), decoder_depths=(3, 2)
+)
 EXAMPLE = CodecConfig(
     image_channels=3,
     latent_channels=16,
-    backbone=LiteConfig(
-        patch=8,
-        stem=4,
-        encoder_widths=(64, 128),
-        encoder_depths=(1, 2),
-        decoder_widths=(64, 128),
-        decoder_depths=(3, 2),
-    ),
+    backbone=LITE,
     bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
     likelihood=GaussianConfig(scale="fixed", sigma=0.1),
 )
@@ -90,7 +87,7 @@ EXAMPLE = CodecConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Not part of a codec's config: the shapes of type that other headers use."""
+    """Stands for other headers, whose types a codec's config does not have."""
 
     name: str
     values: tuple[float, ...]
@@ -100,7 +97,7 @@ class Statistics:
 
 
 def changed(path: str, value: Any) -> Any:
-    """EXAMPLE as JSON with the value at a dotted path replaced; `...` deletes it."""
+    """Return EXAMPLE as JSON with the value at a dotted path replaced; `...` deletes it."""
     document = json.loads(dumps(to_json(EXAMPLE)))
     *parents, last = path.split(".")
     place = document
@@ -114,18 +111,14 @@ def changed(path: str, value: Any) -> Any:
 
 
 @given(st.one_of(codecs, backbones, bottlenecks, likelihoods))
-def test_json_text_round_trip_gives_the_equal_config(config: Any) -> None:
-    found = from_json(type(config), json.loads(dumps(to_json(config))))
-    assert found == config
-    assert type(found) is type(config)
-
-
-@given(backbones, likelihoods)
-def test_a_union_round_trip_keeps_the_class(backbone: Any, likelihood: Any) -> None:
-    config = dataclasses.replace(EXAMPLE, backbone=backbone, likelihood=likelihood)
-    found = from_json(CodecConfig, json.loads(dumps(to_json(config))))
-    assert type(found.backbone) is type(backbone)
-    assert type(found.likelihood) is type(likelihood)
+def test_json_text_round_trip_gives_the_equal_config_and_is_a_fixed_point(config: Any) -> None:
+    text = dumps(to_json(config))
+    found = from_json(type(config), json.loads(text))
+    assert found == config and type(found) is type(config)
+    assert dumps(to_json(found)) == text
+    if isinstance(config, CodecConfig):
+        for part in ("backbone", "bottleneck", "likelihood"):  # a union keeps the class
+            assert type(getattr(found, part)) is type(getattr(config, part))
 
 
 @pytest.mark.parametrize("sigma", [None, 0.5])
@@ -145,32 +138,13 @@ def test_equal_configs_give_equal_text_whether_a_float_was_written_as_an_integer
     assert dumps(to_json(many)) == dumps(to_json(from_json(Statistics, to_json(many))))
 
 
-@given(codecs)
-def test_the_text_of_a_config_is_a_fixed_point(config: CodecConfig) -> None:
-    text = dumps(to_json(config))
-    assert dumps(to_json(from_json(CodecConfig, json.loads(text)))) == text
-
-
 @pytest.mark.parametrize("part", ["", "backbone.", "bottleneck.", "likelihood."])
 def test_an_unknown_field_is_an_error_that_names_it(part: str) -> None:
     with pytest.raises(ValueError, match="surprise"):
         from_json(CodecConfig, changed(f"{part}surprise", 1))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "image_channels",
-        "latent_channels",
-        "backbone",
-        "bottleneck",
-        "likelihood",
-        "backbone.stem",
-        "backbone.decoder_depths",
-        "bottleneck.logvar_min",
-        "likelihood.sigma",
-    ],
-)
+@pytest.mark.parametrize("path", ["image_channels", "backbone", "backbone.decoder_depths", "likelihood.sigma"])
 def test_a_missing_field_is_an_error_that_names_it(path: str) -> None:
     with pytest.raises(ValueError, match=f"missing.*{path.split('.')[-1]}"):
         from_json(CodecConfig, changed(path, ...))
@@ -190,7 +164,7 @@ def test_the_overlap_keeps_the_json_key_of_the_first_files() -> None:
         from_json(LinearConfig, {"kind": "linear", "patch": 8, "overlap": 3})
 
 
-@pytest.mark.parametrize("kind", ["transformer", "", None, 3, ["lite"], {"lite": 1}, ...])
+@pytest.mark.parametrize("kind", ["transformer", None, ["lite"], {"lite": 1}, ...])
 @pytest.mark.parametrize("part", ["backbone", "bottleneck", "likelihood"])
 def test_an_unknown_or_missing_kind_is_an_error_that_names_the_place(part: str, kind: Any) -> None:
     with pytest.raises(ValueError, match=rf"config\.{part}.*kind"):
@@ -209,23 +183,17 @@ def test_a_kind_where_the_class_has_none_is_an_unknown_field() -> None:
         ("image_channels", "3"),
         ("image_channels", True),
         ("image_channels", None),
-        ("latent_channels", [16]),
         ("backbone", "lite"),
         ("backbone", None),
-        ("backbone", ["lite"]),
-        ("bottleneck", "gaussian"),
-        ("backbone.patch", 8.5),
         ("backbone.encoder_widths", 64),
         ("backbone.encoder_widths", "64"),
         ("backbone.encoder_widths", {"0": 64}),
-        ("backbone.encoder_widths", [64, 128.0]),
         ("bottleneck.logvar_min", "-16"),
         ("bottleneck.logvar_min", None),
         ("bottleneck.logvar_min", True),
         ("bottleneck.logvar_max", [11.0]),
         ("likelihood.scale", "free"),
         ("likelihood.scale", ["fixed"]),
-        ("likelihood.sigma", {}),
     ],
 )
 def test_a_value_of_the_wrong_type_is_an_error_that_names_the_field(path: str, value: Any) -> None:
@@ -233,20 +201,16 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_the_field(path: str, v
         from_json(CodecConfig, changed(path, value))
 
 
-def test_a_boolean_field_takes_no_integer() -> None:
-    conv = ConvConfig(
-        widths=(32,), layers_per_block=1, groups=8, mid_attention=True, quant_conv=True, post_quant_conv=True
-    )
+def test_a_boolean_takes_no_integer_and_an_item_of_the_wrong_type_is_named_by_its_index() -> None:
+    flags = dict.fromkeys(("mid_attention", "quant_conv", "post_quant_conv"), True)
+    conv = ConvConfig(widths=(32,), layers_per_block=1, groups=8, **flags)
     with pytest.raises(ValueError, match="quant_conv"):
         from_json(ConvConfig, to_json(conv) | {"quant_conv": 1})
-
-
-def test_an_item_of_the_wrong_type_is_named_by_its_index() -> None:
     with pytest.raises(ValueError, match=r"encoder_widths\[1\]"):
         from_json(CodecConfig, changed("backbone.encoder_widths", [64, "128"]))
 
 
-@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "1" + "0" * 400])
 def test_a_number_that_is_not_finite_is_an_error_that_names_the_field(text: str) -> None:
     with pytest.raises(ValueError, match=r"likelihood\.sigma"):
         from_json(CodecConfig, changed("likelihood.sigma", json.loads(text)))

@@ -1,6 +1,7 @@
 """Likelihoods: normalised, exact against references, finite at the extremes, and strict about pixel ranges."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,15 @@ ALL: dict[str, Likelihood] = {
     "bernoulli": Bernoulli(BernoulliConfig()),
 }
 SIGNED = [name for name in ALL if name != "bernoulli"]
-DISCRETE = ["logistic", "mixture"]
+COMPONENTS = {"logistic": 1, "mixture": 5}
+DISCRETE = list(COMPONENTS)
 
 everyone = pytest.mark.parametrize("name", ALL)
 autocast_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def test_every_registered_likelihood_is_tested_here() -> None:
+    assert {type(likelihood) for likelihood in ALL.values()} == set(LIKELIHOODS.values())
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -42,7 +48,7 @@ def random_pixels(name: str, b: int, c: int, h: int, w: int, seed: int = 1) -> t
 
 
 def logistic_params(n: int, components: int, seed: int) -> torch.Tensor:
-    """(1, p, 1, n): locations in [-6, 6], a third of them at bin edges or far outside; log scales in [-7, 3]."""
+    """Return (1, p, 1, n): locations in [-6, 6], a third of them at bin edges or far outside; log scales in [-7, 3]."""
     generator = seeded(seed)
     location = 12 * torch.rand((components, n), generator=generator) - 6
     edges = (torch.randint(0, 255, (components, n), generator=generator) + 0.5) / 127.5 - 1
@@ -57,7 +63,7 @@ def logistic_params(n: int, components: int, seed: int) -> torch.Tensor:
 
 
 def all_probabilities(likelihood: Likelihood, params: torch.Tensor) -> torch.Tensor:
-    """(256, n): the probability of every pixel value under one-channel parameters (1, p, 1, n)."""
+    """Return (256, n), the probability of every pixel value under one-channel parameters (1, p, 1, n)."""
     n = params.shape[-1]
     x = likelihood.from_uint8(VALUES).repeat_interleave(n).reshape(256 * n, 1, 1, 1)
     tiled = params[0, :, 0].T.repeat(256, 1)[:, :, None, None]  # (256 * n, p, 1, 1)
@@ -65,7 +71,7 @@ def all_probabilities(likelihood: Likelihood, params: torch.Tensor) -> torch.Ten
 
 
 def reference_probabilities(params: torch.Tensor, components: int) -> torch.Tensor:
-    """(256, n) in float64 from differences of the logistic CDF, the end bins open; no trick whatsoever."""
+    """Return (256, n) in float64 from differences of the logistic CDF, with open end bins."""
     p = params[0, :, 0].double()  # (p, n)
     location, log_scale = p[:components], p[components : 2 * components].clamp(-7, 7)
     weight = torch.softmax(p[2 * components :], 0) if components > 1 else torch.ones_like(location)
@@ -75,33 +81,20 @@ def reference_probabilities(params: torch.Tensor, components: int) -> torch.Tens
     return (torch.cat([cdf, one]) - torch.cat([zero, cdf])).mul(weight).sum(1)
 
 
-@pytest.mark.parametrize("components", [1, 5])
+@pytest.mark.parametrize("name", DISCRETE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_256_probabilities_sum_to_one(components: int, dtype: torch.dtype) -> None:
-    likelihood = DiscretizedLogistic(DiscretizedLogisticConfig(components=components))
-    params = logistic_params(600, components, seed=0).to(dtype)
+def test_the_256_probabilities_sum_to_one(name: str, dtype: torch.dtype) -> None:
+    params = logistic_params(600, COMPONENTS[name], seed=0).to(dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        total = all_probabilities(likelihood, params).double().sum(0)
+        total = all_probabilities(ALL[name], params).double().sum(0)
     assert (total - 1).abs().amax().item() < 2e-6
 
 
-@pytest.mark.parametrize("components", [1, 5])
-def test_each_probability_is_the_logistic_mass_of_its_bin(components: int) -> None:
-    likelihood = DiscretizedLogistic(DiscretizedLogisticConfig(components=components))
-    params = logistic_params(600, components, seed=1)
-    found, expected = all_probabilities(likelihood, params).double(), reference_probabilities(params, components)
+@pytest.mark.parametrize("name", DISCRETE)
+def test_each_probability_is_the_logistic_mass_of_its_bin_the_end_bins_open(name: str) -> None:
+    params = logistic_params(600, COMPONENTS[name], seed=1)
+    found, expected = all_probabilities(ALL[name], params).double(), reference_probabilities(params, COMPONENTS[name])
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
-
-
-def test_the_first_and_last_bins_reach_to_infinity() -> None:
-    likelihood = ALL["logistic"]
-    for location, log_scale in [(-3.0, -2.0), (3.0, -2.0), (0.0, 1.0), (-0.99, -3.0), (0.99, -3.0)]:
-        params = torch.tensor([location, log_scale]).reshape(1, 2, 1, 1)
-        black, white = (likelihood.log_prob(params, torch.full((1, 1, 1, 1), v)).item() for v in (-1.0, 1.0))
-        scale = math.exp(log_scale)
-        edge = 1 - 1 / 255
-        assert black == pytest.approx(-math.log1p(math.exp((edge + location) / scale)), rel=1e-4, abs=1e-6)
-        assert white == pytest.approx(-math.log1p(math.exp((edge - location) / scale)), rel=1e-4, abs=1e-6)
 
 
 def test_log_probabilities_keep_their_digits_in_both_tails() -> None:
@@ -119,7 +112,7 @@ def test_log_probabilities_keep_their_digits_in_both_tails() -> None:
 @pytest.mark.parametrize("name", DISCRETE)
 def test_a_discretized_mean_is_the_sum_of_values_times_probabilities(name: str) -> None:
     likelihood = ALL[name]
-    params = logistic_params(300, 1 if name == "logistic" else 5, seed=2)
+    params = logistic_params(300, COMPONENTS[name], seed=2)
     values = likelihood.from_uint8(VALUES).double()
     expected = (values[:, None] * all_probabilities(likelihood, params).double()).sum(0)
     torch.testing.assert_close(likelihood.mean(params).double().flatten(), expected, rtol=0, atol=2e-5)
@@ -128,8 +121,7 @@ def test_a_discretized_mean_is_the_sum_of_values_times_probabilities(name: str) 
 
 @pytest.mark.parametrize("name", DISCRETE)
 def test_discretized_samples_have_the_probabilities_as_frequencies(name: str) -> None:
-    likelihood, n = ALL[name], 40_000
-    components = 1 if name == "logistic" else 5
+    likelihood, components, n = ALL[name], COMPONENTS[name], 40_000
     for seed in range(3):
         params = logistic_params(1, components, seed=seed)
         params[:, :components] = torch.linspace(-1.1, 0.8, components)[None, :, None, None]
@@ -177,10 +169,10 @@ def test_gaussian_samples_have_the_given_mean_and_sigma(name: str) -> None:
     assert abs(drawn.std().item() / sigma - 1) < 4 / math.sqrt(2 * n)
 
 
-def test_only_a_learned_sigma_is_trained_and_it_is_one_scalar() -> None:
-    for name in SIGNED:
-        expected = [1] if name == "gaussian learned" else []
-        assert [p.numel() for p in ALL[name].parameters()] == expected
+@everyone
+def test_only_a_learned_sigma_is_trained_and_stored_and_it_is_one_scalar(name: str) -> None:
+    assert [p.numel() for p in ALL[name].parameters()] == ([1] if name == "gaussian learned" else [])
+    assert set(nn.Module.state_dict(ALL[name])) == {n for n, _ in ALL[name].named_parameters()}
 
 
 def test_the_best_learned_sigma_is_the_root_mean_squared_error() -> None:
@@ -213,7 +205,7 @@ def test_a_fixed_sigma_is_the_stated_lambda_of_rate_plus_distortion(trade_off: f
     torch.testing.assert_close(ours[0], factor * theirs[0], rtol=0.01, atol=1e-6)  # the table has three digits
 
 
-def test_bernoulli_log_prob_and_mean_are_those_of_torch_distributions() -> None:
+def test_bernoulli_is_that_of_torch_distributions() -> None:
     likelihood = ALL["bernoulli"]
     logits, x = 3 * random_params("bernoulli", 3, 2, 4, 5), random_pixels("bernoulli", 3, 2, 4, 5)
     expected = torch.distributions.Bernoulli(logits=logits.double())
@@ -221,28 +213,34 @@ def test_bernoulli_log_prob_and_mean_are_those_of_torch_distributions() -> None:
         likelihood.log_prob(logits, x).double(), expected.log_prob(x.double()).flatten(1).sum(1), rtol=1e-5, atol=1e-5
     )
     torch.testing.assert_close(likelihood.mean(logits).double(), expected.mean, rtol=1e-5, atol=1e-6)
-
-
-def test_bernoulli_samples_have_the_mean_as_frequency() -> None:
-    n = 40_000
-    logits = torch.tensor([-2.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
-    drawn = ALL["bernoulli"].sample(logits.expand(n, 3, 1, 1), seeded(0))
-    ALL["bernoulli"].check(drawn)
+    n, logits = 40_000, torch.tensor([-2.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
+    drawn = likelihood.sample(logits.expand(n, 3, 1, 1), seeded(0))
+    likelihood.check(drawn)
     p = torch.sigmoid(logits).flatten().double()
     assert ((drawn.double().mean(0).flatten() - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
 
 
-@everyone
-def test_log_prob_of_several_latents_of_each_image(name: str) -> None:
-    likelihood = ALL[name]
-    params, x = random_params(name, 15, 2, 4, 6), random_pixels(name, 3, 2, 4, 6)
-    found = likelihood.log_prob(params, x)
-    torch.testing.assert_close(found, likelihood.log_prob(params, x.repeat(5, 1, 1, 1)))
-    assert found.shape == (15,)
+def test_drawn_pixels_are_one_as_often_as_they_are_bright_and_follow_the_key() -> None:
+    likelihood = Bernoulli(BernoulliConfig(pixels="drawn"))
+    pixels = torch.tensor([0, 51, 128, 255], dtype=torch.uint8).expand(4000, 1, 1, 4)
+    keys = torch.arange(4000)
+    x = likelihood.observe(pixels, keys)
+    likelihood.check(x)
+    mean = x.mean((0, 1, 2))
+    assert mean[0] == 0 and mean[3] == 1
+    assert mean[1:3].tolist() == pytest.approx([0.2, 128 / 255], abs=5 * 0.5 / 4000**0.5)
+    assert torch.equal(likelihood.observe(pixels[:3], keys[[7, 2, 9]]), x[[7, 2, 9]])
+    assert not torch.equal(likelihood.observe(pixels, keys + 4000), x)
 
 
 @everyone
-def test_log_prob_is_summed_over_features_and_not_over_the_batch(name: str) -> None:
+def test_other_pixels_do_not_depend_on_keys(name: str) -> None:
+    pixels = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).reshape(1, 1, 1, 4)
+    assert torch.equal(ALL[name].observe(pixels, torch.tensor([5])), ALL[name].from_uint8(pixels))
+
+
+@everyone
+def test_log_prob_is_summed_over_features_and_not_over_the_batch_or_several_latents_of_an_image(name: str) -> None:
     likelihood = ALL[name]
     params, x = random_params(name, 3, 2, 4, 6), random_pixels(name, 3, 2, 4, 6)
     whole = likelihood.log_prob(params, x)
@@ -254,6 +252,8 @@ def test_log_prob_is_summed_over_features_and_not_over_the_batch(name: str) -> N
     per_parameter = params.unflatten(1, (likelihood.params_per_channel, 2))
     channels = [likelihood.log_prob(per_parameter[:, :, i], x[:, i : i + 1]) for i in range(2)]
     torch.testing.assert_close(whole, channels[0] + channels[1])
+    several = random_params(name, 15, 2, 4, 6)
+    torch.testing.assert_close(likelihood.log_prob(several, x), likelihood.log_prob(several, x.repeat(5, 1, 1, 1)))
 
 
 @everyone
@@ -271,13 +271,13 @@ def test_autocast_changes_no_result(name: str, dtype: torch.dtype) -> None:
 
 @everyone
 @autocast_types
-@pytest.mark.parametrize("pixel", [0, 1, 128, 255])
-def test_at_extreme_parameters_under_autocast_everything_is_finite(name: str, dtype: torch.dtype, pixel: int) -> None:
+def test_at_extreme_parameters_under_autocast_everything_is_finite(name: str, dtype: torch.dtype) -> None:
     likelihood, p = ALL[name], ALL[name].params_per_channel
     signs = torch.randn((64, p), generator=seeded(0)).sign()
     signs[:2] = torch.tensor([[1.0], [-1.0]])
-    params = (1e4 * signs)[:, :, None, None].requires_grad_()  # (64, p, 1, 1)
-    x = likelihood.from_uint8(torch.full((64, 1, 1, 1), pixel, dtype=torch.uint8))
+    params = (1e4 * signs)[:, :, None, None].expand(-1, -1, 2, 2).clone().requires_grad_()  # (64, p, 2, 2)
+    pixels = torch.tensor([[0, 1], [128, 255]], dtype=torch.uint8)
+    x = likelihood.from_uint8(pixels.expand(64, 1, 2, 2))
     with torch.autocast("cpu", dtype=dtype):
         likelihood.log_prob(params, x).sum().backward()
         coarse = params.detach().to(dtype)
@@ -370,16 +370,17 @@ def test_a_range_error_says_what_was_found_and_what_to_do(name: str) -> None:
         ALL[name].check(torch.tensor([0.0, 255.0]))
 
 
-@pytest.mark.parametrize("sigma", [0.0, -0.1, math.nan])
-def test_a_sigma_that_is_not_positive_is_an_error(sigma: float) -> None:
-    with pytest.raises(ValueError, match="sigma"):
-        Gaussian(GaussianConfig(scale="fixed", sigma=sigma))
-
-
-@pytest.mark.parametrize("components", [0, -1])
-def test_a_mixture_without_components_is_an_error(components: int) -> None:
-    with pytest.raises(ValueError, match="components"):
-        DiscretizedLogistic(DiscretizedLogisticConfig(components=components))
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        *((GaussianConfig(scale="fixed", sigma=sigma), "sigma") for sigma in (0.0, -0.1, math.nan)),
+        *((DiscretizedLogisticConfig(components=n), "components") for n in (0, -1)),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_likelihood_is_an_error_that_names_the_field(config: Any, field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        LIKELIHOODS[config.kind](config)
 
 
 @everyone
@@ -391,8 +392,3 @@ def test_samples_depend_on_the_generator_alone(name: str) -> None:
     assert torch.equal(first, ALL[name].sample(params, seeded(4)))
     assert not torch.equal(first, ALL[name].sample(params, seeded(5)))
     assert first.shape == (2, 3, 4, 5)
-
-
-@everyone
-def test_a_likelihood_adds_nothing_to_a_checkpoint_but_what_is_trained(name: str) -> None:
-    assert set(nn.Module.state_dict(ALL[name])) == {n for n, _ in ALL[name].named_parameters()}

@@ -1,39 +1,64 @@
-"""Test that the recorded results and the card are those of the shipped model."""
+"""Shipped models are found by name, and the one that is shipped is the one that was measured."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from latent_codec.errors import UserError
+from latent_codec.model import shipped
 from latent_codec.model.codec import Codec
+from latent_codec.model.shipped import resolve
 from tests.support.data import ROOT
 
-CHECKPOINTS = ROOT / "checkpoints"
-CARD = CHECKPOINTS / "photo.md"
+
+@pytest.fixture
+def folder(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of the shipped models tiny and other."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    for name in ("tiny", "other"):
+        (folder / f"{name}.safetensors").write_bytes(model_file.read_bytes())
+    monkeypatch.setattr(shipped, "FOLDERS", [tmp_path / "absent", folder])
+    return folder
+
+
+def test_a_shipped_model_is_loaded_by_name_even_beside_a_folder_of_that_name(
+    folder: Path, codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    assert resolve("tiny") == folder / "tiny.safetensors"
+    assert Codec.load("tiny").model_id == codec.model_id
+
+
+@pytest.mark.parametrize("name", ["photo2", "tiny.pt", "nowhere/tiny.safetensors", "tiny-1.5"])
+@pytest.mark.usefixtures("folder")
+def test_an_unknown_name_lists_what_there_is(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: neither a file nor a shipped model; shipped are: other, tiny$"):
+        Codec.load(name)
 
 
 def results(name: str) -> dict[str, Any]:
-    return json.loads((CHECKPOINTS / name).read_text())
+    return json.loads((ROOT / "checkpoints" / name).read_text())
 
 
-@pytest.fixture(scope="module")
-def photo() -> Codec:
-    return Codec.load("photo")
-
-
-def test_results_and_card_are_the_models_own(photo: Codec) -> None:
-    assert photo.priors is not None
+def test_the_photo_model_is_the_one_that_was_measured() -> None:
+    photo = Codec.load("photo")
+    assert photo.model_id == "302a3de7aa04e996142bfb495225fcb9290809c75faff1344059c8126f0d1a95"
+    assert photo.statistics is not None and photo.priors is not None
     ids = {kind: photo.priors.stream_id(photo.model_id, kind).hex() for kind in ("context", "factorized")}
-    rd = results("photo-rd.json")["about"]
-    assert rd["model_id"] == photo.model_id and rd["stream_ids"] == ids
+    about = results("photo-rd.json")["about"]
+    assert about["model_id"] == photo.model_id and about["stream_ids"] == ids
     assert results("photo-coding.json")["about"]["model_id"] == photo.model_id
     assert results("photo.json")["results"]["photo"]["model_id"] == photo.model_id
-    card = CARD.read_text()
+    card = (ROOT / "checkpoints" / "photo.md").read_text(encoding="utf-8")
     assert all(text in card for text in (photo.model_id, *ids.values()))
 
 
-def test_files_stay_within_what_the_prior_says() -> None:
-    """At most 1.01 times the ideal code length and 64 bytes, and ahead of JPEG between 0.25 and 0.8 bits per pixel."""
+def test_measured_files_stay_within_the_ideal_code_length_and_ahead_of_jpeg() -> None:
+    """At most 1.01 times the ideal length and 64 bytes; better than JPEG between 0.25 and 0.8 bits per pixel."""
     found = results("photo-rd.json")
     for image in found["images"]:
         for row in image["rows"]:

@@ -16,8 +16,8 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import text_key
 
 PATHS = ("a.jpg", "a.png", "b/ü.png", "b/c/d.png")

@@ -18,9 +18,9 @@ from latent_codec.export import export
 from latent_codec.images.geometry import Geometry
 from latent_codec.latents.format import latents_header, latents_row, unplaced_entry, write_index, write_shard
 from latent_codec.model import file as model_file
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.prior import factorized
 from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, PassLayout, Sites, table_scale
 from latent_codec.prior.passes import ideal_bits, quantize

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
 from latent_codec.model.codebooks import Codes, perplexity
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian, Posterior
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.quantizer import STEP_OF_STD, round_with_dead_zone
 from train.config.vae import ELBOConfig
@@ -118,7 +118,9 @@ class ELBO(nn.Module):
         loss = loss + reconstruction
         if self.adversary is not None:
             real, fake = signed(codec, x), signed(codec, codec.likelihood.mean(params))
-            played = self.adversary(real, fake, reconstruction, last_weight(codec.backbone.decoder), adversarial)
+            played = self.adversary(
+                real, fake, reconstruction, last_weight(codec.backbone.get_submodule("decoder")), adversarial
+            )
             loss = loss + played.generator + played.discriminator
         if isinstance(posterior, Codes):
             codes = CodeLosses(penalty, posterior.use())

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from latent_codec.diffusion.model import Diffusion
-from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
 from train.config.diffusion import FlowConfig
 

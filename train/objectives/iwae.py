@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
 from train.config.vae import IWAEConfig
 from train.objectives.losses import CHOSEN, PIXELS, Bound, bound_of, mse_of

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
 from train.config.vae import JointConfig
 from train.context_prior.network import Coded, ContextNet

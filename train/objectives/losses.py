@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from latent_codec.model.bottlenecks import Posterior
 from latent_codec.model.codec import Codec
+from latent_codec.model.posteriors import Posterior
 
 STEP, PIXELS, CHOSEN = 1, 2, 3
 """Numbers that a sample's key is folded with to draw the quantiser step, the binary pixels, and the samples that a

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Runner
-from latent_codec.model.bottlenecks import DiagonalGaussian, Posterior
+from latent_codec.model.posteriors import DiagonalGaussian, Posterior
 from latent_codec.noise import fold, normal, text_key
 
 EDGES = torch.linspace(-6, 6, 97, dtype=torch.float64)

@@ -7,12 +7,12 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.inference import tiling
 from latent_codec.interop.autoencoder_kl import activations
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.checks import check_unconditional
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.likelihoods import from_signed
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.json_config import from_json, to_json
 
 try:

@@ -20,6 +20,7 @@ from latent_codec.model import file as model_file
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig
 from latent_codec.model.file import LatentStatistics
+from latent_codec.model.networks.backbone import BackboneShape
 from latent_codec.model.networks.conv import ConvBackbone
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import atomic_folder, write_text
@@ -153,12 +154,22 @@ def _parts(codec: Codec, statistics: LatentStatistics | None) -> _Parts:
             tensors[name] = tensors[name][:channels]
             replaced.add(f"{BACKBONE}{name}")
     with torch.device("meta"):
-        expected = ConvBackbone(backbone, channels, codec.config.latent_channels, 2, 1, 0).state_dict()
+        expected = _network(backbone, codec.config).state_dict()
     tensor_files.check_state(expected, tensors, "as an AutoencoderKL")
     original = {n: t for n, t in state.items() if n in replaced or not n.startswith(BACKBONE)}
     if statistics is not None:
         tensors, backbone = fold(tensors, backbone, statistics)
     return _Parts(backbone, tensors, original)
+
+
+def _network(backbone: ConvConfig, config: CodecConfig) -> ConvBackbone:
+    shape = BackboneShape(
+        image_channels=config.image_channels,
+        latent_channels=config.latent_channels,
+        features_per_latent=2,
+        params_per_channel=1,
+    )
+    return ConvBackbone(backbone, shape)
 
 
 def _check_values(parts: _Parts, folder: Path) -> None:
@@ -174,7 +185,7 @@ def _measure(
 ) -> Measured:
     """Run what is exported on images, there and back from a draw of the posterior."""
     config, device = codec.config, next(codec.parameters()).device
-    network = ConvBackbone(parts.backbone, config.image_channels, config.latent_channels, 2, 1, 0)
+    network = _network(parts.backbone, config)
     network.load_state_dict(parts.tensors)
     network = network.eval().to(device)
     assert isinstance(config.bottleneck, DiagonalGaussianConfig)

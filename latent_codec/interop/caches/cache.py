@@ -14,7 +14,7 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
-from latent_codec.model.bottlenecks import DiagonalGaussian
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import normal
 from latent_codec.storage.json_config import from_json, to_json
 

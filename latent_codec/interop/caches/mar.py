@@ -15,8 +15,8 @@ from latent_codec.interop.caches.options import Options
 from latent_codec.interop.caches.requirements import need_flips, need_labels
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.file import LatentStatistics
+from latent_codec.model.posteriors import DiagonalGaussian
 
 
 class Mar(ImageCache):

@@ -31,10 +31,10 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.checks import check_gaussian
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiagonalGaussianConfig
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import disk_errors, make_folder
 
 _MOST_IMAGES = 512  # in a shard, which is in memory while it is made

@@ -1,4 +1,4 @@
-"""The AutoencoderKL topology of latent diffusion (Rombach et al. 2022), tensor for tensor.
+"""Build the AutoencoderKL topology of latent diffusion (Rombach et al. 2022), tensor for tensor.
 
 Submodules carry the names that AutoencoderKL checkpoints use, so that weights move both ways by name.
 """
@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
 from latent_codec.model.config import ConvConfig
+from latent_codec.model.networks.backbone import Backbone, BackboneShape
 
 _EPS = 1e-6
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a shortcut (1x1 where the width changes)."""
+    """Applies GroupNorm, SiLU and a 3x3 convolution twice, and adds a shortcut (1x1 where the width changes)."""
 
     def __init__(self, width_in: int, width: int, groups: int) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all positions, with a shortcut."""
+    """Adds single-head self-attention over all positions to its input."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution after padding one row below and one column to the right."""
+    """Halves the grid by a stride-2 convolution, padded by one row below and one column to the right."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a convolution."""
+    """Doubles the grid by nearest neighbours, and convolves."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """The residual blocks of one resolution and the step to the next, if there is one."""
+    """Applies the residual blocks of one resolution, then the step to the next resolution if there is one."""
 
     def __init__(
         self, width_in: int, width: int, blocks: int, groups: int, *, down: bool = False, up: bool = False
@@ -93,7 +94,7 @@ class Stage(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the coarsest resolution."""
+    """Applies a residual block, attention and a residual block at the coarsest resolution."""
 
     def __init__(self, width: int, groups: int, attention: bool) -> None:
         super().__init__()
@@ -108,6 +109,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Maps pixels (b, channels_in, h, w) to features (b, channels_out, h/f, w/f)."""
+
     def __init__(self, config: ConvConfig, channels_in: int, channels_out: int) -> None:
         super().__init__()
         widths, groups = config.widths, config.groups
@@ -131,6 +134,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Maps latents (b, channels_in, h/f, w/f) to parameters (b, channels_out, h, w)."""
+
     def __init__(self, config: ConvConfig, channels_in: int, channels_out: int) -> None:
         super().__init__()
         widths, groups = config.widths[::-1], config.groups
@@ -152,30 +157,23 @@ class Decoder(nn.Module):
         return self.conv_out(silu(self.conv_norm_out(h)))  # (b, channels_out, h, w)
 
 
-class ConvBackbone(nn.Module):
+class ConvBackbone(Backbone):
+    """Pairs the encoder and decoder of AutoencoderKL with its 1x1 convolutions on either side of the latents."""
+
     encoder_margin = decoder_margin = None  # GroupNorm and attention see the whole image
 
-    def __init__(
-        self,
-        config: ConvConfig,
-        image_channels: int,
-        latent_channels: int,
-        features_per_latent: int,
-        params_per_channel: int,
-        classes: int,
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: ConvConfig, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
         if any(width % config.groups for width in config.widths):
             raise ValueError(f"conv: groups {config.groups} must divide every width of {config.widths}")
         self.factor = 2 ** (len(config.widths) - 1)
-        features = features_per_latent * latent_channels
-        self.latent_channels = latent_channels
-        self.encoder = Encoder(config, image_channels + classes, features)
-        self.decoder = Decoder(config, latent_channels + classes, params_per_channel * image_channels)
+        self.latent_channels = shape.latent_channels
+        self.encoder = Encoder(config, shape.encoder_in, shape.features)
+        self.decoder = Decoder(config, shape.decoder_in, shape.params)
         if config.quant_conv:
-            self.quant_conv = nn.Conv2d(features, features, 1)
+            self.quant_conv = nn.Conv2d(shape.features, shape.features, 1)
         if config.post_quant_conv:
-            self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+            self.post_quant_conv = nn.Conv2d(shape.latent_channels, shape.latent_channels, 1)
         self.config = config
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

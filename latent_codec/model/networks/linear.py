@@ -1,4 +1,4 @@
-"""A linear patch transform and its closed-form solution, probabilistic PCA."""
+"""Build a linear patch transform, and solve for its weights in closed form by probabilistic PCA."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from latent_codec.model.config import LinearConfig
+from latent_codec.model.networks.backbone import Backbone, BackboneShape
 from latent_codec.precision import float32_island
 
 
 class PatchMoments(NamedTuple):
-    """Moments of image patches flattened as (channel, row, column), d = channels * patch^2.
+    """Holds the moments of image patches flattened as (channel, row, column), d = channels * patch^2.
 
     The mean is one value per channel: photographs have no preferred position, and a transposed convolution has one
     bias per channel. The covariance is taken around it.
@@ -20,37 +21,28 @@ class PatchMoments(NamedTuple):
     covariance: torch.Tensor  # (d, d) float64
 
 
-class LinearBackbone(nn.Module):
-    """Strided convolution in, its transpose out; a latent element sees one patch and `overlap` pixels around it.
+class LinearBackbone(Backbone):
+    """Encodes by a strided convolution and decodes by a transposed one.
 
-    Both run in the precision of the weights whatever autocast does: strong components are known to a hundredth of
-    their range, which bfloat16's 8 bits would drown.
+    A latent element sees one patch and `overlap` pixels around it. Both convolutions run in the precision of the
+    weights, under autocast too: bfloat16's 8 bits are too coarse for strong components, whose posterior is narrower
+    than a hundredth of their range.
     """
 
-    def __init__(
-        self,
-        config: LinearConfig,
-        image_channels: int,
-        latent_channels: int,
-        features_per_latent: int,
-        params_per_channel: int,
-        classes: int,
-    ) -> None:
-        super().__init__()
-        if classes:
-            raise ValueError(f"linear: principal components have no place for {classes} classes; take another backbone")
+    def __init__(self, config: LinearConfig, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
+        if shape.classes:
+            raise ValueError(
+                f"linear: principal components have no place for {shape.classes} classes; take another backbone"
+            )
         if not 0 <= config.overlap <= config.patch:
             raise ValueError(f"linear: overlap {config.overlap} must be from 0 to the patch of {config.patch} pixels")
         self.factor, self.overlap = config.patch, config.overlap
         self.encoder_margin = self.decoder_margin = min(self.overlap, 1)
         side = config.patch + 2 * config.overlap
-        self.image_channels, self.latent_channels = image_channels, latent_channels
-        self.encoder = nn.Conv2d(
-            image_channels, features_per_latent * latent_channels, side, stride=config.patch, padding=config.overlap
-        )
-        self.decoder = nn.ConvTranspose2d(
-            latent_channels, params_per_channel * image_channels, side, stride=config.patch, padding=config.overlap
-        )
+        self.image_channels, self.latent_channels = shape.image_channels, shape.latent_channels
+        self.encoder = nn.Conv2d(shape.image_channels, shape.features, side, config.patch, config.overlap)
+        self.decoder = nn.ConvTranspose2d(shape.latent_channels, shape.params, side, config.patch, config.overlap)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         with float32_island(x):
@@ -62,12 +54,12 @@ class LinearBackbone(nn.Module):
 
     @torch.no_grad()
     def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
-        """Set the weights to the optimum of the linear VAE with noise `sigma` (in units of the pixels).
+        """Set the weights to the optimum of the linear VAE with noise `sigma`, in units of the pixels.
 
-        Probabilistic PCA (Tipping & Bishop 1999, eqs. 7-9) with the noise held fixed, whose posterior is exactly
-        Gaussian and diagonal in the principal basis, so that it is also the linear VAE's optimum (Lucas et al.
-        2019). Principal components come first. A component weaker than the noise would get weight zero, a saddle
-        that no gradient leaves; it keeps a small weight instead.
+        The solution is probabilistic PCA (Tipping & Bishop 1999, eqs. 7-9) with fixed noise. Its posterior is Gaussian
+        and diagonal in the principal basis, so it is also the linear VAE's optimum (Lucas et al. 2019). Components come
+        strongest first. One weaker than the noise would get weight zero, a saddle that no gradient leaves; it keeps a
+        small weight instead. Raises `ValueError` if the moments are of another patch size.
         """
         variance, basis = self._components(moments)
         variance = variance.clamp(min=1.05 * sigma**2)
@@ -77,15 +69,15 @@ class LinearBackbone(nn.Module):
 
     @torch.no_grad()
     def start_from_components(self, moments: PatchMoments) -> None:
-        """Set the weights to the first principal components, an orthonormal basis in and out.
+        """Set both weights to the first principal components, an orthonormal basis.
 
-        Distances of latents are then distances of pixels, which is what a codebook's nearest vector is meant by.
+        Distances between latents then equal distances between pixels, as the nearest vector of a codebook needs.
         """
         basis = self._components(moments)[1]
         self._set(moments, basis, basis, None)
 
     def _components(self, moments: PatchMoments) -> tuple[torch.Tensor, torch.Tensor]:
-        """Variances (z,) and directions (d, z) of the strongest components, in order; float64."""
+        """Return variances (z,) and directions (d, z) of the strongest components in order, float64."""
         z, p, c = self.latent_channels, self.factor, self.image_channels
         if moments.covariance.shape[0] != c * p * p:
             raise ValueError(f"moments of {moments.covariance.shape[0]} values do not fit patches of {c}x{p}x{p}")
@@ -97,9 +89,9 @@ class LinearBackbone(nn.Module):
     def _set(
         self, moments: PatchMoments, project: torch.Tensor, back: torch.Tensor, logvar: torch.Tensor | None
     ) -> None:
-        """Both convolutions from matrices (d, z) around the mean; log-variances (z,) where there are any.
+        """Set both convolutions from matrices (d, z) around the mean, and log-variances (z,) where there are any.
 
-        What a patch sees beyond its own pixels weighs nothing yet.
+        Pixels of the overlap get weight 0.
         """
         z, p, c = self.latent_channels, self.factor, self.image_channels
         own = slice(self.overlap, self.overlap + p)

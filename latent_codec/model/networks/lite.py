@@ -1,8 +1,9 @@
-"""The fast default: a linear patch path and, beside it, a residual network on a space-to-depth grid.
+"""Build the fast default backbone: a linear patch path, and beside it a residual network on a space-to-depth grid.
 
-No convolution runs at full resolution, nothing looks at statistics over the image: the receptive field is finite.
+No convolution runs at full resolution and no layer takes statistics over the image, so the receptive field is finite.
 """
 
+import dataclasses
 from itertools import pairwise
 
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 from torch.nn.functional import silu
 
 from latent_codec.model.config import LinearConfig, LiteConfig
+from latent_codec.model.networks.backbone import Backbone, BackboneShape
 from latent_codec.model.networks.linear import LinearBackbone, PatchMoments
 
 _NEAR_ZERO = 1e-2
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(act(conv(act(x)))), its last convolution near zero at the start."""
+    """Computes x + conv(act(conv(act(x)))); its last convolution is initialised near zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,7 +31,7 @@ class ResidualBlock(nn.Module):
 
 
 def _down(stem: int, widths: tuple[int, ...], depths: tuple[int, ...], c: int, out: int) -> nn.Sequential:
-    """(b, c, h, w) -> (b, out, h/8, w/8) for a patch of 8."""
+    """Build the encoder's network, (b, c, h, w) -> (b, out, h/8, w/8) for a patch of 8."""
     layers: list[nn.Module] = [nn.PixelUnshuffle(stem), nn.Conv2d(c * stem**2, widths[0], 3, padding=1)]
     layers += [ResidualBlock(widths[0]) for _ in range(depths[0])]
     for (narrow, wide), depth in zip(pairwise(widths), depths[1:], strict=True):
@@ -41,7 +43,7 @@ def _down(stem: int, widths: tuple[int, ...], depths: tuple[int, ...], c: int, o
 
 
 def _up(stem: int, widths: tuple[int, ...], depths: tuple[int, ...], z: int, out: int) -> nn.Sequential:
-    """(b, z, h/8, w/8) -> (b, out, h, w) for a patch of 8."""
+    """Build the decoder's network, (b, z, h/8, w/8) -> (b, out, h, w) for a patch of 8."""
     layers: list[nn.Module] = [nn.Conv2d(z, widths[-1], 3, padding=1)]
     layers += [ResidualBlock(widths[-1]) for _ in range(depths[-1])]
     for (wide, narrow), depth in zip(pairwise(widths[::-1]), depths[-2::-1], strict=True):
@@ -53,7 +55,7 @@ def _up(stem: int, widths: tuple[int, ...], depths: tuple[int, ...], z: int, out
 
 
 def _down_margin(depths: tuple[int, ...]) -> int:
-    """Latent elements that `_down` sees to each side of a latent's own patch."""
+    """Return the latent elements that `_down` sees on each side of a latent's own patch."""
     reach = 1 + 2 * depths[-1]  # in elements of the coarsest grid, from the last convolution back to the first
     for depth in depths[-2::-1]:
         reach = 2 * reach + 2 * depth  # a finer grid has two elements for one
@@ -61,7 +63,7 @@ def _down_margin(depths: tuple[int, ...]) -> int:
 
 
 def _up_margin(depths: tuple[int, ...]) -> int:
-    """Latent elements that `_up` sees to each side of the one whose pixels it makes."""
+    """Return the latent elements that `_up` sees on each side of the one whose pixels it makes."""
     reach = 1 + 2 * depths[0]  # in elements of the finest grid, from the last convolution back to the first
     for depth in depths[1:]:
         reach = -(-reach // 2) + 2 * depth
@@ -75,47 +77,36 @@ def _near_zero(conv: nn.Module) -> None:
         conv.bias.zero_()
 
 
-class LiteBackbone(nn.Module):
-    """features = linear(x) + residual(x); parameters = linear(z) + residual(z)."""
+class LiteBackbone(Backbone):
+    """Adds a linear path and a residual network, for features = linear(x) + residual(x) and parameters alike."""
 
-    def __init__(
-        self,
-        config: LiteConfig,
-        image_channels: int,
-        latent_channels: int,
-        features_per_latent: int,
-        params_per_channel: int,
-        classes: int,
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: LiteConfig, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
         _check(config)
         self.factor = config.patch
         self.encoder_margin = _down_margin(config.encoder_depths)
         self.decoder_margin = _up_margin(config.decoder_depths)
-        self.linear = LinearBackbone(
-            LinearConfig(patch=config.patch, overlap=config.overlap),
-            image_channels,
-            latent_channels,
-            features_per_latent,
-            params_per_channel,
-            0,  # what the class tells is for the residual network
+        self.linear = LinearBackbone(  # the residual network alone sees the labels
+            LinearConfig(patch=config.patch, overlap=config.overlap), dataclasses.replace(shape, classes=0)
         )
-        stem, c, z = config.stem, image_channels, latent_channels
-        self.encoder = _down(stem, config.encoder_widths, config.encoder_depths, c + classes, features_per_latent * z)
-        self.decoder = _up(stem, config.decoder_widths, config.decoder_depths, z + classes, params_per_channel * c)
-        self.image_channels, self.latent_channels = c, z
+        encoder = config.encoder_widths, config.encoder_depths, shape.encoder_in, shape.features
+        decoder = config.decoder_widths, config.decoder_depths, shape.decoder_in, shape.params
+        self.encoder, self.decoder = _down(config.stem, *encoder), _up(config.stem, *decoder)
+        self.image_channels, self.latent_channels = shape.image_channels, shape.latent_channels
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        # Autocast reaches the residual network alone: its output is small and may be coarse.
+        # Autocast applies to the residual network alone: its output is small and may be coarse.
         return self.linear.encode(x[:, : self.image_channels]) + self.encoder(x)  # (b, features * z, h/patch, w/patch)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return self.linear.decode(z[:, : self.latent_channels]) + self.decoder(z)  # (b, params * c, h, w)
 
     def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
+        """Set the linear path's weights as `LinearBackbone.start_from_closed_form` does."""
         self.linear.start_from_closed_form(moments, sigma)
 
     def start_from_components(self, moments: PatchMoments) -> None:
+        """Set the linear path's weights as `LinearBackbone.start_from_components` does."""
         self.linear.start_from_components(moments)
 
 

@@ -1,7 +1,7 @@
-"""Fully connected networks on whole small images (Kingma & Welling 2014, appendix C).
+"""Build fully connected networks on whole small images (Kingma & Welling 2014, appendix C).
 
 An image of `side` x `side` pixels is one vector and has one latent vector (b, z, 1, 1). A larger image is cut into
-such squares, each on its own, so that every size is encoded and nothing of it is seen twice.
+such squares, each encoded on its own.
 """
 
 from itertools import pairwise
@@ -11,34 +11,25 @@ from einops import rearrange
 from torch import nn
 
 from latent_codec.model.config import MLPConfig
+from latent_codec.model.networks.backbone import Backbone, BackboneShape
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
-class MLPBackbone(nn.Module):
+class MLPBackbone(Backbone):
+    """Pairs two multilayer perceptrons, one from a square's pixels to its latent vector and one back."""
+
     encoder_margin = decoder_margin = 0
 
-    def __init__(
-        self,
-        config: MLPConfig,
-        image_channels: int,
-        latent_channels: int,
-        features_per_latent: int,
-        params_per_channel: int,
-        classes: int,
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: MLPConfig, shape: BackboneShape) -> None:
+        super().__init__(config, shape)
         _check(config)
         self.factor = config.side
-        self.image_channels = image_channels
-        pixels = image_channels * config.side**2
-        activation = ACTIVATIONS[config.activation]
-        self.encoder = _layers(
-            (pixels + classes, *config.encoder_widths, features_per_latent * latent_channels), activation
-        )
-        self.decoder = _layers(
-            (latent_channels + classes, *config.decoder_widths, params_per_channel * pixels), activation
-        )
+        self.image_channels = shape.image_channels
+        area, activation = config.side**2, ACTIVATIONS[config.activation]
+        pixels = shape.image_channels * area + shape.classes
+        self.encoder = _layers((pixels, *config.encoder_widths, shape.features), activation)
+        self.decoder = _layers((shape.decoder_in, *config.decoder_widths, shape.params * area), activation)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         b, h, p = x.shape[0], x.shape[2] // self.factor, self.factor
@@ -54,9 +45,9 @@ class MLPBackbone(nn.Module):
 
     @torch.no_grad()
     def start_from_bias(self, params: torch.Tensor) -> None:
-        """Glorot and Bengio's (2010) weights; no bias but the last, the parameters (params * c, side, side).
+        """Draw Glorot and Bengio's (2010) weights, and set the last bias to parameters (params * c, side, side).
 
-        With the parameters of the mean image the decoder starts from it, as Burda et al. (2016) have it start.
+        Given those of the mean image, the decoder starts from that image, as in Burda et al. (2016).
         """
         for layer in (*self.encoder, *self.decoder):
             if isinstance(layer, nn.Linear):

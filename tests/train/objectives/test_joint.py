@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.model.bottlenecks import DiagonalGaussian
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import LiteConfig
 from latent_codec.model.file import LatentStatistics
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.prior import factorized
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors, to_tensors

@@ -1,0 +1,68 @@
+"""Define what a backbone is: the shape that it is built for, and the interface that the codec uses."""
+
+import abc
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneShape:
+    """Holds the channel counts that couple a backbone to the image, the bottleneck, the likelihood and the labels."""
+
+    image_channels: int
+    """c: 1 for grey images, 3 for RGB."""
+    latent_channels: int
+    """z, the channels of the latents."""
+    features_per_latent: int
+    """Features that the bottleneck takes for each latent channel; 2 for a mean and a log-variance."""
+    params_per_channel: int
+    """p, the parameters of the likelihood for each image channel."""
+    classes: int = 0
+    """Classes of a conditional model, one-hot channels behind those of the image and of the latents; 0 for none."""
+
+    @property
+    def encoder_in(self) -> int:
+        return self.image_channels + self.classes
+
+    @property
+    def features(self) -> int:
+        return self.features_per_latent * self.latent_channels
+
+    @property
+    def decoder_in(self) -> int:
+        return self.latent_channels + self.classes
+
+    @property
+    def params(self) -> int:
+        return self.params_per_channel * self.image_channels
+
+
+class Backbone(nn.Module, abc.ABC):
+    """Holds both networks of an autoencoder.
+
+    A latent element has a place on a grid with one element for `factor` x `factor` pixels. Its features and the
+    parameters of its pixels depend on the elements up to a margin away from that place, on every side.
+    """
+
+    factor: int
+    """f, the pixels per latent element along one side."""
+    encoder_margin: int | None
+    """Receptive field of `encode` in latent elements beyond an element's own place; None if it is the whole image."""
+    decoder_margin: int | None
+    """Receptive field of `decode`, likewise."""
+
+    @abc.abstractmethod
+    def __init__(self, config: Any, shape: BackboneShape) -> None:
+        """Build the networks; raise `ValueError` naming the field if the config makes none."""
+        super().__init__()
+
+    @abc.abstractmethod
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features (b, features, h/f, w/f) of pixels and labels (b, c + classes, h, w)."""
+
+    @abc.abstractmethod
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Return parameters (b, p * c, h, w) from latents and labels (b, z + classes, h/f, w/f)."""

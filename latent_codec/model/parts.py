@@ -1,0 +1,33 @@
+"""Build the three parts of a model from its config."""
+
+from typing import NamedTuple
+
+from latent_codec.model.bottlenecks import BOTTLENECKS, Bottleneck
+from latent_codec.model.config import CodecConfig
+from latent_codec.model.likelihoods import LIKELIHOODS, Likelihood
+from latent_codec.model.networks import BACKBONES, Backbone, BackboneShape
+
+
+class Parts(NamedTuple):
+    """Holds the modules of a model."""
+
+    backbone: Backbone
+    bottleneck: Bottleneck
+    likelihood: Likelihood
+
+
+def build(config: CodecConfig) -> Parts:
+    """Return new modules with random weights, drawn from torch's global generator on the current default device.
+
+    Raises `ValueError` naming the field of the config that makes no model.
+    """
+    bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck, config.latent_channels)
+    likelihood = LIKELIHOODS[config.likelihood.kind](config.likelihood)
+    shape = BackboneShape(
+        image_channels=config.image_channels,
+        latent_channels=config.latent_channels,
+        features_per_latent=bottleneck.features_per_latent,
+        params_per_channel=likelihood.params_per_channel,
+        classes=len(config.classes),
+    )
+    return Parts(BACKBONES[config.backbone.kind](config.backbone, shape), bottleneck, likelihood)

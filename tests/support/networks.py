@@ -1,0 +1,62 @@
+"""Build small backbones for tests, with weights that hide no mistake."""
+
+import math
+
+import torch
+from torch import nn
+
+from latent_codec.model.config import ConvConfig, LiteConfig
+from latent_codec.model.networks import BackboneShape
+from latent_codec.model.networks.linear import PatchMoments
+
+LITE = LiteConfig(
+    patch=8, stem=4, encoder_widths=(64, 128), encoder_depths=(1, 2), decoder_widths=(64, 128), decoder_depths=(3, 2)
+)
+SMALL_LITE = LiteConfig(
+    patch=8,
+    stem=2,
+    encoder_widths=(8, 8, 12),
+    encoder_depths=(1, 0, 1),
+    decoder_widths=(8, 12, 8),
+    decoder_depths=(1, 1, 0),
+)
+ONE_RESOLUTION = LiteConfig(
+    patch=4, stem=4, encoder_widths=(8,), encoder_depths=(2,), decoder_widths=(8,), decoder_depths=(1,)
+)
+CONV = ConvConfig(
+    widths=(8, 16, 16), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
+)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def shape(c: int = 3, z: int = 4, features: int = 2, params: int = 1) -> BackboneShape:
+    """Return the channel counts of an unconditional Gaussian posterior and likelihood, unless told otherwise."""
+    return BackboneShape(image_channels=c, latent_channels=z, features_per_latent=features, params_per_channel=params)
+
+
+def randomise(network: nn.Module, seed: int = 0) -> None:
+    """Set weights with scales and shifts away from 1 and 0, nothing near zero, and all of a sound size."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for tensor in network.parameters():
+            start = 1.0 if tensor.ndim == 1 else 0.0
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 4
+            tensor.copy_(start + torch.randn(tensor.shape, generator=generator) / math.sqrt(fan_in))
+
+
+def photograph_moments(c: int, patch: int, seed: int = 0) -> PatchMoments:
+    """Return moments with a spectrum that falls as that of photographs does, and no two eigenvalues alike."""
+    d = c * patch * patch
+    basis, _ = torch.linalg.qr(torch.randn((d, d), generator=seeded(seed), dtype=torch.float64))
+    variance = d / (1 + torch.arange(d, dtype=torch.float64)) ** 2
+    mean = torch.linspace(-0.3, 0.4, c, dtype=torch.float64)
+    return PatchMoments(mean, (basis * variance) @ basis.T)
+
+
+def support(gradient: torch.Tensor) -> tuple[int, int, int, int]:
+    """Return the first and last row, and the first and last column, of what is not zero in (1, c, h, w)."""
+    rows, columns = (gradient[0].abs().sum((0, d)).nonzero().flatten() for d in (2, 1))
+    return rows[0].item(), rows[-1].item(), columns[0].item(), columns[-1].item()  # pyright: ignore[reportReturnType]

@@ -1,6 +1,7 @@
 """Measure a model on validation images, and draw its reconstructions and samples."""
 
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -36,43 +37,30 @@ class Validation:
         perplexity, code_bpp (bits per pixel): of a codebook. bits_per_dim: of a discretised likelihood.
         """
         device = next(codec.parameters()).device
-        nll, kl, psnr, mean, square, clamped, costs, use = ([] for _ in range(8))
+        parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         batches = zip(*(t.split(batch) for t in (self.pixels, self.keys, self.labels)), strict=True)
-        for pixels, keys, labels in ((t.to(device) for t in found) for found in batches):
-            x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
-            posterior = codec.encode(x, labels)
-            z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
-            nll.append(-codec.likelihood.log_prob(codec.likelihood_params(z, labels), x))
-            kl.append(posterior.kl())
-            clamped.append(posterior.clamped.expand(len(x)))
-            if len(x) > 1:
-                others = codec.likelihood.log_prob(codec.likelihood_params(z.roll(1, 0), labels), x)
-                costs.append(-others - nll[-1])
-            error = codec.decode_uint8(posterior.mode(), labels).float() - pixels.float()
-            psnr.append(10 * torch.log10(255**2 / error.square().mean((1, 2, 3))))
-            mean.append(posterior.mean.mean((2, 3)))  # (b, z)
-            square.append(posterior.mean.square().mean((2, 3)))
-            if isinstance(posterior, Codes):
-                use.append(posterior.use()[:, 0] * len(pixels))
-        side = self.pixels.shape[-1]
-        more: dict[str, float] = {}
-        if use:
-            more["perplexity"] = perplexity(torch.stack(use).sum(0))
-            more["code_bpp"] = math.log2(more["perplexity"]) / codec.factor**2
+        for pixels, keys, labels in batches:
+            for name, value in _measure_batch(codec, pixels.to(device), keys.to(device), labels.to(device)).items():
+                parts[name].append(value)
+        mean = {name: torch.cat(values).mean(0) for name, values in parts.items()}
+        kl, nelbo = mean["kl"].item(), mean["nelbo"].item()
+        found: dict[str, float] = {}
+        if "use" in parts:
+            found["perplexity"] = perplexity(torch.cat(parts["use"]).sum(0))
+            found["code_bpp"] = math.log2(found["perplexity"]) / codec.factor**2
         if isinstance(codec.likelihood, DiscretizedLogistic):
-            nelbo = (torch.cat(nll) + torch.cat(kl)).mean().item()
-            more["bits_per_dim"] = nelbo / math.log(2) / math.prod(self.pixels.shape[1:])
-        elements = codec.config.latent_channels * (side // codec.factor) ** 2
-        return more | {
-            "nll": torch.cat(nll).mean().item(),
-            "kl": torch.cat(kl).mean().item(),
-            "nelbo": (torch.cat(nll) + torch.cat(kl)).mean().item(),
-            "kl_bpp": torch.cat(kl).mean().item() / math.log(2) / side**2,
-            "psnr_mode": torch.cat(psnr).mean().item(),
-            "active_channels": active_channels(torch.cat(mean).mean(0), torch.cat(square).mean(0)),
-            "kl_per_latent": torch.cat(kl).mean().item() / elements,
-            "clamped": torch.cat(clamped).mean().item(),
-            "shuffle_cost": torch.cat(costs).mean().item() if costs else math.nan,
+            found["bits_per_dim"] = nelbo / math.log(2) / math.prod(self.pixels.shape[1:])
+        side = self.pixels.shape[-1]
+        return found | {
+            "nll": mean["nll"].item(),
+            "kl": kl,
+            "nelbo": nelbo,
+            "kl_bpp": kl / math.log(2) / side**2,
+            "psnr_mode": mean["psnr"].item(),
+            "active_channels": active_channels(mean["mean"], mean["square"]),
+            "kl_per_latent": kl / (codec.config.latent_channels * (side // codec.factor) ** 2),
+            "clamped": mean["clamped"].item(),
+            "shuffle_cost": mean["shuffle_cost"].item() if "shuffle_cost" in mean else math.nan,
         }
 
     @torch.no_grad()
@@ -87,3 +75,29 @@ class Validation:
             latents += [posterior.sample(normal(keys, shape)), normal(fold(keys, 1), shape)]
         rows = torch.cat([pixels, *(codec.decode_uint8(z, labels) for z in latents)])
         write_grid(path, in_rgb(rows), len(pixels))
+
+
+def _measure_batch(
+    codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return tensors with a row for each image, and the usage of a codebook's codes in one row."""
+    x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
+    posterior = codec.encode(x, labels)
+    z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
+    nll = -codec.likelihood.log_prob(codec.likelihood_params(z, labels), x)
+    kl = posterior.kl()
+    error = codec.decode_uint8(posterior.mode(), labels).float() - pixels.float()
+    found = {
+        "nll": nll,
+        "kl": kl,
+        "nelbo": nll + kl,
+        "clamped": posterior.clamped.expand(len(x)),
+        "psnr": 10 * torch.log10(255**2 / error.square().mean((1, 2, 3))),
+        "mean": posterior.mean.mean((2, 3)),  # (b, z)
+        "square": posterior.mean.square().mean((2, 3)),
+    }
+    if len(x) > 1:
+        found["shuffle_cost"] = -codec.likelihood.log_prob(codec.likelihood_params(z.roll(1, 0), labels), x) - nll
+    if isinstance(posterior, Codes):
+        found["use"] = posterior.use()[None, :, 0] * len(pixels)
+    return found

@@ -43,22 +43,10 @@ class LoopConfig:
     """Stop after this many consecutive steps whose loss or gradient is not finite."""
 
 
-_COUNTS = (
-    "batch_size",
-    "accumulation",
-    "crop",
-    "log_every",
-    "eval_every",
-    "eval_crop",
-    "save_every",
-    "keep_checkpoints",
-    "max_skipped",
-)
-
-
 def check_numbers(config: LoopConfig) -> None:
     """Raise `UserError` if a count of a configuration is not positive or a number is not finite."""
-    check_least(config, 1, *(name for name in _COUNTS if hasattr(config, name)))
+    counts = "batch_size accumulation crop log_every eval_every eval_crop save_every keep_checkpoints max_skipped"
+    check_least(config, 1, *(name for name in counts.split() if hasattr(config, name)))
     check_least(config, 0, "steps")
     try:
         from_json(type(config), to_json(config))

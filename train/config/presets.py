@@ -255,19 +255,6 @@ def mnist_cvae() -> TrainConfig:
     )
 
 
-_ALL: tuple[Callable[[], TrainConfig], ...] = (
-    photo,
-    photo_joint,
-    pca,
-    conv,
-    kl_f8c4,
-    kl_f8c16,
-    autoencoder,
-    vqvae,
-    fsq,
-    logistic,
-    mnist_vae,
-    mnist_iwae,
-    mnist_cvae,
-)
-PRESETS = {preset.__name__: preset for preset in _ALL}
+_PHOTOS = (photo, photo_joint, pca, conv, kl_f8c4, kl_f8c16, autoencoder, vqvae, fsq, logistic)
+_DIGITS = (mnist_vae, mnist_iwae, mnist_cvae)
+PRESETS: dict[str, Callable[[], TrainConfig]] = {preset.__name__: preset for preset in _PHOTOS + _DIGITS}

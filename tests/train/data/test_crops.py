@@ -1,7 +1,6 @@
 """Test that training crops are a pure function of the seed and the samples consumed, however they are fetched."""
 
 import logging
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -156,15 +155,6 @@ def test_nothing_but_broken_images_is_an_error(with_broken: list[Source], fetch:
         fetch([with_broken[BROKEN]] * 2)
 
 
-def test_a_tar_file_gives_the_same_pixels_as_its_folder(folder: Path, sources: list[Source], tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for file in sorted(folder.iterdir(), reverse=True):  # the order within does not count
-            tar.add(file, file.name)
-    packed = find_images(tmp_path / "shard.tar")
-    for images in (memory(packed), stream(packed)):
-        assert_same(collect(images), collect(memory(sources)))
-
-
 @pytest.mark.parametrize("fetch", [memory, stream])
 def test_a_run_resumed_at_a_later_step_sees_the_same_batches(
     sources: list[Source], fetch: Callable[[list[Source]], Batches]
@@ -198,16 +188,6 @@ def test_ranks_and_micro_batches_share_each_steps_samples_in_order(
         assert samples == list(range((first + step) * batch_size, (first + step + 1) * batch_size))
 
 
-@pytest.mark.parametrize(("world", "micro_batches"), [(4, 1), (1, 2), (2, 2)])
-def test_the_crops_of_all_ranks_are_those_of_one_process(sources: list[Source], world: int, micro_batches: int) -> None:
-    images, plan = memory(sources), PLAN._replace(world=world, micro_batches=micro_batches)
-    ranks = [collect(images, plan._replace(rank=rank)) for rank in range(world)]
-    for step, whole in enumerate(collect(images)):
-        parts = [part for rank in ranks for part in rank[step * micro_batches : (step + 1) * micro_batches]]
-        assert torch.equal(torch.cat([p.pixels for p in parts]), whole.pixels)
-        assert torch.equal(torch.cat([p.keys for p in parts]), whole.keys)
-
-
 @given(
     start=st.integers(0, 50),
     count=st.integers(1, 40),
@@ -224,13 +204,6 @@ def test_image_and_key_of_a_sample_follow_their_definition(
     for i, image, key in zip(samples, drawn.image.tolist(), drawn.key.tolist(), strict=True):
         assert image == int(permutation(n, fold(seed, 0, i // n))[i % n])
         assert key == int(fold(seed, i))
-
-
-def test_epochs_differ_in_order_and_every_sample_has_its_own_key() -> None:
-    drawn = draw(range(300), 100, 0)
-    epochs = [epoch.tolist() for epoch in drawn.image.split(100)]
-    assert len({tuple(epoch) for epoch in epochs}) == 3 and all(sorted(e) == list(range(100)) for e in epochs)
-    assert len(set(drawn.key.tolist())) == 300
 
 
 def test_centre_crops_are_the_middle_of_readable_images(

@@ -20,7 +20,7 @@ from tests.support.run import write_images
 from train.config.presets import conv
 from train.config.prior import PriorConfig
 from train.config.vae import JointConfig
-from train.recipe.config import Objective, Recipe, check, codec_config, preset_of
+from train.recipe.config import Recipe, check, codec_config, preset_of
 from train.recipe.stages import Clock, State, TrainingPlan, advance
 
 
@@ -94,10 +94,7 @@ def test_a_call_out_of_time_is_continued_by_the_next(
 ) -> None:
     assert cut.steps == round(0.01 * 60 * 0.8 * cut.images_per_s / 2) > 1
     assert TrainingPlan(**state(tiny)["plans"]["codec"]) == cut and len(state(tiny)["done"]) == 6
-    log = [json.loads(line) for line in (tiny.out / "codec" / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == cut.steps and [p.name for p in (tiny.out / "codec" / "checkpoints").iterdir()] == [
-        f"step-{cut.steps:08d}"
-    ]
+    assert (tiny.out / "codec" / "checkpoints" / f"step-{cut.steps:08d}").exists()
     start = Codec.load(tiny.start_from)
     assert finished.config == preset_of(start.config, "elbo", 6).codec and finished.model_id != start.model_id
     assert finished.config.backbone == replace(cast(LiteConfig, start.config.backbone), overlap=4)
@@ -182,36 +179,18 @@ def test_a_plan_without_an_lpips_weight_has_none(tiny: Recipe, tmp_path: Path) -
         State(replace(plain, lpips_weight=2.0), "id")
 
 
-def test_the_clock_runs_from_the_start_of_the_process() -> None:
-    assert Clock(time.monotonic() - 60, 5.0).left == pytest.approx(4.0, abs=0.1)
-
-
-def test_the_learning_rate_follows_from_the_batch(tiny: Recipe, model_file: Path) -> None:
-    model = Codec.load(model_file).config
-    preset = preset_of(model, "elbo")
-    rates = [codec_config(tiny, preset, batch, 1000, True).learning_rate for batch in (8, 32, 256)]
-    assert rates == pytest.approx([4e-4, 8e-4, 1e-3])
-    joint = codec_config(tiny, preset_of(model, "joint"), 32, 1000, True)
+def test_the_training_configuration_follows_from_the_batch_and_the_recipe(tiny: Recipe, model_file: Path) -> None:
+    recipe, model = replace(tiny, lpips_weight=2.0), Codec.load(model_file).config
+    elbo = [codec_config(recipe, preset_of(model, "elbo"), batch, 1000, True) for batch in (8, 32, 256)]
+    assert [config.learning_rate for config in elbo] == pytest.approx([4e-4, 8e-4, 1e-3])
+    joint = codec_config(recipe, preset_of(model, "joint"), 32, 1000, False)
     objective, prior = joint.objective, tiny.prior
     assert isinstance(objective, JointConfig) and joint.learning_rate == pytest.approx(2e-4)
     assert objective.prior_learning_rate == pytest.approx(1e-3)  # the same ratio to the codec's as in the preset
-    assert (objective.prior_groups, objective.prior_levels, objective.prior_width) == (
-        prior.groups,
-        prior.levels,
-        prior.width,
-    )
-    config = codec_config(tiny, preset, 64, 1000, True)
-    assert config.compile and config.channels_last and not config.closed_form and config.lr_warmup_steps == 100
-    assert not codec_config(tiny, preset, 64, 1000, False).compile
+    found = (objective.prior_groups, objective.prior_levels, objective.prior_width, objective.lpips_weight)
+    assert found == (prior.groups, prior.levels, prior.width, 2.0)
+    assert elbo[0].compile and not joint.compile and not elbo[0].closed_form and elbo[0].lr_warmup_steps == 100
     assert TrainingPlan(steps=1000, batch_size=64, images_per_s=640.0).every(2.0) == 1200
-
-
-@pytest.mark.parametrize("objective", ["elbo", "joint"])
-def test_the_lpips_weight_is_the_recipes(tiny: Recipe, model_file: Path, objective: Objective) -> None:
-    preset = preset_of(Codec.load(model_file).config, objective)
-    for weight in (0.0, 2.0):
-        found = codec_config(replace(tiny, lpips_weight=weight), preset, 32, 1000, True).objective
-        assert found.lpips_weight == weight  # pyright: ignore
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,19 @@ def rates(rd: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def priors(rd: dict[str, Any]) -> str:
+    """Return the table of files under each prior by step, dithered files last."""
+    points = {(p["dithered"], p["value"], p["codec"]): p for p in rd["summary"]["points"]}
+    kinds = [kind for kind in ("context", "factorized") if any(key[2] == kind for key in points)]
+    header = ["step", *(cell for kind in kinds for cell in (f"{kind} prior: bpp", NAMES["psnr"]))]
+    rows = []
+    for dithered, step in sorted({key[:2] for key in points if key[2] == kinds[0]}):
+        found = [points[dithered, step, kind] for kind in kinds]
+        cells = [cell for p in found for cell in (f"{p['bpp']:.3f}", value("psnr", p["psnr"]))]
+        rows.append([f"{step:g}{', dither' if dithered else ''}", *cells])
+    return markdown(header, rows)
+
+
 def measured_deltas(rd: dict[str, Any], found_by: str = "against") -> str:
     """Return delta rates against the anchors in every metric; "refined_against" gives those of refined files."""
     names = [name for name in metrics_of(rd) if name in next(iter(rd["against"].values()))["delta_rates"]]
@@ -116,6 +129,16 @@ def stages(quality: dict[str, Any], codec: Codec) -> str:
         stage = _Stage(f"{s.name} (published)", s.set, s.factor, s.channels, s.psnr, s.ssim, s.lpips, cost)
         rows.append(stage.cells())
     return markdown(header, rows)
+
+
+def stage_rates(quality: dict[str, Any], codec: Codec) -> str:
+    """Return the table of the measured first stages' KL and bytes on disk."""
+    rows = []
+    for name, found in quality["results"].items():
+        stage = _measured_stage(name, found, quality, codec)
+        rate = ["-" if found.get(key) is None else f"{found[key]:.2f}" for key in ("kl_bpp", "disk_bpp")]
+        rows.append([stage.name, stage.cells()[2], value("ms_ssim", found.get("ms_ssim")), *rate])
+    return markdown(["first stage", "latent of 256x256", "MS-SSIM", "KL, bpp", "on disk, bpp"], rows)
 
 
 def _measured_stage(name: str, found: dict[str, Any], quality: dict[str, Any], codec: Codec) -> _Stage:

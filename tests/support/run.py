@@ -73,7 +73,7 @@ def write_labels(folder: Path, labels: Sequence[int]) -> None:
 
 
 class Started:
-    """A process that runs a training program; its output goes to a file."""
+    """Run a training program in a process, with its output in a file."""
 
     def __init__(
         self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str

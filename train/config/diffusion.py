@@ -41,7 +41,7 @@ def check_diffusion(config: DiffusionConfig) -> None:
 
 
 def photo() -> DiffusionConfig:
-    """Latents of 256x256 photographs by the shipped codec: 32x32 positions, tokens of 2x2, DiT-S; needs a GPU."""
+    """Train DiT-S on latents of 256x256 photographs: 32x32 positions, tokens of 2x2; needs a GPU."""
     return DiffusionConfig(
         transformer=TransformerConfig(size=32, patch=2, depth=12, heads=6, head_width=64),
         objective=FlowConfig(time_mean=0.0, time_std=1.0, label_dropout=0.1),
@@ -65,7 +65,7 @@ def photo() -> DiffusionConfig:
 
 
 def mnist() -> DiffusionConfig:
-    """Latents of MNIST: 8x8 positions, tokens of 2x2; takes minutes on two CPU cores."""
+    """Train on latents of MNIST: 8x8 positions, tokens of 2x2; takes minutes on two CPU cores."""
     return dataclasses.replace(
         photo(),
         transformer=TransformerConfig(size=8, patch=2, depth=6, heads=4, head_width=32),

@@ -50,7 +50,7 @@ _PATCH_4 = LiteConfig(
 
 
 def photo() -> TrainConfig:
-    """The shipped codec's kind: lite, f8, 32 channels, a fixed rate-distortion trade-off, closed-form start."""
+    """Train the shipped kind of codec: lite, f8, 32 channels, fixed rate-distortion trade-off, closed-form start."""
     return TrainConfig(
         codec=_PHOTO_CODEC,
         objective=_PHOTO_OBJECTIVE,
@@ -82,7 +82,7 @@ def photo() -> TrainConfig:
 
 
 def photo_joint() -> TrainConfig:
-    """The shipped codec's last phase: trained jointly with its context prior, at all rates at once."""
+    """Train a codec jointly with its context prior at all rates at once, the shipped codec's last phase."""
     objective = JointConfig(
         noise_steps=(0.35, 4.0),
         mode_weight=1.0,
@@ -95,7 +95,7 @@ def photo_joint() -> TrainConfig:
 
 
 def pca() -> TrainConfig:
-    """Principal components of 8x8 patches, computed from their moments alone: a lower bound for any VAE."""
+    """Compute the principal components of 8x8 patches from their moments: a lower bound for any VAE."""
     # Noise of half a grey level shrinks components by next to nothing and keeps all of them.
     likelihood = GaussianConfig(scale="fixed", sigma=1 / 255)
     codec = replace(_PHOTO_CODEC, backbone=LinearConfig(patch=8), likelihood=likelihood)
@@ -103,7 +103,7 @@ def pca() -> TrainConfig:
 
 
 def conv() -> TrainConfig:
-    """A small AutoencoderKL (f8, 4 channels) with LPIPS and KL warm-up, from random weights."""
+    """Train a small AutoencoderKL (f8, 4 channels) with LPIPS and KL warm-up, from random weights."""
     backbone = ConvConfig(
         widths=(64, 128, 256, 256),
         layers_per_block=2,
@@ -127,7 +127,7 @@ def conv() -> TrainConfig:
 
 
 def kl_f8c4() -> TrainConfig:
-    """An AutoencoderKL of half the usual width (f8, 4 channels) for latent diffusion: LPIPS and adversarial loss.
+    """Train an AutoencoderKL of half the usual width (f8c4) for latent diffusion, with LPIPS and adversarial loss.
 
     It keeps the trade-off of latent diffusion (Rombach et al. 2022, appendix G): there, an L1 of 1 nat per value,
     LPIPS once for each of a pixel's three values, and 1e-6 of the KL. A Gaussian of sigma 1/4 has the same gradient as
@@ -154,19 +154,19 @@ def kl_f8c4() -> TrainConfig:
 
 
 def kl_f8c16() -> TrainConfig:
-    """The AutoencoderKL of `kl_f8c4` with 16 latent channels."""
+    """Train the AutoencoderKL of `kl_f8c4` with 16 latent channels."""
     base = kl_f8c4()
     return replace(base, codec=replace(base.codec, latent_channels=16))
 
 
 def autoencoder() -> TrainConfig:
-    """A deterministic autoencoder of the shipped codec's shape: no posterior, no rate."""
+    """Train a deterministic autoencoder of the shipped codec's shape: no posterior, no rate."""
     codec = replace(_PHOTO_CODEC, bottleneck=IdentityConfig())
     return replace(photo(), codec=codec, objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0))
 
 
 def vqvae() -> TrainConfig:
-    """A VQ-VAE: one of 512 codes for each 4x4 pixels, trained by running averages; unused codes are replaced."""
+    """Train a VQ-VAE: one of 512 codes for each 4x4 pixels, by running averages; unused codes are replaced."""
     bottleneck = VectorQuantizerConfig(codes=512)
     codebook = CodebookConfig(commitment=20.0, codebook="ema", codebook_decay=0.99, revive_below=0.25, revive_every=50)
     return replace(
@@ -179,14 +179,14 @@ def vqvae() -> TrainConfig:
 
 
 def fsq() -> TrainConfig:
-    """Finite scalar quantisation: one of 8 x 5 x 5 x 5 codes for each 4x4 pixels, without a codebook to train."""
+    """Train a finite scalar quantiser: one of 8 x 5 x 5 x 5 codes for each 4x4 pixels, without a codebook to train."""
     base = vqvae()
     codec = replace(base.codec, latent_channels=4, bottleneck=FiniteScalarConfig(levels=(8, 5, 5, 5)))
     return replace(base, codec=codec, objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0))
 
 
 def logistic() -> TrainConfig:
-    """A discretised logistic likelihood, for bits/dim of 32x32 crops; --components makes it a mixture."""
+    """Train a discretised logistic likelihood, for bits/dim of 32x32 crops; --components makes it a mixture."""
     backbone = replace(_PATCH_4, decoder_depths=(2,))
     likelihood = DiscretizedLogisticConfig(components=1)
     return replace(
@@ -201,7 +201,7 @@ def logistic() -> TrainConfig:
 
 
 def mnist_vae() -> TrainConfig:
-    """The MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli); 3,280 epochs of MNIST's 60,000 images."""
+    """Train the MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli): 3,280 epochs of MNIST."""
     codec = CodecConfig(
         image_channels=1,
         latent_channels=50,
@@ -234,12 +234,12 @@ def mnist_vae() -> TrainConfig:
 
 
 def mnist_iwae() -> TrainConfig:
-    """The network of `mnist_vae` trained with the importance-weighted bound of 50 samples (Burda et al. 2016)."""
+    """Train the network of `mnist_vae` with the importance-weighted bound of 50 samples (Burda et al. 2016)."""
     return replace(mnist_vae(), objective=IWAEConfig(samples=50))
 
 
 def mnist_cvae() -> TrainConfig:
-    """An MLP VAE conditioned on the digit, with 4 latent channels so that prior samples look good; 10 epochs."""
+    """Train an MLP VAE conditioned on the digit, with 4 latent channels so that prior samples look good; 10 epochs."""
     base, widths = mnist_vae(), (500, 500)
     backbone = MLPConfig(side=28, encoder_widths=widths, decoder_widths=widths, activation="relu")
     return replace(

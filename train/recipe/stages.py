@@ -156,7 +156,7 @@ class Stages:
 
     @property
     def model(self) -> Path:
-        """The finished model."""
+        """Return the path of the finished model."""
         return self.recipe.out / "photo.safetensors"
 
     @property
@@ -221,7 +221,7 @@ class Stages:
 
     @property
     def lacks_latents(self) -> bool:
-        """Whether latents that training still needs are missing, because the recipe moved without these large files."""
+        """Tell whether latents are missing that training still needs; they may be left behind on another machine."""
         folders = [self._val_latents, *self._latents]
         return "train the prior" not in self.state.done and not all((f / INDEX).exists() for f in folders)
 

@@ -54,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Recipe:
 
 
 class OutOfTime(Clock):
-    """A clock with time left only until the codec's speed is measured, or never."""
+    """Have time left only until the codec's speed is measured, or never."""
 
     def __init__(self, plan: Path | None = None) -> None:
         self.plan = plan

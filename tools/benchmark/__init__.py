@@ -1,1 +1,1 @@
-"""Time the networks, the coder and whole commands."""
+"""Time the networks, the entropy coder, whole commands, training and reading latents."""

@@ -1,4 +1,4 @@
-"""Measure, then claim: `python -m tools.benchmark encode|coding|quality|...`. Timings are ratios within one run."""
+"""Measure speed and quality: `python -m tools.benchmark encode|coding|quality|...`; timings are ratios in one run."""
 
 from typing import Annotated, Any, Union
 
@@ -14,6 +14,7 @@ from tools.benchmark.training import TrainingSpeed
 
 
 def main() -> None:
+    """Run the command line."""
     kind = Union[
         Annotated[Encoders, tyro.conf.subcommand("encoders")],
         Annotated[commands.Encode, tyro.conf.subcommand("encode")],

@@ -1,4 +1,4 @@
-"""What the entropy coding of a model costs: seconds beside its networks, bytes beside the prior's code length."""
+"""Time the entropy coding of a model beside its networks, and compare file sizes with the prior's code length."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import tyro
@@ -15,64 +15,44 @@ import tyro
 from latent_codec.bitstream.refinement import USUAL_ROUNDS, Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
+from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.images.geometry import Image, crop, pad
 from latent_codec.images.sources import find_images
+from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
-from latent_codec.model.codec import Codec
 from latent_codec.prior.error_feedback import Feedback
-from latent_codec.prior.passes import PassValues, PayloadSettings, Prior, decode, encode, quantize
+from latent_codec.prior.passes import PayloadSettings, Prior, decode, encode, quantize
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import Quantized, Scaled, dequantize, scale, step_code
 from latent_codec.prior.rans import Coder
 from tools.benchmark.record import machine, report
 
-LARGEST_LOSS = 1.01
-"""A file may take this times the ideal code length and `LARGEST_OVERHEAD` bytes."""
+LARGEST_LOSS, LARGEST_OVERHEAD = 1.01, 64
+"""A file may take so many times the ideal code length, and so many bytes more."""
 
-LARGEST_OVERHEAD = 64
+PARTS = ("encode_network", "encode_coder", "decode", "decode_coder")
+"""Parts of a prior that are timed; `decode` is network and coder in turn, `decode_coder` the coder told the tables."""
 
 
-def priors_of(codec: Codec) -> tuple[Priors, list[Prior]]:
-    """All that the model has, the factorised one first; raises `UserError` if it has none."""
-    if codec.priors is None:
+def priors_of(runner: Runner) -> tuple[Priors, list[Prior]]:
+    """Return the model's priors, the factorised one first; raises `UserError` if it has none."""
+    if (priors := runner.codec.priors) is None:
         raise UserError("the model has no prior to code with; `latent-codec export MODEL DST --data IMAGES` makes one")
-    context = codec.priors.context
-    return codec.priors, [codec.priors.factorized, *([] if context is None else [context])]
+    return priors, [priors.factorized, *([] if priors.context is None else [priors.context])]
 
 
-class PriorSeconds(NamedTuple):
-    """Per image."""
+def time_coding(runner: Runner, images: Sequence[Image], step: float, rounds: int) -> dict[str, Any]:
+    """Return the seconds per image of each part of coding, medians over rounds of means over images.
 
-    encode_network: float
-    """Which tables, and what is left to code under them."""
-    encode_coder: float
-    decode: float
-    """Network and coder, which take turns."""
-    decode_coder: float
-    """The coder alone, told the tables beforehand."""
-
-
-class Seconds(NamedTuple):
-    """Per image, medians over rounds of means over images; reading and writing files is not in them."""
-
-    encoder: float
-    scale: float
-    dequantize: float
-    decoder: float
-    priors: dict[str, PriorSeconds]
-    symbols: float
-    """Mean number of an image's latents."""
-    refine: float
-    """`USUAL_ROUNDS` of it under the best prior, of one round's images alone."""
-
-
-def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int, device: str) -> Seconds:
-    """All parts of coding one image, then the next, so that noise hits all alike; the first round is not counted."""
-    priors, kinds = priors_of(codec)
+    One image follows another, so that noise affects all parts alike. Reading and writing files is not included, and a
+    first round is not counted. `refine` takes `USUAL_ROUNDS` under the best prior, in one round; `symbols` is the mean
+    number of an image's latents; a prior's kind has the seconds of its `PARTS`.
+    """
+    priors, kinds = priors_of(runner)
+    codec, device = runner.codec, runner.options.device
     coders = [Coder(prior.tables) for prior in kinds]
-    compute = ComputeOptions(device=device, batch_size=1, workers=1)
-    refiner = Refiner(StreamCodec(codec, device), Runner(codec, compute), USUAL_ROUNDS)
+    refiner = Refiner(StreamCodec(codec, device), runner, USUAL_ROUNDS)
     taken: dict[str, list[float]] = defaultdict(list)
     symbols = 0
     for round_ in range(rounds + 1):
@@ -83,64 +63,48 @@ def time_coding(codec: Codec, images: Sequence[Image], step: float, rounds: int,
                     mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0].cpu()
                 with clock("scale"):
                     scaled = scale(mean, priors.channel_steps, step_code(step), None)
-                found = [
-                    _time_prior(p, coder, scaled, clock, device, priors.feedback)
-                    for p, coder in zip(kinds, coders, strict=True)
-                ]
+                pairs = zip(kinds, coders, strict=True)
+                quantized = [_time_prior(prior, coder, scaled, clock, priors.feedback) for prior, coder in pairs]
                 with clock("dequantize"):
-                    latents = dequantize(found[-1], priors.channel_steps)
+                    latents = dequantize(quantized[-1], priors.channel_steps)
                 with clock("decoder"):
                     codec.decode_uint8(latents[None].to(device)).cpu()
             if round_ == 1:
                 with clock("refine"):
                     refiner.scale(mean, crop(image.pixels, image.geometry), scaled.step, seed=None)
             symbols += scaled.latents.size if round_ == 0 else 0
-        if round_:
-            for name, seconds in clock.seconds.items():
-                taken[name].append(seconds / len(images))
-    median = {name: statistics.median(values) for name, values in taken.items()}
-    return Seconds(
-        encoder=median["encoder"],
-        scale=median["scale"],
-        dequantize=median["dequantize"],
-        decoder=median["decoder"],
-        priors={p.kind: PriorSeconds(**{f: median[f"{p.kind} {f}"] for f in PriorSeconds._fields}) for p in kinds},
-        symbols=symbols / len(images),
-        refine=median["refine"],
-    )
+        for name, seconds in clock.seconds.items() if round_ else ():
+            taken[name].append(seconds / len(images))
+    medians = {name: statistics.median(values) for name, values in taken.items()}
+    own = {prior.kind: {part: medians.pop(f"{prior.kind} {part}") for part in PARTS} for prior in kinds}
+    return medians | {"symbols": symbols / len(images)} | own
 
 
-def _time_prior(
-    prior: Prior, coder: Coder, scaled: Scaled, clock: "_Clock", device: str, feedback: Feedback | None
-) -> Quantized:
+def _time_prior(prior: Prior, coder: Coder, scaled: Scaled, clock: "_Clock", feedback: Feedback | None) -> Quantized:
     with clock(f"{prior.kind} encode_network"):
-        (coding,) = quantize(prior, [scaled], device, feedback)
+        (coding,) = quantize(prior, [scaled], clock.device, feedback)
     with clock(f"{prior.kind} encode_coder"):
         payload = encode(coder, coding.passes)
     z, h, w = scaled.latents.shape
     settings = PayloadSettings((z, h, w), scaled.step, scaled.seed)
     with clock(f"{prior.kind} decode"):
-        (found,) = decode(prior, coder, [payload], [settings], device)
+        (found,) = decode(prior, coder, [payload], [settings], clock.device)
     with clock(f"{prior.kind} decode_coder"):
-        _read(coder, payload, coding.passes)
+        decoder = coder.decoder(payload)
+        for _, tables in coding.passes:
+            decoder.read(tables)
+        decoder.finish()
     if isinstance(found, UserError) or not (found.fine == coding.quantized.fine).all():
         raise RuntimeError(f"the {prior.kind} prior's payload does not decode to what was coded")
     return found
 
 
-def _read(coder: Coder, payload: bytes, passes: Sequence[PassValues]) -> None:
-    decoder = coder.decoder(payload)
-    for _, tables in passes:
-        decoder.read(tables)
-    decoder.finish()
-
-
 class _Clock:
-    """Seconds by name."""
+    """Add up seconds by name."""
 
     def __init__(self, device: str) -> None:
+        self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
-        self._cuda = device.startswith("cuda")
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -149,99 +113,82 @@ class _Clock:
         self.seconds[name] += self._now() - started
 
     def _now(self) -> float:
-        if self._cuda:
+        if self.device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
-class Sizes(NamedTuple):
-    """One step's files under one prior."""
+def measure_sizes(runner: Runner, where: str, steps: Sequence[float]) -> dict[str, Any]:
+    """Compare files of every step and prior with the prior's code length.
 
-    prior: str
-    step: float
-    bpp: float
-    """Mean over images of the whole file's bits per pixel."""
-    ideal_bpp: float
-    """The prior's code length, likewise."""
-    worst_excess: float
-    """Largest, over images, of bytes - `LARGEST_LOSS` * ideal bits / 8: must not exceed `LARGEST_OVERHEAD`."""
-
-
-@torch.inference_mode()
-def measure_sizes(codec: Codec, images: Sequence[Image], steps: Sequence[float], device: str) -> list[Sizes]:
-    """Whole files against the prior's code length, for every step and prior."""
-    _, kinds = priors_of(codec)
-    coders = [StreamCodec(codec, device, prior.kind) for prior in kinds]
-    found: dict[tuple[str, float], list[tuple[float, float, float]]] = defaultdict(list)
-    for image in images:
-        mean = codec.encode(pad(image.pixels, codec.factor)[None].to(device)).mean[0]
-        area = image.geometry.width * image.geometry.height
-        for step in steps:
-            for coder in coders:
-                scaled = coder.scale(mean, step_code(step), None)
-                (coded,) = coder.compress([(scaled, image.geometry)])
-                excess = len(coded.data) - LARGEST_LOSS * coded.ideal_bits / 8
-                row = (8 * len(coded.data) / area, coded.ideal_bits / area, excess)
-                found[coder.prior.kind, step].append(row)
-    sizes = []
-    for (kind, step), rows in found.items():
-        bpp, ideal_bpp, excess = zip(*rows, strict=True)
-        sizes.append(Sizes(kind, step, statistics.mean(bpp), statistics.mean(ideal_bpp), max(excess)))
-    return sizes
+    `worst_excess` is the largest, over images, of bytes - `LARGEST_LOSS` * ideal bits / 8, and must not exceed
+    `LARGEST_OVERHEAD`; `context_saves` is the share of the factorised prior's bits per pixel that the context prior
+    saves, by step.
+    """
+    found = rate_distortion(runner, where, RateDistortionOptions(steps=steps, anchors=()))
+    sizes, bpp = [], {}
+    for i, point in enumerate(found.points):
+        if not point.setting.dithered:
+            rows = [
+                (image.rows[i].bytes, (image.rows[i].point.ideal_bpp or 0) * image.pixels) for image in found.images
+            ]
+            worst = max(size - LARGEST_LOSS * ideal_bits / 8 for size, ideal_bits in rows)
+            key = {"prior": point.setting.codec, "step": point.setting.value}
+            sizes.append(key | {"bpp": point.bpp, "ideal_bpp": point.ideal_bpp, "worst_excess": worst})
+            bpp[point.setting.codec, point.setting.value] = point.bpp
+    saves = {
+        f"step {step:g}": 1 - value / bpp["factorized", step]
+        for (kind, step), value in bpp.items()
+        if kind == "context"
+    }
+    worst = max(size["worst_excess"] for size in sizes)
+    return {"sizes": sizes, "context_saves": saves, "worst_excess_bytes": worst, "allowed": LARGEST_OVERHEAD}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coding:
-    """Time the entropy coding of images beside the networks, and hold files against the prior's code length."""
+    """Time the entropy coding of images beside the networks, and compare files with the prior's code length."""
 
     dir: tyro.conf.Positional[str]
     model: str = "photo"
     steps: tuple[float, ...] = (1.0, 1.4, 2.0)
-    """Of files; times are taken at the first."""
+    """Quantiser steps of files; times are taken at the first."""
     rounds: int = 5
-    """Each part is timed once per round and image, in turn."""
+    """Rounds, in each of which each part is timed once per image."""
     threads: int | None = None
-    """Of the networks; the entropy coder itself has one. By default torch's choice."""
+    """Threads of the networks, by default torch's choice; the entropy coder itself has one."""
     device: str = "cpu"
     out: Path | None = None
     """JSON file for the results."""
 
     def run(self) -> None:
+        """Measure times and sizes, and report them."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        codec = Codec.load(self.model, self.device).to(memory_format=torch.channels_last)
+        runner = load(self.model, ComputeOptions(device=self.device, batch_size=1, workers=1))
         images = [source.read() for source in find_images(self.dir)]
-        seconds = time_coding(codec, images, self.steps[0], self.rounds, self.device)
-        sizes = measure_sizes(codec, images, self.steps, self.device)
-        results = {"seconds_per_image": seconds._asdict() | {k: v._asdict() for k, v in seconds.priors.items()}}
-        del results["seconds_per_image"]["priors"]
-        results |= {kind: _coding_ratios(seconds, kind) for kind in seconds.priors}
-        plain = seconds.encoder + seconds.scale + sum(list(seconds.priors.values())[-1][:2])
-        results["refine"] = {"rounds": USUAL_ROUNDS, "times_as_long_to_encode": 1 + seconds.refine / plain}
-        results["files"] = {"sizes": [s._asdict() for s in sizes], "context_saves": _savings(sizes)}
-        results["files"] |= {"worst_excess_bytes": max(s.worst_excess for s in sizes), "allowed": LARGEST_OVERHEAD}
-        about = {"model_id": codec.model_id, "set": Path(self.dir).name, "images": len(images), "rounds": self.rounds}
-        about |= {"step_of_times": self.steps[0], "threads_of_the_coder": 1}
+        seconds = time_coding(runner, images, self.steps[0], self.rounds)
+        kinds = [prior.kind for prior in priors_of(runner)[1]]
+        best = seconds[kinds[-1]]
+        plain = seconds["encoder"] + seconds["scale"] + best["encode_network"] + best["encode_coder"]
+        results = {"seconds_per_image": seconds} | {kind: _coding_ratios(seconds, kind) for kind in kinds}
+        results["refine"] = {"rounds": USUAL_ROUNDS, "times_as_long_to_encode": 1 + seconds["refine"] / plain}
+        results["files"] = measure_sizes(runner, self.dir, self.steps)
+        about = {"model_id": runner.codec.model_id, "set": Path(self.dir).name, "images": len(images)}
+        about |= {"rounds": self.rounds, "step_of_times": self.steps[0], "threads_of_the_coder": 1}
         report(results, about | machine(self.device), self.out)
 
 
-def _coding_ratios(seconds: Seconds, kind: str) -> dict[str, float]:
-    """One prior's times as ratios: to the encoder network, and as shares of coding in all of encode and decode."""
-    own = seconds.priors[kind]
-    encode, decode = own.encode_network + own.encode_coder, own.decode
-    coding, uncoding = encode + seconds.scale, decode + seconds.dequantize
+def _coding_ratios(seconds: dict[str, Any], kind: str) -> dict[str, float]:
+    """Return one prior's times relative to the encoder network, and the shares of coding in encode and decode."""
+    own = seconds[kind]
+    encode, decode = own["encode_network"] + own["encode_coder"], own["decode"]
+    coding, uncoding = encode + seconds["scale"], decode + seconds["dequantize"]
     return {
-        "encode_prior_over_encoder_network": encode / seconds.encoder,
-        "decode_prior_over_encoder_network": decode / seconds.encoder,
-        "share_of_encode": coding / (coding + seconds.encoder),
-        "share_of_decode": uncoding / (uncoding + seconds.decoder),
-        "coder_alone_encode_msymbols_per_second": seconds.symbols / own.encode_coder / 1e6,
-        "coder_alone_decode_msymbols_per_second": seconds.symbols / own.decode_coder / 1e6,
+        "encode_prior_over_encoder_network": encode / seconds["encoder"],
+        "decode_prior_over_encoder_network": decode / seconds["encoder"],
+        "share_of_encode": coding / (coding + seconds["encoder"]),
+        "share_of_decode": uncoding / (uncoding + seconds["decoder"]),
+        "coder_alone_encode_msymbols_per_second": seconds["symbols"] / own["encode_coder"] / 1e6,
+        "coder_alone_decode_msymbols_per_second": seconds["symbols"] / own["decode_coder"] / 1e6,
     }
-
-
-def _savings(sizes: list[Sizes]) -> dict[str, float]:
-    """By step, the share of the factorised prior's mean bits per pixel that the context prior saves."""
-    bpp = {(s.prior, s.step): s.bpp for s in sizes}
-    steps = [s.step for s in sizes if s.prior == "context"]
-    return {f"step {step:g}": 1 - bpp["context", step] / bpp["factorized", step] for step in steps}

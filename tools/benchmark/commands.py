@@ -1,4 +1,4 @@
-"""Whole commands against their networks alone: what reading, coding and writing cost, and how much memory."""
+"""Time whole commands beside their networks alone, and measure how much memory they take."""
 
 import dataclasses
 import os
@@ -19,42 +19,42 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
+from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
-from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import STEP_ONE
 from tools.benchmark.other_models import sd_codec
 from tools.benchmark.record import machine, report
 
 _SMALLEST = 0.05
-"""Seconds that a command may say are 0.0."""
+"""Seconds that a command may report as 0.0."""
 
 
-class Ran(NamedTuple):
-    """A command that has ended well."""
+class CommandRun(NamedTuple):
+    """Hold what a command took that ended well."""
 
     seconds: float
-    """Of the whole process, from its start."""
+    """Seconds of the whole process, from its start."""
     peak_bytes: int
-    """Of memory, resident."""
+    """Peak resident memory."""
     text: str
 
     @property
     def own_seconds(self) -> float:
-        """What the command says: those of the process but for its start and its end."""
+        """Return the seconds that the command reports: without the process' start and end."""
         found = re.search(r" in ([\d.]+) s", self.text)
         assert found is not None
         return float(found[1])
 
     @property
     def stages(self) -> dict[str, float]:
-        return {
-            name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s(?=,|$)", self.text.splitlines()[-1])
-        }
+        """Return the seconds of each stage that the command reports."""
+        last = self.text.splitlines()[-1]
+        return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s(?=,|$)", last)}
 
 
-def run(*argv: str | Path) -> Ran:
-    """`python -m ARGV`; raises `UserError` if it fails."""
+def run(*argv: str | Path) -> CommandRun:
+    """Run `python -m ARGV`; raises `UserError` if it fails."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *map(str, argv)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -63,11 +63,11 @@ def run(*argv: str | Path) -> Ran:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"{' '.join(map(str, argv))}: ended with exit code {process.returncode}")
-    return Ran(time.perf_counter() - started, usage.ru_maxrss * 1024, text)
+    return CommandRun(time.perf_counter() - started, usage.ru_maxrss * 1024, text)
 
 
 def gather(where: str, folder: Path, count: int) -> Path:
-    """The first `count` images found, as files of a folder; if there are fewer, they come again by other names."""
+    """Copy the first `count` images into a folder; if there are fewer, repeat them under other names."""
     sources = find_images(where)
     folder.mkdir(parents=True)
     for i in range(count):
@@ -76,14 +76,44 @@ def gather(where: str, folder: Path, count: int) -> Path:
     return folder
 
 
+Contender = Callable[[int], CommandRun | None]
+"""Called with the number of the round; returns what a command took."""
+
+
+class Timings(NamedTuple):
+    """Hold the timings of each contender, one per round."""
+
+    seconds: dict[str, list[float]]
+    commands: dict[str, list[CommandRun]]
+    """Runs of the contenders that are commands."""
+
+    def rates(self, count: int) -> dict[str, float]:
+        """Return images per second, from the median over rounds of the seconds for `count` images."""
+        return {name: count / statistics.median(seconds) for name, seconds in self.seconds.items()}
+
+
+def time_in_turn(contenders: Mapping[str, Contender], rounds: int) -> Timings:
+    """Time each contender once a round, in turn."""
+    timings = Timings({name: [] for name in contenders}, {})
+    for i in range(rounds):
+        for name, call in contenders.items():
+            started = time.perf_counter()
+            ran = call(i)
+            timings.seconds[name].append(time.perf_counter() - started)
+            if ran is not None:
+                timings.commands.setdefault(name, []).append(ran)
+    return timings
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Folder:
     dir: tyro.conf.Positional[str]
     """Photographs of one size."""
     model: str = "photo"
     count: int = 1000
+    """Number of photographs; those in DIR are repeated if they are fewer."""
     rounds: int = 3
-    """Everything is timed once per round, in turn."""
+    """Rounds, in each of which everything is timed once."""
     batch_size: int = 8
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -91,118 +121,100 @@ class _Folder:
     out: Path | None = None
     """JSON file for the results."""
 
-    @property
-    def flags(self) -> list[str]:
-        flags = ["--model", self.model, "--device", self.device, "--dtype", self.dtype]
-        return [*flags, "--batch-size", f"{self.batch_size}", *(["--compile"] if self.compile else [])]
-
-    def runner(self) -> Runner:
-        codec = Codec.load(self.model, self.device).to(memory_format=torch.channels_last)
-        return Runner(
-            codec,
-            ComputeOptions(
-                device=self.device, dtype=self.dtype, batch_size=self.batch_size, workers=1, compile=self.compile
-            ),
-        )
-
-    def batches(self, images: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
-        return (images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size))
-
-    def read(self, folder: Path, factor: int) -> list[torch.Tensor]:
-        images = [pad(source.read().pixels, factor) for source in find_images(folder)]
-        if len({image.shape for image in images}) > 1:
-            raise UserError(f"{self.dir}: images of several sizes; the networks alone are timed on those of one")
-        return images
-
-    def finish(self, taken: "Taken", base: str) -> None:
-        """Report images per second, medians over the rounds, as shares of those of `base`."""
-        rates = {name: self.count / statistics.median(seconds) for name, seconds in taken.seconds.items()}
+    def run(self) -> None:
+        """Time everything once a round and report images per second, also as shares of the network's alone."""
+        options = {name: getattr(self, name) for name in ("device", "dtype", "batch_size", "compile")}
+        runner = load(self.model, ComputeOptions(workers=1, **options))
+        with tempfile.TemporaryDirectory() as temporary:
+            src = gather(self.dir, Path(temporary, "photos"), self.count)
+            images = [pad(source.read().pixels, runner.codec.factor) for source in find_images(src)]
+            if len({image.shape for image in images}) > 1:
+                raise UserError(f"{self.dir}: has images of several sizes; give images of one size")
+            timings = time_in_turn(self.contenders(runner, src, images), self.rounds)
+        rates = timings.rates(self.count)
+        base = next(iter(rates))
         share = f"share_of_{base.replace(' ', '_')}"
         results: dict[str, dict[str, Any]] = {
             name: {"images_per_second": rate, share: rate / rates[base]} for name, rate in rates.items()
         }
-        for name, commands in taken.commands.items():
+        for name, commands in timings.commands.items():
             own = self.count / max(statistics.median(ran.own_seconds for ran in commands), _SMALLEST)
             results[name] |= {f"{share}_after_start": own / rates[base], "seconds_in_stages": commands[-1].stages}
         about = {"set": Path(self.dir).name, "images": self.count, "rounds": self.rounds, "batch_size": self.batch_size}
         about |= {"model": self.model, "dtype": self.dtype, "compile": self.compile}
         report(results, about | machine(self.device), self.out)
 
+    def contenders(self, runner: Runner, src: Path, images: Sequence[torch.Tensor]) -> dict[str, Contender]:
+        """Return what is timed, the network alone first; `images` are those in `src`, padded."""
+        raise NotImplementedError
+
+    def _command(self, *argv: str | Path) -> CommandRun:
+        flags = ["--model", self.model, "--device", self.device, "--dtype", self.dtype]
+        return run(*argv, *flags, "--batch-size", f"{self.batch_size}", *(["--compile"] if self.compile else []))
+
+    def _batches(self, images: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+        return (images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encode(_Folder):
     """Time `encode` of a folder, from the start of the process to its end, beside the encoder alone."""
 
-    def run(self) -> None:
-        runner = self.runner()
+    def contenders(self, runner: Runner, src: Path, images: Sequence[torch.Tensor]) -> dict[str, Contender]:
+        """Return the encoder, with the entropy coder, and the commands for latents and for .lc files."""
         coder = StreamCodec(runner.codec, self.device)
-        with tempfile.TemporaryDirectory() as temporary:
-            src = gather(self.dir, Path(temporary, "photos"), self.count)
-            images = self.read(src, runner.codec.factor)
-            geometries = [source.read().geometry for source in find_images(src)]
+        geometries = [source.read().geometry for source in find_images(src)]
 
-            def network(_: int) -> None:
-                for batch in self.batches(images):
-                    runner.encode(batch)
+        def network(_: int) -> None:
+            for batch in self._batches(images):
+                runner.encode(batch)
 
-            def network_and_coding(_: int) -> None:
-                for start, batch in enumerate(self.batches(images)):
-                    means = runner.encode(batch).mean
-                    scaled = [coder.scale(mean, STEP_ONE, None) for mean in means]
-                    coder.compress(list(zip(scaled, geometries[start * self.batch_size :], strict=False)))
+        def network_and_coding(_: int) -> None:
+            for start, batch in enumerate(self._batches(images)):
+                scaled = [coder.scale(mean, STEP_ONE, None) for mean in runner.encode(batch).mean]
+                coder.compress(list(zip(scaled, geometries[start * self.batch_size :], strict=False)))
 
-            def command(name: str, *flags: str) -> Contender:
-                return lambda i: run("tools.encode", src, Path(temporary, f"{name} {i}"), *self.flags, *flags)
+        def command(name: str, *flags: str) -> Contender:
+            return lambda i: self._command("tools.encode", src, src.parent / f"{name} {i}", *flags)
 
-            taken = measure(
-                {
-                    "encoder alone": network,
-                    "encoder and entropy coding alone": network_and_coding,
-                    "encode --format safetensors": command("latents", "--format", "safetensors"),
-                    "encode (.lc files)": command("streams"),
-                },
-                self.rounds,
-            )
-        self.finish(taken, "encoder alone")
+        return {
+            "encoder alone": network,
+            "encoder and entropy coding alone": network_and_coding,
+            "encode --format safetensors": command("latents", "--format", "safetensors"),
+            "encode (.lc files)": command("streams"),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode(_Folder):
     """Time `decode` of a folder, from the start of the process to its end, beside the decoder alone."""
 
-    def run(self) -> None:
-        runner = self.runner()
-        with tempfile.TemporaryDirectory() as temporary:
-            src = gather(self.dir, Path(temporary, "photos"), self.count)
-            images = self.read(src, runner.codec.factor)
-            latents = [mean for batch in self.batches(images) for mean in runner.encode(batch).mean]
-            run("tools.encode", src, Path(temporary, "latents"), *self.flags, "--format", "safetensors")
-            run("tools.encode", src, Path(temporary, "streams"), *self.flags)
+    def contenders(self, runner: Runner, src: Path, images: Sequence[torch.Tensor]) -> dict[str, Contender]:
+        """Return the decoder, and the commands for latents and for .lc files."""
+        latents = [mean for batch in self._batches(images) for mean in runner.encode(batch).mean]
+        self._command("tools.encode", src, src.parent / "latents", "--format", "safetensors")
+        self._command("tools.encode", src, src.parent / "streams")
 
-            def network(_: int) -> None:
-                for batch in self.batches(latents):
-                    runner.decode_uint8(batch)
+        def network(_: int) -> None:
+            for batch in self._batches(latents):
+                runner.decode_uint8(batch)
 
-            def command(kind: str, *flags: str) -> Contender:
-                return lambda i: run(
-                    "tools.decode", Path(temporary, kind), Path(temporary, f"{kind} {i} {flags}"), *self.flags, *flags
-                )
-
-            taken = measure(
-                {
-                    "decoder alone": network,
-                    "decode of latents to PNG": command("latents"),
-                    "decode of latents to JPEG": command("latents", "--image-format", "jpg"),
-                    "decode of .lc files to PNG": command("streams"),
-                },
-                self.rounds,
+        def command(kind: str, *flags: str) -> Contender:
+            return lambda i: self._command(
+                "tools.decode", src.parent / kind, src.parent / f"{kind} {i} {flags}", *flags
             )
-        self.finish(taken, "decoder alone")
+
+        return {
+            "decoder alone": network,
+            "decode of latents to PNG": command("latents"),
+            "decode of latents to JPEG": command("latents", "--image-format", "jpg"),
+            "decode of .lc files to PNG": command("streams"),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
-    """Time `encode` beside the obvious script (`diffusers_loop.py`), both with the SD shape and equal weights."""
+    """Time `encode` beside a plain loop (`diffusers_loop.py`), both with the SD shape and equal weights."""
 
     dir: tyro.conf.Positional[str]
     count: int = 24
@@ -210,42 +222,43 @@ class Loop:
     batch_size: int = 4
     device: str = "cpu"
     out: Path | None = None
+    """JSON file for the results."""
 
     def run(self) -> None:
+        """Time both and report images per second."""
         with tempfile.TemporaryDirectory() as temporary:
             src, model = gather(self.dir, Path(temporary, "photos"), self.count), Path(temporary, "sd.safetensors")
             sd_codec().save(model)
             flags = ["--batch-size", f"{self.batch_size}", "--device", self.device]
 
-            def ours(i: int) -> Ran:
+            def ours(i: int) -> CommandRun:
                 latents = ["--model", f"{model}", "--format", "safetensors"]
                 return run("tools.encode", src, Path(temporary, f"ours {i}"), *latents, *flags)
 
-            def theirs(i: int) -> Ran:
-                return run(
-                    "tools.benchmark.diffusers_loop", src, Path(temporary, f"theirs {i}"), "--weights", model, *flags
-                )
+            def theirs(i: int) -> CommandRun:
+                dst = Path(temporary, f"theirs {i}")
+                return run("tools.benchmark.diffusers_loop", src, dst, "--weights", model, *flags)
 
-            names = {"encode --format safetensors": ours, "loop over diffusers' AutoencoderKL": theirs}
-            taken = measure(names, self.rounds)
-        rates = {name: self.count / statistics.median(seconds) for name, seconds in taken.seconds.items()}
-        base = rates["loop over diffusers' AutoencoderKL"]
-        results = {name: {"images_per_second": r, "times_as_fast": r / base} for name, r in rates.items()}
+            base = "loop over diffusers' AutoencoderKL"
+            rates = time_in_turn({"encode --format safetensors": ours, base: theirs}, self.rounds).rates(self.count)
+        results = {name: {"images_per_second": r, "times_as_fast": r / rates[base]} for name, r in rates.items()}
         about = {"set": Path(self.dir).name, "images": self.count, "rounds": self.rounds, "batch_size": self.batch_size}
         report(results, about | machine(self.device), self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Peak memory of `encode` and `decode` by the number of images."""
+    """Measure the peak memory of `encode` and `decode` by the number of images."""
 
     dir: tyro.conf.Positional[str]
     counts: tuple[int, ...] = (1000, 5000)
     model: str = "photo"
     device: str = "cpu"
     out: Path | None = None
+    """JSON file for the results."""
 
     def run(self) -> None:
+        """Run the commands and report their peaks."""
         results: dict[str, dict[str, Any]] = {"info": {"peak_mb": run("tools.info", self.model).peak_bytes / 1e6}}
         flags = ["--model", self.model, "--device", self.device]
         with tempfile.TemporaryDirectory() as temporary:
@@ -259,30 +272,4 @@ class Memory:
                     }
                     for way, ran in ways.items():
                         results.setdefault(f"{way} {form}", {})[f"peak_mb of {count}"] = ran.peak_bytes / 1e6
-        about = {"set": Path(self.dir).name, "model": self.model}
-        report(results, about | machine(self.device), self.out)
-
-
-Contender = Callable[[int], Ran | None]
-"""Given the number of the round; what ran of a command."""
-
-
-class Taken(NamedTuple):
-    """By contender, one for each round."""
-
-    seconds: dict[str, list[float]]
-    commands: dict[str, list[Ran]]
-    """Of those that are."""
-
-
-def measure(contenders: Mapping[str, Contender], rounds: int) -> Taken:
-    """Each once a round, in turn."""
-    taken = Taken({name: [] for name in contenders}, {})
-    for i in range(rounds):
-        for name, call in contenders.items():
-            started = time.perf_counter()
-            ran = call(i)
-            taken.seconds[name].append(time.perf_counter() - started)
-            if ran is not None:
-                taken.commands.setdefault(name, []).append(ran)
-    return taken
+        report(results, {"set": Path(self.dir).name, "model": self.model} | machine(self.device), self.out)

@@ -1,4 +1,4 @@
-"""The obvious script, to time `encode` against: a DataLoader, diffusers' `AutoencoderKL`, `torch.save` for each image.
+"""Encode a folder by a plain loop: a DataLoader, diffusers' `AutoencoderKL`, `torch.save` for each image.
 
 `python -m tools.benchmark.diffusers_loop SRC DST --weights FILE`: FILE is a model file of the SD shape.
 """
@@ -29,6 +29,8 @@ class _Images(Dataset[tuple[str, torch.Tensor]]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
+    """Encode SRC into DST, to be timed beside `encode`."""
+
     src: tyro.conf.Positional[Path]
     dst: tyro.conf.Positional[Path]
     weights: Path
@@ -38,6 +40,7 @@ class Loop:
 
     @torch.inference_mode()
     def run(self) -> None:
+        """Write a latent for each image."""
         self.dst.mkdir(parents=True)
         vae = diffusers_autoencoder(Codec.load(self.weights)).to(self.device)
         for names, x in DataLoader(_Images(self.src), self.batch_size, num_workers=self.workers):

@@ -1,4 +1,4 @@
-"""Time the encoder networks against diffusers' AutoencoderKL."""
+"""Time the encoder networks beside diffusers' AutoencoderKL."""
 
 import dataclasses
 import statistics
@@ -24,40 +24,36 @@ class Encoders:
     """Side of the square images, in pixels."""
     batch: int = 1
     rounds: int = 5
-    """Each encoder is timed once per round, in turn, so that noise hits all alike."""
+    """Rounds, in each of which each encoder is timed once; the median counts."""
     device: str = "cpu"
     out: Path | None = None
     """JSON file for the results."""
 
     @torch.inference_mode()
     def run(self) -> None:
+        """Time the encoders in turn, after one round that does not count, and report seconds per image."""
         lite = Codec.load(self.model).to(self.device).to(memory_format=torch.channels_last)
         conv = sd_codec().eval().to(self.device)
-        peer = diffusers_autoencoder(conv).to(self.device)
+        other = diffusers_autoencoder(conv).to(self.device)
         x = torch.rand(self.batch, 3, self.size, self.size, device=self.device) * 2 - 1
-        difference = (conv.encode(x).mean - peer.encode(x).latent_dist.mean).abs().max().item()
+        difference = (conv.encode(x).mean - other.encode(x).latent_dist.mean).abs().max().item()
         contenders: dict[str, Callable[[], Any]] = {
             "lite": lambda: lite.encode(x),
             "conv (SD shape)": lambda: conv.encode(x),
-            "diffusers AutoencoderKL": lambda: peer.encode(x),
+            "diffusers AutoencoderKL": lambda: other.encode(x),
         }
-        seconds = self._time(contenders)
+        taken: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(self.rounds + 1):
+            for name, call in contenders.items():
+                started = time.perf_counter()
+                call()
+                if self.device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                taken[name].append((time.perf_counter() - started) / self.batch)
+        seconds = {name: statistics.median(values[1:]) for name, values in taken.items()}
         base = seconds["diffusers AutoencoderKL"]
         results = {name: {"seconds": s, "times_as_fast_as_diffusers": base / s} for name, s in seconds.items()}
         about = {"size": self.size, "batch": self.batch, "rounds": self.rounds, "difference": difference}
         about |= {"gflop_lite": count_flops(lite.config, self.size).encoder / 1e9}
         about |= {"gflop_conv": count_flops(conv.config, self.size).encoder / 1e9}
         report(results, about | machine(self.device), self.out)
-
-    def _time(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds per image of each, after one unmeasured call."""
-        taken: dict[str, list[float]] = {name: [] for name in contenders}
-        for round_ in range(self.rounds + 1):
-            for name, call in contenders.items():
-                started = time.perf_counter()
-                call()
-                if self.device.startswith("cuda"):
-                    torch.cuda.synchronize()
-                if round_:
-                    taken[name].append((time.perf_counter() - started) / self.batch)
-        return {name: statistics.median(values) for name, values in taken.items()}

@@ -1,4 +1,4 @@
-"""How fast stored latents come to a training loop, beside a file for each image as others keep them."""
+"""Time how fast a training loop reads stored latents, beside the usual file for each image."""
 
 import dataclasses
 import statistics
@@ -30,7 +30,7 @@ _UNIT = 128
 
 
 class _Files(Dataset[torch.Tensor]):
-    """(mean, logvar) of each image in a file of its own."""
+    """Read (mean, logvar) of each image from a file of its own."""
 
     def __init__(self, folder: Path, suffix: str, load: Callable[[Path], torch.Tensor]) -> None:
         self.paths, self.load = sorted(folder.glob(f"*{suffix}")), load
@@ -43,7 +43,7 @@ class _Files(Dataset[torch.Tensor]):
 
 
 class _Stored(Dataset[Any]):
-    """`Latents`, not drawn."""
+    """Read `Latents` without drawing."""
 
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
@@ -63,19 +63,20 @@ def _load_npz(path: Path) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentsSpeed:
-    """Time epochs of float16 posteriors, in random order in batches, with and without drawing."""
+    """Time epochs of float16 posteriors in random batches, with and without drawing."""
 
     images: int = 4000
     shape: tuple[int, int, int] = (32, 32, 32)
-    """Channels, height and width of the latents; the files beside them are made for it, too."""
+    """Channels, height and width of the latents, which are made up."""
     batch: int = 64
     workers: tuple[int, ...] = (0, 2)
     epochs: int = 3
-    """The median of these counts; one more comes before them, in which workers start and files get into the cache."""
+    """Epochs of which the median counts, after one in which workers start and files get into the cache."""
     out: Path | None = None
     """JSON file for the results."""
 
     def run(self) -> None:
+        """Time every way to read and report images per second."""
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder))
             latents = Latents(Path(folder))
@@ -132,7 +133,7 @@ class LatentsSpeed:
 
 
 def _seconds(loader: Any, epochs: int) -> float:
-    """The median epoch's; all files are in the system's cache."""
+    """Return the seconds of the median epoch; all files are in the system's cache."""
     found: list[float] = []
     for _ in range(epochs + 1):
         started = time.perf_counter()

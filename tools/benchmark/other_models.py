@@ -1,4 +1,4 @@
-"""Other people's autoencoders, to measure beside ours under the same protocol: TAEF2 and diffusers' AutoencoderKL."""
+"""Provide other projects' autoencoders, to measure beside ours: TAEF2 and diffusers' AutoencoderKL."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,10 @@ _LATENT_CHANNELS = 32
 
 
 class Taef2(nn.Module):
-    """TAEF2, the tiny autoencoder for FLUX.2's latents: 8x8 pixels to 32 channels, deterministic.
+    """Implement TAEF2, the tiny deterministic autoencoder for FLUX.2's latents: 8x8 pixels to 32 channels.
 
-    Source: github.com/madebyollin/taesd (weights and code MIT). Tensors are named as in the published files,
-    `<layer>.conv.<i>`, `<layer>.pool.<i>`; they are float16 there and computed with in float32 here.
+    Source: github.com/madebyollin/taesd (weights and code MIT). Tensors have the names of the published files,
+    `<layer>.conv.<i>` and `<layer>.pool.<i>`; the files are float16, and computation is float32.
     """
 
     factor = 8
@@ -53,7 +53,7 @@ class Taef2(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (b, 3, h, w) uint8 -> latents (b, 32, h/8, w/8) float32."""
+        """Return latents (b, 32, h/8, w/8) float32 of x (b, 3, h, w) uint8; h and w are divisible by 8."""
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"TAEF2 encodes (b, 3, h, w) uint8, not {tuple(x.shape)} {x.dtype}")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
@@ -62,12 +62,12 @@ class Taef2(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """z: (b, 32, h/8, w/8) float -> (b, 3, h, w) uint8, clamped and rounded."""
+        """Return pixels (b, 3, h, w) uint8 of z (b, 32, h/8, w/8), clamped and rounded."""
         return (self.decoder(z.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 class _Residual(nn.Module):
-    """relu(x + conv(x)); at the coarsest scale x has first been given what the whole image looks like."""
+    """Compute relu(x + conv(x)), at the coarsest scale after adding features pooled over the image."""
 
     def __init__(self, *, pooled: bool) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Residual(nn.Module):
 
 
 class _SoftClamp(nn.Module):
-    """Latents that a diffusion model overshot, brought smoothly into (-3, 3)."""
+    """Bring latents smoothly into (-3, 3), which a diffusion model may have left."""
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return 3 * torch.tanh(z / 3)
@@ -120,7 +120,7 @@ def _decoder() -> nn.Sequential:
 
 
 def sd_codec() -> Codec:
-    """A codec of the shape of Stable Diffusion's AutoencoderKL, with random weights."""
+    """Return a codec of the shape of Stable Diffusion's AutoencoderKL with random weights."""
     return Codec(
         CodecConfig(
             image_channels=3,
@@ -140,12 +140,12 @@ def sd_codec() -> Codec:
 
 
 def diffusers_autoencoder(codec: Codec) -> Any:
-    """diffusers' `AutoencoderKL` with the weights of a `conv` codec."""
-    import diffusers  # only this needs it; it comes with the test extra
+    """Return diffusers' `AutoencoderKL` with the weights of a `conv` codec."""
+    import diffusers  # optional
 
     shape, autoencoder = codec.config.backbone, cast("Any", diffusers).AutoencoderKL
     assert isinstance(shape, ConvConfig)
-    peer = autoencoder(
+    other = autoencoder(
         block_out_channels=shape.widths,
         down_block_types=("DownEncoderBlock2D",) * len(shape.widths),
         up_block_types=("UpDecoderBlock2D",) * len(shape.widths),
@@ -153,5 +153,5 @@ def diffusers_autoencoder(codec: Codec) -> Any:
         latent_channels=codec.config.latent_channels,
         norm_num_groups=shape.groups,
     )
-    peer.load_state_dict(codec.backbone.state_dict())
-    return peer.eval()
+    other.load_state_dict(codec.backbone.state_dict())
+    return other.eval()

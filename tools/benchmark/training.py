@@ -1,4 +1,4 @@
-"""How near a training step comes to what its own convolutions and products reach alone on the device."""
+"""Compare the speed of a training step with that of its convolutions and products timed alone."""
 
 import dataclasses
 import json
@@ -30,22 +30,23 @@ from train.objectives.joint import Joint
 from train.recipe.config import Objective, preset_of
 
 LEAST_SHARE = 0.5
-"""Of the attainable rate, what a training step should reach."""
+"""Share of the attainable rate that a training step should reach."""
 
 
 class Shape(NamedTuple):
-    """What stands for a tensor of a recorded product."""
+    """Stand for a tensor of a recorded product."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     def make(self, device: str) -> torch.Tensor:
+        """Return such a tensor of random numbers."""
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device).normal_()
 
 
 class Product(NamedTuple):
-    """One kind of convolution, matrix product or gradient of one, as autograd and autocast really call it."""
+    """Hold one kind of convolution, matrix product or gradient of one, as autograd and autocast call it."""
 
     name: str
     sizes: tuple[tuple[int, ...], ...]
@@ -56,7 +57,7 @@ class Product(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every product that PyTorch counts operations of; the same one again is counted."""
+    """Record and count every kind of product whose operations PyTorch counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,18 +86,20 @@ def _shape_of(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Operations per second of a training step, of its convolutions and products each timed alone, and of one matrix
-    product. The step is that of train.vae with images in device memory, from drawing crops to averaged weights."""
+    """Measure operations per second of a training step, of its products each timed alone, and of a matrix product.
+
+    The step is that of train.vae with images in device memory, from drawing crops to averaged weights.
+    """
 
     model: str = "photo"
     objective: Objective = "joint"
-    """As the recipe's."""
+    """Objective of train.recipe."""
     batch: int = 256
     crop: int = 128
     steps: int = 100
-    """Of a run; the last half of them counts."""
+    """Steps of a run, of which the last half counts."""
     rounds: int = 5
-    """Each product is timed so often, in turn; medians count."""
+    """Times that each product is timed, in turn; medians count."""
     matmul: int = 8192
     """Side of the matrices whose product is the peak."""
     device: Literal["cpu", "cuda"] = "cuda"
@@ -106,6 +109,7 @@ class TrainingSpeed:
     """JSON file for the results."""
 
     def run(self) -> None:
+        """Measure all three and report their shares."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: there is none; give --device cpu, with a small --batch and --matmul")
         if min(self.batch, self.rounds, self.matmul) < 1 or self.steps < 2:
@@ -150,7 +154,7 @@ class TrainingSpeed:
         report(results, about | machine(self.device), self.out, products=rows)
 
     def _step_seconds(self, config: TrainConfig) -> float:
-        """Of `train.vae` on images of noise, by its own log."""
+        """Return the seconds of a step of `train.vae` on images of noise, from its log."""
         with tempfile.TemporaryDirectory() as name, accelerate_as(self.precision, cpu=self.device == "cpu"):
             folder = Path(name)
             random, side = np.random.default_rng(0), max(256, config.crop)
@@ -169,7 +173,7 @@ class TrainingSpeed:
         return config.batch_size / speeds[-1]
 
     def _record(self, config: TrainConfig) -> Recorder:
-        """Forward and backward of one batch, not compiled: what is to be computed, not how."""
+        """Record the products of forward and backward of one batch, not compiled."""
         codec = Codec(config.codec)
         if isinstance(config.objective, JointConfig):
             objective = Joint(config.objective, codec, prior_of(config.objective, self.model))
@@ -187,7 +191,7 @@ class TrainingSpeed:
         return recorder
 
     def _time(self, recorder: Recorder) -> list[dict[str, Any]]:
-        """A row for each kind of product, those that take longest first."""
+        """Return a row for each kind of product, the slowest first."""
         taken: dict[str, list[float]] = {key: [] for key in recorder.products}
         for round_ in range(self.rounds + 1):
             for key, product in recorder.products.items():
@@ -215,14 +219,14 @@ class TrainingSpeed:
         return sorted(rows, key=lambda row: -row["seconds_in_all"])
 
     def _peak(self) -> float:
-        """Operations per second of one matrix product, the fastest of the rounds."""
+        """Return the operations per second of one matrix product, the fastest of the rounds."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         a, b = (torch.randn(self.matmul, self.matmul, device=self.device, dtype=dtype) for _ in range(2))
         self._seconds(lambda: a @ b)
         return 2 * self.matmul**3 / min(self._seconds(lambda: a @ b) for _ in range(self.rounds))
 
     def _seconds(self, call: Callable[[], Any]) -> float:
-        """Of one call. On a GPU ten follow one another between two events, so that launching them hides."""
+        """Return the seconds of one call; on a GPU ten calls in a row hide the time of launching them."""
         if self.device == "cpu":
             started = time.perf_counter()
             call()
@@ -242,7 +246,7 @@ _SHOWN = 12
 
 
 def _table(rows: list[dict[str, Any]], step: float) -> str:
-    """The products that take longest, with their share of the step."""
+    """Return lines of text with the slowest products and their share of the step."""
     lines = [f"{'product':22} {'times':>5} {'ms in all':>9} {'of step':>7} {'TFLOP/s':>8}  sizes"]
     for row in rows[:_SHOWN]:
         sizes = " ".join("x".join(map(str, size)) for size in row["sizes"])

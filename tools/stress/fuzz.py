@@ -1,9 +1,9 @@
-"""Damages streams in every way it knows and decodes them. Each must be refused, or be exactly what an encoder writes.
+"""Damage streams and decode them: each must be refused, or be exactly what an encoder writes.
 
     python -m tools.stress.fuzz --count 1000000 --seed 0
 
-A mutant is a pure function of (seed, its number), so a finding can be repeated. The work is done in a process with a
-limit on its memory, which is ended if it stands still.
+A mutant is a pure function of (seed, number), so a finding can be repeated. The work is done in a process with limited
+memory, which is killed if it hangs.
 """
 
 import dataclasses
@@ -33,12 +33,14 @@ GOLDEN = Path(__file__).parents[2] / "tests" / "bitstream" / "golden" / "2"
 
 
 class Verdict(NamedTuple):
+    """Say what became of a mutant, and why."""
+
     outcome: Literal["refused", "decoded", "WRONG"]
     reason: str
 
 
 class Judge:
-    """Decodes mutants and says what came of each."""
+    """Decode mutants and judge the result."""
 
     def __init__(self, codec: Codec, streams: Sequence[bytes]) -> None:
         self._codec, self._streams, self._reader = codec, set(streams), StreamReader(codec, "cpu")
@@ -47,6 +49,7 @@ class Judge:
         self._coders = {kind: Coder(self._codecs[kind].prior.tables) for kind in kinds}
 
     def judge(self, mutants: Sequence[Mutant]) -> list[Verdict]:
+        """Return a verdict for each mutant."""
         verdicts: dict[int, Verdict] = {}
         groups: defaultdict[Any, list[tuple[int, Stream]]] = defaultdict(list)
         for i, mutant in enumerate(mutants):
@@ -55,7 +58,7 @@ class Judge:
                 groups[self._reader.check(stream)].append((i, stream))
             except UserError as error:
                 verdicts[i] = Verdict("refused", str(error))
-            except Exception as error:  # whatever it is, it is a finding
+            except Exception as error:  # any other exception is a finding
                 verdicts[i] = _crashed(error)
         for (kind, _), members in groups.items():
             found = self._decode(kind, [stream for _, stream in members])
@@ -72,13 +75,13 @@ class Judge:
         except Exception as error:
             if len(streams) == 1:
                 return [error]
-            return [one for stream in streams for one in self._decode(kind, [stream])]  # whose fault is it?
+            return [one for stream in streams for one in self._decode(kind, [stream])]  # find the one that fails
 
     def _verdict(self, mutant: Mutant, stream: Stream, result: Quantized | Exception) -> Verdict:
-        """What decodes with checksums left alone must be one of the streams, what decodes at all what encoding gives.
+        """Allow what decodes only if it is one of the streams or, with new checksums, if it encodes back to itself.
 
-        So a sound stream of something else is allowed where the checksums are new: of another step, of a size within
-        the same latents, of latents that differ where a bit of the payload is a bit of a value.
+        A mutant with new checksums may be a sound stream of another step, of another size within the same latents, or
+        of latents that differ where a bit of the payload is a bit of a value.
         """
         if isinstance(result, UserError):
             return Verdict("refused", str(result))
@@ -108,26 +111,28 @@ def _crashed(error: Exception) -> Verdict:
 _NUMBERS = re.compile(r"(stream id|this one) \w+|\d+(x\d+)?")
 
 
-class Report(NamedTuple):
+class FuzzReport(NamedTuple):
+    """Count outcomes and reasons."""
+
     outcomes: Counter[tuple[Kind, str]]
     reasons: Counter[str]
-    """What was said, numbers replaced by #."""
+    """Messages, with # in place of numbers."""
     wrong: list[tuple[int, Kind, str]]
-    """Number, kind and what happened."""
+    """Number, kind and message of each finding."""
 
 
-def run(model: Path, streams: Sequence[Path], count: int, seed: int, *, megabytes: int, patience: float) -> Report:
-    """Judge `count` mutants in a process of its own.
+def run(model: Path, streams: Sequence[Path], count: int, seed: int, *, megabytes: int, patience: float) -> FuzzReport:
+    """Judge `count` mutants in a separate process.
 
-    It may take `megabytes` of memory beyond what it starts with; if it dies, or judges no chunk within `patience`
-    seconds, that is reported as wrong.
+    The process may take `megabytes` of memory beyond what it starts with. If it dies, or judges no chunk within
+    `patience` seconds, that is reported as wrong.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(sender, model, streams, count, seed, megabytes), daemon=True)
     child.start()
     sender.close()
-    report = Report(Counter(), Counter(), [])
+    report = FuzzReport(Counter(), Counter(), [])
     for numbers in _chunks(count):
         if (chunk := _received(receiver, patience)) is None:
             child.join(1)
@@ -143,7 +148,7 @@ def run(model: Path, streams: Sequence[Path], count: int, seed: int, *, megabyte
     return report
 
 
-def _received(receiver: Any, patience: float) -> Report | None:
+def _received(receiver: Any, patience: float) -> FuzzReport | None:
     try:
         return receiver.recv() if receiver.poll(patience) else None
     except EOFError:
@@ -163,12 +168,12 @@ def _work(sender: Any, model: Path, paths: Sequence[Path], count: int, seed: int
     torch.set_num_threads(1)
     streams = [path.read_bytes() for path in paths]
     judge = Judge(Codec.load(model), streams)
-    judge.judge([Mutant("bytes", data) for data in streams])  # what is loaded on first use is loaded
+    judge.judge([Mutant("bytes", data) for data in streams])  # loads whatever is loaded on first use
     _limit_memory(megabytes)
     with torch.inference_mode():
         for numbers in _chunks(count):
             mutants = [mutate(streams, seed, n) for n in numbers]
-            report = Report(Counter(), Counter(), [])
+            report = FuzzReport(Counter(), Counter(), [])
             for number, mutant, verdict in zip(numbers, mutants, judge.judge(mutants), strict=True):
                 report.outcomes[mutant.kind, verdict.outcome] += 1
                 report.reasons[_NUMBERS.sub("#", verdict.reason)] += 1
@@ -178,7 +183,7 @@ def _work(sender: Any, model: Path, paths: Sequence[Path], count: int, seed: int
 
 
 def _limit_memory(megabytes: int) -> None:
-    """Bound the address space, where the system can (Linux)."""
+    """Limit the address space where the system supports it (Linux)."""
     status = Path("/proc/self/statm")
     if status.is_file():
         import resource
@@ -189,20 +194,23 @@ def _limit_memory(megabytes: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
+    """Choose the mutants and their limits."""
+
     count: int = 1_000_000
-    """How many mutants."""
+    """Number of mutants."""
     seed: int = 0
-    """Which ones."""
+    """Seed of the mutants."""
     model: Path = GOLDEN / "tiny.safetensors"
     streams: tuple[Path, ...] = tuple(sorted(GOLDEN.glob("*.lc")))
-    """What they are made from, all of the model; short ones are fast."""
+    """Streams of the model to damage; short ones are fast."""
     megabytes: int = 1024
-    """Memory that may be taken beyond the start."""
+    """Memory that may be taken beyond that at the start."""
     patience: float = 120.0
-    """Seconds that a thousand of them may take."""
+    """Seconds that a thousand mutants may take."""
 
 
 def main() -> None:
+    """Run the command line; exit with 1 if there is a finding."""
     options = tyro.cli(Options, prog="tools.stress.fuzz", description=__doc__)
     report = run(
         options.model,

@@ -1,8 +1,8 @@
-"""Kill encoding at random moments and go on: `python -m tools.stress.kill SRC --model MODEL`.
+"""Kill encoding at random moments and resume it: `python -m tools.stress.kill SRC --model MODEL`.
 
-Each trial encodes SRC into an empty folder, is killed (SIGKILL) after a random share of the time that an uninterrupted
-run takes, and is run again to its end; every file must then be the uninterrupted run's. With `--processes 2` two
-processes work on the folder and one of them is killed: the other one has to finish alone.
+Each trial encodes SRC into an empty folder, is killed (SIGKILL) after a random share of the time of an uninterrupted
+run, and is run again to its end; every file must then equal the uninterrupted run's. With `--processes 2` two processes
+work on the folder and one of them is killed: the other one has to finish alone.
 """
 
 import dataclasses
@@ -34,6 +34,8 @@ from latent_codec.model.codec import Codec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kill:
+    """Choose what to encode and how often to kill it."""
+
     src: tyro.conf.Positional[str]
     model: str = "photo"
     format: Literal["lc", "safetensors"] = "lc"
@@ -42,6 +44,7 @@ class Kill:
     seed: int = 0
 
     def run(self) -> None:
+        """Run all trials; exit with a message at the first file that differs."""
         torch.set_num_threads(1)  # forked children inherit no threads
         codec = Codec.load(self.model)
         moments = random.Random(self.seed)
@@ -56,7 +59,7 @@ class Kill:
                 if (found := _contents(folder)) != whole:
                     names = sorted(k for k in whole.keys() | found.keys() if whole.get(k) != found.get(k))
                     raise SystemExit(f"trial {trial}: {len(names)} files differ, the first {names[0]}")
-        print(f"{self.kills} kills of {self.processes} process(es), each gone on from: {len(whole)} equal files")
+        print(f"{self.kills} kills of {self.processes} process(es), each resumed: {len(whole)} equal files")
 
     def _trial(self, codec: Codec, folder: Path, seconds: float) -> None:
         children = [self._start(codec, folder, rank) for rank in range(self.processes)]
@@ -69,7 +72,7 @@ class Kill:
             _wait(self._start(codec, folder, 0))
 
     def _start(self, codec: Codec, folder: Path, rank: int) -> int:
-        """A child that encodes; returns its process number."""
+        """Start a child that encodes, and return its process id."""
         if child := os.fork():
             return child
         try:
@@ -90,11 +93,11 @@ class Kill:
 def _wait(child: int) -> None:
     _, status = os.waitpid(child, 0)
     if status:
-        raise SystemExit(f"a run that was to finish ended with status {status}")
+        raise SystemExit(f"a run that should have finished ended with status {status}")
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    """Digests of all files but the ledger's, by name."""
+    """Return the digests of all files except the ledger's, by name."""
     files = (f for f in folder.rglob("*") if f.is_file() and NAME not in f.relative_to(folder).parts)
     return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 

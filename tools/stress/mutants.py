@@ -6,20 +6,22 @@ from typing import Literal, NamedTuple
 from zlib import crc32
 
 _HEADER, _CRC = 43, 4
-"""Bytes of the header before its checksum, and of a checksum."""
+"""Bytes of the header before its checksum, and bytes of a checksum."""
 
 Kind = Literal["bytes", "payload", "header", "both"]
 KINDS: tuple[Kind, ...] = ("bytes", "payload", "header", "both")
 
 
 class Mutant(NamedTuple):
+    """Hold a damaged stream."""
+
     kind: Kind
-    """What was changed. `bytes`: anything, checksums left alone; the others: what they say, with new checksums."""
+    """Part that was changed: `bytes` for any, with the old checksums; the others get new checksums."""
     data: bytes
 
 
 def mutate(streams: Sequence[bytes], seed: int, number: int) -> Mutant:
-    """A damaged copy of one of the streams."""
+    """Return a damaged copy of one of the streams."""
     rng = random.Random(seed << 40 | number)
     data, kind = rng.choice(streams), rng.choices(KINDS, (3, 4, 2, 1))[0]
     if kind == "bytes":
@@ -33,7 +35,7 @@ def mutate(streams: Sequence[bytes], seed: int, number: int) -> Mutant:
 
 
 def sealed(header: bytes, payload: bytes) -> bytes:
-    """A file whose length and checksums are right, from the header's other 39 bytes or more."""
+    """Return a file with the right length and checksums from the header's other 39 bytes or more."""
     header = header[: _HEADER - 4] + len(payload).to_bytes(4, "little")
     return b"".join((header, _checksum(header), payload, _checksum(payload)))
 
@@ -72,7 +74,7 @@ def _truncate(rng: random.Random, data: bytearray, others: Sequence[bytes]) -> N
 
 
 def _splice(rng: random.Random, data: bytearray, others: Sequence[bytes]) -> None:
-    """Another stream from some place on, mostly from the same one."""
+    """Continue with another stream, mostly from the same position."""
     other = rng.choice(others)
     start = rng.randrange(len(data) + 1) // 4 * 4
     data[start:] = other[start if rng.random() < 0.5 else rng.randrange(len(other) + 1) // 4 * 4 :]
@@ -96,7 +98,7 @@ def _edited(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
 
 
 def _edited_header(rng: random.Random, header: bytes) -> bytes:
-    """One field changed. Sizes that a decoder takes seriously stay small, or a million of these would take days."""
+    """Change one field; sizes that a decoder accepts stay small, so that a million mutants do not take days."""
     edited = bytearray(header)
     first, size = rng.choice(((0, 7), (7, 1), (8, 8), (16, 4), (20, 4), (24, 1), (25, 1), (26, 3), (29, 2), (31, 8)))
     value = int.from_bytes(edited[first : first + size], "little")

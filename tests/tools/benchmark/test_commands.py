@@ -1,14 +1,14 @@
-"""The benchmark of whole commands: it runs them, and counts what they did."""
+"""Test that the benchmark of whole commands runs them, and reports what they did."""
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from latent_codec.errors import UserError
+from latent_codec.images.read import read_image
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from tests.conftest import Draw
@@ -23,40 +23,30 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
-def results(monkeypatch: pytest.MonkeyPatch, out: Path, *args: str | Path) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, args), "--out", f"{out}"])
+def test_a_command_reports_its_seconds_and_its_memory(photos: Path, tmp_path: Path, model_file: Path) -> None:
+    ran = commands.run("tools.encode", photos, tmp_path / "z", "--model", model_file)
+    assert len(list((tmp_path / "z").glob("*.lc"))) == 3
+    assert 0 <= ran.own_seconds < ran.seconds and 50e6 < ran.peak_bytes < 4e9
+    assert ran.stages.keys() >= {"decode", "network", "writing"}
+    with pytest.raises(UserError, match="exit code 1"):
+        commands.run("tools.nowhere")
+
+
+@pytest.mark.parametrize(("command", "rows"), [("encode", 4), ("decode", 4)])
+def test_commands_are_timed_beside_their_networks(
+    photos: Path, tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, command: str, rows: int
+) -> None:
+    ended = commands.CommandRun(2.0, 10**8, "5 images in 1.5 s\ndecode 0.2 s, network 1.0 s, writing 0.1 s")
+    monkeypatch.setattr(commands, "run", lambda *argv: ended)
+    options = ["--model", model_file, "--count", "5", "--rounds", "1", "--batch-size", "2", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", command, str(photos), *map(str, options)])
     __main__.main()
-    return json.loads(out.read_text())["results"]
-
-
-@pytest.mark.parametrize("command", ["encode", "decode"])
-def test_rates_are_of_the_networks_and_of_whole_commands(
-    photos: Path, tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    options = ["--model", model_file, "--count", "5", "--rounds", "1", "--batch-size", "2"]
-    found = results(monkeypatch, tmp_path / "out.json", command, photos, *options)
-    base = "encoder alone" if command == "encode" else "decoder alone"
-    share = f"share_of_{base.replace(' ', '_')}"
-    assert found[base][share] == 1
-    commands = [row for name, row in found.items() if name.startswith(f"{command} ")]
-    assert len(commands) >= 2
-    for row in commands:
-        assert 0 < row[share] < 1  # python takes its time to start
-        assert row[share] < row[f"{share}_after_start"]
-        assert row["seconds_in_stages"].keys() >= {"decode", "network", "writing"}
-
-
-def test_memory_is_that_of_the_commands(
-    photos: Path, tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = results(monkeypatch, tmp_path / "out.json", "memory", photos, "--counts", "2", "--model", model_file)
-    assert found.keys() == {"info", "encode safetensors", "encode lc", "decode safetensors", "decode lc"}
-    assert all(50 < row["peak_mb of 2"] < 4000 for name, row in found.items() if name != "info")
-
-
-def test_a_command_that_fails_is_no_result(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="exit code 2"):
-        commands.run("tools.encode", tmp_path / "nowhere", tmp_path / "z")
+    found = json.loads((tmp_path / "out").read_text())["results"]
+    share, alone = f"share_of_{command}r_alone", found[f"{command}r alone"]
+    assert len(found) == rows and alone[share] == 1
+    for row in (row for name, row in found.items() if name.startswith(f"{command} ")):
+        assert row[f"{share}_after_start"] == pytest.approx(5 / 1.5 / alone["images_per_second"])
+        assert row["seconds_in_stages"] == {"decode": 0.2, "network": 1.0, "writing": 0.1}
 
 
 def test_a_folder_is_filled_up_with_other_names(photos: Path, tmp_path: Path) -> None:
@@ -64,7 +54,7 @@ def test_a_folder_is_filled_up_with_other_names(photos: Path, tmp_path: Path) ->
     assert [file.read_bytes() for file in files] == [(photos / f"{i % 3}.png").read_bytes() for i in range(7)]
 
 
-def test_the_obvious_script_draws_from_the_same_posterior(photos: Path, tmp_path: Path) -> None:
+def test_the_plain_loop_draws_from_the_same_posterior(photos: Path, tmp_path: Path) -> None:
     config = CodecConfig(
         image_channels=3,
         latent_channels=4,
@@ -85,5 +75,5 @@ def test_the_obvious_script_draws_from_the_same_posterior(photos: Path, tmp_path
     for name in ("0.png", "2.png"):
         z = torch.load(tmp_path / "z" / f"{name}.pt", weights_only=True)
         with torch.inference_mode():
-            expected = codec.encode(commands.find_images(photos / name)[0].read().pixels[None]).mean[0]
+            expected = codec.encode(read_image(photos / name).pixels[None]).mean[0]
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-3)

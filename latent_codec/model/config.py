@@ -1,4 +1,4 @@
-"""A model's configuration: frozen dataclasses that travel as JSON inside the model file. Free of torch."""
+"""Configure a model by frozen dataclasses, which its file holds as JSON; this module does not import torch."""
 
 import dataclasses
 import math
@@ -7,12 +7,12 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 Overlap = Annotated[int, tyro.conf.arg(aliases=("--lap",))]
-"""Number of pixels; model files call the field `lap`, and so did command lines."""
+"""A number of pixels; model files call the field `lap`, and so did command lines."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearConfig:
-    """PCA's shape: one strided convolution in, its transpose out."""
+    """Configures PCA as a network: one strided convolution, and its transpose."""
 
     kind: ClassVar[str] = "linear"
     patch: int
@@ -23,13 +23,13 @@ class LinearConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiteConfig:
-    """A linear patch path plus a residual network; finite receptive field, nothing at full resolution."""
+    """Configures a linear patch path plus a residual network that has a finite receptive field."""
 
     kind: ClassVar[str] = "lite"
     patch: int
-    """Pixels per latent element along one side; `stem` doubled once per further resolution."""
+    """Pixels per latent element along one side: `stem` doubled once for each resolution after the first."""
     stem: int
-    """Space-to-depth factor before the first convolution (at least 2)."""
+    """Space-to-depth factor before the first convolution, at least 2."""
     encoder_widths: tuple[int, ...]
     """Channels of each resolution, finest first; each resolution after the first halves the grid."""
     encoder_depths: tuple[int, ...]
@@ -42,22 +42,26 @@ class LiteConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvConfig:
-    """The AutoencoderKL topology of latent diffusion (Rombach et al. 2022)."""
+    """Configures the AutoencoderKL topology of latent diffusion (Rombach et al. 2022)."""
 
     kind: ClassVar[str] = "conv"
     widths: tuple[int, ...]
     """Channels of each resolution, finest first (`block_out_channels`)."""
     layers_per_block: int
+    """Residual blocks of each resolution in the encoder; the decoder has one more."""
     groups: int
-    """GroupNorm groups; divides every width."""
+    """Groups of GroupNorm; must divide every width."""
     mid_attention: bool
+    """Self-attention at the coarsest resolution."""
     quant_conv: bool
+    """1x1 convolution behind the encoder."""
     post_quant_conv: bool
+    """1x1 convolution before the decoder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """Fully connected networks; a square of `side` pixels is one vector with one latent vector."""
+    """Configures fully connected networks, to which a square of `side` pixels is one vector with one latent vector."""
 
     kind: ClassVar[str] = "mlp"
     side: int
@@ -71,39 +75,43 @@ class MLPConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiagonalGaussianConfig:
+    """Configures the posterior of a VAE: a normal distribution with independent elements."""
+
     kind: ClassVar[str] = "gaussian"
     logvar_min: float
+    """Lower clamp of the log-variance."""
     logvar_max: float
+    """Upper clamp of the log-variance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IdentityConfig:
-    """No distribution: latents are what the encoder says, of a deterministic autoencoder."""
+    """Configures a deterministic autoencoder, whose latents are the encoder's output."""
 
     kind: ClassVar[str] = "identity"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorQuantizerConfig:
-    """The nearest vector of a codebook at each position (van den Oord et al. 2017)."""
+    """Configures the nearest vector of a learned codebook at each position (van den Oord et al. 2017)."""
 
     kind: ClassVar[str] = "vq"
     codes: int
-    """Vectors in the codebook."""
+    """Vectors in the codebook, 2 to 16,384."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FiniteScalarConfig:
-    """Every channel rounded to one of a few levels (Mentzer et al. 2024)."""
+    """Configures the rounding of every channel to one of a few levels (Mentzer et al. 2024)."""
 
     kind: ClassVar[str] = "fsq"
     levels: tuple[int, ...]
-    """Of each latent channel, at least 2; their product is the size of the implied codebook."""
+    """Levels of each latent channel, at least 2; their product is the size of the implied codebook."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GaussianConfig:
-    """Normal density over pixels in [-1, 1]."""
+    """Configures a normal density over pixels in [-1, 1]."""
 
     kind: ClassVar[str] = "gaussian"
     scale: Literal["fixed", "learned", "per_pixel"]
@@ -114,7 +122,7 @@ class GaussianConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscretizedLogisticConfig:
-    """Probabilities of the 256 pixel values: a mixture of logistics integrated over each value's bin."""
+    """Configures probabilities of the 256 pixel values: logistics integrated over each value's bin."""
 
     kind: ClassVar[str] = "discretized_logistic"
     components: int
@@ -123,12 +131,13 @@ class DiscretizedLogisticConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BernoulliConfig:
-    """Binary pixels {0, 1}."""
+    """Configures probabilities of binary pixels {0, 1}."""
 
     kind: ClassVar[str] = "bernoulli"
     pixels: Literal["threshold", "drawn"] = "threshold"
-    """How uint8 pixels v become binary: 1 from 128 up, or drawn, 1 with probability v / 255, anew each time a sample is
-    seen in training and once for all elsewhere (Burda et al. 2016). Encoding files goes by the threshold."""
+    """How uint8 pixels v become binary. `threshold`: 1 from 128 up. `drawn`: 1 with probability v / 255, drawn anew
+    each time that training sees an image, and once for all in evaluation (Burda et al. 2016). Encoding files always
+    uses the threshold."""
 
 
 BackboneConfig = LinearConfig | LiteConfig | ConvConfig | MLPConfig
@@ -138,19 +147,20 @@ LikelihoodConfig = GaussianConfig | DiscretizedLogisticConfig | BernoulliConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Everything that says what a model's tensors mean."""
+    """Configures a model: with this, its tensors have a meaning."""
 
     image_channels: int
+    """1 for grey images, 3 for RGB."""
     latent_channels: int
     backbone: BackboneConfig
     bottleneck: BottleneckConfig
     likelihood: LikelihoodConfig
     classes: tuple[str, ...] = ()
-    """Names of the classes (folders of images) that a conditional model is told of; none: an unconditional model."""
+    """Names of the classes (folders of images) of a conditional model; none for an unconditional model."""
 
     @property
     def codes(self) -> int | None:
-        """Of the codebook, if the bottleneck has one: latents are then whole numbers below this."""
+        """Return the size of the codebook, None without one; coded latents are integers from 0 below this."""
         match self.bottleneck:
             case VectorQuantizerConfig(codes=codes):
                 return codes
@@ -161,5 +171,5 @@ class CodecConfig:
 
     @property
     def coded_channels(self) -> int:
-        """Integers that a bitstream holds at each position of the latents."""
+        """Return the number of integers that a bitstream holds at each position of the latents."""
         return self.latent_channels if self.codes is None else 1

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics, ModelFile
@@ -25,6 +24,8 @@ class Flops(NamedTuple):
 
 def count_flops(config: CodecConfig, side: int = _SIDE) -> Flops:
     """Count the convolutions, matrix products and attention for one `side` x `side` image; allocates no memory."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
     with torch.device("meta"):
         backbone = build(config).backbone
         pixels = torch.zeros(1, config.image_channels + len(config.classes), side, side)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.model.codebooks import MOST_CODES, Codes, FiniteScalarQuantizer, VectorQuantizer, perplexity
+from latent_codec.model.codebooks import MOST_CODES, FiniteScalarQuantizer, VectorQuantizer, perplexity
 from latent_codec.model.config import FiniteScalarConfig, VectorQuantizerConfig
 
 K, Z = 11, 3
@@ -57,11 +57,16 @@ def test_a_value_that_is_not_finite_has_no_code(quantizer: VectorQuantizer | Fin
     assert (coded >= 0).all()
 
 
-def test_gradients_go_straight_through_a_vector_quantizer_and_not_to_its_codes() -> None:
+def test_gradients_go_straight_through_to_the_encoder_and_not_to_the_codes() -> None:
     quantizer, x, weight = vector_quantizer(), features(Z).requires_grad_(), features(Z, seed=1)
     (weight * quantizer(x).mode()).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, weight)
     assert quantizer.codebook.grad is None
+    levels = torch.tensor((8, 5, 2))[:, None, None]
+    x.grad = None
+    (weight * scalar_quantizer(8, 5, 2)(x).mode()).sum().backward()
+    slope = levels / (levels - 1) * (1 - torch.tanh(x.detach()).square())
+    torch.testing.assert_close(x.grad, weight * slope)
 
 
 def test_the_commitment_moves_the_encoder_and_the_codebook_loss_the_codes() -> None:
@@ -92,12 +97,6 @@ def test_use_is_the_share_of_each_code_and_what_it_stands_for() -> None:
         torch.testing.assert_close(use[code, 1:], own.sum(0) / len(flat))
 
 
-def test_use_of_a_batch_is_the_average_of_its_images() -> None:
-    posterior = vector_quantizer()(features(Z))
-    halves = [Codes(posterior.outputs[i : i + 1], posterior.vectors, posterior.indices[i : i + 1], K) for i in range(2)]
-    torch.testing.assert_close(posterior.use(), (halves[0].use() + halves[1].use()) / 2)
-
-
 def test_the_kl_is_that_against_a_uniform_choice() -> None:
     assert vector_quantizer()(features(Z)).kl().tolist() == pytest.approx([20 * math.log(K)] * 2)
     assert scalar_quantizer(4, 3, 5)(features(Z)).kl().tolist() == pytest.approx([20 * math.log(60)] * 2)
@@ -126,31 +125,18 @@ def test_every_index_is_a_vector_of_levels_and_back(levels: tuple[int, ...]) -> 
     assert torch.equal(posterior.mode(), vectors)
 
 
-def test_levels_divide_the_range_of_tanh_evenly() -> None:
+def test_levels_divide_the_range_of_tanh_evenly_and_reach_to_infinity() -> None:
     bounded = torch.linspace(-0.9999, 0.9999, 4001).reshape(1, 1, 1, -1)
     for n in (2, 3, 8):
         counts = torch.bincount(scalar_quantizer(n)(torch.atanh(bounded)).indices.flatten())
         assert len(counts) == n and counts.max() - counts.min() <= 2
-
-
-@pytest.mark.parametrize("value", [-math.inf, -40.0, 40.0, math.inf])
-def test_the_largest_features_have_the_outermost_levels(value: float) -> None:
-    posterior = scalar_quantizer(8, 5)(torch.full((1, 2, 1, 1), value))
-    assert posterior.mode().flatten().tolist() == [math.copysign(1, value)] * 2
-
-
-def test_gradients_go_straight_through_a_scalar_quantizer() -> None:
-    levels = (8, 5, 2)
-    x, weight = features(3).requires_grad_(), features(3, seed=1)
-    (weight * scalar_quantizer(*levels)(x).mode()).sum().backward()
-    steps = torch.tensor(levels)[:, None, None]
-    slope = steps / (steps - 1) * (1 - torch.tanh(x.detach()).square())
-    assert x.grad is not None
-    torch.testing.assert_close(x.grad, weight * slope)
+    for value in (-math.inf, -40.0, 40.0, math.inf):
+        posterior = scalar_quantizer(8, 5)(torch.full((1, 2, 1, 1), value))
+        assert posterior.mode().flatten().tolist() == [math.copysign(1, value)] * 2
 
 
 @pytest.mark.parametrize("codes", [-1, 1, MOST_CODES + 1])
-def test_codebooks_that_no_bitstream_holds_are_errors(codes: int) -> None:
+def test_a_codebook_that_no_bitstream_holds_is_an_error(codes: int) -> None:
     with pytest.raises(ValueError, match=f"codes {codes}"):
         VectorQuantizer(VectorQuantizerConfig(codes=codes), 4)
 

@@ -93,7 +93,6 @@ class Statistics:
     values: tuple[float, ...]
     sigma: float | None
     bottleneck: DiagonalGaussianConfig | None
-    limits: LinearConfig
 
 
 def changed(path: str, value: Any) -> Any:
@@ -124,9 +123,7 @@ def test_json_text_round_trip_gives_the_equal_config_and_is_a_fixed_point(config
 @pytest.mark.parametrize("sigma", [None, 0.5])
 @pytest.mark.parametrize("bottleneck", [None, EXAMPLE.bottleneck])
 def test_optional_fields_round_trip(sigma: float | None, bottleneck: DiagonalGaussianConfig | None) -> None:
-    config = Statistics(
-        name="müller\n", values=(1.0, -0.25), sigma=sigma, bottleneck=bottleneck, limits=LinearConfig(patch=8)
-    )
+    config = Statistics(name="müller\n", values=(1.0, -0.25), sigma=sigma, bottleneck=bottleneck)
     assert from_json(Statistics, json.loads(dumps(to_json(config)))) == config
 
 
@@ -134,20 +131,8 @@ def test_equal_configs_give_equal_text_whether_a_float_was_written_as_an_integer
     whole = DiagonalGaussianConfig(logvar_min=-16, logvar_max=11)
     assert whole == EXAMPLE.bottleneck
     assert dumps(to_json(whole)) == dumps(to_json(EXAMPLE.bottleneck))
-    many = Statistics(name="", values=(1, 2), sigma=3, bottleneck=whole, limits=LinearConfig(patch=8))
+    many = Statistics(name="", values=(1, 2), sigma=3, bottleneck=whole)
     assert dumps(to_json(many)) == dumps(to_json(from_json(Statistics, to_json(many))))
-
-
-@pytest.mark.parametrize("part", ["", "backbone.", "bottleneck.", "likelihood."])
-def test_an_unknown_field_is_an_error_that_names_it(part: str) -> None:
-    with pytest.raises(ValueError, match="surprise"):
-        from_json(CodecConfig, changed(f"{part}surprise", 1))
-
-
-@pytest.mark.parametrize("path", ["image_channels", "backbone", "backbone.decoder_depths", "likelihood.sigma"])
-def test_a_missing_field_is_an_error_that_names_it(path: str) -> None:
-    with pytest.raises(ValueError, match=f"missing.*{path.split('.')[-1]}"):
-        from_json(CodecConfig, changed(path, ...))
 
 
 def test_a_field_at_its_default_is_left_out_so_that_older_files_keep_their_text() -> None:
@@ -164,56 +149,43 @@ def test_the_overlap_keeps_the_json_key_of_the_first_files() -> None:
         from_json(LinearConfig, {"kind": "linear", "patch": 8, "overlap": 3})
 
 
-@pytest.mark.parametrize("kind", ["transformer", None, ["lite"], {"lite": 1}, ...])
-@pytest.mark.parametrize("part", ["backbone", "bottleneck", "likelihood"])
-def test_an_unknown_or_missing_kind_is_an_error_that_names_the_place(part: str, kind: Any) -> None:
-    with pytest.raises(ValueError, match=rf"config\.{part}.*kind"):
-        from_json(CodecConfig, changed(f"{part}.kind", kind))
+PARTS = ("backbone", "bottleneck", "likelihood")
+WRONG = [
+    *((f"{part}surprise", 1, "surprise") for part in ("", *(f"{part}." for part in PARTS))),
+    *(
+        (path, ..., f"missing.*{path.split('.')[-1]}")
+        for path in ("image_channels", "backbone", "backbone.decoder_depths", "likelihood.sigma")
+    ),
+    *(
+        (f"{part}.kind", kind, rf"config\.{part}.*kind")
+        for part in PARTS
+        for kind in ("transformer", None, ["lite"], {"lite": 1}, ...)
+    ),
+    ("kind", "codec", r"unknown.*kind"),  # of a class that has none
+    *(("image_channels", value, r"config\.image_channels") for value in (3.0, "3", True, None)),
+    *(("backbone", value, r"config\.backbone") for value in ("lite", None)),
+    *(("backbone.encoder_widths", value, r"config\.backbone\.encoder_widths") for value in (64, "64", {"0": 64})),
+    ("backbone.encoder_widths", [64, "128"], r"config\.backbone\.encoder_widths\[1\]"),
+    *(("bottleneck.logvar_min", value, r"config\.bottleneck\.logvar_min") for value in ("-16", None, True, [11.0])),
+    *(("likelihood.scale", value, r"config\.likelihood\.scale") for value in ("free", ["fixed"])),
+    *(
+        ("likelihood.sigma", json.loads(text), r"config\.likelihood\.sigma")
+        for text in ("NaN", "-Infinity", "1e999", "1" + "0" * 400)
+    ),
+]
 
 
-def test_a_kind_where_the_class_has_none_is_an_unknown_field() -> None:
-    with pytest.raises(ValueError, match=r"unknown.*kind"):
-        from_json(CodecConfig, changed("kind", "codec"))
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("image_channels", 3.0),
-        ("image_channels", "3"),
-        ("image_channels", True),
-        ("image_channels", None),
-        ("backbone", "lite"),
-        ("backbone", None),
-        ("backbone.encoder_widths", 64),
-        ("backbone.encoder_widths", "64"),
-        ("backbone.encoder_widths", {"0": 64}),
-        ("bottleneck.logvar_min", "-16"),
-        ("bottleneck.logvar_min", None),
-        ("bottleneck.logvar_min", True),
-        ("bottleneck.logvar_max", [11.0]),
-        ("likelihood.scale", "free"),
-        ("likelihood.scale", ["fixed"]),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_an_error_that_names_the_field(path: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"config\.{path}"):
+@pytest.mark.parametrize(("path", "value", "message"), WRONG, ids=lambda value: str(value)[:20])
+def test_anything_else_is_an_error_that_names_the_field(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         from_json(CodecConfig, changed(path, value))
 
 
-def test_a_boolean_takes_no_integer_and_an_item_of_the_wrong_type_is_named_by_its_index() -> None:
+def test_a_boolean_field_takes_no_integer() -> None:
     flags = dict.fromkeys(("mid_attention", "quant_conv", "post_quant_conv"), True)
     conv = ConvConfig(widths=(32,), layers_per_block=1, groups=8, **flags)
     with pytest.raises(ValueError, match="quant_conv"):
         from_json(ConvConfig, to_json(conv) | {"quant_conv": 1})
-    with pytest.raises(ValueError, match=r"encoder_widths\[1\]"):
-        from_json(CodecConfig, changed("backbone.encoder_widths", [64, "128"]))
-
-
-@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "1" + "0" * 400])
-def test_a_number_that_is_not_finite_is_an_error_that_names_the_field(text: str) -> None:
-    with pytest.raises(ValueError, match=r"likelihood\.sigma"):
-        from_json(CodecConfig, changed("likelihood.sigma", json.loads(text)))
 
 
 json_values = st.recursive(

@@ -5,7 +5,16 @@ import math
 import torch
 from torch import nn
 
-from latent_codec.model.config import ConvConfig, LiteConfig
+from latent_codec.model.codec import Codec
+from latent_codec.model.config import (
+    BackboneConfig,
+    CodecConfig,
+    ConvConfig,
+    DiagonalGaussianConfig,
+    GaussianConfig,
+    LikelihoodConfig,
+    LiteConfig,
+)
 from latent_codec.model.networks import BackboneShape
 from latent_codec.model.networks.linear import PatchMoments
 
@@ -26,6 +35,7 @@ ONE_RESOLUTION = LiteConfig(
 CONV = ConvConfig(
     widths=(8, 16, 16), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
 )
+FIXED = GaussianConfig(scale="fixed", sigma=0.1)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -35,6 +45,31 @@ def seeded(seed: int) -> torch.Generator:
 def shape(c: int = 3, z: int = 4, features: int = 2, params: int = 1) -> BackboneShape:
     """Return the channel counts of an unconditional Gaussian posterior and likelihood, unless told otherwise."""
     return BackboneShape(image_channels=c, latent_channels=z, features_per_latent=features, params_per_channel=params)
+
+
+def config_of(
+    backbone: BackboneConfig,
+    c: int = 3,
+    z: int = 4,
+    likelihood: LikelihoodConfig = FIXED,
+    classes: tuple[str, ...] = (),
+) -> CodecConfig:
+    """Return the config of a VAE of the backbone."""
+    return CodecConfig(
+        image_channels=c,
+        latent_channels=z,
+        backbone=backbone,
+        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+        likelihood=likelihood,
+        classes=classes,
+    )
+
+
+def make_codec(config: CodecConfig) -> Codec:
+    """Return the codec with weights that are always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Codec(config).eval()
 
 
 def randomise(network: nn.Module, seed: int = 0) -> None:

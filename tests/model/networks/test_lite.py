@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from latent_codec.model.config import (
-    CodecConfig,
-    DiagonalGaussianConfig,
-    GaussianConfig,
-    LinearConfig,
-    LiteConfig,
-)
+from latent_codec.model.config import LinearConfig, LiteConfig
 from latent_codec.model.describe import count_flops
 from latent_codec.model.networks import LinearBackbone, LiteBackbone
 from latent_codec.model.networks.lite import ResidualBlock
@@ -20,6 +14,7 @@ from tests.support.networks import (
     LITE,
     ONE_RESOLUTION,
     SMALL_LITE,
+    config_of,
     photograph_moments,
     randomise,
     seeded,
@@ -33,11 +28,7 @@ shapes_of_lite = pytest.mark.parametrize("config", [LITE, SMALL_LITE, ONE_RESOLU
 @pytest.mark.parametrize("z", [4, 16])
 def test_it_stays_within_its_budget_of_operations(z: int) -> None:
     """An SD-VAE encoder needs 270e9."""
-    posterior = DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0)
-    likelihood = GaussianConfig(scale="fixed", sigma=0.1)
-    flops = count_flops(
-        CodecConfig(image_channels=3, latent_channels=z, backbone=LITE, bottleneck=posterior, likelihood=likelihood)
-    )
+    flops = count_flops(config_of(LITE, z=z))
     assert 0 < flops.encoder <= 5.4e9 and 0 < flops.decoder <= 12.4e9
 
 

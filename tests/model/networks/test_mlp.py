@@ -1,5 +1,6 @@
 """The MLP backbone encodes squares, and a grey model of it takes files of any size."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -13,62 +14,38 @@ from latent_codec.folders.encode_latents import encode_folder
 from latent_codec.images.geometry import in_channels, in_rgb
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
-from latent_codec.model.codec import Codec
-from latent_codec.model.config import (
-    BernoulliConfig,
-    CodecConfig,
-    DiagonalGaussianConfig,
-    GaussianConfig,
-    LikelihoodConfig,
-    MLPConfig,
-)
+from latent_codec.model.config import BernoulliConfig, MLPConfig
 from latent_codec.model.networks import MLPBackbone
 from tests.conftest import Draw
+from tests.support.networks import config_of, make_codec, shape
 from train.init.closed_form import start_from_mean
 
 SIDE, Z = 6, 3
-BINARY = BernoulliConfig(pixels="drawn")
-
-
-def make(channels: int = 1, likelihood: LikelihoodConfig = BINARY) -> Codec:
-    config = CodecConfig(
-        image_channels=channels,
-        latent_channels=Z,
-        backbone=MLPConfig(side=SIDE, encoder_widths=(8, 7), decoder_widths=(9,), activation="tanh"),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=likelihood,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Codec(config).eval()
+MLP = MLPConfig(side=SIDE, encoder_widths=(8, 7), decoder_widths=(9,), activation="tanh")
+BINARY = config_of(MLP, c=1, z=Z, likelihood=BernoulliConfig(pixels="drawn"))
 
 
 def test_a_vector_passes_through_the_layers_that_the_config_names() -> None:
-    codec = make()
-    kinds = [type(m) for m in codec.backbone.encoder]
-    assert kinds == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
+    network = MLPBackbone(MLP, shape(1, Z))
+    assert [type(m) for m in network.encoder] == [nn.Linear, nn.Tanh, nn.Linear, nn.Tanh, nn.Linear]
     x = torch.rand(2, 1, SIDE, SIDE).round()
-    expected = x.flatten(1)
-    for layer in codec.backbone.encoder:
-        expected = layer(expected)
-    torch.testing.assert_close(codec.encode(x).mean[..., 0, 0], expected[:, :Z])
+    torch.testing.assert_close(network.encode(x)[..., 0, 0], network.encoder(x.flatten(1)))
 
 
 def test_a_larger_image_is_its_squares_each_on_its_own() -> None:
-    codec = make(channels=3, likelihood=GaussianConfig(scale="per_pixel", sigma=0.1))
+    network = MLPBackbone(MLP, shape(3, Z, params=2))
     x = torch.rand(2, 3, 2 * SIDE, 3 * SIDE)
-    posterior = codec.encode(x)
-    params = codec.likelihood_params(posterior.mean)
-    for row in range(2):
-        for column in range(3):
-            square = (..., slice(row * SIDE, (row + 1) * SIDE), slice(column * SIDE, (column + 1) * SIDE))
-            alone = codec.encode(x[square])
-            torch.testing.assert_close(alone.mean[..., 0, 0], posterior.mean[..., row, column])
-            torch.testing.assert_close(codec.likelihood_params(alone.mean), params[square])
+    features = network.encode(x)
+    params = network.decode(features[:, :Z])
+    for row, column in itertools.product(range(2), range(3)):
+        square = (..., slice(row * SIDE, (row + 1) * SIDE), slice(column * SIDE, (column + 1) * SIDE))
+        alone = network.encode(x[square])
+        torch.testing.assert_close(alone[..., 0, 0], features[..., row, column])
+        torch.testing.assert_close(network.decode(alone[:, :Z]), params[square])
 
 
 def test_the_decoder_starts_from_the_mean_image() -> None:
-    codec, mean = make(), torch.linspace(0, 1, SIDE * SIDE, dtype=torch.float64).reshape(1, SIDE, SIDE)
+    codec, mean = make_codec(BINARY), torch.linspace(0, 1, SIDE * SIDE, dtype=torch.float64).reshape(1, SIDE, SIDE)
     start_from_mean(codec, mean)
     decoded = codec.decode(torch.zeros(1, Z, 1, 1))[0]
     torch.testing.assert_close(decoded.double(), mean.clamp(1e-3, 1 - 1e-3), rtol=1e-4, atol=1e-6)
@@ -92,12 +69,11 @@ def test_grey_is_any_of_three_equal_planes_and_colour_its_luma() -> None:
 def test_a_grey_model_encodes_and_decodes_files_of_any_size(
     draw: Draw, tmp_path: Path, width: int, height: int
 ) -> None:
-    codec = make()
-    compute = ComputeOptions(batch_size=2, workers=1)
+    runner = Runner(make_codec(BINARY), ComputeOptions(batch_size=2, workers=1))
     draw(tmp_path / "src" / "a.png", width, height, "L")
     draw(tmp_path / "src" / "b.png", width, height)
-    assert encode_folder(Runner(codec, compute), tmp_path / "src", tmp_path / "z", quiet=True).done == 2
-    assert decode_folder(Runner(codec, compute), tmp_path / "z", tmp_path / "back", quiet=True).done == 2
+    assert encode_folder(runner, tmp_path / "src", tmp_path / "z", quiet=True).done == 2
+    assert decode_folder(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 2
     for name, mode in (("a", "L"), ("b", "RGB")):
         with Image.open(tmp_path / "back" / f"{name}.png.png") as image:
             assert (image.size, image.mode) == ((width, height), mode)

@@ -7,10 +7,10 @@ import torch
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, MLPConfig
+from latent_codec.model.config import LinearConfig, MLPConfig
 from latent_codec.model.networks import BACKBONES
 from latent_codec.storage.json_config import to_json
-from tests.support.networks import CONV, LITE, ONE_RESOLUTION, SMALL_LITE, seeded, shape
+from tests.support.networks import CONV, LITE, ONE_RESOLUTION, SMALL_LITE, config_of, make_codec, seeded, shape
 
 EVERY_KIND = {
     "linear": LinearConfig(patch=4),
@@ -28,17 +28,7 @@ conditional = pytest.mark.parametrize(
 
 
 def make(backbone: Any, *classes: str) -> Codec:
-    config = CodecConfig(
-        image_channels=3,
-        latent_channels=4,
-        backbone=backbone,
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-        classes=classes,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Codec(config).eval()
+    return make_codec(config_of(backbone, classes=classes))
 
 
 def test_every_registered_backbone_is_tested_here() -> None:

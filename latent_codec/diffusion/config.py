@@ -63,20 +63,21 @@ class LatentSpace:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Choose how images are drawn and written. Raises `UserError` for values out of range."""
+    """Choose how images are drawn and written."""
 
-    seed: int = 0
-    steps: int = 50
-    """Steps of Euler's method from noise to latents."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance; 1 is the model without guidance."""
+    """Scale of classifier-free guidance: 1 is the model as it is, 1.5 to 4 make images more typical of their label."""
+    steps: int = 50
+    """Steps from noise to image: as many runs of the network, twice as many with guidance."""
+    seed: int = 0
+    """Seed. An image depends on it, its label and its number alone."""
     image_format: Literal["png", "webp", "jpg"] = "png"
+    """File format of the images."""
     overwrite: bool = False
-    """Draw existing images again, including those made with other options."""
-    quiet: bool = False
-    """Show no progress bar."""
+    """Draw existing images again, including those drawn with other options."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `UserError` for values out of range."""
         if self.steps < 1 or not math.isfinite(self.guidance):
             raise UserError(f"--steps {self.steps} must be at least 1, and --guidance {self.guidance} a finite number")
 

@@ -114,12 +114,15 @@ def sample(
     ids: Sequence[SampleId],
     folder: Path,
     options: SampleOptions = DEFAULT_SAMPLING,
+    *,
+    quiet: bool = False,
 ) -> Sampled:
     """Draw images into `folder`/LABEL/00000.png ..., or `folder`/00000.png ... if the model has no labels.
 
     An image depends on its id and the options, not on its batch except for rounding. Images that exist are kept.
-    Raises `UserError` for another model's codec, or a folder with images drawn with other settings.
+    Raises `UserError` for options out of range, another model's codec, or a folder of images by other settings.
     """
+    options.check()
     check_codec(model, runner.codec)
     settings = {
         "diffusion_id": model.model_id,
@@ -137,7 +140,7 @@ def sample(
         make_folder(parent)
     side, size = model.config.size * model.latents.factor, runner.options.batch_size
     geometry = Geometry(width=side, height=side, orientation=1, mode="RGB", background=None)
-    with tqdm(total=len(missing), unit="image", disable=options.quiet or None) as bar:
+    with tqdm(total=len(missing), unit="image", disable=quiet or None) as bar:
         for batch in (missing[first : first + size] for first in range(0, len(missing), size)):
             with runner.autocast():
                 z = draw_latents(model, batch, seed=options.seed, steps=options.steps, guidance=options.guidance)

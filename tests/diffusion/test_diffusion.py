@@ -26,7 +26,7 @@ from train.objectives.flow import FlowMatching
 
 SMALL = TransformerConfig(size=4, patch=2, depth=2, heads=2, head_width=8)
 FLOW = FlowConfig(time_mean=0.0, time_std=1.0, label_dropout=0.25)
-QUICK = SampleOptions(steps=2, quiet=True)
+QUICK = SampleOptions(steps=2)
 
 
 def make(codec: Codec, classes: tuple[str, ...] = ("a", "b")) -> Diffusion:
@@ -247,36 +247,38 @@ def test_an_image_depends_on_seed_label_and_number_alone(model: Diffusion) -> No
 def test_images_lie_in_folders_of_their_labels_and_existing_ones_are_kept(
     model: Diffusion, runner: Runner, tmp_path: Path
 ) -> None:
-    first = sample(model, runner, choose(model, ["a"], 3), tmp_path, QUICK)
+    first = sample(model, runner, choose(model, ["a"], 3), tmp_path, QUICK, quiet=True)
     assert first.made == 3 and str(first) == "3 images drawn, 0 were there"
     assert [p.relative_to(tmp_path).as_posix() for p in first.paths] == ["a/00000.png", "a/00001.png", "a/00002.png"]
     before = {path: path.read_bytes() for path in first.paths}
     first.paths[1].unlink()
-    more = sample(model, runner, choose(model, [], 3), tmp_path, QUICK)
+    more = sample(model, runner, choose(model, [], 3), tmp_path, QUICK, quiet=True)
     assert more.made == 4 and {path: path.read_bytes() for path in first.paths} == before
 
 
 def test_images_drawn_with_other_options_are_not_mistaken_for_these(
     model: Diffusion, runner: Runner, tmp_path: Path
 ) -> None:
-    ids, other = choose(model, ["a"], 1), {"steps": 2, "quiet": True, "seed": 1}
-    (path,) = sample(model, runner, ids, tmp_path, QUICK).paths
+    ids, other = choose(model, ["a"], 1), {"steps": 2, "seed": 1}
+    (path,) = sample(model, runner, ids, tmp_path, QUICK, quiet=True).paths
     before = path.read_bytes()
     with pytest.raises(UserError, match="holds images by other settings; give another folder, or --overwrite"):
-        sample(model, runner, ids, tmp_path, SampleOptions(**other))
+        sample(model, runner, ids, tmp_path, SampleOptions(**other), quiet=True)
     assert path.read_bytes() == before
-    sample(model, runner, ids, tmp_path, SampleOptions(**other, overwrite=True))
+    sample(model, runner, ids, tmp_path, SampleOptions(**other, overwrite=True), quiet=True)
     assert path.read_bytes() != before
     (tmp_path / SETTINGS).write_text("{")
     with pytest.raises(UserError, match="holds images by other settings"):
-        sample(model, runner, ids, tmp_path, QUICK)
+        sample(model, runner, ids, tmp_path, QUICK, quiet=True)
 
 
 def test_pixels_are_the_codecs_of_the_drawn_latents(
     codec: Codec, model: Diffusion, runner: Runner, tmp_path: Path
 ) -> None:
     ids = choose(model, ["b"], 2)
-    pixels = torch.stack([read_image(path).pixels for path in sample(model, runner, ids, tmp_path, QUICK).paths])
+    pixels = torch.stack(
+        [read_image(path).pixels for path in sample(model, runner, ids, tmp_path, QUICK, quiet=True).paths]
+    )
     expected = codec.decode_uint8(draw_latents(model, ids, seed=0, steps=2, guidance=1.0))
     assert pixels.shape == (2, 3, 32, 32) and (pixels.int() - expected.int()).abs().max() <= 1
     write_grid(tmp_path / "grid.png", pixels, 2)
@@ -290,8 +292,8 @@ def test_impossible_samples_are_refused(codec: Codec, model: Diffusion, runner: 
     with pytest.raises(UserError, match="--count 0 must be at least 1"):
         choose(model, [], 0)
     with pytest.raises(UserError, match="--steps 0 must be at least 1"):
-        SampleOptions(steps=0)
+        SampleOptions(steps=0).check()
     with torch.no_grad():
         next(codec.parameters()).add_(1)
     with pytest.raises(UserError, match=r"latents of model .*, but the model given is .*--model"):
-        sample(model, runner, choose(model, [], 1), tmp_path, QUICK)
+        sample(model, runner, choose(model, [], 1), tmp_path, QUICK, quiet=True)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from latent_codec.errors import UserError
-from latent_codec.interop.caches.options import CacheName, Options
+from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.registry import CacheName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,23 +48,30 @@ class Convert:
         print(converted.summary)
         return 1 if converted.summary.failures else 0
 
-    def _options(self) -> Options:
-        fields = (field.name for field in dataclasses.fields(Options))
-        return Options(**{name: getattr(self, name) for name in fields})
+    def _options(self) -> CacheOptions:
+        return CacheOptions(
+            arch=self.arch,
+            scale=self.scale,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+            seed=self.seed,
+            epoch=self.epoch,
+            store=self.store,
+        )
 
     def _to(self, name: CacheName):
         if self.model is not None or self.store is not None:
             raise UserError("--model and --store are for --from; --to writes latents as they were stored")
-        from latent_codec.interop.caches.write import convert
+        from latent_codec.interop.caches.write import write_cache
 
-        return convert(self.src, self.dst, name, self._options(), overwrite=self.overwrite)
+        return write_cache(self.src, self.dst, name, self._options(), overwrite=self.overwrite)
 
     def _from(self):
         assert self.from_ is not None
         if self.model is None:
             raise UserError("no cache says for certain which model its latents are of; give --model")
-        from latent_codec.interop.caches.read import recover
+        from latent_codec.interop.caches.read import read_cache
         from latent_codec.model.codec import Codec
 
-        codec, store = Codec.load(self.model), self.store or "float16"
-        return recover(self.src, self.dst, self.from_, codec, self._options(), store=store, overwrite=self.overwrite)
+        codec = Codec.load(self.model)
+        return read_cache(self.src, self.dst, self.from_, codec, self._options(), overwrite=self.overwrite)

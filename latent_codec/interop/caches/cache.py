@@ -1,81 +1,82 @@
-"""What goes into a cache and what comes out of one: an image's posterior, and who it is of."""
+"""Define the interface of a cache format: what its writer is given and what its reader returns."""
 
 import abc
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
+from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
-from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
+from latent_codec.model.file import LatentStatistics
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import normal
 from latent_codec.storage.json_config import from_json, to_json
 
-PIXELS = (-1.0, 1.0)
-"""Range of pixels that most consumers' autoencoders take and give."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class About:
-    """Whose latents these are. It travels beside them wherever a format has room for what its readers pass over."""
+class Origin:
+    """Name the model and the image that latents come from; stored where a format has room that its readers ignore."""
 
     model_id: str
     path: str
     geometry: Geometry
     sha256: str
-    """Of the source file."""
+    """SHA-256 of the source file."""
 
     def text(self) -> str:
-        """JSON in ASCII: a name that is not valid UTF-8 survives."""
+        """Return JSON in ASCII; a name that is not valid UTF-8 survives."""
         return json.dumps(to_json(self), sort_keys=True)
 
     @classmethod
-    def parse(cls, text: str) -> "About":
-        """Raises `ValueError`."""
+    def parse(cls, text: str) -> "Origin":
+        """Parse `text`'s JSON; raises `ValueError`."""
         return from_json(cls, json.loads(text), where="latent_codec")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Item:
-    """One image's latents, on their way into a cache."""
+class CacheEntry:
+    """Hold one image's latents on their way into a cache. Posteriors and noise are (1, z, h, w)."""
 
     entry: LatentsEntry
-    about: About
+    origin: Origin
     label: int
-    """-1 without one."""
-    posterior: DiagonalGaussian  # of (1, z, h, w), as is the other
+    """Class number; -1 without a class."""
+    posterior: DiagonalGaussian
     mirrored: DiagonalGaussian | None
-    noise: torch.Tensor  # (1, z, h, w)
+    """Posterior of the mirrored image, where it is stored."""
+    noise: torch.Tensor
     bytes_in: int
-    """That it was stored in."""
+    """Size of the stored posteriors in bytes."""
 
     @property
     def z(self) -> torch.Tensor:
-        """The draw, raw, (z, h, w) float32: that of `Latents` with the same seed and epoch."""
+        """The raw draw, (z, h, w) float32: the one of `Latents` with the same seed and epoch."""
         return self.posterior.sample(self.noise)[0]
 
     @property
     def z_flip(self) -> torch.Tensor | None:
-        """Of the mirrored image, by the same noise, as `Latents` draws it where it chooses that one."""
+        """The draw of the mirrored image by the same noise, as `Latents` draws it."""
         return None if self.mirrored is None else self.mirrored.sample(self.noise)[0]
 
 
-def read_item(latents: Latents, index: int, epoch: int) -> Item:
-    """Raises `UserError`, with the image's name, if its shard is missing or damaged."""
+def read_entry(latents: Latents, index: int, epoch: int) -> CacheEntry:
+    """Read one image's latents; raises `UserError` with its name if its shard is missing or damaged."""
     entry = latents.entries[index]
     moments = latents.moments(BatchIndices((index,), epoch))
     posterior = DiagonalGaussian(moments.mean.float(), moments.logvar.float())  # (1, z, h, w)
     mirrored = latents.posterior(index, flip=True) if latents.header.flips else None
-    return Item(
+    return CacheEntry(
         entry=entry,
-        about=About(model_id=latents.header.model_id, path=entry.path, geometry=entry.geometry, sha256=entry.sha256),
+        origin=Origin(model_id=latents.header.model_id, path=entry.path, geometry=entry.geometry, sha256=entry.sha256),
         label=int(moments.labels[0]),
         posterior=posterior,
         mirrored=mirrored,
@@ -84,81 +85,140 @@ def read_item(latents: Latents, index: int, epoch: int) -> Item:
     )
 
 
-class Cache(abc.ABC):
-    """What one consumer reads, made of latents. `__init__` raises `UserError` if it cannot be made of these."""
+class CacheWriter(abc.ABC):
+    """Write latents as one program reads them; `__init__` raises `UserError` if the program cannot take these."""
 
-    takes: ClassVar[frozenset[str]]
-    """Options that make a difference."""
+    program: ClassVar[str]
+    """Name of the program in messages."""
+    options_used: ClassVar[frozenset[str]]
+    """Fields of `CacheOptions` that make a difference."""
+    flips: ClassVar[Literal["required", "kept", "left out"]]
+    """What becomes of the latents of mirrored images."""
+    needs_labels: ClassVar[bool] = False
+    """True if every image must have a class."""
+    needs_one_size: ClassVar[bool] = False
+    """True if all latents must have one size."""
+    pixel_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    """Range of the pixels that the program's autoencoder takes and gives."""
 
-    def __init__(self, latents: Latents, options: Options) -> None:
+    def __init__(self, latents: Latents, options: CacheOptions) -> None:
         self.latents, self.options = latents, options
         self.notes: list[str] = []
-        """Sentences for the user."""
-
-    def leave_out_flips(self, name: str) -> None:
-        if self.latents.header.flips:
+        """Sentences for the user about what the cache lacks."""
+        header, name = latents.header, self.program
+        if self.flips == "required" and not header.flips:
+            raise UserError(f"{latents.folder}: {name} needs latents of mirrored images too; encode with --flips")
+        if self.needs_labels:
+            self._check_labels()
+        if self.needs_one_size:
+            self._check_one_size()
+        if self.flips == "left out" and header.flips:
             self.notes.append(f"latents of mirrored images are left out: {name} has no place for them")
-
-    def tell_range(self, consumer: tuple[float, float], name: str) -> None:
-        if (own := self.latents.header.pixel_range) != consumer:
+        if header.pixel_range != self.pixel_range:
             self.notes.append(
-                f"the encoder saw pixels in {list(own)}, and {name} takes decoded pixels to be in "
-                f"{list(consumer)}: convert them after decoding"
+                f"the encoder saw pixels in {list(header.pixel_range)}, and {name} takes decoded pixels to be in "
+                f"{list(self.pixel_range)}: convert them after decoding"
+            )
+
+    def _check_labels(self) -> None:
+        if without := [entry.path for entry in self.latents.entries if entry.label is None]:
+            raise UserError(
+                f"{self.latents.folder}: {self.program} needs a class for each image, and {without[0]} is in no folder "
+                f"({len(without)} such images); put the images of each class into a folder of its own and encode again"
+            )
+
+    def _check_one_size(self) -> None:
+        first: dict[tuple[int, int], str] = {}
+        for shape, entry in zip(self.latents.shapes, self.latents.entries, strict=True):
+            first.setdefault(shape, entry.path)
+        if len(first) > 1:
+            (one, path), (other, other_path) = list(first.items())[:2]
+            raise UserError(
+                f"{self.latents.folder}: {self.program} takes latents of one size, and {path} has {one[0]}x{one[1]}, "
+                f"{other_path} {other[0]}x{other[1]} ({len(first)} sizes in all); encode images of one size"
             )
 
 
-class ImageCache(Cache):
-    """A file for each image."""
+class ImageCacheWriter(CacheWriter):
+    """Write a file for each image."""
 
     @abc.abstractmethod
     def name(self, entry: LatentsEntry) -> str:
-        """Of its file, relative, with "/" between its parts."""
+        """Return the file's relative path, with "/" between its parts."""
 
     @abc.abstractmethod
-    def data(self, item: Item) -> bytes: ...
+    def data(self, item: CacheEntry) -> bytes:
+        """Return the file's content, equal for equal latents."""
 
 
 class Shard(NamedTuple):
+    """Name a file and the indices of the images in it."""
+
     name: str
     indices: Sequence[int]
 
 
-class ShardCache(Cache):
-    """Files that images share."""
+class ShardCacheWriter(CacheWriter):
+    """Write files that images share."""
 
-    tolerant: ClassVar[bool]
-    """Whether images that cannot be read may be missing."""
-    mistaken: ClassVar[str]
-    """Pattern of files in the folder that the consumer takes for shards."""
-
-    @abc.abstractmethod
-    def shards(self) -> list[Shard]: ...
+    may_lack_images: ClassVar[bool]
+    """True if images that cannot be read may be left out of a shard."""
+    shard_pattern: ClassVar[str]
+    """Glob pattern of the files in the folder that the program takes for shards."""
 
     @abc.abstractmethod
-    def write(self, path: Path, items: Iterator[Item]) -> None:
-        """One shard; it is renamed afterwards."""
+    def shards(self) -> list[Shard]:
+        """Divide the images among files."""
+
+    @abc.abstractmethod
+    def write(self, path: Path, items: Iterator[CacheEntry]) -> None:
+        """Write one shard to a temporary path; it is renamed afterwards."""
 
     def last(self) -> list[tuple[str, bytes]]:
-        """Files, by name, that follow from all shards."""
+        """Return names and contents of files that follow from all shards."""
         return []
 
+    def shards_of(self, pattern: str, images: int) -> list[Shard]:
+        """Divide the images in order, `options.shard_images` or else `images` to a file; `pattern` takes its number."""
+        everything, images = range(len(self.latents)), self.options.shard_images or images
+        return [
+            Shard(pattern.format(number), everything[start : start + images])
+            for number, start in enumerate(everything[::images])
+        ]
 
-class Stored(NamedTuple):
-    """What a cache holds of one image; single draws have no log-variances. All (z, h, w) float32, raw."""
+
+class StoredImage(NamedTuple):
+    """Hold what a cache stores of one image: raw tensors (z, h, w) float32."""
 
     mean: torch.Tensor
-    logvar: torch.Tensor | None
-    mean_flip: torch.Tensor | None
-    logvar_flip: torch.Tensor | None
-    about: About | None
-    size: tuple[int, int] | None
-    """Width and height in pixels, if the cache says so without `about`."""
+    """The mean, or the draw where the cache holds a single draw."""
+    logvar: torch.Tensor | None = None
+    mean_flip: torch.Tensor | None = None
+    logvar_flip: torch.Tensor | None = None
+    origin: Origin | None = None
+    size: tuple[int, int] | None = None
+    """Width and height in pixels, if the cache says so without `origin`."""
 
 
-class Found(NamedTuple):
-    """One image of a cache."""
+class FoundImage(NamedTuple):
+    """Name one image of a cache and load it."""
 
     path: str
-    """Where its `about` does not say."""
-    load: Callable[[], Stored]
-    """Raises `OSError`, `ValueError`, `KeyError` or `UserError` for what is damaged."""
+    """Path of the image, where its `origin` does not say."""
+    load: Callable[[], StoredImage]
+    """Raises `OSError`, `ValueError`, `KeyError` or `UserError` for damaged content."""
+
+
+class CacheFormat(NamedTuple):
+    """Join the writer and the reader of a format."""
+
+    writer: type[CacheWriter]
+    read: Callable[[Path, CacheOptions, LatentStatistics | None], Iterator[FoundImage]]
+    """Takes the cache's folder or file, the options, and the model's statistics to unscale by."""
+
+
+def images_in_files(folder: Path, suffix: str, load: Callable[[Path], StoredImage]) -> Iterator[FoundImage]:
+    """Find an image for each file below a folder whose name ends in `suffix`; its path is the file's without it."""
+    for path in sorted(folder.rglob(f"*{suffix}")):
+        name = path.relative_to(folder).as_posix().removesuffix(suffix)
+        yield FoundImage(name, functools.partial(load, path))

@@ -1,6 +1,6 @@
-"""ComfyUI's saved latents: a safetensors file `{path}.latent` with one raw draw, (1, z, h, w) float32.
+"""Write and read ComfyUI's saved latents: a safetensors file `{path}.latent` with one raw draw, (1, z, h, w) float32.
 
-Without the empty tensor of the second key LoadLatent would take the draw for one that is multiplied by 0.18215.
+A second, empty tensor marks the draw as raw: without it LoadLatent takes it for one that is multiplied by 0.18215.
 """
 
 from collections.abc import Iterator
@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
-from latent_codec.interop.caches.options import Options
-from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, latents_in
-from latent_codec.latents.dataset import Latents
+from latent_codec.interop.caches import cache
+from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in, origin_in
 from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
@@ -20,30 +19,33 @@ from latent_codec.storage.tensors import KEY
 _LATENT, _RAW = "latent_tensor", "latent_format_version_0"
 
 
-class ComfyUi(ImageCache):
-    takes = frozenset({"seed", "epoch"})
+class ComfyUi(cache.ImageCacheWriter):
+    """Write a .latent file for each image."""
 
-    def __init__(self, latents: Latents, options: Options) -> None:
-        super().__init__(latents, options)
-        self.leave_out_flips("ComfyUI")
-        self.tell_range(PIXELS, "ComfyUI")
+    program = "ComfyUI"
+    options_used = frozenset({"seed", "epoch"})
+    flips = "left out"
 
     def name(self, entry: LatentsEntry) -> str:
         return f"{entry.path}.latent"
 
-    def data(self, item: Item) -> bytes:
-        return file_bytes({_LATENT: item.z[None].contiguous(), _RAW: torch.zeros(0)}, {KEY: item.about.text()})
+    def data(self, item: cache.CacheEntry) -> bytes:
+        return file_bytes({_LATENT: item.z[None].contiguous(), _RAW: torch.zeros(0)}, {KEY: item.origin.text()})
 
 
-def read(folder: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
-    def load(path: Path) -> Stored:
+def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+    """Find .latent files anywhere in a folder."""
+
+    def load(path: Path) -> cache.StoredImage:
         with safe_open(path, framework="pt") as file:
             found = file.get_tensor(_LATENT)
             if found.ndim != 4 or len(found) != 1:
                 raise ValueError(f"it holds latents of shape {tuple(found.shape)}, not of one image")
             if _RAW not in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-                found = found / 0.18215  # of ComfyUI's first weeks: scaled
-            return Stored(latents_in(found[0]), None, None, None, about_in(file), None)
+                found = found / 0.18215  # ComfyUI's first weeks stored them scaled
+            return cache.StoredImage(latents_in(found[0]), origin=origin_in(file))
 
-    for path in sorted(folder.rglob("*.latent")):
-        yield Found(path.relative_to(folder).as_posix().removesuffix(".latent"), lambda path=path: load(path))
+    return cache.images_in_files(folder, ".latent", load)
+
+
+FORMAT = cache.CacheFormat(ComfyUi, read)

@@ -1,9 +1,10 @@
-"""sd-scripts' cached latents: `{name}_{W}x{H}_sd.npz` beside the image, one draw in float32.
+"""Write and read sd-scripts' cached latents: `{name}_{W}x{H}_sd.npz` beside the image, one draw in float32.
 
-Of SD and SDXL the draw is raw, for the trainer multiplies it by 0.18215 or 0.13025. Of FLUX it is scaled, and every key
-ends in the latents' height and width.
+Draws for SD and SDXL are raw, because the trainer multiplies them by 0.18215 or 0.13025. Draws for FLUX are scaled, and
+every key ends in the latents' height and width.
 """
 
+import functools
 import posixpath
 import re
 from collections.abc import Iterator
@@ -13,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from latent_codec.errors import UserError
-from latent_codec.interop.caches import numpy_files
-from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
-from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches import cache, numpy_files
+from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
@@ -26,10 +26,14 @@ _FACTOR = 8  # the trainers' own
 _LATENTS = re.compile(r"latents(_\d+x\d+)?")
 
 
-class Kohya(ImageCache):
-    takes = frozenset({"arch", "scaling_factor", "shift_factor", "seed", "epoch"})
+class Kohya(cache.ImageCacheWriter):
+    """Write a .npz file for each image."""
 
-    def __init__(self, latents: Latents, options: Options) -> None:
+    program = "kohya"
+    options_used = frozenset({"arch", "scaling_factor", "shift_factor", "seed", "epoch"})
+    flips = "kept"
+
+    def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
         self._arch = _arch(options)
         self._scaling = _scaling(options, latents.header.statistics)
@@ -38,13 +42,12 @@ class Kohya(ImageCache):
                 f"kohya's trainers take latents at 1/{_FACTOR} of each side, these are at 1/{latents.header.factor}; "
                 "encode with another model"
             )
-        self.tell_range(PIXELS, "kohya")
 
     def name(self, entry: LatentsEntry) -> str:
         size = f"{entry.geometry.width:04d}x{entry.geometry.height:04d}"
         return f"{posixpath.splitext(entry.path)[0]}_{size}_{self._arch}.npz"
 
-    def data(self, item: Item) -> bytes:
+    def data(self, item: cache.CacheEntry) -> bytes:
         geometry = item.entry.geometry
         z = self._scaling.scale(item.z)
         end = f"_{z.shape[1]}x{z.shape[2]}" if self._arch == "flux" else ""
@@ -55,16 +58,16 @@ class Kohya(ImageCache):
         }
         if (flipped := item.z_flip) is not None:
             found[f"latents_flipped{end}"] = self._scaling.scale(flipped).numpy()
-        return numpy_files.npz(found, item.about)
+        return numpy_files.npz(found, item.origin)
 
 
-def _arch(options: Options) -> str:
+def _arch(options: CacheOptions) -> str:
     if options.arch not in ARCHITECTURES:
         raise UserError(f"kohya's files are for one architecture; give --arch {', '.join(ARCHITECTURES)}")
     return options.arch
 
 
-def _scaling(options: Options, statistics: LatentStatistics | None) -> Scaling:
+def _scaling(options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
     if options.arch == "flux":
         return scaling_of(options, statistics)
     if options.scaling_factor is not None:
@@ -72,27 +75,32 @@ def _scaling(options: Options, statistics: LatentStatistics | None) -> Scaling:
     return RAW
 
 
-def read(folder: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
-    """The files of one architecture, anywhere in a folder."""
-    end, scaling = f"_{_arch(options)}.npz", _scaling(options, statistics)
+def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+    """Find the files of one architecture anywhere in a folder."""
+    suffix, scaling = f"_{_arch(options)}.npz", _scaling(options, statistics)
 
-    def load(path: Path) -> Stored:
+    def load(path: Path) -> cache.StoredImage:
         with numpy_files.load(path) as file:
-            keys = _keys(file)
-            mean, flip = scaling.unscale(numpy_files.tensor(file[f"latents{keys}"])), None
-            if f"latents_flipped{keys}" in file:
-                flip = scaling.unscale(numpy_files.tensor(file[f"latents_flipped{keys}"]))
-            width, height = (int(side) for side in file[f"original_size{keys}"])
-            return Stored(mean, None, flip, None, numpy_files.about(file), (width, height))
+            end = _key_end(file)
+            mean, flip = (
+                scaling.unscale(numpy_files.latents_in(file[f"{key}{end}"])) if f"{key}{end}" in file else None
+                for key in ("latents", "latents_flipped")
+            )
+            assert mean is not None  # `_key_end` found it
+            width, height = (int(side) for side in file[f"original_size{end}"])
+            return cache.StoredImage(mean, mean_flip=flip, origin=numpy_files.origin_in(file), size=(width, height))
 
-    for path in sorted(folder.rglob(f"*{end}")):
-        name = path.relative_to(folder).as_posix().removesuffix(end).rpartition("_")[0]
-        yield Found(name, lambda path=path: load(path))
+    for path in sorted(folder.rglob(f"*{suffix}")):
+        name = path.relative_to(folder).as_posix().removesuffix(suffix).rpartition("_")[0]
+        yield cache.FoundImage(name, functools.partial(load, path))
 
 
-def _keys(file: Any) -> str:
-    """What every key ends in; raises `ValueError` unless there are latents of one size."""
+def _key_end(file: Any) -> str:
+    """Return the end of every key; raises `ValueError` unless there are latents of exactly one size."""
     found = [match[1] or "" for match in map(_LATENTS.fullmatch, file.files) if match]
     if len(found) != 1:
         raise ValueError(f"it holds latents of {len(found)} sizes, not of one")
     return found[0]
+
+
+FORMAT = cache.CacheFormat(Kohya, read)

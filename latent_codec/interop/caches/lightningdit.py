@@ -1,13 +1,13 @@
-"""LightningDiT's latents: safetensors shards of raw draws (n, z, h, w), those of mirrored images, and class numbers.
+"""Write and read LightningDiT's latents: safetensors shards of raw draws (n, z, h, w), mirrored draws, class numbers.
 
-It normalises them by `latents_stats.pt`. That file is the only pickle that is ever written here, because the trainer
-reads no other; none is ever read.
+The trainer normalises them by `latents_stats.pt`, the only pickle that this program ever writes, because the trainer
+reads no other type; no pickle is ever read.
 """
 
+import functools
 import io
 import json
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,85 +15,72 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from latent_codec.errors import UserError
-from latent_codec.interop.caches.cache import PIXELS, About, Found, Item, Shard, ShardCache, Stored
-from latent_codec.interop.caches.options import Options
-from latent_codec.interop.caches.requirements import need_flips, need_labels, need_one_size
+from latent_codec.interop.caches import cache
+from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import latents_in
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
 STATISTICS = "latents_stats.pt"
-_MOST_IMAGES = 1024
-_MOST_BYTES = 2**27  # a shard is in memory while it is made
+_SHARD_IMAGES = 1024
+_SHARD_BYTES = 2**27  # a shard is in memory while it is made
 
 
-class LightningDit(ShardCache):
-    takes = frozenset({"seed", "epoch"})
-    tolerant, mistaken = False, "*.safetensors"
+class LightningDit(cache.ShardCacheWriter):
+    """Write shards, and the mean and standard deviation of each channel over all draws."""
 
-    def __init__(self, latents: Latents, options: Options) -> None:
+    program = "LightningDiT"
+    options_used = frozenset({"seed", "epoch"})
+    flips = "required"
+    needs_labels = needs_one_size = True
+    may_lack_images, shard_pattern = False, "*.safetensors"
+
+    def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
-        need_flips(latents, "LightningDiT")
-        need_labels(latents, "LightningDiT")
-        need_one_size(latents, "LightningDiT")
-        self.tell_range(PIXELS, "LightningDiT")
         self._count, self._sum, self._squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
 
-    def shards(self) -> list[Shard]:
-        everything, size = range(len(self.latents)), 2 * self.latents.posterior(0).mean.nbytes  # of an image
-        images = max(1, min(_MOST_IMAGES, _MOST_BYTES // size))
-        return [
-            Shard(f"latents_rank00_shard{number:03d}.safetensors", everything[start : start + images])
-            for number, start in enumerate(everything[::images])
-        ]
+    def shards(self) -> list[cache.Shard]:
+        image_bytes = 2 * self.latents.posterior(0).mean.nbytes
+        images = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // image_bytes))
+        return self.shards_of("latents_rank00_shard{:03d}.safetensors", images)
 
-    def write(self, path: Path, items: Iterator[Item]) -> None:
-        z: list[torch.Tensor] = []
-        flipped: list[torch.Tensor] = []
-        labels: list[int] = []
-        abouts: list[str] = []
+    def write(self, path: Path, items: Iterator[cache.CacheEntry]) -> None:
+        rows: list[tuple[torch.Tensor, torch.Tensor, int, str]] = []
         for item in items:
             mirrored = item.z_flip
             assert mirrored is not None
-            z.append(item.z)
-            flipped.append(mirrored)
-            labels.append(item.label)
-            abouts.append(item.about.text())
+            rows.append((item.z, mirrored, item.label, item.origin.text()))
+        z, flipped, labels, origins = zip(*rows, strict=True)
         latents = torch.stack(z)  # (n, z, h, w)
-        self._add(latents)
-        tensors = {"latents": latents, "latents_flip": torch.stack(flipped), "labels": torch.tensor(labels)}
-        save_file(tensors, path, metadata={KEY: f"[{','.join(abouts)}]"})
-
-    def _add(self, latents: torch.Tensor) -> None:
         self._count += latents[:, 0].numel()
         self._sum = self._sum + latents.double().sum((0, 2, 3))  # (z,)
         self._squares = self._squares + latents.double().square().sum((0, 2, 3))
+        tensors = {"latents": latents, "latents_flip": torch.stack(flipped), "labels": torch.tensor(labels)}
+        save_file(tensors, path, metadata={KEY: f"[{','.join(origins)}]"})
 
     def last(self) -> list[tuple[str, bytes]]:
-        """Mean and standard deviation of each channel of all draws, (1, z, 1, 1) each."""
         mean = self._sum / self._count
         variance = (self._squares - self._count * mean.square()) / max(self._count - 1, 1)
         found = {"mean": mean, "std": variance.clamp(min=0).sqrt()}
-        buffer = io.BytesIO()  # a file's name would go into what torch.save writes
+        buffer = io.BytesIO()  # torch.save would write a file's name into it
         torch.save({name: value.float()[None, :, None, None] for name, value in found.items()}, buffer)
         return [(STATISTICS, buffer.getvalue())]
 
 
-def read(folder: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
-    """Every image of every shard; a label becomes the first folder of a path."""
+def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+    """Find every image of every shard in a folder; a class number becomes the first folder of a path."""
 
-    def load(path: Path, row: int) -> Stored:
+    def load(path: Path, row: int) -> cache.StoredImage:
         with safe_open(path, framework="pt") as file:
             mean, flip = (latents_in(file.get_slice(key)[row]) for key in ("latents", "latents_flip"))
-        about = abouts(path)[row] if abouts(path) else None
-        return Stored(mean, None, flip, None, about, None)
+        return cache.StoredImage(mean, mean_flip=flip, origin=origins(path)[row] if origins(path) else None)
 
-    @lru_cache(1)
-    def abouts(path: Path) -> list[About]:
+    @functools.lru_cache(1)
+    def origins(path: Path) -> list[cache.Origin]:
         with safe_open(path, framework="pt") as file:
             found = json.loads((file.metadata() or {}).get(KEY, "[]"))
-        return [About.parse(json.dumps(one)) for one in found]
+        return [cache.Origin.parse(json.dumps(one)) for one in found]
 
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -102,4 +89,7 @@ def read(folder: Path, options: Options, statistics: LatentStatistics | None) ->
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: no shard of LightningDiT's ({error}); make it again or take it away") from error
         for row, label in enumerate(labels):
-            yield Found(f"{label:05d}/{path.stem}-{row:06d}", lambda path=path, row=row: load(path, row))
+            yield cache.FoundImage(f"{label:05d}/{path.stem}-{row:06d}", functools.partial(load, path, row))
+
+
+FORMAT = cache.CacheFormat(LightningDit, read)

@@ -1,8 +1,9 @@
-"""musubi-tuner's cached latents of images: `{name}_{W}x{H}_{architecture}.safetensors`, all in one folder, one draw.
+"""Write and read musubi-tuner's cached latents of images: one draw in `{name}_{W}x{H}_{architecture}.safetensors`.
 
-Each architecture has its own layout, and its own answer to whether the trainer scales latents or the cache does.
+All files lie in one folder. The architecture decides the layout, and whether the trainer or the cache scales latents.
 """
 
+import functools
 import posixpath
 import re
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from typing import NamedTuple
 from safetensors import safe_open
 
 from latent_codec.errors import UserError
-from latent_codec.interop.caches.cache import PIXELS, Found, ImageCache, Item, Stored
-from latent_codec.interop.caches.options import Options
-from latent_codec.interop.caches.safetensors_files import about_in, file_bytes, latents_in
+from latent_codec.interop.caches import cache
+from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in, origin_in
 from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
@@ -25,10 +26,12 @@ _KEY = re.compile(r"latents_(\d+x)?\d+x\d+_[a-z]+\d+")
 
 
 class Architecture(NamedTuple):
+    """Describe the files of one architecture."""
+
     full_name: str
-    """In the files' metadata."""
+    """Name in the files' metadata."""
     frames: bool
-    """Whether latents are (z, 1, h, w)."""
+    """True if latents are (z, 1, h, w)."""
     frames_in_key: bool
     scaled: bool
 
@@ -44,37 +47,39 @@ ARCHITECTURES = {
     "f2k4b": Architecture("flux_2_klein_4b", False, False, True),
     "f2k9b": Architecture("flux_2_klein_9b", False, False, True),
 }
-"""By the name that the files have: those whose caches hold nothing but an image's latents."""
+"""The architectures whose caches hold only an image's latents, by their name in file names."""
 
 
-class Musubi(ImageCache):
-    takes = frozenset({"arch", "scaling_factor", "shift_factor", "seed", "epoch"})
+class Musubi(cache.ImageCacheWriter):
+    """Write a safetensors file for each image."""
 
-    def __init__(self, latents: Latents, options: Options) -> None:
+    program = "musubi-tuner"
+    options_used = frozenset({"arch", "scaling_factor", "shift_factor", "seed", "epoch"})
+    flips = "left out"
+
+    def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
-        self._about = _architecture(options)
+        self._architecture = _architecture(options)
         self._scaling = _scaling(options, latents.header.statistics)
-        self.leave_out_flips("musubi-tuner")
-        self.tell_range(PIXELS, "musubi-tuner")
 
     def name(self, entry: LatentsEntry) -> str:
         stem = posixpath.splitext(posixpath.basename(entry.path))[0]
         return f"{stem}_{entry.geometry.width:04d}x{entry.geometry.height:04d}_{self.options.arch}.safetensors"
 
-    def data(self, item: Item) -> bytes:
+    def data(self, item: cache.CacheEntry) -> bytes:
         z = self._scaling.scale(item.z)  # (z, h, w)
-        key = f"latents_{'1x' if self._about.frames_in_key else ''}{z.shape[1]}x{z.shape[2]}_float32"
+        key = f"latents_{'1x' if self._architecture.frames_in_key else ''}{z.shape[1]}x{z.shape[2]}_float32"
         metadata = {
-            "architecture": self._about.full_name,
+            "architecture": self._architecture.full_name,
             "width": str(item.entry.geometry.width),
             "height": str(item.entry.geometry.height),
             "format_version": "1.0.1",
-            KEY: item.about.text(),
+            KEY: item.origin.text(),
         }
-        return file_bytes({key: (z[:, None] if self._about.frames else z).contiguous()}, metadata)
+        return file_bytes({key: (z[:, None] if self._architecture.frames else z).contiguous()}, metadata)
 
 
-def _architecture(options: Options) -> Architecture:
+def _architecture(options: CacheOptions) -> Architecture:
     if options.arch not in ARCHITECTURES:
         raise UserError(
             f"musubi-tuner's files are for one architecture, and here for those whose files hold images' latents and "
@@ -83,7 +88,7 @@ def _architecture(options: Options) -> Architecture:
     return ARCHITECTURES[options.arch]
 
 
-def _scaling(options: Options, statistics: LatentStatistics | None) -> Scaling:
+def _scaling(options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
     if _architecture(options).scaled:
         return scaling_of(options, statistics)
     if options.scaling_factor is not None:
@@ -93,22 +98,25 @@ def _scaling(options: Options, statistics: LatentStatistics | None) -> Scaling:
     return RAW
 
 
-def read(folder: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
-    """The files of one architecture; videos are refused one by one."""
-    about, scaling = _architecture(options), _scaling(options, statistics)
-    end = f"_{options.arch}.safetensors"
+def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+    """Find the files of one architecture in a folder; a video's latents are refused one by one."""
+    architecture, scaling = _architecture(options), _scaling(options, statistics)
+    suffix = f"_{options.arch}.safetensors"
 
-    def load(path: Path) -> Stored:
+    def load(path: Path) -> cache.StoredImage:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("architecture") != about.full_name:
-                raise ValueError(f"it is for architecture {metadata.get('architecture')}, not {about.full_name}")
+            if metadata.get("architecture") != architecture.full_name:
+                raise ValueError(f"it is for architecture {metadata.get('architecture')}, not {architecture.full_name}")
             (key,) = [key for key in file.keys() if _KEY.fullmatch(key)]  # noqa: SIM118
             found = file.get_tensor(key)
             if found.ndim == 4 and found.shape[1] == 1:
                 found = found[:, 0]  # (z, h, w)
             size = int(metadata["width"]), int(metadata["height"])
-            return Stored(scaling.unscale(latents_in(found)), None, None, None, about_in(file), size)
+            return cache.StoredImage(scaling.unscale(latents_in(found)), origin=origin_in(file), size=size)
 
-    for path in sorted(folder.glob(f"*{end}")):
-        yield Found(path.name.removesuffix(end).rpartition("_")[0], lambda path=path: load(path))
+    for path in sorted(folder.glob(f"*{suffix}")):
+        yield cache.FoundImage(path.name.removesuffix(suffix).rpartition("_")[0], functools.partial(load, path))
+
+
+FORMAT = cache.CacheFormat(Musubi, read)

@@ -1,4 +1,4 @@
-"""numpy's files as bytes, equal for equal arrays, and safely back."""
+"""Write NumPy's files so that equal arrays give equal bytes, and read them without pickle."""
 
 import io
 from pathlib import Path
@@ -8,39 +8,41 @@ import numpy as np
 import torch
 from numpy.lib.npyio import NpzFile
 
-from latent_codec.interop.caches.cache import About
+from latent_codec.interop.caches.cache import Origin
 
-ABOUT = "latent_codec"
-"""Key of an `About` in files that have keys."""
+ORIGIN_KEY = "latent_codec"
+"""Key of the `Origin` in files that have keys."""
 
 
 def npy(array: np.ndarray) -> bytes:
+    """Return a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def npz(arrays: dict[str, np.ndarray], about: About) -> bytes:
-    """Uncompressed; zip's times are 1980's."""
+def npz(arrays: dict[str, np.ndarray], origin: Origin) -> bytes:
+    """Return an uncompressed .npz file; its members' times are those of 1980."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, **{ABOUT: np.frombuffer(about.text().encode(), np.uint8)})  # pyright: ignore
+    np.savez(buffer, **arrays, **{ORIGIN_KEY: np.frombuffer(origin.text().encode(), np.uint8)})  # pyright: ignore
     return buffer.getvalue()
 
 
 def load(source: Path | bytes) -> Any:
-    """An array or an `NpzFile`; nothing that would need pickle. Raises `OSError` or `ValueError`."""
+    """Return an array or an `NpzFile`; raises `OSError`, or `ValueError` for what would need pickle."""
     try:
         return np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False)
     except EOFError as error:
         raise ValueError("it is empty") from error
 
 
-def tensor(array: np.ndarray) -> torch.Tensor:
-    """(z, h, w) float32; raises `ValueError` for anything else than three dimensions of floating-point numbers."""
+def latents_in(array: np.ndarray) -> torch.Tensor:
+    """Return latents (z, h, w) float32; raises `ValueError` unless the array is floating-point and of 3 dimensions."""
     if array.ndim != 3 or array.dtype.kind != "f":
         raise ValueError(f"it holds {array.dtype} {array.shape} where latents (channels, height, width) should be")
     return torch.from_numpy(array.astype(np.float32))
 
 
-def about(file: NpzFile) -> About | None:
-    return About.parse(file[ABOUT].tobytes().decode()) if ABOUT in file else None
+def origin_in(file: NpzFile) -> Origin | None:
+    """Return the origin that a .npz file holds, if any."""
+    return Origin.parse(file[ORIGIN_KEY].tobytes().decode()) if ORIGIN_KEY in file else None

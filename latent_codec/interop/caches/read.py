@@ -1,4 +1,4 @@
-"""The cache of another program -> a folder of latents."""
+"""Read the cache of another program into a folder of latents."""
 
 import hashlib
 import os
@@ -13,16 +13,15 @@ from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry
-from latent_codec.interop.caches.cache import Stored
-from latent_codec.interop.caches.options import CacheName, Options
-from latent_codec.interop.caches.registry import CONSUMERS
-from latent_codec.interop.caches.write import Converted
+from latent_codec.interop.caches.cache import StoredImage
+from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.registry import CacheName, cache_format
+from latent_codec.interop.caches.write import Conversion
 from latent_codec.latents.format import (
     INDEX,
     LatentsEntry,
     LatentsHeader,
     LatentsRow,
-    StoredDtype,
     latent_size,
     latents_header,
     latents_row,
@@ -37,86 +36,74 @@ from latent_codec.model.config import DiagonalGaussianConfig
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import disk_errors, make_folder
 
-_MOST_IMAGES = 512  # in a shard, which is in memory while it is made
-_MOST_BYTES = 2**26
+_SHARD_IMAGES = 512
+_SHARD_BYTES = 2**26  # a shard is in memory while it is made
 
 
-def recover(
-    where: Path,
-    folder: Path,
-    source: CacheName,
-    codec: Codec,
-    options: Options,
-    *,
-    store: StoredDtype,
-    overwrite: bool,
-    quiet: bool = False,
-) -> Converted:
-    """Make a folder of latents of a cache that holds latents of this model.
+def read_cache(
+    where: Path, folder: Path, name: CacheName, codec: Codec, options: CacheOptions, *, overwrite: bool = False
+) -> Conversion:
+    """Write the latents of `codec`'s that the named program's cache at `where` holds into `folder`.
 
-    Moments come back as they were. Of a single draw the mean is the draw and the log-variance the least that the model
-    gives. Geometry and name of an image are those of its source if this program wrote the cache; otherwise an image is
-    as large as the cache says, or as its latents are. Raises `UserError` if there is no such cache, an option is not
-    for it, or `folder` holds latents already and not to `overwrite`; what cannot be read fails by name.
+    Stored moments come back as they were. A single draw becomes the mean, and the log-variance is then the model's
+    lower clamp. An image's name and geometry are its source's if this program wrote the cache; otherwise an image is as
+    large as the cache or its latents say. An image that cannot be read fails by name. Raises `UserError` if there is no
+    such cache, an option makes no difference, or `folder` holds latents already and `overwrite` is not set.
     """
-    consumer = CONSUMERS[source]
-    options.check(consumer.cache.takes - {"seed", "epoch"}, f"--from {source}")
-    _check(where, folder, overwrite)
-    summary, started = Summary("converted"), time.monotonic()
-    gathered = _Gathered(folder, codec, store)
-    found = consumer.read(where, options, codec.statistics)
-    for one in tqdm(found, desc=f"convert from {source}", unit="image", disable=quiet or None):
-        summary.found += 1
-        try:
-            with summary.timing("decode"):
-                gathered.add(one.path, one.load())
-        except FatalError:
-            raise
-        except Exception as error:  # whatever a stranger's file sets off, the others go on
-            summary.fail(one.path, error)
-        else:
-            summary.done += 1
-        with summary.timing("writing"):
-            gathered.write_if_full()
-    if not summary.found:
-        raise UserError(f"{where}: no latents as {source} has them; look at --from, and at --arch if it takes one")
-    with summary.timing("writing"):
-        gathered.finish()
-    summary.bytes_out = sum(shard.stat().st_size for shard in stored_shards(folder))
-    summary.bytes_in = gathered.bytes_in
-    summary.seconds = time.monotonic() - started
-    return Converted(summary, gathered.notes)
-
-
-def _check(where: Path, folder: Path, overwrite: bool) -> None:
+    cache = cache_format(name)
+    options.check(cache.writer.options_used - {"seed", "epoch"} | {"store"}, f"--from {name}")
     if not where.exists():
         raise UserError(f"{where}: no such folder or file")
     if not overwrite and ((folder / INDEX).exists() or Ledger.exists(folder, "latents")):
         raise UserError(f"{folder}: holds latents already; give another folder, or --overwrite to replace them")
     make_folder(folder)
+    summary, started = Summary("converted"), time.monotonic()
+    writer = _LatentsWriter(folder, codec, options)
+    found = cache.read(where, options, codec.statistics)
+    for image in tqdm(found, desc=f"convert from {name}", unit="image", disable=None):
+        summary.found += 1
+        try:
+            with summary.timing("decode"):
+                writer.add(image.path, image.load())
+        except FatalError:
+            raise
+        except Exception as error:  # one damaged image costs no other, whatever its file sets off
+            summary.fail(image.path, error)
+        else:
+            summary.done += 1
+        with summary.timing("writing"):
+            writer.write_if_full()
+    if not summary.found:
+        raise UserError(f"{where}: no latents as {name} has them; look at --from, and at --arch if it takes one")
+    with summary.timing("writing"):
+        writer.finish()
+    summary.bytes_out = sum(shard.stat().st_size for shard in stored_shards(folder))
+    summary.bytes_in = writer.bytes_in
+    summary.seconds = time.monotonic() - started
+    return Conversion(summary, writer.notes)
 
 
-class _Gathered:
-    """The images read so far: in shards, and those of the next one in memory."""
+class _LatentsWriter:
+    """Write images as shards of latents; keeps those of the next shard in memory."""
 
-    def __init__(self, folder: Path, codec: Codec, store: StoredDtype) -> None:
-        self._folder, self._codec = folder, codec
-        self._store: StoredDtype = store
+    def __init__(self, folder: Path, codec: Codec, options: CacheOptions) -> None:
         check_gaussian(codec)
         assert isinstance(codec.config.bottleneck, DiagonalGaussianConfig)
+        self._folder, self._codec, self._store = folder, codec, options.store or "float16"
         self._model_id, self._clamp = codec.model_id, codec.config.bottleneck
+        self._shard_images = options.shard_images or _SHARD_IMAGES
         self._header: LatentsHeader | None = None
         self._rows: list[LatentsRow] = []
         self._entries: list[LatentsEntry] = []
         self._paths: set[str] = set()
         self._shards = self._bytes = self._draws = self.bytes_in = 0
 
-    def add(self, path: str, stored: Stored) -> None:
-        """Raises `ValueError` or `UserError` for what are no latents of the model."""
-        about, flips = stored.about, stored.mean_flip is not None
-        path = path if about is None else about.path
-        if about is not None and about.model_id != self._model_id:
-            raise UserError(f"made by model {about.model_id[:12]}, not {self._model_id[:12]}; give the right --model")
+    def add(self, path: str, stored: StoredImage) -> None:
+        """Add an image; raises `ValueError` or `UserError` if it cannot be the model's."""
+        origin, flips = stored.origin, stored.mean_flip is not None
+        path = path if origin is None else origin.path
+        if origin is not None and origin.model_id != self._model_id:
+            raise UserError(f"made by model {origin.model_id[:12]}, not {self._model_id[:12]}; give the right --model")
         if path in self._paths:
             raise ValueError(f"there is another {path}")
         if self._header is not None and self._header.flips != flips:
@@ -125,8 +112,8 @@ class _Gathered:
         posterior, geometry = self._posterior(stored.mean, stored.logvar), self._geometry(stored)
         if mirrored is not None and mirrored.mean.shape != posterior.mean.shape:
             raise ValueError("the mirror image's latents are of another size")
-        sha256 = "" if about is None else about.sha256
-        self._rows.append(latents_row(unplaced_entry(path, geometry, sha256), posterior, 0, self._store, mirrored))
+        entry = unplaced_entry(path, geometry, "" if origin is None else origin.sha256)
+        self._rows.append(latents_row(entry, posterior, 0, self._store, mirrored))
         self._header = self._header or latents_header(self._codec, self._store, flips)
         self._paths.add(path)
         self._draws += stored.logvar is None
@@ -135,7 +122,7 @@ class _Gathered:
         self.bytes_in += size
 
     def _posterior(self, mean: torch.Tensor, logvar: torch.Tensor | None) -> DiagonalGaussian:
-        """Of (1, z, h, w); without log-variances as narrow as the model's get."""
+        """Return the posterior (1, z, h, w); where a cache has no log-variance, use the model's lower clamp."""
         channels = self._codec.config.latent_channels
         if len(mean) != channels:
             raise ValueError(f"{len(mean)} channels, and the model has {channels}")
@@ -146,11 +133,11 @@ class _Gathered:
             raise ValueError("it holds numbers that are not finite")
         return DiagonalGaussian(mean[None], logvar[None].clamp(self._clamp.logvar_min, self._clamp.logvar_max))
 
-    def _geometry(self, stored: Stored) -> Geometry:
-        """Of the source if the cache says it; otherwise of an image as large, or as its latents can be of."""
+    def _geometry(self, stored: StoredImage) -> Geometry:
+        """Return the source's geometry if the cache has it, or else that of an image as large as the cache says."""
         height, width = stored.mean.shape[1:]
-        if stored.about is not None:
-            geometry = stored.about.geometry
+        if stored.origin is not None:
+            geometry = stored.origin.geometry
         else:
             size = stored.size or (width * self._codec.factor, height * self._codec.factor)
             geometry = Geometry(width=size[0], height=size[1], orientation=1, mode="RGB", background=None)
@@ -159,7 +146,7 @@ class _Gathered:
         return geometry
 
     def write_if_full(self) -> None:
-        if len(self._rows) >= _MOST_IMAGES or self._bytes >= _MOST_BYTES:
+        if len(self._rows) >= self._shard_images or self._bytes >= _SHARD_BYTES:
             self._write()
 
     def _write(self) -> None:
@@ -170,7 +157,7 @@ class _Gathered:
         self._rows, self._bytes, self._shards = [], 0, self._shards + 1
 
     def finish(self) -> None:
-        """The index, once all shards are there; those of before go after that."""
+        """Write the index once all shards are there, then remove shards of earlier latents."""
         if self._rows:
             self._write()
         if self._header is None:  # nothing could be read
@@ -193,11 +180,10 @@ class _Gathered:
 
 
 def _digest(rows: Sequence[LatentsRow]) -> str:
-    """Of what a shard holds."""
     found = hashlib.sha256()
-    for one in rows:
-        found.update(os.fsencode(one.entry.path))
-        for part in (one.mean, one.logvar, one.mean_flip, one.logvar_flip):
-            if part is not None:
-                found.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    for row in rows:
+        found.update(os.fsencode(row.entry.path))
+        for tensor in row[1:]:
+            if tensor is not None:
+                found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:8]

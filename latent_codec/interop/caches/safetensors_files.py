@@ -1,4 +1,4 @@
-"""Safetensors files of others, written and read."""
+"""Write safetensors files so that equal contents give equal bytes, and read those of other programs."""
 
 import json
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from latent_codec.interop.caches.cache import About
+from latent_codec.interop.caches.cache import Origin
 from latent_codec.storage.tensors import KEY
 
 
 def file_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A file, equal for equal contents: the library writes metadata of more than one key in an order of chance."""
+    """Return a file with the metadata in its given order; the library would write it in a random one."""
     plain = save(tensors)
     size = int.from_bytes(plain[:8], "little")
     header = json.dumps({"__metadata__": metadata} | json.loads(plain[8 : 8 + size])).encode()
@@ -20,7 +20,7 @@ def file_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> by
 
 
 def latents_in(found: torch.Tensor) -> torch.Tensor:
-    """(z, h, w) float32; raises `ValueError` for anything else than three dimensions of floating-point numbers."""
+    """Return latents (z, h, w) float32; raises `ValueError` unless the tensor is floating-point and of 3 dimensions."""
     if found.ndim != 3 or not found.is_floating_point():
         raise ValueError(
             f"it holds {found.dtype} {tuple(found.shape)} where latents (channels, height, width) should be"
@@ -28,7 +28,7 @@ def latents_in(found: torch.Tensor) -> torch.Tensor:
     return found.float()
 
 
-def about_in(file: Any) -> About | None:
-    """Of an open safetensors file's metadata."""
+def origin_in(file: Any) -> Origin | None:
+    """Return the origin in an open safetensors file's metadata, if any."""
     text = (file.metadata() or {}).get(KEY)
-    return None if text is None else About.parse(text)
+    return None if text is None else Origin.parse(text)

@@ -1,37 +1,37 @@
-"""Raw latents <-> scaled ones."""
+"""Convert raw latents to scaled ones and back."""
 
 from typing import NamedTuple
 
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.model.file import LatentStatistics
 
 
 class Scaling(NamedTuple):
-    """Scaled = (raw - shift) / spread."""
+    """Scale latents (z, h, w): scaled = (raw - shift) / spread. Both are (z or 1, 1, 1)."""
 
-    shift: torch.Tensor  # (z or 1, 1, 1)
-    spread: torch.Tensor  # (z or 1, 1, 1)
+    shift: torch.Tensor
+    spread: torch.Tensor
 
     def scale(self, z: torch.Tensor) -> torch.Tensor:
-        """Of raw latents (z, h, w)."""
+        """Return scaled latents."""
         return (z - self.shift) / self.spread
 
     def unscale(self, z: torch.Tensor) -> torch.Tensor:
+        """Return raw latents."""
         return z * self.spread + self.shift
 
 
 RAW = Scaling(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
 
 
-def scaling_of(options: Options, statistics: LatentStatistics | None) -> Scaling:
-    """By the factors that were given, otherwise by the model's statistics; raises `UserError` if there are neither."""
+def scaling_of(options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
+    """Return the scaling by the options' factors or else by the statistics; raises `UserError` if there are neither."""
     if options.scaling_factor is not None:
-        return Scaling(
-            torch.full((1, 1, 1), options.shift_factor or 0.0), torch.full((1, 1, 1), 1 / options.scaling_factor)
-        )
+        shift, spread = options.shift_factor or 0.0, 1 / options.scaling_factor
+        return Scaling(torch.full((1, 1, 1), shift), torch.full((1, 1, 1), spread))
     if statistics is None:
         raise UserError(
             "scaled latents need a scale, and the model has no latent statistics; give --scaling-factor, or measure "
@@ -41,8 +41,8 @@ def scaling_of(options: Options, statistics: LatentStatistics | None) -> Scaling
     return Scaling(mean, std)
 
 
-def chosen_scaling(options: Options, statistics: LatentStatistics | None, where: str) -> Scaling:
-    """By --scale, which has to be there; raises `UserError` if it is not, or contradicts the other options."""
+def chosen_scaling(options: CacheOptions, statistics: LatentStatistics | None, where: str) -> Scaling:
+    """Return the scaling that --scale names; raises `UserError` if it is missing or contradicts other options."""
     if options.scale is None:
         raise UserError(f"{where} may hold either kind of latents; say which with --scale raw or --scale normalized")
     if options.scale == "normalized":

@@ -1,8 +1,9 @@
-"""WebDataset's tar shards: of each image `{key}.npy`, one draw, with `.flip.npy`, `.cls` and `.json` beside it.
+"""Write and read WebDataset's tar shards: one draw `{key}.npy` for each image, with `.flip.npy`, `.cls`, `.json`.
 
-Its decoders know these suffixes; they know none of safetensors. The scale is for the user to say.
+WebDataset's own decoders know these suffixes, but none of safetensors. The user chooses the scale.
 """
 
+import functools
 import io
 import json
 import tarfile
@@ -11,39 +12,37 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from latent_codec.errors import UserError
-from latent_codec.interop.caches import numpy_files
-from latent_codec.interop.caches.cache import PIXELS, About, Found, Item, Shard, ShardCache, Stored
-from latent_codec.interop.caches.numpy_files import ABOUT
-from latent_codec.interop.caches.options import Options
+from latent_codec.interop.caches import cache, numpy_files
+from latent_codec.interop.caches.numpy_files import ORIGIN_KEY
+from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.scaling import chosen_scaling
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.json_config import to_json
 
-_IMAGES = 1000
+_SHARD_IMAGES = 1000
 
 
-class WebDataset(ShardCache):
-    takes = frozenset({"scale", "scaling_factor", "shift_factor", "seed", "epoch"})
-    tolerant, mistaken = True, "latents-*.tar"
+class WebDataset(cache.ShardCacheWriter):
+    """Write tar files of 1000 images each."""
 
-    def __init__(self, latents: Latents, options: Options) -> None:
+    program = "WebDataset"
+    options_used = frozenset({"scale", "scaling_factor", "shift_factor", "seed", "epoch"})
+    flips = "kept"
+    may_lack_images, shard_pattern = True, "latents-*.tar"
+
+    def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
         self._scaling = chosen_scaling(options, latents.header.statistics, "WebDataset's shards")
-        self.tell_range(PIXELS, "most programs")
         paths: dict[str, str] = {}
         for entry in latents.entries:
             if (other := paths.setdefault(key := _key(entry.path), entry.path)) != entry.path:
                 raise UserError(f"{other} and {entry.path} would both have the key {key}; rename one of them")
 
-    def shards(self) -> list[Shard]:
-        everything = range(len(self.latents))
-        return [
-            Shard(f"latents-{number:06d}.tar", everything[start : start + _IMAGES])
-            for number, start in enumerate(everything[::_IMAGES])
-        ]
+    def shards(self) -> list[cache.Shard]:
+        return self.shards_of("latents-{:06d}.tar", _SHARD_IMAGES)
 
-    def write(self, path: Path, items: Iterator[Item]) -> None:
+    def write(self, path: Path, items: Iterator[cache.CacheEntry]) -> None:
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for item in items:
                 key = _key(item.entry.path)
@@ -54,51 +53,52 @@ class WebDataset(ShardCache):
                     _add(tar, f"{key}.cls", str(item.label).encode())
                 _add(tar, f"{key}.json", self._facts(item))
 
-    def _facts(self, item: Item) -> bytes:
+    def _facts(self, item: cache.CacheEntry) -> bytes:
         geometry = item.entry.geometry
         facts = {
             "class": item.entry.label,
             "width": geometry.width,
             "height": geometry.height,
             "scale": self.options.scale,
-            ABOUT: to_json(item.about),
+            ORIGIN_KEY: to_json(item.origin),
         }
         return json.dumps(facts, sort_keys=True).encode()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # of 1970, whenever it is
+    member = tarfile.TarInfo(name)  # its time is that of 1970, so that equal contents give equal bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
 def _key(path: str) -> str:
-    """A key ends at the first dot after the last slash, and would at one that belongs to the name."""
+    """Return an image's key; it may have no dot after the last slash, because WebDataset would end it there."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{PurePosixPath(name).stem.replace('.', '_')}"
 
 
-def read(where: Path, options: Options, statistics: LatentStatistics | None) -> Iterator[Found]:
-    """The tar files of a folder, or one; whatever follows on each other with one key is one image."""
+def read(where: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+    """Find images in a tar file or a folder of them; consecutive members with one key are one image."""
     scaling = chosen_scaling(options, statistics, "WebDataset's shards")
 
-    def load(parts: dict[str, bytes]) -> Stored:
+    def load(parts: dict[str, bytes]) -> cache.StoredImage:
         mean, flip = (
-            scaling.unscale(numpy_files.tensor(numpy_files.load(parts[part]))) if part in parts else None
+            scaling.unscale(numpy_files.latents_in(numpy_files.load(parts[part]))) if part in parts else None
             for part in ("npy", "flip.npy")
         )
         if mean is None:
             raise ValueError("it has no .npy")
         facts: dict[str, Any] = json.loads(parts.get("json", b"{}"))
-        about = About.parse(json.dumps(facts[ABOUT])) if ABOUT in facts else None
-        return Stored(mean, None, flip, None, about, None)
+        origin = cache.Origin.parse(json.dumps(facts[ORIGIN_KEY])) if ORIGIN_KEY in facts else None
+        return cache.StoredImage(mean, mean_flip=flip, origin=origin)
 
     for shard in sorted(where.glob("*.tar")) if where.is_dir() else [where]:
         for key, parts in _samples(shard):
-            yield Found(key, lambda parts=parts: load(parts))
+            yield cache.FoundImage(key, functools.partial(load, parts))
 
 
 def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Group a tar file's members by key; yields the parts of each by suffix."""
     key, parts = "", dict[str, bytes]()
     try:
         with tarfile.open(shard, "r|") as tar:
@@ -116,3 +116,6 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         raise UserError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
     if parts:
         yield key, parts
+
+
+FORMAT = cache.CacheFormat(WebDataset, read)

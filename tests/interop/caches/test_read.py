@@ -1,4 +1,4 @@
-"""Caches of other programs become latents again: whole where they hold moments, and strangers' as they say they are."""
+"""Check that caches become latents again: whole where they hold moments, other programs' files as they say they are."""
 
 import io
 import json
@@ -11,22 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.inference.options import ComputeOptions
-from latent_codec.inference.runner import Runner
-from latent_codec.interop.caches import read as recover_module
-from latent_codec.interop.caches.options import CacheName
-from latent_codec.interop.caches.read import recover
-from latent_codec.interop.caches.write import Converted
+from latent_codec.interop.caches import read as read_module
+from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.read import read_cache
+from latent_codec.interop.caches.registry import CacheName
+from latent_codec.interop.caches.write import Conversion
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import StoredDtype, stored_files
+from latent_codec.latents.format import stored_files
 from latent_codec.model.codec import Codec
 from tests.conftest import files_of
-from tests.support.caches import DISTINCT, EVERY, close, draws, flipped_draws, made, options, store
+from tests.support.caches import EVERY, PATHS, close, draws, flipped_draws, made, store
 
 SINGLE = [name for name in EVERY if name not in ("mar", "edm2")]
 NAMELESS = "npy"
@@ -34,61 +31,54 @@ NAMELESS = "npy"
 
 
 def back(
-    codec: Codec,
-    source: CacheName,
-    where: Path,
-    folder: Path,
-    store: StoredDtype = "float16",
-    overwrite: bool = False,
-    **given: Any,
-) -> Converted:
-    converted = recover(where, folder, source, codec, options(**given), store=store, overwrite=overwrite, quiet=True)
+    codec: Codec, source: CacheName, where: Path, folder: Path, overwrite: bool = False, **given: Any
+) -> Conversion:
+    """Read a cache and check that every image is accounted for."""
+    converted = read_cache(where, folder, source, codec, CacheOptions(**given), overwrite=overwrite)
     summary = converted.summary
     assert summary.done + len(summary.failures) == summary.found
     assert not stored_files(folder) or len(Latents(folder)) == summary.done
     return converted
 
 
-def test_mar_gives_back_every_number(codec: Codec, tmp_path: Path) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT, side=None)
-    made(latents, "mar", tmp_path / "cache")
-    assert not back(codec, "mar", tmp_path / "cache", tmp_path / "out").notes
-    found = Latents(tmp_path / "out", model_id=codec.model_id)
-    assert found.header == latents.header
-    facts = [[(e.path, e.geometry, e.sha256, e.label) for e in one.entries] for one in (found, latents)]
+def test_mar_gives_back_every_number(shared_codec: Codec, mixed: Latents, tmp_path: Path) -> None:
+    made(mixed, "mar", tmp_path / "cache")
+    assert not back(shared_codec, "mar", tmp_path / "cache", tmp_path / "out").notes
+    found = Latents(tmp_path / "out", model_id=shared_codec.model_id)
+    assert found.header == mixed.header
+    facts = [[(e.path, e.geometry, e.sha256, e.label) for e in one.entries] for one in (found, mixed)]
     assert facts[0] == facts[1]
-    for i in range(len(latents)):
+    for i in range(len(mixed)):
         for flip in (False, True):
-            one, other = found.posterior(i, flip=flip), latents.posterior(i, flip=flip)
+            one, other = found.posterior(i, flip=flip), mixed.posterior(i, flip=flip)
             assert torch.equal(one.mean, other.mean) and torch.equal(one.logvar, other.logvar)
     made(found, "mar", tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "cache")
 
 
-def test_edm2_gives_back_means_and_to_rounding_variances(codec: Codec, tmp_path: Path) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT)
+def test_edm2_gives_back_means_and_to_rounding_variances(shared_codec: Codec, latents: Latents, tmp_path: Path) -> None:
     made(latents, "edm2", tmp_path / "cache")
     for where in (tmp_path / "cache", tmp_path / "cache" / "latents.zip"):
-        back(codec, "edm2", where, tmp_path / "out", "float32", overwrite=True)
-        found = Latents(tmp_path / "out", model_id=codec.model_id)
-        assert [(e.path, e.geometry, e.sha256) for e in found.entries] == [
-            (e.path, e.geometry, e.sha256) for e in latents.entries
-        ]
+        back(shared_codec, "edm2", where, tmp_path / "out", overwrite=True, store="float32")
+        found = Latents(tmp_path / "out", model_id=shared_codec.model_id)
+        facts = [[(e.path, e.geometry, e.sha256) for e in one.entries] for one in (found, latents)]
+        assert facts[0] == facts[1]
         for i in range(len(latents)):
             one, other = found.posterior(i), latents.posterior(i)
             assert torch.equal(one.mean, other.mean) and close(one.logvar, other.logvar)
 
 
 @pytest.mark.parametrize("source", SINGLE)
-def test_a_single_draw_becomes_the_mean_and_its_variance_the_least(
-    codec: Codec, tmp_path: Path, source: CacheName
+def test_a_single_draw_becomes_the_mean_and_its_variance_the_lower_clamp(
+    shared_codec: Codec, latents: Latents, mixed: Latents, tmp_path: Path, source: CacheName
 ) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT)
-    made(latents, source, tmp_path / "cache", seed=5, **EVERY[source])
-    (note,) = back(codec, source, tmp_path / "cache", tmp_path / "out", "float32", **EVERY[source]).notes
+    cached = latents if source in ("lightningdit", NAMELESS) else mixed  # of one size; without a place for sizes
+    made(cached, source, tmp_path / "cache", seed=5, **EVERY[source])
+    (note,) = back(shared_codec, source, tmp_path / "cache", tmp_path / "out", store="float32", **EVERY[source]).notes
     assert "4 images come of single draws" in note and "-16" in note
-    found, drawn, flipped = Latents(tmp_path / "out"), draws(latents, 5), flipped_draws(latents, 5)
-    whole = {path.rpartition(".")[0] if source == NAMELESS else path: path for path in DISTINCT}
+    found, drawn, flipped = Latents(tmp_path / "out"), draws(cached, 5), flipped_draws(cached, 5)
+    whole = {path.rpartition(".")[0] if source == NAMELESS else path: path for path in PATHS}
+    geometry = {entry.path: entry.geometry for entry in cached.entries}
     assert {entry.path for entry in found.entries} == set(whole)
     assert found.header.flips == (source in ("kohya", "lightningdit", "webdataset"))
     for i, entry in enumerate(found.entries):
@@ -96,28 +86,7 @@ def test_a_single_draw_becomes_the_mean_and_its_variance_the_least(
         assert bool((found.posterior(i).logvar == -16).all())
         if found.header.flips:
             assert torch.allclose(found.posterior(i, flip=True).mean[0], flipped[whole[entry.path]], atol=1e-5)
-        assert (entry.geometry.width, entry.geometry.height) == (16, 16) and entry.label == entry.path[:3]
-
-
-def test_what_comes_back_decodes_to_the_size_it_had(codec: Codec, tmp_path: Path) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT, side=None)
-    for source in SINGLE:
-        if source in ("lightningdit", NAMELESS):  # of one size; without a place for sizes
-            continue
-        made(latents, source, tmp_path / source, **EVERY[source])
-        back(codec, source, tmp_path / source, tmp_path / f"{source} z", **EVERY[source])
-        decode_folder(
-            Runner(codec, ComputeOptions(batch_size=1, workers=1)),
-            tmp_path / f"{source} z",
-            tmp_path / "out",
-            quiet=True,
-        )
-        for entry in latents.entries:
-            with Image.open(tmp_path / "out" / f"{entry.path}.png") as image:
-                assert image.size == (entry.geometry.width, entry.geometry.height)
-                assert image.height == 9
-        for file in files_of(tmp_path / "out"):
-            (tmp_path / "out" / file).unlink()
+        assert entry.geometry == geometry[whole[entry.path]] and entry.label == entry.path[:3]
 
 
 # Files that other programs made.
@@ -188,11 +157,12 @@ STRANGERS: dict[CacheName, tuple[Callable[[Path], None], str, tuple[int, int], d
 
 
 @pytest.mark.parametrize("source", STRANGERS)
-def test_files_of_the_program_itself_are_read(codec: Codec, tmp_path: Path, source: CacheName) -> None:
+def test_files_of_the_program_itself_are_read(shared_codec: Codec, tmp_path: Path, source: CacheName) -> None:
     make, path, size, given = STRANGERS[source]
     (tmp_path / "cache" / "sub").mkdir(parents=True)
     make(tmp_path / "cache")
-    assert not back(codec, source, tmp_path / "cache", tmp_path / "out", "float32", **given).summary.failures
+    given = given | {"store": "float32"}
+    assert not back(shared_codec, source, tmp_path / "cache", tmp_path / "out", **given).summary.failures
     found = Latents(tmp_path / "out")
     entry = found.entries[-1]
     assert (entry.path, entry.geometry.width, entry.geometry.height) == (path, *size)
@@ -205,49 +175,43 @@ def test_files_of_the_program_itself_are_read(codec: Codec, tmp_path: Path, sour
 # What goes wrong.
 
 
-@pytest.mark.parametrize("source", [name for name in EVERY if name not in ("lightningdit", "edm2", "webdataset")])
-def test_a_damaged_file_is_named_and_costs_no_other(codec: Codec, tmp_path: Path, source: CacheName) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT)
+@pytest.mark.parametrize("source", EVERY)
+def test_a_damaged_file_is_named_and_costs_no_other(
+    shared_codec: Codec, latents: Latents, tmp_path: Path, source: CacheName
+) -> None:
+    """A shard is refused, because its images are not known."""
     made(latents, source, tmp_path / "cache", **EVERY[source])
-    bad, *_ = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    bad, *others = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".pt")
     whole = bad.read_bytes()
     for data in (b"", b"text", whole[: len(whole) // 2], whole[:-40]):
         bad.write_bytes(data)
-        summary = back(codec, source, tmp_path / "cache", tmp_path / "out", overwrite=True, **EVERY[source]).summary
-        assert (summary.done, len(summary.failures)) == (3, 1)
-        assert next(iter(summary.failures)) in bad.as_posix()
+        if others:
+            given = {"overwrite": True, **EVERY[source]}
+            summary = back(shared_codec, source, tmp_path / "cache", tmp_path / "out", **given).summary
+            assert (summary.done, len(summary.failures)) == (3, 1)
+            assert next(iter(summary.failures)) in bad.as_posix()
+        elif data != whole[:-40]:
+            with pytest.raises(UserError, match=rf"{bad.name}: no"):
+                back(shared_codec, source, tmp_path / "cache", tmp_path / "out", **EVERY[source])
 
 
-@pytest.mark.parametrize("source", ["lightningdit", "edm2", "webdataset"])
-def test_a_damaged_shard_is_refused(codec: Codec, tmp_path: Path, source: CacheName) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT)
-    made(latents, source, tmp_path / "cache", **EVERY[source])
-    (shard,) = (path for path in (tmp_path / "cache").iterdir() if path.suffix != ".pt")
-    whole = shard.read_bytes()
-    for data in (b"", b"text", whole[: len(whole) // 2]):
-        shard.write_bytes(data)
-        with pytest.raises(UserError, match=rf"{shard.name}: no"):
-            back(codec, source, tmp_path / "cache", tmp_path / "out", **EVERY[source])
-
-
-def test_nothing_is_unpickled(codec: Codec, tmp_path: Path) -> None:
+def test_nothing_is_unpickled(shared_codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     np.save(tmp_path / "cache" / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "cache" / "b.npz", moments=np.array([print], dtype=object))
     for source, given in (("npy", {"scale": "raw"}), ("mar", {})):
-        summary = back(codec, source, tmp_path / "cache", tmp_path / "out", **given).summary
+        summary = back(shared_codec, source, tmp_path / "cache", tmp_path / "out", **given).summary
         assert "allow_pickle=False" in next(iter(summary.failures.values()))
 
 
-def test_latents_of_another_model_are_refused(codec: Codec, tmp_path: Path) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT)
+def test_latents_of_another_model_are_refused(codec: Codec, latents: Latents, tmp_path: Path) -> None:
     made(latents, "mar", tmp_path / "cache")
     codec.backbone.linear.encoder.bias.data += 1  # pyright: ignore
     failures = back(codec, "mar", tmp_path / "cache", tmp_path / "out").summary.failures
     assert len(failures) == 4 and all("give the right --model" in reason for reason in failures.values())
 
 
-def test_what_cannot_be_the_models_fails_by_name(codec: Codec, tmp_path: Path) -> None:
+def test_what_cannot_be_the_models_fails_by_name(shared_codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     wrong = {
         "channels": torch.zeros(3, 2, 2),
@@ -258,7 +222,7 @@ def test_what_cannot_be_the_models_fails_by_name(codec: Codec, tmp_path: Path) -
     for name, tensor in wrong.items():
         np.save(tmp_path / "cache" / f"{name}.npy", tensor.numpy())
     np.save(tmp_path / "cache" / "whole.npy", np.zeros((4, 2, 2), int))
-    reasons = back(codec, "npy", tmp_path / "cache", tmp_path / "out", scale="raw").summary.failures
+    reasons = back(shared_codec, "npy", tmp_path / "cache", tmp_path / "out", scale="raw").summary.failures
     assert reasons.keys() == wrong.keys() | {"whole"}
     for name, reason in {
         "channels": "3 channels, and the model has 4",
@@ -270,65 +234,62 @@ def test_what_cannot_be_the_models_fails_by_name(codec: Codec, tmp_path: Path) -
         assert reason in reasons[name]
 
 
-def test_mirror_images_come_for_all_or_for_none(codec: Codec, tmp_path: Path) -> None:
+def test_mirror_images_come_for_all_or_for_none(shared_codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     moments = np.zeros((8, 2, 2), np.float32)
     np.savez(tmp_path / "cache" / "0.npz", moments=moments[:7])
     np.savez(tmp_path / "cache" / "a.npz", moments=moments, moments_flip=moments)
     np.savez(tmp_path / "cache" / "b.npz", moments=moments)
     np.savez(tmp_path / "cache" / "c.npz", moments=moments, moments_flip=moments[:, :1])
-    failures = back(codec, "mar", tmp_path / "cache", tmp_path / "out").summary.failures
+    failures = back(shared_codec, "mar", tmp_path / "cache", tmp_path / "out").summary.failures
     assert set(failures) == {"0", "b", "c"} and "not all images come with their mirror images'" in failures["b"]
     assert "7 channels of moments, and the model has 2 x 4" in failures["0"] and "another size" in failures["c"]
 
 
-def test_latents_in_the_way_are_kept_unless_they_may_go(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT)
+def test_latents_in_the_way_are_kept_unless_they_may_go(shared_codec: Codec, tmp_path: Path) -> None:
+    latents = store(tmp_path / "z", shared_codec)
     made(latents, "mar", tmp_path / "cache")
     expected = files_of(tmp_path / "z")
     with pytest.raises(UserError, match="holds latents already; give another folder, or --overwrite"):
-        back(codec, "mar", tmp_path / "cache", tmp_path / "z")
+        back(shared_codec, "mar", tmp_path / "cache", tmp_path / "z")
     assert files_of(tmp_path / "z") == expected
-    monkeypatch.setattr(recover_module, "_MOST_IMAGES", 3)
-    back(codec, "mar", tmp_path / "cache", tmp_path / "z", overwrite=True)
+    back(shared_codec, "mar", tmp_path / "cache", tmp_path / "z", overwrite=True, shard_images=3)
     shards = [entry.shard for entry in Latents(tmp_path / "z").entries]
     assert sorted(map(shards.count, set(shards))) == [1, 3]
     assert set(files_of(tmp_path / "z")) == {"index.json", *shards}
 
 
 def test_an_index_is_true_whenever_another_takes_its_place(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_codec: Codec, latents: Latents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    latents = store(tmp_path / "z", codec, DISTINCT)
+    out = tmp_path / "out"
     for seed in (0, 1):
         made(latents, "comfyui", tmp_path / f"{seed}", seed=seed)
-    back(codec, "comfyui", tmp_path / "0", tmp_path / "out")
-    before = [Latents(tmp_path / "out").posterior(i).mean for i in range(4)]
+    back(shared_codec, "comfyui", tmp_path / "0", out)
+    before = [Latents(out).posterior(i).mean for i in range(4)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(recover_module, "write_index", interrupt)
-        back(codec, "comfyui", tmp_path / "1", tmp_path / "out", overwrite=True)
-    assert all(torch.equal(Latents(tmp_path / "out").posterior(i).mean, before[i]) for i in range(4))
-    back(codec, "comfyui", tmp_path / "1", tmp_path / "out", overwrite=True)
-    assert not any(torch.equal(Latents(tmp_path / "out").posterior(i).mean, before[i]) for i in range(4))
-    assert len(stored_files(tmp_path / "out")) == 2
+        patch.setattr(read_module, "write_index", interrupt)
+        back(shared_codec, "comfyui", tmp_path / "1", out, overwrite=True)
+    assert all(torch.equal(Latents(out).posterior(i).mean, before[i]) for i in range(4))
+    back(shared_codec, "comfyui", tmp_path / "1", out, overwrite=True)
+    assert not any(torch.equal(Latents(out).posterior(i).mean, before[i]) for i in range(4))
+    assert len(stored_files(out)) == 2
 
 
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_where_there_is_nothing_it_is_said(codec: Codec, tmp_path: Path) -> None:
+def test_where_there_is_nothing_it_is_said(shared_codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source, given in EVERY.items():
         with pytest.raises(UserError, match=rf"no latents as {source} has them|no zip file"):
-            back(codec, source, tmp_path / "empty", tmp_path / "out", **given)
+            back(shared_codec, source, tmp_path / "empty", tmp_path / "out", **given)
         with pytest.raises(UserError, match="no such folder or file"):
-            back(codec, source, tmp_path / "none", tmp_path / "out", **given)
+            back(shared_codec, source, tmp_path / "none", tmp_path / "out", **given)
     with pytest.raises(UserError, match="--seed is not for --from npy"):
-        back(codec, "npy", tmp_path / "empty", tmp_path / "out", scale="raw", seed=1)
+        back(shared_codec, "npy", tmp_path / "empty", tmp_path / "out", scale="raw", seed=1)
     with zipfile.ZipFile(tmp_path / "empty" / "latents.zip", "w") as file:
         file.writestr("dataset.json", "[]")
     with pytest.raises(UserError, match=r"dataset\.json has no list"):
-        back(codec, "edm2", tmp_path / "empty", tmp_path / "out")
+        back(shared_codec, "edm2", tmp_path / "empty", tmp_path / "out")

@@ -1,11 +1,13 @@
-"""Small autoencoders with the shapes of the known ones: random codecs, diffusers' own, and the original layout."""
+"""Make small autoencoders with the shapes of known ones: random codecs, diffusers' own, and the original layout."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from latent_codec.interop.autoencoder_kl.exporting import Float16Check, export_folder
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig, LikelihoodConfig
 from latent_codec.model.file import LatentStatistics
@@ -20,6 +22,8 @@ SD = ConvConfig(
     post_quant_conv=True,
 )
 NO_QUANT = dataclasses.replace(SD, quant_conv=False, post_quant_conv=False)
+SMALL = dataclasses.replace(SD, widths=(32, 32), layers_per_block=1, mid_attention=False)
+"""The cheapest, for whatever does not depend on the shape."""
 SHAPES: dict[str, tuple[ConvConfig, int]] = {
     "SD and SDXL": (SD, 4),
     "FLUX and SD3": (NO_QUANT, 16),
@@ -28,19 +32,19 @@ SHAPES: dict[str, tuple[ConvConfig, int]] = {
         3,
     ),
 }
-"""Backbone and latent channels; the known ones but for their widths and the fourth resolution."""
+"""Backbone and latent channels of known models, but with smaller widths and fewer resolutions."""
 
 CLAMP = DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0)
 FIXED = GaussianConfig(scale="fixed", sigma=0.1)
 
 
 def codec(
-    backbone: ConvConfig = SD,
+    backbone: ConvConfig = SMALL,
     channels: int = 4,
     likelihood: LikelihoodConfig = FIXED,
     bottleneck: DiagonalGaussianConfig = CLAMP,
 ) -> Codec:
-    """Random weights, normalisation layers included, and made-up statistics far from 0 and 1."""
+    """Make a codec with random weights, also of norms, and made-up statistics far from 0 and 1."""
     config = CodecConfig(
         image_channels=3, latent_channels=channels, backbone=backbone, bottleneck=bottleneck, likelihood=likelihood
     )
@@ -60,7 +64,7 @@ def codec(
 
 
 def randomize(module: torch.nn.Module) -> None:
-    """Weights as large as at the start of training, but for norms and biases, which would be 1 and 0."""
+    """Draw weights as large as at the start of training, but also norms and biases, which would be 1 and 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -69,8 +73,8 @@ def randomize(module: torch.nn.Module) -> None:
             parameter.copy_(noise / fan_in**0.5 + (1.0 if parameter.ndim == 1 else 0.0))
 
 
-def autoencoder(backbone: ConvConfig = SD, channels: int = 4, **settings: Any) -> AutoencoderKL:
-    """diffusers' own, with random weights."""
+def autoencoder(backbone: ConvConfig = SMALL, channels: int = 4, **settings: Any) -> AutoencoderKL:
+    """Make diffusers' own, with random weights."""
     stages = len(backbone.widths)
     made = AutoencoderKL(
         block_out_channels=backbone.widths,
@@ -89,10 +93,7 @@ def autoencoder(backbone: ConvConfig = SD, channels: int = 4, **settings: Any) -
 
 
 def to_ldm(tensors: dict[str, torch.Tensor], *, linear_attention: bool = False) -> dict[str, torch.Tensor]:
-    """AutoencoderKL's tensors as the original code of latent diffusion names and shapes them.
-
-    Written from that code's side: its modules are walked, not its names turned around.
-    """
+    """Name and shape AutoencoderKL's tensors as the original code of latent diffusion does, by walking its modules."""
     left, found = dict(tensors), {}
 
     def move(theirs: str, ours: str, square: bool = False) -> None:
@@ -139,19 +140,24 @@ def to_ldm(tensors: dict[str, torch.Tensor], *, linear_attention: bool = False) 
     return found
 
 
+def export(made: Codec, folder: Path, **options: Any) -> Float16Check:
+    """Export a codec, measured on small images."""
+    return export_folder(made, folder, probe_side=16, **options)
+
+
 def tensors_of(made: Codec) -> dict[str, torch.Tensor]:
-    """A codec's backbone's, by AutoencoderKL's names."""
+    """Return the tensors of a codec's backbone by AutoencoderKL's names."""
     assert isinstance(made.backbone, ConvBackbone)
     return {name: tensor.detach().clone() for name, tensor in made.backbone.state_dict().items()}
 
 
 def pixels(count: int = 2, side: int = 32) -> torch.Tensor:
-    """(count, 3, side, side) in [-1, 1]."""
+    """Make images (count, 3, side, side) in [-1, 1]."""
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def moments(made: Codec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of its statistics, mean and std, (z, 1, 1)."""
+    """Return mean and standard deviation of a codec's statistics, (z, 1, 1) each."""
     assert made.statistics is not None
     mean, std = (torch.tensor(v)[:, None, None] for v in (made.statistics.mean, made.statistics.std))
     return mean, std

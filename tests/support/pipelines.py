@@ -1,4 +1,4 @@
-"""Stock pipelines of diffusers with small random parts around a given autoencoder, prompts given as embeddings."""
+"""Make diffusers' pipelines with small random parts around an autoencoder; prompts are given as embeddings."""
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,13 +23,13 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 FAMILIES = ("SD", "SDXL", "SD3", "FLUX")
-SIDE = 32  # pixels, of the pictures
-_WIDTH = 8  # of the prompts' embeddings
+SIDE = 32  # pixels
+_WIDTH = 8  # width of the prompts' embeddings
 
 
 class Painted(NamedTuple):
     latents: torch.Tensor
-    """(1, z, h/f, w/f) as the diffusion model leaves them."""
+    """The diffusion model's output, (1, z, h/f, w/f)."""
     picture: torch.Tensor
     """(1, 3, h, w) in [0, 1]."""
 
@@ -43,7 +43,7 @@ def pipeline(family: str, vae: Any) -> Any:
 
 
 def paint(family: str, vae: Any) -> Painted:
-    """The same picture twice: as latents, and decoded by the pipeline."""
+    """Paint the same picture twice: as latents, and decoded by the pipeline."""
     made = pipeline(family, vae)
 
     def run(kind: str) -> torch.Tensor:
@@ -63,7 +63,7 @@ def paint(family: str, vae: Any) -> Painted:
 
 
 def encode(family: str, vae: Any, x: torch.Tensor, seed: int) -> torch.Tensor:
-    """What the diffusion model gets of an image (1, 3, h, w) in [-1, 1] where a pipeline starts from one."""
+    """Encode an image (1, 3, h, w) in [-1, 1] as a pipeline that starts from one does."""
     this: Any = SimpleNamespace(vae=vae)
     generator = torch.Generator().manual_seed(seed)
     if family == "SDXL":
@@ -156,7 +156,7 @@ def _flux(vae: Any, channels: int) -> Any:
 
 
 def dit(vae: Any) -> DiTPipeline:
-    """Of classes instead of prompts."""
+    """Make a pipeline that takes classes instead of prompts."""
     channels = vae.config.latent_channels
     with torch.random.fork_rng():
         torch.manual_seed(0)

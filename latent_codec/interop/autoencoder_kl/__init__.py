@@ -1,5 +1,5 @@
-"""diffusers' AutoencoderKL: folders of it that are written and read, and single files in its and the original layout.
+"""Exchange models with diffusers' AutoencoderKL: folders, and single files in its or the original layout.
 
-Nothing here needs diffusers. An AutoencoderKL is a codec with the `conv` backbone, a diagonal Gaussian and a Gaussian
-likelihood; what it cannot hold of ours travels in its file's metadata, so that an export of ours comes back whole.
+Only `adapter` needs diffusers. An AutoencoderKL is a codec with the `conv` backbone, a diagonal Gaussian posterior and
+a Gaussian likelihood; what it cannot hold of a codec travels in its file's metadata, so that an export comes back.
 """

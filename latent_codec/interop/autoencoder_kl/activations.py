@@ -1,4 +1,4 @@
-"""Whether a model can run in float16: the largest value that any of its modules puts out, measured in float32."""
+"""Measure the largest activation of a model in float32, to decide whether float16 can hold it."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -11,14 +11,14 @@ from latent_codec.noise import fold, hashes, normal
 
 FLOAT16_MAX = 65504.0
 MARGIN = 4.0
-"""How much larger an image that was not measured may make it."""
+"""Factor by which images that were not measured may exceed the measured peak."""
 
-_SIDE = 128  # pixels, of the made-up images
-_MOST_OF_DATA = 256
+PROBE_SIDE = 128  # pixels, of the made-up images
+_MAX_SIDE = 256  # pixels, of the middle of a given image
 
 
 class Peak:
-    """The largest magnitude so far; NaN, once seen, stays."""
+    """Keep the largest magnitude seen so far; a NaN, once seen, stays."""
 
     value: float = 0.0
 
@@ -29,13 +29,13 @@ class Peak:
 
 
 def overflows(peak: float) -> bool:
-    """Whether float16 is too small for it, with a margin."""
+    """Return True if `MARGIN` times the peak exceeds float16's range, or the peak is NaN."""
     return not peak * MARGIN <= FLOAT16_MAX  # also true of NaN
 
 
 @contextmanager
 def watched(network: nn.Module) -> Iterator[Peak]:
-    """Keeps the peak of all that the network's modules put out meanwhile."""
+    """Measure the peak of the outputs of all modules of a network while the context is open."""
     peak = Peak()
 
     def see(_: nn.Module, __: tuple[object, ...], output: object) -> None:
@@ -50,12 +50,13 @@ def watched(network: nn.Module) -> Iterator[Peak]:
             handle.remove()
 
 
-def made_up_images(channels: int, factor: int) -> Iterator[torch.Tensor]:
-    """Black, white, a ramp, a checkerboard, steps and noise, (1, channels, side, side) uint8, always the same.
+def made_up_images(channels: int, factor: int, side: int = PROBE_SIDE) -> Iterator[torch.Tensor]:
+    """Yield black, white, a ramp, a checkerboard, steps and noise, (1, channels, side, side) uint8, always the same.
 
-    What photographs are not: flat areas are what normalisation amplifies, noise and edges what filters answer to.
+    They are what photographs are not: normalisation amplifies flat areas, and filters answer to noise and edges. `side`
+    is rounded up to a multiple of `factor`.
     """
-    side = -(-_SIDE // factor) * factor
+    side = -(-side // factor) * factor
     line = torch.arange(side)
     ramp = (line * 255 // (side - 1)).expand(side, side)
     board = (line[:, None] // 2 + line // 2) % 2 * 255
@@ -67,13 +68,13 @@ def made_up_images(channels: int, factor: int) -> Iterator[torch.Tensor]:
 
 
 def middles(images: Iterable[torch.Tensor], factor: int) -> Iterator[torch.Tensor]:
-    """The middle of images (1, c, h, w) whose sides are multiples of the factor, as large as is quick to decode."""
-    most = max(_MOST_OF_DATA // factor, 1) * factor
+    """Crop images (1, c, h, w), whose sides are multiples of `factor`, to their middle of at most 256x256 pixels."""
+    most = max(_MAX_SIDE // factor, 1) * factor
     for pixels in images:
         starts = [(size - min(size, most)) // 2 for size in pixels.shape[2:]]
         yield pixels[..., starts[0] : starts[0] + most, starts[1] : starts[1] + most]
 
 
 def standard_noise(like: torch.Tensor) -> torch.Tensor:
-    """Standard normal noise of the shape of `like`, (1, z, h, w), always the same."""
+    """Return standard normal noise of the shape of `like`, (1, z, h, w), always the same."""
     return normal(fold(1)[None], tuple(like.shape[1:])).to(like.device)

@@ -1,4 +1,4 @@
-"""Any codec in a diffusers pipeline's `vae=` slot, with the interface of AutoencoderKL. Needs the extra `diffusers`."""
+"""Put any codec into the `vae=` slot of a diffusers pipeline. Needs the extra `diffusers`."""
 
 from typing import Any, cast
 
@@ -26,13 +26,15 @@ except ImportError as error:
 
 
 class CodecAutoencoder(ModelMixin, ConfigMixin):
-    """A codec whose latents are normalised by its statistics: scaling factor 1 and shift 0 are right in any pipeline.
+    """Wrap a codec with the interface of AutoencoderKL; make one with `from_codec`.
 
-    Pixels are in [-1, 1] whatever the codec's likelihood. Results have the weights' number type, as AutoencoderKL's
-    do; the posterior and the expected pixels are computed in float32. `save_pretrained` and `from_pretrained` are
-    diffusers'. Make one of a codec with `from_codec`.
+    Its latents are normalised by the codec's statistics, so that scaling factor 1 and shift 0 are right in any
+    pipeline. Pixels are in [-1, 1] whatever the codec's likelihood. Results have the weights' number type, as
+    AutoencoderKL's do; the posterior and the expected pixels are computed in float32. `save_pretrained` and
+    `from_pretrained` are diffusers'.
     """
 
+    # Parameters: diffusers stores each in config.json, where pipelines look for them by these names.
     @register_to_config
     def __init__(
         self,
@@ -57,13 +59,13 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_codec(cls, codec: Codec) -> "CodecAutoencoder":
-        """An adapter that shares the codec's weights.
+        """Return an adapter that shares the codec's weights.
 
-        `force_upcast` is measured on made-up images, as an export measures it. Raises `UserError` for a codec without
-        latent statistics, without a Gaussian posterior, or whose factor is no power of two, which pipelines count on.
+        `force_upcast` is measured on made-up images. Raises `UserError` for a codec without latent statistics or a
+        Gaussian posterior, or whose factor is no power of two, as pipelines require.
         """
         if (kind := codec.config.bottleneck.kind) != "gaussian":
-            raise UserError(f"pipelines ask for a Gaussian posterior; this codec's bottleneck is {kind}")
+            raise UserError(f"pipelines need a Gaussian posterior; this codec's bottleneck is {kind}")
         check_unconditional(codec, "a pipeline")
         if codec.statistics is None:
             raise UserError(
@@ -80,7 +82,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
                 in_channels=codec.config.image_channels,
                 out_channels=codec.config.image_channels,
                 latent_channels=codec.config.latent_channels,
-                block_out_channels=(1,) * stages,  # pipelines take the factor from how many there are
+                block_out_channels=(1,) * stages,  # pipelines compute the factor from their number
                 scaling_factor=1.0,
                 shift_factor=0.0,
                 latents_mean=None,
@@ -92,33 +94,35 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
 
     @property
     def post_quant_conv(self) -> torch.nn.Module:
-        """SDXL's pipelines ask this for the number type that the decoder takes."""
+        """Return the module that SDXL's pipelines ask for the decoder's number type."""
         return self.codec
 
     def enable_tiling(self, tile: int | None = None) -> None:
-        """Send larger images through the networks in tiles of that many pixels a side, by default `tiling`'s.
+        """Run larger images through the networks in tiles of `tile` pixels a side, by default `tiling`'s.
 
-        Exact for `lite` and `linear`, blended for `conv`. Raises `UserError` for a tile that the codec cannot have.
+        Results are exact for `lite` and `linear` and blended for `conv`. Raises `UserError` for a tile too small.
         """
         tile = tiling.default_tile(self.codec) if tile is None else tile
         tiling.check_tile(self.codec, tile)
         self._tile = tile
 
     def disable_tiling(self) -> None:
+        """Run every image through the networks whole."""
         self._tile = None
 
     def enable_slicing(self) -> None:
-        """One image of a batch at a time."""
+        """Run the images of a batch through the networks one by one."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
+        """Run batches through the networks whole."""
         self.use_slicing = False
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
-        """An output whose `latent_dist` is the posterior of normalised latents (b, z, h/f, w/f).
+        """Encode pixels (b, c, h, w) in [-1, 1]; `latent_dist` is the posterior of normalised latents (b, z, h/f, w/f).
 
-        x: (b, c, h, w) in [-1, 1]; raises `ValueError` unless h and w are multiples of the factor.
+        Raises `ValueError` unless h and w are multiples of the factor f.
         """
         parts = [self._posterior(part) for part in self._slices(x)]
         posterior = DiagonalGaussianDistribution(torch.cat(parts).to(self.dtype))
@@ -126,9 +130,9 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
-        """An output whose `sample` is the expected pixels (b, c, h, w) in [-1, 1], not clipped.
+        """Decode normalised latents (b, z, h/f, w/f); `sample` is the expected pixels (b, c, h, w), not clipped.
 
-        z: normalised latents (b, z, h/f, w/f). The generator is accepted, as by other decoders; nothing is drawn.
+        The generator is accepted, as by other decoders, and not used.
         """
         sample = torch.cat([self._pixels(part) for part in self._slices(z)]).to(self.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -140,7 +144,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """There and back: by the posterior's mode, or a draw from it."""
+        """Encode, and decode the posterior's mode or a draw from it."""
         posterior = self.encode(sample).latent_dist
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)
 
@@ -148,7 +152,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         return x.split(1) if self.use_slicing else (x,)
 
     def _posterior(self, x: torch.Tensor) -> torch.Tensor:
-        """Mean, then log-variance, (b, 2z, h/f, w/f) float32, of the normalised latents."""
+        """Return mean and log-variance of normalised latents, (b, 2z, h/f, w/f) float32."""
         if self.codec.likelihood.data_range != (-1.0, 1.0):
             x = self.codec.likelihood.from_uint8(from_signed(x))
         x = x.to(self.dtype)
@@ -168,7 +172,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         return (pixels.to(z.device) - low) * (2 / (high - low)) - 1
 
     def _moments(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel, (z, 1, 1) float32 whatever the weights are."""
+        """Return each channel's mean and standard deviation, (z, 1, 1) float32 whatever the weights are."""
         statistics = cast(LatentStatistics, self.codec.statistics)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
@@ -179,7 +183,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
 
 @torch.inference_mode()
 def _peak(codec: Codec) -> float:
-    """The largest value on the way of made-up images there and back."""
+    """Return the largest activation while made-up images are encoded and decoded."""
     weight = next(codec.parameters())
     with activations.watched(codec) as peak:
         for pixels in activations.made_up_images(codec.config.image_channels, codec.factor):

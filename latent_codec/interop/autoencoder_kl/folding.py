@@ -1,7 +1,7 @@
-"""The normalisation of latents folded into the 1x1 convolutions on both sides of them.
+"""Fold the normalisation of latents into the 1x1 convolutions on both sides of them.
 
-Pipelines disagree on how to normalise (`settings.Scale`). A model whose latents are z' = (z - m) / s already is right
-for all of them with scaling factor 1 and shift 0.
+Pipelines disagree on how to normalise latents (`settings.PipelineScale`). A model whose latents are z' = (z - m) / s
+already is right for all of them with scaling factor 1 and shift 0.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ Tensors = dict[str, torch.Tensor]
 
 
 def fold(tensors: Tensors, config: ConvConfig, statistics: LatentStatistics) -> tuple[Tensors, ConvConfig]:
-    """Tensors and configuration of a conv backbone whose latents are normalised by the statistics.
+    """Return tensors and configuration of a conv backbone whose latents are normalised by the statistics.
 
-    Of the encoder's features the means become (mean - m) / s and the log-variances logvar - 2 ln s, and the decoder
-    takes z = s z' + m. 1x1 convolutions that the backbone lacks are added. Computed in float64.
+    The encoder's means become (mean - m) / s and its log-variances logvar - 2 ln s; the decoder takes z = s z' + m.
+    1x1 convolutions that the backbone lacks are added. Computed in float64.
     """
     z = len(statistics.mean)
     mean, std = (torch.tensor(v, dtype=torch.float64) for v in (statistics.mean, statistics.std))
     scale, shift = torch.cat([1 / std, torch.ones(z)]), torch.cat([-mean / std, -2 * std.log()])
-    weight, bias = _convolution(tensors, "quant_conv", 2 * z)
-    after, offset = _convolution(tensors, "post_quant_conv", z)
+    weight, bias = _matrix_and_bias(tensors, "quant_conv", 2 * z)
+    after, offset = _matrix_and_bias(tensors, "post_quant_conv", z)
     folded = {
         "quant_conv.weight": scale[:, None] * weight,
         "quant_conv.bias": scale * bias + shift,
@@ -35,8 +35,8 @@ def fold(tensors: Tensors, config: ConvConfig, statistics: LatentStatistics) -> 
     return tensors | folded, dataclasses.replace(config, quant_conv=True, post_quant_conv=True)
 
 
-def _convolution(tensors: Tensors, name: str, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A 1x1 convolution as a matrix and a bias, float64; the identity if there is none."""
+def _matrix_and_bias(tensors: Tensors, name: str, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a 1x1 convolution as a float64 matrix and bias; the identity if it is missing."""
     if f"{name}.weight" not in tensors:
         return torch.eye(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     return tensors[f"{name}.weight"].double()[:, :, 0, 0], tensors[f"{name}.bias"].double()

@@ -1,8 +1,7 @@
-"""An AutoencoderKL folder, or one safetensors file in either layout, as a codec."""
+"""Import an AutoencoderKL folder, or one safetensors file in either layout, as a codec."""
 
 import base64
 import binascii
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -27,9 +26,9 @@ from latent_codec.interop.autoencoder_kl.folding import Tensors
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.storage import tensors as tensor_files
-from latent_codec.storage.files import make_folder
+from latent_codec.storage.files import make_folder, sha256_of
 from latent_codec.storage.json_config import from_json
+from latent_codec.storage.tensors import check_finite, check_state
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
@@ -50,19 +49,19 @@ def import_model(
     shift_factor: float | None = None,
     half: bool = False,
 ) -> Codec:
-    """Write a model file of ours from an AutoencoderKL folder or a safetensors file, and read it back.
+    """Write a model file from an AutoencoderKL folder or a safetensors file, and read it back.
 
-    A file may be in diffusers' layout or the original one, alone or within a whole checkpoint; its shapes say what it
-    is, unless an AutoencoderKL's config.json lies beside it. The latents' statistics are what the scale says, that of
-    config.json or the factors given here; without either there are none. An export of ours becomes what it was, with
-    the same id. `half` stores float16. Raises `UserError` for pickles, for missing, extra, mis-shaped or non-finite
-    tensors, and for features that codecs lack.
+    A file may be in diffusers' layout or the original one, alone or within a whole checkpoint; its configuration is
+    inferred from its shapes, unless an AutoencoderKL's config.json lies beside it. The latent statistics follow from
+    the scale in config.json or from the factors given here; without either there are none. An export of this program
+    becomes the model that it was, with the same id. `half` stores float16. Raises `UserError` for pickles, for missing,
+    extra, mis-shaped or non-finite tensors, and for features that no codec has.
     """
     if destination.is_dir():
         raise UserError(f"{destination}: is a folder; give the model file's name, such as {destination}.safetensors")
     found = _find(source)
     if destination.resolve() == found.weights.resolve():
-        raise UserError(f"{destination}: is what would be imported; give another name")
+        raise UserError(f"{destination}: is the file to import; give another name")
     tensors, metadata = _read(found.weights)
     codec = _restore(tensors, metadata, found.weights) if KEY in metadata else None
     if codec is None:
@@ -71,7 +70,7 @@ def import_model(
         codec.statistics = scale and settings.statistics_of(scale, config.latent_channels, source.name)
         codec.provenance = {
             "imported_from": source.name,
-            "sha256": _sha256(found.weights),
+            "sha256": sha256_of(found.weights),
             "imported_by": f"latent_codec {__version__}",
         }
     if scaling_factor is not None or shift_factor is not None:
@@ -82,10 +81,10 @@ def import_model(
 
 
 def _given(scaling: float | None, shift: float | None, channels: int) -> LatentStatistics:
-    scale = settings.Scale(1.0 if scaling is None else scaling, shift or 0.0, None, None)
+    scale = settings.PipelineScale(1.0 if scaling is None else scaling, shift or 0.0, None, None)
     if (statistics := settings.statistics_of(scale, channels, "the command line")) is None:
         raise UserError(
-            f"--scaling-factor {scaling} --shift-factor {shift}: finite numbers, the first above 0, are needed"
+            f"--scaling-factor {scaling} --shift-factor {shift}: both must be finite, and the first above 0"
         )
     return statistics
 
@@ -120,12 +119,12 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _refuse_pickle(path: Path) -> None:
-    """Raise `UserError` if a file that is no safetensors file looks like a pickle; of those some begin alike."""
+    """Raise `UserError` if a file that could not be read as safetensors looks like a pickle."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
     except OSError:
-        start = b""  # whoever reads it says so
+        start = b""  # reading it will raise the error
     if path.suffix in _PICKLES or start[:1] == b"\x80" or start == b"PK\x03\x04":
         raise UserError(
             f"{path}: a pickle, which can run anything when it is loaded, is never read; convert it to safetensors "
@@ -141,7 +140,7 @@ def _is_autoencoder(config: Path) -> bool:
 
 
 def _read(weights: Path) -> tuple[Tensors, dict[str, str]]:
-    """The autoencoder's tensors by today's names, float32 and finite, and the file's metadata."""
+    """Read the autoencoder's tensors under today's names, float32 and finite, and the file's metadata."""
     try:
         with safe_open(weights, framework="pt") as file:
             names = list(file.keys())
@@ -157,14 +156,14 @@ def _read(weights: Path) -> tuple[Tensors, dict[str, str]]:
             f"{weights}: tensor {odd[0]} is {tensors[odd[0]].dtype}; an autoencoder's are floating-point numbers"
         )
     tensors = {name: tensor.float() for name, tensor in layouts.canonical(tensors, str(weights)).items()}
-    tensor_files.check_finite(tensors, weights)
+    check_finite(tensors, weights)
     return tensors, metadata
 
 
-def _describe(found: _Source, tensors: Tensors) -> tuple[CodecConfig, settings.Scale | None]:
-    """Its configuration, from config.json or its shapes, and its scale if that is known."""
+def _describe(found: _Source, tensors: Tensors) -> tuple[CodecConfig, settings.PipelineScale | None]:
+    """Return the configuration, from config.json or the shapes, and the scale if it is known."""
     if found.config is None:
-        backbone, image_channels, latent_channels = layouts.shapes(tensors, str(found.weights))
+        backbone, image_channels, latent_channels = layouts.infer_config(tensors, str(found.weights))
         return settings.codec_config(backbone, image_channels, latent_channels), None
     try:
         value = json.loads(found.config.read_text(encoding="utf-8"))
@@ -175,18 +174,18 @@ def _describe(found: _Source, tensors: Tensors) -> tuple[CodecConfig, settings.S
 
 def _load(config: CodecConfig, tensors: Tensors, where: Path) -> Codec:
     try:
-        with torch.device("meta"):  # whatever the configuration says, nothing is allocated for it yet
+        with torch.device("meta"):  # allocates nothing, however large the configuration
             expected = {name.removeprefix(BACKBONE): t for name, t in Codec(config).state_dict().items()}
     except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
         raise UserError(f"{where}: no model can be made of its configuration: {error}") from error
-    tensor_files.check_state(expected, tensors, str(where))
+    check_state(expected, tensors, str(where))
     codec = Codec(config)
     codec.load_state_dict({f"{BACKBONE}{name}": tensor for name, tensor in tensors.items()})
     return codec.eval()
 
 
 def _restore(tensors: Tensors, metadata: dict[str, str], where: Path) -> Codec | None:
-    """The model that was exported; None, with a warning, if the file is not what the export left."""
+    """Return the model that was exported; None, with a warning, if the file was changed since."""
     try:
         header: dict[str, Any] = json.loads(metadata[KEY])
         if header["format_version"] != FORMAT_VERSION:
@@ -194,17 +193,12 @@ def _restore(tensors: Tensors, metadata: dict[str, str], where: Path) -> Codec |
         config = from_json(CodecConfig, header["config"])
         original = {n: t.float() for n, t in load(base64.b64decode(header["original"], validate=True)).items()}
         if digest(config, tensors, original) != header["digest"]:
-            raise ValueError("its tensors are others than were exported")
+            raise ValueError("its tensors are not those that were exported")
         codec = Codec(config).eval()
         codec.load_state_dict(restored(config, tensors, original))
         codec.statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
         codec.provenance = from_json(dict, header["provenance"], where="provenance")
     except (KeyError, TypeError, ValueError, RecursionError, RuntimeError, binascii.Error, SafetensorError) as error:
-        log.warning("%s: imported as it stands, not as the model it was exported from: %s", where, error)
+        log.warning("%s: imported as it stands, not as the model that was exported: %s", where, error)
         return None
     return codec
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

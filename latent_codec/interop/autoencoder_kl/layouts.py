@@ -1,4 +1,4 @@
-"""Tensor names: AutoencoderKL's, those of before its attention was renamed, and the original latent diffusion ones."""
+"""Translate tensor names of AutoencoderKL, today's and earlier ones, and of the original latent diffusion code."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -11,14 +11,14 @@ from latent_codec.interop.autoencoder_kl.folding import Tensors
 from latent_codec.model.config import ConvConfig
 
 _ANCHOR = "encoder.conv_in.weight"
-"""Every layout has it; what stands before it in a checkpoint of several models is the autoencoder's prefix."""
+"""A tensor of every layout; what precedes it in a checkpoint of several models is the autoencoder's prefix."""
 _PREFIXES = ("first_stage_model.", "vae.", "")
-"""Preferred in this order where there are several."""
+"""Prefixes in order of preference."""
 _TRAINING = ("loss.", "model_ema.")
-"""Of bare training checkpoints: discriminator, LPIPS and counters, no part of the autoencoder."""
+"""Prefixes in training checkpoints of what is no part of the autoencoder: discriminator, LPIPS and counters."""
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LDM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_GROUPS = 32  # of all AutoencoderKL that are known; tensors do not tell
+_GROUPS = 32  # of all known AutoencoderKL; tensors do not tell
 
 _LACKED = (
     (r"(en|de)coder\.(down|up|down_blocks|up_blocks)\.\d+\.(attn|attentions)\.", "attention outside the middle block"),
@@ -28,8 +28,8 @@ _LACKED = (
 )
 
 
-class Shapes(NamedTuple):
-    """What the shapes of an AutoencoderKL's tensors say."""
+class InferredConfig(NamedTuple):
+    """Hold what the names and shapes of an AutoencoderKL's tensors tell of its configuration."""
 
     backbone: ConvConfig
     image_channels: int
@@ -37,7 +37,7 @@ class Shapes(NamedTuple):
 
 
 def prefix_of(names: Iterable[str], where: str) -> str:
-    """What stands before an autoencoder's names in a file; raises `UserError` if it holds none, or several."""
+    """Return the prefix of an autoencoder's tensor names; raises `UserError` if a file holds none or several."""
     found = {name.removesuffix(_ANCHOR) for name in names if f".{name}".endswith(f".{_ANCHOR}")}
     if not found:
         raise UserError(f"{where}: no tensor {_ANCHOR}, under whatever prefix; it holds no autoencoder of this kind")
@@ -50,18 +50,19 @@ def prefix_of(names: Iterable[str], where: str) -> str:
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a tensor beside the autoencoder's is left over from its training."""
+    """Return True for a tensor that is left from training, such as the discriminator's."""
     return name.startswith(_TRAINING)
 
 
 def canonical(tensors: Tensors, where: str) -> Tensors:
-    """The tensors under today's names and shapes; raises `UserError` if two become one, or for what codecs lack."""
+    """Return the tensors under today's names and shapes.
+
+    Raises `UserError` if two get the same name, or for a feature that no codec has.
+    """
     for name in sorted(tensors):
         for pattern, feature in _LACKED:
             if re.match(pattern, name):
-                raise UserError(
-                    f"{where}: this autoencoder has {feature}, which codecs of ours have not: tensor {name}"
-                )
+                raise UserError(f"{where}: this autoencoder has {feature}, which no codec here has: tensor {name}")
     stages = 1 + max((int(m[1]) for name in tensors if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=-1)
     named: Tensors = {}
     for name, tensor in tensors.items():
@@ -73,7 +74,7 @@ def canonical(tensors: Tensors, where: str) -> Tensors:
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """A 1x1 convolution as the linear map that it is."""
+    """Return the matrix of a 1x1 convolution; other tensors as they are."""
     return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
@@ -109,10 +110,10 @@ def _canonical_name(name: str, stages: int) -> str:
     return name
 
 
-def shapes(tensors: Tensors, where: str) -> Shapes:
-    """The configuration that tensors under today's names have; raises `UserError` for one without which it is unknown.
+def infer_config(tensors: Tensors, where: str) -> InferredConfig:
+    """Infer a configuration from tensors under today's names; raises `UserError` where one that tells is missing.
 
-    Only what it takes is looked at: whether all tensors are there, and fit, is for `modelfile.check_state`.
+    `storage.tensors.check_state` checks afterwards that all tensors are there and fit.
     """
 
     def count(pattern: str) -> int:
@@ -120,7 +121,7 @@ def shapes(tensors: Tensors, where: str) -> Shapes:
 
     def size(name: str, dim: int) -> int:
         if name not in tensors or tensors[name].ndim != 4:
-            raise UserError(f"{where}: tensor {name} is missing or no convolution's; it holds no whole autoencoder")
+            raise UserError(f"{where}: tensor {name} is missing or no convolution; it holds no whole autoencoder")
         return tensors[name].shape[dim]
 
     stages = count(r"encoder\.down_blocks\.(\d+)\.")
@@ -131,8 +132,8 @@ def shapes(tensors: Tensors, where: str) -> Shapes:
     widths = tuple(size(f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0) for i in range(stages))
     if any(width % _GROUPS for width in widths):
         raise UserError(
-            f"{where}: widths {widths} are no multiples of {_GROUPS}, which a file alone says nothing else of; give a "
-            "folder whose config.json says norm_num_groups"
+            f"{where}: widths {widths} are no multiples of {_GROUPS} groups, and a file alone does not tell another "
+            "number; give a folder whose config.json has norm_num_groups"
         )
     backbone = ConvConfig(
         widths=widths,
@@ -142,4 +143,4 @@ def shapes(tensors: Tensors, where: str) -> Shapes:
         quant_conv="quant_conv.weight" in tensors,
         post_quant_conv="post_quant_conv.weight" in tensors,
     )
-    return Shapes(backbone, size("encoder.conv_in.weight", 1), size("decoder.conv_in.weight", 1))
+    return InferredConfig(backbone, size("encoder.conv_in.weight", 1), size("decoder.conv_in.weight", 1))

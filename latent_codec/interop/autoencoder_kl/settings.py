@@ -1,4 +1,4 @@
-"""AutoencoderKL's config.json as ours and back, and its scale and shift as latent statistics and back."""
+"""Convert AutoencoderKL's config.json to a codec's configuration, its scale to latent statistics, and both back."""
 
 import logging
 import math
@@ -11,15 +11,15 @@ from latent_codec.model.file import LatentStatistics
 log = logging.getLogger(__name__)
 
 LOGVAR_RANGE = (-30.0, 20.0)
-"""What diffusers clamps log-variances to."""
+"""Range that diffusers clamps log-variances to."""
 SIGMA = 0.1
-"""Of the likelihood that an imported model gets, in units of [-1, 1] pixels. Its files say none. It is what a learned
-sigma settles at for a reconstruction of 26 dB (sigma = 2 * 10^(-PSNR / 20)); decoding does not depend on it."""
+"""Standard deviation of an imported model's likelihood for pixels in [-1, 1]; its files name none. A learned sigma
+settles there for a reconstruction of 26 dB (sigma = 2 * 10^(-PSNR / 20)); decoding does not depend on it."""
 
-_WRITTEN_FOR = "0.35.0"  # the first diffusers whose AutoencoderKL has all that is written here
-_TILE = 512  # pixels: what diffusers makes its tiles of, if it is told to cut
+_WRITTEN_FOR = "0.35.0"  # the first diffusers whose AutoencoderKL has every setting written here
+_TILE = 512  # pixels: side of diffusers' tiles, where tiling is enabled
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-_DEFAULTS: dict[str, Any] = {  # of diffusers, for what a config.json leaves out
+_DEFAULTS: dict[str, Any] = {  # diffusers' values of settings that a config.json leaves out
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": [_DOWN],
@@ -41,9 +41,12 @@ _DEFAULTS: dict[str, Any] = {  # of diffusers, for what a config.json leaves out
 }
 
 
-class Scale(NamedTuple):
-    """How pipelines normalise latents: SD1.x z * scaling; SD3 and FLUX (z - shift) * scaling; SDXL, where it finds the
-    last two, (z - mean) * scaling / std per channel."""
+class PipelineScale(NamedTuple):
+    """Hold the numbers by which pipelines normalise latents.
+
+    SD1.x computes z * scaling; SD3 and FLUX (z - shift) * scaling; SDXL, if it finds mean and std, (z - mean) *
+    scaling / std for each channel.
+    """
 
     scaling_factor: float
     shift_factor: float
@@ -51,45 +54,43 @@ class Scale(NamedTuple):
     latents_std: tuple[float, ...] | None
 
 
-NORMALIZED = Scale(1.0, 0.0, None, None)
-"""Of latents that have mean 0 and standard deviation 1 as they are."""
+NORMALIZED = PipelineScale(1.0, 0.0, None, None)
+"""Scale of latents that have mean 0 and standard deviation 1 already."""
 
 
-def scale_of(statistics: LatentStatistics) -> Scale:
-    """One number over all channels, as Rombach et al. (2022, section G) take it, and SDXL's two per channel.
+def scale_of(statistics: LatentStatistics) -> PipelineScale:
+    """Return one factor over all channels, as Rombach et al. (2022, section G) do, and SDXL's numbers per channel.
 
-    SDXL's pipelines take latents of 4 channels only if they find numbers per channel, so others get none.
+    SDXL's pipelines apply numbers per channel to 4 channels only, so latents of other channels get none.
     """
     mean, std = statistics.mean, statistics.std
     shift = math.fsum(mean) / len(mean)
     variance = math.fsum(s * s + (m - shift) ** 2 for m, s in zip(mean, std, strict=True)) / len(mean)
     scaling = _short(1 / math.sqrt(variance))
     if len(mean) != 4 or (len(set(mean)) == 1 and len(set(std)) == 1):
-        return Scale(scaling, _short(shift), None, None)
-    return Scale(scaling, _short(shift), tuple(map(_short, mean)), tuple(_short(s * scaling) for s in std))
+        return PipelineScale(scaling, _short(shift), None, None)
+    return PipelineScale(scaling, _short(shift), tuple(map(_short, mean)), tuple(_short(s * scaling) for s in std))
 
 
-def statistics_of(scale: Scale, channels: int, source: str) -> LatentStatistics | None:
-    """The inverse, as far as a scale tells; None, with a warning, if it makes no sense."""
+def statistics_of(scale: PipelineScale, channels: int, source: str) -> LatentStatistics | None:
+    """Return the statistics that a scale stands for; None, with a warning, if its numbers cannot be any."""
     scaling, shift = scale.scaling_factor, scale.shift_factor
     mean, std = scale.latents_mean or (shift,) * channels, scale.latents_std or (1.0,) * channels
     values = (scaling, *mean, *std)
     if not (all(map(math.isfinite, values)) and min(scaling, *std) > 0 and len(mean) == len(std) == channels):
-        log.warning(
-            "%s: %s normalises nothing of %d channels; the model has no latent statistics", source, scale, channels
-        )
+        log.warning("%s: %s cannot normalise %d channels; the model has no latent statistics", source, scale, channels)
         return None
     std = tuple(_short(s / scaling) for s in std)
     return LatentStatistics(source=f"the scale of {source}", images=0, mean=mean, std=std, posterior_std=None)
 
 
 def _short(value: float) -> float:
-    """More digits than float32 has, few enough that the inverse of an inverse is what it was."""
+    """Round to 10 digits: more than float32 has, and few enough that the inverse of an inverse is exact."""
     return float(f"{value:.10g}")
 
 
 def codec_config(backbone: ConvConfig, image_channels: int, latent_channels: int) -> CodecConfig:
-    """The codec that an AutoencoderKL is."""
+    """Return the configuration of the codec that an AutoencoderKL is."""
     return CodecConfig(
         image_channels=image_channels,
         latent_channels=latent_channels,
@@ -100,28 +101,28 @@ def codec_config(backbone: ConvConfig, image_channels: int, latent_channels: int
 
 
 def check_exportable(config: CodecConfig) -> ConvConfig:
-    """The backbone's configuration; raises `UserError` for a model that AutoencoderKL cannot be."""
+    """Return the backbone's configuration; raises `UserError` for a codec that AutoencoderKL cannot represent."""
     backbone: BackboneConfig = config.backbone
     if not isinstance(backbone, ConvConfig):
         raise UserError(
-            f"a {backbone.kind} backbone is no AutoencoderKL, only conv is; pipelines take this model as it is through "
+            f"a {backbone.kind} backbone is no AutoencoderKL, only conv is; in a pipeline use "
             "latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder"
         )
     if config.classes:
-        raise UserError(f"AutoencoderKL cannot be told which of {len(config.classes)} classes an image is of")
+        raise UserError(f"AutoencoderKL takes no class, and this model needs one of {len(config.classes)}")
     if config.bottleneck.kind != "gaussian":
-        raise UserError(f"a {config.bottleneck.kind} bottleneck is none of AutoencoderKL's; it has a diagonal Gaussian")
+        raise UserError(f"AutoencoderKL has a diagonal Gaussian posterior, not a {config.bottleneck.kind} bottleneck")
     if config.likelihood.kind != "gaussian":
         raise UserError(
             f"the mean of a {config.likelihood.kind} likelihood is computed from the decoder's output, and "
-            "AutoencoderKL has the output itself; `CodecAutoencoder` of latent_codec.interop.autoencoder_kl.adapter "
-            "takes this model as it is"
+            "AutoencoderKL returns the output itself; in a pipeline use "
+            "latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder"
         )
     return backbone
 
 
-def to_json(config: CodecConfig, scale: Scale, *, force_upcast: bool) -> dict[str, Any]:
-    """config.json of a codec that `check_exportable` lets pass."""
+def to_json(config: CodecConfig, scale: PipelineScale, *, force_upcast: bool) -> dict[str, Any]:
+    """Return the config.json of a codec that passes `check_exportable`."""
     backbone = check_exportable(config)
     stages = len(backbone.widths)
     return {
@@ -148,12 +149,12 @@ def to_json(config: CodecConfig, scale: Scale, *, force_upcast: bool) -> dict[st
     }
 
 
-def from_json(value: Any, where: str) -> tuple[CodecConfig, Scale]:
-    """The inverse of `to_json`; raises `UserError` naming what a codec of ours has not, or a value that is none."""
+def from_json(value: Any, where: str) -> tuple[CodecConfig, PipelineScale]:
+    """Parse a config.json; raises `UserError` naming a feature that no codec has, or a damaged value."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: not the configuration of a model; expected an object, found {value!r}")
     if (name := value.get("_class_name")) != "AutoencoderKL":
-        raise UserError(f"{where}: is of a {name}; only AutoencoderKL can be imported")
+        raise UserError(f"{where}: describes a {name}; only AutoencoderKL can be imported")
     if unknown := sorted(k for k in value if k not in _DEFAULTS and not k.startswith("_")):
         log.warning("%s: settings %s are unknown and ignored, as diffusers ignores them", where, ", ".join(unknown))
     given = {key: default if value.get(key) is None else value[key] for key, default in _DEFAULTS.items()}
@@ -167,7 +168,7 @@ def from_json(value: Any, where: str) -> tuple[CodecConfig, Scale]:
             quant_conv=bool(given["use_quant_conv"]),
             post_quant_conv=bool(given["use_post_quant_conv"]),
         )
-        scale = Scale(
+        scale = PipelineScale(
             float(given["scaling_factor"]),
             float(given["shift_factor"] or 0.0),
             given["latents_mean"] and tuple(map(float, given["latents_mean"])),
@@ -195,5 +196,5 @@ def _check_features(given: dict[str, Any], where: str) -> None:
         lacking.append(f"{given['in_channels']} channels in and {given['out_channels']} out")
     if lacking:
         raise UserError(
-            f"{where}: this AutoencoderKL has what codecs of ours have not: {', '.join(dict.fromkeys(lacking))}"
+            f"{where}: this AutoencoderKL has features that no codec has: {', '.join(dict.fromkeys(lacking))}"
         )

@@ -1,4 +1,4 @@
-"""What is measured for float16: all that modules put out, on images that are always the same."""
+"""Check that the peak covers every module's output, on images that are always the same."""
 
 import math
 

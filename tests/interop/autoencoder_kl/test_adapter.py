@@ -1,9 +1,10 @@
-"""The adapter has AutoencoderKL's interface and says what its codec says, in normalised latents."""
+"""Check that the adapter has AutoencoderKL's interface and computes what its codec does, in normalised latents."""
 
 import dataclasses
+import importlib
 import inspect
 import json
-import subprocess
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from latent_codec.inference import tiling
 from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
-from tests.support import kl as support_kl
+from tests.support import kl
+from tests.support.data import ROOT
 
 
 def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:
@@ -27,13 +29,13 @@ def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5
 
 @pytest.fixture
 def vae(codec: Codec) -> Any:
-    support_kl.randomize(codec)
+    kl.randomize(codec)
     return CodecAutoencoder.from_codec(codec)
 
 
 @torch.inference_mode()
 def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> None:
-    codec, x, (mean, std) = vae.codec, support_kl.pixels(), support_kl.moments(vae.codec)
+    codec, x, (mean, std) = vae.codec, kl.pixels(), kl.moments(vae.codec)
     ours, theirs = codec.encode(x), vae.encode(x).latent_dist
     assert_close(theirs.mean, (ours.mean - mean) / std)
     assert_close(theirs.std, ours.std / std)
@@ -42,8 +44,8 @@ def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> No
     noise = torch.randn(theirs.mean.shape, generator=torch.Generator().manual_seed(3))
     z = theirs.sample(torch.Generator().manual_seed(3))
     assert_close(z, (ours.sample(noise) - mean) / std)
-    kl = 0.5 * (theirs.mean**2 + theirs.std**2 - 1 - theirs.logvar).flatten(1).sum(1)
-    assert_close(theirs.kl(), kl, 1e-4)
+    expected = 0.5 * (theirs.mean**2 + theirs.std**2 - 1 - theirs.logvar).flatten(1).sum(1)
+    assert_close(theirs.kl(), expected, 1e-4)
     assert_close(vae.decode(z).sample, codec.decode(ours.sample(noise)))
     assert_close(vae(x).sample, codec.decode(ours.mode()))
     drawn = vae(x, sample_posterior=True, generator=torch.Generator().manual_seed(3), return_dict=False)
@@ -52,10 +54,8 @@ def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> No
 
 @torch.inference_mode()
 def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
-    from latent_codec.interop.autoencoder_kl.exporting import export_folder
-
-    codec, x = support_kl.codec(), support_kl.pixels()
-    export_folder(codec, tmp_path / "vae")
+    codec, x = kl.codec(kl.SD), kl.pixels()
+    kl.export(codec, tmp_path / "vae")
     exported: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
     adapter = CodecAutoencoder.from_codec(codec)
     one, other = adapter.encode(x).latent_dist, exported.encode(x).latent_dist
@@ -67,8 +67,8 @@ def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-def test_tuples_come_where_they_are_asked_for(vae: Any) -> None:
-    x = support_kl.pixels()
+def test_return_dict_chooses_tuples(vae: Any) -> None:
+    x = kl.pixels()
     (posterior,) = vae.encode(x, return_dict=False)
     assert torch.equal(posterior.mean, vae.encode(x).latent_dist.mean)
     (pixels,) = vae.decode(posterior.mean, return_dict=False, generator=torch.Generator())
@@ -78,19 +78,14 @@ def test_tuples_come_where_they_are_asked_for(vae: Any) -> None:
 @pytest.mark.parametrize("name", ["encode", "decode", "forward", "enable_slicing", "disable_slicing", "disable_tiling"])
 def test_methods_take_what_autoencoderkls_take(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (CodecAutoencoder, AutoencoderKL))
-    assert [(p.name, p.default) for p in ours.parameters.values()] == [
-        (p.name, p.default) for p in theirs.parameters.values()
-    ]
+    ours, theirs = ([(p.name, p.default) for p in one.parameters.values()] for one in (ours, theirs))
+    assert ours == theirs
 
 
 def test_the_configuration_is_what_pipelines_read(vae: Any, codec: Codec) -> None:
     config = vae.config
-    assert (config.scaling_factor, config.shift_factor, config["latents_mean"], config["latents_std"]) == (
-        1,
-        0,
-        None,
-        None,
-    )
+    assert (config.scaling_factor, config.shift_factor) == (1, 0)
+    assert config["latents_mean"] is config["latents_std"] is None
     assert (config.latent_channels, config["in_channels"], config.out_channels) == (4, 3, 3)
     assert 2 ** (len(config.block_out_channels) - 1) == codec.factor == 8
     assert config.force_upcast is False
@@ -104,7 +99,7 @@ def test_force_upcast_is_measured(codec: Codec) -> None:
 
 @pytest.mark.parametrize("shape", ["lite", "conv"])
 def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) -> None:
-    codec = codec if shape == "lite" else support_kl.codec()
+    codec = codec if shape == "lite" else kl.codec()
     vae: Any = CodecAutoencoder.from_codec(codec)
     vae.save_pretrained(tmp_path / "vae")
     loaded: Any = CodecAutoencoder.from_pretrained(tmp_path / "vae", output_loading_info=True)
@@ -115,7 +110,7 @@ def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) 
     before, after = (json.loads(v.to_json_string()) for v in (vae, again))
     assert {k: v for k, v in before.items() if k[0] != "_"} == {k: v for k, v in after.items() if k[0] != "_"}
     assert not again.training
-    x = support_kl.pixels()
+    x = kl.pixels()
     with torch.inference_mode():
         assert_close(again(x).sample, vae(x).sample)
 
@@ -123,7 +118,7 @@ def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
 @torch.inference_mode()
 def test_half_precision_in_and_out(vae: Any, tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
-    x = support_kl.pixels()
+    x = kl.pixels()
     posterior, pixels = vae.encode(x).latent_dist, vae(x).sample
     vae.save_pretrained(tmp_path / "vae")
     halves = vae.to(dtype), CodecAutoencoder.from_pretrained(tmp_path / "vae", torch_dtype=dtype)
@@ -139,7 +134,7 @@ def test_half_precision_in_and_out(vae: Any, tmp_path: Path, dtype: torch.dtype,
 def test_tiles_give_what_the_whole_gives_and_are_what_the_network_sees(vae: Any) -> None:
     """Exactly, to rounding, for lite."""
     least = tiling.least_tile(vae.codec)
-    x, seen = support_kl.pixels(1, 2 * least), []
+    x, seen = kl.pixels(1, 2 * least), []
     whole, pixels = vae.encode(x).latent_dist, vae(x).sample
     handle = vae.codec.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
     vae.enable_tiling(least)
@@ -162,7 +157,7 @@ def test_tiles_give_what_the_whole_gives_and_are_what_the_network_sees(vae: Any)
 
 @torch.inference_mode()
 def test_slices_are_single_images(vae: Any) -> None:
-    x, seen = support_kl.pixels(3), []
+    x, seen = kl.pixels(3), []
     whole, pixels = vae.encode(x).latent_dist, vae(x).sample
     vae.codec.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     vae.codec.backbone.decoder.register_forward_pre_hook(lambda _, args: seen.append(-len(args[0])))
@@ -177,11 +172,11 @@ def test_slices_are_single_images(vae: Any) -> None:
 @pytest.mark.parametrize("likelihood", [BernoulliConfig(), DiscretizedLogisticConfig(components=2)])
 @torch.inference_mode()
 def test_pixels_are_from_minus_1_to_1_whatever_the_likelihood(likelihood: Any) -> None:
-    codec = support_kl.codec(likelihood=likelihood)
-    vae, x = CodecAutoencoder.from_codec(codec), support_kl.pixels(1)
+    codec = kl.codec(likelihood=likelihood)
+    vae, x = CodecAutoencoder.from_codec(codec), kl.pixels(1)
     eight_bits = ((x + 1) * 127.5).round().to(torch.uint8)
     x = eight_bits.float() / 127.5 - 1
-    mean, std = support_kl.moments(codec)
+    mean, std = kl.moments(codec)
     ours = codec.encode(eight_bits)
     assert_close(vae.encode(x).latent_dist.mean, (ours.mean - mean) / std)
     found = vae(x).sample
@@ -191,7 +186,7 @@ def test_pixels_are_from_minus_1_to_1_whatever_the_likelihood(likelihood: Any) -
 
 
 def test_gradients_reach_the_weights(vae: Any) -> None:
-    vae(support_kl.pixels(1)).sample.square().mean().backward()
+    vae(kl.pixels(1)).sample.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vae.codec.backbone.linear.decoder.parameters())
 
 
@@ -210,16 +205,13 @@ def test_sides_that_are_no_multiples_of_the_factor_are_refused(vae: Any) -> None
         vae.encode(torch.zeros(1, 3, 12, 16))
 
 
-def test_nothing_else_needs_diffusers() -> None:
-    """Import the whole package without it, and the adapter says what is missing."""
-    program = (
-        "import sys; sys.modules['diffusers'] = None\n"
-        "import importlib, pkgutil, latent_codec\n"
-        "for m in pkgutil.walk_packages(latent_codec.__path__, 'latent_codec.'):\n"
-        "    if m.name != 'latent_codec.interop.autoencoder_kl.adapter': importlib.import_module(m.name)\n"
-        "try: import latent_codec.interop.autoencoder_kl.adapter\n"
-        "except ImportError as error: assert \"pip install 'latent-codec[diffusers]'\" in str(error), error\n"
-        "else: raise AssertionError\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_adapter_alone_needs_diffusers_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "latent_codec.interop.autoencoder_kl.adapter"
+    paths = (ROOT / "latent_codec").rglob("*.py")
+    needs = re.compile(r"^(try:\n    )?(from|import) (diffusers|latent_codec.interop.\S*adapter)", re.MULTILINE)
+    users = [p.stem for p in paths if needs.search(p.read_text(encoding="utf-8"))]
+    assert users == ["adapter"]
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers.configuration_utils", None)
+    with pytest.raises(ImportError, match=r"pip install 'latent-codec\[diffusers\]'"):
+        importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""The commands export --to diffusers and import, and that every other tool works on what was imported."""
+"""Check the commands export --to diffusers and import, and that every other command works on an imported model."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import GaussianConfig
 from tests.conftest import Draw, files_of
-from tests.support import kl as support_kl
+from tests.support import kl
 from tests.test_cli import Run, refuse
 from tests.test_cli import run as run  # the fixture
 from train.init.from_model import start_from_model
@@ -26,7 +26,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    support_kl.codec().save(tmp_path / "model.safetensors")
+    kl.codec().save(tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -57,7 +57,7 @@ def test_options_of_export_reach_the_work(run: Run, model: Path, photos: Path, t
 
 
 def test_options_of_import_reach_the_work(run: Run, tmp_path: Path) -> None:
-    support_kl.autoencoder().save_pretrained(tmp_path / "vae")
+    kl.autoencoder().save_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").unlink()
     weights, out = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "out.safetensors"
     result = run("import", weights, out)
@@ -69,7 +69,7 @@ def test_options_of_import_reach_the_work(run: Run, tmp_path: Path) -> None:
 
 
 def test_every_tool_works_on_an_imported_model(run: Run, photos: Path, tmp_path: Path) -> None:
-    support_kl.autoencoder(scaling_factor=0.18215).save_pretrained(tmp_path / "vae")
+    kl.autoencoder(scaling_factor=0.18215).save_pretrained(tmp_path / "vae")
     imported, measured = tmp_path / "imported.safetensors", tmp_path / "measured.safetensors"
     assert run("import", tmp_path / "vae", imported).code == 0
     result = run("info", imported)
@@ -88,17 +88,15 @@ def test_every_tool_works_on_an_imported_model(run: Run, photos: Path, tmp_path:
 
 
 def test_training_can_start_from_an_imported_model(run: Run, tmp_path: Path) -> None:
-    support_kl.autoencoder().save_pretrained(tmp_path / "vae")
+    kl.autoencoder().save_pretrained(tmp_path / "vae")
     imported = tmp_path / "imported.safetensors"
     assert run("import", tmp_path / "vae", imported).code == 0
-    codec = support_kl.codec(
-        likelihood=GaussianConfig(scale="fixed", sigma=0.2)
-    )  # as a preset: sigma and clamp of its own
+    codec = kl.codec(likelihood=GaussianConfig(scale="fixed", sigma=0.2))  # as a preset: sigma and clamp of its own
     start_from_model(codec, str(imported), ())
     state = Codec.load(imported).state_dict()
     assert all(torch.equal(codec.state_dict()[name], state[name]) for name in state)
     with pytest.raises(UserError, match="its backbone or channels are others"):
-        start_from_model(support_kl.codec(support_kl.NO_QUANT), str(imported), ())
+        start_from_model(kl.codec(kl.NO_QUANT), str(imported), ())
 
 
 def test_mistakes_are_one_line(run: Run, model: Path, model_file: Path, photos: Path, tmp_path: Path) -> None:
@@ -107,7 +105,7 @@ def test_mistakes_are_one_line(run: Run, model: Path, model_file: Path, photos: 
     refuse(run("export", model, folder, "--no-fold"), "--no-fold is for --to diffusers")
     refuse(run("export", model, photos, "--to", "diffusers"), "holds files that are no export")
     refuse(run("export", model, folder, "--to", "diffusers", "--images", 0, "--data", photos), "at least 1")
-    codec = support_kl.codec()
+    codec = kl.codec()
     codec.statistics = None
     codec.save(tmp_path / "bare.safetensors")
     refuse(run("export", tmp_path / "bare.safetensors", folder, "--to", "diffusers"), "--data")

@@ -1,4 +1,4 @@
-"""Names of tensors: the original layout against one written from that side, and against diffusers' own conversion."""
+"""Check the names of tensors against the original layout, written from its side, and diffusers' own conversion."""
 
 import re
 from typing import Any
@@ -9,13 +9,13 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import layouts
-from tests.support import kl as support_kl
+from tests.support import kl
 
 LATER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def before_renaming(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As diffusers named them until 2023: in every SD1.x folder."""
+    """Name tensors as diffusers did until 2023, and every SD1.x folder does."""
     return {re.sub(r"to_q|to_k|to_v|to_out\.0", lambda m: LATER_NAMES[m[0]], n): t for n, t in tensors.items()}
 
 
@@ -24,30 +24,19 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("shape", support_kl.SHAPES)
-def test_the_original_layout_becomes_ours(shape: str, linear: bool) -> None:
-    tensors = support_kl.tensors_of(support_kl.codec(*support_kl.SHAPES[shape]))
-    original = support_kl.to_ldm(tensors, linear_attention=linear)
-    assert support_kl.SHAPES[shape][0].mid_attention is ("encoder.mid.attn_1.q.weight" in original)
-    assert_same(layouts.canonical(original, "x"), tensors)
+@pytest.mark.parametrize("shape", kl.SHAPES)
+def test_every_layout_gets_todays_names_as_in_diffusers_own_conversion(shape: str) -> None:
+    backbone, channels = kl.SHAPES[shape]
+    tensors = kl.tensors_of(kl.codec(backbone, channels))
+    for linear in (False, True):
+        original = kl.to_ldm(tensors, linear_attention=linear)
+        assert backbone.mid_attention is ("encoder.mid.attn_1.q.weight" in original)
+        assert_same(layouts.canonical(original, "x"), tensors)
     assert_same(layouts.canonical(tensors, "x"), tensors)
     assert_same(layouts.canonical(before_renaming(tensors), "x"), tensors)
-
-
-@pytest.mark.parametrize("shape", support_kl.SHAPES)
-def test_diffusers_own_conversion_agrees(shape: str) -> None:
-    backbone, channels = support_kl.SHAPES[shape]
-    original = support_kl.to_ldm(support_kl.tensors_of(support_kl.codec(backbone, channels)))
     blocks: Any = {"down_block_types": [0] * len(backbone.widths), "up_block_types": [0] * len(backbone.widths)}
-    assert_same(layouts.canonical(original, "x"), convert_ldm_vae_checkpoint(dict(original), blocks))
-
-
-@pytest.mark.parametrize("shape", support_kl.SHAPES)
-def test_shapes_say_the_configuration(shape: str) -> None:
-    backbone, channels = support_kl.SHAPES[shape]
-    tensors = support_kl.tensors_of(support_kl.codec(backbone, channels))
-    assert layouts.shapes(tensors, "x") == (backbone, 3, channels)
+    assert_same(convert_ldm_vae_checkpoint(kl.to_ldm(tensors), blocks), tensors)
+    assert layouts.infer_config(tensors, "x") == (backbone, 3, channels)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +82,15 @@ def test_one_tensor_under_two_names_is_refused() -> None:
         layouts.canonical({name: torch.zeros(1) for name in names}, "x")
 
 
-def test_shapes_without_which_nothing_is_known_are_asked_for() -> None:
-    tensors = support_kl.tensors_of(support_kl.codec())
+def test_tensors_that_tell_the_configuration_are_required() -> None:
+    tensors = kl.tensors_of(kl.codec(kl.SD))
     for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down_blocks.1.resnets.0.conv1.weight"):
-        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution's"):
-            layouts.shapes({n: t for n, t in tensors.items() if n != name}, "x")
-        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution's"):
-            layouts.shapes(tensors | {name: torch.zeros(3)}, "x")
+        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution"):
+            layouts.infer_config({n: t for n, t in tensors.items() if n != name}, "x")
+        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution"):
+            layouts.infer_config(tensors | {name: torch.zeros(3)}, "x")
     with pytest.raises(UserError, match="encoder has no blocks"):
-        layouts.shapes({n: t for n, t in tensors.items() if "down_blocks" not in n}, "x")
+        layouts.infer_config({n: t for n, t in tensors.items() if "down_blocks" not in n}, "x")
     with pytest.raises(UserError, match=r"widths \(33, 32, 64\) are no multiples of 32"):
         name = "encoder.down_blocks.0.resnets.0.conv1.weight"
-        layouts.shapes(tensors | {name: torch.zeros(33, 32, 3, 3)}, "x")
+        layouts.infer_config(tensors | {name: torch.zeros(33, 32, 3, 3)}, "x")

@@ -1,4 +1,4 @@
-"""Stock pipelines of every family with what is exported, and with codecs in the adapter, paint what codecs decode."""
+"""Check that pipelines of every family, with an export or with the adapter, paint what the codec decodes."""
 
 import runpy
 from pathlib import Path
@@ -11,22 +11,20 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
-from latent_codec.interop.autoencoder_kl.exporting import export_folder
 from latent_codec.model.codec import Codec
-from tests.support import kl as support_kl
-from tests.support import pipelines as support_pipelines
+from tests.support import kl, pipelines
 from tests.support.data import ROOT
 
 EXAMPLE = ROOT / "examples" / "diffusers_pipeline.py"
 
 
 def exported(codec: Codec, folder: Path, *, normalize: bool = True) -> Any:
-    export_folder(codec, folder, normalize=normalize)
+    kl.export(codec, folder, normalize=normalize)
     return AutoencoderKL.from_pretrained(folder)
 
 
 def picture(codec: Codec, z: torch.Tensor) -> torch.Tensor:
-    """The codec's own latents as pipelines give pictures, (1, 3, h, w) in [0, 1]."""
+    """Decode the codec's own latents as pipelines do, to (1, 3, h, w) in [0, 1]."""
     with torch.inference_mode():
         return (codec.decode(z) / 2 + 0.5).clamp(0, 1)
 
@@ -37,40 +35,41 @@ def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 def assert_normalized(family: str, vae: Any, codec: Codec) -> None:
-    """Both ways the diffusion model sees the codec's latents with mean 0 and std 1 by the statistics."""
-    mean, std = support_kl.moments(codec)
-    painted = support_pipelines.paint(family, vae)
+    """Check that the diffusion model sees normalised latents when a pipeline decodes and when it encodes."""
+    mean, std = kl.moments(codec)
+    painted = pipelines.paint(family, vae)
     assert painted.picture.std() > 0.05  # it is not all clipped
     assert_same(painted.picture, picture(codec, painted.latents * std + mean))
-    x = support_kl.pixels(1)
+    x = kl.pixels(1)
     noise = torch.randn(painted.latents.shape, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
-        found = support_pipelines.encode(family, vae, x, seed=5)
+        found = pipelines.encode(family, vae, x, seed=5)
         assert_same(found, (codec.encode(x).sample(noise) - mean) / std)
 
 
-@pytest.mark.parametrize("shape", ["SD and SDXL", "FLUX and SD3"])
-@pytest.mark.parametrize("family", support_pipelines.FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [("SD", "SD and SDXL"), ("SDXL", "SD and SDXL"), ("SD3", "FLUX and SD3"), ("FLUX", "FLUX and SD3")],
+)
 def test_an_export_is_right_in_every_family(tmp_path: Path, family: str, shape: str) -> None:
-    codec = support_kl.codec(*support_kl.SHAPES[shape])
+    codec = kl.codec(*kl.SHAPES[shape])
     assert_normalized(family, exported(codec, tmp_path / "vae"), codec)
 
 
-@pytest.mark.parametrize("kind", ["lite", "conv"])
-@pytest.mark.parametrize("family", support_pipelines.FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), [*((family, "lite") for family in pipelines.FAMILIES), ("FLUX", "conv")])
 def test_a_codec_in_the_adapter_is_right_in_every_family(codec: Codec, family: str, kind: str) -> None:
-    codec = codec if kind == "lite" else support_kl.codec(support_kl.NO_QUANT, 16)
+    codec = codec if kind == "lite" else kl.codec(kl.NO_QUANT, 16)
     with torch.no_grad():
         if kind == "lite":  # as trained: its random weights make no contrast
-            support_kl.randomize(codec)
+            kl.randomize(codec)
     assert_normalized(family, CodecAutoencoder.from_codec(codec), codec)
 
 
-@pytest.mark.parametrize("family", support_pipelines.FAMILIES)
+@pytest.mark.parametrize("family", pipelines.FAMILIES)
 def test_raw_weights_are_right_by_each_familys_own_formula(tmp_path: Path, family: str) -> None:
-    """SDXL's is per channel; the others have one factor and one shift for all, and SD1.x has no shift."""
-    codec = support_kl.codec()
-    mean, std = support_kl.moments(codec)
+    """SDXL normalises each channel; the others have one factor and one shift for all, and SD1.x has no shift."""
+    codec = kl.codec(kl.SD)
+    mean, std = kl.moments(codec)
     overall = (std.square() + (mean - mean.mean()).square()).mean().sqrt()
     scale, shift = {
         "SD": (overall, torch.zeros(())),
@@ -78,19 +77,19 @@ def test_raw_weights_are_right_by_each_familys_own_formula(tmp_path: Path, famil
         "SD3": (overall, mean.mean()),
         "FLUX": (overall, mean.mean()),
     }[family]
-    vae, x = exported(codec, tmp_path / "vae", normalize=False), support_kl.pixels(1)
-    painted = support_pipelines.paint(family, vae)
+    vae, x = exported(codec, tmp_path / "vae", normalize=False), kl.pixels(1)
+    painted = pipelines.paint(family, vae)
     assert_same(painted.picture, picture(codec, painted.latents * scale + shift))
     noise = torch.randn(painted.latents.shape, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
-        found = support_pipelines.encode(family, vae, x, seed=5)
+        found = pipelines.encode(family, vae, x, seed=5)
         assert_same(found, (codec.encode(x).sample(noise) - shift) / scale)
 
 
 @pytest.mark.parametrize("kind", ["export", "adapter"])
 def test_a_pipeline_is_saved_and_loaded_with_its_autoencoder(codec: Codec, tmp_path: Path, kind: str) -> None:
-    vae = CodecAutoencoder.from_codec(codec) if kind == "adapter" else exported(support_kl.codec(), tmp_path / "vae")
-    made = support_pipelines.dit(vae)
+    vae = CodecAutoencoder.from_codec(codec) if kind == "adapter" else exported(kl.codec(), tmp_path / "vae")
+    made = pipelines.dit(vae)
     made.save_pretrained(tmp_path / "pipeline")
     loaded: Any = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert type(loaded.vae) is type(vae)

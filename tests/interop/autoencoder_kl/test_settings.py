@@ -1,4 +1,4 @@
-"""config.json and back, and what a scale says of latents."""
+"""Check config.json there and back, and the statistics that a scale stands for."""
 
 import dataclasses
 import json
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import settings
-from latent_codec.interop.autoencoder_kl.settings import Scale, scale_of, statistics_of
+from latent_codec.interop.autoencoder_kl.settings import PipelineScale, scale_of, statistics_of
 from latent_codec.model.config import ConvConfig
 from latent_codec.model.file import LatentStatistics
-from tests.support import kl as support_kl
+from tests.support import kl
 
 
 def statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> LatentStatistics:
@@ -39,7 +39,7 @@ def test_statistics_of_four_channels_come_back_to_all_digits_that_float32_has(
 @pytest.mark.parametrize("known", [(0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159), (1.5305, 0.0609), (1.0, 0.0)])
 @pytest.mark.parametrize("channels", [4, 16])
 def test_the_known_factors_come_back_to_the_bit(known: tuple[float, float], channels: int) -> None:
-    scale = Scale(*known, None, None)
+    scale = PipelineScale(*known, None, None)
     found = statistics_of(scale, channels, "x")
     assert found is not None
     assert found.mean == (known[1],) * channels and found.std == pytest.approx((1 / known[0],) * channels, rel=1e-9)
@@ -47,7 +47,7 @@ def test_the_known_factors_come_back_to_the_bit(known: tuple[float, float], chan
 
 
 def test_each_pipelines_own_formula_normalises() -> None:
-    """Latents with the statistics' moments, by the formulas of SD1.x, SD3 and FLUX, and SDXL."""
+    """The formulas of SD1.x, of SD3 and FLUX, and of SDXL give latents deviation 1, and but for SD1.x mean 0."""
     told = statistics((3.0, -1.0, 0.5, 0.0), (4.0, 1.0, 2.0, 0.5))
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(v)[:, None] for v in (told.mean, told.std))
@@ -73,41 +73,43 @@ def test_other_than_four_channels_get_no_numbers_per_channel() -> None:
 @pytest.mark.parametrize(
     "scale",
     [
-        Scale(0.0, 0.0, None, None),
-        Scale(-1.0, 0.0, None, None),
-        Scale(math.nan, 0.0, None, None),
-        Scale(1.0, math.inf, None, None),
-        Scale(1.0, 0.0, (0.0,), (1.0,) * 4),
-        Scale(1.0, 0.0, None, (1.0, 0.0, 1.0, 1.0)),
+        PipelineScale(0.0, 0.0, None, None),
+        PipelineScale(-1.0, 0.0, None, None),
+        PipelineScale(math.nan, 0.0, None, None),
+        PipelineScale(1.0, math.inf, None, None),
+        PipelineScale(1.0, 0.0, (0.0,), (1.0,) * 4),
+        PipelineScale(1.0, 0.0, None, (1.0, 0.0, 1.0, 1.0)),
     ],
 )
-def test_a_scale_without_sense_is_no_statistics_and_a_warning(scale: Scale, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_impossible_scale_gives_a_warning_and_no_statistics(
+    scale: PipelineScale, caplog: pytest.LogCaptureFixture
+) -> None:
     assert statistics_of(scale, 4, "vae") is None
     assert "vae: " in caplog.text and "no latent statistics" in caplog.text
 
 
-@pytest.mark.parametrize("shape", support_kl.SHAPES)
+@pytest.mark.parametrize("shape", kl.SHAPES)
 def test_config_json_comes_back(shape: str) -> None:
-    config = settings.codec_config(support_kl.SHAPES[shape][0], 3, support_kl.SHAPES[shape][1])
-    scale = Scale(0.5, 0.25, (1.0, 2.0, 3.0, 4.0), (0.5, 0.5, 1.0, 1.0))
+    config = settings.codec_config(kl.SHAPES[shape][0], 3, kl.SHAPES[shape][1])
+    scale = PipelineScale(0.5, 0.25, (1.0, 2.0, 3.0, 4.0), (0.5, 0.5, 1.0, 1.0))
     value = json.loads(json.dumps(settings.to_json(config, scale, force_upcast=True)))
     assert settings.from_json(value, "x") == (config, scale)
     assert value["force_upcast"] is True
 
 
 def test_what_is_left_out_is_as_diffusers_takes_it() -> None:
-    """Also of a None where diffusers has a default; the shift that nobody gave is 0."""
-    model: Any = support_kl.AutoencoderKL()
+    """So is None where diffusers has a default; a missing shift is 0."""
+    model: Any = kl.AutoencoderKL()
     full, _ = settings.from_json(json.loads(model.to_json_string()), "x")
     short, scale = settings.from_json({"_class_name": "AutoencoderKL", "shift_factor": None}, "x")
-    assert short == full and scale == Scale(0.18215, 0.0, None, None)
+    assert short == full and scale == PipelineScale(0.18215, 0.0, None, None)
     assert isinstance(short.backbone, ConvConfig) and short.backbone.widths == (64,)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "is of a AutoencoderTiny; only AutoencoderKL"),
+        ({"_class_name": "AutoencoderTiny"}, "describes a AutoencoderTiny; only AutoencoderKL"),
         ({"_class_name": None}, "only AutoencoderKL"),
         ({"act_fn": "relu"}, "the activation relu"),
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D blocks"),
@@ -124,7 +126,7 @@ def test_what_is_left_out_is_as_diffusers_takes_it() -> None:
     ],
 )
 def test_what_codecs_lack_or_nobody_can_read_is_named(change: dict[str, Any], reason: str) -> None:
-    config = settings.codec_config(support_kl.SD, 3, 4)
+    config = settings.codec_config(kl.SD, 3, 4)
     value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | change
     with pytest.raises(UserError, match=f"^vae/config.json: .*{reason}"):
         settings.from_json(value, "vae/config.json")
@@ -137,7 +139,7 @@ def test_other_json_is_refused(value: Any) -> None:
 
 
 def test_unknown_settings_are_named_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
-    config = settings.codec_config(dataclasses.replace(support_kl.SD), 3, 4)
+    config = settings.codec_config(dataclasses.replace(kl.SD), 3, 4)
     value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | {"new": 1, "_private": 2}
     assert settings.from_json(value, "x")[0] == config
     assert "settings new are unknown and ignored" in caplog.text

@@ -17,9 +17,9 @@ from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior.quantizer import channel_steps_from_std, step_code
+from latent_codec.prior.passes import quantize
+from latent_codec.prior.quantizer import channel_steps_from_std, scale, step_code
 from tests.conftest import Draw
-from tests.support.plain_integers import quantize
 
 
 @pytest.fixture
@@ -205,9 +205,9 @@ def test_the_quantiser_follows_the_posterior_and_the_prior_knows_what_it_was_mea
     step = step_code(0.25)
     for source in find_images(photos):
         mean = codec.encode(pad(source.read().pixels, 8)[None]).mean[0]
-        quantized = quantize(mean, priors.channel_steps, step, None)
-        tables = priors.factorized.select(step, quantized.values.shape)
-        _, escaped = priors.factorized.tables.symbols(quantized.values.reshape(-1), tables)
+        (coding,) = quantize(priors.factorized, [scale(mean, priors.channel_steps, step, None)], "cpu")
+        ((values, tables),) = coding.passes
+        _, escaped = priors.factorized.tables.symbols(values, tables)
         assert not escaped.any()
 
 

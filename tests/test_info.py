@@ -218,11 +218,11 @@ def test_a_stream_of_a_shipped_model_names_it_unasked(
     codec.save(tmp_path / "shipped" / "another.safetensors")
     for name in ("plain.png.lc", "special.jpg.lc"):
         assert "model       maker (" in describe(str(streams / name))
-    streams_module._remedy.cache_clear()
+    streams_module.remedy.cache_clear()
     stream = unpack((streams / "plain.png.lc").read_bytes())
     with pytest.raises(UserError, match="give --model maker, which made it"):
         StreamReader(codec, "cpu").check(stream)
-    streams_module._remedy.cache_clear()
+    streams_module.remedy.cache_clear()
 
 
 def test_a_folder_of_streams_is_counted_with_its_real_bytes(streams: Path, model_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rate control: the quantiser's step by which one image keeps to a size or to a quality."""
+"""Choose the quantiser step at which one image's file keeps to a size or a quality."""
 
 import dataclasses
 import math
@@ -14,22 +14,25 @@ from latent_codec.metrics.distortion import psnr
 from latent_codec.prior.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
 
 FINEST_FOR_PSNR = 1 / 16
-"""No finer step is tried for the sake of PSNR: what is lost beyond it the networks lose, not the quantiser."""
+"""The finest step that is tried to reach a PSNR; what is still lost there is lost by the networks."""
 
 _FINEST, _COARSEST = step_code(MIN_STEP), step_code(MAX_STEP)
+
+Scale = Callable[[int], Scaled]
+"""Returns one image's latents divided by a stored step; raises `UserError` as `StreamCodec.scale` does."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rate:
-    """How much of an image to keep: a step, a size or a quality; 1 is the step if nothing is said."""
+    """How much of an image to keep: a step, a size or a quality, by default step 1."""
 
     step: float | None = None
     bpp: float | None = None
-    """Bits of the whole file per pixel of the image, at most."""
+    """Largest size of the whole file, in bits per pixel of the image."""
     psnr: float | None = None
-    """Of the decoded image against the original in dB, at least."""
+    """Least PSNR of the decoded image, in dB."""
     max_bytes: int | None = None
-    """Of the whole file. It comes before the others: where they ask for more, the image is coded more coarsely."""
+    """Largest size of the whole file, in bytes; it takes precedence over the others."""
 
     def __post_init__(self) -> None:
         given = [
@@ -48,114 +51,112 @@ class Rate:
 
     @property
     def fixed_step(self) -> int | None:
-        """The stored step of every image, where it needs no search."""
+        """Return the stored step of every image, or None where each image needs a search."""
         if self.bpp is None and self.psnr is None and self.max_bytes is None:
             return step_code(self.step or 1.0)
         return None
 
 
-Scale = Callable[[int], Scaled]
-"""What one image has to be coded at a stored step; raises `UserError` as `StreamCodec.scale` does."""
-
-
-def choose(
+def compress_at_rate(
     codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, rate: Rate, tile: int
 ) -> CompressedImage:
-    """One image's stream as `rate` asks, from what is coded at each step and its pixels (3, height, width) uint8.
+    """Compress one image, (3, height, width) uint8 pixels and the latents that `scale` returns, as `rate` asks.
 
-    Bits per pixel and bytes are those of the whole file, header included; no file found exceeds them. The search is
-    exact to 1/512 of the step. Size is not strictly monotone in the step: of the files that were tried the one with
-    the finest step that fits is taken. PSNR is measured on what `decode` would write, with the same `tile`. Raises
-    `UserError`, with the best that can be had, if the image cannot be coded so.
+    Sizes are those of the whole file, and no file exceeds them. PSNR is that of the image which `decode` would write
+    with the same `tile`. The step is searched to 1/512 of itself. Size does not quite fall with the step: of the files
+    tried, the one with the finest step that fits is taken. Raises `UserError`, with the best that is possible, if the
+    image cannot be coded so.
     """
-    scale(_COARSEST)  # raises for what no step can hold
+    scale(_COARSEST)  # raises if no step can hold the latents
+
+    def quality(step: int) -> float:
+        z = codec.dequantize(codec.quantize(scale(step)))
+        with torch.inference_mode():
+            decoded = crop(decode_uint8(codec.codec, z[None], tile)[0], geometry)
+        return psnr(as_shown(decoded, geometry)[None], as_shown(pixels, geometry)[None]).item()
+
+    def compress(step: int) -> CompressedImage:
+        return codec.compress([(scale(step), geometry)])[0]
+
     if rate.psnr is not None:
-        first = finest = _coarsest_of_quality(codec, scale, geometry, pixels, rate.psnr, tile)
+        first = finest = _coarsest_of_quality(quality, rate.psnr)
     elif rate.bpp is not None:
         first, finest = STEP_ONE, _FINEST
     else:
         first = finest = step_code(rate.step or 1.0)
+    area = geometry.width * geometry.height
     limits = [] if rate.max_bytes is None else [rate.max_bytes]
-    if rate.bpp is not None:
-        limits.append(int(rate.bpp * geometry.width * geometry.height / 8))
+    limits += [] if rate.bpp is None else [int(rate.bpp * area / 8)]
     if not limits:
-        return codec.compress([(scale(first), geometry)])[0]
-    return _finest_of_size(codec, scale, geometry, min(limits), first, finest)
+        return compress(first)
+    found, smallest = _finest_of_size(compress, min(limits), first, finest)
+    if found is None:
+        raise UserError(
+            f"no step makes the file as small as {min(limits)} bytes ({8 * min(limits) / area:.3f} bits per pixel); "
+            f"the smallest has {smallest} bytes ({8 * smallest / area:.3f}): allow at least that"
+        )
+    return found
 
 
-def _finest_of_size(
-    codec: StreamCodec, scale: Scale, geometry: Geometry, limit: int, first: int, finest: int
-) -> CompressedImage:
-    """The finest step, `finest` at most, whose file has up to `limit` bytes; `first` is where the search begins."""
-    best: CompressedImage | None = None
-    smallest = math.inf
-
-    def excess(step: int) -> float:
-        nonlocal best, smallest
-        try:
-            scaled = scale(step)
-        except UserError:  # too fine for what a stream can hold
-            return math.inf
-        (coded,) = codec.compress([(scaled, geometry)])
-        size = len(coded.data)
-        smallest = min(smallest, size)
-        if size <= limit and (best is None or step < best.quantized.step):
-            best = coded
-        return math.log2(size) - math.log2(max(limit, 1))
-
-    known = {first: excess(first)}
-    if known[first] > 0:
-        known[_COARSEST] = excess(_COARSEST)
-    if best is not None:
-        _close_in(excess, known, finest, _COARSEST)
-        return best
-    pixels = geometry.width * geometry.height
-    raise UserError(
-        f"no step makes the file as small as {limit} bytes ({8 * limit / pixels:.3f} bits per pixel); the smallest has "
-        f"{smallest} bytes ({8 * smallest / pixels:.3f}): allow at least that"
-    )
-
-
-def _coarsest_of_quality(
-    codec: StreamCodec, scale: Scale, geometry: Geometry, pixels: torch.Tensor, target: float, tile: int
-) -> int:
-    """The coarsest step at which the decoded image comes up to `target` dB."""
-    original = as_shown(pixels, geometry)[None]
-    best = -math.inf
-    good: list[int] = []
+def _coarsest_of_quality(quality: Callable[[int], float], target: float) -> int:
+    """Return the coarsest step at which `quality` comes up to `target` dB; raise `UserError` if none does."""
+    reached: dict[int, float] = {}
 
     def excess(step: int) -> float:
-        nonlocal best
         try:
-            scaled = scale(step)
-        except UserError:  # too fine for what a stream can hold
+            reached[step] = quality(step)
+        except UserError:  # finer than a stream can hold
             return math.inf
-        z = codec.dequantize(codec.quantize(scaled))
-        with torch.inference_mode():
-            decoded = decode_uint8(codec.codec, z[None], tile)[0]
-        reached = psnr(as_shown(crop(decoded, geometry), geometry)[None], original).item()
-        best = max(best, reached)
-        if reached >= target:
-            good.append(step)
-        return reached - target if reached != target else math.ulp(target)  # reaching it is enough: go coarser
+        return reached[step] - target or math.ulp(target)  # reaching it exactly is enough: search on, coarser
 
     finest = step_code(FINEST_FOR_PSNR)
     known = {STEP_ONE: excess(STEP_ONE)}
     if known[STEP_ONE] <= 0:
         known[finest] = excess(finest)
     if max(known.values()) > 0:
-        _close_in(excess, known, finest, _COARSEST)
+        _find_root(excess, known, finest, _COARSEST)
+    good = [step for step, value in reached.items() if value >= target]
     if not good:
+        best = max(reached.values(), default=-math.inf)
         raise UserError(f"no step brings the decoded image to {target:g} dB; the best reached is {best:.2f} dB")
     return max(good)
 
 
-def _close_in(excess: Callable[[int], float], known: dict[int, float], finest: int, coarsest: int) -> None:
-    """Evaluate a function that falls with the step at steps ever closer to where it stops being positive.
+def _finest_of_size(
+    compress: Callable[[int], CompressedImage], limit: int, first: int, finest: int
+) -> tuple[CompressedImage | None, int]:
+    """Return the file of the finest step, `finest` or coarser, with up to `limit` bytes, and the smallest size seen.
 
-    Between steps on either side of it the next is where a line through their values crosses zero, in the logarithm of
-    the step; the value of a side that stays put is halved (the Illinois rule: Dowell & Jarratt 1971), and at least a
-    fifth of the way is gone, for sizes have plateaus and jumps. Ends when the sides are neighbours, to 1/512.
+    The search begins at `first`.
+    """
+    best: CompressedImage | None = None
+    sizes: list[int] = []
+
+    def excess(step: int) -> float:
+        nonlocal best
+        try:
+            file = compress(step)
+        except UserError:  # finer than a stream can hold
+            return math.inf
+        sizes.append(len(file.data))
+        if sizes[-1] <= limit and (best is None or step < best.quantized.step):
+            best = file
+        return math.log2(sizes[-1]) - math.log2(max(limit, 1))
+
+    known = {first: excess(first)}
+    if known[first] > 0:
+        known[_COARSEST] = excess(_COARSEST)
+    if best is not None:
+        _find_root(excess, known, finest, _COARSEST)
+    return best, min(sizes)
+
+
+def _find_root(excess: Callable[[int], float], known: dict[int, float], finest: int, coarsest: int) -> None:
+    """Evaluate a function that falls with the step at steps ever closer to the one where it stops being positive.
+
+    Each next step lies where a line through the values on both sides crosses zero, over the logarithm of the step. The
+    value of a side that stays in place is halved (the Illinois rule: Dowell & Jarratt 1971), and the bracket shrinks by
+    a fifth at least, because sizes have plateaus and jumps. Ends when the sides are within 1/512 of each other.
     """
     low = max((s for s, value in known.items() if value > 0), default=finest - 1)
     high = min((s for s, value in known.items() if value <= 0), default=coarsest + 1)

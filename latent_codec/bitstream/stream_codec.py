@@ -1,4 +1,4 @@
-"""Posteriors -> streams and back, with one model: quantiser, prior, entropy coder and container together."""
+"""Compress posteriors to `.lc` streams and back: quantiser, prior, entropy coder and container of one model."""
 
 import functools
 from collections.abc import Sequence
@@ -7,32 +7,31 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from latent_codec.bitstream.container import Stream, StreamHeader, pack, settings
+from latent_codec.bitstream.container import Stream, StreamHeader, pack, quantizer_settings
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec, suggest_model
 from latent_codec.noise import fold, text_key
-from latent_codec.prior.passes import Prior, QuantizedPasses, decode, encode, ideal_bits, quantize
+from latent_codec.prior.passes import Prior, QuantizedPasses, decode, ideal_bits, quantize
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import STEP_ONE, Quantized, Scaled, dequantize, scale
 from latent_codec.prior.rans import Coder
 
 
 class CompressedImage(NamedTuple):
-    """One image's stream and what it was to cost."""
+    """One image's file."""
 
     data: bytes
-    """The file."""
     ideal_bits: float
-    """The prior's code length; the file adds a header and what the coder loses."""
+    """The prior's code length; the file adds its header and the coder's loss."""
     quantized: Quantized
 
 
 class StreamCodec:
-    """Compresses latents of `codec` under one of its priors. Streams do not depend on batch, device or threads."""
+    """Compresses latents under one prior of a model. Streams do not depend on batch, device or threads."""
 
     def __init__(self, codec: Codec, device: str, prior: PriorKind | None = None) -> None:
-        """`prior`: of which kind, by default the best that the model has. Raises `UserError` if it has none."""
+        """Use the prior of a kind, by default the best of the model's; raise `UserError` if it is missing."""
         if codec.priors is None:
             raise UserError(
                 "the model has no prior to code with; `latent-codec export MODEL DST --data IMAGES` makes one"
@@ -42,14 +41,14 @@ class StreamCodec:
         except KeyError as error:
             raise UserError(f"the model has no {prior} prior; fit one with train.prior") from error
         self.codec, self.device, self.channel_steps = codec, device, codec.priors.channel_steps
-        self.feedback = codec.priors.feedback if self.prior.kind == "context" else None  # what it rounds by
+        self.feedback = codec.priors.feedback if self.prior.kind == "context" else None
         self.stream_id = codec.priors.stream_id(codec.model_id, self.prior.kind)
         self._coder = Coder(self.prior.tables)
 
     def scale(self, coded: torch.Tensor, step: int, seed: int | None) -> Scaled:
-        """What one posterior has to be coded (channels, h, w) in steps; raises `UserError` as `quantizer.scale` does.
+        """Return a posterior's coded latents (channels, h, w) in steps; raise `UserError` as `quantizer.scale` does.
 
-        A codebook's indices are integers as they are: `step` must be `STEP_ONE`, and nothing is dithered.
+        The indices of a codebook stay as they are: `step` must be `STEP_ONE` and `seed` None.
         """
         if self.codec.config.codes is None:
             return scale(coded, self.channel_steps, step, seed)
@@ -58,16 +57,16 @@ class StreamCodec:
             raise UserError("the model's latents are not finite; try --dtype float32")
         return Scaled(coded.cpu().numpy().astype(np.float64), step, seed)
 
-    def quantize(self, image: Scaled) -> Quantized:
-        """The integers that `compress` codes."""
-        return self.code(image).quantized
-
     def code(self, image: Scaled) -> QuantizedPasses:
-        """The integers, and what they are coded under."""
+        """Return the integers of an image and the symbols that code them."""
         return quantize(self.prior, [image], self.device, self.feedback)[0]
 
+    def quantize(self, image: Scaled) -> Quantized:
+        """Return the integers that `compress` codes."""
+        return self.code(image).quantized
+
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
-        """Latents (z, h, w) float32, as a decoder reads them, on the CPU."""
+        """Return the latents (z, h, w) float32 that a decoder reads, on the CPU."""
         if self.codec.config.codes is None:
             return dequantize(quantized, self.channel_steps)
         indices = torch.from_numpy(quantized.values.astype(np.int64))  # (1, h, w)
@@ -75,7 +74,7 @@ class StreamCodec:
             return self.codec.bottleneck.look_up(indices)[0]
 
     def compress(self, images: Sequence[tuple[Scaled, Geometry]]) -> list[CompressedImage]:
-        """A file for each image; all of one shape."""
+        """Return a file for each image; their latents must share one shape."""
         codings = quantize(self.prior, [image for image, _ in images], self.device, self.feedback)
         return [self._file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
 
@@ -89,58 +88,62 @@ class StreamCodec:
             step=quantized.step,
             seed=quantized.seed,
         )
-        data = pack(Stream(header, encode(self._coder, passes)))
+        data = pack(Stream(header, self._coder.encode(passes)))
         return CompressedImage(data, ideal_bits(self.prior, passes), quantized)
 
+    def read(self, streams: Sequence[Stream]) -> list[Quantized | UserError]:
+        """Return the integers of streams of one latent shape, or the error of each damaged one."""
+        settings = [quantizer_settings(s, self.codec.config, self.codec.factor) for s in streams]
+        return decode(self.prior, self._coder, [s.payload for s in streams], settings, self.device)
+
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
-        """Latents (z, h, w) float32 of streams whose latents have one shape, or what is wrong with a stream."""
-        shapes = [settings(s, self.codec.config, self.codec.factor) for s in streams]
-        results = decode(self.prior, self._coder, [s.payload for s in streams], shapes, self.device)
-        return [r if isinstance(r, UserError) else self.dequantize(r) for r in results]
-
-
-def is_maker(codec: Codec, kind: PriorKind, stream_id: bytes) -> bool:
-    """Whether a stream of that id, coded under that prior, is the codec's."""
-    return codec.priors is not None and codec.priors.stream_id(codec.model_id, kind) == stream_id
-
-
-@functools.cache  # a folder may hold many files of one other model
-def _remedy(kind: PriorKind, stream_id: bytes) -> str:
-    return suggest_model(lambda codec: is_maker(codec, kind, stream_id))
+        """Return the latents (z, h, w) float32 of streams of one latent shape, or the error of each damaged one."""
+        return [r if isinstance(r, UserError) else self.dequantize(r) for r in self.read(streams)]
 
 
 class StreamReader:
-    """Decompresses streams of one codec whichever of its priors they were coded under."""
+    """Decompresses a model's streams, whichever of its priors they were coded under."""
 
     def __init__(self, codec: Codec, device: str) -> None:
         """Raises `UserError` if the codec has no prior."""
         best = StreamCodec(codec, device)
         self.codec = codec
-        self._coders: dict[PriorKind, StreamCodec] = {best.prior.kind: best}
+        self.coders: dict[PriorKind, StreamCodec] = {best.prior.kind: best}
         if best.prior.kind != "factorized":
-            self._coders["factorized"] = StreamCodec(codec, device, "factorized")
+            self.coders["factorized"] = StreamCodec(codec, device, "factorized")
 
     def check(self, stream: Stream) -> tuple[PriorKind, tuple[int, int, int]]:
-        """Under which prior, and the latents' shape: what streams that are decompressed together must share.
+        """Return the prior and the latents' shape, which streams that are decompressed together must share.
 
         Raises `UserError` if the stream is another model's or its payload is too short for its size.
         """
         kind, found = stream.header.prior, stream.header.stream_id
-        if kind not in self._coders:
-            raise UserError(f"coded under a {kind} prior, which the model has not; {_remedy(kind, found)}")
-        if found != (wanted := self._coders[kind].stream_id):
+        if kind not in self.coders:
+            raise UserError(f"coded under a {kind} prior, which the model has not; {remedy(kind, found)}")
+        if found != (wanted := self.coders[kind].stream_id):
             raise UserError(
-                f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); {_remedy(kind, found)}"
+                f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); {remedy(kind, found)}"
             )
-        if (version := stream.header.version) != (own := self._coders[kind].prior.version):
+        if (version := stream.header.version) != (own := self.coders[kind].prior.version):
             raise UserError(f"damaged: it says format version {version}, and this model's streams are of {own}")
-        return kind, settings(stream, self.codec.config, self.codec.factor).shape
+        return kind, quantizer_settings(stream, self.codec.config, self.codec.factor).shape
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
-        """Latents of streams for which `check` gave the same."""
-        return self._coders[streams[0].header.prior].decompress(streams)
+        """Return the latents of streams for which `check` returned the same, or the error of each damaged one."""
+        return self.coders[streams[0].header.prior].decompress(streams)
+
+
+def is_maker(codec: Codec, kind: PriorKind, stream_id: bytes) -> bool:
+    """Return whether a codec writes streams with this id under its prior of this kind."""
+    return codec.priors is not None and codec.priors.stream_id(codec.model_id, kind) == stream_id
+
+
+@functools.cache  # a folder may hold many files of one other model
+def remedy(kind: PriorKind, stream_id: bytes) -> str:
+    """Return advice on where to find the model that wrote streams with this id."""
+    return suggest_model(lambda codec: is_maker(codec, kind, stream_id))
 
 
 def dither_seed(seed: int, name: str) -> int:
-    """64 bits, of the dither of one image, from those a user gave for all and the image's name."""
+    """Return the 64-bit dither seed of one image, from the seed of a run and the image's name."""
     return int(fold(seed, text_key(name))) % 2**64

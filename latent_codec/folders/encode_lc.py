@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from latent_codec.bitstream.container import SUFFIX
-from latent_codec.bitstream.rate_control import Rate, choose
+from latent_codec.bitstream.rate_control import Rate, compress_at_rate
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, dither_seed
 from latent_codec.errors import UserError
@@ -175,7 +175,7 @@ def _coded(
             if rate.fixed_step is not None:
                 scaled.append((item, alone(partial(scale, rate.fixed_step))))
             else:
-                yield item, alone(partial(choose, coder, scale, geometry, shown, rate, tile))
+                yield item, alone(partial(compress_at_rate, coder, scale, geometry, shown, rate, tile))
         except UserError as error:
             yield item, error
 

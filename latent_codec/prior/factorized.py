@@ -1,6 +1,6 @@
-"""The factorised prior: each latent on its own, by its channel's table for the step's quarter octave.
+"""Code each latent independently, under a table for its channel and the step's quarter octave.
 
-A codebook's indices are whole numbers already: they have one table.
+The indices of a codebook are integers already: one table serves them all.
 """
 
 from collections.abc import Iterator
@@ -9,76 +9,77 @@ from typing import Literal
 import numpy as np
 import torch
 
-from latent_codec.prior.quantizer import LIMIT, octave_eighths, scale, step_code, to_integers
+from latent_codec.prior.layout import PassLayout, Prediction, Sites
+from latent_codec.prior.quantizer import LIMIT, BatchSettings, octave_eighths, scale, step_code, to_integers
 from latent_codec.prior.tables import Tables, join, normalize
 
-_FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; beyond them the nearest tables serve
-LEVELS = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
+_FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; the nearest tables serve those beyond
+QUARTER_OCTAVES = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
 
 
-def level(step: int) -> int:
-    """Which tables a stored step takes, 0 to `LEVELS` - 1: those made for its eighth of an octave or the one below."""
+def quarter_octave(step: int) -> int:
+    """Return the quarter octave of a stored step, 0 to `QUARTER_OCTAVES` - 1, which selects the tables."""
     eighth = min(max(octave_eighths(step), _FIRST_EIGHTH), _LAST_EIGHTH)
     return (eighth - _FIRST_EIGHTH) // 2
 
 
-def level_step(level: int) -> float:
-    """The step that a level's tables are made for."""
-    return 2.0 ** ((_FIRST_EIGHTH + 2 * level) / 8)
-
-
 class FactorizedPrior:
-    """Table level * channels + c for channel c; one pass, symbols in order (z, h, w). Of `codes`, one table for all."""
+    """One pass over all latents in order (z, h, w); channel c has table quarter octave * channels + c.
+
+    With `codes`, the number of a codebook's entries, there is one channel and one table. Raises `ValueError` if the
+    tables do not fit.
+    """
 
     kind: Literal["factorized"] = "factorized"
-    version = 1
-    """Of the streams coded under it."""
+    version = 1  # format version of the streams coded under this prior
 
     def __init__(self, channels: int, codes: int | None, tables: Tables) -> None:
-        if codes is None and len(tables) != LEVELS * channels:
-            raise ValueError(f"{len(tables)} tables do not fit {LEVELS} levels of {channels} channels")
+        if codes is None and len(tables) != QUARTER_OCTAVES * channels:
+            raise ValueError(f"{len(tables)} tables do not fit {QUARTER_OCTAVES} steps of {channels} channels")
         if codes is not None and (tables.sizes.tolist(), tables.first.tolist()) != ([codes + 1], [0]):
-            raise ValueError(f"the indices of {codes} codes have one table, which holds exactly them")
+            raise ValueError(f"the indices of {codes} codes need one table that holds exactly them")
         self.channels, self.codes, self.tables = channels, codes, tables
+        self.order, self.layouts = np.arange(channels), [PassLayout(0, channels, Sites.ALL)]
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The least and the largest integer that a stream may hold."""
+        """Return the least and the largest integer that a stream may hold."""
         return (-LIMIT, LIMIT) if self.codes is None else (0, self.codes - 1)
 
-    def select(self, step: int, shape: tuple[int, int, int]) -> np.ndarray:
-        """The tables of all symbols of one image, (z * h * w,) int64."""
-        if self.codes is not None:
-            return np.zeros(shape[1] * shape[2], np.int64)
-        return np.repeat(level(step) * self.channels + np.arange(self.channels), shape[1] * shape[2])
+    def predict(self, number: int, known: np.ndarray, batch: BatchSettings, device: str) -> Prediction:
+        """Return the tables of all latents, as `ContextPrior.predict` does; nothing but the settings matters."""
+        offset = batch.dithers.reshape(*batch.dithers.shape[:2], -1)  # (b, z, h * w)
+        first = [0 if self.codes is not None else quarter_octave(int(step)) * self.channels for step in batch.steps]
+        tables = np.array(first)[:, None, None] + np.arange(self.channels)[:, None]
+        return Prediction(offset, np.zeros_like(offset), np.broadcast_to(tables, offset.shape))
 
 
-_KEPT = 1e-5  # share of the values, at either end, that may be left to the escape
+_OUTSIDE = 1e-5  # share of the values, at either end, that a table may leave to its escape
 
 
 def fit(means: torch.Tensor, channel_steps: np.ndarray) -> FactorizedPrior:
-    """Tables from posterior means (z, n) of a calibration set, rounded at each level's step; `channel_steps`: (z,).
+    """Count tables from posterior means (z, n) of a calibration set, rounded at the step of each quarter octave.
 
-    Raises `UserError` as `quantizer.scale` does.
+    `channel_steps`: (z,) float32. Raises `UserError` as `quantizer.scale` does.
     """
     tables: list[tuple[int, np.ndarray]] = []
-    for i in range(LEVELS):
-        latents = scale(means[:, None], channel_steps, step_code(level_step(i)), None).latents[:, 0]
-        values = to_integers(latents, np.zeros(()), np.zeros((), bool))
-        tables += _level_tables(values)
+    for i in range(QUARTER_OCTAVES):
+        step = step_code(2.0 ** ((_FIRST_EIGHTH + 2 * i) / 8))
+        latents = scale(means[:, None], channel_steps, step, None).latents[:, 0]
+        tables += _count(to_integers(latents, np.zeros(()), np.zeros((), bool)))
     return FactorizedPrior(len(means), None, join(tables))
 
 
 def fit_codes(counts: np.ndarray) -> FactorizedPrior:
-    """The table of a codebook from how often each code was seen (K,); half a count more for each and the escape."""
+    """Return a prior of codebook indices from how often each code was seen (K,), plus half a count for each."""
     return FactorizedPrior(1, len(counts), join([(0, normalize(np.r_[counts + 0.5, 0.5]))]))
 
 
-def _level_tables(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _count(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each channel's (first value, frequencies) from integers (z, n), plus half a count for each."""
     for channel in values:
         ordered = np.sort(channel)
-        outside = int(_KEPT * len(ordered))
+        outside = int(_OUTSIDE * len(ordered))
         low, high = int(ordered[outside]), int(ordered[-1 - outside])
         counts = np.bincount((ordered - low)[(ordered >= low) & (ordered <= high)], minlength=high - low + 1)
-        # Half a count each, for what was not seen.
         yield low, normalize(np.r_[counts + 0.5, 2 * outside + 0.5])

@@ -1,6 +1,6 @@
-"""What the entropy coder believes about quantised latents: integer tables, frozen when a model is exported.
+"""Store a model's quantiser and priors, whose integer tables are frozen when the model is exported.
 
-No floating-point result of a network reaches the coder, so a stream decodes alike everywhere.
+No floating-point result of a network reaches the entropy coder, so streams decode alike on every machine.
 """
 
 import dataclasses
@@ -18,21 +18,24 @@ from latent_codec.storage.json_config import dumps
 
 PriorKind = Literal["context", "factorized"]
 PREFIX = "prior."
-"""Of the names of a prior's tensors in a model file; they keep their integer types."""
+"""Prefix of the names of the priors' tensors in a model file, which keep their integer types."""
+
+_TABLES, _CONTEXT = ("counts", "sizes", "first"), ("order", "gain", "width_offset")
+_LAYER = {"weight": torch.int8, "bias": torch.int32, "shift": torch.int32}
 
 
 class Priors(NamedTuple):
     """A model's quantiser and priors."""
 
     channel_steps: np.ndarray
-    """(z,) float32: each channel's quantisation step at step 1; of a codebook's indices (1,), 1."""
+    """(z,) float32: each channel's quantiser step at step 1; for a codebook's indices (1,), 1."""
     factorized: FactorizedPrior
     context: ContextPrior | None
     feedback: Feedback | None = None
-    """What an encoder rounds by under the context prior; streams do not depend on it."""
+    """How encoders round under the context prior; decoders do not need it."""
 
     def choose(self, kind: PriorKind | None) -> FactorizedPrior | ContextPrior:
-        """The prior of a kind, by default the best there is; raises `KeyError` if there is none of that kind."""
+        """Return the prior of a kind, by default the best available; raise `KeyError` if the kind is missing."""
         if kind == "factorized" or (kind is None and self.context is None):
             return self.factorized
         if self.context is None:
@@ -40,10 +43,10 @@ class Priors(NamedTuple):
         return self.context
 
     def stream_id(self, model_id: str, kind: str) -> bytes:
-        """8 bytes that name all that a stream's meaning depends on: the model, the quantiser and one prior.
+        """Return 8 bytes that identify all that a stream's meaning depends on: the model, the quantiser and one prior.
 
-        The first bytes of SHA-256 over the model id in ASCII, then the quantiser's and that prior's tensors by sorted
-        name, each as its JSON [name, shape] in ASCII and its little-endian bytes.
+        These are the first bytes of the SHA-256 of the model id in ASCII, then of the quantiser's and that prior's
+        tensors by name, each as JSON [name, shape] in ASCII and its little-endian bytes.
         """
         digest = hashlib.sha256(model_id.encode())
         for name, tensor in sorted(to_tensors(self).items()):
@@ -55,83 +58,86 @@ class Priors(NamedTuple):
 
 
 def to_tensors(priors: Priors) -> dict[str, torch.Tensor]:
-    """All numbers by name; `from_tensors` is the inverse."""
-    tensors = {"base": torch.from_numpy(priors.channel_steps)} | _tables_to_tensors(
-        "factorized", priors.factorized.tables
-    )
+    """Return all numbers by tensor name; `from_tensors` is the inverse."""
+    arrays = {"base": priors.channel_steps}
+    arrays |= {f"factorized.{name}": getattr(priors.factorized.tables, name) for name in _TABLES}
     if priors.feedback is not None:
-        tensors["feedback"] = torch.from_numpy(priors.feedback.weights)
+        arrays["feedback"] = priors.feedback.weights
+    tensors: dict[str, torch.Tensor] = {}
     if (context := priors.context) is not None:
-        tensors |= _tables_to_tensors("context", context.tables)
-        for name in _ARRAYS:
-            tensors[f"context.{name}"] = torch.from_numpy(getattr(context, name).astype(np.int32))
-        for p, net in enumerate(context.networks):
-            for i, layer in enumerate(net.layers):
-                for name, tensor in layer._asdict().items():
-                    tensors[f"context.passes.{p}.layers.{i}.{name}"] = tensor
+        arrays |= {f"context.{name}": getattr(context.tables, name) for name in _TABLES}
+        arrays |= {f"context.{name}": getattr(context, name).astype(np.int32) for name in _CONTEXT}
+        for p, network in enumerate(context.networks):
+            for i, layer in enumerate(network.layers):
+                tensors |= {f"context.passes.{p}.layers.{i}.{k}": t for k, t in layer._asdict().items()}
+    tensors |= {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-_ARRAYS = ("order", "gain", "width_offset")
-
-
-def _tables_to_tensors(kind: str, tables: Tables) -> dict[str, torch.Tensor]:
-    return {f"{kind}.{name}": torch.from_numpy(getattr(tables, name)) for name in ("counts", "sizes", "first")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorsHeader:
-    """What the tensors do not say."""
+    """The JSON that a model file holds beside the priors' tensors."""
 
     context: ContextConfig | None
 
 
 def to_header(priors: Priors) -> PriorsHeader:
+    """Return what the tensors do not say; `from_tensors` needs it."""
     return PriorsHeader(context=None if priors.context is None else priors.context.config)
 
 
 def from_tensors(header: PriorsHeader, tensors: dict[str, torch.Tensor], channels: int, codes: int | None) -> Priors:
-    """Priors of a model whose streams hold `channels` integers at each position, or an index of `codes`.
+    """Return the priors of a model whose streams hold `channels` integers per position, or an index of `codes`.
 
-    Raises `ValueError` for anything missing, extra or unsound.
+    Raises `ValueError` for any tensor that is missing, unknown or unsound.
     """
-    left = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-    def take(name: str, dtype: torch.dtype) -> torch.Tensor:
-        if name not in left:
-            raise ValueError(f"tensor {PREFIX}{name} is missing")
-        tensor = left.pop(name)
-        if tensor.dtype != dtype:
-            raise ValueError(f"tensor {PREFIX}{name} is {tensor.dtype}, not {dtype}")
-        return tensor
-
-    def take_tables(kind: str) -> Tables:
-        return Tables(*(take(f"{kind}.{name}", torch.int32).numpy() for name in ("counts", "sizes", "first")))
-
-    channel_steps = take("base", torch.float32).numpy()
+    left = _Tensors(tensors)
+    channel_steps = left.take("base", torch.float32)
     if channel_steps.shape != (channels,) or not (np.isfinite(channel_steps).all() and (channel_steps > 0).all()):
         raise ValueError(f"the quantiser's steps {channel_steps.shape} are not {channels} positive numbers")
-    factorized = FactorizedPrior(channels, codes, take_tables("factorized"))
+    factorized = FactorizedPrior(channels, codes, left.take_tables("factorized"))
     if codes is not None and (channel_steps[0] != 1 or header.context is not None):
         raise ValueError("a codebook's indices have a step of 1 and no context prior")
-    context = None
-    if (config := header.context) is not None:
-        order, gain, width_offset = (take(f"context.{name}", torch.int32).numpy() for name in _ARRAYS)
-        dtypes = {"weight": torch.int8, "bias": torch.int32, "shift": torch.int32}
-        nets = []
+    context = None if header.context is None else left.take_context(header.context)
+    if context is not None and context.channels != channels:
+        raise ValueError(f"a context prior of {context.channels} channels does not fit latents of {channels}")
+    feedback = left.take_feedback(channels) if "feedback" in left.tensors else None
+    if left.tensors:
+        raise ValueError(f"tensors {sorted(left.tensors)[:5]} are unknown")
+    return Priors(channel_steps, factorized, context, feedback)
+
+
+class _Tensors:
+    """Tensors that are still to be read."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+    def take(self, name: str, dtype: torch.dtype) -> np.ndarray:
+        if name not in self.tensors:
+            raise ValueError(f"tensor {PREFIX}{name} is missing")
+        tensor = self.tensors.pop(name)
+        if tensor.dtype != dtype:
+            raise ValueError(f"tensor {PREFIX}{name} is {tensor.dtype}, not {dtype}")
+        return tensor.numpy()
+
+    def take_tables(self, kind: str) -> Tables:
+        return Tables(*(self.take(f"{kind}.{name}", torch.int32) for name in _TABLES))
+
+    def take_context(self, config: ContextConfig) -> ContextPrior:
+        order, gain, width_offset = (self.take(f"context.{name}", torch.int32) for name in _CONTEXT)
+        networks = []
         for p in range(len(pass_layouts(config))):
             names = [f"context.passes.{p}.layers.{i}" for i in range(4)]
-            layers = (Layer(**{k: take(f"{name}.{k}", dtype) for k, dtype in dtypes.items()}) for name in names)
-            nets.append(PassNetwork(tuple(layers)))  # pyright: ignore[reportArgumentType]
-        context = ContextPrior(config, order, gain, width_offset, nets, take_tables("context"))
-        if context.channels != channels:
-            raise ValueError(f"a context prior of {context.channels} channels for latents of {channels}")
-    feedback = None
-    if "feedback" in left:
-        weights = take("feedback", torch.int16).numpy()
+            layers = [
+                Layer(*(torch.from_numpy(self.take(f"{name}.{k}", dtype)) for k, dtype in _LAYER.items()))
+                for name in names
+            ]
+            networks.append(PassNetwork(tuple(layers)))  # pyright: ignore[reportArgumentType]
+        return ContextPrior(config, order, gain, width_offset, networks, self.take_tables("context"))
+
+    def take_feedback(self, channels: int) -> Feedback:
+        weights = self.take("feedback", torch.int16)
         if weights.shape != (shape := (channels, channels, *[2 * REACH + 1] * 2)):
             raise ValueError(f"error feedback has weights of shape {weights.shape}, not {shape}")
-        feedback = Feedback(weights)
-    if left:
-        raise ValueError(f"tensors {sorted(left)[:5]} are unknown")
-    return Priors(channel_steps, factorized, context, feedback)
+        return Feedback(weights)

@@ -1,4 +1,4 @@
-"""A stream comes back exactly or not at all: no flipped bit, cut, extra byte or claimed size gets through."""
+"""A stream comes back exactly or not at all: flipped bits, cuts, extra bytes and false sizes are refused."""
 
 import functools
 import struct
@@ -55,7 +55,7 @@ def geometry(width: int, height: int) -> Geometry:
 
 
 def image(width: int, height: int, step: int = 1024, seed: int | None = None, data: int = 0) -> Scaled:
-    """Latents of the tiny model, 4 channels at 1/8, of the sizes that pictures give."""
+    """Return latents of the tiny model, 4 channels at 1/8, for an image of a size."""
     shape = (4, -(-height // 8), -(-width // 8))
     values = np.random.default_rng(data).laplace(size=shape) * np.array([9, 4, 3, 2])[:, None, None]
     return Scaled(values.clip(-LIMIT, LIMIT), step, seed)
@@ -63,13 +63,13 @@ def image(width: int, height: int, step: int = 1024, seed: int | None = None, da
 
 @functools.cache
 def example(prior: PriorKind = "factorized") -> bytes:
-    """About 2 KB."""
+    """Return a stream of about 2 KB."""
     size = (240, 232) if prior == "factorized" else (168, 160)
     return streams(prior).compress([(image(*size, seed=5), geometry(*size))])[0].data
 
 
 def read(data: bytes, max_pixels: int = 2**27) -> torch.Tensor:
-    """Latents, through every check there is."""
+    """Decode a stream with every check there is."""
     stream = unpack(data, max_pixels=max_pixels)
     reader().check(stream)
     (found,) = reader().decompress([stream])
@@ -164,20 +164,14 @@ def test_every_flipped_bit_is_refused(prior: PriorKind) -> None:
     assert read(bytes(data)) is not None
 
 
-def test_every_truncation_is_refused() -> None:
+def test_cuts_and_bytes_before_or_after_a_stream_are_refused() -> None:
     for length in range(len(example())):
         with pytest.raises(UserError, match=r"not a \.lc stream|damaged"):
             unpack(example()[:length])
-
-
-@pytest.mark.parametrize("extra", [bytes(64), b"\xff" * 64, bytes(range(64)), b"\x89LC\r\n\x1a\n" * 10])
-def test_every_trailing_byte_is_refused(extra: bytes) -> None:
-    for length in range(1, 65):
-        with pytest.raises(UserError, match="promises"):
-            unpack(example() + extra[:length])
-
-
-def test_bytes_before_a_stream_are_refused() -> None:
+    for extra in (bytes(64), b"\xff" * 64, bytes(range(64)), b"\x89LC\r\n\x1a\n" * 8):
+        for length in range(1, 65):
+            with pytest.raises(UserError, match="promises"):
+                unpack(example() + extra[:length])
     for length in range(1, 65):
         with pytest.raises(UserError):
             unpack(bytes(length) + example())
@@ -196,13 +190,13 @@ NAMES = ("magic", "version", "stream_id", "width", "height", "orientation", "fla
 
 
 def crafted(data: bytes, **fields: Any) -> bytes:
-    """A stream with some fields of its header replaced and its checksums right."""
+    """Return a stream with some fields of its header replaced and its checksums right."""
     values = dict(zip(NAMES, LAYOUT.unpack(data[:43])[:-1], strict=True)) | fields
     return sealed(LAYOUT.pack(*values.values(), 0), data[47:-4])
 
 
 def test_checks_come_in_the_documented_order() -> None:
-    """A file in which everything is wrong, repaired step by step: each time the next check speaks."""
+    """Repair a file in which everything is wrong, bit by bit: each time the next check speaks."""
     sound = streams("context").compress([(image(64, 64), geometry(64, 64))])[0].data
     assert sound == crafted(sound)
     fields: dict[str, Any] = {"version": 4, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
@@ -285,24 +279,21 @@ def test_headers_that_no_encoder_writes_are_refused(fields: dict[str, Any]) -> N
 def test_huge_claims_are_refused_before_anything_is_allocated(width: int, height: int, message: str) -> None:
     """2^27 pixels, the most that a reader takes, need a payload of 1.5 KB with this model."""
     (small,) = streams("context").compress([(image(64, 64), geometry(64, 64))])
-    data = crafted(small.data, width=width, height=height)
-    reader()
-    tracemalloc.start()
-    try:
-        with pytest.raises(UserError, match=message):
-            read(data)
-        assert tracemalloc.get_traced_memory()[1] < 2**20
-    finally:
-        tracemalloc.stop()
+    assert_refused_without_memory(crafted(small.data, width=width, height=height), message)
 
 
 def test_a_promised_payload_is_not_allocated() -> None:
     header = example()[:39] + (2**32 - 1).to_bytes(4, "little")
     data = header + zlib.crc32(header).to_bytes(4, "little") + example()[47:]
+    assert_refused_without_memory(data, "promises 4294967295 bytes")
+
+
+def assert_refused_without_memory(data: bytes, message: str) -> None:
+    reader()
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match="promises 4294967295 bytes"):
-            unpack(data)
+        with pytest.raises(UserError, match=message):
+            read(data)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -314,7 +305,7 @@ def test_the_pixel_limit_is_the_readers() -> None:
     assert unpack(example(), max_pixels=240 * 232)
 
 
-# Ten thousand mutants
+# Mutants; `python -m tools.stress.fuzz` tries more of them
 
 
 def golden() -> Sequence[Path]:
@@ -328,18 +319,18 @@ def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes() -> None:
     latents, where a changed bit of the payload is a bit of an escaped value. Encoding what it decodes to must then
     give the mutant's own bytes. All within a limit on memory, and without standing still.
     """
-    report = fuzz.run(MODEL, golden(), 10_000, 0, megabytes=256, patience=300)
+    report = fuzz.run(MODEL, golden(), 2500, 0, megabytes=256, patience=300)
     assert report.wrong == []
-    assert sum(report.outcomes.values()) == 10_000
+    assert sum(report.outcomes.values()) == 2500
     for kind in ("bytes", "payload", "header", "both"):
         assert report.outcomes[kind, "refused"] > 100
-    assert report.outcomes["header", "decoded"] > 100  # new checksums do let them through to the decoder
+    assert report.outcomes["header", "decoded"] > 50  # new checksums do let them through to the decoder
 
 
 def test_both_decoders_agree_on_mutants() -> None:
     originals = [path.read_bytes() for path in golden()]
     decoded = 0
-    for number in range(1000):
+    for number in range(400):
         data = mutate(originals, 1, number).data
         try:
             expected = reference_decoder.decode(data, independent()).latents
@@ -353,7 +344,7 @@ def test_both_decoders_agree_on_mutants() -> None:
 
 
 def test_a_judge_notices_what_decodes_and_should_not() -> None:
-    """The tool itself: a stream it was not told of, as if its checksums had not noticed a change."""
+    """Show the tool a stream it was not told of, as if its checksums had not noticed a change."""
     judge = fuzz.Judge(codec(), [example()])
     (other,) = streams("factorized").compress([(image(16, 16), geometry(16, 16))])
     escape = crafted(other.data, step=1025)

@@ -1,4 +1,4 @@
-"""Refining: files cost less by what they are refined for, what tiles see is the whole, and nonsense is refused."""
+"""Refinement lowers the cost of files, sees the whole image through tiles, and refuses what cannot be refined."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.bitstream.refinement import Refiner, _with_rate
+from latent_codec.bitstream.refinement import LEARNING_RATE, Refiner, cost_slope
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.folders.encode_lc import encode_streams
@@ -22,81 +22,83 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import FiniteScalarConfig
-from latent_codec.prior.passes import ideal_bits, neighbour_bits, quantize
+from latent_codec.prior.passes import ideal_bits, neighbour_bits
 from latent_codec.prior.quantizer import STEP_ONE, Scaled
-from tests.bitstream.test_rate_control import Subject
-from tests.conftest import Draw
+from tests.conftest import Draw, files_of
+from tests.support.subject import Subject
 
 CPU = ComputeOptions(batch_size=4, workers=2)
 
 
-@pytest.fixture(params=["factorized", "context"])
-def subject(request: pytest.FixtureRequest, codec: Codec) -> Subject:
-    return Subject(codec, request.param, None)
+@pytest.fixture(scope="module", params=["factorized", "context"])
+def subject(request: pytest.FixtureRequest, model_file: Path) -> Subject:
+    return Subject(Codec.load(model_file), request.param, None)
 
 
-def refiner(subject: Subject, rounds: int, compute: ComputeOptions = CPU) -> Refiner:
-    return Refiner(subject.stream, Runner(subject.stream.codec, compute), rounds)
+def refined(subject: Subject, rounds: int, step: int = STEP_ONE, rate: float = LEARNING_RATE) -> Scaled:
+    refiner = Refiner(subject.stream, Runner(subject.stream.codec, CPU), rounds, learning_rate=rate)
+    return refiner.scale(subject.mean, subject.pixels, step, seed=subject.seed)
 
 
 def cost(subject: Subject, scaled: Scaled) -> float:
-    """NLL / s^2 and the code length in nats, each from the definitions."""
-    codec, s = subject.stream.codec, scaled.step / STEP_ONE
-    (coding,) = quantize(subject.stream.prior, [scaled], "cpu")
+    """Return NLL / step^2 and the code length in nats, each from its definition."""
+    codec, coding = subject.stream.codec, subject.stream.code(scaled)
     with torch.inference_mode():
         params = crop(codec.likelihood_params(subject.stream.dequantize(coding.quantized)[None]), subject.geometry)
-        x = codec.likelihood.from_uint8(subject.pixels[None])
-        nll = -codec.likelihood.log_prob(params, x).item()
-    return nll / s**2 + math.log(2) * ideal_bits(subject.stream.prior, coding.passes)
+        nll = -codec.likelihood.log_prob(params, codec.likelihood.from_uint8(subject.pixels[None])).item()
+    return nll * (STEP_ONE / scaled.step) ** 2 + math.log(2) * ideal_bits(subject.stream.prior, coding.passes)
 
 
-def test_rounds_lower_the_cost_and_none_is_as_before(subject: Subject) -> None:
-    for step in (STEP_ONE // 4, STEP_ONE, 3 * STEP_ONE):
-        plain = subject.stream.scale(subject.mean, step, None)
-        none = refiner(subject, 0).scale(subject.mean, subject.pixels, step, seed=None)
-        np.testing.assert_array_equal(none.latents, plain.latents)
-        costs = [cost(subject, plain)]
-        for rounds in (1, 4, 16):
-            found = refiner(subject, rounds).scale(subject.mean, subject.pixels, step, seed=None)
-            assert (found.step, found.seed) == (step, None)
-            costs.append(cost(subject, found))
-        assert costs == sorted(costs, reverse=True)  # the best of the rounds: more of them are never worse
-        assert costs[-1] < costs[0] - 5 or step > STEP_ONE  # nats; where all is 0, little can move
-    again = refiner(subject, 16).scale(subject.mean, subject.pixels, 3 * STEP_ONE, seed=None)
-    np.testing.assert_array_equal(again.latents, found.latents)
+@pytest.mark.parametrize("step", [STEP_ONE // 4, STEP_ONE, 3 * STEP_ONE])
+def test_rounds_lower_the_cost_and_none_changes_nothing(subject: Subject, step: int) -> None:
+    plain = subject.scale(step)
+    np.testing.assert_array_equal(refined(subject, 0, step).latents, plain.latents)
+    found = [refined(subject, rounds, step) for rounds in (1, 4, 16)]
+    assert all((one.step, one.seed) == (step, None) for one in found)
+    costs = [cost(subject, one) for one in (plain, *found)]
+    assert costs == sorted(costs, reverse=True)  # the best of the rounds: more of them are never worse
+    assert costs[-1] < costs[0] - 5 or step > STEP_ONE  # nats; where all is 0, little can move
+    np.testing.assert_array_equal(refined(subject, 16, step).latents, found[-1].latents)
 
 
-def test_where_moving_only_harms_everything_stays(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.bitstream.refinement._RATE", -1.0)
-    plain = subject.stream.scale(subject.mean, STEP_ONE, None)
-    found = refiner(subject, 3).scale(subject.mean, subject.pixels, STEP_ONE, seed=None)
-    np.testing.assert_array_equal(found.latents, plain.latents)
+def test_moves_that_only_harm_are_not_made(subject: Subject) -> None:
+    np.testing.assert_array_equal(refined(subject, 3, rate=-1.0).latents, subject.scale(STEP_ONE).latents)
 
 
-def test_what_is_drawn_is_not_refined(subject: Subject) -> None:
-    drawn = refiner(subject, 0).scale(subject.mean, subject.pixels, STEP_ONE, seed=3)
-    assert drawn.seed == 3
+def test_a_gradient_that_is_not_finite_changes_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Runner.nll_gradient
+
+    def broken(self: Runner, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
+        nll, gradient = real(self, z, pixels)
+        return nll, gradient / 0
+
+    monkeypatch.setattr(Runner, "nll_gradient", broken)
+    np.testing.assert_array_equal(refined(subject, 3).latents, subject.scale(STEP_ONE).latents)
+
+
+def test_a_draw_is_not_refined(codec: Codec) -> None:
+    drawn = Subject(codec, None, seed=3)
+    assert refined(drawn, 0).seed == 3
     with pytest.raises(ValueError, match="no draw from the posterior"):
-        refiner(subject, 1).scale(subject.mean, subject.pixels, STEP_ONE, seed=3)
+        refined(drawn, 1)
 
 
 def test_neighbours_cost_what_their_tables_say(subject: Subject) -> None:
-    scaled = subject.stream.scale(subject.mean, STEP_ONE, None)
-    prior, shape = subject.stream.prior, subject.mean.shape
-    (coding,) = quantize(prior, [scaled], "cpu")
+    scaled, prior = subject.scale(STEP_ONE), subject.stream.prior
+    coding = subject.stream.code(scaled)
     own, lower, higher = neighbour_bits(prior, coding)
-    assert own.shape == lower.shape == higher.shape == shape
-    assert own.sum() == pytest.approx(ideal_bits(prior, coding.passes))
-    for array, change in ((lower, -1), (higher, 1)):
-        total = sum(prior.tables.bits(values + change, tables) for values, tables in coding.passes)
+    assert own.shape == lower.shape == higher.shape == subject.mean.shape
+    for array, change in ((own, 0), (lower, -1), (higher, 1)):
+        total = sum(prior.tables.bits(values + change, tables).sum() for values, tables in coding.passes)
         assert array.sum() == pytest.approx(total)
     # Each at its place: moving one value by a whole step codes its neighbour there, in the pass that holds it.
     place = (1, 2, 3)
     moved = scaled.latents.copy()
     moved[place] = coding.quantized.fine[place] / 2**17 + 1
-    (other,) = quantize(prior, [scaled._replace(latents=moved)], "cpu")
-    changed = [n for n, (a, b) in enumerate(zip(coding.passes, other.passes, strict=True)) if (a[0] != b[0]).any()]
-    (values, tables), (others, _) = coding.passes[changed[0]], other.passes[changed[0]]
+    other = subject.stream.code(scaled._replace(latents=moved))
+    (values, tables), (others, _) = next(
+        (a, b) for a, b in zip(coding.passes, other.passes, strict=True) if (a[0] != b[0]).any()
+    )
     (i,) = np.flatnonzero(values != others)
     assert others[i] == values[i] + 1
     assert higher[place] == prior.tables.bits(others[[i]], tables[[i]])
@@ -106,12 +108,12 @@ def test_neighbours_cost_what_their_tables_say(subject: Subject) -> None:
 def test_the_rates_kink_is_overcome_or_nothing_moves() -> None:
     slope = np.array([-3.0, -1.0, 0.0, 1.0, 3.0, 3.0, -3.0])
     lower = np.array([2.0, 2.0, 2.0, 2.0, 2.0, -1.0, -1.0])
-    higher = np.array([2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
-    np.testing.assert_array_equal(_with_rate(slope, lower, higher), [-1.0, 0.0, 0.0, 0.0, 1.0, 4.5, -1.5])
+    found = cost_slope(slope, lower, np.full(7, 2.0))
+    np.testing.assert_array_equal(found, [-1.0, 0.0, 0.0, 0.0, 1.0, 4.5, -1.5])
 
 
 def test_the_gradient_is_that_of_the_pixels_that_are_there(codec: Codec) -> None:
-    """Against differences, at an image that fills its last patches in part."""
+    """Compare it with finite differences, for an image that fills its last patches in part."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3, 21, 30), generator=generator, dtype=torch.uint8)
     with torch.inference_mode():
@@ -141,13 +143,6 @@ def test_tiles_give_the_gradient_of_the_whole(codec: Codec, monkeypatch: pytest.
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-def encode(codec: Codec, photos: Path, folder: Path, **options: Any) -> dict[str, bytes]:
-    rate = options.pop("rate", Rate())
-    summary = encode_streams(Runner(codec, CPU), photos, folder, rate=rate, quiet=True, **options)
-    assert not summary.failures
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.lc"))}
-
-
 @pytest.fixture
 def photos(tmp_path: Path, draw: Draw) -> Path:
     for i, size in enumerate([(24, 16), (17, 33), (24, 16), (40, 40)]):
@@ -155,19 +150,23 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
+def encode(codec: Codec, photos: Path, folder: Path, batch_size: int = 4, **options: Any) -> dict[str, bytes]:
+    compute = dataclasses.replace(CPU, batch_size=batch_size)
+    summary = encode_streams(Runner(codec, compute), photos, folder, **{"rate": Rate(), "quiet": True} | options)
+    assert not summary.failures
+    return files_of(folder)
+
+
 def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, photos: Path, tmp_path: Path) -> None:
     plain, refined = (encode(codec, photos, tmp_path / str(n), refine=n) for n in (0, 2))
     assert plain.keys() == refined.keys() and plain != refined
     assert encode(codec, photos, tmp_path / "0", refine=2) == refined
-    compute = dataclasses.replace(CPU, batch_size=1)
-    assert encode_streams(Runner(codec, compute), photos, tmp_path / "1", rate=Rate(), refine=2, quiet=True).done == 4
-    assert {p.name: p.read_bytes() for p in (tmp_path / "1").glob("*.lc")} == refined
-    assert encode(codec, photos, tmp_path / "size", refine=2, rate=Rate(bpp=9.0)) != encode(
-        codec, photos, tmp_path / "size, plain", rate=Rate(bpp=9.0)
-    )
+    assert encode(codec, photos, tmp_path / "1", batch_size=1, refine=2) == refined
+    plain, refined = (encode(codec, photos, tmp_path / f"rate {n}", refine=n, rate=Rate(bpp=9.0)) for n in (0, 2))
+    assert plain != refined
 
 
-def test_too_little_memory_for_one_image_fails_that_image(
+def test_an_image_too_large_for_memory_fails_alone(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Runner.nll_gradient
@@ -198,16 +197,3 @@ def test_indices_are_not_refined(codec: Codec, photos: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="this model's are indices"):
         encode(codec, photos, tmp_path / "out", refine=1)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Runner.nll_gradient
-
-    def broken(self: Runner, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
-        nll, gradient = real(self, z, pixels)
-        return nll, gradient / 0
-
-    monkeypatch.setattr(Runner, "nll_gradient", broken)
-    plain = subject.stream.scale(subject.mean, STEP_ONE, None)
-    found = refiner(subject, 3).scale(subject.mean, subject.pixels, STEP_ONE, seed=None)
-    np.testing.assert_array_equal(found.latents, plain.latents)

@@ -443,7 +443,7 @@ def test_files_made_in_tiles_are_those_made_whole(codec: Codec, photos: Path, tm
         files = [unpack((tmp_path / name / "lc" / f"{entry.path}.lc").read_bytes()) for name in ("whole", "tiles")]
         reader.check(files[0])
         z, other = (torch.as_tensor(reader.decompress([f])[0]) for f in files)
-        steps = (z - other) / torch.as_tensor(reader._coders["context"].channel_steps)[:, None, None]
+        steps = (z - other) / torch.as_tensor(reader.coders["context"].channel_steps)[:, None, None]
         assert (steps != 0).float().mean() < 0.01 and steps.abs().amax() < 1.01  # a value at a rounding's edge may move
         for folder in ("a", "b"):
             x, y = (read(tmp_path / name / folder / f"{entry.path}.png") for name in ("whole", "tiles"))

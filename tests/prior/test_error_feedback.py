@@ -1,7 +1,8 @@
-"""Error feedback: it lowers the pixels' error, is exact whatever computes it, and no decoder needs to know."""
+"""Error feedback lowers the error of the pixels, is exact whatever computes it, and is the encoder's alone."""
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,10 @@ from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import ConvConfig, LinearConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.prior import error_feedback as module
-from latent_codec.prior.context import ContextConfig
+from latent_codec.prior.context import ContextConfig, ContextPrior
 from latent_codec.prior.error_feedback import REACH, Feedback, exact_errors
 from latent_codec.prior.passes import quantize
-from latent_codec.prior.quantizer import STEP_ONE, Scaled, dither
-from tests.bitstream.test_rate_control import Subject
+from latent_codec.prior.quantizer import FINE, STEP_ONE, Scaled
 from tests.support.prior import context_prior, feedback
 from train.context_prior.error_feedback import measure
 from train.context_prior.network import ContextNet, logistic_tables
@@ -29,21 +28,25 @@ from train.context_prior.network import ContextNet, logistic_tables
 WIDE = 2 * REACH + 1
 
 
-def images(channels: int, count: int, size: tuple[int, int], step: int = STEP_ONE) -> list[Scaled]:
+def images(channels: int, count: int, size: tuple[int, int]) -> list[Scaled]:
     rng = np.random.default_rng(1)
-    return [Scaled(rng.standard_t(3, (channels, *size)), step, None) for _ in range(count)]
+    return [Scaled(rng.standard_t(3, (channels, *size)), STEP_ONE, None) for _ in range(count)]
+
+
+def rounded(prior: ContextPrior, subjects: list[Scaled], use: Feedback | None = None) -> list[np.ndarray]:
+    return [coding.quantized.fine for coding in quantize(prior, subjects, "cpu", use)]
 
 
 @torch.no_grad()
 def zero(net: ContextNet) -> None:
-    """It expects 0 everywhere, and has no part in what is rounded how."""
+    """Let the network predict 0 everywhere, so that it has no part in how values are rounded."""
     for parameter in net.parameters():
         parameter.zero_()
 
 
 @pytest.fixture
 def linear(codec: Codec) -> Codec:
-    """Patches that overlap, so that their errors do, with a context prior of zeros."""
+    """A codec of overlapping patches, whose errors overlap too, with a context prior of zeros."""
     config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=8, overlap=4))
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -51,18 +54,17 @@ def linear(codec: Codec) -> Codec:
         with torch.no_grad():
             linear.backbone.decoder.weight.copy_(torch.rand(4, 3, 16, 16) - 0.3)  # pyright: ignore
     assert codec.priors is not None
-    channel_steps = codec.priors.channel_steps
     statistics = LatentStatistics(source="", images=1, mean=(0.0,) * 4, std=(1.0,) * 4, posterior_std=(1.0,) * 4)
     config_of_prior = ContextConfig(groups=(1, 1, 1, 1), width=8, centred=True, levels=(1, 1, 1, 1))
-    net = ContextNet(config_of_prior, channel_steps, statistics)
+    net = ContextNet(config_of_prior, codec.priors.channel_steps, statistics)
     zero(net)
     linear.priors = codec.priors._replace(context=net.freeze(logistic_tables()))
     linear.statistics = statistics
     return linear
 
 
-def test_the_weights_are_the_gram_matrix_of_what_latents_draw(linear: Codec) -> None:
-    """A linear decoder's, from its kernels: the overlap of every two of them, at every distance."""
+def test_the_weights_are_the_gram_matrix_of_a_linear_decoder(linear: Codec) -> None:
+    """From its kernels: the overlap of every two of them, at every distance."""
     assert linear.priors is not None
     weight = linear.backbone.decoder.weight.detach().double()  # pyright: ignore  (z, 3, 16, 16)
     drawn = weight * torch.from_numpy(linear.priors.channel_steps).double()[:, None, None, None]
@@ -76,43 +78,40 @@ def test_the_weights_are_the_gram_matrix_of_what_latents_draw(linear: Codec) -> 
 
 
 def test_it_lowers_the_error_of_the_pixels(linear: Codec) -> None:
-    assert linear.priors is not None and linear.statistics is not None
-    channel_steps, prior = linear.priors.channel_steps, linear.priors.context
-    assert prior is not None
+    assert linear.priors is not None and linear.priors.context is not None
+    steps, prior = linear.priors.channel_steps, linear.priors.context
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = measure(linear, latents, channel_steps)
     subjects = [image._replace(latents=image.latents * 5) for image in images(4, 4, (24, 24))]
 
+    @torch.no_grad()
     def error(use: Feedback | None) -> float:
-        size = torch.from_numpy(channel_steps)[:, None, None]
         total = 0.0
-        for image, coding in zip(subjects, quantize(prior, subjects, "cpu", use), strict=True):
-            wrong = torch.from_numpy(coding.quantized.fine / 2**17 - image.latents).float() * size
+        for image, fine in zip(subjects, rounded(prior, subjects, use), strict=True):
+            wrong = torch.from_numpy(fine / FINE - image.latents).float() * torch.from_numpy(steps)[:, None, None]
             pixels = linear.decode(wrong[None]) - linear.decode(torch.zeros_like(wrong)[None])
             total += pixels.square().sum().item()
         return total
 
-    with torch.no_grad():
-        assert error(found) < 0.95 * error(None)
+    assert error(measure(linear, latents, steps)) < 0.95 * error(None)
 
 
 @pytest.mark.parametrize("levels", [(), (2,), (1, 2)])
-def test_it_is_the_same_in_batches_and_strips(levels: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_same_in_batches_and_strips(levels: tuple[int, ...]) -> None:
     prior, use = context_prior((1, 3), 8, 0, centred=True, levels=levels), feedback(4)
     subjects = images(4, 3, (9, 14))
-    whole = [c.quantized.fine for c in quantize(prior, subjects, "cpu", use)]
-    assert any((a != c.quantized.fine).any() for a, c in zip(whole, quantize(prior, subjects, "cpu"), strict=True))
-    for strip in (1, 30, 2**20):
-        monkeypatch.setattr(module, "_STRIP", strip)
+    whole = rounded(prior, subjects, use)
+    assert any((a != b).any() for a, b in zip(whole, rounded(prior, subjects), strict=True))
+    for positions in (1, 30, 2**20):
+        in_strips = use._replace(max_positions=positions)
         for expected, subject in zip(whole, subjects, strict=True):
-            assert np.array_equal(quantize(prior, [subject], "cpu", use)[0].quantized.fine, expected)
+            np.testing.assert_array_equal(rounded(prior, [subject], in_strips)[0], expected)
 
 
-def test_each_shift_is_what_its_definition_says() -> None:
-    """Spelled out, with whole numbers that are exact: no position sees beyond the image or its reach."""
+def test_each_shift_is_the_exact_sum_over_its_neighbours() -> None:
+    """No position sees beyond the image or its reach."""
     use = feedback(3)
     rng = np.random.default_rng(2)
-    errors = rng.integers(-(2**17), 2**17, (2, 2, 6, 7)).astype(np.float64)
+    errors = rng.integers(-FINE, FINE, (2, 2, 6, 7)).astype(np.float64)
     seen, channels = np.array([2, 0]), np.array([1, 2])
     where = rng.random((6, 7)) < 0.5
     found = use.shift(errors, seen, channels, where)
@@ -126,74 +125,61 @@ def test_each_shift_is_what_its_definition_says() -> None:
         assert found[b, g, n] == -total / 2**31
 
 
-def test_what_is_read_is_coded_again_to_the_same_integers() -> None:
-    """Errors of nothing shift nothing."""
+def test_what_was_decoded_is_rounded_to_itself() -> None:
+    """Errors of 0 shift nothing."""
     prior, use = context_prior((1, 3), 8, 0, centred=True, levels=(2,)), feedback(4)
     (coding,) = quantize(prior, images(4, 1, (8, 8)), "cpu", use)
-    (again,) = quantize(prior, [coding.quantized.scaled()], "cpu", use)
-    assert np.array_equal(again.quantized.fine, coding.quantized.fine)
+    np.testing.assert_array_equal(rounded(prior, [coding.quantized.scaled()], use)[0], coding.quantized.fine)
 
 
-def test_a_draw_stays_a_draw() -> None:
-    """Beside a rounded image in one batch, too: a dither's errors are independent of one another."""
+def test_a_draw_is_not_affected() -> None:
+    """Not beside a rounded image in one batch, either."""
     prior, use = context_prior((1, 3), 8, 0, centred=True, levels=(2,)), feedback(4)
-    rounded, drawn = images(4, 2, (8, 8))
+    plain, drawn = images(4, 2, (8, 8))
     drawn = drawn._replace(seed=7)
-    both = quantize(prior, [rounded, drawn], "cpu", use)
-    assert np.array_equal(both[1].quantized.fine, quantize(prior, [drawn], "cpu")[0].quantized.fine)
-    assert not np.array_equal(both[0].quantized.fine, quantize(prior, [rounded], "cpu")[0].quantized.fine)
-    assert (exact_errors(both[1].quantized.fine, drawn.latents) % 1 == 0).all()
-    assert (abs(both[1].quantized.fine / 2**17 - drawn.latents) <= 0.5 + 2**-17).all()
-    assert dither(7, (4, 8, 8)).any()
+    found = rounded(prior, [plain, drawn], use)
+    assert np.array_equal(found[1], rounded(prior, [drawn])[0])
+    assert not np.array_equal(found[0], rounded(prior, [plain])[0])
+    assert (exact_errors(found[1], drawn.latents) % 1 == 0).all()
+    assert (abs(found[1] / FINE - drawn.latents) <= 0.5 + 1 / FINE).all()
 
 
 def test_training_rounds_as_a_file_does(codec: Codec) -> None:
-    """The float network's own rounding, against the same prior's in integers, with the same feedback."""
+    """The float network's own rounding agrees with the same prior's in integers, given the same feedback."""
     assert codec.priors is not None and codec.statistics is not None
-    channel_steps, use = codec.priors.channel_steps, feedback(4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,))
-        nets = [ContextNet(config, channel_steps, codec.statistics) for _ in range(2)]
+    steps, use = codec.priors.channel_steps, feedback(4)
+    config = ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,))
+    nets = [ContextNet(config, steps, codec.statistics) for _ in range(2)]
     nets[0].round_by(use)
     assert nets[0].state_dict().keys() == nets[1].state_dict().keys()  # nothing of it is in a checkpoint
-    for net in nets:
-        zero(net)
-    z = (
-        torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        * torch.tensor(channel_steps)[:, None, None]
-        * 2
-    )
+    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * torch.tensor(steps)[:, None, None] * 2
     step = torch.tensor([0.5, 1.0, 2.0])
+    scaled = [
+        Scaled(m.double().numpy() / (steps * float(s))[:, None, None], int(1024 * s), None)
+        for m, s in zip(z, step, strict=True)
+    ]
     shares = []
     for net in nets:
+        zero(net)
         read = net.code(net.rounded(z, step)).latents / net.sizes(1024 * step)[:, net.inverse]
-        scaled = [
-            Scaled(m.double().numpy() / (channel_steps * float(s))[:, None, None], int(1024 * s), None)
-            for m, s in zip(z, step, strict=True)
-        ]
-        files = [c.quantized.fine / 2**17 for c in quantize(nets[0].freeze(logistic_tables()), scaled, "cpu", use)]
-        shares.append((abs(read.detach().numpy() - np.stack(files)) < 1e-3).mean())
+        files = np.stack(rounded(nets[0].freeze(logistic_tables()), scaled, use)) / FINE
+        shares.append((abs(read.detach().numpy() - files) < 1e-3).mean())
     assert shares[0] > 0.995 > 0.98 > shares[1]  # of values: a sum in float32 may end beyond an edge
 
 
-# --- files
-
-
 def test_streams_and_their_decoder_do_not_depend_on_it(codec: Codec) -> None:
-    assert codec.priors is not None and codec.priors.context is not None
+    assert codec.priors is not None
     plain = StreamCodec(codec, "cpu")
     codec.priors = codec.priors._replace(feedback=feedback(4))
     fed = StreamCodec(codec, "cpu")
     assert fed.stream_id == plain.stream_id
-    assert (
-        fed.feedback is not None and plain.feedback is None and StreamCodec(codec, "cpu", "factorized").feedback is None
-    )
+    assert plain.feedback is None is StreamCodec(codec, "cpu", "factorized").feedback
     (image,) = images(4, 1, (8, 8))
     geometry = Geometry(width=64, height=64, orientation=1, mode="RGB", background=None)
     one, other = (s.compress([(image, geometry)])[0] for s in (plain, fed))
     assert one.data != other.data
-    assert np.array_equal(fed.quantize(image).fine, other.quantized.fine)
+    np.testing.assert_array_equal(fed.quantize(image).fine, other.quantized.fine)  # what refinement prices
+    assert np.array_equal(other.quantized.fine, rounded(codec.priors.context, [image], feedback(4))[0])  # pyright: ignore
     (latents,) = plain.decompress([unpack(other.data)])
     assert isinstance(latents, torch.Tensor) and torch.equal(latents, fed.dequantize(other.quantized))
 
@@ -205,7 +191,7 @@ def test_a_model_file_holds_it(codec: Codec, tmp_path: Path) -> None:
     codec.save(tmp_path / "m.safetensors", half=True)
     found = Codec.load(tmp_path / "m.safetensors")
     assert found.priors is not None and found.priors.feedback is not None
-    assert np.array_equal(found.priors.feedback.weights, feedback(4).weights)
+    np.testing.assert_array_equal(found.priors.feedback.weights, feedback(4).weights)
     assert found.model_id == Codec.load(tmp_path / "plain.safetensors").model_id
     for wrong, message in (
         (feedback(3).weights, "not (4, 4, 3, 3)"),
@@ -213,44 +199,20 @@ def test_a_model_file_holds_it(codec: Codec, tmp_path: Path) -> None:
     ):
         codec.priors = codec.priors._replace(feedback=Feedback(wrong))
         codec.save(tmp_path / "wrong.safetensors")
-        with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        with pytest.raises(UserError, match=re.escape(message)):
             Codec.load(tmp_path / "wrong.safetensors")
 
 
-def test_refining_rounds_by_it(codec: Codec) -> None:
-    """Its cost is that of the files that come of it."""
+def test_without_neighbours_or_a_margin_there_is_no_feedback(codec: Codec) -> None:
     assert codec.priors is not None
-    codec.priors = codec.priors._replace(feedback=feedback(4))
-    subject = Subject(codec, "context", None)
-    scaled = subject.stream.scale(subject.mean, STEP_ONE, None)
-    (coding,) = quantize(subject.stream.prior, [scaled], "cpu", codec.priors.feedback)
-    assert np.array_equal(subject.stream.code(scaled).quantized.fine, coding.quantized.fine)
-
-
-# --- what has none
-
-
-def test_where_there_are_no_neighbours_there_is_no_feedback(codec: Codec) -> None:
-    assert codec.priors is not None
-    channel_steps = codec.priors.channel_steps
-    assert measure(codec, [torch.zeros(4, 2, 9)], channel_steps) is None
-    assert measure(codec, [], channel_steps) is None
-    config = dataclasses.replace(
-        codec.config,
-        backbone=ConvConfig(
-            widths=(8, 8, 8, 8),
-            layers_per_block=1,
-            groups=4,
-            mid_attention=True,
-            quant_conv=True,
-            post_quant_conv=True,
-        ),
-    )
-    assert measure(Codec(config), torch.zeros(1, 4, 16, 16), channel_steps) is None
-
-
-def test_small_latents_are_measured_as_they_are(codec: Codec) -> None:
-    assert codec.priors is not None
-    found = measure(codec, [torch.zeros(4, 3, 7)], codec.priors.channel_steps)
+    steps = codec.priors.channel_steps
+    assert measure(codec, [torch.zeros(4, 2, 9)], steps) is None
+    assert measure(codec, [], steps) is None
+    found = measure(codec, [torch.zeros(4, 3, 7)], steps)  # the smallest that has some
     assert found is not None and found.weights.shape == (4, 4, WIDE, WIDE)
     assert (found.weights[range(4), range(4), REACH, REACH] == 2**14).all()
+    conv = ConvConfig(
+        widths=(8, 8, 8, 8), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
+    )
+    config = dataclasses.replace(codec.config, backbone=conv)
+    assert measure(Codec(config), torch.zeros(1, 4, 16, 16), steps) is None

@@ -1,5 +1,7 @@
 """Small priors with random integers: what a trained one looks like, in milliseconds."""
 
+import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -16,9 +18,13 @@ from latent_codec.prior.context import (
     table_scale,
 )
 from latent_codec.prior.error_feedback import REACH, Feedback
+from latent_codec.prior.factorized import QUARTER_OCTAVES, FactorizedPrior
+from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.tables import Tables, join, normalize
+from tests.support import reference_decoder
 
 
+@functools.cache
 def context_tables(reach: float = 6.0) -> Tables:
     """A logistic's masses for each table, `reach` scales to both sides, the rest left to the escape."""
     return join([_table(*table_scale(table), reach) for table in range(TABLES)])
@@ -58,6 +64,22 @@ def context_prior(
         networks=networks,
         tables=context_tables() if tables is None else tables,
     )
+
+
+def flat_tables(count: int) -> Tables:
+    return Tables(np.full(2 * count, 2**23), np.full(count, 2), np.zeros(count, np.int64))
+
+
+def as_priors(context: ContextPrior) -> Priors:
+    """Return priors with this context prior and a factorised one of two symbols."""
+    factorized = FactorizedPrior(context.channels, None, flat_tables(QUARTER_OCTAVES * context.channels))
+    return Priors(np.ones(context.channels, np.float32), factorized, context)
+
+
+def as_reference(context: ContextPrior) -> reference_decoder.Model:
+    """Return a model for the reference decoder that has nothing but these priors."""
+    tensors = {name: tensor.numpy() for name, tensor in to_tensors(as_priors(context)).items()}
+    return reference_decoder.Model({}, {"context": dataclasses.asdict(context.config)}, tensors, "")
 
 
 def feedback(channels: int, seed: int = 0) -> Feedback:

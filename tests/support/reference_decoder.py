@@ -1,6 +1,6 @@
-"""A second decoder of `.lc` streams: slow, plain, and made from docs/bitstream.md alone.
+"""Decode `.lc` streams a second time: slowly, plainly, and as docs/bitstream.md alone says.
 
-Nothing of latent_codec, torch or constriction is in it, so that it shares none of their mistakes.
+This imports nothing of latent_codec, torch or constriction, so that it shares none of their mistakes.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ WORD = 2**64 - 1
 
 
 class RefusalError(Exception):
-    """Not a sound stream of this model."""
+    """Refuses what is not a sound stream of this model."""
 
 
 class Header(NamedTuple):
@@ -51,24 +51,24 @@ class Model(NamedTuple):
 
     @property
     def codes(self) -> int | None:
-        """Of a codebook."""
+        """Return the size of the codebook, if there is one."""
         bottleneck = self.config["bottleneck"]
         return {"vq": bottleneck.get("codes"), "fsq": math.prod(bottleneck.get("levels", []))}.get(bottleneck["kind"])
 
     @property
     def centred(self) -> bool:
-        """Of the context prior."""
+        """Return whether the context prior is centred."""
         return self.priors["context"].get("centred", False)
 
     @property
     def levels(self) -> list[int]:
-        """Of the context prior's groups."""
+        """Return the level of each group of the context prior."""
         found = list(self.priors["context"].get("levels", []))
         return found + [0] * (len(self.priors["context"]["groups"]) - len(found))
 
     @property
     def version(self) -> int:
-        """Of streams under the context prior."""
+        """Return the format version of streams under the context prior."""
         return 3 if any(self.levels) else 2 if self.centred else 1
 
     def stream_id(self, kind: str) -> bytes:
@@ -126,7 +126,7 @@ def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
 
 
 class Ans:
-    """The coder's state."""
+    """The state of the entropy decoder."""
 
     def __init__(self, payload: bytes) -> None:
         if len(payload) % 4 or len(payload) < 8:
@@ -138,7 +138,7 @@ class Ans:
         self.x |= self.words.pop()
 
     def symbol(self, cumulative: list[int]) -> int:
-        """The next one under a table given by its frequencies' sums, from 0 to 2^24."""
+        """Return the next symbol under a table given by the sums of its frequencies, from 0 to 2^24."""
         q = self.x & 0xFFFFFF
         s = bisect_right(cumulative, q) - 1
         self.x = (self.x >> 24) * (cumulative[s + 1] - cumulative[s]) + q - cumulative[s]
@@ -154,7 +154,7 @@ class Ans:
 
 
 class Writer:
-    """The encoder's side of `Ans`."""
+    """The state of the entropy encoder."""
 
     def __init__(self) -> None:
         self.x, self.words = START, []
@@ -181,7 +181,7 @@ class Tables:
         self.first = [int(n) for n in first]
 
     def read(self, ans: Ans, tables: list[int]) -> list[int]:
-        """One pass' coded integers, for the table of each position in the pass' own order."""
+        """Return the coded integers of a pass, given the table of each position in the pass' own order."""
         values: list[int | None] = [None] * len(tables)
         for _, i in sorted((table, i) for i, table in enumerate(tables)):
             cumulative = self.cumulative[tables[i]]
@@ -197,7 +197,7 @@ class Tables:
         return value
 
     def write(self, writer: Writer, values: list[int], tables: list[int]) -> None:
-        """The inverse; an encoder takes the passes backwards."""
+        """Invert `read`; an encoder takes the passes backwards."""
         order = [i for _, i in sorted((table, i) for i, table in enumerate(tables))]
         symbols = [v - self.first[t] for v, t in zip(values, tables, strict=True)]
         escapes = [len(self.cumulative[t]) - 2 for t in tables]
@@ -234,7 +234,7 @@ class Decoded(NamedTuple):
 
 
 def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
-    """The latents of a stream; raises `RefusalError` for what no decoder may accept."""
+    """Decode a stream; raise `RefusalError` for what no decoder may accept."""
     header, payload = read_stream(data, max_pixels)
     kind = "context" if header.flags & 8 else "factorized"
     if kind == "context" and model.priors["context"] is None:
@@ -290,13 +290,13 @@ def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int,
 def _context(ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]) -> Array:
     d, fine = dither(header.seed, shape), np.zeros(shape, np.int64)
     for number in range(len(passes(model))):
-        positions, offsets, centres, numbers = choose(model, number, fine, d, header.step, header.seed is not None)
+        positions, offsets, centres, numbers = predict(model, number, fine, d, header.step, header.seed is not None)
         for place, offset, centre, rest in zip(positions, offsets, centres, tables.read(ans, numbers), strict=True):
             fine[place] = (centre + rest) * 2**17 + offset
     return fine
 
 
-class Choice(NamedTuple):
+class Prediction(NamedTuple):
     positions: list[tuple[int, int, int]]  # channel, row, column
     offsets: list[int]
     centres: list[int]
@@ -304,7 +304,7 @@ class Choice(NamedTuple):
 
 
 def passes(model: Model) -> list[tuple[int, int, str]]:
-    """Group, stride and kind of each."""
+    """Return the group, stride and kind of each pass."""
     found: list[tuple[int, int, str]] = []
     for group, level in enumerate(model.levels):
         if level:
@@ -317,12 +317,12 @@ def passes(model: Model) -> list[tuple[int, int, str]]:
 
 
 def belongs(kind: str, y: int, x: int) -> bool:
-    """Whether a pass decodes the position at row y and column x of its grid."""
+    """Return whether a pass decodes the position at row y and column x of its grid."""
     return {"whole": True, "centres": y % 2 == x % 2 == 1, "even": (y + x) % 2 == 0, "odd": (y + x) % 2 == 1}[kind]
 
 
-def choose(model: Model, number: int, fine: Array, d: Array, step: int, dithered: bool) -> Choice:
-    """What a pass decodes by; `fine` is 0 where nothing is decoded yet, `d` all 0 without dither."""
+def predict(model: Model, number: int, fine: Array, d: Array, step: int, dithered: bool) -> Prediction:
+    """Predict the values of a pass; `fine` is 0 where nothing is decoded yet, `d` all 0 without dither."""
     order, gain, width_offset = (
         [int(n) for n in model.tensors[f"prior.context.{name}"]] for name in ("order", "gain", "width_offset")
     )
@@ -332,7 +332,7 @@ def choose(model: Model, number: int, fine: Array, d: Array, step: int, dithered
     seen = 1 if group else stride
     channels = order[: stop if kind in ("odd", "centres") else start]
     outputs = network(model, number, inputs(channels, fine[:, ::seen, ::seen], gain, step, dithered))
-    choice = Choice([], [], [], [])
+    found = Prediction([], [], [], [])
     for j, row, column in itertools.product(range(stop - start), *map(range, fine.shape[1:])):
         if row % stride == column % stride == 0 and belongs(kind, row // stride, column // stride):
             c = order[start + j]
@@ -344,11 +344,11 @@ def choose(model: Model, number: int, fine: Array, d: Array, step: int, dithered
                 eighths, offset = 0, eighths * 2**14
             centre = (eighths + 4) >> 3
             i = min(max(wide - octave(step) + width_offset[c], 0), 88)
-            choice.positions.append((c, row, column))
-            choice.offsets.append(offset)
-            choice.centres.append(centre)
-            choice.tables.append(8 * i + eighths - 8 * centre + 4 if i < 56 else i + 392)
-    return choice
+            found.positions.append((c, row, column))
+            found.offsets.append(offset)
+            found.centres.append(centre)
+            found.tables.append(8 * i + eighths - 8 * centre + 4 if i < 56 else i + 392)
+    return found
 
 
 def inputs(channels: list[int], fine: Array, gain: list[int], step: int, dithered: bool) -> Array:
@@ -376,7 +376,7 @@ def network(model: Model, number: int, x: Array) -> Array:
 
 
 def _layer(weight: Array, bias: Array, shift: Array, x: Array, taps: int) -> Array:
-    """(planes, h, w) -> (out, h, w), int64 throughout."""
+    """Apply a layer to (planes, h, w), in int64 throughout."""
     planes, h, w = x.shape
     padded = np.zeros((planes, h + 2, w + 2), np.int64)
     padded[:, 1:-1, 1:-1] = x

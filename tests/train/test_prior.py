@@ -22,7 +22,8 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.prior import factorized
-from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, PassLayout, Sites, table_scale
+from latent_codec.prior.context import MAX_LEVELS, TABLES, ContextConfig, ContextPrior, table_scale
+from latent_codec.prior.layout import PassLayout, Sites
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
@@ -247,7 +248,7 @@ def test_passes_put_values_back_where_they_were_taken() -> None:
         parts = [network._placed(network._at(x, span), (8, 12), span) for span in passes]
         assert torch.equal(sum(parts), x)
         for span, part in zip(passes, parts, strict=True):
-            assert not part[:, :, ~torch.from_numpy(span.where((8, 12)))].any()
+            assert not part[:, :, ~torch.from_numpy(span.mask((8, 12)))].any()
 
 
 def test_both_sides_know_the_same_limit_of_levels() -> None:

@@ -22,7 +22,7 @@ from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.prior.error_feedback import Feedback
-from latent_codec.prior.passes import PayloadSettings, Prior, decode, encode, quantize
+from latent_codec.prior.passes import Prior, decode, quantize
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import Quantized, Scaled, dequantize, scale, step_code
 from latent_codec.prior.rans import Coder
@@ -84,11 +84,9 @@ def _time_prior(prior: Prior, coder: Coder, scaled: Scaled, clock: "_Clock", fee
     with clock(f"{prior.kind} encode_network"):
         (coding,) = quantize(prior, [scaled], clock.device, feedback)
     with clock(f"{prior.kind} encode_coder"):
-        payload = encode(coder, coding.passes)
-    z, h, w = scaled.latents.shape
-    settings = PayloadSettings((z, h, w), scaled.step, scaled.seed)
+        payload = coder.encode(coding.passes)
     with clock(f"{prior.kind} decode"):
-        (found,) = decode(prior, coder, [payload], [settings], clock.device)
+        (found,) = decode(prior, coder, [payload], [scaled.settings], clock.device)
     with clock(f"{prior.kind} decode_coder"):
         decoder = coder.decoder(payload)
         for _, tables in coding.passes:

@@ -18,15 +18,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
-from latent_codec.bitstream.container import Stream, settings, unpack
+from latent_codec.bitstream.container import Stream, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import crop
 from latent_codec.model.codec import Codec
-from latent_codec.prior.passes import decode
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import Quantized
-from latent_codec.prior.rans import Coder
 from tools.stress.mutants import Kind, Mutant, mutate
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "bitstream" / "golden" / "2"
@@ -46,7 +44,6 @@ class Judge:
         self._codec, self._streams, self._reader = codec, set(streams), StreamReader(codec, "cpu")
         kinds: list[PriorKind] = ["factorized", "context"] if codec.priors and codec.priors.context else ["factorized"]
         self._codecs = {kind: StreamCodec(codec, "cpu", kind) for kind in kinds}
-        self._coders = {kind: Coder(self._codecs[kind].prior.tables) for kind in kinds}
 
     def judge(self, mutants: Sequence[Mutant]) -> list[Verdict]:
         """Return a verdict for each mutant."""
@@ -67,11 +64,8 @@ class Judge:
         return [verdicts[i] for i in range(len(mutants))]
 
     def _decode(self, kind: PriorKind, streams: list[Stream]) -> Sequence[Quantized | Exception]:
-        config, factor = self._codec.config, self._codec.factor
         try:
-            about = [settings(stream, config, factor) for stream in streams]
-            payloads = [stream.payload for stream in streams]
-            return decode(self._codecs[kind].prior, self._coders[kind], payloads, about, "cpu")
+            return self._codecs[kind].read(streams)
         except Exception as error:
             if len(streams) == 1:
                 return [error]

@@ -19,13 +19,12 @@ from latent_codec.prior.context import (
     ContextConfig,
     ContextPrior,
     Layer,
-    PassLayout,
     PassNetwork,
-    Sites,
     pass_layouts,
     table_scale,
 )
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
+from latent_codec.prior.layout import PassLayout, Sites
 from latent_codec.prior.quantizer import LIMIT, STEP_ONE, round_with_dead_zone
 from latent_codec.prior.tables import Tables, join, normalize
 

@@ -56,9 +56,6 @@ class Codes(Posterior):
         rows = torch.cat([torch.ones_like(outputs[:, :1]), outputs], 1) / len(outputs)  # (n, 1 + z)
         return rows.new_zeros(self.codes, rows.shape[1]).index_add_(0, self.indices.flatten(), rows)
 
-    def cpu(self) -> "Codes":
-        return Codes(self.outputs.cpu(), self.vectors.cpu(), self.indices.cpu(), self.codes)
-
 
 def perplexity(use: torch.Tensor) -> float:
     """Return exp(entropy) of the codes' shares (K,): the number of equally used codes that would be as uncertain."""

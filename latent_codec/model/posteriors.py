@@ -5,6 +5,8 @@ discrete ones. Every float is float32, under autocast too.
 """
 
 import abc
+import copy
+from typing import Self
 
 import torch
 
@@ -40,9 +42,11 @@ class Posterior(abc.ABC):
         """Return the KL divergence of each image in nats, (b,)."""
         return self.kl_map().flatten(1).sum(1)
 
-    @abc.abstractmethod
-    def cpu(self) -> "Posterior":
+    def cpu(self) -> Self:
         """Return a copy in the CPU's memory."""
+        other = copy.copy(self)
+        vars(other).update({name: value.cpu() for name, value in vars(self).items() if isinstance(value, torch.Tensor)})
+        return other
 
 
 class DiagonalGaussian(Posterior):
@@ -88,9 +92,6 @@ class DiagonalGaussian(Posterior):
             # expm1(v) - v loses far less than exp(v) - 1 - v where the posterior is close to the prior.
             return 0.5 * (self.mean.square() + torch.expm1(self.logvar) - self.logvar)
 
-    def cpu(self) -> "DiagonalGaussian":
-        return DiagonalGaussian(self.mean.cpu(), self.logvar.cpu(), self.clamped.cpu())
-
 
 class Identity(Posterior):
     """Represents the point mass of a deterministic autoencoder, which pays no KL."""
@@ -102,6 +103,3 @@ class Identity(Posterior):
     def kl_map(self) -> torch.Tensor:
         """Return zeros: a point mass has no finite KL from a density, and an autoencoder charges none."""
         return torch.zeros_like(self.mean)
-
-    def cpu(self) -> "Identity":
-        return Identity(self.mean.cpu())

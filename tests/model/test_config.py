@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import typing
 from typing import Any
 
 import pytest
@@ -12,77 +13,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.model.config import (
+    BackboneConfig,
     BernoulliConfig,
+    BottleneckConfig,
     CodecConfig,
     ConvConfig,
     DiagonalGaussianConfig,
-    DiscretizedLogisticConfig,
-    FiniteScalarConfig,
-    GaussianConfig,
-    IdentityConfig,
+    LikelihoodConfig,
     LinearConfig,
-    LiteConfig,
-    MLPConfig,
-    VectorQuantizerConfig,
 )
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from tests.support.data import ROOT
+from tests.support.networks import LITE, config_of
 
-integers = st.integers(-(2**40), 2**40)
 floats = st.floats(allow_nan=False, allow_infinity=False)
-several = st.lists(integers, max_size=4).map(tuple)
+PLAIN = {int: st.integers(-(2**40), 2**40), float: floats, bool: st.booleans(), str: st.text(max_size=3)}
 
-backbones = st.one_of(
-    st.builds(LinearConfig, patch=integers, overlap=integers),
-    st.builds(
-        LiteConfig,
-        **dict.fromkeys(("patch", "stem", "overlap"), integers),
-        **dict.fromkeys(("encoder_widths", "encoder_depths", "decoder_widths", "decoder_depths"), several),
-    ),
-    st.builds(
-        ConvConfig,
-        widths=several,
-        **dict.fromkeys(("layers_per_block", "groups"), integers),
-        **dict.fromkeys(("mid_attention", "quant_conv", "post_quant_conv"), st.booleans()),
-    ),
-    st.builds(
-        MLPConfig,
-        side=integers,
-        **dict.fromkeys(("encoder_widths", "decoder_widths"), several),
-        activation=st.sampled_from(["tanh", "relu", "silu"]),
-    ),
-)
-bottlenecks = st.one_of(
-    st.builds(DiagonalGaussianConfig, logvar_min=floats, logvar_max=floats),
-    st.just(IdentityConfig()),
-    st.builds(VectorQuantizerConfig, codes=integers),
-    st.builds(FiniteScalarConfig, levels=several),
-)
-likelihoods = st.one_of(
-    st.builds(GaussianConfig, scale=st.sampled_from(["fixed", "learned", "per_pixel"]), sigma=floats),
-    st.builds(DiscretizedLogisticConfig, components=integers),
-    st.builds(BernoulliConfig, pixels=st.sampled_from(["threshold", "drawn"])),
-)
-codecs = st.builds(
-    CodecConfig,
-    image_channels=integers,
-    latent_channels=integers,
-    backbone=backbones,
-    bottleneck=bottlenecks,
-    likelihood=likelihoods,
-    classes=st.lists(st.text(max_size=3), max_size=3).map(tuple),
-)
 
-LITE = LiteConfig(
-    patch=8, stem=4, encoder_widths=(64, 128), encoder_depths=(1, 2), decoder_widths=(64, 128), decoder_depths=(3, 2)
-)
-EXAMPLE = CodecConfig(
-    image_channels=3,
-    latent_channels=16,
-    backbone=LITE,
-    bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-    likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-)
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Return any values of a type that configs use."""
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return st.builds(hint, **{f.name: values(hints[f.name]) for f in dataclasses.fields(hint)})
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values(args[0]), max_size=4).map(tuple)
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(args)
+    return st.one_of(map(values, args)) if args else PLAIN[hint]
+
+
+EXAMPLE = config_of(LITE, z=16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +70,7 @@ def changed(path: str, value: Any) -> Any:
     return document
 
 
-@given(st.one_of(codecs, backbones, bottlenecks, likelihoods))
+@given(st.one_of(map(values, (CodecConfig, BackboneConfig, BottleneckConfig, LikelihoodConfig))))
 def test_json_text_round_trip_gives_the_equal_config_and_is_a_fixed_point(config: Any) -> None:
     text = dumps(to_json(config))
     found = from_json(type(config), json.loads(text))

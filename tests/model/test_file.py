@@ -78,17 +78,15 @@ def test_what_is_written_is_what_is_read(codec: Codec, tmp_path: Path, half: boo
     assert all(torch.equal(after[name], tensor) for name, tensor in to_tensors(codec.priors).items())
 
 
-def test_statistics_come_back_without_what_is_not_known(codec: Codec, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("umask_027")
+def test_statistics_come_back_without_what_is_not_known_and_the_file_has_the_users_umask(
+    codec: Codec, tmp_path: Path
+) -> None:
     assert codec.statistics is not None
     for statistics in (dataclasses.replace(codec.statistics, posterior_std=None), None):
         codec.statistics = statistics
         codec.save(tmp_path / "m.safetensors")
         assert file.read(tmp_path / "m.safetensors").statistics == statistics
-
-
-@pytest.mark.usefixtures("umask_027")
-def test_a_model_file_has_the_users_umask(codec: Codec, tmp_path: Path) -> None:
-    codec.save(tmp_path / "m.safetensors")
     assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) == 0o640
 
 
@@ -218,10 +216,13 @@ def test_a_file_cut_off_anywhere_or_with_trailing_bytes_is_refused(model_file: P
     assert "not a safetensors file" in refusal(path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_a_safetensors_file_of_others_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors", metadata=metadata)
-    assert "not written by latent_codec" in refusal(tmp_path / "m.safetensors")
+def test_what_is_no_model_file_of_ours_is_refused(tmp_path: Path) -> None:
+    for metadata in (None, {"format": "pt"}):
+        save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors", metadata=metadata)
+        assert "not written by latent_codec" in refusal(tmp_path / "m.safetensors")
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError, match="no such model file"):
+            file.read(path)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "null", '"config"', "[" * 100_000, '{"format_version":1}', "{}"])
@@ -265,12 +266,6 @@ def test_a_header_that_makes_no_model_is_refused(rewrite: Rewrite, field: str, v
     if value is ...:
         del found[field]
     assert reason in rewrite(text=json.dumps(rewrite.header))
-
-
-def test_a_file_that_is_not_there_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(UserError, match="no such model file"):
-            file.read(path)
 
 
 def test_statistics_need_one_positive_value_per_channel() -> None:

@@ -1,4 +1,4 @@
-"""The hub: a small server in its place answers downloads, and a recorder takes uploads."""
+"""The hub: a small server in its place answers downloads, and a mock takes uploads."""
 
 import re
 import sys
@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY, MagicMock
 
 import huggingface_hub
 import pytest
@@ -33,41 +34,27 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[tuple[str, str], bytes]  # by revision and name
 
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
     def do_GET(self) -> None:
-        self._answer(body=True)
+        user, repository, _, revision, name = self.path.lstrip("/").split("?")[0].split("/", 4)
+        revision = next((r for r, commit in COMMITS.items() if revision in (r, commit)), "")
+        status, code, content = 200, "", self.files.get((revision, name), b"")
+        if (repo := f"{user}/{repository}") != "someone/model":
+            status, code, _ = REFUSALS.get(repo, (404, "RepoNotFound", ""))
+        elif not content:
+            status, code = 404, "EntryNotFound" if revision else "RevisionNotFound"
+        self.send_response(status)
+        found = {"ETag": f'"{hash(content):x}"', "X-Repo-Commit": COMMITS.get(revision, "")}
+        for key, value in (found if status == 200 else {"X-Error-Code": code, "X-Error-Message": code}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content) if status == 200 else 0))
+        self.end_headers()
+        if self.command == "GET" and status == 200:
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-    def _answer(self, *, body: bool) -> None:
-        user, repository, _, revision, name = self.path.lstrip("/").split("?")[0].split("/", 4)
-        repo = f"{user}/{repository}"
-        if repo != "someone/model":
-            status, code, _ = REFUSALS.get(repo, (404, "RepoNotFound", ""))
-            return self._refuse(status, code)
-        revision = next((r for r, commit in COMMITS.items() if revision in (r, commit)), "")
-        if not revision:
-            return self._refuse(404, "RevisionNotFound")
-        if (content := self.files.get((revision, name))) is None:
-            return self._refuse(404, "EntryNotFound")
-        self.send_response(200)
-        self.send_header("ETag", f'"{hash(content):x}"')
-        self.send_header("X-Repo-Commit", COMMITS[revision])
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def _refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-            self.send_header("X-Error-Message", f"a message about {code}")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
 
 
 def variant(codec: Codec, value: float) -> Codec:
@@ -185,53 +172,31 @@ def test_the_card_says_what_the_model_is(codec: Codec, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / CARD).read_text() == "my own words"
 
 
-class Recorder:
-    """Takes the place of huggingface_hub.HfApi, and keeps what it is asked and what is uploaded."""
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Return what takes the place of huggingface_hub.HfApi; its `uploaded` are the files by name."""
+    api = MagicMock(uploaded={})
+    api.return_value = api
+    api.create_repo.side_effect = lambda name, **_: SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+    api.file_exists.return_value = False
 
-    asked: list[tuple[str, dict[str, Any]]]
-    uploaded: dict[str, bytes]
-    has_card = False
-    fails: Exception | None = None
-
-    def __init__(self, **options: Any) -> None:
-        self.asked.append(("HfApi", options))
-
-    def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
-        self.asked.append(("create_repo", {"repo_id": repo_id} | options))
-        if self.fails is not None:
-            raise self.fails
-        return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
-
-    def create_branch(self, repo_id: str, **options: Any) -> None:
-        self.asked.append(("create_branch", {"repo_id": repo_id} | options))
-
-    def file_exists(self, repo_id: str, filename: str, **options: Any) -> bool:
-        assert filename == CARD
-        return self.has_card
-
-    def upload_folder(self, *, folder_path: str, **options: Any) -> SimpleNamespace:
-        self.asked.append(("upload_folder", options))
-        self.uploaded |= {f.name: f.read_bytes() for f in Path(folder_path).iterdir()}
+    def upload(*, folder_path: str, **_: Any) -> SimpleNamespace:
+        api.uploaded |= {f.name: f.read_bytes() for f in Path(folder_path).iterdir()}
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
-
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    recorder = type("OneRecorder", (Recorder,), {"asked": [], "uploaded": {}})
-    monkeypatch.setattr(huggingface_hub, "HfApi", recorder)
-    return recorder
+    api.upload_folder.side_effect = upload
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    return api
 
 
-def test_a_model_is_pushed_with_its_card(codec: Codec, api: type[Recorder], tmp_path: Path) -> None:
+def test_a_model_is_pushed_with_its_card(codec: Codec, api: MagicMock, tmp_path: Path) -> None:
     assert codec.push_to_hub("mine", private=True, token="secret") == "https://hub/commit/1"
-    assert api.asked == [
-        ("HfApi", {"endpoint": None, "token": "secret"}),
-        ("create_repo", {"repo_id": "mine", "private": True, "exist_ok": True}),
-        (
-            "upload_folder",
-            {"repo_id": "me/mine", "revision": None, "commit_message": "Upload model", "create_pr": False},
-        ),
-    ]
+    api.assert_called_once_with(endpoint=None, token="secret")
+    api.create_repo.assert_called_once_with("mine", private=True, exist_ok=True)
+    api.create_branch.assert_not_called()
+    api.file_exists.assert_called_once_with("me/mine", CARD, revision=None)
+    options = {"repo_id": "me/mine", "revision": None, "commit_message": "Upload model", "create_pr": False}
+    api.upload_folder.assert_called_once_with(folder_path=ANY, **options)
     assert set(api.uploaded) == {MODEL, CARD}
     (tmp_path / MODEL).write_bytes(api.uploaded[MODEL])
     assert Codec.from_pretrained(tmp_path).model_id == codec.model_id
@@ -239,17 +204,17 @@ def test_a_model_is_pushed_with_its_card(codec: Codec, api: type[Recorder], tmp_
 
 
 def test_a_repositorys_own_card_stays_and_half_is_stored_as_float16(
-    codec: Codec, api: type[Recorder], tmp_path: Path
+    codec: Codec, api: MagicMock, tmp_path: Path
 ) -> None:
-    api.has_card = True
+    api.file_exists.return_value = True
     codec.push_to_hub("me/mine", revision="next", commit_message="Better", half=True)
     assert set(api.uploaded) == {MODEL}
     codec.save_pretrained(tmp_path, half=True)
     assert api.uploaded[MODEL] == (tmp_path / MODEL).read_bytes()
     assert {t.dtype for n, t in load_file(tmp_path / MODEL).items() if n in codec.state_dict()} == {torch.float16}
-    assert ("create_branch", {"repo_id": "me/mine", "branch": "next", "exist_ok": True}) in api.asked
+    api.create_branch.assert_called_once_with("me/mine", branch="next", exist_ok=True)
     options = {"repo_id": "me/mine", "revision": "next", "commit_message": "Better", "create_pr": False}
-    assert api.asked[-1] == ("upload_folder", options)
+    api.upload_folder.assert_called_once_with(folder_path=ANY, **options)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +226,8 @@ def test_a_repositorys_own_card_stays_and_half_is_stored_as_float16(
         (ConnectionError("no route\nto host"), "the hub refused or gave no answer: no route to host"),
     ],
 )
-def test_a_push_that_fails_is_one_sentence(codec: Codec, api: type[Recorder], error: Exception, reason: str) -> None:
-    api.fails = error
+def test_a_push_that_fails_is_one_sentence(codec: Codec, api: MagicMock, error: Exception, reason: str) -> None:
+    api.create_repo.side_effect = error
     with pytest.raises(UserError, match=f"^me/mine: {reason}") as caught:
         codec.push_to_hub("me/mine")
     assert "\n" not in str(caught.value)

@@ -126,7 +126,7 @@ def sample(
     check_codec(model, runner.codec)
     settings = {
         "diffusion_id": model.model_id,
-        "codec_id": runner.codec.model_id,
+        "codec_id": runner.model_id,
         "seed": options.seed,
         "steps": options.steps,
         "guidance": options.guidance,

@@ -137,7 +137,7 @@ class _StoredSet(NamedTuple):
 
 def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _StoredSet:
     encoded = encode_folder(runner, where, folder, resume=OVERWRITE, quiet=quiet)
-    latents = Latents(folder, model_id=runner.codec.model_id)
+    latents = Latents(folder, model_id=runner.model_id)
 
     def images() -> Iterator[_StoredImage]:
         for i, entry in enumerate(latents.entries):
@@ -206,7 +206,7 @@ def describe_evaluation(runner: Runner, where: str | Path, images: int) -> dict[
     return {
         "set": Path(where).name or str(where),
         "images": images,
-        "model_id": codec.model_id,
+        "model_id": runner.model_id,
         "latent_channels": codec.config.latent_channels,
         "factor": codec.factor,
         "device": options.device,

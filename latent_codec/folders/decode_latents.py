@@ -41,11 +41,11 @@ def decode_folder(
     """
     codec = runner.codec
     check_channels(codec)
-    latents = Latents(where, model_id=codec.model_id)
+    latents = Latents(where, model_id=runner.model_id)
     rows = {entry.path: index for index, entry in enumerate(latents.entries)}
     z = codec.config.latent_channels
     settings = {
-        "model_id": codec.model_id,
+        "model_id": runner.model_id,
         "sample": sample,
         "format": image_format,
     } | runner.settings

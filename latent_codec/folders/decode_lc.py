@@ -54,7 +54,7 @@ def decode_streams(
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
     reader = StreamReader(codec, runner.options.device)
     settings = {
-        "model_id": codec.model_id,
+        "model_id": runner.model_id,
         "format": image_format,
     } | runner.settings
     fitting, fitting_coder = Halving(), Halving()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,11 @@ class Runner:
         if options.compile:
             codec.compile_networks()
         self._silent = {tiling.encode_error, tiling.decode_error} if tiling.is_exact(codec) else set()
+
+    @functools.cached_property
+    def model_id(self) -> str:
+        """Return the codec's id, computed once: its weights stay as they are while a runner has it."""
+        return self.codec.model_id
 
     def autocast(self) -> torch.autocast:
         """Return the context in which networks run in `options.dtype`."""

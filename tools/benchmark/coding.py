@@ -172,7 +172,7 @@ class Coding:
         results = {"seconds_per_image": seconds} | {kind: _coding_ratios(seconds, kind) for kind in kinds}
         results["refine"] = {"rounds": USUAL_ROUNDS, "times_as_long_to_encode": 1 + seconds["refine"] / plain}
         results["files"] = measure_sizes(runner, self.dir, self.steps)
-        about = {"model_id": runner.codec.model_id, "set": Path(self.dir).name, "images": len(images)}
+        about = {"model_id": runner.model_id, "set": Path(self.dir).name, "images": len(images)}
         about |= {"rounds": self.rounds, "step_of_times": self.steps[0], "threads_of_the_coder": 1}
         report(results, about | machine(self.device), self.out)
 

@@ -84,7 +84,7 @@ def make_sheet(runner: Runner, sheet: Sheet, record: Path) -> None:
     with atomic_path(sheet.path) as temporary:
         temporary.write_bytes(data)
     about: dict[str, Any] = {
-        "model_id": runner.codec.model_id,
+        "model_id": runner.model_id,
         "stream_id": StreamCodec(runner.codec, runner.options.device).stream_id.hex(),
         "sheet_sha256": hashlib.sha256(data).hexdigest(),
         "side": sheet.side,

@@ -74,13 +74,8 @@ def test_with_another_posterior_more_samples_come_closer_from_below(exact: Codec
     torch.testing.assert_close(found.iwae, expected, rtol=0, atol=0.05)
     assert (found.elbo < expected - 0.1).all()
     assert (found.effective_samples > 500).all() and (found.effective_samples < 4900).all()
-
-
-def test_the_closed_form_of_the_kl_is_the_average_of_the_ratio(exact: Codec, x: torch.Tensor) -> None:
-    found = bounds(exact, x, KEYS, 4000, at_once=20_000)
     ratios = found.log_likelihoods - found.log_weights
-    error = ratios.std(1) / math.sqrt(4000)
-    assert ((ratios.mean(1) - found.kl).abs() < 4 * error).all()
+    assert ((ratios.mean(1) - found.kl).abs() < 4 * ratios.std(1) / math.sqrt(5000)).all()  # the KL in closed form
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 1000])

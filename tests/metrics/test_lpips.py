@@ -65,14 +65,20 @@ def test_values_are_the_package_s(distance: LPIPS, backbone: Path) -> None:
         assert torch.allclose(distance(x, y), package(x, y).flatten(), rtol=1e-5)
 
 
-def test_one_float32_distance_per_pair_zero_only_for_equal_images(distance: LPIPS) -> None:
+def test_distances_are_float32_symmetric_and_zero_only_for_equal_images(distance: LPIPS) -> None:
     x, y = images(3)
     values = distance(x, y)
-    assert values.shape == (3,)
-    assert values.dtype == torch.float32
-    assert (values > 1e-3).all()
+    assert (values.shape, values.dtype) == ((3,), torch.float32) and (values > 1e-3).all()
     assert torch.equal(distance(x, x), torch.zeros(3))
     assert torch.allclose(values, distance(y, x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # does not lower the precision
+        assert torch.equal(distance(x, y), values)
+    low = distance(x.bfloat16(), y.bfloat16())
+    assert low.dtype == torch.float32 and torch.equal(low, distance(x.bfloat16().float(), y.bfloat16().float()))
+    parent = torch.nn.ModuleList([distance]).train()
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+    assert not any(module.training for module in distance.modules())
+    assert torch.equal(parent[0](x, y), values)  # no dropout
 
 
 @pytest.mark.parametrize("argument", [0, 1])
@@ -104,24 +110,6 @@ def test_gradients_are_finite_where_every_feature_is_zero(backbone: Path, tmp_pa
     assert x.grad.isfinite().all()
 
 
-def test_weights_are_frozen_and_stay_in_evaluation_mode(distance: LPIPS) -> None:
-    parent = torch.nn.ModuleList([distance]).train()
-    assert not any(parameter.requires_grad for parameter in distance.parameters())
-    assert not any(module.training for module in distance.modules())
-    x, y = images()
-    assert torch.equal(parent[0](x, y), distance(x, y))  # no dropout
-
-
-def test_autocast_does_not_lower_the_precision(distance: LPIPS) -> None:
-    x, y = images()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = distance(x, y)
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, distance(x, y))
-    low = distance(x.bfloat16(), y.bfloat16())
-    assert torch.equal(low, distance(x.bfloat16().float(), y.bfloat16().float()))
-
-
 def test_building_is_silent_and_leaves_the_global_random_state_alone(
     backbone: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,35 +134,28 @@ def test_the_smallest_side_is_the_smallest_that_works(net: str) -> None:
                 features(torch.zeros(shape))
 
 
-def test_small_images_are_refused(distance: LPIPS) -> None:
+def test_small_images_and_unlike_shapes_are_refused(distance: LPIPS) -> None:
     for shape in ((1, 3, 16, 64), (1, 3, 64, 16)):
         with pytest.raises(UserError, match="17 px"):
             distance(torch.zeros(shape), torch.ones(shape))
-
-
-def test_unlike_shapes_are_refused_rather_than_broadcast(distance: LPIPS) -> None:
     x, y = images(2)
-    with pytest.raises(ValueError, match=r"\(b, 3, h, w\)"):
-        distance(x, y[:1])
-    with pytest.raises(ValueError, match=r"\(b, 3, h, w\)"):
-        distance(x[:, :1], y[:, :1])
+    for a, b in ((x, y[:1]), (x[:, :1], y[:, :1])):
+        with pytest.raises(ValueError, match=r"\(b, 3, h, w\)"):
+            distance(a, b)
 
 
-def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
-    missing = tmp_path / "missing.safetensors"
-    with pytest.raises(UserError, match=r"missing\.safetensors: no such file.*--lpips-backbone"):
-        LPIPS("squeeze", missing)
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(b"no tensors here")
-    with pytest.raises(UserError, match=r"damaged\.safetensors: not a safetensors file.*--lpips-backbone"):
-        LPIPS("squeeze", damaged)
-
-
-def test_another_network_s_file_is_refused_by_tensor_name(tmp_path: Path) -> None:
-    alexnet = {f"features.{i}.{kind}": torch.zeros(1) for i in (0, 3, 6, 8, 10) for kind in ("weight", "bias")}
-    save_file(alexnet, tmp_path / "alexnet.safetensors")
+def test_files_that_are_no_such_backbone_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "features.safetensors"
+    with pytest.raises(UserError, match=r"features\.safetensors: no such file.*--lpips-backbone"):
+        LPIPS("squeeze", path)
+    path.write_bytes(b"no tensors here")
+    with pytest.raises(UserError, match=r"features\.safetensors: not a safetensors file.*--lpips-backbone"):
+        LPIPS("squeeze", path)
+    save_file({f"features.{i}.{k}": torch.zeros(1) for i in (0, 3, 6, 8, 10) for k in ("weight", "bias")}, path)
     with pytest.raises(UserError, match=r"features\.10\.expand1x1.*--lpips-backbone.*squeezenet1_1"):
-        LPIPS("squeeze", tmp_path / "alexnet.safetensors")
+        LPIPS("squeeze", path)
+    with pytest.raises(UserError, match="alex, squeeze, vgg"):
+        LPIPS("resnet", None)  # pyright: ignore[reportArgumentType]
 
 
 def test_missing_extra_mis_shaped_and_infinite_tensors_are_refused_by_name(backbone: Path, tmp_path: Path) -> None:
@@ -203,8 +184,3 @@ def test_without_a_network_the_error_says_which_file_to_give(
     with pytest.raises(UserError, match=r"--lpips-backbone FILE.*torchvision\.models\.squeezenet1_1"):
         LPIPS("squeeze", None)
     assert capfd.readouterr().out == ""
-
-
-def test_an_unknown_net_is_refused() -> None:
-    with pytest.raises(UserError, match="alex, squeeze, vgg"):
-        LPIPS("resnet", None)  # pyright: ignore[reportArgumentType]

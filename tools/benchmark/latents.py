@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_codec.images.geometry import Geometry
-from latent_codec.latents.batches import BatchIndices, ShapeBatches
+from latent_codec.latents.batches import ShapeBatches
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import (
     FORMAT_VERSION,
@@ -29,27 +29,17 @@ from tools.benchmark.record import machine, report
 _UNIT = 128
 
 
-class _Files(Dataset[torch.Tensor]):
-    """Read (mean, logvar) of each image from a file of its own."""
+class _Loaded(Dataset[Any]):
+    """Load items by a function; without a list of items, an index is the item."""
 
-    def __init__(self, folder: Path, suffix: str, load: Callable[[Path], torch.Tensor]) -> None:
-        self.paths, self.load = sorted(folder.glob(f"*{suffix}")), load
+    def __init__(self, load: Callable[[Any], Any], items: Sequence[Any] = ()) -> None:
+        self.load, self.items = load, items
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.load(self.paths[index])
-
-
-class _Stored(Dataset[Any]):
-    """Read `Latents` without drawing."""
-
-    def __init__(self, latents: Latents) -> None:
-        self.latents = latents
-
-    def __getitem__(self, rows: BatchIndices) -> Any:
-        return self.latents.moments(rows)
+    def __getitem__(self, index: Any) -> Any:
+        return self.load(self.items[index] if self.items else index)
 
 
 def _load_pt(path: Path) -> torch.Tensor:
@@ -86,11 +76,12 @@ class LatentsSpeed:
             for n in self.workers:
                 ours: dict[str, Any] = {"sampler": batches, "batch_size": None}
                 loaders: dict[str, tuple[Any, dict[str, Any]]] = {
-                    "latents, read": (_Stored(latents), ours),
+                    "latents, read": (_Loaded(latents.moments), ours),
                     "latents, read and drawn": (latents, ours),
                 }
                 for name, load in ((".pt", _load_pt), (".npz", _load_npz)):
-                    loaders[f"a {name} each, read"] = _Files(Path(folder), name, load), {"batch_sampler": lists}
+                    files = _Loaded(load, sorted(Path(folder).glob(f"*{name}")))
+                    loaders[f"a {name} each, read"] = files, {"batch_sampler": lists}
                 found: dict[str, float] = {}
                 for name, (dataset, options) in loaders.items():  # one at a time: workers stay until theirs is gone
                     loader = DataLoader(dataset, num_workers=n, persistent_workers=n > 0, **options)

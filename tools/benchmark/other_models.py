@@ -69,10 +69,12 @@ class Taef2(nn.Module):
 class _Residual(nn.Module):
     """Compute relu(x + conv(x)), at the coarsest scale after adding features pooled over the image."""
 
-    def __init__(self, *, pooled: bool) -> None:
+    def __init__(self, *, pooled: bool = False) -> None:
         super().__init__()
         self.conv = nn.Sequential(_conv(), nn.ReLU(), _conv(), nn.ReLU(), _conv())
-        self.pool = _pool() if pooled else None
+        narrow, wide = nn.Conv2d(4 * _WIDTH, _WIDTH, 1, bias=False), nn.Conv2d(_WIDTH, 4 * _WIDTH, 1, bias=False)
+        # The norm's statistics over the image are the pooling.
+        self.pool = nn.Sequential(wide, nn.GroupNorm(4, 4 * _WIDTH), nn.ReLU(), narrow) if pooled else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pool is not None:
@@ -91,22 +93,12 @@ def _conv(inputs: int = _WIDTH, outputs: int = _WIDTH, *, stride: int = 1, bias:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=bias)
 
 
-def _pool() -> nn.Sequential:
-    wide = 4 * _WIDTH
-    return nn.Sequential(
-        nn.Conv2d(_WIDTH, wide, 1, bias=False),
-        nn.GroupNorm(4, wide),  # its statistics over the image are the pooling
-        nn.ReLU(),
-        nn.Conv2d(wide, _WIDTH, 1, bias=False),
-    )
-
-
-def _residuals(*, pooled: bool = False) -> list[nn.Module]:
+def _residuals(*, pooled: bool) -> list[nn.Module]:
     return [_Residual(pooled=pooled) for _ in range(3)]
 
 
 def _encoder() -> nn.Sequential:
-    layers: list[nn.Module] = [_conv(3), _Residual(pooled=False)]  # (b, 64, h, w)
+    layers: list[nn.Module] = [_conv(3), _Residual()]  # (b, 64, h, w)
     for coarsest in (False, False, True):
         layers += [_conv(stride=2, bias=False), *_residuals(pooled=coarsest)]
     return nn.Sequential(*layers, _conv(outputs=_LATENT_CHANNELS))  # (b, 32, h/8, w/8)
@@ -116,7 +108,7 @@ def _decoder() -> nn.Sequential:
     layers: list[nn.Module] = [_SoftClamp(), _conv(_LATENT_CHANNELS), nn.ReLU()]
     for coarsest in (True, False, False):
         layers += [*_residuals(pooled=coarsest), nn.Upsample(scale_factor=2, mode="nearest"), _conv(bias=False)]
-    return nn.Sequential(*layers, _Residual(pooled=False), _conv(outputs=3))  # (b, 3, h, w)
+    return nn.Sequential(*layers, _Residual(), _conv(outputs=3))  # (b, 3, h, w)
 
 
 def sd_codec() -> Codec:

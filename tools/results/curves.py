@@ -33,10 +33,10 @@ def metrics_of(rd: dict[str, Any]) -> list[str]:
     return [name for name in METRICS if any(p.get(name) is not None for p in rd["summary"]["points"])]
 
 
-def published(rd: dict[str, Any]) -> tuple[PublishedCurve, ...]:
+def published(rd: dict[str, Any]) -> list[PublishedCurve]:
     """Return the published curves of the measured set: those of Kodak, or none."""
     about = rd["about"]
-    return CURVES if about["set"].lower() == "kodak" and about["images"] == 24 else ()
+    return CURVES if about["set"].lower() == "kodak" and about["images"] == 24 else []
 
 
 def against_published(rd: dict[str, Any], codec: str) -> list[tuple[PublishedCurve, Delta]]:

@@ -5,14 +5,12 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from latent_codec import cli
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
@@ -127,7 +125,9 @@ def test_dither_depends_on_the_seed_and_rounding_does_not(codec: Codec, photos: 
 
 
 @pytest.mark.parametrize("anchor", anchors.available(), ids=lambda anchor: anchor.name)
-def test_rows_of_anchors_are_their_whole_files(codec: Codec, photos: Path, anchor: Anchor) -> None:
+def test_rows_of_anchors_are_their_whole_files_with_grey_saved_as_grey(
+    codec: Codec, photos: Path, anchor: Anchor
+) -> None:
     anchor = anchor._replace(qualities=anchor.qualities[-2:])
     found = rows(measure(without_context(codec), photos, dataclasses.replace(ALONE, anchors=[anchor])), anchor.name)
     assert found.keys() == {(name, quality) for name in SIZES for quality in anchor.qualities}
@@ -135,22 +135,14 @@ def test_rows_of_anchors_are_their_whole_files(codec: Codec, photos: Path, ancho
         with Image.open(photos / name) as image:
             file, options = io.BytesIO(), anchor.grey_options if image.mode == "L" else anchor.options
             image.save(file, anchor.format, quality=quality, **options)
-        back = np.asarray(Image.open(file).convert(image.mode).convert("RGB"))
+        if name == "grey.png" and anchor.name != "WebP":  # which has no grey; AVIF's is its subsampling
+            with Image.open(file) as saved:
+                assert saved.mode == "L" or options["subsampling"] == "4:0:0"
+        back = np.asarray(anchors.decode(anchor, file.getvalue(), image.mode).convert("RGB"))
         x, y = read_image(photos / name).pixels[None], torch.from_numpy(back.copy()).permute(2, 0, 1)[None]
         assert found[name, quality].bytes == len(file.getvalue())
         assert found[name, quality].point.distortion["psnr"] == distortion.psnr(x, y).item()
         assert found[name, quality].point.ideal_bpp is None
-
-
-def test_anchors_save_grey_as_grey() -> None:
-    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
-    for anchor in anchors.available():
-        data = anchors.encode(anchor, grey, 75)
-        assert anchors.decode(anchor, data, "L").mode == "L"
-        if anchor.name == "JPEG":  # WebP has no grey, AVIF's is its subsampling
-            assert Image.open(io.BytesIO(data)).mode == "L"
-        if anchor.name == "AVIF":
-            assert len(data) <= len(anchors.encode(anchor, grey.convert("RGB"), 75))
 
 
 def test_the_report_is_strict_json_a_plot_and_a_table(codec: Codec, photos: Path, tmp_path: Path) -> None:
@@ -215,15 +207,3 @@ def test_impossible_requests_are_refused_before_any_work(
     monkeypatch.setattr(bjontegaard.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"bjontegaard and jinja2 and matplotlib, which are not installed.*\[rd\]"):
         measure(codec, tmp_path / "nowhere")
-
-
-def test_the_command_prints_the_table(
-    codec: Codec, tmp_path: Path, draw: Draw, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_context(codec).save(tmp_path / "model.safetensors")
-    draw(tmp_path / "photos" / "a.png", 16, 16)
-    args: list[Any] = ["evaluate", tmp_path / "model.safetensors", tmp_path / "photos", "--rd", "--lpips-net", "none"]
-    with pytest.raises(SystemExit) as caught:
-        cli.main([*map(str, args), "--steps", "1", "1.5", "--out", str(tmp_path / "out")])
-    assert caught.value.code == 0 and "step 1.5" in capsys.readouterr().out
-    assert "evaluate" in json.loads((tmp_path / "out" / "rd.json").read_text())["about"]["command"]

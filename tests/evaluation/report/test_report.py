@@ -24,8 +24,7 @@ from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion import anchors
-from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
-from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, jpeg, pca, pictures, rate, write_report
+from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, jpeg, pca, pictures, write_report
 from latent_codec.evaluation.report.baselines import BaselineComparison, why_no_pca
 from latent_codec.evaluation.report.likelihood import likelihood_bounds
 from latent_codec.evaluation.report.page import Section, left_out, render
@@ -118,10 +117,12 @@ def test_text_comes_out_of_the_page_as_text_with_nothing_hidden(text: str) -> No
 
 
 def test_the_page_loads_and_runs_nothing_whatever_names_say(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (20, 20), (9, 99, 199)).save(photos / HOSTILE, format="PNG")
+    (photos / "a.png").rename(photos / HOSTILE)
+    for name in ("d.png", "e.png"):
+        (photos / name).unlink()
     (photos / "bad<img src=x>.png").write_text("no picture")
     codec.provenance = {"</pre><script>alert(1)</script>": "<img src='https://example.org/x.png'>"}
-    text, results = write(codec, photos, tmp_path / "out", report_images=9)
+    text, results = write(codec, photos, tmp_path / "out")
     page = Parsed(text)
     assert {name for name, _ in page.tags} & {"script", "iframe", "object", "embed", "form", "base"} == set()
     for name, attributes in page.tags:
@@ -383,19 +384,26 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
     assert "1 images are in no mean" in page.text and len(page.images["jpeg"]) == 3
 
 
-def test_curves_are_those_of_the_rate_distortion_report(codec: Codec, photos: Path) -> None:
-    few = tuple(anchor._replace(qualities=anchor.qualities[::3]) for anchor in anchors.ANCHORS)
-    options = RateDistortionOptions(steps=(0.5, 1.0, 2.0, 4.0), anchors=few)
-    found = rate_distortion(Runner(codec), photos, options, quiet=True)
-    section = rate.rate_distortion_section(found)
-    assert section.records["points"] == [point.json() for point in found.points]
-    page = parsed(section)
-    with Image.open(io.BytesIO(page.images["rate_distortion"][0])) as curves:
-        assert curves.format == "PNG"
-    for comparison in found.against:
-        assert f"against {comparison.anchor}" in page.text
-        for delta in comparison.delta_rates.values():
-            assert (delta.reason or f"{delta.percent:+.1f} %") in page.text
+def test_the_command_writes_a_report_with_the_rate_distortion_curves(
+    model_file: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--report", "--rd", "--steps", "1", "1.5", "--out", tmp_path, "--lpips-net", "none", "--device", "cpu"]
+    for name in ("d.png", "e.png"):
+        (photos / name).unlink()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["evaluate", str(model_file), str(photos), *map(str, args)])
+    assert stopped.value.code == 0 and "kl_bpp" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("r*")) == [
+        *("rd.json", "rd.png", "report.html", "report.json", "results.json")
+    ]
+    measured, page = json.loads((tmp_path / "rd.json").read_text()), Parsed((tmp_path / "report.html").read_text())
+    section = json.loads((tmp_path / "report.json").read_text())["rate_distortion"]
+    assert section["points"] == measured["summary"]["points"] and "evaluate" in measured["about"]["command"]
+    assert page.images["rate_distortion"] == [(tmp_path / "rd.png").read_bytes()]
+    for anchor, comparison in measured["against"].items():
+        assert f"against {anchor}" in page.text
+        for delta in comparison["delta_rates"].values():
+            assert (delta["reason"] or f"{delta['percent']:+.1f} %") in page.text
 
 
 def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, draw: Draw) -> None:

@@ -1,13 +1,12 @@
 """Fit a model's context prior to its own latents: `python -m train.prior MODEL --latents DIR... --out RUN`.
 
-MODEL has been exported with its quantiser (`latent-codec export ... --data`); DIR is what `latent-codec encode SRC DIR
---format safetensors --model MODEL` wrote. RUN/model.safetensors is the model with the prior, frozen. Rerunning the same
-command resumes. `accelerate launch -m train.prior ...` for several processes.
+MODEL has been exported with its quantiser (`latent-codec export ... --data`), and DIR was written by `latent-codec
+encode SRC DIR --format safetensors --model MODEL`. RUN/model.safetensors becomes the model with the frozen prior. The
+same command resumes a run. Use `accelerate launch -m train.prior ...` for several processes.
 """
 
 import dataclasses
-import json
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,167 +16,152 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import safe_open
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from latent_codec.model.file import LatentStatistics
 from latent_codec.model.shipped import resolve
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.error_feedback import Feedback
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import PREFIX, Priors
-from latent_codec.prior.quantizer import Scaled
-from latent_codec.storage import tensors as tensor_files
-from latent_codec.storage.files import make_folder
-from latent_codec.storage.json_config import dumps, to_json
+from latent_codec.storage.json_config import to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
-from train.config.common import flat
+from train.config.common import LoopConfig, check_interval, check_least, flat
 from train.config.prior import PriorConfig, context_groups, context_levels, context_spacing
 from train.context_prior.error_feedback import PLACES, measure
-from train.context_prior.network import ContextNet, Drawn, counted_tables, logistic_tables
-from train.data.latents import LatentCrops
-from train.loop.checkpoints import load_optimizer, optimizer_tensors
-from train.loop.guarded_steps import Skipped, Steps
-from train.loop.interrupts import Interrupts, agree, is_heard
+from train.context_prior.network import ContextNet, counted_tables, logistic_tables
+from train.context_prior.trained import TrainedPrior, prior_from
+from train.data.latents import LatentBatch, LatentCrops
+from train.loop.claim import check_processes, claim
 from train.loop.logs import RunLog
-from train.loop.program import main_of
+from train.loop.program import RunOptions, begin, main_of
 from train.loop.provenance import git_commit
-from train.objectives.schedules import learning_rate_at
+from train.loop.trainer import TrainedModules, Trainer
+from train.objectives.prior import PriorLosses, PriorObjective
+
+_MEASURED_STEPS = (1.0, 1.4, 2.0, 4.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(RunOptions):
+    """Hold the options of one run."""
+
     model: tyro.conf.Positional[str]
     """A model file with a quantiser, or a shipped model's name."""
     latents: tuple[Path, ...]
     """Folders of the model's latents to train on."""
     val: tuple[Path, ...] = ()
-    """Folders of other images' latents: at the end the frozen prior is measured on them beside its float original."""
+    """Folders of other images' latents, on which the frozen prior is finally compared with its float original."""
     start_from: Path | None = None
-    """What a new run starts from: a run of `train.vae` whose objective is joint, of the same groups, levels and width,
-    or a model with a context prior of the same width, of which passes over the same channels and positions count."""
-    out: Path
-    """The run's folder: model.safetensors, checkpoint.safetensors, log.jsonl. An existing run is resumed."""
-    max_minutes: float | None = None
-    """End cleanly with a checkpoint after this many minutes; the same command goes on."""
+    """A run of `train.vae` with a joint objective and the same groups, levels and width, or a model with a context
+    prior of the same width, from which matching passes are taken. A new run starts from its weights."""
     config: tyro.conf.OmitArgPrefixes[PriorConfig] = dataclasses.field(default_factory=PriorConfig)
 
 
 def main() -> None:
+    """Run the command line."""
     main_of("train.prior", lambda: train(tyro.cli(Run, prog="train.prior", description=__doc__)))
 
 
 def train(run: Run) -> int:
-    """Run to the end, a signal or the time limit; returns the exit code (0, or 128 + the signal's number)."""
-    accelerator, config = Accelerator(), run.config
-    interrupts = Interrupts(run.max_minutes)
-    accelerator.wait_for_everyone()
-    _check(run, accelerator)
+    """Train to the end, a signal or the time limit, and at the end write the model; return the exit code.
+
+    It is 0, or 128 + the signal's number. Raises `UserError` for options, latents or a folder that cannot be used.
+    """
+    config, (accelerator, interrupts) = run.config, begin(run)
+    loop = _check(run, accelerator)
     codec = Codec.load(run.model)
     if codec.priors is None or codec.statistics is None:
         raise UserError(f"{run.model}: has no quantiser yet; `latent-codec export {run.model} DST --data IMAGES` first")
-    model_id = codec.model_id
-    crops = LatentCrops(run.latents, model_id, config.crop, accelerator.device)
-    described: dict[str, Any] = {"model_id": model_id, "latents_sha256": crops.fingerprint} | flat(
-        to_json(config), "config"
-    )
-    described["start_from"] = None if run.start_from is None else run.start_from.name
-    make_folder(run.out)
+    context = _context_config(config, codec)
+    crops = LatentCrops(run.latents, codec.model_id, config.crop, accelerator.device)
+    start_from = None if run.start_from is None else run.start_from.name
+    described = {"data_sha256": crops.fingerprint, "model_id": codec.model_id, "start_from": start_from}
+    claim(run.out, config, described, accelerator, same=("model_id", "start_from"))
 
-    torch.backends.cudnn.benchmark = True  # shapes never change: the fastest convolution is worth looking for
+    torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest convolution pays
     set_seed(config.seed)
+    feedback = _measure_feedback(codec, crops, config, accelerator)
+    net = prior_from(run.start_from, context, codec.priors.channel_steps, codec.statistics)
+    net.round_by(feedback)
+    net = net.to(accelerator.device)
+    net.freeze(logistic_tables())  # raises before training what could not be frozen
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
+    objective = PriorObjective(config, net)
+    trained = TrainedModules(objective=objective, modules={"prior": net}, optimizer=optimizer)
+    trainer = Trainer(loop, run, accelerator, trained)
+    trainer.prepare(described)
+    accelerator.print(
+        f"{len(crops)} images' latents; {accelerator.num_processes} process(es) on {accelerator.device}, precision "
+        f"{accelerator.mixed_precision}; {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; from step "
+        f"{trainer.progress.step} to {config.steps}"
+    )
+    with interrupts:
+        code = trainer.loop(PriorTask(), _batches(crops, trainer), interrupts)
+    if trainer.progress.step == config.steps and accelerator.is_main_process:
+        codec.priors = codec.priors._replace(feedback=feedback)
+        _finish(run, codec, net, crops, trainer.log)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return code
+
+
+class PriorTask:
+    """Log the losses of a context prior, which is only evaluated once it is frozen."""
+
+    def arguments(self, step: int, measure: bool) -> tuple[()]:
+        """Return no further arguments."""
+        return ()
+
+    def values(self, losses: PriorLosses, step: int, loop: dict[str, float]) -> dict[str, float]:
+        """Return the logged values as `Task.values` does."""
+        return losses.values() | {name: loop[name] for name in ("grad_norm", "images_per_s", "learning_rate")}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return no values."""
+        return {}
+
+
+def _check(run: Run, accelerator: Accelerator) -> LoopConfig:
+    """Raise `UserError` for options that would only fail later, and return the loop's configuration."""
+    config = run.config
+    check_least(config, 1, "batch_size", "count_images", "log_every", "save_every", "width")
+    if config.crop < 2 or config.crop % 2:
+        raise UserError(f"crop is {config.crop}; it must be even and at least 2")
+    check_interval("step_range", config.step_range)
+    if not 0 <= config.dithered <= 1:
+        raise UserError(f"dithered is {config.dithered}; it is a share, 0 to 1")
+    if (old := run.out / "checkpoint.safetensors").exists():
+        raise UserError(f"{old}: cannot be resumed by this version of train.prior; give another --out")
+    shared = {field.name for field in dataclasses.fields(LoopConfig)} & {f.name for f in dataclasses.fields(config)}
+    loop = LoopConfig(
+        **{name: getattr(config, name) for name in shared},
+        accumulation=1,
+        weight_decay=0.0,
+        max_grad_norm=1e3,
+        ema_decay=0.0,
+        compile=False,
+        eval_every=max(1, config.steps),
+        keep_checkpoints=2,
+        max_skipped=25,
+    )
+    check_processes(loop, run.log_with, accelerator)
+    return loop
+
+
+def _context_config(config: PriorConfig, codec: Codec) -> ContextConfig:
     groups = context_groups(config.groups, codec.config.latent_channels)
     levels = context_levels(config.levels, groups)
     if config.crop % (spacing := context_spacing(levels)):
         raise UserError(f"crop is {config.crop}; with levels {levels} it must be a multiple of {spacing}")
-    context = ContextConfig(groups=groups, width=config.width, centred=True, levels=levels)
-    feedback = _measure_feedback(codec, crops, config, accelerator)
-    net = make_net(context, codec.priors.channel_steps, codec.statistics, run.start_from)
-    net.round_by(feedback)
-    net = net.to(accelerator.device)
-    net.freeze(logistic_tables())  # what cannot be frozen is not worth training
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
-    checkpoint = run.out / "checkpoint.safetensors"
-    step = _restore(checkpoint, net, optimizer, described)
-    wrapped, optimizer_ = accelerator.prepare(net, optimizer, device_placement=[True, False])
-    log = RunLog(run.out / "log.jsonl", accelerator, step)
-    accelerator.print(
-        f"{len(crops)} images' latents; {accelerator.num_processes} process(es) on {accelerator.device}, precision "
-        f"{accelerator.mixed_precision}; {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; from step "
-        f"{step} to {config.steps}"
-    )
-    world, rank = accelerator.num_processes, accelerator.process_index
-    size = config.batch_size // world
-    bar = tqdm(total=config.steps, initial=step, disable=not accelerator.is_main_process or None, unit="step")
-    started, seen, steps = time.monotonic(), 0, Steps(accelerator, optimizer_, Skipped(0, 0))
-    with interrupts, bar:
-        while step < config.steps:
-            for group in optimizer_.param_groups:
-                group["lr"] = learning_rate_at(config, step)
-            first = step * config.batch_size + rank * size
-            batch = crops.batch(range(first, first + size), config.seed)
-            loss = wrapped(batch.means, batch.keys, config.step_range, config.dithered)
-            accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(net.parameters(), 1e3)
-            steps.take(loss.detach())
-            step, seen = step + 1, seen + config.batch_size
-            bar.update()
-            last, saving = step == config.steps, step % config.save_every == 0
-            heard = last or saving or is_heard(accelerator.device, step)
-            agreed = agree(accelerator, interrupts) if heard else None
-            if step % config.log_every == 0:
-                mean = torch.as_tensor(accelerator.reduce(loss.detach(), "mean")).item()
-                speed = seen / (time.monotonic() - started)
-                values = {"bits_per_position": mean, "grad_norm": float(norm or 0), "images_per_s": speed}
-                log.write("train", step, values | {"learning_rate": learning_rate_at(config, step - 1)})
-                started, seen = time.monotonic(), 0
-            if accelerator.is_main_process and (saving or last or agreed):
-                _save(checkpoint, net, optimizer, described, step)
-            if agreed and not last:
-                accelerator.print(f"stopped at step {step} of {config.steps}; the same command goes on from here")
-                accelerator.end_training()
-                return 128 + agreed.signal if agreed.signal else 0
-    if accelerator.is_main_process:
-        codec.priors = codec.priors._replace(feedback=feedback)
-        _finish(run, codec, net, crops, log, described)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return 0
-
-
-def make_net(
-    context: ContextConfig, channel_steps: np.ndarray, statistics: LatentStatistics, start_from: Path | None
-) -> ContextNet:
-    """A context prior with random weights, or those of `start_from`; raises `UserError` if that has none that fit."""
-    if start_from is None:
-        return ContextNet(context, channel_steps, statistics)
-    try:
-        if not start_from.is_dir():
-            priors = Codec.load(start_from).priors
-            if priors is None or priors.context is None:
-                raise UserError(f"--start-from {start_from}: a model without a context prior")
-            net = ContextNet(context, channel_steps, statistics, priors.context.order)
-            net.thaw(priors.context)
-            return net
-        files = sorted(start_from.glob("checkpoints/step-*/prior_ema.safetensors"))
-        if not files:
-            raise UserError(f"--start-from {start_from}: no checkpoint with a prior, as runs of a joint objective have")
-        tensors = load_file(files[-1])
-        order = tensors.pop("channels").numpy()
-        net = ContextNet(context, channel_steps, statistics, order)
-        tensor_files.check_state(net.state_dict(), tensors, str(files[-1]))
-        net.load_state_dict(tensors)
-    except ValueError as error:
-        raise UserError(f"--start-from {start_from}: {error}") from error
-    return net
+    return ContextConfig(groups=groups, width=config.width, centred=True, levels=levels)
 
 
 def _measure_feedback(
     codec: Codec, crops: LatentCrops, config: PriorConfig, accelerator: Accelerator
 ) -> Feedback | None:
-    """By the main process alone: one rounding would be enough to make another's differ."""
+    """Measure on the main process alone: a single rounding error would make another's result differ."""
     found: list[Feedback | None] = [None]
     if config.feedback and accelerator.is_main_process:
         assert codec.priors is not None
@@ -187,110 +171,57 @@ def _measure_feedback(
     return found[0]
 
 
-def _check(run: Run, accelerator: Accelerator) -> None:
-    config = run.config
-    for name in ("batch_size", "count_images", "log_every", "save_every", "width"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if config.crop < 2 or config.crop % 2:
-        raise UserError(f"crop is {config.crop}; it must be even and at least 2")
-    if not 0 < config.step_range[0] <= config.step_range[1]:
-        raise UserError(f"step_range is {config.step_range}; it must be two positive steps, the smaller one first")
-    if not 0 <= config.dithered <= 1:
-        raise UserError(f"dithered is {config.dithered}; it is a share, 0 to 1")
-    if config.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"batch_size {config.batch_size} cannot be split over {accelerator.num_processes} processes; "
-            "make it a multiple"
-        )
-
-
-def _save(path: Path, net: ContextNet, optimizer: torch.optim.Optimizer, described: dict[str, Any], step: int) -> None:
-    """One file, replaced by one rename: a crash leaves the one before."""
-    tensors = {f"net/{name}": t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
-    tensors |= {f"optimizer/{name}": t for name, t in optimizer_tensors(optimizer, net).items()}
-    tensor_files.save_tensors(path, tensors, {tensor_files.KEY: dumps(described | {"step": step})})
-
-
-def _restore(path: Path, net: ContextNet, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> int:
-    """Load the checkpoint in place if there is one, and return its step; raises `UserError` if it is another run's."""
-    if not path.exists():
-        return 0
-    found = json.loads(tensor_files.own_metadata(path))
-    step = found.pop("step")
-    changed = [k for k in sorted(found.keys() | described.keys()) if found.get(k) != described.get(k)]
-    if changed := [k for k in changed if k not in _MAY_CHANGE]:
-        raise UserError(
-            f"{path.parent} is a run with other settings ({', '.join(changed)}); give its own, or another --out"
-        )
-    tensors = load_file(path)
-    net.load_state_dict({k.removeprefix("net/"): t for k, t in tensors.items() if k.startswith("net/")})
-    moments = {k.removeprefix("optimizer/"): t for k, t in tensors.items() if k.startswith("optimizer/")}
-    load_optimizer(optimizer, net, moments)
-    return step
-
-
-_MAY_CHANGE = {"config.steps", "config.log_every", "config.save_every", "config.count_images"}
+def _batches(crops: LatentCrops, trainer: Trainer) -> Iterator[LatentBatch]:
+    plan = trainer.plan(crops.crop)
+    for samples in plan.schedule(trainer.progress.step, trainer.config.steps):
+        yield crops.batch(samples, plan.seed)
 
 
 @torch.no_grad()
-def _finish(
-    run: Run, codec: Codec, net: ContextNet, crops: LatentCrops, log: RunLog, described: dict[str, Any]
-) -> None:
+def _finish(run: Run, codec: Codec, net: TrainedPrior, crops: LatentCrops, log: RunLog) -> None:
     """Freeze the prior, count its tables on training latents, measure it, and write the model."""
     config, device = run.config, crops.packed.device
     net.eval()
     assert codec.priors is not None
     start, coded = logistic_tables(), []
     for batch in crops.batches(config.count_images, config.batch_size, config.seed + 1):
-        drawn = net.draw(batch.means, batch.keys, config.step_range, config.dithered)
-        for coding in quantize(
-            net.freeze(start), _scaled(net, drawn), str(device), codec.priors.feedback
-        ):  # exact on every device
+        latents = net.unquantized(net.draw(batch.means, batch.keys, config.step_range, config.dithered))
+        for coding in quantize(net.freeze(start), latents, str(device), codec.priors.feedback):  # exact on every device
             coded += coding.passes
     tables = counted_tables(start, *(np.concatenate(part) for part in zip(*coded, strict=True)))
     codec.priors = codec.priors._replace(context=net.freeze(tables))
     if run.val:
         held_out = LatentCrops(run.val, crops.model_id, config.crop, device)
-        for step in _MEASURED:
+        for step in _MEASURED_STEPS:
             log.write("eval", config.steps, _measure(net, codec.priors, held_out, step, config))
-    codec.provenance = codec.provenance | {"prior": described | {"git_commit": git_commit()}}
+    about: dict[str, Any] = {"model_id": crops.model_id, "latents_sha256": crops.fingerprint}
+    about |= flat(to_json(config), "config")
+    about |= {"start_from": None if run.start_from is None else run.start_from.name, "git_commit": git_commit()}
+    codec.provenance = codec.provenance | {"prior": about}
     path = run.out / PRIOR_RUN_MODEL
     codec.save(path, half=_is_half(resolve(run.model)))
     Codec.load(path)
     tqdm.write(f"wrote {path}")
 
 
-_MEASURED = (1.0, 1.4, 2.0, 4.0)
-
-
 def _measure(
     net: ContextNet, priors: Priors, held_out: LatentCrops, step: float, config: PriorConfig
 ) -> dict[str, float]:
-    """Ideal code lengths at one step, rounded means, in bits per latent position."""
+    """Return the ideal code lengths of rounded means at one step, in bits per latent position."""
     total = {"float": 0.0, "context": 0.0, "factorized": 0.0}
     for batch in held_out.batches(len(held_out), config.batch_size, config.seed):
         drawn = net.draw(batch.means, batch.keys, (step, step), 0.0)
         total["float"] += net.code(drawn).bits.sum().item() * config.crop**2
         for kind in ("context", "factorized"):
             prior = priors.choose(kind)
-            codings = quantize(prior, _scaled(net, drawn), str(held_out.packed.device), priors.feedback)
+            codings = quantize(prior, net.unquantized(drawn), str(held_out.packed.device), priors.feedback)
             total[kind] += sum(ideal_bits(prior, coding.passes) for coding in codings)
     values = {f"{name}_bits": bits / len(held_out) / config.crop**2 for name, bits in total.items()}
     return {"step": step} | values | {"saved": 1 - total["context"] / total["factorized"]}
 
 
-def _scaled(net: ContextNet, drawn: Drawn) -> list[Scaled]:
-    """A batch as the bitstream takes it, channels in the model's order."""
-    latents = np.empty(drawn.scaled.shape, np.float64)
-    latents[:, net.order] = drawn.scaled.cpu().numpy()
-    steps, dithered = drawn.step.tolist(), drawn.dithered.tolist()
-    seeds = [seed % 2**64 if d else None for seed, d in zip(drawn.seeds.tolist(), dithered, strict=True)]
-    return [Scaled(own, s, seed) for own, s, seed in zip(latents, steps, seeds, strict=True)]
-
-
 def _is_half(path: Path) -> bool:
-    """Whether a model file stores float16."""
+    """Return whether a model file stores float16."""
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if not name.startswith(PREFIX)]  # noqa: SIM118
         return file.get_slice(names[0]).get_dtype() == "F16"

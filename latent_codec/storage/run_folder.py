@@ -19,6 +19,8 @@ PRIOR_RUN_MODEL = "model.safetensors"
 def newest_checkpoint(run: Path) -> Path:
     """The newest whose averaged weights match their checksum; older ones stand in for damaged ones, with a warning."""
     finished = sorted((run / "checkpoints").glob("step-*"))
+    if finished and not (finished[-1] / "codec.safetensors").exists() and (finished[-1] / "prior.safetensors").exists():
+        raise UserError(f"{run}: a run of train.prior that has not finished; repeat its command to resume it")
     for path in reversed(finished):
         try:
             expected = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]["ema.safetensors"]

@@ -1,4 +1,4 @@
-"""What can go wrong in a run: functions that `tiny_run` calls in the process before the program starts."""
+"""Inject faults into a run: functions that `tests.support.run` calls in the process before the program starts."""
 
 import itertools
 import math
@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from latent_codec.model.codec import Codec
-from train import vae
-from train.loop import checkpoints, interrupts, trainer
+from train.loop import checkpoints, interrupts, program, trainer
 from train.loop.interrupts import Interrupts
 from train.objectives.elbo import ELBO, ELBOLosses
 
@@ -25,6 +23,7 @@ def _die(*_: Any, **__: Any) -> None:
 
 
 _TRAINER: Any = trainer.Trainer  # patched, whatever the types say
+_INTERRUPTS: Any = Interrupts
 _ELBO: Any = ELBO
 
 
@@ -33,42 +32,42 @@ def _is_rank(rank: int) -> bool:
 
 
 def stall(step: int, rank: int = 0) -> None:
-    """Before this step, wait until SIGTERM or SIGINT has been noted."""
-    real, loop = trainer.Trainer._step, trainer.Trainer.loop
+    """Wait before this step until SIGTERM or SIGINT has been noted."""
+    real, enter = trainer.Trainer.step, Interrupts.__enter__
     noted: list[Interrupts] = []
 
-    def looped(self: trainer.Trainer, batches: Iterator, interrupts: Interrupts, quiet: bool) -> int:
-        noted.append(interrupts)
-        return loop(self, batches, interrupts, quiet)
+    def entered(self: Interrupts) -> Interrupts:
+        noted.append(self)
+        return enter(self)
 
     def slow(self: trainer.Trainer, *args: Any) -> Any:
         while _is_rank(rank) and self.progress.step + 1 == step and not noted[0].signal:
             time.sleep(0.01)
         return real(self, *args)
 
-    _TRAINER.loop, _TRAINER._step = looped, slow
+    _INTERRUPTS.__enter__, _TRAINER.step = entered, slow
 
 
 def hang(step: int) -> None:
-    """Before this step, wait whatever is noted; and take a second signal for one after 0.1 s already."""
-    real = trainer.Trainer._step
+    """Wait before this step whatever is noted, and take a signal for a second one after 0.1 s already."""
+    real = trainer.Trainer.step
 
     def stuck(self: trainer.Trainer, *args: Any) -> Any:
         while self.progress.step + 1 == step:
             time.sleep(0.01)
         return real(self, *args)
 
-    _TRAINER._step = stuck
+    _TRAINER.step = stuck
     interrupts.SAME_SIGNAL = 0.1
 
 
 def die_in_save(step: int, where: Literal["between files", "before rename", "before prune"]) -> None:
-    """SIGKILL itself within the save of this step."""
+    """Kill the process within the save of this step."""
     real, remove = checkpoints.save, shutil.rmtree
 
     def end(path: Any, *args: Any, **options: Any) -> None:
         if where == "before prune" and not Path(path).name.startswith("step-"):
-            remove(path, *args, **options)  # what a file was written in goes before
+            remove(path, *args, **options)  # temporary folders are removed earlier
         else:
             _die()
 
@@ -83,10 +82,10 @@ def die_in_save(step: int, where: Literal["between files", "before rename", "bef
 
 
 def nan_loss(*steps: int, rank: int = 0) -> None:
-    """The loss of these steps is NaN on one process; with no steps, that of all steps.
+    """Make the loss of these steps NaN on one process; without steps, that of all steps.
 
-    At the first of them so is the gradient, which spreads to all processes; later the gradient is finite, so that the
-    others cannot know.
+    At the first of them the gradient is NaN, too, and spreads to all processes; later it is finite, so that the others
+    cannot know.
     """
     real, calls = ELBO.forward, itertools.count(1)
 
@@ -100,19 +99,19 @@ def nan_loss(*steps: int, rank: int = 0) -> None:
 
 
 def hear_rarely_nan_loss(*steps: int) -> None:
-    """`nan_loss`, and the host hears of it as it does of a GPU's: at a save."""
+    """Apply `nan_loss`, and let the host hear of it as it does of a GPU's, at a save."""
     nan_loss(*steps)
     trainer.is_heard = lambda *_: False
 
 
 def no_checkpoints(rank: int) -> None:
-    """One process does not see the run's folder."""
+    """Hide the run's folder from one process."""
     if _is_rank(rank):
         checkpoints.restore = lambda *_: checkpoints.Progress()
 
 
 def scaled_fp16() -> None:
-    """Float16 with a gradient scaler on the CPU, which Accelerate sets up on GPUs only."""
+    """Train in float16 with a gradient scaler on the CPU, which Accelerate sets up on GPUs only."""
 
     class Scaling(Accelerator):
         def __init__(self, **options: Any) -> None:
@@ -120,4 +119,4 @@ def scaled_fp16() -> None:
             self.native_amp = True
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # pyright: ignore[reportPrivateImportUsage]
 
-    vae.Accelerator = Scaling
+    program.Accelerator = Scaling

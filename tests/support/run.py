@@ -187,7 +187,14 @@ def fork_server() -> Any:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
         forkserver.set_forkserver_preload(
-            ["train.vae", "train.diffusion", "torch._dynamo", "tests.support.run", "tests.support.folder"]
+            [
+                "train.vae",
+                "train.prior",
+                "train.diffusion",
+                "torch._dynamo",
+                "tests.support.run",
+                "tests.support.folder",
+            ]
         )
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")

@@ -1,23 +1,19 @@
-"""Fitting a context prior: it learns what neighbours tell, survives interruptions, and its integers lose nothing."""
+"""Test the training of context priors: what they learn, that runs resume exactly, and that integers lose nothing."""
 
-import json
-import os
-import socket
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import interpolate
 
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.images.geometry import Geometry
 from latent_codec.latents.format import latents_header, latents_row, unplaced_entry, write_index, write_shard
-from latent_codec.model import file as model_file
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.posteriors import DiagonalGaussian
@@ -27,12 +23,10 @@ from latent_codec.prior.layout import PassLayout, Sites
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
-from latent_codec.storage import tensors as tensor_files
-from latent_codec.storage.json_config import dumps
-from train import prior as program
+from tests.support.run import assert_same_tensors, checkpoint, flags, log_lines, run_ranks
+from tests.support.run import run as run_one
 from train.config import prior
-from train.context_prior import network
-from train.context_prior.network import ContextNet, counted_tables, logistic_tables
+from train.context_prior.network import ContextNet, counted_tables, gather, logistic_tables, scatter
 from train.data.latents import LatentCrops
 from train.prior import PriorConfig, Run, train
 
@@ -42,7 +36,7 @@ GROUPS, LEVELS = (1, 3), (2,)
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> tuple[Path, Path]:
-    """A model with a quantiser, and latents with something to learn: smooth in space, channels alike."""
+    """Write a model with a quantiser, and latents with something to learn: smooth in space, channels alike."""
     folder = tmp_path_factory.mktemp("prior")
     codec, generator = Codec.load(model_file), torch.Generator().manual_seed(0)
     coarse = torch.randn(6, 1, 4, 5, generator=generator)
@@ -67,19 +61,11 @@ def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> tuple[
     return folder / "model.safetensors", folder / "latents"
 
 
-def run(places: tuple[Path, Path], out: Path, steps: int = 6, **fields: object) -> Run:
+def run(places: tuple[Path, Path], out: Path, max_minutes: float | None = None, **fields: Any) -> Run:
+    small = {"groups": GROUPS[:-1], "levels": LEVELS, "width": 8, "batch_size": 2, "crop": 8, "count_images": 4}
+    config = PriorConfig(**(small | {"steps": 6, "save_every": 2, "log_every": 2, "lr_warmup_steps": 1} | fields))
     model, latents = places
-    config = {
-        "groups": GROUPS[:-1],
-        "levels": LEVELS,
-        "width": 8,
-        "steps": steps,
-        "batch_size": 2,
-        "crop": 8,
-        "count_images": 4,
-    } | fields
-    config |= {"save_every": 2, "log_every": 2, "lr_warmup_steps": 1}
-    return Run(model=str(model), latents=(latents,), val=(latents,), out=out, config=PriorConfig(**config))  # pyright: ignore[reportArgumentType]
+    return Run(model=str(model), latents=(latents,), val=(latents,), out=out, max_minutes=max_minutes, config=config)
 
 
 def net_of(
@@ -87,33 +73,46 @@ def net_of(
 ) -> ContextNet:
     codec = Codec.load(places[0])
     assert codec.priors is not None and codec.statistics is not None
-    torch.manual_seed(0)
     config = ContextConfig(groups=groups, width=width, centred=True, levels=levels)
-    return ContextNet(config, codec.priors.channel_steps, codec.statistics)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ContextNet(config, codec.priors.channel_steps, codec.statistics)
+
+
+def crops_of(places: tuple[Path, Path], crop: int = 8) -> LatentCrops:
+    return LatentCrops([places[1]], Codec.load(places[0]).model_id, crop)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, places: tuple[Path, Path]) -> Path:
+    """Write a run of six steps without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(run(places, out)) == 0
+    return out
 
 
 def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
     tmp_path: Path, places: tuple[Path, Path]
 ) -> None:
-    assert train(run(places, tmp_path / "run", steps=150, learning_rate=1e-2, count_images=12)) == 0
+    assert train(run(places, tmp_path / "run", steps=80, log_every=40, learning_rate=1e-2, count_images=12)) == 0
     before, after = Codec.load(places[0]), Codec.load(tmp_path / "run" / "model.safetensors")
     assert after.model_id == before.model_id and after.statistics == before.statistics
     assert after.priors is not None and after.priors.context is not None
     assert after.priors.feedback is not None and after.priors.feedback.weights.shape == (CHANNELS, CHANNELS, 3, 3)
-    evaluated = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    evaluated = [line for line in evaluated if line["kind"] == "eval"]
-    assert len(evaluated) == 4
+    for line in log_lines(tmp_path / "run", "train"):
+        assert list(line) == ["kind", "step", "bits_per_position", "grad_norm", "images_per_s", "learning_rate"]
+    evaluated = log_lines(tmp_path / "run", "eval")
+    assert [line["step"] for line in evaluated] == [1, 1.4, 2, 4]
     for line in evaluated:
         assert line["context_bits"] < 1.05 * line["float_bits"]
         assert line["context_bits"] < line["factorized_bits"] or line["step"] > 2
     copied = export(tmp_path / "run", tmp_path / "out.safetensors", data=(), images=1, half=False)
-    assert dumps({k: v.tolist() for k, v in to_tensors(copied.priors).items()}) == dumps(  # pyright: ignore
-        {k: v.tolist() for k, v in to_tensors(after.priors).items()}
-    )
+    assert copied.priors is not None
+    assert_same_tensors(to_tensors(copied.priors), to_tensors(after.priors))
 
 
-def test_error_feedback_is_a_choice(tmp_path: Path, places: tuple[Path, Path]) -> None:
-    """It is what the latents that tables are counted on were rounded by, too."""
+def test_error_feedback_changes_the_tables_alone(tmp_path: Path, places: tuple[Path, Path]) -> None:
+    """The latents that tables are counted on are rounded by it."""
     models = []
     for feedback in (True, False):
         train(run(places, tmp_path / str(feedback), steps=0, feedback=feedback))
@@ -126,39 +125,41 @@ def test_error_feedback_is_a_choice(tmp_path: Path, places: tuple[Path, Path]) -
     assert not np.array_equal(one.context.tables.counts, other.context.tables.counts)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(
-    tmp_path: Path, places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, places: tuple[Path, Path], whole: Path) -> None:
+    out = tmp_path / "run"
+    for step in (1, 2):
+        assert train(run(places, out, max_minutes=1e-5)) == 0
+        assert checkpoint(out, step).is_dir() and not (out / "model.safetensors").exists()
+    with pytest.raises(UserError, match="not finished"):
+        export(out, tmp_path / "m.safetensors", data=(), images=1, half=False)
+    shutil.rmtree(checkpoint(out, 2))
+    train(run(places, out))
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+    assert_same_tensors(load_file(out / "model.safetensors"), load_file(whole / "model.safetensors"))
+    for name in ("prior.safetensors", "optimizer.safetensors"):
+        assert_same_tensors(load_file(checkpoint(out, 6) / name), load_file(checkpoint(whole, 6) / name))
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path, places: tuple[Path, Path]) -> None:
+    argv = flags("--groups 1 --levels 2 --width 8 --steps 1 --batch-size 4 --crop 8 --count-images 2")
+    argv = [str(places[0]), "--latents", str(places[1]), *argv]
+    assert "2 process(es) on cpu" in run_ranks(argv, tmp_path / "two", 2, program="prior")
+    run_one(argv, tmp_path / "one", program="prior")
+    two, one = (load_file(checkpoint(tmp_path / name, 1) / "optimizer.safetensors") for name in ("two", "one"))
+    for name, found in two.items():
+        torch.testing.assert_close(found, one[name], rtol=1e-4, atol=1e-7)
+    assert (tmp_path / "two" / "model.safetensors").is_file()
+
+
+def test_another_run_or_wrong_values_are_refused_by_name(
+    tmp_path: Path, places: tuple[Path, Path], whole: Path, codec: Codec
 ) -> None:
-    train(run(places, tmp_path / "whole"))
-
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    saves: list[int] = []
-    real = tensor_files.save_tensors
-
-    def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-        saves.append(1)
-        if len(saves) == 2:  # the checkpoint of step 4 is never written
-            crash()
-        real(path, tensors, metadata)
-
-    monkeypatch.setattr(model_file, "save_tensors", save)
-    with pytest.raises(KeyboardInterrupt):
-        train(run(places, tmp_path / "broken"))
-    monkeypatch.undo()
-    assert json.loads(tensor_files.own_metadata(tmp_path / "broken" / "checkpoint.safetensors"))["step"] == 2
-    train(run(places, tmp_path / "broken"))
-    for name in ("checkpoint.safetensors", "model.safetensors"):
-        whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "broken"))
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-
-
-def test_a_run_with_other_settings_or_latents_is_refused_by_name(tmp_path: Path, places: tuple[Path, Path]) -> None:
-    train(run(places, tmp_path / "run", steps=2))
-    with pytest.raises(UserError, match=r"other settings \(config.width\)"):
-        train(run(places, tmp_path / "run", steps=2, width=16))
+    with pytest.raises(UserError, match=r"other settings \(width\)"):
+        train(run(places, whole, width=16))
+    codec.priors, bare = None, tmp_path / "bare.safetensors"
+    codec.save(bare)
+    with pytest.raises(UserError, match="export"):
+        train(run((bare, places[1]), tmp_path / "run"))
     wrong = {"crop": 6, "batch_size": 0, "step_range": (2.0, 1.0), "dithered": 2.0, "levels": (-1,)}
     for name, value in wrong.items():
         with pytest.raises(UserError, match=name):
@@ -168,19 +169,14 @@ def test_a_run_with_other_settings_or_latents_is_refused_by_name(tmp_path: Path,
             train(run(places, tmp_path / "other", groups=groups))
     with pytest.raises(UserError, match="give a smaller --crop"):
         train(run(places, tmp_path / "other", crop=64))
-
-
-def test_a_model_without_a_quantiser_is_told_how_to_get_one(
-    tmp_path: Path, places: tuple[Path, Path], codec: Codec
-) -> None:
-    codec.priors = None
-    codec.save(tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match="export"):
-        train(run((tmp_path / "bare.safetensors", places[1]), tmp_path / "run"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "checkpoint.safetensors").touch()
+    with pytest.raises(UserError, match="cannot be resumed by this version"):
+        train(run(places, tmp_path / "old"))
 
 
 def test_crops_depend_on_seed_and_number_alone(places: tuple[Path, Path]) -> None:
-    crops = LatentCrops([places[1]], Codec.load(places[0]).model_id, 6)
+    crops = crops_of(places, 6)
     assert len(crops) == 6
     whole = crops.batch(range(20), 3)
     assert whole.means.shape == (20, CHANNELS, 6, 6)
@@ -191,31 +187,30 @@ def test_crops_depend_on_seed_and_number_alone(places: tuple[Path, Path]) -> Non
 
 
 def test_drawn_latents_are_those_of_the_quantiser(places: tuple[Path, Path]) -> None:
-    net, codec = net_of(places), Codec.load(places[0])
-    batch = LatentCrops([places[1]], codec.model_id, 8).batch(range(16), 0)
+    net, priors = net_of(places), Codec.load(places[0]).priors
+    batch = crops_of(places).batch(range(16), 0)
     drawn = net.draw(batch.means, batch.keys, (0.5, 4.0), 0.5)
-    assert 0 < int(drawn.dithered.sum()) < 16
-    assert codec.priors is not None
-    for mean, found in zip(batch.means, program._scaled(net, drawn), strict=True):
-        expected = scale(mean, codec.priors.channel_steps, found.step, found.seed)
+    assert 0 < int(drawn.dithered.sum()) < 16 and priors is not None
+    for mean, found in zip(batch.means, net.unquantized(drawn), strict=True):
+        expected = scale(mean, priors.channel_steps, found.step, found.seed)
         assert np.array_equal(found.latents, expected.latents)
         assert 512 <= found.step <= 4096
 
 
 @pytest.mark.parametrize("levels", [(), (2, 1), (0, 3)])
 def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path], levels: tuple[int, ...]) -> None:
-    """Same tables, so what differs is the rounding of weights, activations and grids."""
+    """With the same tables, only weights, activations and grids are rounded."""
     net = net_of(places, 16, levels)
     with torch.no_grad():
         for layers in net.nets:
             layers[3].weight.mul_(0.3)  # pyright: ignore
-    batch = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(12), 0)
+    batch = crops_of(places).batch(range(12), 0)
     drawn = net.draw(batch.means, batch.keys, (0.7, 2.0), 0.3)
     with torch.no_grad():
         coded = net.code(drawn)
     wanted = coded.bits.double().numpy() * 64
     prior = net.freeze(logistic_tables())
-    codings = quantize(prior, program._scaled(net, drawn), "cpu")
+    codings = quantize(prior, net.unquantized(drawn), "cpu")
     found = [ideal_bits(prior, coding.passes) for coding in codings]
     channel_steps = Codec.load(places[0]).priors.channel_steps  # pyright: ignore[reportOptionalMemberAccess]
     read = torch.stack([dequantize(coding.quantized, channel_steps) for coding in codings])
@@ -226,9 +221,9 @@ def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path], le
 
 
 def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path]) -> None:
-    """What lies within half a step of its expectation is 0 wherever that is: the integers do not say where."""
+    """A latent within half a step of its location is 0 wherever it lies, so integers do not tell."""
     net = net_of(places)
-    means = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(4), 0).means
+    means = crops_of(places).batch(range(4), 0).means
     drawn = net.rounded(means, torch.full((4,), 60.0))
     coded = net.code(drawn)
     assert not torch.equal(coded.latents, torch.zeros_like(means))
@@ -239,19 +234,19 @@ def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path
         assert located.abs().amax() > 0 and wide.abs().amax() > 0
 
 
-def test_passes_put_values_back_where_they_were_taken() -> None:
+def test_scattering_is_the_inverse_of_gathering() -> None:
     x = torch.arange(2 * 3 * 8 * 12).reshape(2, 3, 8, 12).float()
     for passes in (
         [PassLayout(0, 3, Sites.EVEN), PassLayout(0, 3, Sites.ODD)],
         [PassLayout(0, 3, Sites.ALL, 4), *(PassLayout(0, 3, s, n) for n in (2, 1) for s in (Sites.CENTRES, Sites.ODD))],
     ):
-        parts = [network._placed(network._at(x, span), (8, 12), span) for span in passes]
+        parts = [scatter(gather(x, span), (8, 12), span) for span in passes]
         assert torch.equal(sum(parts), x)
         for span, part in zip(passes, parts, strict=True):
             assert not part[:, :, ~torch.from_numpy(span.mask((8, 12)))].any()
 
 
-def test_both_sides_know_the_same_limit_of_levels() -> None:
+def test_the_limits_of_levels_agree() -> None:
     assert prior.MAX_LEVELS == MAX_LEVELS
 
 
@@ -266,7 +261,7 @@ def test_logistic_tables_have_the_logistics_masses() -> None:
         assert mass.sum() > 1 - 1e-5
 
 
-def test_counting_moves_tables_towards_what_was_coded() -> None:
+def test_counted_tables_approach_the_coded_frequencies() -> None:
     start = logistic_tables()
     table = 30 * 8 + 4
     values = np.repeat([0, 1, 5], [60_000, 30_000, 10_000])
@@ -278,39 +273,7 @@ def test_counting_moves_tables_towards_what_was_coded() -> None:
     )
 
 
-def _gradient_of_two_ranks(rank: int, port: int, places: tuple[Path, Path], out: str) -> None:
-    """One of two processes; they are spawned, for a fork lacks its parent's threads and would wait for them."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    net = net_of(places)
-    wrapped = accelerator.prepare(net)
-    crops = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8)
-    batch = crops.batch(range(2 * rank, 2 * rank + 2), 0)
-    accelerator.backward(wrapped(batch.means, batch.keys, (0.5, 4.0), 0.5))
-    if accelerator.is_main_process:
-        torch.save([p.grad for p in net.parameters()], out)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    os._exit(0)  # all is checked by the parent; threads of torch's that are left at a usual exit can abort it
-
-
-def test_two_ranks_have_the_gradient_of_one(tmp_path: Path, places: tuple[Path, Path]) -> None:
-    net = net_of(places)
-    batch = LatentCrops([places[1]], Codec.load(places[0]).model_id, 8).batch(range(4), 0)
-    net(batch.means, batch.keys, (0.5, 4.0), 0.5).backward()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_gradient_of_two_ranks, (port, places, str(tmp_path / "gradients")), nprocs=2)
-    for parameter, found in zip(net.parameters(), torch.load(tmp_path / "gradients"), strict=True):
-        assert parameter.grad is not None
-        torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_a_prior_of_other_levels_hands_on_the_passes_that_both_have(places: tuple[Path, Path]) -> None:
+def test_thawing_a_prior_of_other_levels_takes_the_passes_in_common(places: tuple[Path, Path]) -> None:
     before, net = net_of(places, levels=(0, 1)), net_of(places)
     fresh = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     assert [span in before.layouts for span in net.layouts] == [False, False, False, False, True, False, True]
@@ -332,8 +295,7 @@ def test_a_prior_of_other_levels_hands_on_the_passes_that_both_have(places: tupl
         net_of(places, groups=(4,)).thaw(frozen)
 
 
-def test_what_is_frozen_is_sound(places: tuple[Path, Path]) -> None:
-    """The constructor checks shapes and the bound below which sums are exact."""
+def test_only_networks_whose_sums_are_exact_are_frozen(places: tuple[Path, Path]) -> None:
     assert isinstance(net_of(places, width=112).freeze(logistic_tables()), ContextPrior)
     with pytest.raises(ValueError, match="2\\^24"):
         net = net_of(places, width=300)

@@ -1,4 +1,4 @@
-"""The weights of error feedback: the Gram matrix of a decoder's Jacobian, averaged over places in images."""
+"""Measure the weights of error feedback: the Gram matrix of a decoder's Jacobian, averaged over images."""
 
 from collections.abc import Iterable
 
@@ -9,17 +9,17 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
 
 PLACES = 24
-"""So many images are enough, one place of each."""
+"""Number of images to measure, at one place each."""
 
-_SIDE = 2 * REACH + 9  # of the latents around a place that are decoded
+_SIDE = 2 * REACH + 9  # of the square of latents that is decoded
 
 
 @torch.no_grad()
 def measure(codec: Codec, latents: Iterable[torch.Tensor], channel_steps: np.ndarray) -> Feedback | None:
-    """Of the decoder around the middle of each image's latents (z, h, w); `channel_steps` (z,): the quantiser's.
+    """Measure the decoder around the middle of each image's latents (z, h, w), with channel steps (z,).
 
-    None where no latents are large enough, or where the decoder sees the whole image at once, whose Gram matrix is no
-    matter of neighbours and too costly to measure.
+    Returns None if no latents are large enough, or if the decoder's receptive field is the whole image: its Gram matrix
+    is then not one of neighbours, and too costly to measure.
     """
     if codec.backbone.decoder_margin is None or codec.config.codes is not None:
         return None
@@ -32,17 +32,20 @@ def measure(codec: Codec, latents: Iterable[torch.Tensor], channel_steps: np.nda
             total = gram if total is None else total + gram
     if total is None:
         return None
-    own = total[:, :, REACH, REACH].diagonal().clamp(min=1e-12)  # of a channel that does nothing, nothing is asked
+    own = total[:, :, REACH, REACH].diagonal().clamp(min=1e-12)  # a channel may have no effect at all
     weights = torch.round(total / own[:, None, None, None] * 2**WEIGHT_BITS).clamp(-(2**15) + 1, 2**15 - 1)
     return Feedback(weights.to(torch.int16).numpy())
 
 
 def _gram(codec: Codec, z: torch.Tensor, channel_steps: torch.Tensor) -> torch.Tensor:
-    """(z, z, 3, 3) float64 in squared pixels: of each channel's step in the middle, with steps of all around it."""
+    """Return the products of one step of each channel in the middle with steps around it.
+
+    They are (z, z, 3, 3) float64, in squared pixels.
+    """
     device, middle = next(codec.parameters()).device, z.shape[1] // 2
     channels = len(z)
     channel_steps = channel_steps.to(device)
-    around = z.to(device).expand(channels, -1, -1, -1).clone()  # one copy for each channel that is moved
+    around = z.to(device).expand(channels, -1, -1, -1).clone()  # one copy for each channel
     moved = around.clone()
     moved[range(channels), range(channels), middle, middle] += channel_steps
     labels = torch.zeros(channels, dtype=torch.int64, device=device)

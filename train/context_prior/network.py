@@ -1,4 +1,4 @@
-"""The context prior before it is frozen: the same passes in floating point, trained; then rounded to integers."""
+"""Train the passes of the context prior in floating point, then freeze them to integers."""
 
 import math
 from typing import NamedTuple
@@ -25,20 +25,20 @@ from latent_codec.prior.context import (
 )
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
 from latent_codec.prior.layout import PassLayout, Sites
-from latent_codec.prior.quantizer import LIMIT, STEP_ONE, round_with_dead_zone
+from latent_codec.prior.quantizer import LIMIT, STEP_ONE, Scaled, round_with_dead_zone
 from latent_codec.prior.tables import Tables, join, normalize
 
 _HIDDEN = 16  # integers per unit of an activation
 _LOCATED, _WIDE = 8 * UNIT, 8  # integers per unit of the last layer's two outputs
-_RANGE = 4.0  # standard deviations of a channel that an input can show
+_RANGE = 4.0  # standard deviations of a channel that an input can represent
 _MOST_GAIN = 2**14
 _BITS_OF_ERROR = 12 / (2 * math.log(2))
-"""What a squared error of one step is worth: a uniform quantiser's dD / dR is -2 ln(2) D, and its D is 1 / 12."""
-_STEP, _DITHERED, _NOISE = range(3)  # what a key is used for
+"""Bits that a squared error of one step is worth: a uniform quantiser has dD / dR = -2 ln(2) D, and D = 1 / 12."""
+_STEP, _DITHERED, _NOISE = range(3)  # numbers that a sample's key is folded with
 
 
 class Drawn(NamedTuple):
-    """Latents to be coded, channels in the prior's order."""
+    """Hold latents to be coded, with channels in the prior's order."""
 
     scaled: torch.Tensor  # (b, z, h, w) in steps
     dither: torch.Tensor  # (b, z, h, w) in steps, 0 where there is none
@@ -46,24 +46,26 @@ class Drawn(NamedTuple):
     dithered: torch.Tensor  # (b,) bool
     seeds: torch.Tensor  # (b,) int64, of the dither
     exact: bool = False
-    """They hold noise of their own and are not made integers."""
+    """Latents already hold noise and are not rounded."""
 
 
 class Coded(NamedTuple):
+    """Hold the cost and the values of coded latents."""
+
     bits: torch.Tensor
-    """Per latent position of each image, (b,)."""
+    """Bits per latent position of each image, (b,)."""
     latents: torch.Tensor
-    """What a decoder reads, (b, z, h, w) in the model's order of channels."""
+    """Latents that a decoder reads, (b, z, h, w) in the model's order of channels."""
 
 
 class ContextNet(nn.Module):
-    """Bits of quantised latents under the prior; what is wrapped for several processes, so only `forward` is called."""
+    """Compute the bits of quantised latents under the context prior, in floating point."""
 
     channel_steps: torch.Tensor
     gain: torch.Tensor
     permutation: torch.Tensor  # `order` on the device
     inverse: torch.Tensor  # of the permutation
-    feedback: torch.Tensor | None  # (z, z, 3, 3) of errors in steps, in the prior's order
+    feedback: torch.Tensor | None  # weights (z, z, 3, 3) of errors in steps, in the prior's order
 
     def __init__(
         self,
@@ -72,8 +74,10 @@ class ContextNet(nn.Module):
         statistics: LatentStatistics,
         order: np.ndarray | None = None,
     ) -> None:
-        """`channel_steps`: (z,) the quantiser's; `order`: (z,) channels in their groups' order, by default those with
-        most bits first. Raises `ValueError` if the groups do not add up to the channels.
+        """Draw random weights for a quantiser with these channel steps (z,).
+
+        `order` (z,) lists the channels of one group after the other, by default those with most bits first. Raises
+        `ValueError` if the groups do not add up to the channels.
         """
         super().__init__()
         if sum(config.groups) != len(channel_steps):
@@ -83,29 +87,26 @@ class ContextNet(nn.Module):
         self.config, self.layouts = config, pass_layouts(config)
         std = np.array(statistics.std)
         self.order = np.argsort(-std / channel_steps, kind="stable") if order is None else order
-        # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step where that is coarser.
+        # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step if that is coarser.
         gain = np.minimum(np.round(channel_steps * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
         self.register_buffer("channel_steps", torch.from_numpy(channel_steps[self.order]), persistent=False)
         self.register_buffer("permutation", torch.from_numpy(self.order), persistent=False)
         self.register_buffer("inverse", torch.from_numpy(np.argsort(self.order)), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
         self.register_buffer("feedback", None, persistent=False)
-        self.nets = nn.ModuleList(_net(config.width, span) for span in self.layouts)
+        self.nets = nn.ModuleList(_net(config.width, layout) for layout in self.layouts)
 
     def round_by(self, feedback: Feedback | None) -> None:
-        """Quantise as encoders do that go by it; before the module is moved to a device."""
+        """Round with error feedback as encoders do; call it before the module is moved to a device."""
         if feedback is not None:
             weights = feedback.weights[self.order][:, self.order] * 2.0**-WEIGHT_BITS
             self.feedback = torch.from_numpy(weights).float()
 
-    def forward(
-        self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float
-    ) -> torch.Tensor:
-        """Bits per latent position, averaged over images (b, z, h, w) whose quantisation `keys` (b,) decide."""
-        return self.code(self.draw(means, keys, steps, dithered)).bits.mean()
-
     def draw(self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float) -> Drawn:
-        """Each image quantised at a step between the two, evenly in its logarithm; a share of them with dither."""
+        """Draw how images (b, z, h, w) are quantised, as decided by their keys (b,).
+
+        Steps lie between the two, evenly in their logarithm, and a share of the images is `dithered`.
+        """
         low, high = (math.log(s) for s in steps)
         step = (STEP_ONE * torch.exp(low + (high - low) * uniform(fold(keys, _STEP)))).round()  # (b,)
         with_dither = uniform(fold(keys, _DITHERED)) < dithered
@@ -114,31 +115,30 @@ class ContextNet(nn.Module):
         bits = hashes(fold(seeds), means[0].numel()).view(means.shape)[:, order]  # as `quantizer.dither` has them
         offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
         offset = offset * with_dither[:, None, None, None]
-        size = (
-            self.channel_steps.double()[:, None, None] * step[:, None, None, None] / STEP_ONE
-        )  # a bitstream's float64
+        steps_of = self.channel_steps.double()[:, None, None]  # float64, as in a bitstream
+        size = steps_of * step[:, None, None, None] / STEP_ONE
         return Drawn(means[:, order].double() / size, offset, step.long(), with_dither, seeds)
 
     def code(self, drawn: Drawn) -> Coded:
-        """Latents as a bitstream holds them, pass by pass, and their bits.
+        """Quantise latents pass by pass as a bitstream does, and return their bits and values.
 
-        The width of a distribution learns from the integers. Its location cannot, for whole steps lie around it: it
-        learns from the latents before they are rounded, by what these would cost where they are and by the squared
-        error that it leaves where the integer is 0, so that a decoder reads the location itself.
+        The width of a distribution learns from the integers. Its location cannot, because the integers are whole steps
+        around it. It learns from the latents before rounding: from their cost, and, where the integer is 0, so that a
+        decoder reads the location itself, from their squared distance.
         """
         b, _, h, w = drawn.scaled.shape
-        scale = drawn.step.float()[:, None, None, None] * self.gain[:, None, None] * 2.0**-19  # of inputs' units a step
+        scale = drawn.step.float()[:, None, None, None] * self.gain[:, None, None] * 2.0**-19  # input units in a step
         known: list[torch.Tensor] = []  # (b, channels, h, w) each, in steps
-        errors = torch.zeros_like(drawn.scaled, dtype=torch.float32)  # (b, z, h, w) of what is known, in steps
+        errors = torch.zeros_like(drawn.scaled, dtype=torch.float32)  # rounding errors of known latents, in steps
         total = torch.zeros(b, device=drawn.scaled.device)
-        for span, net in zip(self.layouts, self.nets, strict=True):
-            group = slice(span.start, span.stop)
+        for layout, net in zip(self.layouts, self.nets, strict=True):
+            group = slice(layout.start, layout.stop)
             unit = scale[:, group, :, 0] / UNIT  # (b, g, 1)
-            outputs = self._run(net, span, self._inputs(known, span, scale), drawn)  # (b, 2g, n)
+            outputs = self._run(net, layout, self._inputs(known, layout, scale), drawn)  # (b, 2g, n)
             located, wide = outputs.float().chunk(2, dim=1)
             located = located / unit
             width = (torch.exp2(wide) / unit).clamp(2.0**-5, 2.0**6)
-            own, dither = (_at(t[:, group], span) for t in (drawn.scaled, drawn.dither))
+            own, dither = (gather(t[:, group], layout) for t in (drawn.scaled, drawn.dither))
             with float32_island(own):
                 if drawn.exact:
                     found = own
@@ -146,8 +146,8 @@ class ContextNet(nn.Module):
                 else:
                     dithered = drawn.dithered[:, None, None]
                     meant = own
-                    if self.feedback is not None and span.inputs:
-                        own = torch.where(dithered, own, own - self._feed_back(errors, span))
+                    if self.feedback is not None and layout.inputs:
+                        own = torch.where(dithered, own, own - self._feed_back(errors, layout))
                     found = _rounded(own, dither, dithered, located.detach())
                     total = total + _logistic_bits(found - located.detach(), width)
                     distance = torch.where(dithered, found, own.float()) - located
@@ -155,29 +155,29 @@ class ContextNet(nn.Module):
                     error = torch.where(read, distance, 0).square().flatten(1).sum(1)
                     learn = _logistic_bits(distance, width.detach()) + _BITS_OF_ERROR * error
                     total = total + learn - learn.detach()
-                    errors[:, group] += _placed((found - meant).float().detach(), (h, w), span)
-            placed = _placed(found, (h, w), span)
-            known = [*known[:-1], known[-1] + placed] if span.inputs > span.start else [*known, placed]
+                    errors[:, group] += scatter((found - meant).float().detach(), (h, w), layout)
+            placed = scatter(found, (h, w), layout)
+            known = [*known[:-1], known[-1] + placed] if layout.inputs > layout.start else [*known, placed]
         z = torch.cat(known, 1) * self.sizes(drawn.step)
         return Coded(total / (h * w), z[:, self.inverse])
 
     @torch.no_grad()
-    def _feed_back(self, errors: torch.Tensor, span: PassLayout) -> torch.Tensor:
-        """What is to be taken off a span's latents in steps, (b, g, n), as `Feedback.shift` adds it."""
+    def _feed_back(self, errors: torch.Tensor, layout: PassLayout) -> torch.Tensor:
+        """Return what a pass' latents are to be reduced by, (b, g, n) in steps; `Feedback.shift` is its negative."""
         assert self.feedback is not None
-        weights = self.feedback[span.start : span.stop, : span.inputs]
-        return _at(conv2d(errors[:, : span.inputs], weights, padding=REACH), span)
+        weights = self.feedback[layout.start : layout.stop, : layout.inputs]
+        return gather(conv2d(errors[:, : layout.inputs], weights, padding=REACH), layout)
 
-    def _inputs(self, known: list[torch.Tensor], span: PassLayout, scale: torch.Tensor) -> torch.Tensor | None:
-        """Known latents as a span's network sees them, whole numbers of its unit."""
+    def _inputs(self, known: list[torch.Tensor], layout: PassLayout, scale: torch.Tensor) -> torch.Tensor | None:
+        """Return known latents as a pass' network sees them, in whole numbers of its unit."""
         if not known:
             return None
-        x = torch.cat([_view(t, span) for t in known], 1)
+        x = torch.cat([_view(t, layout) for t in known], 1)
         x = x * scale[:, : x.shape[1]]
-        return (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # the gradient passes through
+        return (x + ((x + 0.5).floor() - x).detach()).clamp(-TOP, TOP) / UNIT  # straight-through gradient
 
-    def _run(self, net: nn.Module, span: PassLayout, known: torch.Tensor | None, drawn: Drawn) -> torch.Tensor:
-        b, _, h, w = _view(drawn.scaled, span).shape
+    def _run(self, net: nn.Module, layout: PassLayout, known: torch.Tensor | None, drawn: Drawn) -> torch.Tensor:
+        b, _, h, w = _view(drawn.scaled, layout).shape
         device = drawn.scaled.device
         row, column = (torch.arange(side, device=device) for side in (h, w))
         octave = torch.round(8 * torch.log2(drawn.step.float() / STEP_ONE)) * 4 / UNIT
@@ -187,16 +187,16 @@ class ContextNet(nn.Module):
         signals[:, 3] = drawn.dithered[:, None, None].float()
         top = TOP / _HIDDEN
         y = net[0](signals if known is None else torch.cat([known, signals], 1)).clamp(0, top)  # pyright: ignore[reportIndexIssue]
-        y = _conv_at(net[1], y, span).clamp(0, top)  # pyright: ignore[reportIndexIssue]
+        y = _conv_at(net[1], y, layout).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         y = net[2](y).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
 
     def noisy(self, z: torch.Tensor, step: torch.Tensor) -> Drawn:
-        """Latents (b, z, h, w) that hold noise of their own, as large as that of steps (b,): not rounded at all."""
+        """Take latents (b, z, h, w) that already hold noise as large as that of steps (b,), without rounding."""
         return self._drawn(z, step, exact=True)
 
     def rounded(self, means: torch.Tensor, step: torch.Tensor) -> Drawn:
-        """Means (b, z, h, w) to be coded at steps (b,) without dither."""
+        """Take means (b, z, h, w), to be rounded at steps (b,) without dither."""
         return self._drawn(means, step, exact=False)
 
     def _drawn(self, z: torch.Tensor, step: torch.Tensor, exact: bool) -> Drawn:
@@ -206,30 +206,42 @@ class ContextNet(nn.Module):
         return Drawn(scaled, none, code.long(), torch.full_like(code, exact, dtype=torch.bool), code.long(), exact)
 
     def sizes(self, step: torch.Tensor) -> torch.Tensor:
-        """Widths of one step of each channel (b, z, 1, 1), in the prior's order, for stored steps (b,)."""
+        """Return the width of one step of each channel, (b, z, 1, 1) in the prior's order, for stored steps (b,)."""
         return self.channel_steps[:, None, None] * (step.float() / STEP_ONE)[:, None, None, None]
 
     def reorder(self, z: torch.Tensor) -> torch.Tensor:
+        """Bring channels from the model's to the prior's order."""
         return z[:, self.permutation]
+
+    def unquantized(self, drawn: Drawn) -> list[Scaled]:
+        """Return each image's latents as the entropy coder takes them, with channels in the model's order."""
+        latents = np.empty(drawn.scaled.shape, np.float64)
+        latents[:, self.order] = drawn.scaled.cpu().numpy()
+        steps, dithered = drawn.step.tolist(), drawn.dithered.tolist()
+        seeds = [seed % 2**64 if d else None for seed, d in zip(drawn.seeds.tolist(), dithered, strict=True)]
+        return [Scaled(own, s, seed) for own, s, seed in zip(latents, steps, seeds, strict=True)]
 
     @torch.no_grad()
     def thaw(self, prior: ContextPrior) -> None:
-        """Take over the weights of a frozen prior: the inverse of `freeze`, but for what rounding lost.
+        """Load the weights of a frozen prior: the inverse of `freeze`, except for rounding.
 
-        Of a prior with other groups or levels, those of passes that decode the same channels at the same positions; the
-        others stay as they are. Raises `ValueError` if no pass does, or if the width or the channels' order differ.
+        From a prior with other groups or levels, load the passes that decode the same channels at the same positions;
+        the others keep their weights. Raises `ValueError` if there is no such pass, or if the width or the order of
+        channels differs.
         """
         passes = dict(zip(prior.layouts, prior.networks, strict=True))
         common = [
-            (span, net, passes[span]) for span, net in zip(self.layouts, self.nets, strict=True) if span in passes
+            (layout, net, passes[layout])
+            for layout, net in zip(self.layouts, self.nets, strict=True)
+            if layout in passes
         ]
         same = prior.config.width == self.config.width and np.array_equal(prior.order, self.order)
         if not same or not common:
             raise ValueError(
                 f"a prior of {prior.config} does not fit one of {self.config}, or orders channels otherwise"
             )
-        for span, net, frozen in common:
-            for layer, numbers, (inputs, outputs) in zip(net, frozen.layers, _units(span), strict=True):  # pyright: ignore[reportArgumentType]
+        for layout, net, frozen in common:
+            for layer, numbers, (inputs, outputs) in zip(net, frozen.layers, _units(layout), strict=True):  # pyright: ignore[reportArgumentType]
                 power = torch.exp2(numbers.shift.double())
                 units = torch.as_tensor(outputs, dtype=torch.float64).expand(len(power))
                 weight = numbers.weight.double() * (inputs / (units * power))[:, None]
@@ -238,37 +250,37 @@ class ContextNet(nn.Module):
 
     @torch.no_grad()
     def freeze(self, tables: Tables) -> ContextPrior:
-        """The same prior in integers, its tables given."""
+        """Return the prior in integers, with the given tables."""
         gain = self.gain.cpu().numpy().astype(np.int64)
         by_channel = np.empty_like(gain)
         by_channel[self.order] = gain
         offset = np.round(152 - 8 * np.log2(by_channel)).astype(np.int64)
         passes = []
-        for span, net in zip(self.layouts, self.nets, strict=True):
+        for layout, net in zip(self.layouts, self.nets, strict=True):
             layers = [
                 _frozen(layer, inputs, outputs)
-                for layer, (inputs, outputs) in zip(net, _units(span), strict=True)  # pyright: ignore[reportArgumentType]
+                for layer, (inputs, outputs) in zip(net, _units(layout), strict=True)  # pyright: ignore[reportArgumentType]
             ]
             passes.append(PassNetwork(tuple(layers)))  # pyright: ignore[reportArgumentType]
         return ContextPrior(self.config, self.order, by_channel, offset, passes, tables)
 
 
-def _units(span: PassLayout) -> list[tuple[int, int | torch.Tensor]]:
-    """Integers per unit of each layer's inputs and outputs; of the last layer's outputs (2g,) row by row."""
-    g = span.stop - span.start
+def _units(layout: PassLayout) -> list[tuple[int, int | torch.Tensor]]:
+    """Return the integers per unit of each layer's inputs and outputs; (2g,), row by row, for the last outputs."""
+    g = layout.stop - layout.start
     last = torch.tensor([_LOCATED] * g + [_WIDE] * g)
     return [(UNIT, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, last)]
 
 
-def _net(width: int, span: PassLayout) -> nn.ModuleList:
+def _net(width: int, layout: PassLayout) -> nn.ModuleList:
     layers = [
-        nn.Conv2d(span.inputs + SIGNALS, width, 3, padding=1),
+        nn.Conv2d(layout.inputs + SIGNALS, width, 3, padding=1),
         nn.Conv2d(width, width, 3),
         nn.Conv2d(width, width, 1),
     ]
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return nn.ModuleList([*layers, nn.Conv2d(width, 2 * (span.stop - span.start), 1)])
+    return nn.ModuleList([*layers, nn.Conv2d(width, 2 * (layout.stop - layout.start), 1)])
 
 
 _RUNS: dict[Sites, tuple[tuple[int, int, int], ...]] = {
@@ -279,36 +291,37 @@ _RUNS: dict[Sites, tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def _runs(span: PassLayout, unit: int) -> list[tuple[int, int, int]]:
-    """First row, first column and stride of the rectangles that a span's positions fall into, in the order of `_at`,
-    the spacing of its grid being `unit`."""
-    return [(row * unit, column * unit, stride * unit) for row, column, stride in _RUNS[span.sites]]
+def _runs(layout: PassLayout, unit: int) -> list[tuple[int, int, int]]:
+    """Return first row, first column and stride of the grids that a pass' positions form, spaced by `unit`."""
+    return [(row * unit, column * unit, stride * unit) for row, column, stride in _RUNS[layout.sites]]
 
 
-def _view(x: torch.Tensor, span: PassLayout) -> torch.Tensor:
-    """What a span's network sees of (b, c, h, w)."""
-    return x[:, :, :: span.view, :: span.view]
+def _view(x: torch.Tensor, layout: PassLayout) -> torch.Tensor:
+    """Return the part of (b, c, h, w) that a pass' network sees."""
+    return x[:, :, :: layout.view, :: layout.view]
 
 
-def _at(x: torch.Tensor, span: PassLayout) -> torch.Tensor:
-    """Values of (b, c, h, w) at a span's positions, (b, c, n). Sides are multiples of twice the spacing of its grid,
-    or of the spacing where it takes all of it."""
-    found = [x[:, :, row::stride, column::stride] for row, column, stride in _runs(span, span.spacing)]
+def gather(x: torch.Tensor, layout: PassLayout) -> torch.Tensor:
+    """Gather the values (b, c, n) of (b, c, h, w) at a pass' positions.
+
+    Sides are multiples of twice the spacing of its grid, or of the spacing if the pass decodes the whole grid.
+    """
+    found = [x[:, :, row::stride, column::stride] for row, column, stride in _runs(layout, layout.spacing)]
     return torch.cat(found, 2).flatten(2)
 
 
-def _conv_at(layer: nn.Module, x: torch.Tensor, span: PassLayout) -> torch.Tensor:
-    """A 3x3 convolution of what a span's network sees at its positions, in the order of `_at`."""
+def _conv_at(layer: nn.Module, x: torch.Tensor, layout: PassLayout) -> torch.Tensor:
+    """Convolve the input of a pass' network at its positions, in the order of `gather`."""
     assert isinstance(layer, nn.Conv2d)
-    x, runs = pad(x, (1, 1, 1, 1)), _runs(span, span.spacing // span.view)
+    x, runs = pad(x, (1, 1, 1, 1)), _runs(layout, layout.spacing // layout.view)
     found = [conv2d(x[:, :, r:, c:], layer.weight, layer.bias, stride=stride) for r, c, stride in runs]
     return torch.cat(found, 2)
 
 
-def _placed(values: torch.Tensor, size: tuple[int, int], span: PassLayout) -> torch.Tensor:
-    """The inverse of `_at`, (b, c, h, w) of values (b, c, n): 0 elsewhere."""
+def scatter(values: torch.Tensor, size: tuple[int, int], layout: PassLayout) -> torch.Tensor:
+    """Scatter values (b, c, n) of a pass' positions into (b, c, h, w), with 0 elsewhere; the inverse of `gather`."""
     placed, first = values.new_zeros(*values.shape[:2], *size), 0
-    for row, column, stride in _runs(span, span.spacing):
+    for row, column, stride in _runs(layout, layout.spacing):
         run = placed[:, :, row::stride, column::stride]
         stop = first + run[0, 0].numel()
         run.copy_(values[:, :, first:stop].unflatten(2, run.shape[2:]))
@@ -318,24 +331,24 @@ def _placed(values: torch.Tensor, size: tuple[int, int], span: PassLayout) -> to
 
 @torch.no_grad()
 def _rounded(scaled: torch.Tensor, dither: torch.Tensor, dithered: torch.Tensor, located: torch.Tensor) -> torch.Tensor:
-    """Latents in steps as a bitstream holds them, float32: whole steps around the dither or what was expected."""
-    expected = ((8 * located + 0.5).floor() / 8).clamp(-LIMIT, LIMIT)  # in eighths, as the frozen prior has it
+    """Round latents in steps as a bitstream does, to whole steps around the dither or the location; float32."""
+    expected = ((8 * located + 0.5).floor() / 8).clamp(-LIMIT, LIMIT)  # in eighths, as in the frozen prior
     offset = torch.where(dithered, dither, expected.to(dither.dtype))
     rest = scaled - offset
     return (torch.where(dithered, rest.round(), round_with_dead_zone(rest)) + offset).float()
 
 
 def _logistic_bits(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """-log2 of the logistic's mass within half a step of `distance` from its centre, summed per image: (b,)."""
+    """Return -log2 of the logistic's mass within half a step of `distance` from its centre, summed per image, (b,)."""
     upper, lower = (distance + 0.5) / scale, (distance - 0.5) / scale
     nats = logsigmoid(upper) + logsigmoid(-lower) + torch.log(-torch.expm1(-1 / scale))
     return -nats.flatten(1).sum(1) / math.log(2)
 
 
 def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> Layer:
-    """Integers for a layer whose inputs and outputs count `inputs` and `outputs` (one, or one a row) to the unit.
+    """Round a layer to integers, with `inputs` and `outputs` (one, or one for each row) integers per unit.
 
-    Each row takes the largest power of two that keeps its weights within `TOP` and its bias far below 2^24.
+    Each row is scaled by the largest power of two that keeps its weights within `TOP` and its bias far below 2^24.
     """
     assert isinstance(layer, nn.Conv2d) and layer.bias is not None
     units = torch.as_tensor(outputs, dtype=torch.float64).expand(layer.out_channels)
@@ -352,12 +365,12 @@ def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> Layer
 
 
 def logistic_tables() -> Tables:
-    """A table of the logistic's masses for each location and scale: what counting starts from."""
+    """Return a table of the logistic's masses for each location and scale, where counting starts."""
     return join([_logistic_table(*table_scale(table)) for table in range(TABLES)])
 
 
 def _logistic_table(location: float, scale: float) -> tuple[int, np.ndarray]:
-    reach = max(3, math.ceil(14 * scale) + 1)  # beyond it lies a millionth
+    reach = max(3, math.ceil(14 * scale) + 1)  # a millionth lies beyond
     edges = (np.arange(-reach, reach + 2) - 0.5 - location) / scale
     cumulative = 0.5 + 0.5 * np.tanh(edges / 2)
     return -reach, normalize(np.r_[np.diff(cumulative) + 1e-9, 1e-6])
@@ -367,7 +380,7 @@ _PSEUDO_COUNT = 2_000
 
 
 def counted_tables(start: Tables, values: np.ndarray, tables: np.ndarray) -> Tables:
-    """Tables from what was really coded under each, `start` counting as `_PSEUDO_COUNT` values."""
+    """Count the values (n,) coded under each of the tables (n,); `start` weighs as much as `_PSEUDO_COUNT` values."""
     symbols, _ = start.symbols(values, tables)
     first = np.cumsum(start.sizes, dtype=np.int64) - start.sizes
     seen = np.bincount(first[tables] + symbols, minlength=len(start.counts))

@@ -1,23 +1,24 @@
-"""Train the context prior together with the encoder."""
+"""Create the context prior that a run trains, with random weights or those of a model or of another run."""
 
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.context import ContextConfig
-from latent_codec.storage.tensors import save_tensors
+from latent_codec.storage.tensors import check_state, save_tensors
 from train.config.prior import context_groups, context_levels
 from train.config.vae import JointConfig
 from train.context_prior.network import ContextNet
 
 
 class TrainedPrior(ContextNet):
-    """A context prior that a run's checkpoints hold: `prior.safetensors`, and averaged in `prior_ema.safetensors`."""
+    """A context prior as checkpoints hold it: `prior.safetensors`, and averaged in `prior_ema.safetensors`."""
 
     def __init__(
         self,
@@ -26,17 +27,19 @@ class TrainedPrior(ContextNet):
         statistics: LatentStatistics,
         order: np.ndarray | None = None,
     ) -> None:
+        """Draw random weights; the arguments are those of `ContextNet`."""
         super().__init__(config, channel_steps, statistics, order)
-        self.register_buffer("channels", torch.from_numpy(self.order))  # for those that go on from the weights
+        self.register_buffer("channels", torch.from_numpy(self.order))  # for runs that start from the weights
 
     def save(self, path: Path) -> None:
+        """Write the weights to a safetensors file."""
         save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}, {"format": "pt"})
 
 
 def prior_of(config: JointConfig, source: str) -> TrainedPrior:
-    """The prior to begin with: that of a model if it has one of this shape, else random weights for its quantiser.
+    """Return a model's context prior for a joint phase, or random weights for its quantiser if the shape differs.
 
-    Raises `UserError` if the model has no quantiser, or if the decoder alone is to learn and it has no such prior.
+    Raises `UserError` if the model has no quantiser, or if only the decoder is trained and the prior does not fit.
     """
     model = Codec.load(source)
     if model.priors is None or model.statistics is None:
@@ -57,4 +60,33 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
         net = TrainedPrior(wanted, model.priors.channel_steps, model.statistics, context.order)
         net.thaw(context)
     net.round_by(model.priors.feedback)
+    return net
+
+
+def prior_from(
+    source: Path | None, context: ContextConfig, channel_steps: np.ndarray, statistics: LatentStatistics
+) -> TrainedPrior:
+    """Return a context prior with the weights of a model or of a joint run, or random ones without a source.
+
+    Raises `UserError` if the source has no prior that fits.
+    """
+    if source is None:
+        return TrainedPrior(context, channel_steps, statistics)
+    try:
+        if not source.is_dir():
+            priors = Codec.load(source).priors
+            if priors is None or priors.context is None:
+                raise UserError(f"--start-from {source}: the model has no context prior")
+            net = TrainedPrior(context, channel_steps, statistics, priors.context.order)
+            net.thaw(priors.context)
+            return net
+        files = sorted(source.glob("checkpoints/step-*/prior_ema.safetensors"))
+        if not files:
+            raise UserError(f"--start-from {source}: no checkpoint with a prior, as runs of a joint objective have")
+        tensors = load_file(files[-1])
+        net = TrainedPrior(context, channel_steps, statistics, tensors["channels"].numpy())
+        check_state(net.state_dict(), tensors, str(files[-1]))
+        net.load_state_dict(tensors)
+    except ValueError as error:
+        raise UserError(f"--start-from {source}: {error}") from error
     return net

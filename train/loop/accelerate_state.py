@@ -1,4 +1,4 @@
-"""Programs that run one after another in a process, each with an Accelerate of its own."""
+"""Run training programs one after another in a process, each with its own Accelerate."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ from accelerate.state import AcceleratorState
 
 @contextlib.contextmanager
 def accelerate_as(precision: Literal["no", "bf16"], *, cpu: bool = False) -> Iterator[None]:
-    """What the programs within run in, as if `accelerate launch` said so: a process sets it up once by itself.
+    """Set the mixed precision of the programs within, as `accelerate launch` would; `cpu` keeps them off a GPU.
 
-    `cpu` keeps them off a GPU that is there.
+    Accelerate reads its settings once in a process, so its state is reset before and after.
     """
     wanted = {"ACCELERATE_MIXED_PRECISION": precision} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
     before = {name: os.environ.get(name) for name in wanted}

@@ -1,15 +1,13 @@
-"""Checkpoints of a run: staged, verified, committed by one rename; only then is the oldest pruned.
+"""Save and restore checkpoints: staged, verified, committed by one rename, and only then are old ones removed.
 
-RUN/checkpoints/step-00001000/ holds what is trained and its average (of a VAE codec.safetensors and ema.safetensors:
-model files, loadable as they are), optimizer.safetensors and state.json with the SHA-256 of the other three and of its
-own content. Nothing is pickled.
+RUN/checkpoints/step-00001000/ holds a safetensors file of each module (of a VAE codec.safetensors and ema.safetensors,
+which are model files), optimizer.safetensors, and state.json with the SHA-256 of these files and of its own content.
+Nothing is pickled.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,16 +18,16 @@ from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
 from latent_codec.prior.priors import PREFIX
-from latent_codec.storage import tensors as tensor_files
-from latent_codec.storage.files import fsync, write_text
+from latent_codec.storage.files import fsync, sha256, sha256_of, write_text
 from latent_codec.storage.json_config import dumps
+from latent_codec.storage.tensors import check_state, save_tensors
 
 log = logging.getLogger(__name__)
 _OPTIMIZER = "optimizer.safetensors"
 
 
 class Saved(Protocol):
-    """A module that writes itself as a file of its own kind."""
+    """A module that writes a file of its own kind."""
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with the tensors of `state_dict` in float32."""
@@ -43,22 +41,26 @@ class Saved(Protocol):
 
 @dataclasses.dataclass
 class Progress:
-    """What a run has done; everything else follows from the step."""
+    """Hold how far a run has come; everything else follows from the step."""
 
     step: int = 0
     skipped: int = 0
+    """Steps left out because a number was not finite."""
     skipped_in_a_row: int = 0
+    """The latest of them without another step in between."""
     minutes: float = 0.0
+    """Training time."""
     scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """State of the gradient scaler."""
 
 
 def save(
     folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
 ) -> Path:
-    """Write a checkpoint into `folder` and prune all but the newest `keep`.
+    """Write a checkpoint into `folder`, remove all but the newest `keep`, and return its path.
 
-    `modules` by the names of their files; the first is what the optimizer trains, and it may train others beside it.
-    Checkpoints of later steps go too: the run came back from an earlier one because they are damaged.
+    Checkpoints of later steps are removed, too: a run only comes to an earlier step again if those are damaged.
+    Raises `OSError` if a file reads back differently from what was written.
     """
     final = folder / f"step-{progress.step:08d}"
     staged = folder / f".{final.name}.tmp"
@@ -68,19 +70,19 @@ def save(
     files = {name: f"{name}.safetensors" for name in modules}
     for name, module in modules.items():
         module.save(staged / files[name])
-    trained = next(iter(modules))
-    moments = optimizer_tensors(optimizer, _Together(modules))
-    tensor_files.save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
-    hashes = {name: _sha256(staged / name) for name in (*files.values(), _OPTIMIZER)}
+    moments = _moments(optimizer, modules)
+    save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
+    hashes = {name: sha256_of(staged / name) for name in (*files.values(), _OPTIMIZER)}
     state = dataclasses.asdict(progress) | {"sha256": hashes}
-    write_text(staged / "state.json", dumps(state | {"state_sha256": _text_sha256(dumps(state))}))
+    write_text(staged / "state.json", dumps(state | {"state_sha256": sha256(dumps(state).encode())}))
+    trained = next(iter(modules))
     _verify(staged, files[trained], modules[trained].state_dict())
     _verify(staged, _OPTIMIZER, moments)
-    _read_state(staged)
+    _read_progress(staged)
     fsync(staged)
-    if final.exists():  # damaged, or of a run of no steps that is done again
+    if final.exists():  # it is damaged, or the run has no steps and is done again
         shutil.rmtree(final)
-    os.rename(staged, final)  # noqa: PTH104 (tests stop the process here by name)
+    staged.rename(final)
     fsync(folder)
     fsync(folder.parent)
     finished = _finished(folder)
@@ -91,79 +93,63 @@ def save(
 
 
 def restore(folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.Optimizer) -> Progress:
-    """Load the newest sound checkpoint in place; a fresh `Progress` if there is none.
+    """Load the newest sound checkpoint in place; return a fresh `Progress` if there is none.
 
-    Raises `UserError` if checkpoints exist but none is sound.
+    Raises `UserError` if checkpoints exist but all are damaged.
     """
     finished = _finished(folder)
     for path in reversed(finished):
         try:
-            progress = _read_state(path)
+            progress = _read_progress(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("passing over damaged checkpoint %s: %s", path, error)
             continue
         for name, module in modules.items():
             file = path / f"{name}.safetensors"
             tensors = {name: t for name, t in load_file(file).items() if not name.startswith(PREFIX)}
-            tensor_files.check_state(module.state_dict(), tensors, str(file))
+            check_state(module.state_dict(), tensors, str(file))
             module.load_state_dict(tensors)
-        load_optimizer(optimizer, _Together(modules), load_file(path / _OPTIMIZER))
+        _load_moments(optimizer, modules, load_file(path / _OPTIMIZER))
         return progress
     if finished:
         raise UserError(f"{folder}: all {len(finished)} checkpoints are damaged; start again with another --out")
     return Progress()
 
 
-class _Together:
-    """All that the optimizer may train, the first module's parameters by their own names."""
-
-    def __init__(self, modules: Mapping[str, Saved]) -> None:
-        self.modules = modules
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        for i, (prefix, module) in enumerate(self.modules.items()):
-            for name, parameter in module.named_parameters():
-                yield name if i == 0 else f"{prefix}.{name}", parameter
-
-
 def _finished(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _read_state(path: Path) -> Progress:
+def _read_progress(path: Path) -> Progress:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state.pop("state_sha256") != _text_sha256(dumps(state)):
+    if state.pop("state_sha256") != sha256(dumps(state).encode()):
         raise ValueError("state.json does not match its checksum")
     for name, expected in state.pop("sha256").items():
-        if _sha256(path / name) != expected:
+        if sha256_of(path / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
     return Progress(**state)
 
 
-def _text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _verify(staged: Path, file: str, written: dict[str, torch.Tensor]) -> None:
-    """Read back what was written; a disk that lies is found before the older checkpoint is given up."""
+    """Read a file back, so that a faulty disk is found before an older checkpoint is removed."""
     found = load_file(staged / file)
     for name, tensor in written.items():
         if not torch.equal(found[name], tensor.cpu()):
             raise OSError(f"{staged}: tensor {name} reads back differently from what was written; check the disk")
 
 
-class Named(Protocol):
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+def _parameters(modules: Mapping[str, Saved]) -> dict[str, torch.nn.Parameter]:
+    """Return all parameters by name; names of the first module have no prefix."""
+    return {
+        name if i == 0 else f"{prefix}.{name}": parameter
+        for i, (prefix, module) in enumerate(modules.items())
+        for name, parameter in module.named_parameters()
+    }
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: Named) -> dict[str, torch.Tensor]:
-    """Adam's moments by parameter name: `backbone.x.weight/exp_avg`."""
-    names = {id(p): name for name, p in module.named_parameters()}
+def _moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, Saved]) -> dict[str, torch.Tensor]:
+    """Return Adam's moments by parameter name, such as `backbone.x.weight/exp_avg`."""
+    names = {id(parameter): name for name, parameter in _parameters(modules).items()}
     return {
         f"{names[id(p)]}/{key}": value.detach().cpu().contiguous()
         for p, state in optimizer.state.items()
@@ -171,12 +157,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: Named) -> dict[s
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, module: Named, tensors: dict[str, torch.Tensor]) -> None:
-    parameters = dict(module.named_parameters())
+def _load_moments(
+    optimizer: torch.optim.Optimizer, modules: Mapping[str, Saved], tensors: dict[str, torch.Tensor]
+) -> None:
+    parameters = _parameters(modules)
     for name, value in tensors.items():
         parameter, key = parameters[name.rpartition("/")[0]], name.rpartition("/")[2]
-        if key != "step":  # a moment lies as its parameter does (device, channels_last)
+        if key != "step":  # a moment has its parameter's device and memory format
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        elif optimizer.defaults.get("fused"):  # which counts where it computes; others count on the CPU
+        elif optimizer.defaults.get("fused"):  # a fused Adam counts on the device, others on the CPU
             value = value.to(parameter.device)
         optimizer.state[parameter][key] = value

@@ -1,4 +1,4 @@
-"""Reasons to end a run early, and the agreement of all processes about them."""
+"""Note signals and the time limit of a run, and let all processes agree to end."""
 
 import signal
 import time
@@ -9,16 +9,21 @@ import torch
 from accelerate import Accelerator
 
 SAME_SIGNAL = 2.0
+"""Seconds within which a second signal counts as the first one, passed on."""
+
+HEAR_EVERY = 8
+"""Steps on a GPU between two times when the host waits for it, to learn of skipped steps and to agree to end."""
 
 
 class Interrupts:
-    """Context manager: SIGTERM, SIGINT and a time limit are noted, and acted on between steps.
+    """Note SIGTERM, SIGINT and a time limit within a context, to be acted on between steps.
 
-    A second signal of the same kind kills at once, as it would without this; but not within `SAME_SIGNAL` seconds of
-    the first, for schedulers signal a launcher and its children, and the launcher passes the signal on.
+    A second signal of the same kind kills at once, as it would without this, unless it comes within `SAME_SIGNAL`
+    seconds of the first: schedulers signal a launcher and its children, and the launcher passes the signal on.
     """
 
     def __init__(self, max_minutes: float | None) -> None:
+        """Start the clock of the time limit."""
         self.signal = 0
         self._noted: dict[int, float] = {}
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -42,22 +47,22 @@ class Interrupts:
 
     @property
     def out_of_time(self) -> bool:
+        """Return whether the time limit has passed."""
         return self._deadline is not None and time.monotonic() > self._deadline
 
 
 class Agreement(NamedTuple):
-    """What all processes hold to be true after a step."""
+    """Hold the reasons to end that all processes know of; it is true if there is one."""
 
     signal: int
     out_of_time: bool
 
     def __bool__(self) -> bool:
-        """Whether the run ends."""
         return bool(self.signal) or self.out_of_time
 
 
 def agree(accelerator: Accelerator, interrupts: Interrupts) -> Agreement:
-    """One small reduction: a signal or the end of time on any process counts for all."""
+    """Share the reasons to end among all processes by one small reduction."""
     mine = torch.tensor([float(interrupts.signal), float(interrupts.out_of_time)], device=accelerator.device)
     if accelerator.num_processes > 1:
         mine = torch.as_tensor(accelerator.gather(mine[None])).amax(0)
@@ -65,10 +70,6 @@ def agree(accelerator: Accelerator, interrupts: Interrupts) -> Agreement:
     return Agreement(signal=int(number), out_of_time=late > 0)
 
 
-HEAR_EVERY = 8
-"""Steps on a GPU between two times when the host waits for it to hear of bad steps and processes agree to end."""
-
-
 def is_heard(device: torch.device, step: int) -> bool:
-    """Whether the host hears after this step: on a CPU, which nothing has to wait for, always."""
+    """Decide whether the host synchronises with the device after this step: always with a CPU, which costs nothing."""
     return device.type == "cpu" or step % HEAR_EVERY == 0

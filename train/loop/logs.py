@@ -1,4 +1,4 @@
-"""What a run says: a JSONL file, trackers, a line on the screen."""
+"""Log a run to a JSONL file, to trackers and to the screen."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from latent_codec.storage.files import fsync, write_text
 
 
 class RunLog:
-    """Main process only writes; the others' calls do nothing.
+    """Write log.jsonl on the main process; calls of the others do nothing.
 
-    Lines of steps that a resumed run will do again are dropped when it starts, so that every step stands once. A
-    line of step 0 (a run of no steps) is always written again.
+    Lines of steps that a resumed run will take again are dropped when it starts, so that each step has one line. A line
+    of step 0, of a run without steps, is always written again.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
@@ -26,7 +26,7 @@ class RunLog:
             self._warned = {found["name"] for found in map(json.loads, kept) if found["kind"] == "warning"}
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One line {"kind", "step", ...}; values that are not finite are written as null."""
+        """Write a line {"kind", "step", ...}; values that are not finite become null."""
         if not self.accelerator.is_main_process:
             return
         record = {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
@@ -37,7 +37,7 @@ class RunLog:
         tqdm.write(f"{kind} {step}: {text}")
 
     def warn(self, name: str, step: int, text: str) -> None:
-        """One line {"kind": "warning", "step", "name", "text"}, and on the screen; each name once in a run."""
+        """Write a line {"kind": "warning", "step", "name", "text"}, once for each name in a run."""
         if self.accelerator.is_main_process and name not in self._warned:
             self._warned.add(name)
             with self.path.open("a") as file:
@@ -45,7 +45,7 @@ class RunLog:
             tqdm.write(f"warning {step}: {name}: {text}")
 
     def flush(self) -> None:
-        """Put what was written on the disk, as a checkpoint of the same step will be."""
+        """Force the log to the disk, where the checkpoint of the same step will be."""
         if self.path.exists():
             fsync(self.path)
 
@@ -53,5 +53,5 @@ class RunLog:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the line that a crash cut short
+    except (ValueError, KeyError):  # a crash cut the line short
         return math.inf

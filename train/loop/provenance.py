@@ -1,4 +1,4 @@
-"""Which code made a file."""
+"""Name the code that made a file."""
 
 import contextlib
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with "+" if files have changed since; None outside a checkout."""
+    """Return the checkout's commit, with "+" if files have changed since, or None outside a checkout."""
     folder = str(Path(__file__).parent)
     command = ["git", "-C", folder, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
-"""The training loop and what one step does, whatever is trained."""
+"""Run the training loop of every program: take guarded steps, average weights, log, evaluate and save."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,132 +13,172 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
+from latent_codec.storage.json_config import to_json
+from train.config.common import LoopConfig, flat
+from train.data.crops import SamplePlan
 from train.loop import checkpoints
-from train.loop.checkpoints import Progress, Saved
-from train.loop.guarded_steps import Skipped, Steps
+from train.loop.checkpoints import Saved
+from train.loop.claim import check_same_step
+from train.loop.guarded_steps import GuardedSteps, Skipped
 from train.loop.interrupts import Agreement, Interrupts, agree, is_heard
 from train.loop.logs import RunLog
+from train.loop.program import RunOptions
 from train.objectives.losses import map_losses
-from train.objectives.schedules import LearningRate, learning_rate_at
+from train.objectives.schedules import learning_rate_at
 
 RATE = "rate"
-"""In a group of an optimizer's parameters: what their learning rate is of the schedule's."""
-
-
-class LoopConfig(LearningRate, Protocol):
-    """What the loop wants of a run's configuration; the fields are explained in `train.config.vae.TrainConfig`."""
-
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def accumulation(self) -> int: ...
-    @property
-    def max_grad_norm(self) -> float | None: ...
-    @property
-    def ema_decay(self) -> float: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def eval_every(self) -> int: ...
-    @property
-    def save_every(self) -> int: ...
-    @property
-    def keep_checkpoints(self) -> int: ...
-    @property
-    def max_skipped(self) -> int: ...
+"""Key of an optimizer's parameter group for its learning rate relative to the schedule's."""
 
 
 class Task(Protocol):
-    """What is trained: the part that differs between programs."""
+    """The part of training that differs between programs."""
 
     def arguments(self, step: int, measure: bool) -> tuple[Any, ...]:
-        """What the objective takes after a batch. `measure`: this step's losses will be logged."""
+        """Return the objective's arguments after those of a batch; `measure` says that this step will be logged."""
         ...
 
-    def values(self, losses: Any, step: int) -> dict[str, float]:
-        """What the log says of the losses, which are averages over all processes."""
+    def values(self, losses: Any, step: int, loop: dict[str, float]) -> dict[str, float]:
+        """Return the logged values of a step from its losses, averaged over all processes, and from the loop's values.
+
+        `loop` has grad_norm, learning_rate, skipped, images_per_s and minutes.
+        """
         ...
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Measure the averaged weights and draw pictures; the main process alone does it."""
+        """Measure the averaged weights on the main process; without values nothing is logged."""
         ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModules:
+    """Name what a run trains and saves."""
+
+    objective: torch.nn.Module
+    """Returns the losses of a micro-batch as a named tuple with a `loss`."""
+    modules: Mapping[str, Saved]
+    """Parts of a checkpoint by name. The first is trained, and "ema" is its average; "NAME_ema" is that of NAME."""
+    optimizer: torch.optim.Optimizer
+    """A fused Adam of the first module's parameters and of others, whose gradients are not clipped."""
+
+
 class Step(NamedTuple):
-    losses: Any  # a named tuple of tensors, as the objective returns it; its `loss` is what is minimised
-    norm: torch.Tensor  # of the gradient before it was scaled down
+    """Hold the outcome of one step."""
+
+    losses: Any
+    norm: torch.Tensor  # of the gradient before clipping
 
 
 class Trainer:
-    """The loop and what one step does.
+    """Train the modules of one run, from its newest checkpoint to the end."""
 
-    `modules` are what a checkpoint holds, by name: the first is trained, the second, "ema", its average; where one is
-    trained beside it, NAME, "NAME_ema" is that one's.
-    """
+    def __init__(self, config: LoopConfig, run: RunOptions, accelerator: Accelerator, trained: TrainedModules) -> None:
+        """Restore the newest checkpoint, if there is one; its step is then in `progress`.
 
-    def __init__(
-        self,
-        config: LoopConfig,
-        out: Path,
-        accelerator: Accelerator,
-        objective: torch.nn.Module,
-        modules: Mapping[str, Saved],
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        task: Task,
-        log: RunLog,
-        after_step: Callable[[Any, int], None] | None = None,
-    ) -> None:
-        """`optimizer` is a fused Adam as Accelerate prepared it. `after_step` gets a taken step's losses, this process'
-        own, and its number from 1, before "ema" follows."""
-        self.config, self.out, self.accelerator, self.log = config, out, accelerator, log
-        self.objective, self.modules, self.optimizer = objective, modules, optimizer
-        self.trained, ema = list(modules.values())[:2]
-        pairs = [(self.trained, ema)] + [(m, modules[f"{n}_ema"]) for n, m in modules.items() if f"{n}_ema" in modules]
+        Raises `UserError` if all checkpoints are damaged or the processes see different ones.
+        """
+        self.config, self.run, self.accelerator = config, run, accelerator
+        self.objective, self.modules, self.optimizer = trained.objective, trained.modules, trained.optimizer
+        self.trained = next(iter(self.modules.values()))
+        pairs = [(self.trained, self.modules["ema"])] if "ema" in self.modules else []
+        pairs += [(m, self.modules[f"{name}_ema"]) for name, m in self.modules.items() if f"{name}_ema" in self.modules]
         self._averaged: list[torch.Tensor] = [p for module, _ in pairs for p in module.parameters()]
         self._averages: list[torch.Tensor] = [p for _, average in pairs for p in average.parameters()]
         own = {id(p) for p in self.trained.parameters()}
-        # A context prior or a discriminator, whose gradients are not scaled down but must be finite, too.
-        self._beside = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
-        self.progress, self.task, self.after_step = progress, task, after_step
-        self.steps = Steps(accelerator, optimizer, Skipped(progress.skipped, progress.skipped_in_a_row))
+        # The gradients of a context prior or a discriminator are not clipped, but must be finite, too.
+        self._beside = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]
+        self.progress = checkpoints.restore(self._checkpoints, self.modules, self.optimizer)
+        check_same_step(accelerator, self.progress)
 
-    def loop(self, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts, quiet: bool) -> int:
+    @property
+    def _checkpoints(self) -> Path:
+        return self.run.out / "checkpoints"
+
+    def plan(self, crop: int, *, flip: bool = False) -> SamplePlan:
+        """Return this process' share of the samples."""
+        return SamplePlan(
+            seed=self.config.seed,
+            crop=crop,
+            flip=flip,
+            batch_size=self.config.batch_size,
+            micro_batches=self.config.accumulation,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    def prepare(self, described: Mapping[str, Any]) -> None:
+        """Hand objective and optimizer to Accelerate, and open log and trackers; all weights must be in place.
+
+        `described` says what the run was trained on, for trackers.
+        """
+        if self.config.compile:
+            self.objective.compile()
+        # Accelerate would move a resumed Adam's step counts to the GPU, at one wait for each.
+        self.objective, self.optimizer = self.accelerator.prepare(
+            self.objective, self.optimizer, device_placement=[True, False]
+        )
+        if self.accelerator.scaler is not None and self.progress.scaler:
+            self.accelerator.scaler.load_state_dict(self.progress.scaler)
+        if self.run.log_with:
+            self.accelerator.init_trackers(self.run.out.name, flat(to_json(self.config) | dict(described)))
+        skipped = Skipped(self.progress.skipped, self.progress.skipped_in_a_row)
+        self.steps = GuardedSteps(self.accelerator, self.optimizer, skipped)
+        self.log = RunLog(self.run.out / "log.jsonl", self.accelerator, self.progress.step)
+
+    def loop(
+        self,
+        task: Task,
+        batches: Iterator[tuple[Any, ...]],
+        interrupts: Interrupts,
+        after_step: Callable[[Any, int], None] | None = None,
+    ) -> int:
+        """Train to the end, a signal or the time limit; return 0, or 128 + the signal's number.
+
+        `batches` go on from the restored step. `after_step` gets this process' losses of each step that was not
+        skipped, and the step's number from 1, before the averages follow.
+        """
         config, progress = self.config, self.progress
-        bar = tqdm(total=config.steps, initial=progress.step, disable=quiet or None, unit="step", dynamic_ncols=True)
+        quiet = not self.accelerator.is_main_process or None  # with None, tqdm looks for a terminal
+        bar = tqdm(total=config.steps, initial=progress.step, disable=quiet, unit="step", dynamic_ncols=True)
         started, begun, seen = progress.minutes, time.monotonic(), 0
         window = time.monotonic()
-        if config.steps == 0:  # nothing but the start
-            self._evaluate()
+        if config.steps == 0:  # only the start is evaluated and saved
+            self._evaluate(task)
             self._save()
-        while progress.step < config.steps:
-            measure = (progress.step + 1) % config.log_every == 0
-            losses, norm = self._step(batches, measure)
-            progress.step += 1
-            last, saving = progress.step == config.steps, progress.step % config.save_every == 0
-            heard = measure or last or saving or is_heard(self.accelerator.device, progress.step)
-            agreed = self._hear(interrupts) if heard else None
-            progress.minutes = started + (time.monotonic() - begun) / 60
-            seen += config.batch_size
-            bar.update()
-            if measure:
-                self._log(losses, norm, seen / (time.monotonic() - window))
-                seen, window = 0, time.monotonic()
-            if progress.step % config.eval_every == 0 or last:
-                self._evaluate()
-                window, seen = time.monotonic(), 0
-            if saving or last or agreed:
-                self._save()
-            if agreed and not last:
-                return self._farewell(agreed)
+        with interrupts:
+            while progress.step < config.steps:
+                measure = (progress.step + 1) % config.log_every == 0
+                losses, norm = self.step(task, batches, measure, after_step)
+                progress.step += 1
+                last, saving = progress.step == config.steps, progress.step % config.save_every == 0
+                heard = measure or last or saving or is_heard(self.accelerator.device, progress.step)
+                agreed = self._hear(interrupts) if heard else None
+                progress.minutes = started + (time.monotonic() - begun) / 60
+                seen += config.batch_size
+                bar.update()
+                if measure:
+                    self._log(task, losses, norm, seen / (time.monotonic() - window))
+                    seen, window = 0, time.monotonic()
+                if progress.step % config.eval_every == 0 or last:
+                    self._evaluate(task)
+                    window, seen = time.monotonic(), 0
+                if saving or last or agreed:
+                    self._save()
+                if agreed and not last:
+                    return self._stopped(agreed)
         return 0
 
-    def _step(self, batches: Iterator[tuple[Any, ...]], measure: bool) -> Step:
-        """One optimizer step, or one step that all processes skip together; a GPU may still be at it afterwards."""
+    def step(
+        self,
+        task: Task,
+        batches: Iterator[tuple[Any, ...]],
+        measure: bool,
+        after_step: Callable[[Any, int], None] | None,
+    ) -> Step:
+        """Take one optimizer step, or skip it on all processes together; a GPU may still be at work afterwards."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, self.progress.step) * group.get(RATE, 1.0)
-        arguments = self.task.arguments(self.progress.step, measure)
+        arguments = task.arguments(self.progress.step, measure)
         micro: list[Any] = []
         for i in range(config.accumulation):
             last = i == config.accumulation - 1
@@ -153,9 +194,9 @@ class Trainer:
         assert norm is not None
         taken = self.progress.step - self.steps.skipped  # before this one
         finite = self.steps.take(losses.loss, norm, *self._norm_beside())
-        if self.after_step is not None and bool(finite):
-            self.after_step(losses, self.progress.step + 1)
-        self._update_ema(finite, taken)
+        if after_step is not None and bool(finite):
+            after_step(losses, self.progress.step + 1)
+        self._update_averages(finite, taken)
         return Step(losses, norm)
 
     def _norm_beside(self) -> list[torch.Tensor]:
@@ -163,44 +204,43 @@ class Trainer:
         return [torch.nn.utils.get_total_norm(gradients)] if gradients else []
 
     @torch.no_grad()
-    def _update_ema(self, finite: torch.Tensor, taken: torch.Tensor) -> None:
-        """Decay rises with the steps taken, so that early averages forget the start; a skipped step moves nothing."""
+    def _update_averages(self, finite: torch.Tensor, taken: torch.Tensor) -> None:
+        """Average the weights; the decay rises with the steps taken, so that early averages forget the start."""
+        if not self._averaged:
+            return
         decay = ((1.0 + taken) / (10.0 + taken)).clamp(max=max(self.config.ema_decay, 0.0))
-        weight = (1.0 - decay) * finite  # () float32
+        weight = (1.0 - decay) * finite  # () float32; 0 for a skipped step
         change = torch._foreach_sub(self._averaged, self._averages)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_mul_(change, weight)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(self._averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
     def _hear(self, interrupts: Interrupts) -> Agreement:
-        """Wait for the device: what was skipped, and whether the run ends here."""
+        """Wait for the device to learn which steps were skipped and whether the run ends here."""
         skipped = self.steps.counts()
         self.progress.skipped, self.progress.skipped_in_a_row = skipped
-        self._stop_if_hopeless()
-        return agree(self.accelerator, interrupts)
-
-    def _stop_if_hopeless(self) -> None:
-        if self.progress.skipped_in_a_row >= self.config.max_skipped:
+        if skipped.in_a_row >= self.config.max_skipped:
             raise UserError(
-                f"loss or gradient was not finite {self.progress.skipped_in_a_row} steps in a row (limit max_skipped "
+                f"loss or gradient was not finite {skipped.in_a_row} steps in a row (limit max_skipped "
                 f"{self.config.max_skipped}) at step {self.progress.step}; lower --learning-rate, or train in bf16 or "
                 "without mixed precision; the last checkpoint is intact"
             )
+        return agree(self.accelerator, interrupts)
 
-    def _log(self, losses: Any, norm: torch.Tensor, speed: float) -> None:
+    def _log(self, task: Task, losses: Any, norm: torch.Tensor, speed: float) -> None:
         losses = map_losses(lambda t: torch.as_tensor(self.accelerator.reduce(t, "mean")), losses)
         step = self.progress.step
-        values = self.task.values(losses, step) | {
+        loop = {
             "grad_norm": norm.item(),
             "learning_rate": learning_rate_at(self.config, step - 1),
             "skipped": self.progress.skipped,
             "images_per_s": speed,
             "minutes": self.progress.minutes,
         }
-        self.log.write("train", step, values)
+        self.log.write("train", step, task.values(losses, step, loop))
 
-    def _evaluate(self) -> None:
-        if self.accelerator.is_main_process:
-            self.log.write("eval", self.progress.step, self.task.evaluate(self.progress.step))
+    def _evaluate(self, task: Task) -> None:
+        if self.accelerator.is_main_process and (values := task.evaluate(self.progress.step)):
+            self.log.write("eval", self.progress.step, values)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -208,12 +248,12 @@ class Trainer:
             if self.accelerator.scaler is not None:
                 self.progress.scaler = self.accelerator.scaler.state_dict()
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            folder = self.out / "checkpoints"
             self.log.flush()
-            checkpoints.save(folder, self.modules, inner, self.progress, keep=self.config.keep_checkpoints)
+            keep = self.config.keep_checkpoints
+            checkpoints.save(self._checkpoints, self.modules, inner, self.progress, keep=keep)
         self.accelerator.wait_for_everyone()
 
-    def _farewell(self, agreed: Agreement) -> int:
+    def _stopped(self, agreed: Agreement) -> int:
         reason = "interrupted" if agreed.signal else "stopped by --max-minutes"
         self.accelerator.print(
             f"{reason} at step {self.progress.step} of {self.config.steps}; a checkpoint is saved, the same command "

@@ -1,20 +1,9 @@
 """Compute the KL weight and the learning rate as pure functions of the step."""
 
 import math
-from typing import Protocol
 
+from train.config.common import LoopConfig
 from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
-
-
-class LearningRate(Protocol):
-    """The fields of a configuration that determine its learning rate."""
-
-    @property
-    def steps(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def lr_warmup_steps(self) -> int: ...
 
 
 def beta_at(config: ELBOConfig | IWAEConfig | JointConfig, step: int) -> float:
@@ -31,7 +20,7 @@ def beta_at(config: ELBOConfig | IWAEConfig | JointConfig, step: int) -> float:
     return config.beta * share
 
 
-def learning_rate_at(config: LearningRate, step: int) -> float:
+def learning_rate_at(config: LoopConfig, step: int) -> float:
     """Return the learning rate at a step.
 
     It warms up linearly and falls by half a cosine to zero at the last step (Loshchilov & Hutter 2017), or it falls in
@@ -45,7 +34,7 @@ def learning_rate_at(config: LearningRate, step: int) -> float:
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
 
 
-def _staged_rate_at(config: LearningRate, step: int) -> float:
+def _staged_rate_at(config: LoopConfig, step: int) -> float:
     """Return the rate of eight falling stages; stage i has 10^(-i/7) of it for a share of 3^i / 3280 of the steps.
 
     Over 3,280 passes this is the schedule of Burda et al. (2016, section 5). There is no warm-up.

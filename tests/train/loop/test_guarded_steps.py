@@ -1,4 +1,4 @@
-"""Steps whose numbers are not finite leave weights, moments and counts alone, without the host being asked."""
+"""Test that steps with numbers that are not finite change no weight, moment or count."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from train.loop.accelerate_state import accelerate_as
-from train.loop.guarded_steps import Skipped, Steps
+from train.loop.guarded_steps import GuardedSteps, Skipped
 from train.loop.interrupts import HEAR_EVERY, is_heard
 
 
@@ -20,7 +20,7 @@ def test_steps_that_are_not_finite_count_and_change_nothing(kind: type[torch.opt
             accelerator = Accelerator()
             weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
             optimizer = kind([weight], lr=0.1, fused=True)
-            steps = Steps(accelerator, accelerator.prepare(optimizer), Skipped(5, 2))
+            steps = GuardedSteps(accelerator, accelerator.prepare(optimizer), Skipped(5, 2))
             counts = []
             for is_bad in numbers:
                 loss = weight.square().sum() * (math.nan if is_bad else 1.0)

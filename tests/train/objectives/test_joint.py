@@ -36,9 +36,8 @@ from tests.support.run import (
 from train.config.presets import photo, photo_joint
 from train.config.vae import JointConfig, check
 from train.context_prior.network import Coded, ContextNet, Drawn
-from train.context_prior.trained import TrainedPrior, prior_of
+from train.context_prior.trained import TrainedPrior, prior_from, prior_of
 from train.objectives.joint import Joint
-from train.prior import make_net
 
 Z = 4
 CONFIG = JointConfig(
@@ -387,9 +386,9 @@ def test_a_prior_starts_from_the_run(argv: list[str], straight: Path, tmp_path: 
     data = (Path(argv[argv.index("--data") + 1]),)
     codec = export(straight, tmp_path / "model.safetensors", data=data, images=3, half=False)
     assert codec.priors is not None and codec.statistics is not None and codec.priors.context is None
-    net = make_net(SHAPE, codec.priors.channel_steps, codec.statistics, straight)
+    net = prior_from(straight, SHAPE, codec.priors.channel_steps, codec.statistics)
     trained = load_file(checkpoint(straight, 4) / "prior_ema.safetensors")
-    assert net.order.tolist() == trained.pop("channels").tolist()
+    assert net.order.tolist() == trained["channels"].tolist()
     assert_same_tensors(dict(net.state_dict()), trained)
 
 
@@ -398,12 +397,15 @@ def test_sources_without_a_fitting_prior_are_refused(straight: Path, model: Path
     assert codec.priors is not None
     base = codec.priors.channel_steps
     codec.save(tmp_path / "bare.safetensors")
-    for source, message in ((tmp_path, "no checkpoint with a prior"), (tmp_path / "bare.safetensors", "without")):
+    for source, message in (
+        (tmp_path, "no checkpoint with a prior"),
+        (tmp_path / "bare.safetensors", "has no context prior"),
+    ):
         with pytest.raises(UserError, match=message):
-            make_net(SHAPE, base, STATISTICS, source)
+            prior_from(source, SHAPE, base, STATISTICS)
     for source in (straight, model):
         with pytest.raises(UserError, match="--start-from"):
-            make_net(dataclasses.replace(SHAPE, width=16), base, STATISTICS, source)
+            prior_from(source, dataclasses.replace(SHAPE, width=16), base, STATISTICS)
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Recipe:
         val=pack(write_images(folder / "val", 2, seed=9), folder / "val.tar"),
         out=folder / "run",
         minutes=10.0,
-        total_minutes=0.01,
+        total_minutes=0.02,
         start_from=str(model_file),
         objective="elbo",
         latent_channels=6,
-        batch_size=2,
+        batch_size=8,
         crop=32,
         prior=PriorConfig(groups=(1,), levels=(1,), width=8, batch_size=2, crop=2, count_images=4),
         probe_steps=4,
@@ -92,7 +92,7 @@ def finished(tiny: Recipe, cut: TrainingPlan) -> Codec:
 def test_a_call_out_of_time_is_continued_by_the_next(
     tiny: Recipe, cut: TrainingPlan, finished: Codec, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cut.steps == round(0.01 * 60 * 0.8 * cut.images_per_s / 2) > 1
+    assert cut.steps == round(0.02 * 60 * 0.8 * cut.images_per_s / 8) > 1
     assert TrainingPlan(**state(tiny)["plans"]["codec"]) == cut and len(state(tiny)["done"]) == 6
     assert (tiny.out / "codec" / "checkpoints" / f"step-{cut.steps:08d}").exists()
     start = Codec.load(tiny.start_from)

@@ -1,4 +1,4 @@
-"""What a file is: a model of images or of their latents, a `.lc` file or a folder, a folder of latents or one shard."""
+"""Describe a file in words: a model, a diffusion model, a `.lc` file or a folder of them, latents or one shard."""
 
 from pathlib import Path
 
@@ -15,15 +15,15 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.describe import describe_model
 from latent_codec.model.shipped import resolve, shipped_names
 from latent_codec.prior.quantizer import STEP_ONE
-from latent_codec.storage import tensors as tensor_files
+from latent_codec.storage.tensors import FORMAT_VERSION, read_header
 
 _FLIPS = ", and the same of the images mirrored left to right"
 
 
 def describe(where: str, model: str | None = None) -> str:
-    """Text for people; `model`, by default the shipped ones, is compared with that of `.lc` files.
+    """Return a description for people; `.lc` files are compared with `model`, or with the shipped ones.
 
-    Raises `UserError` if it is none of the kinds, or damaged.
+    Raises `UserError` if the file is of none of these kinds, or damaged.
     """
     path = Path(where)
     streams = find_streams(path) if path.is_dir() else []
@@ -38,7 +38,7 @@ def describe(where: str, model: str | None = None) -> str:
     path = resolve(where)
     if _is_shard(path):
         return _describe_latents(path)
-    if "transformer" in tensor_files.read_header(path):
+    if "transformer" in read_header(path):
         return _describe_diffusion(path)
     return describe_model(Codec.load(path).contents(), path)
 
@@ -59,7 +59,7 @@ def _describe_diffusion(path: Path) -> str:
     model = Diffusion.load(path)
     classes = ", ".join(model.latents.classes) or "none: an unconditional model"
     lines = [
-        f"diffusion   {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {tensor_files.FORMAT_VERSION}",
+        f"diffusion   {path.name}, {path.stat().st_size / 1e6:.2f} MB, format {FORMAT_VERSION}",
         f"id          {model.model_id}",
         f"network     {model.config}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
         f"latents     {' x '.join(map(str, model.shape))} of model {model.latents.codec_id}",
@@ -70,7 +70,7 @@ def _describe_diffusion(path: Path) -> str:
 
 def _read_stream(path: Path) -> Stream:
     try:
-        return container.read(path, max_pixels=2**64)  # nothing is allocated for them
+        return container.read(path, max_pixels=2**64)  # no pixels are decoded
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UserError as error:
@@ -104,11 +104,9 @@ def _describe_stream(path: Path, model: str | None) -> str:
 
 
 def _describe_streams(folder: Path, sources: list[Source], model: str | None) -> str:
-    found, size = [], 0
-    for source in sources:
-        header, payload = _read_stream(source.path)
-        found.append(header)
-        size += container.OVERHEAD + len(payload)
+    found = [_read_stream(source.path) for source in sources]
+    size = sum(container.OVERHEAD + len(payload) for _, payload in found)
+    found = [header for header, _ in found]
     pixels = sum(h.geometry.width * h.geometry.height for h in found)
     kinds = {h.stream_id: h for h in found}
     steps = sorted({h.step / STEP_ONE for h in found})
@@ -124,7 +122,7 @@ def _describe_streams(folder: Path, sources: list[Source], model: str | None) ->
 
 
 def _model_of(header: StreamHeader, model: str | None) -> tuple[Codec | None, str]:
-    """The model that is called so, or a shipped one, if a stream is its, and what to say."""
+    """Return the given model, or a shipped one, if it made the stream, and what to print about it."""
     text, names = f"stream id {header.stream_id.hex()}", shipped_names() if model is None else [model]
     for name in names:
         codec = Codec.load(name)
@@ -138,7 +136,7 @@ def _describe_latents(path: Path) -> str:
     if not entries:
         raise UserError(f"{path}: an index without entries")
     pixels = sum(e.geometry.width * e.geometry.height for e in entries)
-    # A shard describes itself, under whatever name it has now.
+    # A shard's entries describe it under its first name; it may have another one now.
     shards = {path.parent / e.shard for e in entries} if path.name == INDEX else {path}
     if missing := sorted(shard.name for shard in shards if not shard.is_file()):
         raise UserError(f"{path}: {len(missing)} of its {len(shards)} shards are missing: {', '.join(missing[:5])}")

@@ -1,4 +1,4 @@
-"""What `info` says is what the file is."""
+"""Check that `info` describes a file as it is."""
 
 import dataclasses
 import re
@@ -80,19 +80,11 @@ def test_a_models_id_size_and_parts_are_said(codec: Codec, model_file: Path) -> 
     assert f"encoder {flops.encoder / 1e9:.2f} GFLOP, decoder {flops.decoder / 1e9:.2f} GFLOP per 256x256" in text
 
 
-def test_the_photo_presets_cost_is_printed_within_its_budget(tmp_path: Path) -> None:
-    Codec(photo().codec).save(tmp_path / "m.safetensors")
-    text = describe(str(tmp_path / "m.safetensors"))
-    found = re.search(r"encoder ([\d.]+) GFLOP, decoder ([\d.]+) GFLOP", text)
-    assert found is not None
-    assert float(found[1]) <= 5.4 and float(found[2]) <= 12.4
-    assert "statistics  none" in text
-
-
 def test_a_factor_that_does_not_divide_256_is_no_obstacle(codec: Codec, tmp_path: Path) -> None:
     config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=6))
     Codec(config).save(tmp_path / "m.safetensors")
-    assert "258x258 image" in describe(str(tmp_path / "m.safetensors"))
+    text = describe(str(tmp_path / "m.safetensors"))
+    assert "258x258 image" in text and "statistics  none" in text
 
 
 def test_training_is_told_from_what_export_wrote_and_shown_as_it_is_from_others(codec: Codec, tmp_path: Path) -> None:

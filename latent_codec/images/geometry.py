@@ -10,47 +10,47 @@ from latent_codec.images.colour import parse_colour
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a file's pixels became the model's input, and how to undo it. Travels as JSON (`config.to_json`)."""
+    """Record how a file's pixels became the model's input, so that decoding can undo it; stored as JSON."""
 
     width: int
-    """Pixels of the upright image."""
+    """Width of the upright image in pixels."""
     height: int
+    """Height of the upright image in pixels."""
     orientation: int
-    """EXIF orientation found in the file, 1 to 8. It has been applied: the pixels are upright."""
+    """EXIF orientation of the file, 1 to 8. It has been applied already: the pixels are upright."""
     mode: Literal["L", "RGB"]
-    """Colour mode of the decoded image: grey stays grey."""
+    """Colour mode of the image, grey or colour; the decoded image has the same."""
     background: str | None
-    """`#rrggbb` that the alpha was composited on; None if the file had neither alpha nor a transparent colour."""
+    """Colour `#rrggbb` under transparent pixels; None if the file had neither alpha nor a transparent colour."""
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:
-            raise ValueError(f"an image of {self.width}x{self.height} pixels is empty; sizes are at least 1x1")
+            raise ValueError(f"an image of {self.width}x{self.height} pixels is empty; the least size is 1x1")
         if not 1 <= self.orientation <= 8:
-            raise ValueError(f"orientation {self.orientation} is none of EXIF's 1 to 8")
+            raise ValueError(f"orientation {self.orientation} is outside EXIF's 1 to 8")
         if self.background is not None:
             parse_colour(self.background)
 
 
 class Image(NamedTuple):
+    """Hold an image's pixels and geometry."""
+
     pixels: torch.Tensor
-    """(3, h, w) uint8, sRGB; grey is repeated three times."""
+    """sRGB pixels, (3, h, w) uint8; grey is repeated three times."""
     geometry: Geometry
 
 
 def as_shown(pixels: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """(3, h, w) uint8 as they will be written and read again: of a grey image the three planes become one.
-
-    Grey is their rounded mean, which undoes `read_image`'s repeat exactly where they are equal.
-    """
+    """Return pixels (3, h, w) uint8 as they will be written: the planes of a grey image become their rounded mean."""
     if geometry.mode == "RGB":
         return pixels
     return ((pixels.sum(0, dtype=torch.int32) + 1) // 3).to(torch.uint8).expand(3, -1, -1)
 
 
 def in_channels(pixels: torch.Tensor, channels: int) -> torch.Tensor:
-    """(..., 3, h, w) uint8 as a model of 1 or 3 channels takes them; what has its number of channels stays as it is.
+    """Convert pixels (..., 3, h, w) uint8 to a model's 1 or 3 channels; pixels that have them are returned as they are.
 
-    One channel is the luma of Rec. 601, rounded: of a grey image, whose three planes are equal, any of them.
+    One channel is the rounded luma of Rec. 601; if the three planes are equal, it is any of them.
     """
     if pixels.shape[-3] == channels:
         return pixels
@@ -60,14 +60,14 @@ def in_channels(pixels: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def in_rgb(pixels: torch.Tensor) -> torch.Tensor:
-    """(..., 1 or 3, h, w) -> (..., 3, h, w): undoes `in_channels` for grey images. A view."""
+    """Return a view (..., 3, h, w) of pixels with 1 or 3 channels; undoes `in_channels` for grey images."""
     return pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
 
 
 def pad(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """(..., h, w) -> (..., h', w'): repeats the last row and column up to multiples of `factor`. Any dtype.
+    """Pad (..., h, w) of any dtype to multiples of `factor` by repeating the last row and column.
 
-    Unlike `torch.nn.functional.pad` it takes integers.
+    `torch.nn.functional.pad` does not take integers.
     """
     height, width = x.shape[-2:]
     if bottom := -height % factor:
@@ -78,13 +78,13 @@ def pad(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def mirrored(image: Image, factor: int) -> torch.Tensor:
-    """(3, h', w') of an image that has been padded: its mirror image, left to right, padded.
+    """Return the padded mirror image (3, h', w'), left to right, of an image that has been padded.
 
-    Mirrored first: what is padded is the right edge, which then is another one.
+    Padding comes last, because the right edge of the mirror image is another one.
     """
     return pad(crop(image.pixels, image.geometry).flip(-1), factor)
 
 
 def crop(x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """(..., h', w') -> (..., height, width): undoes `pad`. A view."""
+    """Undo `pad`: return a view (..., height, width) of (..., h', w')."""
     return x[..., : geometry.height, : geometry.width]

@@ -1,7 +1,7 @@
-"""IDX files, in which MNIST and its kin come: grey images in one file, their labels in another beside it.
+"""Read IDX files, the format of MNIST: grey images in one file and their labels in another beside it.
 
-Big-endian: two zero bytes, the type of the values (8: uint8), the number of dimensions, each dimension as 4 bytes,
-then the values. They may be compressed by gzip.
+A file holds, in big-endian order, two zero bytes, the type of the values (8: uint8), the number of dimensions, each
+dimension as 4 bytes, then the values. It may be compressed by gzip.
 """
 
 import functools
@@ -20,21 +20,23 @@ _UINT8 = 8
 
 
 class IdxImage(NamedTuple):
+    """Locate one image in an IDX file."""
+
     name: str
     """`7/train-00003`, as in a folder of classes, if there are labels; else `train-00003`."""
     offset: int
-    """Of its height * width bytes in the file's content."""
+    """Byte offset of its height * width bytes in the unpacked file."""
     height: int
     width: int
 
 
 def is_idx(path: Path) -> bool:
-    """Whether a file is called as IDX images are."""
+    """Return True if a file has the name of IDX images, such as `train-images-idx3-ubyte.gz`."""
     return _IMAGES.fullmatch(path.name) is not None
 
 
 def find(path: Path) -> list[IdxImage]:
-    """The images of an IDX file; raises `UserError` if it or the labels beside it are damaged or do not fit."""
+    """List the images of an IDX file; raises `UserError` if it or its labels are damaged, or their numbers differ."""
     match = _IMAGES.fullmatch(path.name)
     stem = match[1] if match and match[1] else "image"
     start, (count, height, width) = _layout(path, 3)
@@ -47,7 +49,7 @@ def find(path: Path) -> list[IdxImage]:
 
 
 def content(path: Path) -> bytes:
-    """The whole file, unpacked; the last few that were read stay in memory. Raises `OSError`."""
+    """Return the whole file, unpacked, and cache the last few. Raises `OSError`."""
     about = path.stat()
     return _content(path, about.st_mtime_ns, about.st_size)
 
@@ -62,27 +64,27 @@ def _content(path: Path, mtime_ns: int, size: int) -> bytes:
 
 
 def _layout(path: Path, dimensions: int) -> tuple[int, tuple[int, ...]]:
-    """Where the values begin, and their shape."""
+    """Return the offset of the values and their shape."""
     try:
         data = content(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     start = 4 + 4 * dimensions
     if len(data) < start or data[:4] != bytes((0, 0, _UINT8, dimensions)):
-        raise UserError(f"{path}: not an IDX file of uint8 values in {dimensions} dimensions; get it again")
+        raise UserError(f"{path}: not an IDX file of uint8 values in {dimensions} dimensions; download it again")
     shape = struct.unpack_from(f">{dimensions}I", data, 4)
     if len(data) != start + math.prod(shape) or not math.prod(shape):
-        raise UserError(f"{path}: {len(data)} bytes are not what its shape {shape} takes; get it again")
+        raise UserError(f"{path}: its shape {shape} does not fit its {len(data)} bytes; download it again")
     return start, shape
 
 
 def _labels(path: Path, count: int) -> bytes:
-    """One byte for each image; none if there is no file of labels."""
+    """Return one byte for each image, or nothing if there is no file of labels."""
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     beside = [p for p in (path.with_name(name), path.with_name(name + ".gz")) if p.is_file()]
     if not beside:
         return b""
     start, (found,) = _layout(beside[0], 1)
     if found != count:
-        raise UserError(f"{beside[0]}: {found} labels for {count} images; get both files again")
+        raise UserError(f"{beside[0]}: {found} labels for {count} images; download both files again")
     return content(beside[0])[start:]

@@ -1,6 +1,12 @@
-"""Image files <-> pixels: what is read, what is refused, and what must be remembered to undo the reading.
+"""Read an image file as upright sRGB pixels in uint8 without alpha, and refuse what is not one still image.
 
-Pixels are sRGB, uint8, upright, without alpha. Everything else a file can hold is turned into that, once, here.
+A file is refused with a `UserError` that names it, the reason and the remedy, in this order:
+
+1. It cannot be opened or is empty, or its content is of none of `FORMATS` (`_identify`).
+2. Its header claims more than `ReadOptions.max_pixels`; no pixel has been decoded then (`_check_size`).
+3. It has several frames, as animations and multi-page TIFF have (of a camera's multi-picture JPEG, MPO, the main
+   picture is read), or its pixels cannot be decoded because it is damaged or cut off (`_load`).
+4. Its pixels are floating-point, 12-bit grey, or integers beyond 16 bits (`colour.in_8_bits`).
 """
 
 import dataclasses
@@ -29,17 +35,17 @@ _SUFFIXES = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
 }
-# Pillow registers a plugin even where the library below it was not compiled in.
+# Pillow registers a plugin even if the library that it needs was not compiled in.
 _LIBRARIES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}
 
 FORMATS: tuple[str, ...] = tuple(f for f in _SUFFIXES if f not in _LIBRARIES or features.check(_LIBRARIES[f]))
-"""Pillow's names of the formats that are read: an allow-list, so that no rare parser meets a stranger's file."""
+"""Pillow's names of the formats that are read. An allow-list keeps untrusted files away from rarely used parsers."""
 
 EXTENSIONS: frozenset[str] = frozenset(suffix for f in FORMATS for suffix in _SUFFIXES[f])
-"""Lower-case suffixes of `FORMATS`, for listing folders. Reading goes by a file's content, not by its name."""
+"""Lower-case suffixes of `FORMATS`, for listing folders. Reading goes by a file's content and ignores its name."""
 
-# 134 million pixels: above every single-shot camera (a 100-megapixel back is 11648 x 8736 = 102 million), and the
-# most that a few small bytes can make this process allocate stays at 0.5 GiB (Pillow keeps 4 bytes per pixel).
+# 134 million pixels are more than any single-shot camera has (a 100-megapixel back: 11648 x 8736 = 102 million), and
+# limit what a small malicious file can make this process allocate to 0.5 GiB (Pillow keeps 4 bytes per pixel).
 DEFAULT_MAX_PIXELS = 2**27
 
 
@@ -64,22 +70,20 @@ READ_DEFAULTS = ReadOptions()
 def read_image(
     source: Path | str | BinaryIO | bytes, options: ReadOptions = READ_DEFAULTS, *, name: str | None = None
 ) -> Image:
-    """Reads one still image as upright sRGB pixels, (3, h, w) uint8.
+    """Read one still image as upright sRGB pixels, (3, h, w) uint8.
 
-    - Alpha, and the one colour that a PNG or GIF calls transparent, is composited on `options.background`.
-    - 16-bit grey is divided by 257 with rounding; other 16-bit images come from Pillow as their upper 8 bits.
-    - An embedded ICC profile is followed; one that is broken or made for other channels is ignored, as browsers do.
-    - Of a camera's multi-picture JPEG (MPO) the main picture is read; any other file of several frames is refused.
+    - Alpha, and the one colour that a PNG or GIF declares transparent, is composited on `options.background`.
+    - 16-bit grey is divided by 257 with rounding; other 16-bit images are reduced to their upper 8 bits by Pillow.
+    - An embedded ICC profile is applied; one that is broken or made for other channels is ignored, as in browsers.
 
-    `name` stands for the source in messages; a path names itself. A stream is read from its start and stays open.
-    Raises `UserError`, one sentence with the name and the reason, for whatever
-    cannot be read as one such image.
+    `name` names the source in messages; a path names itself. A stream is read from its start and stays open. Raises
+    `UserError` with the name and the reason for whatever the module refuses.
     """
     backdrop = parse_colour(options.background)
     name = name or (str(source) if isinstance(source, Path | str) else "image")
     with _opened(source, name) as stream:
         pil = _identify(stream, name)
-        _check_header(pil, name, options.max_pixels)
+        _check_size(pil, name, options.max_pixels)
         orientation, remaining, rawmode = _load(pil, name)
     alpha = opacity(pil, rawmode)
     colour = in_srgb(in_8_bits(pil, rawmode, name), pil.info.get("icc_profile"))
@@ -99,7 +103,7 @@ def read_image(
 
 @contextmanager
 def _opened(source: Path | str | BinaryIO | bytes, name: str) -> Iterator[BinaryIO]:
-    """The source as a seekable stream; a stream of the caller's stays open."""
+    """Open the source as a seekable stream; a stream of the caller's stays open."""
     try:
         if isinstance(source, Path | str):
             with Path(source).open("rb") as stream:
@@ -113,18 +117,18 @@ def _opened(source: Path | str | BinaryIO | bytes, name: str) -> Iterator[Binary
 
 
 def _identify(stream: BinaryIO, name: str) -> ImageFile.ImageFile:
-    """What `PIL.Image.open(stream, formats=FORMATS)` does, less its look at `PIL.Image.MAX_IMAGE_PIXELS`.
+    """Open an image as `PIL.Image.open(stream, formats=FORMATS)` does, but without `PIL.Image.MAX_IMAGE_PIXELS`.
 
-    That limit belongs to the whole process: `Image.open` would warn from 89 million pixels and refuse from 179, and to
-    change it, or to silence the warning, for one call is not thread-safe. `_check_header` applies `max_pixels`
-    instead. Some plugins (TIFF, GIF, WebP since Pillow 13) ask for Pillow's limit themselves: there it holds too.
+    That limit is the whole process's: `Image.open` would warn above 89 million pixels and refuse above 179 million, and
+    no thread can change it for itself. `_check_size` applies `max_pixels` instead. Some plugins (TIFF, GIF, WebP since
+    Pillow 13) check Pillow's limit themselves, so both hold there.
     """
     PilImage.init()
     stream.seek(0)
     prefix = stream.read(16)
     if not prefix:
         raise UserError(f"{name}: the file is empty")
-    reason = "it starts like none of them"
+    reason = "its first bytes match none of them"
     for image_format in FORMATS:
         factory, accept = PilImage.OPEN[image_format]
         if accept is None or accept(prefix) is True:
@@ -133,13 +137,12 @@ def _identify(stream: BinaryIO, name: str) -> ImageFile.ImageFile:
                 return factory(stream, "")
             except PilImage.DecompressionBombError as error:
                 raise UserError(f"{name}: {error}; raise PIL.Image.MAX_IMAGE_PIXELS to read it") from error
-            except Exception as error:  # plugins raise whatever a stranger's bytes make them raise
-                reason = f"it starts like {image_format}, but: {error or type(error).__name__}"
+            except Exception as error:  # damaged files make plugins raise anything
+                reason = f"it begins like {image_format}, but: {error or type(error).__name__}"
     raise UserError(f"{name}: not a readable image of the formats {', '.join(FORMATS)}: {reason}")
 
 
-def _check_header(pil: ImageFile.ImageFile, name: str, max_pixels: int) -> None:
-    """Refuses by the size that the file claims, before a single pixel is decoded."""
+def _check_size(pil: ImageFile.ImageFile, name: str, max_pixels: int) -> None:
     width, height = pil.size
     if width * height > max_pixels:
         raise UserError(
@@ -149,11 +152,11 @@ def _check_header(pil: ImageFile.ImageFile, name: str, max_pixels: int) -> None:
 
 
 def _load(pil: ImageFile.ImageFile, name: str) -> tuple[int, int, str]:
-    """Decodes the pixels.
+    """Decode the pixels.
 
-    Returns the EXIF orientation found in the file, the one still to be applied, and Pillow's name of the stored layout.
+    Returns the file's EXIF orientation, the one that remains to be applied, and Pillow's name of the stored layout.
     """
-    if ImageFile.LOAD_TRUNCATED_IMAGES:  # the whole process's, so it is not ours to switch off
+    if ImageFile.LOAD_TRUNCATED_IMAGES:  # a setting of the whole process, so it cannot be switched off here
         raise UserError(f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES hides damage; set it to False")
     args = pil.tile[0][3] if pil.tile else ""
     rawmode = str(args[0]) if isinstance(args, tuple) else str(args)
@@ -162,9 +165,9 @@ def _load(pil: ImageFile.ImageFile, name: str) -> tuple[int, int, str]:
             raise UserError(f"{name}: it has more than one frame; only still images are read, so split it first")
         before = _orientation(pil) if pil.format == "TIFF" else 1
         pil.load()
-        if pil.format == "TIFF":  # Pillow turns a TIFF itself while loading it
+        if pil.format == "TIFF":  # Pillow applies a TIFF's orientation while loading it
             return before, 1, rawmode
-        orientation = _orientation(pil)  # now, because a PNG's EXIF may come after its pixels
+        orientation = _orientation(pil)  # after loading, because a PNG's EXIF may follow its pixels
         return orientation, orientation, rawmode
     except UserError:
         raise
@@ -178,24 +181,24 @@ def _load(pil: ImageFile.ImageFile, name: str) -> tuple[int, int, str]:
 def _orientation(pil: PilImage.Image) -> int:
     try:
         value = pil.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken metadata is no reason to lose a picture
+    except Exception:  # damaged metadata does not prevent reading the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-_STRIP_PIXELS = 2**18
+_STRIP_PIXELS = 2**18  # fit in a processor's cache
 
 
 def _pixels(
     colour: PilImage.Image, alpha: np.ndarray | None, backdrop: tuple[int, int, int], orientation: int
 ) -> np.ndarray:
-    """(3, h, w) uint8, upright, from an L or RGB image and its opacity (h, w).
+    """Convert an L or RGB image and its opacity (h, w) to upright pixels (3, h, w) uint8.
 
-    Goes by strips of rows: three times faster than whole planes, and no second copy lies beside Pillow's.
+    Strips of rows are three times faster than whole planes, and need no second copy of the image.
     """
     width, height = colour.size
     pixels = np.empty((3, width, height) if orientation >= 5 else (3, height, width), np.uint8)
-    stored = _turn(pixels, {6: 8, 8: 6}.get(orientation, orientation))  # a view laid out as the file is
+    stored = _turn(pixels, {6: 8, 8: 6}.get(orientation, orientation))  # a view with the file's layout
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -207,7 +210,7 @@ def _pixels(
 
 
 def _turn(planes: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of stored planes (..., h, w) as EXIF's `orientation` says they are to be seen."""
+    """Return a view of stored planes (..., h, w) turned by EXIF's `orientation`."""
     if orientation >= 5:
         planes = planes.swapaxes(-2, -1)
     if orientation in (3, 4, 7, 8):

@@ -1,4 +1,4 @@
-"""Finding images: one file, a folder's tree, a glob, tar shards or IDX files."""
+"""Find images in a file, a folder, a glob's matches, tar shards or IDX files."""
 
 import glob
 import os
@@ -15,24 +15,24 @@ from latent_codec.images.read import EXTENSIONS, READ_DEFAULTS, ReadOptions, rea
 
 
 class Source(NamedTuple):
-    """One image: a byte range of a file (the whole file, a tar shard's member, or an IDX file's bare pixels)."""
+    """Locate one image: a whole file, a tar shard's member, or pixels in an IDX file."""
 
     name: str
-    """Path relative to where the search began, with "/" between its parts; unique within one search."""
+    """Path relative to the place that was searched, with "/" between its parts; unique within one search."""
     path: Path
     offset: int
     size: int
     bare: tuple[int, int] | None = None
-    """Height and width of grey pixels without a header, in an IDX file's content."""
+    """Height and width if the bytes are grey pixels without a header, in an IDX file's content."""
 
     @property
     def label(self) -> str | None:
-        """Its class: the first folder of its name; None at the top level."""
+        """The class: the first folder of the name; None at the top level."""
         first, slash, _ = self.name.partition("/")
         return first if slash else None
 
     def read_bytes(self) -> bytes:
-        """As they lie there; bare pixels become a PGM file. Raises `OSError`."""
+        """Return the image's file; pixels of an IDX file become a PGM file. Raises `OSError`."""
         if self.bare is not None:
             height, width = self.bare
             pixels = idx.content(self.path)[self.offset : self.offset + self.size]
@@ -42,7 +42,7 @@ class Source(NamedTuple):
             return file.read(self.size)
 
     def read(self, options: ReadOptions = READ_DEFAULTS) -> Image:
-        """Decode it; raises `UserError` with the name and the reason where that cannot be done."""
+        """Decode the image (`read_image`); raises `UserError` with the name and the reason."""
         try:
             data = self.read_bytes()
         except OSError as error:
@@ -51,12 +51,12 @@ class Source(NamedTuple):
 
 
 def find_images(where: Path | str) -> list[Source]:
-    """Images in a file, a folder (recursively; by suffix), a tar file, an IDX file, or a glob's matches.
+    """List images, sorted by name: a file, those of a folder (recursively, by suffix), a tar or IDX file, or a glob.
 
-    IDX files are known by their names (`train-images-idx3-ubyte`, also with `.gz`); where their labels lie beside them
-    the images are named as in folders of classes. Tar files directly in a folder and tar files that a glob matches are
-    searched as well. Links to folders are not followed. The order is fixed: sorted by name. Raises `UserError` if
-    nothing is found, a folder, tar or IDX file cannot be read to its end, or two images would have the same name.
+    IDX files are recognised by their names (`train-images-idx3-ubyte`, also with `.gz`); with labels beside them their
+    images are named as in folders of classes. Tar files directly in a folder, and those that a glob matches, are
+    searched too. Links to folders are not followed. Raises `UserError` if nothing is found, a folder, tar or IDX file
+    cannot be read to its end, or two images would have the same name.
     """
     path = Path(where)
     if path.is_dir():
@@ -73,7 +73,7 @@ def find_images(where: Path | str) -> list[Source]:
 
 
 def find_all(places: Sequence[Path]) -> list[Source]:
-    """`find_images` for several places in turn; names get their place as prefix if they would collide."""
+    """List the images of several places in turn; where names would collide, each gets its place as prefix."""
     found = [find_images(place) for place in places]
     names = [s.name for sources in found for s in sources]
     if len(set(names)) == len(names):
@@ -94,7 +94,7 @@ def _in_file(path: Path) -> list[Source]:
 def _whole(path: Path, name: str) -> Source:
     try:
         size = path.stat().st_size
-    except OSError:  # a broken link, or just deleted: reading it will fail, and that is counted
+    except OSError:  # a broken link or just deleted; reading it will fail and be counted
         size = 0
     return Source(name, path, 0, size)
 
@@ -108,10 +108,10 @@ def _is_tar(path: Path) -> bool:
 
 
 def find_files(where: Path, suffix: str) -> list[Source]:
-    """Files with a suffix, as it is spelled, in a folder (recursively) or a tar file, or the one that is given.
+    """List files with a suffix, sorted by name, in a folder (recursively) or a tar file, or the file `where` itself.
 
-    Tar files directly in a folder are searched as well; what is in them has its own name, without the tar file's.
-    Sorted by name. Links to folders are not followed. Raises `UserError` if a folder or tar file cannot be read, or two
+    Tar files directly in a folder are searched too; their members' names do not contain the tar file's. The suffix's
+    case counts. Links to folders are not followed. Raises `UserError` if a folder or tar file cannot be read, or two
     files would have the same name.
     """
     if where.is_dir():
@@ -139,7 +139,7 @@ def _in_folder(folder: Path) -> list[Source]:
 
 
 def _tree(folder: Path) -> list[Path]:
-    """All that is in a folder and below it but folders."""
+    """List everything below a folder but folders."""
 
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable or move it away")
@@ -154,17 +154,17 @@ def _matching(pattern: str) -> list[Source]:
     try:
         return _in_files([f for f in root.glob(str(Path(*fixed[depth:]))) if not f.is_dir()], root)
     except (ValueError, NotImplementedError) as error:
-        raise UserError(f"{pattern}: not a pattern that can be searched for: {error}") from error
+        raise UserError(f"{pattern}: not a valid glob pattern: {error}") from error
 
 
 def _in_files(files: list[Path], root: Path) -> list[Source]:
-    """Images among `files` and in tar files among them, by names relative to `root`."""
-    # A pipe or a device would block whoever opens it; a broken link is kept, to be counted as failed.
+    """List images among `files` and in tar and IDX files among them, named relative to `root`."""
+    # Opening a pipe or a device would block; a broken link is kept, to be counted as failed.
     files = [f for f in files if f.is_file() or f.is_symlink()]
     sources = [_whole(f, f.relative_to(root).as_posix()) for f in files if _is_image(f.name)]
     for shard in (f for f in files if _is_tar(f)):
         sources += _in_tar(shard, shard.relative_to(root).with_suffix("").as_posix())
-    packed = {f for f in files if f.suffix == ".gz" and f.with_suffix("") in files}  # and unpacked beside it
+    packed = {f for f in files if f.suffix == ".gz" and f.with_suffix("") in files}  # the unpacked file is beside it
     for file in (f for f in files if idx.is_idx(f) and f not in packed):
         sources += _in_idx(file, file.parent.relative_to(root).as_posix())
     return sources
@@ -178,7 +178,7 @@ def _in_idx(path: Path, prefix: str) -> list[Source]:
 
 
 def _in_tar(shard: Path, prefix: str, wanted: Callable[[str], bool] = _is_image) -> list[Source]:
-    """What is wanted of an uncompressed tar file; of members of one name the last counts, as when it is unpacked."""
+    """List the wanted members of an uncompressed tar file; of equal names the last counts, as in unpacking."""
     found: dict[str, Source] = {}
     try:
         with tarfile.open(shard, "r:") as tar, shard.open("rb") as raw:
@@ -188,7 +188,7 @@ def _in_tar(shard: Path, prefix: str, wanted: Callable[[str], bool] = _is_image)
                     name = str(PurePosixPath(prefix, member.name.lstrip("/")))  # `tar c .` writes ./a.jpg
                     found[name] = Source(name, shard, data.offset_data, data.size)
             raw.seek(tar.offset)
-            if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
+            if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
                 raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     except (tarfile.TarError, KeyError, OSError) as error:
         raise UserError(f"{shard}: not a whole, uncompressed tar file ({error}); make it again") from error

@@ -15,7 +15,7 @@ from latent_codec.storage.files import atomic_path
 
 
 def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:
-    """(3, h, w) uint8 of the geometry's size as a Pillow image of the geometry's mode (`as_shown`)."""
+    """Convert pixels (3, h, w) uint8 of the geometry's size to a Pillow image of the geometry's mode."""
     if pixels.dtype != torch.uint8 or pixels.shape != (3, geometry.height, geometry.width):
         raise ValueError(
             f"expected uint8 (3, {geometry.height}, {geometry.width}), found {pixels.dtype} {pixels.shape}"
@@ -32,12 +32,11 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"},
 }
 
-
 ImageFormat = Literal["png", "webp", "jpg"]
 
 
 def write_image(path: Path | str, pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> None:
-    """Writes `image_bytes` atomically; raises `UserError` as it does, or if the file cannot be written."""
+    """Write an image file atomically; raises `UserError` if the format cannot hold it or it cannot be written."""
     try:
         data = image_bytes(pixels, geometry, image_format)
         with atomic_path(Path(path)) as temporary:
@@ -47,7 +46,7 @@ def write_image(path: Path | str, pixels: torch.Tensor, geometry: Geometry, imag
 
 
 def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> bytes:
-    """A file of (3, h, w) uint8: PNG, lossless WebP, or JPEG of quality 95 without chroma subsampling.
+    """Encode pixels (3, h, w) uint8 as PNG, lossless WebP, or JPEG of quality 95 without chroma subsampling.
 
     Raises `UserError` if the format cannot hold the size.
     """
@@ -61,7 +60,7 @@ def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFor
 
 
 def rgb_pixels(image: PilImage.Image) -> torch.Tensor:
-    """(3, h, w) uint8; grey is repeated, as reading a grey file does."""
+    """Convert a Pillow image to pixels (3, h, w) uint8; grey is repeated three times."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Writing that a crash cannot leave half done."""
+"""Write files and folders so that a crash leaves the old one or the whole new one, never a half."""
 
 import errno
 import functools
@@ -16,29 +16,30 @@ from pathlib import Path, PurePosixPath
 from latent_codec.errors import FatalError, UserError
 
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{16})-[0-9a-f]{8}\.tmp", re.DOTALL)
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_FATAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 class DiskError(FatalError):
-    """Nothing more can be written."""
+    """The disk takes no more files."""
 
 
 @contextmanager
 def disk_errors(path: Path, name: str | None = None) -> Iterator[None]:
-    """`OSError` while writing `path` as `DiskError`, or as `UserError` about `name` if other files may fare better."""
+    """Turn an `OSError` while writing `path` into a `DiskError`, or into a `UserError` about `name`.
+
+    The latter is raised if a name is given and other files may still be written.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if name is None or error.errno in _HOPELESS:
-            raise DiskError(
-                f"{path} cannot be written: {reason}; once that is mended, the same command goes on"
-            ) from error
+        if name is None or error.errno in _FATAL_ERRORS:
+            raise DiskError(f"{path} cannot be written: {reason}; solve that and repeat the same command") from error
         raise UserError(f"{name}: {path} cannot be written: {reason}") from error
 
 
 def process_name() -> str:
-    """Names this process in the names of its temporary files, so that others can tell whose are left over."""
+    """Return this process's part of its temporary files' names, by which other processes recognise abandoned ones."""
     return _process_name(os.getpid())
 
 
@@ -48,16 +49,16 @@ def _process_name(_: int) -> str:
 
 
 def temporary_of(name: str) -> str | None:
-    """The `process_name` in a name that a temporary file or folder was given here; None for any other."""
+    """Return the `process_name` in the name of a temporary file or folder; None for any other name."""
     found = _TEMPORARY.fullmatch(name)
     return found and found[1]
 
 
 @contextmanager
 def temporary_path(folder: Path, name: str) -> Iterator[Path]:
-    """An empty file in a folder, with the permissions of the user's umask, for `name` or the like; removed at the end.
+    """Create an empty file in `folder`, named after `name`, and remove it at the end unless `put` has moved it.
 
-    Unless `put` took it away before. The folder and its parents are created.
+    It has the permissions of the user's umask. The folder and its parents are created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder / name)
@@ -70,9 +71,9 @@ def temporary_path(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, named as temporary files are and removed with all that is in it at the end.
+    """Create a folder beside `path`, named as temporary files are, and remove it with its content at the end.
 
-    For libraries that make temporary files of their own: killed, they leave nothing that is not known to be left over.
+    Libraries that make temporary files of their own make them here, so that those of a killed process are recognised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = _temporary(path)
@@ -84,20 +85,20 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def put(temporary: Path, path: Path, mode: int | None = None) -> None:
-    """A written temporary file in its place, after it has reached the disk; `mode` are the permissions it gets."""
+    """Rename a written temporary file to `path` after it has reached the disk, with permissions `mode` if given."""
     if mode is not None and temporary.stat().st_mode != mode:
         temporary.chmod(stat.S_IMODE(mode))
     fsync(temporary)
-    os.replace(temporary, path)  # noqa: PTH105 (tests stop the process here by name)
+    os.replace(temporary, path)  # noqa: PTH105 (tests inject faults into this function)
     fsync(path.parent)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder; on success it is fsynced and renamed to `path`, else removed.
+    """Give a temporary path in the same folder; on success it is fsynced and renamed to `path`, else removed.
 
-    It keeps the permissions of the user's umask whatever the writer does: a library that puts its own file in its
-    place (safetensors) would leave one for the owner only. Parent folders are created.
+    The file gets the permissions of the user's umask even if the writer replaces it by a file of its own, as
+    safetensors does. Parent folders are created.
     """
     with temporary_path(path.parent, path.name) as temporary:
         mode = temporary.stat().st_mode
@@ -107,10 +108,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder in the same place; on success it is renamed to `path` with all that is in it, else removed.
+    """Give a temporary folder in the same place; on success it is renamed to `path` with its content, else removed.
 
-    What is written into it is to be written by `atomic_path`. A folder that `path` was before goes when the new one is
-    complete. Parent folders are created.
+    Write its files by `atomic_path`. A folder that was at `path` before is removed once the new one is complete. Parent
+    folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, before = _temporary(path), _temporary(path)
@@ -133,7 +134,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    stem = os.fsencode(path.name)[:200].decode(errors="ignore")  # names are limited in bytes, to 255
+    stem = os.fsencode(path.name)[:200].decode(errors="ignore")  # names are limited to 255 bytes
     return path.with_name(f".{stem}.{process_name()}-{secrets.token_hex(4)}.tmp")
 
 
@@ -144,7 +145,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise `UserError` unless it is a plain relative path, with "/" between its parts, that stays in its folder."""
+    """Raise `UserError` unless `name` is a plain relative path, with "/" between its parts, inside its folder."""
     pure = PurePosixPath(name)
     plain = pure.parts and not pure.is_absolute() and ".." not in pure.parts and str(pure) == name
     if not plain or {"\\", "\0"} & set(name) or not _is_encodable(name):
@@ -152,16 +153,15 @@ def check_name(name: str) -> None:
 
 
 def _is_encodable(name: str) -> bool:
-    """Whether any file can have this name; half of a UTF-16 pair in JSON cannot be written in UTF-8."""
     try:
         os.fsencode(name)
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # half of a UTF-16 pair, for example
         return False
     return True
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents; raises `UserError` if that, or writing a file into it, is not possible."""
+    """Create a folder and its parents; raises `UserError` if that is impossible, or no file can be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -181,9 +181,11 @@ def fsync(path: Path) -> None:
 
 
 def sha256(data: bytes) -> str:
+    """Return the SHA-256 of bytes in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,11 +10,11 @@ from typing import Any, Literal, Union
 
 
 def to_json(config: Any) -> Any:
-    """A config as plain JSON values; a class that has a `kind` carries it.
+    """Convert a dataclass to JSON values; a class with a `kind` writes it.
 
-    An integer in a float field becomes that float, so that equal configs give equal JSON (a model's identity). A field
-    with a default is one that older files lack: at its default it is left out, so that their identity stays. A field
-    renamed since its first file keeps its JSON key, `dataclasses.field(metadata={"json": key})`.
+    An integer in a float field becomes a float, so that equal configurations give equal JSON and equal model ids. A
+    field at its default is left out: older files lack it, and their ids stay. A field renamed since its first file
+    keeps its JSON key, `dataclasses.field(metadata={"json": key})`.
     """
     return _to_json(config, Any)
 
@@ -42,10 +42,10 @@ def _kind(cls: Any) -> dict[str, str]:
 
 
 def from_json(cls: Any, value: Any, *, where: str = "config") -> Any:
-    """The inverse of `to_json`.
+    """Convert JSON values to a dataclass; the inverse of `to_json`.
 
-    Strict: an unknown field, a missing one that has no default, an unknown kind or a value of the wrong type raises
-    `ValueError` naming it.
+    Raises `ValueError` naming the field for an unknown field, a missing one without a default, an unknown kind, or a
+    value of another type.
     """
     if dataclasses.is_dataclass(cls):
         return _dataclass_from_json(cls, value, where)
@@ -59,7 +59,7 @@ def from_json(cls: Any, value: Any, *, where: str = "config") -> Any:
         return tuple(from_json(item, v, where=f"{where}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         if value not in typing.get_args(cls):
-            raise ValueError(f"{where}: {value!r} is none of {list(typing.get_args(cls))}")
+            raise ValueError(f"{where}: {value!r} is not one of {list(typing.get_args(cls))}")
         return value
     if cls is float and type(value) in (int, float):
         if not abs(value) <= sys.float_info.max:  # also true of NaN
@@ -106,10 +106,10 @@ def _union_from_json(members: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object, found {value!r}")
     if (found := value.get("kind")) not in list(kinds):  # a list, because `found` may be unhashable
-        raise ValueError(f"{where}: kind {found!r} is none of {sorted(kinds)}")
+        raise ValueError(f"{where}: kind {found!r} is not one of {sorted(kinds)}")
     return from_json(kinds[found], value, where=where)
 
 
 def dumps(value: Any) -> str:
-    """Canonical JSON: sorted keys, no spaces, no NaN. Equal values give equal text."""
+    """Return canonical JSON with sorted keys and without spaces or NaN, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)

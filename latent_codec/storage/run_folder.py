@@ -1,30 +1,32 @@
-"""Find the newest checkpoint of a training run and its provenance."""
+"""Find the newest checkpoint of a training run, and the run's provenance."""
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from latent_codec.errors import UserError
+from latent_codec.storage.files import sha256_of
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
 
-
 PRIOR_RUN_MODEL = "model.safetensors"
-"""What `train.prior` leaves in its folder."""
+"""Name of the model file that `train.prior` writes into its run's folder."""
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest whose averaged weights match their checksum; older ones stand in for damaged ones, with a warning."""
+    """Return a run's newest checkpoint whose averaged weights match their checksum, warning of damaged ones.
+
+    Raises `UserError` if there is none.
+    """
     finished = sorted((run / "checkpoints").glob("step-*"))
     if finished and not (finished[-1] / "codec.safetensors").exists() and (finished[-1] / "prior.safetensors").exists():
         raise UserError(f"{run}: a run of train.prior that has not finished; repeat its command to resume it")
     for path in reversed(finished):
         try:
             expected = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]["ema.safetensors"]
-            if hashlib.sha256((path / "ema.safetensors").read_bytes()).hexdigest() == expected:
+            if sha256_of(path / "ema.safetensors") == expected:
                 return path
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -34,8 +36,8 @@ def newest_checkpoint(run: Path) -> Path:
     raise UserError(f"{run}: no finished checkpoint in it; a run's first one appears after save_every steps")
 
 
-def _provenance(run: Path, checkpoint: Path) -> dict[str, Any]:
-    """The run's configuration and what it was trained on, as its config.json says, and how far it came."""
+def provenance(run: Path, checkpoint: Path) -> dict[str, Any]:
+    """Return a run's config.json and a checkpoint's progress; raises `UserError` if they cannot be read."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         about = json.loads((run / "config.json").read_text())

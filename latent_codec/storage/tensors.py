@@ -1,4 +1,4 @@
-"""Read and write safetensors files that carry our JSON header."""
+"""Read and write safetensors files with a JSON header under the key `latent_codec` of their metadata."""
 
 import hashlib
 import json
@@ -14,13 +14,11 @@ from latent_codec.storage.files import put, temporary_folder, temporary_path
 from latent_codec.storage.json_config import dumps, from_json
 
 KEY = "latent_codec"
-
-
 FORMAT_VERSION = 1
 
 
 def content_id(config: Any, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over JSON and tensors, as `model_id`."""
+    """Return the SHA-256 of a configuration's JSON and of tensors as float32, sorted by name: a model's id."""
     digest = hashlib.sha256(dumps(config).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().float().cpu().contiguous()
@@ -30,9 +28,9 @@ def content_id(config: Any, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically; raises `OSError` if the disk refuses."""
+    """Write a safetensors file atomically; raises `OSError`."""
     try:
-        # safetensors writes into a file of its own making beside the one that it is given, and renames it.
+        # safetensors writes a temporary file of its own beside the given one, and renames it.
         with temporary_folder(path) as folder, temporary_path(folder, path.name) as temporary:
             mode = temporary.stat().st_mode
             save_file(tensors, temporary, metadata=metadata)
@@ -42,7 +40,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON under our metadata key; raises `UserError` as `read` does."""
+    """Return the header of a model file; raises `UserError` if there is none, or its format version is another."""
     if not path.is_file():
         raise UserError(f"{path}: no such model file; give a shipped model's name or a .safetensors file")
     try:
@@ -56,7 +54,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def own_metadata(path: Path) -> str:
-    """The text under our metadata key; raises `UserError` if there is none."""
+    """Return the text under the metadata key `latent_codec`; raises `UserError` if there is none."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,19 +1,16 @@
-"""Atomic writing: the old file or the whole new one, with the user's permissions, whatever happens."""
+"""Check that writing leaves the old file or the whole new one, with the user's permissions, whatever happens."""
 
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.model import file as model_file
-from latent_codec.storage import files
-from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import (
     atomic_folder,
     atomic_path,
@@ -23,6 +20,7 @@ from latent_codec.storage.files import (
     temporary_of,
     write_text,
 )
+from latent_codec.storage.tensors import save_tensors
 from tests.support.data import ROOT
 
 
@@ -31,20 +29,18 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.usefixtures("umask_027")
-def test_the_users_umask_is_respected(tmp_path: Path) -> None:
+def test_the_users_umask_is_respected_even_if_a_writer_replaces_the_file_by_its_own(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "new")
-    assert mode(tmp_path / "a.txt") == 0o640
-
-
-@pytest.mark.usefixtures("umask_027")
-def test_the_umask_is_respected_where_a_writer_replaces_the_file_by_its_own(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
     with atomic_path(tmp_path / "a") as temporary:
         private = tmp_path / "private"
         private.write_text("new")
         private.chmod(0o600)
         private.replace(temporary)
-    assert mode(tmp_path / "a") == 0o640
-    assert (tmp_path / "a").read_text() == "new"
+    assert {mode(path) for path in tmp_path.iterdir()} == {0o640}
+    with atomic_folder(tmp_path / "folder"):
+        pass
+    assert mode(tmp_path / "folder") == 0o750
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -114,15 +110,10 @@ def test_every_name_that_the_file_system_takes_can_be_written(tmp_path: Path, na
     assert [f.name for f in tmp_path.iterdir()] == [name]
 
 
-def test_a_name_that_is_no_utf_8_can_be_written(tmp_path: Path) -> None:
-    path = tmp_path / os.fsdecode(b"caf\xe9" + b"\xff" * 240)
-    write_text(path, "text")
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_parent_folders_are_created(tmp_path: Path) -> None:
-    write_text(tmp_path / "a" / "b" / "c.txt", "ü")
-    assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == "ü".encode()
+def test_parent_folders_are_created_and_a_name_that_is_no_utf_8_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / os.fsdecode(b"caf\xe9" + b"\xff" * 240)
+    write_text(path, "ü")
+    assert path.read_bytes() == "ü".encode() and list(path.parent.iterdir()) == [path]
 
 
 def test_make_folder_makes_parents_and_accepts_one_that_is_there(tmp_path: Path) -> None:
@@ -131,19 +122,19 @@ def test_make_folder_makes_parents_and_accepts_one_that_is_there(tmp_path: Path)
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["file", "file/below"])
-def test_make_folder_refuses_a_file(tmp_path: Path, name: str) -> None:
+def test_make_folder_refuses_a_file_and_a_folder_that_takes_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("content")
-    with pytest.raises(UserError, match=r"cannot be written into as a folder \(.+\); give another"):
-        make_folder(tmp_path / name)
+    for name in ("file", "file/below"):
+        with pytest.raises(UserError, match=r"cannot be written into as a folder \(.+\); give another"):
+            make_folder(tmp_path / name)
     assert (tmp_path / "file").read_text() == "content"
 
-
-def test_make_folder_refuses_a_folder_that_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match="Read-only file system"):
         make_folder(tmp_path)
 
@@ -192,25 +183,22 @@ def test_where_the_last_rename_fails_the_old_folder_is_back(tmp_path: Path, monk
     assert (tmp_path / "folder" / "b.txt").read_text() == "old"
 
 
-def test_what_a_library_leaves_half_written_is_known_to_be_left_over(tmp_path: Path) -> None:
+def test_temporary_files_of_a_library_lie_in_a_folder_that_is_known_to_be_temporary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyboardInterrupt), temporary_folder(tmp_path / "sub" / "a.safetensors") as folder:
         (folder / ".tmpAbCdEf").write_text("half")
         assert temporary_of(folder.name) == process_name() and folder.parent == tmp_path / "sub"
         raise KeyboardInterrupt
     assert list((tmp_path / "sub").iterdir()) == []
+    seen: list[list[Path]] = []
+    fsync = os.fsync
 
+    def spy(handle: int) -> None:
+        seen.append(list((tmp_path / "sub").iterdir()))
+        fsync(handle)
 
-@pytest.mark.usefixtures("umask_027")
-def test_safetensors_own_temporary_files_lie_in_such_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Path] = []
-    real = model_file.save_file
-
-    def spy(tensors: Any, path: Path, **options: Any) -> None:
-        seen.append(path)
-        real(tensors, path, **options)
-
-    monkeypatch.setattr(model_file, "save_file", spy)
-    tensor_files.save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
-    assert seen[0].parent.parent == tmp_path and temporary_of(seen[0].parent.name) == process_name()
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-    assert mode(tmp_path / "a.safetensors") == 0o640
+    monkeypatch.setattr(os, "fsync", spy)
+    save_tensors(tmp_path / "sub" / "a.safetensors", {"x": torch.zeros(2)}, {})
+    assert [temporary_of(path.name) for path in seen[0]] == [process_name()] and seen[0][0].parent == tmp_path / "sub"
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.safetensors"]

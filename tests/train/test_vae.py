@@ -155,7 +155,7 @@ def test_the_closed_form_alone_is_a_run_that_can_be_exported(data: Path, tmp_pat
     run(argv, out)
     run_ranks(argv, tmp_path / "ranks", 2)
     assert_same_tensors(tensors(tmp_path / "ranks", 0), tensors(out, 0))
-    codec = export(out, tmp_path / "pca.safetensors", data=(data,), images=4, half=False, quiet=True)
+    codec = export(out, tmp_path / "pca.safetensors", data=(data,), images=4, half=False)
     assert codec.statistics is not None and codec.statistics.images == 4
     before = tensors(out, 0), log_lines(out, "eval")
     run(argv, out)  # done again, it is the same run

@@ -346,7 +346,7 @@ def test_a_folder_that_takes_no_lock_files_is_a_clear_error(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(locks.FileLock, "acquire", fail)
-    with pytest.raises(DiskError, match=f"cannot be written: {os.strerror(number)}; once that is mended"):
+    with pytest.raises(DiskError, match=f"cannot be written: {os.strerror(number)}; solve that and repeat"):
         Ledger(folder, "streams", {}).__enter__()
 
 

@@ -1,7 +1,7 @@
-"""Counter-based randomness: every number is a pure function of (seed, key, position).
+"""Draw counter-based random numbers: each is a hash of (seed, key, position).
 
-No state is kept, so a result cannot depend on batch, order, worker, rank or device. The hash is SplitMix64's
-finaliser (Steele, Lea & Flood 2014) on wrapping 64-bit integers, which torch computes alike everywhere.
+There is no state, so results do not depend on batch, order, worker, rank or device. The hash is the finaliser of
+SplitMix64 (Steele, Lea & Flood 2014) on wrapping 64-bit integers, which torch computes alike everywhere.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ _MASK = 2**64 - 1
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift (torch's is arithmetic)."""
+    """Shift right logically, where torch's shift is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of int64 whose output bits look independent of its input."""
+    """Hash int64 to int64 by a bijection whose output bits look independent of its input."""
     x = x + _GOLDEN
     x = (x ^ _shift(x, 30)) * _MIX[0]
     x = (x ^ _shift(x, 27)) * _MIX[1]
@@ -28,17 +28,17 @@ def mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mix_integer(x: int) -> int:
-    """`mix` of an integer modulo 2^64, as int64."""
+    """Return `mix` of an integer modulo 2^64, as int64."""
     x = (x + _GOLDEN) & _MASK
     x = ((x ^ (x >> 30)) * _MIX[0]) & _MASK
     x = ((x ^ (x >> 27)) * _MIX[1]) & _MASK
-    return _wrap(x ^ (x >> 31))
+    return ((x ^ (x >> 31)) + 2**63) % 2**64 - 2**63
 
 
 def fold(*keys: int | torch.Tensor) -> torch.Tensor:
-    """One int64 key from several (integers or broadcastable int64 tensors); order matters.
+    """Combine keys, integers or broadcastable int64 tensors, into one int64 key; their order matters.
 
-    Integers stay integers until they meet a tensor: nothing is copied to a device, which would wait for it.
+    Integers stay integers until they meet a tensor: a copy to a device would wait for it.
     """
     state: int | torch.Tensor = 0
     for key in keys:
@@ -51,49 +51,45 @@ def fold(*keys: int | torch.Tensor) -> torch.Tensor:
 
 
 def hashes(keys: torch.Tensor, n: int) -> torch.Tensor:
-    """n hashes for each key, (*keys.shape, n): SplitMix64's sequence from the state mix(key).
+    """Return n hashes for each key, (*keys.shape, n) int64: SplitMix64's sequence from the state mix(key).
 
-    The key is mixed first, for raw neighbouring keys would give overlapping or mirrored sequences.
+    The key is mixed first, because neighbouring states have overlapping or mirrored sequences.
     """
     return mix(mix(keys)[..., None] + torch.arange(n, device=keys.device) * _GOLDEN)
 
 
-def _wrap(key: int) -> int:
-    return (int(key) + 2**63) % 2**64 - 2**63
-
-
 def text_key(text: str) -> int:
-    """A 64-bit key for a name, the same on every machine."""
+    """Return a 64-bit key for a name, the same on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def uniform(keys: torch.Tensor) -> torch.Tensor:
-    """Float64 in [0, 1) from int64 keys, one each: the top 53 bits of the hash."""
+    """Return a float64 in [0, 1) for each int64 key, from the top 53 bits of its hash."""
     return _shift(mix(keys), 11).double() * 2.0**-53
 
 
 def uniforms(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Float32 in [0, 1), (b, *shape) from keys (b,) int64, the top 24 bits of a hash each: the same on every device."""
+    """Return float32 in [0, 1), (b, *shape) from keys (b,) int64: the top 24 bits of hashes, equal on all devices."""
     bits = _shift(hashes(keys, math.prod(shape)), 40)
     return (bits.float() * 2.0**-24).reshape(len(keys), *shape)
 
 
 def below(limit: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Int64 in [0, limit), `limit` in 1 .. 2^53 broadcastable to `keys`."""
+    """Return an int64 in [0, limit) for each key; `limit` is 1 to 2^53 and broadcasts to `keys`."""
     return (uniform(keys) * limit).long()  # 1 - 2^-53 times a limit never rounds up to it
 
 
 def permutation(n: int, key: torch.Tensor) -> torch.Tensor:
-    """A random order of range(n), (n,) int64, from a key of shape ()."""
+    """Return a random order of range(n), (n,) int64, from a key of shape ()."""
     return torch.argsort(hashes(key, n), stable=True)
 
 
 def normal(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal noise, (b, *shape) float32 from keys (b,) int64, by Box and Muller (1958).
+    """Return standard normal noise (b, *shape) float32 from keys (b,) int64 (Box & Muller 1958).
 
-    Row i depends on keys[i] and `shape` alone. The logarithm and the cosine are the device's own: between devices the
-    values agree to float32 rounding, not to the bit.
+    Row i depends on keys[i] and `shape` alone. Logarithm and cosine are the device's own, so that values agree between
+    devices to float32 rounding, not to the bit.
     """
     count = math.prod(shape)
     bits = hashes(keys, (count + 1) // 2)  # (b, pairs); radius and angle take disjoint bits of one hash

@@ -1,4 +1,4 @@
-"""Float32 islands: what must not be coarse, whatever autocast does around it."""
+"""Keep computations in float32 that autocast would make coarser."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def float32_island(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast off on x's device; the caller turns its own inputs into float32."""
+    """Switch autocast off on x's device; the caller converts its own inputs to float32."""
     if x.device.type == "meta":  # shapes only: nothing to cast, and autocast does not know the device
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

@@ -1,1 +1,1 @@
-"""Write and read the .lc file, and choose its rate."""
+"""Write and read `.lc` files, and choose their rate."""

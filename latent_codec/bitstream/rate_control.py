@@ -70,7 +70,7 @@ def compress_at_rate(
     scale(_COARSEST)  # raises if no step can hold the latents
 
     def quality(step: int) -> float:
-        z = codec.dequantize(codec.quantize(scale(step)))
+        z = codec.dequantize(codec.code(scale(step)).quantized)
         with torch.inference_mode():
             decoded = crop(decode_uint8(codec.codec, z[None], tile)[0], geometry)
         return psnr(as_shown(decoded, geometry)[None], as_shown(pixels, geometry)[None]).item()

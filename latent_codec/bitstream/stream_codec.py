@@ -10,6 +10,7 @@ import torch
 from latent_codec.bitstream.container import Stream, StreamHeader, pack, quantizer_settings
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
+from latent_codec.model.codebooks import FiniteScalarQuantizer, VectorQuantizer
 from latent_codec.model.codec import Codec, suggest_model
 from latent_codec.noise import fold, text_key
 from latent_codec.prior.passes import Prior, QuantizedPasses, decode, ideal_bits, quantize
@@ -58,20 +59,16 @@ class StreamCodec:
         return Scaled(coded.cpu().numpy().astype(np.float64), step, seed)
 
     def code(self, image: Scaled) -> QuantizedPasses:
-        """Return the integers of an image and the symbols that code them."""
+        """Return the integers of an image and the symbols that code them, as `compress` does."""
         return quantize(self.prior, [image], self.device, self.feedback)[0]
-
-    def quantize(self, image: Scaled) -> Quantized:
-        """Return the integers that `compress` codes."""
-        return self.code(image).quantized
 
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         """Return the latents (z, h, w) float32 that a decoder reads, on the CPU."""
-        if self.codec.config.codes is None:
+        bottleneck = self.codec.bottleneck
+        if not isinstance(bottleneck, VectorQuantizer | FiniteScalarQuantizer):
             return dequantize(quantized, self.channel_steps)
-        indices = torch.from_numpy(quantized.values.astype(np.int64))  # (1, h, w)
         with torch.no_grad():
-            return self.codec.bottleneck.look_up(indices)[0]
+            return bottleneck.look_up(torch.from_numpy(quantized.values.astype(np.int64)))[0]
 
     def compress(self, images: Sequence[tuple[Scaled, Geometry]]) -> list[CompressedImage]:
         """Return a file for each image; their latents must share one shape."""

@@ -1,1 +1,1 @@
-"""Turn latents into integers and entropy-code them."""
+"""Model the probabilities of quantised latents, and code them."""

@@ -199,7 +199,7 @@ def test_indices_beyond_the_codebook_and_steps_are_refused(made: Made) -> None:
         assert_refused(Stream(header, sound.payload), "a step or dither", "no step")
     with pytest.raises(UserError, match="not finite"):  # which is index -1
         coder.scale(torch.tensor([[[3, -1]]]), 1024, None)
-    assert coder.quantize(coder.scale(torch.tensor([[[3, 1]]]), 1024, None)).values.tolist() == [[[3, 1]]]
+    assert coder.code(coder.scale(torch.tensor([[[3, 1]]]), 1024, None)).quantized.values.tolist() == [[[3, 1]]]
 
 
 @pytest.mark.parametrize("made", [IdentityConfig()], indirect=True)

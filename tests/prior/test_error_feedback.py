@@ -178,7 +178,7 @@ def test_streams_and_their_decoder_do_not_depend_on_it(codec: Codec) -> None:
     geometry = Geometry(width=64, height=64, orientation=1, mode="RGB", background=None)
     one, other = (s.compress([(image, geometry)])[0] for s in (plain, fed))
     assert one.data != other.data
-    np.testing.assert_array_equal(fed.quantize(image).fine, other.quantized.fine)  # what refinement prices
+    np.testing.assert_array_equal(fed.code(image).quantized.fine, other.quantized.fine)  # what refinement prices
     assert np.array_equal(other.quantized.fine, rounded(codec.priors.context, [image], feedback(4))[0])  # pyright: ignore
     (latents,) = plain.decompress([unpack(other.data)])
     assert isinstance(latents, torch.Tensor) and torch.equal(latents, fed.dequantize(other.quantized))

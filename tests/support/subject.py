@@ -51,7 +51,7 @@ class Subject:
 
     @functools.cache  # noqa: B019
     def psnr(self, step: int) -> float:
-        z = self.stream.dequantize(self.stream.quantize(self.scale(step)))
+        z = self.stream.dequantize(self.stream.code(self.scale(step)).quantized)
         with torch.inference_mode():
             decoded = crop(self.stream.codec.decode_uint8(z[None]), self.geometry)[0]
         return distortion.psnr(as_shown(decoded, self.geometry)[None], self.pixels[None]).item()

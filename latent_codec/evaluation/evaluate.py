@@ -4,7 +4,8 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,18 +98,19 @@ def evaluate(
     network = None if lpips is None else lpips.load(runner.options.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / (_POSTERIORS if gaussian else _STREAMS)
-        stored = (_store_posteriors if gaussian else _store_streams)(runner, where, folder, quiet)
-        if not stored.size:
-            raise UserError(f"{where}: none of the {stored.encoded.found} images could be read")
+        encoded, files, images = (_store_posteriors if gaussian else _store_streams)(runner, where, folder, quiet)
+        if not images:
+            raise UserError(f"{where}: none of the {encoded.found} images could be read")
+        bytes_out = sum(file.stat().st_size for file in files)
         sources = {source.name: source for source in find_images(where)}
-        progress = tqdm(stored.images, "evaluate", stored.size, unit="image", disable=quiet or None)
-        records = [_measure_image(runner, image, sources[image.path], out, network) for image in progress]
+        progress = tqdm(images, "evaluate", unit="image", disable=quiet or None)
+        records = [_measure_image(runner, read(), sources, out, network) for read in progress]
     names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if network else []), *(["kl_bpp"] if gaussian else [])]
     summary = {name: mean_defined([record[name] for record in records]) for name in names}
-    summary["disk_bpp"] = 8 * stored.bytes_out / sum(record["pixels"] for record in records)
+    summary["disk_bpp"] = 8 * bytes_out / sum(record["pixels"] for record in records)
     protocol = (PROTOCOL if gaussian else _STREAM_PROTOCOL) | ({"lpips": network.protocol} if network else {})
     about = describe_evaluation(runner, where, len(records))
-    report = EvaluationReport(summary, records, protocol, about, stored.encoded.failures)
+    report = EvaluationReport(summary, records, protocol, about, encoded.failures)
     if out is not None:
         write_text(out / RESULTS, json.dumps(report.json(), indent=1, allow_nan=False))
     return report
@@ -128,47 +130,43 @@ class _StoredImage(NamedTuple):
     kl: float | None  # nats; None without a Gaussian posterior
 
 
-class _StoredSet(NamedTuple):
-    encoded: Summary
-    size: int
-    bytes_out: int
-    images: Iterable[_StoredImage]
+_Stored = tuple[Summary, list[Path], Sequence[Callable[[], _StoredImage]]]
+"""Summary, the files, and how to read each image."""
 
 
-def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _StoredSet:
+def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
     encoded = encode_folder(runner, where, folder, resume=OVERWRITE, quiet=quiet)
     latents = Latents(folder, model_id=runner.model_id)
 
-    def images() -> Iterator[_StoredImage]:
-        for i, entry in enumerate(latents.entries):
-            posterior = latents.posterior(i)
-            yield _StoredImage(entry.path, entry.geometry, posterior.mode()[0], posterior.kl().item())
+    def read(i: int) -> _StoredImage:
+        entry, posterior = latents.entries[i], latents.posterior(i)
+        return _StoredImage(entry.path, entry.geometry, posterior.mode()[0], posterior.kl().item())
 
-    size = sum(file.stat().st_size for file in stored_files(folder))
-    return _StoredSet(encoded, len(latents.entries), size, images())
+    return encoded, stored_files(folder), [partial(read, i) for i in range(len(latents.entries))]
 
 
-def _store_streams(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _StoredSet:
+def _store_streams(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
     encoded = encode_streams(runner, where, folder, rate=Rate(), resume=OVERWRITE, quiet=quiet)
     files = [folder / f"{source.name}{SUFFIX}" for source in find_images(where) if source.name not in encoded.failures]
     reader = StreamReader(runner.codec, runner.options.device)
 
-    def images() -> Iterator[_StoredImage]:
-        for file in files:
-            stream = container.read(file)
-            reader.check(stream)
-            (latents,) = reader.decompress([stream])
-            if isinstance(latents, UserError):
-                raise latents
-            name = file.relative_to(folder).as_posix().removesuffix(SUFFIX)
-            yield _StoredImage(name, stream.header.geometry, latents, None)
+    def read(file: Path) -> _StoredImage:
+        stream = container.read(file)
+        reader.check(stream)
+        (latents,) = reader.decompress([stream])
+        if isinstance(latents, UserError):
+            raise latents
+        return _StoredImage(
+            file.relative_to(folder).as_posix().removesuffix(SUFFIX), stream.header.geometry, latents, None
+        )
 
-    return _StoredSet(encoded, len(files), sum(file.stat().st_size for file in files), images())
+    return encoded, files, [partial(read, file) for file in files]
 
 
 def _measure_image(
-    runner: Runner, image: _StoredImage, source: Source, out: Path | None, lpips: LPIPS | None
+    runner: Runner, image: _StoredImage, sources: dict[str, Source], out: Path | None, lpips: LPIPS | None
 ) -> dict[str, Any]:
+    source = sources[image.path]
     original, labels = source.read().pixels, runner.codec.class_numbers([source.label])
     decoded = crop(runner.decode_uint8([image.latents], labels), image.geometry)
     if out is not None:
@@ -177,16 +175,14 @@ def _measure_image(
     record: dict[str, Any] = {"path": image.path, "pixels": pixels}
     if image.kl is not None:
         record["kl_bpp"] = image.kl / math.log(2) / pixels
-    return record | compare(original[None], decoded, lpips, runner.options.device)
+    return record | compare(original[None], decoded, lpips)
 
 
-def compare(
-    x: torch.Tensor, y: torch.Tensor, lpips: LPIPS | None, device: str | torch.device
-) -> dict[str, float | None]:
+def compare(x: torch.Tensor, y: torch.Tensor, lpips: LPIPS | None) -> dict[str, float | None]:
     """Return every metric of one pair (1, 3, h, w) uint8; None where it is undefined (small images, equal images)."""
     values = {"psnr": distortion.psnr(x, y), "ssim": distortion.ssim(x, y), "ms_ssim": distortion.ms_ssim(x, y)}
     if lpips is not None and min(x.shape[2:]) >= lpips.smallest_side:
-        signed = (t.to(device).float() / 127.5 - 1 for t in (x, y))
+        signed = (t.to(lpips.device).float() / 127.5 - 1 for t in (x, y))
         with torch.inference_mode():
             values["lpips"] = lpips(*signed)
     elif lpips is not None:

@@ -76,6 +76,11 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
         self.train(False)
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return next(self.parameters()).device
+
     def train(self, mode: bool = True) -> "LPIPS":
         """Keep the evaluation mode whatever `mode` is: the heads' dropout is for fitting them only."""
         return super().train(False)

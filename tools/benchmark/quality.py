@@ -54,5 +54,5 @@ class Quality:
     def _taef2(self, weights: Path, lpips: LPIPSOptions | None) -> dict[str, float | None]:
         model, network = Taef2.load(weights), None if lpips is None else lpips.load()
         images = (source.read().pixels[None] for source in find_images(self.dir))
-        found = [compare(x, model.decode(model.encode(x)), network, "cpu") for x in images]
+        found = [compare(x, model.decode(model.encode(x)), network) for x in images]
         return {name: mean_defined([values[name] for values in found]) for name in found[0]}

@@ -224,7 +224,7 @@ def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], l
     original = to_pil(image.pixels, image.geometry)
     rows = []
     for pixels, files in chain(ours.decoded(mean, image, source.name), _anchor_decoded(original, anchors)):
-        distortion = compare(image.pixels[None], pixels[None], lpips, ours.runner.options.device)
+        distortion = compare(image.pixels[None], pixels[None], lpips)
         for setting, size, ideal_bits in files:
             ideal_bpp = None if ideal_bits is None else ideal_bits / area
             rows.append(RateRow(size, RatePoint(setting, 8 * size / area, ideal_bpp, distortion)))

@@ -4,9 +4,11 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latent_codec.evaluation.evaluate import PROTOCOL, mean_defined
 from latent_codec.evaluation.rate_distortion.anchors import Anchor
@@ -171,36 +173,16 @@ class RateDistortionReport:
 
     def table(self) -> str:
         """Return points, comparisons and definitions as lines of text."""
-        return "\n".join(self._lines())
+        loader = FileSystemLoader(Path(__file__).parent)
+        environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+        return environment.get_template("table.txt.jinja").render(report=self, refined=REFINED).rstrip()
 
-    def _lines(self) -> Iterator[str]:
-        yield f"{self.about['set']}: {self.about['images']} images, model {self.about['model_id'][:12]}"
-        yield "means over images, of each image's bits per pixel and decibels; bpp counts all bytes of a file"
-        yield f"{'codec':11} {'setting':17} {'bpp':>7} {'ideal bpp':>9} {'PSNR':>6} {'MS-SSIM':>7} {'LPIPS':>6}"
-        for point in self.points:
-            values = (point.ideal_bpp, *(point.distortion.get(name) for name in ("psnr", "ms_ssim", "lpips")))
-            columns = zip(values, ("9.4f", "6.2f", "7.4f", "6.4f"), strict=True)
-            shown = " ".join("-".rjust(int(f[0])) if v is None else f"{v:{f}}" for v, f in columns)
-            yield f"{point.setting.codec:11} {point.setting!s:17} {point.bpp:7.4f} {shown}"
-        yield from self._dither_lines()
-        for name, comparisons in ((self.codecs[0], self.against), (REFINED, self.refined_against)):
-            for comparison in comparisons:
-                yield from _comparison_lines(name, comparison)
-        yield from (f"{name}: {words}" for name, words in self.settings.items())
-        yield from self.notes
-        yield from (f"{name}: {words}" for name, words in self.protocol.items())
-
-    def _dither_lines(self) -> Iterator[str]:
-        """Set the KL, a dithered file and a rounded file side by side: they are easily confused."""
-        yield f"KL of the posterior {self.kl_bpp:.4f} bpp: the rate of an ideal stochastic code, not a file"
+    def dithered_and_rounded(self) -> Iterator[tuple[RatePoint, RatePoint]]:
+        """Yield each point with dither, beside the rounded one at the same step."""
         for dithered in (point for point in self.points if point.setting.dithered):
             for rounded in self.curve_points(dithered.setting.codec):
                 if rounded.setting.value == dithered.setting.value:
-                    yield (
-                        f"{dithered.setting.codec}, step {dithered.setting.value:g}: a file with dither takes "
-                        f"{dithered.bpp:.4f} bpp: {dithered.bpp - rounded.bpp:+.4f} against a file with rounding, "
-                        f"{dithered.bpp - self.kl_bpp:+.4f} against the KL"
-                    )
+                    yield dithered, rounded
 
 
 def curve_points(points: Sequence[RatePoint], codec: str) -> list[RatePoint]:
@@ -248,19 +230,3 @@ def codec_settings(stream_ids: dict[str, str], refine: int, anchors: Sequence[An
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that rates depend on."""
     return {name: importlib.metadata.version(name) for name in ("bjontegaard", "constriction", "pillow")}
-
-
-def _comparison_lines(name: str, comparison: AnchorComparison) -> Iterator[str]:
-    anchor, gains = comparison.anchor, comparison.psnr_gains
-    deltas = "; ".join(f"{metric} {_percent(delta)}" for metric, delta in comparison.delta_rates.items())
-    yield f"delta rate of {name} against {anchor}: {deltas}"
-    shown = "  ".join(f"{rate:.2f} {'-' if gain is None else f'{gain:+.2f}'}" for rate, gain in gains)
-    yield f"PSNR of {name} over {anchor}, dB at bpp: {shown}"
-    ahead = [f"{rate:.2f}" for rate, gain in gains if gain is not None and gain > 0]
-    yield f"  ahead at {' '.join(ahead) + ' bpp' if ahead else 'none of these rates'}"
-
-
-def _percent(delta: Delta) -> str:
-    if delta.percent is None:
-        return f"none ({delta.reason})"
-    return f"{delta.percent:+.1f}% over {delta.low:.2f} .. {delta.high:.2f} dB"

@@ -135,7 +135,7 @@ class BaselineComparison:
             yield source.read().pixels
 
     def _distortion(self, pairs: Pairs) -> dict[str, float | None]:
-        found = [compare(x[None], y[None], self._lpips, self.runner.options.device) for x, y in pairs]
+        found = [compare(x[None], y[None], self._lpips) for x, y in pairs]
         return {name: mean_defined([values[name] for values in found]) for name in found[0]}
 
 

@@ -111,7 +111,7 @@ def _code(
     """Return our file of an image, and the JPEG of as many bytes."""
 
     def coded(codec: str, setting: str, size: int, pixels: torch.Tensor) -> CodedImage:
-        distortion = compare(image.pixels[None], pixels[None], lpips, runner.options.device)
+        distortion = compare(image.pixels[None], pixels[None], lpips)
         return CodedImage(codec, setting, size, pixels, distortion)
 
     latents = runner.encode([pad(image.pixels, coder.codec.factor)]).coded[0]

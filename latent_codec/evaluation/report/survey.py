@@ -21,30 +21,10 @@ class Draws(NamedTuple):
     """Summarise one draw of every latent element, all channels pooled."""
 
     counts: torch.Tensor  # (98,) int64, of values below, within and above `EDGES`
-    powers: torch.Tensor  # (4,) float64: means of z, z^2, z^3 and z^4
-
-    @property
-    def mean(self) -> float:
-        """Return the mean of the draws."""
-        return float(self.powers[0])
-
-    @property
-    def variance(self) -> float:
-        """Return the variance of the draws."""
-        m, square = self.powers[:2].tolist()
-        return square - m**2
-
-    @property
-    def skewness(self) -> float:
-        """Return the skewness, 0 for a Gaussian."""
-        m, square, cube = self.powers[:3].tolist()
-        return (cube - 3 * m * square + 2 * m**3) / max(self.variance, 1e-30) ** 1.5
-
-    @property
-    def excess_kurtosis(self) -> float:
-        """Return the excess kurtosis, 0 for a Gaussian."""
-        m, square, cube, fourth = self.powers.tolist()
-        return (fourth - 4 * m * cube + 6 * m**2 * square - 3 * m**4) / max(self.variance, 1e-30) ** 2 - 3
+    mean: float
+    variance: float
+    skewness: float  # 0 for a Gaussian
+    excess_kurtosis: float  # 0 for a Gaussian
 
 
 class Survey(NamedTuple):
@@ -128,4 +108,8 @@ class _Pooled:
         self._count += len(z)
 
     def result(self) -> Draws:
-        return Draws(self._counts, self._powers / self._count)
+        m, square, cube, fourth = (self._powers / self._count).tolist()  # means of z, z^2, z^3 and z^4
+        variance = square - m**2
+        skewness = (cube - 3 * m * square + 2 * m**3) / max(variance, 1e-30) ** 1.5
+        kurtosis = (fourth - 4 * m * cube + 6 * m**2 * square - 3 * m**4) / max(variance, 1e-30) ** 2
+        return Draws(self._counts, m, variance, skewness, kurtosis - 3)

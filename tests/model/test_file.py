@@ -139,15 +139,18 @@ def test_the_id_changes_with_any_config_field(codec: Codec) -> None:
 
 
 def test_a_missing_extra_or_misshaped_tensor_is_refused_by_name(rewrite: Rewrite) -> None:
-    tensors = rewrite.tensors
-    assert "unknown: stranger" in rewrite(tensors=tensors | {"stranger": torch.zeros(1)})
-    kinds = {re.sub(r"\d+", "", name): name for name in tensors if name.startswith(PREFIX)}  # one of each layer's
-    for name in [*(name for name in tensors if not name.startswith(PREFIX)), *kinds.values()]:
-        sentence = rewrite(tensors={n: t for n, t in tensors.items() if n != name})
+    assert "unknown: stranger" in rewrite(tensors=rewrite.tensors | {"stranger": torch.zeros(1)})
+    kinds = {re.sub(r"\d+", "", name): name for name in rewrite.tensors if name.startswith(PREFIX)}
+    for name in kinds.values():  # one of each layer's
+        assert name in rewrite(tensors={n: t for n, t in rewrite.tensors.items() if n != name})
+        rewrite(tensors=rewrite.tensors | {name: rewrite.tensors[name][None].contiguous()})
+    del rewrite.header["priors"]
+    own = {name: tensor for name, tensor in rewrite.tensors.items() if not name.startswith(PREFIX)}
+    for name, tensor in own.items():
+        sentence = rewrite(tensors={n: t for n, t in own.items() if n != name})
         assert name in sentence and "missing" in sentence
-        sentence = rewrite(tensors=tensors | {name: tensors[name][None].contiguous()})
-        if not name.startswith(PREFIX):  # of a prior's tensors the reason says what does not fit
-            assert name in sentence and str(tuple(tensors[name].shape)) in sentence
+        sentence = rewrite(tensors=own | {name: tensor[None].contiguous()})
+        assert name in sentence and str(tuple(tensor.shape)) in sentence
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -29,6 +29,8 @@ from train.objectives.elbo import ELBO
 from train.objectives.joint import Joint
 from train.recipe.config import Objective, preset_of
 
+_IN_A_ROW = 10
+
 LEAST_SHARE = 0.5
 """Share of the attainable rate that a training step should reach."""
 
@@ -106,7 +108,7 @@ class TrainingSpeed:
     precision: Literal["no", "bf16"] = "bf16"
     compile: bool = True
     out: Path | None = None
-    """JSON file for the results."""
+    """JSON file for the results and, in it alone, a row for each kind of product, the slowest first."""
 
     def run(self) -> None:
         """Measure all three and report their shares."""
@@ -120,17 +122,9 @@ class TrainingSpeed:
             shape = model.priors.context.config
             own = {"prior_groups": shape.groups[:-1], "prior_levels": shape.levels, "prior_width": shape.width}
             preset = dataclasses.replace(preset, objective=dataclasses.replace(preset.objective, **own))
-        config = dataclasses.replace(
-            preset,
-            closed_form=False,
-            steps=self.steps,
-            batch_size=self.batch,
-            crop=self.crop,
-            compile=self.compile,
-            log_every=self.steps // 2,
-            eval_every=self.steps,
-            save_every=self.steps,
-        )
+        own = {"steps": self.steps, "batch_size": self.batch, "crop": self.crop, "compile": self.compile}
+        own |= {"log_every": self.steps // 2, "eval_every": self.steps, "save_every": self.steps, "closed_form": False}
+        config = dataclasses.replace(preset, **own)
         step = self._step_seconds(config)
         recorder = self._record(config)
         rows = self._time(recorder)
@@ -148,7 +142,6 @@ class TrainingSpeed:
                 "least_step_of_products_alone": LEAST_SHARE,
             },
         }
-        print(_table(rows, step))
         fields = ("objective", "batch", "crop", "steps", "rounds", "matmul", "precision", "compile")
         about = {"model": self.model} | {name: getattr(self, name) for name in fields}
         report(results, about | machine(self.device), self.out, products=rows)
@@ -206,16 +199,8 @@ class TrainingSpeed:
         rows = []
         for key, product in recorder.products.items():
             seconds, count = statistics.median(taken[key]), recorder.counts[key]
-            rows.append(
-                {
-                    "product": product.name,
-                    "sizes": product.sizes,
-                    "dtype": product.dtype,
-                    "count": count,
-                    "seconds_in_all": seconds * count,
-                    "tflops": product.flops / seconds / 1e12,
-                }
-            )
+            row = {"product": product.name, "sizes": product.sizes, "dtype": product.dtype, "count": count}
+            rows.append(row | {"seconds_in_all": seconds * count, "tflops": product.flops / seconds / 1e12})
         return sorted(rows, key=lambda row: -row["seconds_in_all"])
 
     def _peak(self) -> float:
@@ -239,22 +224,3 @@ class TrainingSpeed:
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / _IN_A_ROW
-
-
-_IN_A_ROW = 10
-_SHOWN = 12
-
-
-def _table(rows: list[dict[str, Any]], step: float) -> str:
-    """Return lines of text with the slowest products and their share of the step."""
-    lines = [f"{'product':22} {'times':>5} {'ms in all':>9} {'of step':>7} {'TFLOP/s':>8}  sizes"]
-    for row in rows[:_SHOWN]:
-        sizes = " ".join("x".join(map(str, size)) for size in row["sizes"])
-        lines.append(
-            f"{row['product'][:22]:22} {row['count']:5} {1e3 * row['seconds_in_all']:9.3f} "
-            f"{row['seconds_in_all'] / step:7.1%} {row['tflops']:8.3f}  {row['dtype']} {sizes}"
-        )
-    if len(rows) > _SHOWN:
-        rest = sum(row["seconds_in_all"] for row in rows[_SHOWN:])
-        lines.append(f"{f'{len(rows) - _SHOWN} more':22} {'':5} {1e3 * rest:9.3f} {rest / step:7.1%}")
-    return "\n".join(lines)

@@ -14,7 +14,8 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
-from latent_codec.images.geometry import Image, as_shown, crop, pad
+from latent_codec.evaluation.report.jpeg import code_image
+from latent_codec.images.geometry import Image
 from latent_codec.images.read import read_image
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Runner
@@ -113,23 +114,14 @@ def _tiles(runner: Runner, sheet: Sheet, detail: Detail, image: Image, step: flo
         psnr = None if size is None else distortion.psnr(image.pixels[None], rgb_pixels(decoded)[None]).item()
         return _Tile(name, setting, size, psnr, decoded.convert("RGB").crop(box))
 
-    size, ours = _ours(runner, image, step)
+    coder = StreamCodec(runner.codec, runner.options.device)
+    size, pixels = code_image(runner, coder, image, step_code(step))
     tiles = [tile("original", "", None, original)]
     for anchor in anchors.available():
         quality, file = nearest(anchor, original, size)
         decoded = anchors.decode(anchor, file, original.mode)
         tiles.append(tile(anchor.name, f"quality {quality}", len(file), decoded))
-    return [*tiles, tile("photo", f"step {step:g}", size, ours)]
-
-
-def _ours(runner: Runner, image: Image, step: float) -> tuple[int, PilImage.Image]:
-    """Return the bytes of our file, and the image that it decodes to."""
-    codec, geometry = runner.codec, image.geometry
-    coder = StreamCodec(codec, runner.options.device)
-    mean = runner.encode([pad(image.pixels, codec.factor)]).mean[0]  # (z, h/f, w/f)
-    (coded,) = coder.compress([(coder.scale(mean, step_code(step), None), geometry)])
-    decoded = crop(runner.decode_uint8([coder.dequantize(coded.quantized)])[0], geometry)
-    return len(coded.data), to_pil(as_shown(decoded, geometry), geometry)
+    return [*tiles, tile("photo", f"step {step:g}", size, to_pil(pixels, image.geometry))]
 
 
 def nearest(anchor: Anchor, image: PilImage.Image, limit: int) -> tuple[int, bytes]:

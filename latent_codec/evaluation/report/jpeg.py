@@ -105,6 +105,14 @@ def closest_below(image: PilImage.Image, limit: int) -> JPEGFile | None:
     return best
 
 
+def code_image(runner: Runner, coder: StreamCodec, image: Image, step: int) -> tuple[int, torch.Tensor]:
+    """Return the bytes of our file at a step (see `step_code`), and the pixels (3, h, w) uint8 that it decodes to."""
+    latents = runner.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
+    (file,) = coder.compress([(coder.scale(latents, step, None), image.geometry)])
+    decoded = crop(runner.decode_uint8([coder.dequantize(file.quantized)])[0], image.geometry)
+    return len(file.data), as_shown(decoded, image.geometry)
+
+
 def _code(
     image: Image, coder: StreamCodec, runner: Runner, lpips: LPIPS | None
 ) -> tuple[CodedImage, CodedImage | None]:
@@ -114,10 +122,7 @@ def _code(
         distortion = compare(image.pixels[None], pixels[None], lpips)
         return CodedImage(codec, setting, size, pixels, distortion)
 
-    latents = runner.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
-    (file,) = coder.compress([(coder.scale(latents, STEP_ONE, None), image.geometry)])
-    decoded = crop(runner.decode_uint8([coder.dequantize(file.quantized)])[0], image.geometry)
-    ours = coded("this model", "step 1", len(file.data), as_shown(decoded, image.geometry))
+    ours = coded("this model", "step 1", *code_image(runner, coder, image, STEP_ONE))
     found = closest_below(to_pil(image.pixels, image.geometry), ours.bytes)
     if found is None:
         return ours, None

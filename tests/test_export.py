@@ -1,5 +1,6 @@
 """Check that an export has the latents' statistics and the run's newest averaged weights."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -47,20 +48,6 @@ def test_statistics_are_moments_over_images_and_positions(codec: Codec, photos: 
     assert torch.allclose(torch.tensor(found.posterior_std).double(), variance.mean(1).sqrt())
     expected = (mean.var(1, correction=0) + variance.mean(1)).sqrt()
     assert torch.allclose(torch.tensor(found.std).double(), expected)
-
-
-def test_samples_scaled_by_the_statistics_have_mean_0_and_standard_deviation_1(codec: Codec, photos: Path) -> None:
-    statistics = measured(codec, find_images(photos), "five")
-    assert statistics is not None
-    mean, std = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
-    generator, z = torch.Generator().manual_seed(0), []
-    with torch.inference_mode():
-        for source in find_images(photos):
-            posterior = codec.encode(pad(source.read().pixels, 8)[None])
-            z += [((posterior.sample(generator)[0] - mean) / std).flatten(1) for _ in range(2000)]
-    values = torch.cat(z, 1)  # (z, samples * positions)
-    assert values.mean(1).abs().max() < 0.02
-    assert (values.std(1) - 1).abs().max() < 0.02
 
 
 def test_statistics_are_of_the_first_images_asked_for(codec: Codec, model_file: Path, photos: Path) -> None:
@@ -182,15 +169,12 @@ def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, mo
         export(Path("no such model"), photos.parent / "m.safetensors", data=(photos,), images=1, half=False)
 
 
-def test_a_model_of_neither_grey_nor_rgb_images_has_no_statistics(codec: Codec, photos: Path) -> None:
-    two = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 2}))
-    with pytest.raises(UserError, match="images with 2 channels"):
-        calibrate(two, find_images(photos), "five", quiet=True)
-
-
-def test_the_quantiser_follows_the_posterior_and_the_prior_knows_what_it_was_measured_on(
+def test_the_quantiser_follows_the_posterior_and_the_prior_covers_what_it_was_measured_on(
     codec: Codec, photos: Path
 ) -> None:
+    two = Codec(dataclasses.replace(codec.config, image_channels=2))
+    with pytest.raises(UserError, match="images with 2 channels"):
+        calibrate(two, find_images(photos), "five", quiet=True)
     calibrate(codec, find_images(photos), "five", quiet=True)
     statistics, priors = codec.statistics, codec.priors
     assert statistics is not None and priors is not None and priors.context is None

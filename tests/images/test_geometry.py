@@ -25,29 +25,12 @@ def test_geometry_survives_json(geometry: Geometry):
     assert from_json(Geometry, json.loads(json.dumps(to_json(geometry)))) == geometry
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"width": 0}, {"height": -1}, {"orientation": 0}, {"orientation": 9}, {"mode": "CMYK"}, {"background": "red"}],
-)
-def test_an_impossible_geometry_is_refused(change: dict[str, object]):
+def test_an_impossible_geometry_is_refused():
     good = {"width": 1, "height": 1, "orientation": 1, "mode": "L", "background": None}
     assert from_json(Geometry, good)
-    with pytest.raises(ValueError):
-        from_json(Geometry, good | change)
-
-
-def geometry_of(x: torch.Tensor, mode: str = "RGB") -> Geometry:
-    return Geometry(width=x.shape[-1], height=x.shape[-2], orientation=1, mode=mode, background=None)  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize("factor", [1, 2, 8])
-def test_crop_undoes_pad_for_every_small_size(factor: int):
-    for height in range(1, 21):
-        for width in range(1, 21):
-            x = torch.arange(3 * height * width).view(3, height, width)
-            padded = pad(x, factor)
-            assert padded.shape == (3, -(-height // factor) * factor, -(-width // factor) * factor)
-            assert torch.equal(crop(padded, geometry_of(x)), x)
+    for field, value in [("width", 0), ("height", -1), ("orientation", 9), ("mode", "CMYK"), ("background", "red")]:
+        with pytest.raises(ValueError):
+            from_json(Geometry, good | {field: value})
 
 
 @given(
@@ -57,10 +40,13 @@ def test_crop_undoes_pad_for_every_small_size(factor: int):
     dtype=st.sampled_from([torch.uint8, torch.float32, torch.bfloat16, torch.int64, torch.bool]),
 )
 def test_pad_repeats_the_edge_in_any_dtype(size: tuple[int, int], leading: list[int], factor: int, dtype: torch.dtype):
+    """Cropping undoes it."""
     x = torch.randint(0, 256, (*leading, *size), generator=torch.Generator().manual_seed(0)).to(dtype)
     padded = pad(x, factor)
     rows, columns = (torch.arange(n).clamp(max=m - 1) for n, m in zip(padded.shape[-2:], size, strict=True))
     assert padded.dtype == dtype
     assert all(n % factor == 0 and n - m < factor for n, m in zip(padded.shape[-2:], size, strict=True))
     assert torch.equal(padded, x[..., rows, :][..., columns])
-    assert torch.equal(crop(padded, geometry_of(x)), x)
+    assert torch.equal(
+        crop(padded, Geometry(width=size[1], height=size[0], orientation=1, mode="RGB", background=None)), x
+    )

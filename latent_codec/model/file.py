@@ -33,7 +33,7 @@ class LatentStatistics:
     def __post_init__(self) -> None:
         of_posterior = self.std if self.posterior_std is None else self.posterior_std
         if not len(self.mean) == len(self.std) == len(of_posterior):
-            raise ValueError("mean, std and posterior_std must have one value per channel each")
+            raise ValueError("mean, std and posterior_std must have one value for each channel")
         if not all(value > 0 for value in self.std + of_posterior):
             raise ValueError(f"std {self.std} and posterior_std {self.posterior_std} must be positive")
 
@@ -100,12 +100,12 @@ def read(path: Path) -> ModelFile:
         statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
         provenance = from_json(dict, header["provenance"], where="provenance")
         if statistics is not None and len(statistics.mean) != config.latent_channels:
-            raise ValueError(f"statistics of {len(statistics.mean)} channels, latents of {config.latent_channels}")
+            raise ValueError(f"statistics are of {len(statistics.mean)} channels, latents of {config.latent_channels}")
         priors = None
         if (about := from_json(PriorsHeader | None, header.get("priors"), where="priors")) is not None:
             priors = from_tensors(about, prior_tensors, config.coded_channels, config.codes)
         elif prior_tensors:
-            raise ValueError(f"tensors {sorted(prior_tensors)[:5]} of priors that the header does not know")
+            raise ValueError(f"the header does not know the priors of tensors {sorted(prior_tensors)[:5]}")
     except KeyError as error:
         raise UserError(f"{path}: damaged model header: {error} is missing") from error
     except (ValueError, RecursionError) as error:

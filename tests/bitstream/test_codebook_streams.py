@@ -140,7 +140,7 @@ def test_options_that_cannot_matter_are_refused(made: Made, tmp_path: Path) -> N
 @kinds
 def test_latents_to_train_on_need_a_gaussian(made: Made, tmp_path: Path) -> None:
     kind = made.model.config.bottleneck.kind
-    with pytest.raises(UserError, match=f"which a {kind} bottleneck does not have; write .lc files"):
+    with pytest.raises(UserError, match=f"which the {kind} bottleneck does not have; write .lc files"):
         encode_folder(made.runner, made.photos, tmp_path / "latents", quiet=True)
     with pytest.raises(UserError, match=f"--rd .* a {kind} bottleneck"):
         rate_distortion(made.runner, made.photos, RateDistortionOptions(steps=[1.0]))

@@ -109,7 +109,7 @@ def test_a_conditional_model_takes_an_images_class_from_its_folder(tmp_path: Pat
     torch.testing.assert_close(stored, right, rtol=1e-5, atol=1e-5)
     assert (stored - wrong).abs().max() > 1e-3
     assert decode_folder(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 35
-    with pytest.raises(UserError, match=r"which of 2 classes an image is of; a \.lc file cannot"):
+    with pytest.raises(UserError, match=r"each image's class, one of 2, which a \.lc file does not hold"):
         encode_streams(runner, digits, tmp_path / "lc", rate=Rate(), quiet=True)
 
 

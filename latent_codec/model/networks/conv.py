@@ -73,24 +73,33 @@ class Upsample(nn.Module):
         return self.conv(interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2h, 2w)
 
 
+_RESIZE = {"downsamplers": Downsample, "upsamplers": Upsample}  # by AutoencoderKL's names
+
+
 class Stage(nn.Module):
     """Applies the residual blocks of one resolution, then the step to the next resolution if there is one."""
 
-    def __init__(
-        self, width_in: int, width: int, blocks: int, groups: int, *, down: bool = False, up: bool = False
-    ) -> None:
+    def __init__(self, width_in: int, width: int, blocks: int, groups: int, resize: str | None) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks)])
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(width)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(width)])
-        self.resize = "downsamplers" if down else "upsamplers" if up else None
+        self.resize = resize
+        if resize is not None:
+            setattr(self, resize, nn.ModuleList([_RESIZE[resize](width)]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.resnets:
             x = block(x)
         return getattr(self, self.resize)[0](x) if self.resize else x
+
+
+def _stages(widths: tuple[int, ...], blocks: int, groups: int, resize: str) -> nn.ModuleList:
+    """Build the stages of an encoder or decoder, of which all but the last change the resolution."""
+    return nn.ModuleList(
+        [
+            Stage(widths[max(i - 1, 0)], width, blocks, groups, resize if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths)
+        ]
+    )
 
 
 class Middle(nn.Module):
@@ -115,12 +124,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.widths, config.groups
         self.conv_in = nn.Conv2d(channels_in, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            [
-                Stage(widths[max(i - 1, 0)], width, config.layers_per_block, groups, down=i < len(widths) - 1)
-                for i, width in enumerate(widths)
-            ]
-        )
+        self.down_blocks = _stages(widths, config.layers_per_block, groups, "downsamplers")
         self.mid_block = Middle(widths[-1], groups, config.mid_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], channels_out, 3, padding=1)
@@ -141,12 +145,7 @@ class Decoder(nn.Module):
         widths, groups = config.widths[::-1], config.groups
         self.conv_in = nn.Conv2d(channels_in, widths[0], 3, padding=1)
         self.mid_block = Middle(widths[0], groups, config.mid_attention)
-        self.up_blocks = nn.ModuleList(
-            [
-                Stage(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, up=i < len(widths) - 1)
-                for i, width in enumerate(widths)
-            ]
-        )
+        self.up_blocks = _stages(widths, config.layers_per_block + 1, groups, "upsamplers")
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], channels_out, 3, padding=1)
 

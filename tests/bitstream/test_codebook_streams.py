@@ -29,6 +29,7 @@ from latent_codec.model.config import FiniteScalarConfig, IdentityConfig, Vector
 from latent_codec.prior.rans import Coder
 from tests.conftest import files_of
 from tests.support import reference_decoder
+from tests.support.subject import decompress
 from tools.stress import fuzz
 from tools.stress.mutants import mutate
 
@@ -49,6 +50,10 @@ class Made(NamedTuple):
     @property
     def model(self) -> Codec:
         return self.runner.codec
+
+    @property
+    def reader(self) -> StreamReader:
+        return StreamReader(self.model, "cpu")
 
     @property
     def photos(self) -> Path:
@@ -82,22 +87,13 @@ def encode(runner: Runner, photos: Path, folder: Path, **options: Any) -> dict[s
     return files_of(folder)
 
 
-def read(model: Codec, data: bytes) -> torch.Tensor:
-    stream, reader = unpack(data), StreamReader(model, "cpu")
-    reader.check(stream)
-    (found,) = reader.decompress([stream])
-    if isinstance(found, UserError):
-        raise found
-    return found
-
-
 @codebooks
 def test_a_file_holds_the_codes_of_its_image(made: Made) -> None:
     for source in find_images(made.photos):
         data = made.files[f"{source.name}.lc"]
         with torch.no_grad():
             posterior = made.model.encode(pad(source.read().pixels, made.model.factor)[None])
-        assert torch.equal(read(made.model, data), posterior.mode()[0])
+        assert torch.equal(decompress(made.reader, data), posterior.mode()[0])
         again = reference_decoder.decode(data, made.reference)
         np.testing.assert_array_equal(again.values, posterior.coded[0].numpy())
         np.testing.assert_array_equal(again.latents, posterior.mode()[0].numpy())
@@ -187,7 +183,7 @@ def test_indices_beyond_the_codebook_and_steps_are_refused(made: Made) -> None:
 
     def assert_refused(stream: Stream, message: str, reason: str) -> None:
         with pytest.raises(UserError, match=message):
-            read(made.model, pack(stream))
+            decompress(made.reader, pack(stream))
         with pytest.raises(reference_decoder.RefusalError, match=reason):
             reference_decoder.decode(pack(stream), made.reference)
 

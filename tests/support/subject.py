@@ -1,4 +1,4 @@
-"""Give rate control and refinement one smooth image and a codec that codes it well."""
+"""Code one smooth image with a codec that codes it well, and read single streams."""
 
 import functools
 from collections.abc import Callable
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
+from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.rate_control import Rate, compress_at_rate
-from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec
+from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, StreamReader
+from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, as_shown, crop, pad
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
@@ -17,6 +19,16 @@ from latent_codec.model.networks.lite import LiteBackbone
 from latent_codec.prior.quantizer import Scaled
 
 WIDTH, HEIGHT = 45, 30
+
+
+def decompress(reader: StreamReader, data: bytes, max_pixels: int = 2**27) -> torch.Tensor:
+    """Return the latents of one file, read with every check there is."""
+    stream = unpack(data, max_pixels=max_pixels)
+    reader.check(stream)
+    (found,) = reader.decompress([stream])
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 class Subject:

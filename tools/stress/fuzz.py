@@ -129,7 +129,7 @@ def run(model: Path, streams: Sequence[Path], count: int, seed: int, *, megabyte
     report = FuzzReport(Counter(), Counter(), [])
     for numbers in _chunks(count):
         if (chunk := _received(receiver, patience)) is None:
-            child.join(1)
+            child.join(60 if receiver.poll(0) else 0)  # the pipe of a dead process reads as ended
             ending = "stands still" if child.exitcode is None else f"died with code {child.exitcode}"
             report.wrong.append((numbers.start, "bytes", f"the process {ending} within 1000 mutants from here on"))
             break

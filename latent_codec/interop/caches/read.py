@@ -22,6 +22,7 @@ from latent_codec.latents.format import (
     LatentsEntry,
     LatentsHeader,
     LatentsRow,
+    StoredDtype,
     latent_size,
     latents_header,
     latents_row,
@@ -89,7 +90,8 @@ class _LatentsWriter:
     def __init__(self, folder: Path, codec: Codec, options: CacheOptions) -> None:
         check_gaussian(codec)
         assert isinstance(codec.config.bottleneck, DiagonalGaussianConfig)
-        self._folder, self._codec, self._store = folder, codec, options.store or "float16"
+        self._folder, self._codec = folder, codec
+        self._store: StoredDtype = options.store or "float16"
         self._model_id, self._clamp = codec.model_id, codec.config.bottleneck
         self._shard_images = options.shard_images or _SHARD_IMAGES
         self._header: LatentsHeader | None = None

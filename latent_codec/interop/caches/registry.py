@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from latent_codec.interop.caches.cache import CacheFormat
 
-CacheName = Literal[
-    "kohya",
-    "musubi",
-    "comfyui",
-    "lightningdit",
-    "mar",
-    "edm2",
-    "webdataset",
-    "npy",
-]
+CacheName = Literal["kohya", "musubi", "comfyui", "lightningdit", "mar", "edm2", "webdataset", "npy"]
 
 
 def cache_format(name: CacheName) -> "CacheFormat":

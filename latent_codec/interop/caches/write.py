@@ -60,38 +60,30 @@ def _write_images(
     names = [writer.name(entry) for entry in entries]
     _check_names(names, [entry.path for entry in entries], folder)
 
-    def write(index: int) -> _Written:
+    def write(index: int) -> tuple[bool, int, int]:
         name = entries[index].path
         with summary.timing("decode"):
             item = read_entry(writer.latents, index, writer.options.epoch or 0)
         with summary.timing("writing"), disk_errors(folder / names[index], name):
             data = writer.data(item)
-            return _Written(_put(data, folder / names[index], name, overwrite), item.bytes_in, len(data))
+            return _put(data, folder / names[index], name, overwrite), item.bytes_in, len(data)
 
     with Threads(workers) as threads:
         for index, future in threads.map(write, range(len(entries))):
             try:
-                written = future.result()
+                _count(summary, 1, *future.result())
             except FatalError:
                 raise
             except Exception as error:  # one damaged image costs no other
                 summary.fail(entries[index].path, error)
-            else:
-                _count(written, summary)
             bar.update()
 
 
-class _Written(NamedTuple):
-    new: bool
-    bytes_in: int
-    bytes_out: int
-
-
-def _count(written: _Written, summary: Summary, images: int = 1) -> None:
-    if written.new:
+def _count(summary: Summary, images: int, new: bool, bytes_in: int, bytes_out: int) -> None:
+    if new:
         summary.done += images
-        summary.bytes_in += written.bytes_in
-        summary.bytes_out += written.bytes_out
+        summary.bytes_in += bytes_in
+        summary.bytes_out += bytes_out
     else:
         summary.skipped += images
 
@@ -127,41 +119,35 @@ def _write_shards(writer: ShardCacheWriter, folder: Path, overwrite: bool, summa
     if others := sorted({path.name for path in folder.glob(writer.shard_pattern)} - {shard.name for shard in shards}):
         raise UserError(f"{folder}: {others[0]} would be taken for a part of this; remove it, or give another folder")
     for shard in shards:
-        items = _ShardItems(writer, shard, summary, bar)
+        sizes: list[int] = []
         path = folder / shard.name
         with summary.timing("writing"), disk_errors(path), temporary_path(folder, shard.name) as temporary:
             mode = temporary.stat().st_mode
-            writer.write(temporary, iter(items))
+            writer.write(temporary, _read_shard(writer, shard, sizes, summary, bar))
             new = overwrite or not path.exists()
             if not new and sha256_of(path) != sha256_of(temporary):
                 raise _differs(path, shard.name)
-            written = _Written(new, items.bytes_in, temporary.stat().st_size)
+            bytes_out = temporary.stat().st_size
             if new:
                 put(temporary, path, mode)
-        _count(written, summary, items.images)
+        _count(summary, len(sizes), new, sum(sizes), bytes_out)
     for name, data in writer.last():
         with disk_errors(folder / name):
             _put(data, folder / name, name, overwrite)
 
 
-class _ShardItems:
-    """Read a shard's images one by one, leaving out damaged ones if the shard may lack images."""
-
-    def __init__(self, writer: ShardCacheWriter, shard: Shard, summary: Summary, bar: Any) -> None:
-        self._writer, self._shard, self._summary, self._bar = writer, shard, summary, bar
-        self.images = self.bytes_in = 0
-
-    def __iter__(self) -> Iterator[CacheEntry]:
-        latents = self._writer.latents
-        for index in self._shard.indices:
-            try:
-                item = read_entry(latents, index, self._writer.options.epoch or 0)
-            except UserError as error:
-                if not self._writer.may_lack_images:
-                    raise UserError(f"{error}; {self._shard.name} cannot lack an image and is not written") from error
-                self._summary.fail(latents.entries[index].path, error)
-            else:
-                self.images += 1
-                self.bytes_in += item.bytes_in
-                yield item
-            self._bar.update()
+def _read_shard(
+    writer: ShardCacheWriter, shard: Shard, sizes: list[int], summary: Summary, bar: Any
+) -> Iterator[CacheEntry]:
+    """Read a shard's images, append their sizes to `sizes`, and leave out damaged ones if it may lack images."""
+    for index in shard.indices:
+        try:
+            item = read_entry(writer.latents, index, writer.options.epoch or 0)
+        except UserError as error:
+            if not writer.may_lack_images:
+                raise UserError(f"{error}; {shard.name} cannot lack an image and is not written") from error
+            summary.fail(writer.latents.entries[index].path, error)
+        else:
+            sizes.append(item.bytes_in)
+            yield item
+        bar.update()

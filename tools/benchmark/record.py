@@ -24,7 +24,7 @@ def command_line() -> str:
     return shlex.join(["python", *sys.orig_argv[1:]])
 
 
-def report(results: dict[str, dict[str, Any]], about: dict[str, Any], out: Path | None, **more: Any) -> None:
+def report(results: dict[str, Any], about: dict[str, Any], out: Path | None, **more: Any) -> None:
     """Print the results and what reproduces them, and write both to `out`; `more` goes to the file alone."""
     found = {"results": results, "about": {"command": command_line(), "commit": git_commit()} | about}
     print(json.dumps(found, indent=1))

@@ -1,10 +1,7 @@
 """Estimate the NLL of images by importance sampling: `python -m tools.mnist.nll MODEL IMAGES`."""
 
 import dataclasses
-import json
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +17,7 @@ from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
-from latent_codec.storage.files import write_text
-from tools.benchmark.record import machine
-from train.loop.provenance import git_commit
+from tools.benchmark.record import machine, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,17 +107,12 @@ def main() -> None:
     except (UserError, ValueError) as error:
         raise SystemExit(f"tools.mnist.nll: {error}") from error
     about = {
-        "command": shlex.join(["python", "-m", "tools.mnist.nll", *sys.argv[1:]]),
-        "commit": git_commit(),
         "model": Path(options.model).name,
         "set": options.images.name,
         "protocol": "nats per image; importance-weighted bound, Burda et al. 2016, eq. 8; drawn pixels fixed by seed "
         "and name; active: variance of the posterior mean above 0.01",
     }
-    text = json.dumps({"results": results, "about": about | machine(options.device)}, indent=1)
-    print(text)
-    if options.out is not None:
-        write_text(options.out, text + "\n")
+    report(results, about | machine(options.device), options.out)
 
 
 if __name__ == "__main__":

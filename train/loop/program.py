@@ -5,13 +5,16 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
-from accelerate import Accelerator
 
 from latent_codec.errors import UserError
-from train.loop.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from train.loop.interrupts import Interrupts
 
 Config = TypeVar("Config")
 Run = TypeVar("Run")
@@ -49,8 +52,12 @@ def run_of_preset(
     return tyro.cli(kind, prog=program, description=about, config=(tyro.conf.AvoidSubcommands,))
 
 
-def begin(run: RunOptions) -> tuple[Accelerator, Interrupts]:
+def begin(run: RunOptions) -> "tuple[Accelerator, Interrupts]":
     """Connect the processes and start the clock of the time limit."""
+    from accelerate import Accelerator  # slow to import, as torch is
+
+    from train.loop.interrupts import Interrupts
+
     accelerator = Accelerator(log_with=list(run.log_with) or None, project_dir=str(run.out))
     interrupts = Interrupts(run.max_minutes)
     accelerator.wait_for_everyone()  # a process that fails before the others have connected would strand them

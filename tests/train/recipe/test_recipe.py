@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -16,6 +18,7 @@ from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import LiteConfig
+from tests.support.data import ROOT
 from tests.support.run import write_images
 from train.config.presets import conv
 from train.config.prior import PriorConfig
@@ -177,6 +180,11 @@ def test_a_plan_without_an_lpips_weight_has_none(tiny: Recipe, tmp_path: Path) -
     State(plain, "id")
     with pytest.raises(UserError, match=r"other flags \(lpips_weight\)"):
         State(replace(plain, lpips_weight=2.0), "id")
+
+
+def test_the_clock_starts_before_torch_is_imported() -> None:
+    code = "import sys, train.recipe.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_the_training_configuration_follows_from_the_batch_and_the_recipe(tiny: Recipe, model_file: Path) -> None:

@@ -1,6 +1,9 @@
-"""The command line. Nothing here imports torch until a command runs, so that --help answers at once."""
+"""Run the command line `latent-codec`. Nothing here imports torch until a command runs: --help answers at once."""
 
+import dataclasses
 import gc
+import os
+import shlex
 import sys
 from typing import Annotated, Union
 
@@ -11,8 +14,10 @@ from latent_codec.commands.decode import Decode
 from latent_codec.commands.encode import Encode
 from latent_codec.commands.evaluate import Evaluate
 from latent_codec.commands.models import Export, Import, Info
+from latent_codec.commands.options import FLAGS
 from latent_codec.commands.sample import Sample
 from latent_codec.errors import UserError
+from latent_codec.version import __version__
 
 Command = Union[
     Annotated[Encode, tyro.conf.subcommand("encode")],
@@ -25,32 +30,51 @@ Command = Union[
     Annotated[Convert, tyro.conf.subcommand("convert")],
 ]
 
+_PROGRAM = "latent-codec"
+_DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, measure and export models."
+_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ends
+
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point; exits with 0, 1 (some images failed), 2 (usage or a user's mistake) or 130 (Ctrl-C)."""
-    from latent_codec.version import __version__
+    """Run a command and exit with 0, 1 (some images failed), 2 (usage or a user's mistake), 130 (Ctrl-C) or 141.
 
-    if (args if args is not None else sys.argv[1:]) == ["--version"]:
-        print(f"latent-codec {__version__}")
-        return
-    command: Command = tyro.cli(Command, prog="latent-codec", args=args, description=_DESCRIPTION)  # pyright: ignore
-    _import_torch()
+    141 says that the reader of the output went away, as `head` does.
+    """
     try:
-        code = command.run()
-    except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
-        print(f"latent-codec: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("latent-codec: interrupted", file=sys.stderr)
-        code = 130
+        try:
+            code = _run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What Python has still to write when it ends goes nowhere.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = _CLOSED_PIPE
     sys.exit(code)
 
 
-_DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, measure and export models."
+def _run(args: list[str]) -> int:
+    if args == ["--version"]:
+        print(f"{_PROGRAM} {__version__}")
+        return 0
+    command: Command = tyro.cli(Command, prog=_PROGRAM, args=args, description=_DESCRIPTION, registry=FLAGS)  # pyright: ignore
+    if isinstance(command, Evaluate):
+        command = dataclasses.replace(command, command_line=shlex.join([_PROGRAM, *args]))
+    _import_torch()
+    try:
+        return command.run()
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
+        print(f"{_PROGRAM}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _import_torch() -> None:
-    """What every command needs; its objects, which stay, are kept from the garbage collector, then and later."""
+    # Every command needs it. Its objects stay, so they are kept from the garbage collector, then and later.
     if "torch" not in sys.modules:
         gc.disable()
         import torch  # noqa: F401

@@ -8,7 +8,7 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream, StreamHeader
 from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_lc import find_streams
+from latent_codec.folders.decode_lc import find_lc
 from latent_codec.images.sources import Source
 from latent_codec.latents.format import INDEX, moment_names, read_index
 from latent_codec.model.codec import Codec
@@ -26,7 +26,7 @@ def describe(where: str, model: str | None = None) -> str:
     Raises `UserError` if the file is of none of these kinds, or damaged.
     """
     path = Path(where)
-    streams = find_streams(path) if path.is_dir() else []
+    streams = find_lc(path) if path.is_dir() else []
     if streams or path.suffix == SUFFIX:
         return _describe_streams(path, streams, model) if streams else _describe_stream(path, model)
     if model is not None:

@@ -15,9 +15,8 @@ from latent_codec.bitstream.container import OVERHEAD, unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
-from latent_codec.inference.options import ComputeOptions
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.inference.runner import Runner
 from latent_codec.info import describe
 from latent_codec.latents.format import INDEX
@@ -95,12 +94,7 @@ def test_training_is_told_from_what_export_wrote_and_shown_as_it_is_from_others(
 def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     for name, width in (("a", 16), ("b", 17), ("c", 16)):
         draw(tmp_path / "src" / f"{name}.png", width, 16)
-    encode_folder(
-        Runner(codec, ComputeOptions(batch_size=1, workers=1)),
-        tmp_path / "src",
-        tmp_path / "latents",
-        quiet=True,
-    )
+    encode_latents(Runner(codec), tmp_path / "src", tmp_path / "latents", quiet=True)
     return tmp_path / "latents"
 
 
@@ -146,8 +140,8 @@ def streams(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     special = draw(tmp_path / "src" / "special.jpg", 30, 20, "L", exif=exif)
     options: dict[str, Any] = {"plain": {}, "special": {"sample": 1, "prior": "factorized"}}
     for path, step in ((plain, 1.0), (special, 0.5)):
-        rate, compute = Rate(step=step), ComputeOptions(batch_size=1, workers=1)
-        encode_streams(Runner(codec, compute), path, tmp_path / "streams", rate=rate, quiet=True, **options[path.stem])
+        chosen = EncodeOptions(rate=Rate(step=step), **options[path.stem])
+        encode_lc(Runner(codec), path, tmp_path / "streams", chosen, quiet=True)
     return tmp_path / "streams"
 
 

@@ -1,4 +1,4 @@
-"""The commands of `latent-codec`, a dataclass each: its fields are the flags, `run` does it and gives the exit code.
+"""Define the commands of `latent-codec`: a dataclass each, whose fields are the flags and whose `run` does the work.
 
 Nothing here imports torch until a command runs, so that --help answers at once.
 """

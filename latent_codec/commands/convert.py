@@ -13,33 +13,37 @@ from latent_codec.interop.caches.registry import CacheName
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write latents as other programs train from them; with --from make latents of such files."""
+    """Convert latents to the files that other programs train from; with --from, make latents of such files."""
 
     src: tyro.conf.Positional[Path]
-    """Latents that `encode --format safetensors` made; with --from what another program made."""
+    """Latents that `encode --format safetensors` made; with --from, the files of another program."""
     dst: tyro.conf.Positional[Path]
-    """A folder."""
+    """Folder for the result."""
     to: CacheName | None = None
+    """Program to write files for."""
     from_: Annotated[CacheName | None, tyro.conf.arg(name="from")] = None
+    """Program whose files are read."""
     model: str | None = None
-    """from: the model whose latents they are."""
+    """from: the model that made the latents."""
     arch: str | None = None
     """kohya: sd, sdxl or flux. musubi: hv, hv15, wan, qi, kr2, zi, f2d, f2k4b or f2k9b."""
     scale: Literal["raw", "normalized"] | None = None
-    """npy, webdataset: latents as the model gives them, or scaled."""
+    """npy, webdataset: write latents as the model gives them, or normalized."""
     scaling_factor: float | None = None
-    """Where latents are scaled: (z - shift) * factor, instead of each channel by the model's statistics."""
+    """Scale latents to (z - shift) * factor, instead of each channel by the model's statistics."""
     shift_factor: float | None = None
+    """Shift of --scaling-factor, by default 0."""
     seed: int | None = None
-    """to: of the draw, by default 0; MAR and EDM2 take the whole posterior."""
+    """to: seed of the draw from each posterior, by default 0; MAR and EDM2 take the whole posterior."""
     epoch: int | None = None
-    """to: draws of different epochs are independent; by default 0."""
+    """to: epoch of the draw, by default 0; draws of different epochs are independent."""
     store: Literal["float16", "bfloat16", "float32"] | None = None
     """from: number type on disk, by default float16."""
     overwrite: bool = False
     """Replace files that are there already and differ."""
 
     def run(self) -> int:
+        """Convert, print notes and the summary, and return the exit code."""
         if (self.to is None) == (self.from_ is None):
             raise UserError("give either --to and the name of a program, or --from and one")
         converted = self._to(self.to) if self.to is not None else self._from()

@@ -23,44 +23,31 @@ class Decode:
     model: str = "photo"
     """The model that made them."""
     image_format: Literal["png", "webp", "jpg"] = "png"
+    """Format of the images."""
     tar: bool = False
-    """Put the images into tar shards, as WebDataset reads them, about 128 in each."""
+    """Put the images into tar shards of about 128 images each, as WebDataset reads them."""
     sample: int | None = None
-    """Latents: decode a draw from the posterior with this seed; by default its mode. A .lc file's draw is in it."""
+    """Latents: decode a draw from the posterior with this seed, by default its mode. A .lc file holds its draw."""
     max_pixels: int = 2**27
-    """Of .lc files those of larger images are refused before anything is allocated for them."""
+    """Refuse .lc files of larger images before anything is allocated for them."""
     resume: tyro.conf.OmitArgPrefixes[ResumeOptions] = dataclasses.field(default_factory=ResumeOptions)
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:
-        from latent_codec.folders.decode_latents import decode_folder
-        from latent_codec.folders.decode_lc import decode_streams, is_streams
+        """Decode, print the summary and return the exit code."""
+        from latent_codec.folders.decode_latents import DecodeLatentsOptions, decode_latents
+        from latent_codec.folders.decode_lc import DecodeOptions, decode_lc, is_lc
 
-        streams = is_streams(self.src)
-        if streams and self.sample is not None:
-            raise UserError(
-                f"{self.src}: what a .lc file draws is decided when it is made; give --sample to encode, not to decode"
-            )
-        runner = load(self.model, self.compute)
-        if streams:
-            summary = decode_streams(
-                runner,
-                self.src,
-                self.dst,
-                image_format=self.image_format,
-                max_pixels=self.max_pixels,
-                tar=self.tar,
-                resume=self.resume.options(),
-            )
+        resume = self.resume.resume()
+        if is_lc(self.src):
+            if self.sample is not None:
+                raise UserError(
+                    f"{self.src}: a .lc file's draw is decided when it is made; give --sample to encode, not to decode"
+                )
+            options = DecodeOptions(image_format=self.image_format, max_pixels=self.max_pixels, tar=self.tar)
+            summary = decode_lc(load(self.model, self.compute), self.src, self.dst, options, resume=resume)
         else:
-            summary = decode_folder(
-                runner,
-                self.src,
-                self.dst,
-                image_format=self.image_format,
-                sample=self.sample,
-                tar=self.tar,
-                resume=self.resume.options(),
-            )
+            options = DecodeLatentsOptions(image_format=self.image_format, sample=self.sample, tar=self.tar)
+            summary = decode_latents(load(self.model, self.compute), self.src, self.dst, options, resume=resume)
         print(summary)
         return 1 if summary.failures else 0

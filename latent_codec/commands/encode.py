@@ -1,4 +1,4 @@
-"""Folders of images, streams and latents: encode, decode, convert."""
+"""Define the command `latent-codec encode`."""
 
 import dataclasses
 from pathlib import Path
@@ -14,71 +14,68 @@ from latent_codec.inference.options import ComputeOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encode:
-    """Compress images: to small .lc files, or to latents in safetensors for training on."""
+    """Compress images to small .lc files, or encode them to latents in safetensors for training on."""
 
     src: tyro.conf.Positional[str]
     """An image, a folder (its tree is kept), a tar file, or a quoted glob."""
     dst: tyro.conf.Positional[Path]
     """Folder for the outputs: a/b.jpg becomes a/b.jpg.lc."""
     model: str = "photo"
-    """A shipped model's name or a file."""
+    """Name of a shipped model, or a model file."""
     format: Literal["lc", "safetensors"] = "lc"
-    """Entropy-coded files, one an image; or the posteriors' means and log-variances in shards under an index."""
+    """lc: entropy-coded files, one an image. safetensors: the posteriors' means and log-variances, in shards under an
+    index."""
     step: float | None = None
-    """lc: the quantiser's step; larger is smaller and worse, 1 is the default."""
+    """lc: the quantiser step, by default 1; a larger step makes files smaller and images worse."""
     bpp: float | None = None
     """lc: find each image's step so that its file has at most this many bits per pixel, instead of --step."""
     psnr: float | None = None
     """lc: find each image's step so that it decodes with at least this PSNR in dB, instead of --step."""
     max_bytes: int | None = None
-    """lc: no file exceeds this; it comes before --step, --bpp and --psnr."""
+    """lc: limit every file to this size; the limit comes before --step, --bpp and --psnr."""
     refine: int = 0
-    """lc: rounds of moving the latents by what the decoder makes of them before they are rounded: better files of about
-    the same size, for two decodings' time or three each; 3 is usual."""
+    """lc: rounds of encoder-side optimisation, which moves latents before they are rounded: better files of about the
+    same size, about 3 times slower a round; 3 rounds are usual."""
     sample: int | None = None
-    """lc: store a draw around the posterior's mean, by this seed and the image's name; by default the mean, rounded."""
+    """lc: store a draw around the posterior's mean, by this seed and the image's name; by default the rounded mean."""
     prior: Literal["context", "factorized"] | None = None
-    """lc: what the entropy coder goes by: context is smaller, factorized faster; by default the best of the model's."""
+    """lc: prior to code under; context makes smaller files, factorized is faster; by default the model's best."""
     store: Literal["float16", "bfloat16", "float32"] | None = None
     """safetensors: number type on disk, by default float16."""
     flips: bool = False
     """safetensors: store the posteriors of the images mirrored left to right as well."""
     tar: bool = False
-    """lc: put the files into tar shards, as WebDataset reads them, about 128 in each."""
+    """lc: put the files into tar shards of about 128 files each, as WebDataset reads them."""
     background: str = "#ffffff"
-    """Colour that transparent images are laid on; alpha itself is not kept."""
+    """Colour that transparent images are composited on; alpha itself is not kept."""
     max_pixels: int = 2**27
-    """Larger images are refused before they are decoded."""
+    """Refuse larger images before they are decoded."""
     resume: tyro.conf.OmitArgPrefixes[ResumeOptions] = dataclasses.field(default_factory=ResumeOptions)
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:
-        summary = self._to_streams() if self.format == "lc" else self._to_latents()
+        """Encode, print the summary and return the exit code."""
+        summary = self._to_lc() if self.format == "lc" else self._to_latents()
         print(summary)
         return 1 if summary.failures else 0
 
-    def _to_streams(self):
+    def _to_lc(self):
         self._refuse(("store",), "for --format safetensors; a .lc file's numbers are integers")
         if self.flips:
-            raise UserError("--flips is for --format safetensors; a .lc file is of one image")
+            raise UserError("--flips is for --format safetensors; a .lc file holds one image")
         from latent_codec.bitstream.rate_control import Rate
-        from latent_codec.folders.encode_lc import encode_streams
+        from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
+        from latent_codec.images.read import ReadOptions
 
-        rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
-        runner = load(self.model, self.compute)
-        return encode_streams(
-            runner,
-            self.src,
-            self.dst,
-            rate=rate,
+        options = EncodeOptions(
+            rate=Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes),
             refine=self.refine,
             sample=self.sample,
             prior=self.prior,
-            background=self.background,
-            max_pixels=self.max_pixels,
+            read=ReadOptions(background=self.background, max_pixels=self.max_pixels),
             tar=self.tar,
-            resume=self.resume.options(),
         )
+        return encode_lc(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
 
     def _to_latents(self):
         flags = ("step", "bpp", "psnr", "max_bytes", "sample", "prior")
@@ -86,22 +83,17 @@ class Encode:
         if self.refine:
             raise UserError("--refine is for --format lc; latents in safetensors keep the whole posterior")
         if self.tar:
-            raise UserError("--tar is for --format lc; latents in safetensors are in shards as it is")
-        from latent_codec.folders.encode_latents import encode_folder
+            raise UserError("--tar is for --format lc; latents in safetensors are in shards already")
+        from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
+        from latent_codec.images.read import ReadOptions
 
-        runner = load(self.model, self.compute)
-        return encode_folder(
-            runner,
-            self.src,
-            self.dst,
+        options = LatentsOptions(
             store=self.store or "float16",
             flips=self.flips,
-            background=self.background,
-            max_pixels=self.max_pixels,
-            resume=self.resume.options(),
+            read=ReadOptions(background=self.background, max_pixels=self.max_pixels),
         )
+        return encode_latents(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
 
     def _refuse(self, fields: tuple[str, ...], reason: str) -> None:
-        """Raise `UserError` if any of these was given."""
         if given := [f"--{name.replace('_', '-')}" for name in fields if getattr(self, name) is not None]:
             raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")

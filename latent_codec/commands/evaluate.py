@@ -1,7 +1,6 @@
-"""What a model is worth: evaluate."""
+"""Define the command `latent-codec evaluate`."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,49 +16,57 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Report:
+    """Choose what the report holds."""
+
     report: bool = False
-    """Write report.html into --out: one page that opens without a network; and report.json with the same numbers."""
+    """Write report.html into --out, one page that opens without a network, and report.json with the same numbers."""
     report_images: int = 6
-    """Images in the report's pictures, spread evenly over all."""
+    """Number of images that the report shows, spread evenly over all."""
     bound_images: int = 16
-    """Images of which the report bounds the likelihood, spread evenly over all."""
+    """Number of images whose likelihood the report bounds, spread evenly over all."""
     bound_samples: int = 50
-    """Importance samples for each of them, up to thousands."""
+    """Importance samples for each of those images; thousands are possible."""
     baseline: tuple[str, ...] = ()
-    """Models to set beside this one in the report, such as an autoencoder of the same latent size."""
+    """Models that the report compares this one with, such as an autoencoder of the same latent size."""
     baseline_data: str | None = None
-    """Images that the report's PCA is fitted to, by default one half of DIR to be measured on the other."""
+    """Images to fit the report's PCA to; by default it is fitted to each half of DIR and measured on the other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measure a model on a folder of images: PSNR, SSIM, MS-SSIM, LPIPS, KL and bytes on disk in bits per pixel.
 
-    With --rd: whole .lc files at several steps, decoded again, with JPEG, WebP and AVIF beside them on the same images.
-    With --report: all that tells whether a model works, in one page with pictures.
+    With --rd, measure whole .lc files at several steps, and JPEG, WebP and AVIF files of the same images. With
+    --report, write everything that tells whether a model works into one page with pictures.
     """
 
     model: tyro.conf.Positional[str]
+    """Name of a shipped model, or a model file."""
     dir: tyro.conf.Positional[str]
+    """Images to measure on: a folder, a tar file, or a quoted glob."""
     out: Path | None = None
-    """Folder for results.json, the latents, the reconstructions and the report; with --rd for rd.json and rd.png."""
+    """Folder for results.json, latents, reconstructions and the report; with --rd, for rd.json and rd.png."""
     rd: bool = False
-    """Rate-distortion curves; needs the extra `rd`."""
+    """Measure rate-distortion curves; needs the extra `rd`."""
     steps: tuple[float, ...] = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
-    """Quantiser steps of --rd."""
+    """Quantiser steps that --rd measures."""
     refine: int = 0
-    """Rounds of `encode --refine` for the files of --rd."""
+    """Rounds of `encode --refine` for the files that --rd measures."""
     sample: int = 0
-    """Seed of the dither in the row of --rd that has one, at step 1, and of all that the report draws."""
+    """Seed of the dither in the one row of --rd that has it, at step 1, and of all random numbers of the report."""
     lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
+    """Network of LPIPS; none leaves LPIPS out."""
     lpips_backbone: Path | None = None
-    """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
+    """Local safetensors file with the LPIPS network's ImageNet weights; by default they are downloaded."""
     pages: tyro.conf.OmitArgPrefixes[_Report] = _Report()
+    command_line: tyro.conf.Suppress[str] = ""
+    """What was typed, which results say they were made by."""
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:
+        """Measure, print a table and return the exit code."""
         if self.refine and not self.rd:
-            raise UserError("--refine is of the files that --rd measures; give --rd as well, or leave it out")
+            raise UserError("--refine applies to the files that --rd measures; give --rd as well, or leave it out")
         if self.pages.report:
             return self._report()
         runner = load(self.model, self.compute)
@@ -92,8 +99,8 @@ class Evaluate:
         report = self._evaluate(runner)
         rd = self._rate_distortion(runner) if self.rd else None
         print(report.table())
-        command = self._command(*self._report_flags())
-        write_report(EvaluatedModel(runner, self.model, self.dir, report, rd, command), self.out, options)
+        evaluated = EvaluatedModel(runner, self.model, self.dir, report, rd, self.command_line)
+        write_report(evaluated, self.out, options)
         print(f"wrote {self.out / 'report.html'}")
         return 1 if report.failures else 0
 
@@ -110,28 +117,9 @@ class Evaluate:
             refine=self.refine,
             sample=self.sample,
             lpips=self._lpips,
-            command=self._command(*self._rd_flags()),
+            command=self.command_line,
         )
         return rate_distortion(runner, self.dir, options, out=self.out)
-
-    def _report_flags(self) -> list[str]:
-        numbers = ("report_images", "bound_images", "bound_samples")
-        flags = ["--report", *(f"--{n.replace('_', '-')}={getattr(self.pages, n)}" for n in numbers)]
-        flags += self._rd_flags() if self.rd else []
-        flags += ["--baseline", *self.pages.baseline] if self.pages.baseline else []
-        return flags + (["--baseline-data", self.pages.baseline_data] if self.pages.baseline_data else [])
-
-    def _rd_flags(self) -> list[str]:
-        refine = ["--refine", str(self.refine)] if self.refine else []
-        return ["--rd", "--steps", *(f"{s:g}" for s in self.steps), *refine]
-
-    def _command(self, *flags: str) -> str:
-        """What makes the same results again; where they go and how fast is not part of it."""
-        command = ["latent-codec", "evaluate", self.model, self.dir, *flags]
-        command += ["--sample", str(self.sample), "--lpips-net", self.lpips_net]
-        if self.lpips_backbone is not None:
-            command += ["--lpips-backbone", str(self.lpips_backbone)]
-        return shlex.join(command)
 
     @property
     def _lpips(self):

@@ -1,4 +1,4 @@
-"""Model files: info, export, import."""
+"""Define the commands `latent-codec info`, `export` and `import`."""
 
 import dataclasses
 from pathlib import Path
@@ -11,13 +11,15 @@ from latent_codec.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:
-    """Say what a model file, a .lc file or a folder of them, or latents are."""
+    """Describe a model file, a .lc file, a folder of .lc files, or latents."""
 
     file: tyro.conf.Positional[str]
+    """A file or folder, or the name of a shipped model."""
     model: str | None = None
-    """For .lc files: the model that is compared with theirs, by default the shipped ones."""
+    """.lc files: a model to tell whether it made them; by default the shipped models are tried."""
 
     def run(self) -> int:
+        """Print the description and return the exit code."""
         from latent_codec.info import describe
 
         print(describe(self.file, self.model))
@@ -26,25 +28,26 @@ class Info:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Turn a training run (its averaged weights) or a model into one self-describing model file."""
+    """Export a training run's averaged weights, or a model, as one self-describing model file."""
 
     source: tyro.conf.Positional[Path]
     """A run's folder, or a model file."""
     dst: tyro.conf.Positional[Path]
-    """A model file; with --to diffusers a folder."""
+    """The model file to write; with --to diffusers, a folder."""
     to: Literal["safetensors", "diffusers"] = "safetensors"
-    """A model file of ours, or the folder of an AutoencoderKL for pipelines of diffusers."""
+    """safetensors: a model file of ours. diffusers: the folder of an AutoencoderKL for pipelines of diffusers."""
     data: tuple[Path, ...] = ()
-    """Images (folders or tar files) to measure latent statistics on; a model keeps those it has without it."""
+    """Images (folders or tar files) to measure latent statistics on; without, a model keeps its own."""
     images: int = 256
-    """How many of them, from the first."""
+    """Number of images to measure on, from the first."""
     half: bool = False
-    """Store float16."""
+    """Store float16 weights."""
     fold: bool = True
-    """diffusers: latents normalised within the model, right for any pipeline; without, they stay as they are, and
+    """diffusers: normalise latents within the model, which suits any pipeline; without, they stay as they are, and
     scaling_factor, shift_factor and (4 channels) latents_mean and latents_std tell the pipeline what to do."""
 
     def run(self) -> int:
+        """Write the model, say where it is and return the exit code."""
         if self.to == "diffusers":
             return self._to_diffusers()
         if not self.fold:
@@ -70,7 +73,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Import:
-    """Turn an AutoencoderKL (diffusers' folder, or a safetensors file in its or the original layout) into a model file.
+    """Import an AutoencoderKL (diffusers' folder, or a safetensors file in its or the original layout) as a model file.
 
     What `export --to diffusers` wrote becomes the model that it was.
     """
@@ -78,15 +81,16 @@ class Import:
     src: tyro.conf.Positional[Path]
     """A folder with config.json, or one safetensors file: an autoencoder's, or a whole checkpoint with one in it."""
     dst: tyro.conf.Positional[Path]
-    """A model file."""
+    """The model file to write."""
     scaling_factor: float | None = None
-    """What pipelines multiply its latents by, if no config.json says it: latents get statistics by it."""
+    """Factor by which pipelines multiply its latents, unless config.json has it; sets the latent statistics."""
     shift_factor: float | None = None
-    """What pipelines subtract before that."""
+    """Number that pipelines subtract from its latents before that."""
     half: bool = False
-    """Store float16."""
+    """Store float16 weights."""
 
     def run(self) -> int:
+        """Write the model file, describe it and return the exit code."""
         from latent_codec.interop.autoencoder_kl.importing import import_model
 
         codec = import_model(

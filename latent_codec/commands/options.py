@@ -1,21 +1,49 @@
-"""Flags that several commands share: where and how networks run, and what of a folder is done again."""
+"""Define flags that several commands share, and how help shows flags that may be left out."""
 
 import dataclasses
 from typing import Literal
 
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
+
+FLAGS = ConstructorRegistry()
+
+
+@FLAGS.primitive_rule
+def optional(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | UnsupportedTypeAnnotationError | None:
+    """Show `FLOAT` for a `float | None`, where tyro shows `{None}|FLOAT`; the word None is understood as before."""
+    if type(None) not in getattr(kind.type, "__args__", ()) or tyro.conf.DisallowNone in kind.markers:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(
+        dataclasses.replace(kind, markers=kind.markers | {tyro.conf.DisallowNone})
+    )
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return spec
+    parse = spec.instance_from_str
+    return dataclasses.replace(spec, instance_from_str=lambda args: None if args == ["None"] else parse(args))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
+    """Choose what of a folder is done again, and by which process."""
+
     check: Literal["hash", "mtime"] = "hash"
-    """What tells a repeated command that an output is done: the bytes of it and its source, or sizes and times."""
+    """How a repeated command tells that an output is up to date: by the bytes of it and its source, or by their sizes
+    and times of change."""
     shard: str | None = None
     """i/n, from 0/n: do this part of the work only; n processes need not know of each other."""
     overwrite: bool = False
     """Make everything again, and replace files that were there before."""
 
-    def options(self):
+    def resume(self):
+        """Return the options as `Resume`; raises `UserError` for a share that makes no sense."""
         from latent_codec.folders.jobs import Resume
         from latent_codec.folders.resume.units import Share
 
         share = Share.of_launcher() if self.shard is None else Share.parse(self.shard)
-        return Resume(self.check, self.overwrite, share)
+        return Resume(check=self.check, overwrite=self.overwrite, share=share)

@@ -1,4 +1,4 @@
-"""Images from a latent diffusion model: sample."""
+"""Define the command `latent-codec sample`."""
 
 import dataclasses
 from pathlib import Path
@@ -17,11 +17,11 @@ class Sample:
     run_or_file: tyro.conf.Positional[Path]
     """A run's folder (its averaged weights), or a file from its checkpoints."""
     dst: tyro.conf.Positional[Path]
-    """Folder for the images: LABEL/00000.png ..., without labels 00000.png ..."""
+    """Folder for the images: LABEL/00000.png ...; without labels, 00000.png ..."""
     model: str = "photo"
-    """The codec whose latents it was trained on: a shipped model's name or a file."""
+    """The codec whose latents it was trained on: the name of a shipped model, or a model file."""
     count: int = 8
-    """Images of each label."""
+    """Number of images of each label."""
     label: tuple[str, ...] = ()
     """Names of classes, by default all."""
     grid: Path | None = None
@@ -30,6 +30,7 @@ class Sample:
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:
+        """Draw the images, say where they are and return the exit code."""
         import torch
 
         from latent_codec.diffusion.sampling import choose, sample

@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, crop
@@ -135,7 +134,7 @@ _Stored = tuple[Summary, list[Path], Sequence[Callable[[], _StoredImage]]]
 
 
 def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
-    encoded = encode_folder(runner, where, folder, resume=OVERWRITE, quiet=quiet)
+    encoded = encode_latents(runner, where, folder, resume=OVERWRITE, quiet=quiet)
     latents = Latents(folder, model_id=runner.model_id)
 
     def read(i: int) -> _StoredImage:
@@ -146,7 +145,7 @@ def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bo
 
 
 def _store_streams(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
-    encoded = encode_streams(runner, where, folder, rate=Rate(), resume=OVERWRITE, quiet=quiet)
+    encoded = encode_lc(runner, where, folder, resume=OVERWRITE, quiet=quiet)
     files = [folder / f"{source.name}{SUFFIX}" for source in find_images(where) if source.name not in encoded.failures]
     reader = StreamReader(runner.codec, runner.options.device)
 

@@ -1,112 +1,111 @@
-"""Group the images of a run into batches of one shape."""
+"""Read the sources of units that are not up to date, and group them into batches of one shape."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from itertools import groupby
+from typing import Any, TypeVar
 
 from latent_codec.errors import FatalError, UserError
-from latent_codec.folders.jobs import Current, Input, Job, R, Resume, T, Work
-from latent_codec.folders.resume.ledger import Record, mtime_ns
-from latent_codec.images.sources import Source
+from latent_codec.folders.jobs import Input, Job, Maker, Task, Work
+from latent_codec.folders.resume.ledger import Claim, Record, mtime_ns
+from latent_codec.folders.shards import are_whole
 from latent_codec.storage.files import sha256
 
+T = TypeVar("T")
 
-def in_batches(
-    jobs: Iterable[Job],
-    load: Callable[[Source], bytes],
-    parse: Callable[[Source, bytes], tuple[tuple[int, ...], T]],
-    *,
-    batch_size: int,
-    resume: Resume,
-    work: Work,
-    is_large: Callable[[tuple[int, ...]], bool],
-    is_whole: Callable[[Sequence[Record]], bool] | None = None,
-) -> Iterator[list[Input[T]]]:
-    """Jobs in batches of one unit and one shape, read ahead in threads.
 
-    `parse` gives a source's shape and content; what `is_large` by its shape goes alone. Sources whose output is
-    current are skipped, but for those that share a batch with one that is not. Where images share files, all of a unit
-    are skipped or none: `is_whole` says of the records of all that can be read whether their files hold these and
-    nothing else.
+def in_batches(claims: Iterable[Claim], task: Task, maker: Maker[T, Any], work: Work) -> Iterator[list[Input[T]]]:
+    """Yield inputs in batches of one unit and one shape, read ahead in threads.
+
+    A unit whose outputs are all up to date is skipped, one that another process has done is left, and of any other
+    unit all inputs come, so that batches are the same however often the work was interrupted.
     """
-
-    def read(job: Job) -> Input[T]:
-        try:
-            changed = mtime_ns(job.source)
-            data = load(job.source)
-        except OSError as error:
-            raise UserError(f"{job.name}: cannot be read: {error.strerror or error}") from error
-        with work.summary.timing("decode"):
-            return Input(job, changed, sha256(data), *parse(job.source, data))
-
-    def find(job: Job) -> Input[T] | Current:
-        if job.name in job.claim.records and not resume.overwrite:
-            with contextlib.suppress(OSError):  # reading it will say so
-                changed = mtime_ns(job.source)
-                if job.claim.is_current(job.source, job.output, resume.check, load):
-                    return Current(job, dataclasses.replace(job.claim.records[job.name], mtime_ns=changed))
-        return read(job)
-
-    def reread(current: Current) -> Input[T]:
-        found = read(current.job)
-        if found.shape != current.shape:
-            raise UserError(f"{current.job.name}: changed while it was read; the same command makes it again")
-        return found
-
-    def redo(batch: list[Input[T] | Current]) -> list[Input[T]]:
-        outcomes = work.readers.map(reread, [f for f in batch if isinstance(f, Current)])
-        again = {found.job: found for found in _successes(((c.job, future) for c, future in outcomes), work)}
-        whole = (found if isinstance(found, Input) else again.get(found.job) for found in batch)
-        return [found for found in whole if found is not None]
-
-    found = _successes(work.readers.map(find, jobs), work)
-
-    def together(unit: Iterator[Input[T] | Current]) -> Iterator[Input[T] | Current]:
-        if is_whole is None:
-            yield from unit
-            return
-        current: list[Input[T] | Current] = []
-        for first in unit:
-            if isinstance(first, Input):
-                yield from redo([*current, first])
-                for later in unit:
-                    yield from redo([later])
-                return
-            current.append(first)
-        whole = is_whole([found.record for found in current if isinstance(found, Current)])
-        yield from current if whole else redo(current)
-
-    for _, unit in groupby(found, lambda f: f.job.claim):
-        for batch in batches(together(unit), batch_size, lambda f: f.shape, alone=lambda f: is_large(f.shape)):
-            if all(isinstance(f, Current) for f in batch):
-                for f in batch:
-                    assert isinstance(f, Current)
-                    work.skip(f.job, f.record)
-            elif redone := redo(batch):
-                yield redone
+    read = partial(_read, maker=maker, work=work)
+    found = _successes(work.readers.map(read, _jobs_to_make(claims, task, maker, work)), work)
+    for _, unit in groupby(found, lambda item: item.job.claim):
+        yield from batches(
+            unit, task.compute.batch_size, lambda item: item.shape, alone=lambda item: maker.is_large(item.shape)
+        )
 
 
-def _successes(outcomes: Iterable[tuple[Job, "Future[R]"]], work: Work) -> Iterator[R]:
-    """Whatever a stranger's file sets off, the others go on."""
+def _read(job: Job, maker: Maker[T, Any], work: Work) -> Input[T]:
+    try:
+        changed = mtime_ns(job.source)
+        data = maker.load(job.source)
+    except OSError as error:
+        raise UserError(f"{job.name}: cannot be read: {error.strerror or error}") from error
+    with work.summary.timing("decode"):
+        return Input(job, changed, sha256(data), *maker.parse(job.source, data, work.decoders))
+
+
+def _successes(outcomes: Iterable[tuple[Job, "Future[Input[T]]"]], work: Work) -> Iterator[Input[T]]:
     for job, future in outcomes:
         try:
-            result = future.result()
+            found = future.result()
         except FatalError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever a stranger's file sets off, the others go on
             work.fail(job, error)
         else:
-            yield result
+            yield found
+
+
+def _jobs_to_make(claims: Iterable[Claim], task: Task, maker: Maker[Any, Any], work: Work) -> Iterator[Job]:
+    outputs = dict(zip((s.name for s in task.sources), task.outputs or [None] * len(task.sources), strict=True))
+    for claim in claims:
+        jobs = [Job(claim, source, outputs[source.name]) for source in claim.unit.sources]
+        if claim.settled:
+            for job in jobs:
+                work.leave(job)
+        elif task.resume.overwrite or not _skip_if_up_to_date(jobs, task, maker, work):
+            yield from jobs
+
+
+def _skip_if_up_to_date(jobs: list[Job], task: Task, maker: Maker[Any, Any], work: Work) -> bool:
+    """Return whether nothing of a unit is to be made; then its jobs have come to their ends.
+
+    Its outputs have to be up to date, and what failed before has to fail again.
+    """
+    claim = jobs[0].claim
+    if not all(job.name in claim.records or job.name in claim.failures for job in jobs):
+        return False
+
+    def check(job: Job) -> Record | None:
+        with contextlib.suppress(OSError):
+            changed = mtime_ns(job.source)  # before it is read
+            if claim.is_up_to_date(job.source, job.output, task.resume.check, maker.load):
+                return dataclasses.replace(claim.records[job.name], mtime_ns=changed)
+        return None
+
+    found: list[tuple[Job, Record]] = []
+    for job, future in work.readers.map(check, [job for job in jobs if job.name in claim.records]):
+        if future.exception() is not None or (record := future.result()) is None:
+            return False
+        found.append((job, record))
+    if task.outputs is None and not are_whole([record for _, record in found]):
+        return False
+    failed: list[tuple[Job, BaseException]] = []
+    others = [job for job in jobs if job.name not in claim.records]
+    for job, future in work.readers.map(partial(_read, maker=maker, work=work), others):
+        if not isinstance(error := future.exception(), Exception) or isinstance(error, FatalError):
+            return False  # it can be read now, or reading it again raises what ends the run
+        failed.append((job, error))
+    for job, error in failed:
+        work.fail(job, error)
+    for job, record in found:
+        work.skip(job, record)
+    return True
 
 
 def batches(
     items: Iterable[T], size: int, shape: Callable[[T], Hashable], *, alone: Callable[[T], bool]
 ) -> Iterator[list[T]]:
-    """Lists of up to `size` items of equal shape: images are never padded to each other's size.
+    """Group items of equal shape into lists of up to `size`: images are never padded to each other's size.
 
-    At most 4 * size items wait for companions; those that go `alone` wait for none.
+    At most 4 * size items wait for others of their shape; those that go `alone` wait for none.
     """
     waiting: dict[Hashable, list[T]] = {}
     for item in items:

@@ -1,20 +1,21 @@
-"""Decode a folder of latents to images."""
+"""Decode folders of latents to images."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.folders.batching import in_batches
-from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
+from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
 from latent_codec.folders.outputs import Output, image_output, make_outputs
-from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
+from latent_codec.folders.workers import Processes
 from latent_codec.images.sources import Source
 from latent_codec.images.write import ImageFormat
-from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry, latent_size
@@ -23,84 +24,117 @@ from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 
 
-def decode_folder(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeLatentsOptions:
+    """Choose how latents become images."""
+
+    image_format: ImageFormat = "png"
+    sample: int | None = None
+    """Seed of a draw from the posterior that depends on (sample, path) alone; None decodes the mode."""
+    tar: bool = False
+    """Put the images into tar shards."""
+
+
+DECODE_LATENTS_DEFAULTS = DecodeLatentsOptions()
+
+
+def decode_latents(
     runner: Runner,
     where: Path,
     folder: Path,
+    options: DecodeLatentsOptions = DECODE_LATENTS_DEFAULTS,
     *,
-    image_format: ImageFormat = "png",
-    sample: int | None = None,
-    tar: bool = False,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Decode a folder of latents; `a/b.jpg` becomes `folder/a/b.jpg.png`, or with `tar` a member of a tar shard.
+    """Decode a folder of latents; `a/b.jpg` becomes `folder/a/b.jpg.png`, or the member of a tar shard.
 
-    The posterior's mode is decoded, or with `sample` a draw that depends on (sample, path) alone. Raises `UserError`
-    before any work if the latents are another model's, and as `outputs.make_outputs` does.
+    Raises `UserError` before any work if the latents are another model's, and as `make_outputs` does.
     """
-    codec = runner.codec
-    check_channels(codec)
-    latents = Latents(where, model_id=runner.model_id)
-    rows = {entry.path: index for index, entry in enumerate(latents.entries)}
-    z = codec.config.latent_channels
-    settings = {
-        "model_id": runner.model_id,
-        "sample": sample,
-        "format": image_format,
-    } | runner.settings
-    fitting = Halving()
+    check_channels(runner.codec)
+    decoder = _LatentsDecoder(runner, where, options)
+    sources = decoder.sources()
+    task = Task(
+        verb="decode",
+        kind="images",
+        sources=sources,
+        outputs=[decoder.name(source.name) for source in sources],
+        folder=folder,
+        settings=decoder.settings,
+        resume=resume,
+        compute=runner.options,
+        quiet=quiet,
+    )
+    return make_outputs(task, decoder, tar=options.tar)
 
-    def sides(entry: LatentsEntry) -> tuple[int, int]:
-        return latent_size(entry.geometry, codec.factor)
 
-    def source(entry: LatentsEntry) -> Source:
-        h, w = sides(entry)
-        return Source(entry.path, where / entry.shard, entry.row, 2 * 4 * z * h * w)
+class _LatentsDecoder:
+    """Make images of stored posteriors."""
 
-    def load(source: Source) -> bytes:
-        posterior = latents.posterior(rows[source.name])
+    def __init__(self, runner: Runner, where: Path, options: DecodeLatentsOptions) -> None:
+        self._runner, self._where, self._options, self.is_large = runner, where, options, runner.cuts_latents
+        self._codec = runner.codec
+        self._latents = Latents(where, model_id=runner.model_id)
+        self._rows = {entry.path: index for index, entry in enumerate(self._latents.entries)}
+        self._backoff = OutOfMemoryBackoff()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what an image depends on beside its latents, as JSON."""
+        options = self._options
+        own = {"model_id": self._runner.model_id, "sample": options.sample, "format": options.image_format}
+        return own | self._runner.settings
+
+    def sources(self) -> list[Source]:
+        """Return a source for each image's latents; `offset` is the row in its shard."""
+        z, factor = self._codec.config.latent_channels, self._codec.factor
+        return sorted(
+            Source(entry.path, self._where / entry.shard, entry.row, 2 * 4 * z * math.prod(_size(entry, factor)))
+            for entry in self._latents.entries
+        )
+
+    def name(self, source: str) -> str:
+        """Return the name of an image of latents."""
+        return f"{source}.{self._options.image_format}"
+
+    def load(self, source: Source) -> bytes:
+        posterior = self._latents.posterior(self._rows[source.name])
         return torch.stack([posterior.mean, posterior.logvar]).numpy().tobytes()
 
-    def parse(source: Source, data: bytes) -> tuple[tuple[int, ...], DiagonalGaussian]:
-        codec.class_numbers([source.label])
-        h, w = sides(latents.entries[rows[source.name]])
+    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, DiagonalGaussian]:
+        self._codec.class_numbers([source.label])
+        h, w = _size(self._entry(source.name), self._codec.factor)
+        z = self._codec.config.latent_channels
         both = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(2, 1, -1, h, w)
         if both.shape[2] != z:
             raise UserError(f"{source.name}: {source.path.name} holds {both.shape[2]} latent channels, not {z}")
         return tuple(both.shape[2:]), DiagonalGaussian(both[0], both[1])
 
-    def decode(batch: list[Input[DiagonalGaussian]]) -> Sequence[torch.Tensor]:
-        labels = codec.class_numbers([i.job.source.label for i in batch])
-        return runner.decode_uint8([_drawn(i.job.name, i.content, sample)[0] for i in batch], labels).unbind()
-
-    def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
-        for batch in in_batches(
-            jobs,
-            load,
-            parse,
-            batch_size=runner.options.batch_size,
-            resume=resume,
-            work=work,
-            is_large=runner.cuts_latents,
-            is_whole=are_whole if tar else None,
-        ):
+    def make(self, batches: Iterable[list[Input[DiagonalGaussian]]], work: Work) -> Iterator[Output]:
+        for batch in batches:
             with work.summary.timing("network"):
-                decoded = list(fitting(decode, batch, math.prod(batch[0].shape)))
+                decoded = list(self._backoff.map(self._decode, batch, math.prod(batch[0].shape)))
             for item, pixels in decoded:
-                geometry = latents.entries[rows[item.job.name]].geometry
-                yield from image_output(item, f"{item.job.name}.{image_format}", pixels, geometry, image_format, work)
+                if isinstance(pixels, UserError):
+                    work.fail(item.job, pixels)
+                else:
+                    name, geometry = item.job.name, self._entry(item.job.name).geometry
+                    yield image_output(item, self.name(name), pixels, geometry, self._options.image_format)
 
-    sources = sorted(source(entry) for entry in latents.entries)
-    names = [f"{s.name}.{image_format}" for s in sources]
-    return make_outputs(
-        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=runner.options, quiet=quiet
-    )
+    def _decode(self, batch: list[Input[DiagonalGaussian]]) -> Sequence[torch.Tensor]:
+        labels = self._codec.class_numbers([item.job.source.label for item in batch])
+        return self._runner.decode_uint8([self._latent(item)[0] for item in batch], labels).unbind()
+
+    def _latent(self, item: Input[DiagonalGaussian]) -> torch.Tensor:
+        posterior, sample = item.content, self._options.sample
+        if sample is None:
+            return posterior.mode()  # (1, z, h, w)
+        key = fold(sample, text_key(item.job.name))
+        return posterior.sample(normal(key[None], tuple(posterior.mean.shape[1:])))
+
+    def _entry(self, path: str) -> LatentsEntry:
+        return self._latents.entries[self._rows[path]]
 
 
-def _drawn(path: str, posterior: DiagonalGaussian, sample: int | None) -> torch.Tensor:
-    """The latent (1, z, h, w) to decode."""
-    if sample is None:
-        return posterior.mode()
-    key = fold(sample, text_key(path))
-    return posterior.sample(normal(key[None], tuple(posterior.mean.shape[1:])))
+def _size(entry: LatentsEntry, factor: int) -> tuple[int, int]:
+    return latent_size(entry.geometry, factor)

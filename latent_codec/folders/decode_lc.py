@@ -1,9 +1,11 @@
-"""Decode a folder of `.lc` files to images."""
+"""Decode folders of `.lc` files to images. One bad file never ends the work of the others."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -11,16 +13,14 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
-from latent_codec.folders.batching import in_batches
-from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
+from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
 from latent_codec.folders.outputs import Output, image_output, make_outputs
-from latent_codec.folders.run import check_options
-from latent_codec.folders.shards import are_whole
 from latent_codec.folders.summary import Summary
-from latent_codec.images.read import DEFAULT_MAX_PIXELS
+from latent_codec.folders.workers import Processes
+from latent_codec.images.read import DEFAULT_MAX_PIXELS, ReadOptions
 from latent_codec.images.sources import Source, find_files
 from latent_codec.images.write import ImageFormat
-from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import INDEX
 from latent_codec.model.checks import check_channels, check_unconditional
@@ -29,82 +29,55 @@ from latent_codec.prior.priors import PriorKind
 PRIORS = get_args(PriorKind)
 
 
-def decode_streams(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """Choose how `.lc` files become images; raises `UserError` for a value out of range."""
+
+    image_format: ImageFormat = "png"
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    """Files of larger images are refused before anything is allocated for them."""
+    tar: bool = False
+    """Put the images into tar shards."""
+
+    def __post_init__(self) -> None:
+        ReadOptions(max_pixels=self.max_pixels)
+
+
+DECODE_DEFAULTS = DecodeOptions()
+
+
+def decode_lc(
     runner: Runner,
     where: Path,
     folder: Path,
+    options: DecodeOptions = DECODE_DEFAULTS,
     *,
-    image_format: ImageFormat = "png",
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    tar: bool = False,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
     """Decode one `.lc` file, or those of a folder or tar file; `a/b.jpg.lc` becomes `folder/a/b.jpg.png`.
 
-    With `tar` it becomes a member of a tar shard. Damaged files and those of another model fail, the others go on.
-    Raises `UserError` before any work if there are none or the model has no prior, and as `outputs.make_outputs` does.
+    Damaged files and those of another model fail, the others go on. Raises `UserError` before any work if there are
+    none or the model has no prior, and as `make_outputs` does.
     """
-    codec = runner.codec
-    check_channels(codec)
-    check_unconditional(codec, "a .lc file")
-    check_options("#ffffff", max_pixels)
-    sources = find_streams(where)
+    check_channels(runner.codec)
+    check_unconditional(runner.codec, "a .lc file")
+    sources = find_lc(where)
     if not sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
-    reader = StreamReader(codec, runner.options.device)
-    settings = {
-        "model_id": runner.model_id,
-        "format": image_format,
-    } | runner.settings
-    fitting, fitting_coder = Halving(), Halving()
-
-    def load(source: Source) -> bytes:
-        return container.read_bytes(source.path, source.offset, source.size)
-
-    def parse(source: Source, data: bytes) -> tuple[tuple[int, ...], Stream]:
-        stream = container.unpack(data, max_pixels=max_pixels)
-        prior, shape = reader.check(stream)
-        return (PRIORS.index(prior), *shape), stream
-
-    def decompress(batch: list[Input[Stream]]) -> list[torch.Tensor | UserError]:
-        return reader.decompress([i.content for i in batch])
-
-    def decode(batch: list[_Decompressed]) -> Sequence[torch.Tensor]:
-        return runner.decode_uint8([z for _, z in batch]).unbind()
-
-    def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
-        def uncode(batch: list[Input[Stream]]) -> list[tuple[Input[Stream], torch.Tensor | UserError]]:
-            with work.summary.timing("coding"):
-                return list(fitting_coder(decompress, batch, math.prod(batch[0].shape[1:])))
-
-        read = in_batches(
-            jobs,
-            load,
-            parse,
-            batch_size=runner.options.batch_size,
-            resume=resume,
-            work=work,
-            is_large=runner.cuts_latents,
-            is_whole=are_whole if tar else None,
-        )
-        for _, future in work.coder.map(uncode, read, ahead=2):
-            sound: list[_Decompressed] = []
-            for item, z in future.result():
-                if isinstance(z, UserError):
-                    work.fail(item.job, z)
-                else:
-                    sound.append(_Decompressed(item, z))
-            with work.summary.timing("network"):
-                decoded = list(fitting(decode, sound, math.prod(sound[0].z.shape))) if sound else []
-            for (item, _), pixels in decoded:
-                name = f"{item.job.name.removesuffix(SUFFIX)}.{image_format}"
-                yield from image_output(item, name, pixels, item.content.header.geometry, image_format, work)
-
-    names = [f"{s.name.removesuffix(SUFFIX)}.{image_format}" for s in sources]
-    return make_outputs(
-        "decode", "images", sources, names, folder, settings, resume, make, tar=tar, compute=runner.options, quiet=quiet
+    decoder = _LcDecoder(runner, options)
+    task = Task(
+        verb="decode",
+        kind="images",
+        sources=sources,
+        outputs=[decoder.name(source.name) for source in sources],
+        folder=folder,
+        settings=decoder.settings,
+        resume=resume,
+        compute=runner.options,
+        quiet=quiet,
     )
+    return make_outputs(task, decoder, tar=options.tar)
 
 
 class _Decompressed(NamedTuple):
@@ -112,13 +85,71 @@ class _Decompressed(NamedTuple):
     z: torch.Tensor  # (z, h, w)
 
 
-def is_streams(where: Path) -> bool:
-    """Whether a place is for `decode_streams` rather than for latents: a `.lc` file, or what has some in it."""
-    return bool(find_streams(where)) or (where.suffix in (SUFFIX, ".tar") and not where.is_dir())
+class _LcDecoder:
+    """Make images of `.lc` files: entropy decoding in a thread, networks in this one."""
+
+    def __init__(self, runner: Runner, options: DecodeOptions) -> None:
+        self._runner, self._options, self.is_large = runner, options, runner.cuts_latents
+        self._reader = StreamReader(runner.codec, runner.options.device)
+        self._network_backoff, self._coder_backoff = OutOfMemoryBackoff(), OutOfMemoryBackoff()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what an image depends on beside its file, as JSON."""
+        own = {"model_id": self._runner.model_id, "format": self._options.image_format}
+        return own | self._runner.settings
+
+    def name(self, source: str) -> str:
+        """Return the name of a file's image."""
+        return f"{source.removesuffix(SUFFIX)}.{self._options.image_format}"
+
+    def load(self, source: Source) -> bytes:
+        return container.read_bytes(source.path, source.offset, source.size)
+
+    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Stream]:
+        stream = container.unpack(data, max_pixels=self._options.max_pixels)
+        prior, shape = self._reader.check(stream)
+        return (PRIORS.index(prior), *shape), stream
+
+    def make(self, batches: Iterable[list[Input[Stream]]], work: Work) -> Iterator[Output]:
+        for _, future in work.coder.map(partial(self._decompress, work=work), batches, ahead=2):
+            sound: list[_Decompressed] = []
+            for item, z in future.result():
+                if isinstance(z, UserError):
+                    work.fail(item.job, z)
+                else:
+                    sound.append(_Decompressed(item, z))
+            if not sound:
+                continue
+            with work.summary.timing("network"):
+                decoded = list(self._network_backoff.map(self._decode, sound, math.prod(sound[0].z.shape)))
+            for (item, _), pixels in decoded:
+                if isinstance(pixels, UserError):
+                    work.fail(item.job, pixels)
+                else:
+                    geometry, image_format = item.content.header.geometry, self._options.image_format
+                    yield image_output(item, self.name(item.job.name), pixels, geometry, image_format)
+
+    def _decompress(
+        self, batch: list[Input[Stream]], work: Work
+    ) -> list[tuple[Input[Stream], torch.Tensor | UserError]]:
+        def decompress(items: list[Input[Stream]]) -> list[torch.Tensor | UserError]:
+            return self._reader.decompress([item.content for item in items])
+
+        with work.summary.timing("coding"):
+            return list(self._coder_backoff.map(decompress, batch, math.prod(batch[0].shape[1:])))
+
+    def _decode(self, batch: list[_Decompressed]) -> Sequence[torch.Tensor]:
+        return self._runner.decode_uint8([z for _, z in batch]).unbind()
 
 
-def find_streams(where: Path) -> list[Source]:
-    """`.lc` files at a place; raises `UserError` if latents lie beside them."""
+def is_lc(where: Path) -> bool:
+    """Return whether a place is for `decode_lc` rather than `decode_latents`: a `.lc` file, or what has some in it."""
+    return bool(find_lc(where)) or (where.suffix in (SUFFIX, ".tar") and not where.is_dir())
+
+
+def find_lc(where: Path) -> list[Source]:
+    """Return the `.lc` files at a place; raises `UserError` if latents lie beside them."""
     sources = find_files(where, SUFFIX)
     if sources and where.is_dir() and (where / INDEX).is_file():
         raise UserError(

@@ -1,11 +1,11 @@
-"""Folders of images -> folders of `.lc` files, and back. One bad file never ends the work of the others."""
+"""Encode folders of images to `.lc` files. One bad image never ends the work of the others."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,17 +14,14 @@ from latent_codec.bitstream.rate_control import Rate, compress_at_rate
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, dither_seed
 from latent_codec.errors import UserError
-from latent_codec.folders.batching import in_batches
-from latent_codec.folders.jobs import RESUME, Input, Job, Resume, Work
+from latent_codec.folders.jobs import RESUME, Input, Resume, Task, Work
 from latent_codec.folders.outputs import Output, make_outputs
-from latent_codec.folders.read_images import parse_image_in
-from latent_codec.folders.run import check_options
-from latent_codec.folders.shards import are_whole
+from latent_codec.folders.read_images import ImageReader
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop
-from latent_codec.images.read import DEFAULT_MAX_PIXELS
-from latent_codec.images.sources import Source, find_images
-from latent_codec.inference.out_of_memory import Halving
+from latent_codec.images.read import READ_DEFAULTS, ReadOptions
+from latent_codec.images.sources import find_images
+from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import stored_files
 from latent_codec.model.checks import check_channels, check_unconditional
@@ -32,109 +29,77 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, Scaled
 
-T = TypeVar("T")
+STEP_OF_ONE = Rate()
 
 
-def encode_streams(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """Choose how images become `.lc` files; raises `UserError` for values that make no sense."""
+
+    rate: Rate = STEP_OF_ONE
+    refine: int = 0
+    """Rounds of `Refiner`, which moves latents before they are rounded."""
+    sample: int | None = None
+    """Seed of a dither that depends on (sample, name) alone, so that a file holds a draw around the posterior's mean;
+    None rounds the mean."""
+    prior: PriorKind | None = None
+    """Kind of prior to code under, by default the best the model has."""
+    read: ReadOptions = READ_DEFAULTS
+    tar: bool = False
+    """Put the files into tar shards."""
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and not 0 <= self.sample < 2**64:
+            raise UserError(f"--sample {self.sample} is no seed of 64 bits; give one from 0 to {2**64 - 1}")
+        if self.sample is not None and self.refine:
+            raise UserError("--refine moves what is rounded, and --sample draws around the mean; leave out one of them")
+
+
+ENCODE_DEFAULTS = EncodeOptions()
+
+
+def encode_lc(
     runner: Runner,
     where: str | Path,
     folder: Path,
+    options: EncodeOptions = ENCODE_DEFAULTS,
     *,
-    rate: Rate,
-    refine: int = 0,
-    sample: int | None = None,
-    prior: PriorKind | None = None,
-    background: str = "#ffffff",
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    tar: bool = False,
     resume: Resume = RESUME,
     quiet: bool = False,
 ) -> Summary:
-    """Compress every image found at `where`; `a/b.jpg` becomes `folder/a/b.jpg.lc`, or with `tar` a tar's member.
+    """Compress every image found at `where`; `a/b.jpg` becomes `folder/a/b.jpg.lc`, or the member of a tar shard.
 
-    The posterior's mean is rounded, or with `sample` dithered by (sample, name) alone: what is decoded is then a draw
-    around it. `refine` are rounds of `refining.Refiner`, which move latents before they are rounded. `prior` is the
-    kind to code under, by default the best the model has. Raises `UserError` before any work if nothing is found, an
-    option makes no sense, the model has no such prior or is none of grey or RGB images, or `folder` holds latents; and
-    as `outputs.make_outputs` does.
+    Raises `UserError` before any work if nothing is found, the model has no such prior or is none of grey or RGB
+    images, its files leave no choice of an option, or `folder` holds latents; and as `make_outputs` does.
     """
-    codec = runner.codec
-    check_channels(codec)
-    check_unconditional(codec, "a .lc file")
-    check_options(background, max_pixels)
-    if sample is not None and not 0 <= sample < 2**64:
-        raise UserError(f"--sample {sample} is no seed of 64 bits; give one from 0 to {2**64 - 1}")
-    if sample is not None and refine:
-        raise UserError("--refine moves what is rounded, and --sample draws around the mean; leave out one of the two")
-    _check_rate(codec, rate, sample)
-    coder = StreamCodec(codec, runner.options.device, prior)
-    refiner = Refiner(coder, runner, refine)
+    check_channels(runner.codec)
+    check_unconditional(runner.codec, "a .lc file")
+    _check_choices(runner.codec, options)
+    encoder = _LcEncoder(runner, options)
     sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
-    settings = {
-        "stream_id": coder.stream_id.hex(),
-        "rate": dataclasses.asdict(rate),
-        "sample": sample,
-        "dead_zone": DEAD_ZONE,
-        "background": background,
-    } | runner.settings
-    settings |= {"refine": refine} if refine else {}
-    settings |= {"feedback": coder.feedback.digest} if coder.feedback else {}
-    options = {"factor": codec.factor, "background": background, "max_pixels": max_pixels}
-    fitting, fitting_coder = Halving(), Halving()
-
-    def encode(batch: list[Input[Image]]) -> Sequence[torch.Tensor]:
-        return runner.encode([i.content.pixels for i in batch]).coded.unbind()
-
-    def encoded(jobs: Iterable[Job], work: Work) -> Iterator[list[_Encoded]]:
-        for batch in in_batches(
-            jobs,
-            Source.read_bytes,
-            partial(parse_image_in, work.decoders, **options),
-            batch_size=runner.options.batch_size,
-            resume=resume,
-            work=work,
-            is_large=runner.cuts_pixels,
-            is_whole=are_whole if tar else None,
-        ):
-            with work.summary.timing("network"):
-                yield [_Encoded(*one) for one in fitting(encode, batch, math.prod(batch[0].shape))]
-
-    def make(jobs: Iterable[Job], work: Work) -> Iterator[Output]:
-        def code(batch: list[_Encoded]) -> list[tuple[Input[Image], CompressedImage | UserError]]:
-            with work.summary.timing("coding"):
-                return list(_coded(refiner, batch, rate, sample, runner.options.tile, fitting_coder))
-
-        for _, future in work.coder.map(code, encoded(jobs, work), ahead=2):
-            for item, coded in future.result():
-                if isinstance(coded, UserError):
-                    work.fail(item.job, coded)
-                else:
-                    geometry = item.content.geometry
-                    data = partial(bytes, coded.data)
-                    yield Output(item, f"{item.job.name}{SUFFIX}", data, geometry.width * geometry.height)
-
-    names = [f"{s.name}{SUFFIX}" for s in sources]
-    return make_outputs(
-        "encode",
-        "streams",
-        sources,
-        names,
-        folder,
-        settings,
-        resume,
-        make,
-        tar=tar,
+    task = Task(
+        verb="encode",
+        kind="streams",
+        sources=sources,
+        outputs=[_name(source.name) for source in sources],
+        folder=folder,
+        settings=encoder.settings,
+        resume=resume,
         compute=runner.options,
         quiet=quiet,
     )
+    return make_outputs(task, encoder, tar=options.tar)
 
 
-def _check_rate(codec: Codec, rate: Rate, sample: int | None) -> None:
-    """Raise `UserError` for what a codebook's indices leave no choice of."""
-    given = [f"--{k.replace('_', '-')}" for k, v in dataclasses.asdict(rate).items() if v is not None]
-    given += ["--sample"] if sample is not None else []
+def _name(source: str) -> str:
+    return f"{source}{SUFFIX}"
+
+
+def _check_choices(codec: Codec, options: EncodeOptions) -> None:
+    given = [f"--{k.replace('_', '-')}" for k, v in dataclasses.asdict(options.rate).items() if v is not None]
+    given += ["--sample"] if options.sample is not None else []
     if given and codec.config.codes is not None:
         raise UserError(
             f"{' and '.join(given)}: this model's files hold the indices of its {codec.config.codes} codes, which are "
@@ -142,45 +107,93 @@ def _check_rate(codec: Codec, rate: Rate, sample: int | None) -> None:
         )
 
 
-class _Encoded(NamedTuple):
+class _EncodedImage(NamedTuple):
     item: Input[Image]
-    mean: torch.Tensor | UserError
-    """What is coded: of the posterior, (z, h, w), or a codebook's indices (1, h, w); or why there is none."""
+    coded: torch.Tensor | UserError
+    """The posterior's mean (z, h, w) or a codebook's indices (1, h, w); or why there is none."""
 
 
-def _coded(
-    refiner: Refiner, batch: list[_Encoded], rate: Rate, sample: int | None, tile: int, fitting: Halving
-) -> Iterator[tuple[Input[Image], CompressedImage | UserError]]:
-    """Streams of images of one shape: together where all take one step, else one by one."""
-    coder = refiner.coder
-    scaled: list[tuple[Input[Image], Scaled]] = []
-    elements = math.prod(batch[0].item.shape)
+class _LcEncoder(ImageReader):
+    """Make `.lc` files of images: networks in this thread, entropy coding in another."""
 
-    def alone(call: Callable[[], T]) -> T:
-        ((_, found),) = fitting(lambda _: [call()], [None], elements)
-        if isinstance(found, UserError):
-            raise found
-        return found
+    def __init__(self, runner: Runner, options: EncodeOptions) -> None:
+        super().__init__(runner, options.read)
+        self._runner, self._options = runner, options
+        self._coder = StreamCodec(runner.codec, runner.options.device, options.prior)
+        self._refiner = Refiner(self._coder, runner, options.refine)
+        self._network_backoff, self._coder_backoff = OutOfMemoryBackoff(), OutOfMemoryBackoff()
 
-    for item, mean in batch:
-        name, (pixels, geometry) = item.job.name, item.content
-        seed = None if sample is None else dither_seed(sample, name)
-        try:
-            if isinstance(mean, UserError):
-                raise mean
-            if not bool(torch.isfinite(mean).all()):
-                raise UserError("the model's latents are not finite; try --dtype float32")
-            shown = crop(pixels, geometry)
-            scale = partial(refiner.scale, mean, shown, seed=seed)
-            if rate.fixed_step is not None:
-                scaled.append((item, alone(partial(scale, rate.fixed_step))))
-            else:
-                yield item, alone(partial(compress_at_rate, coder, scale, geometry, shown, rate, tile))
-        except UserError as error:
-            yield item, error
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what a file depends on beside its image, as JSON."""
+        settings: dict[str, Any] = {
+            "stream_id": self._coder.stream_id.hex(),
+            "rate": dataclasses.asdict(self._options.rate),
+            "sample": self._options.sample,
+            "dead_zone": DEAD_ZONE,
+            "background": self._options.read.background,
+        } | self._runner.settings
+        settings |= {"refine": self._options.refine} if self._options.refine else {}
+        return settings | ({"feedback": self._coder.feedback.digest} if self._coder.feedback else {})
 
-    def compress(images: list[tuple[Input[Image], Scaled]]) -> list[CompressedImage]:
-        return coder.compress([(own, item.content.geometry) for item, own in images])
+    def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Output]:
+        code = partial(self._code, work=work)
+        for _, future in work.coder.map(code, self._encode_all(batches, work), ahead=2):
+            for item, coded in future.result():
+                if isinstance(coded, UserError):
+                    work.fail(item.job, coded)
+                else:
+                    geometry = item.content.geometry
+                    data = partial(bytes, coded.data)
+                    yield Output(item, _name(item.job.name), data, geometry.width * geometry.height)
 
-    for (item, _), coded in fitting(compress, scaled, elements):
-        yield item, coded
+    def _encode_all(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[list[_EncodedImage]]:
+        for batch in batches:
+            with work.summary.timing("network"):
+                found = self._network_backoff.map(self._encode, batch, math.prod(batch[0].shape))
+                images = [_EncodedImage(*one) for one in found]
+            yield images
+
+    def _encode(self, batch: list[Input[Image]]) -> Sequence[torch.Tensor]:
+        return self._runner.encode([item.content.pixels for item in batch]).coded.unbind()
+
+    def _code(self, batch: list[_EncodedImage], work: Work) -> list[tuple[Input[Image], CompressedImage | UserError]]:
+        """Compress images of one shape, together where all take one step."""
+        results: list[tuple[Input[Image], CompressedImage | UserError]] = []
+        scaled: list[tuple[Input[Image], Scaled]] = []
+        with work.summary.timing("coding"):
+            for image in batch:
+                try:
+                    found = self._scale_or_compress(image)
+                except UserError as error:
+                    results.append((image.item, error))
+                    continue
+                if isinstance(found, Scaled):
+                    scaled.append((image.item, found))
+                else:
+                    results.append((image.item, found))
+            elements = math.prod(batch[0].item.shape)
+            for (item, _), coded in self._coder_backoff.map(self._compress, scaled, elements):
+                results.append((item, coded))
+        return results
+
+    def _scale_or_compress(self, image: _EncodedImage) -> Scaled | CompressedImage:
+        """Return what is coded at the step that all images take, or the file that the rate asks for."""
+        item, coded = image
+        if isinstance(coded, UserError):
+            raise coded
+        if not bool(torch.isfinite(coded).all()):
+            raise UserError("the model's latents are not finite; try --dtype float32")
+        options, (pixels, geometry) = self._options, item.content
+        seed = None if options.sample is None else dither_seed(options.sample, item.job.name)
+        shown = crop(pixels, geometry)
+        scale = partial(self._refiner.scale, coded, shown, seed=seed)
+        if options.rate.fixed_step is not None:
+            return self._coder_backoff.call(partial(scale, options.rate.fixed_step))
+        tile = self._runner.options.tile
+        return self._coder_backoff.call(
+            partial(compress_at_rate, self._coder, scale, geometry, shown, options.rate, tile)
+        )
+
+    def _compress(self, images: list[tuple[Input[Image], Scaled]]) -> list[CompressedImage]:
+        return self._coder.compress([(scaled, item.content.geometry) for item, scaled in images])

@@ -1,21 +1,58 @@
-"""Define the jobs of a run and count how each of them ends."""
+"""Define what a run consists of: its task, its jobs and their ends, and who makes and writes outputs."""
 
-from typing import Any, Generic, NamedTuple, TypeVar
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from latent_codec.folders.resume.ledger import Claim, Record, SourceCheck
-from latent_codec.folders.resume.units import WHOLE, Share
+from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record, SourceCheck
+from latent_codec.folders.resume.units import DEFAULT_SIZES, WHOLE, Share, Unit, UnitSizes
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.images.sources import Source
+from latent_codec.inference.runner import ResolvedOptions
 
 T = TypeVar("T")
+P_co = TypeVar("P_co", covariant=True)
+P_contra = TypeVar("P_contra", contravariant=True)
+Shape = tuple[int, ...]
 
 
-R = TypeVar("R")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Choose what is done again of what a command was asked for."""
+
+    check: SourceCheck = "hash"
+    """Tell whether an output is up to date by the bytes of it and its source, or by sizes and times of change."""
+    overwrite: bool = False
+    """Make all outputs again, and replace files that this program knows nothing of."""
+    share: Share = WHOLE
+    unit_sizes: UnitSizes = DEFAULT_SIZES
+
+
+RESUME = Resume()
+OVERWRITE = Resume(overwrite=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Say what a command makes of which sources, and where."""
+
+    verb: Literal["encode", "decode"]
+    kind: Kind
+    sources: Sequence[Source]
+    outputs: Sequence[str] | None
+    """Each source's file, relative to `folder`; None where the sources of a unit share a file that is named later."""
+    folder: Path
+    settings: dict[str, Any]
+    """JSON of all that an output depends on beside its source."""
+    resume: Resume
+    compute: ResolvedOptions
+    quiet: bool
 
 
 class Job(NamedTuple):
-    """One source of a unit that this process holds."""
+    """Pair a source with the claimed unit it belongs to."""
 
     claim: Claim
     source: Source
@@ -28,19 +65,20 @@ class Job(NamedTuple):
 
 
 class Input(NamedTuple, Generic[T]):
-    """A source that has been read, and its `shape`, by which it may share a batch."""
+    """Hold a source that has been read, and its `shape`, which the inputs of a batch have in common."""
 
     job: Job
     mtime_ns: int
     sha256: str
-    shape: tuple[int, ...]
+    shape: Shape
     content: T
 
     def emptied(self) -> "Input[None]":
-        """Without its content: what waits for the others of its unit may not hold an image in memory meanwhile."""
+        """Drop the content: what waits for the rest of its unit must not keep an image in memory."""
         return Input(self.job, self.mtime_ns, self.sha256, self.shape, None)
 
     def record(self, output: str, bytes_out: int, sha256_out: str) -> Record:
+        """Return the ledger's line for an output made of this input."""
         return Record(
             path=self.job.name,
             output=output,
@@ -54,24 +92,8 @@ class Input(NamedTuple, Generic[T]):
         )
 
 
-class Current(NamedTuple):
-    """A source whose output is there.
-
-    It takes part only so that batches are the same however often the work was interrupted: what an image is computed
-    with can change the last bits of what comes of it.
-    """
-
-    job: Job
-    record: Record
-    """With the time of change that its source has now."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.record.shape
-
-
 class Work(NamedTuple):
-    """What is counted while jobs come to their ends, each by exactly one of these; and who works on them."""
+    """Count how jobs end, each as done, skipped, left to others or failed; and hold the pools that work on them."""
 
     summary: Summary
     bar: Any
@@ -81,6 +103,7 @@ class Work(NamedTuple):
     writers: Threads
 
     def done(self, job: Job, record: Record, pixels: int = 0) -> None:
+        """End a job whose output is in place."""
         job.claim.add(record)
         self.summary.done += 1
         self.summary.bytes_in += record.size
@@ -88,16 +111,19 @@ class Work(NamedTuple):
         self._settle(job)
 
     def skip(self, job: Job, record: Record) -> None:
+        """End a job whose output was up to date."""
         if record != job.claim.records[job.name]:
             job.claim.add(record)
         self.summary.skipped += 1
         self._settle(job)
 
     def leave(self, job: Job) -> None:
+        """End a job that another process has done."""
         self.summary.elsewhere += 1
         self._settle(job)
 
     def fail(self, job: Job, reason: object) -> None:
+        """End a job that has no output."""
         self.summary.fail(job.name, reason)
         job.claim.fail(job.name, self.summary.failures[job.name])
         self._settle(job)
@@ -107,17 +133,33 @@ class Work(NamedTuple):
         self.bar.update()
 
 
-class Resume(NamedTuple):
-    """What is done of what a command was asked for."""
+class Maker(Protocol[T, P_co]):
+    """Read the sources of a task and make products of them in batches."""
 
-    check: SourceCheck
-    """How an output is found to be current."""
-    overwrite: bool
-    """Make all outputs again, and replace files that this program knows nothing of."""
-    share: Share
+    def load(self, source: Source) -> bytes:
+        """Return a source's bytes; raises `OSError` or `UserError`."""
+        ...
+
+    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, T]:
+        """Return a source's shape and content; raises `UserError` if it cannot be used."""
+        ...
+
+    def is_large(self, shape: Shape) -> bool:
+        """Return whether an input of that shape makes a batch of its own."""
+        ...
+
+    def make(self, batches: Iterable[list[Input[T]]], work: Work) -> Iterator[P_co]:
+        """Yield the products of batches in their order; inputs that have none fail in `work`."""
+        ...
 
 
-RESUME = Resume("hash", False, WHOLE)
+class Writer(Protocol[P_contra]):
+    """Write products to the disk."""
 
+    def write(self, products: Iterable[P_contra], work: Work) -> None:
+        """End every product's job as done or failed; raises `DiskError` if the disk takes no more."""
+        ...
 
-OVERWRITE = Resume("hash", True, WHOLE)
+    def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
+        """Make what follows from the records of all units, and remove files that no record names."""
+        ...

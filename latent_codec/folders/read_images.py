@@ -1,32 +1,42 @@
 """Read and decode the images of a run, in threads or in processes."""
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from latent_codec.folders.jobs import Shape
 from latent_codec.folders.workers import Processes
 from latent_codec.images.geometry import Geometry, Image, pad
 from latent_codec.images.read import ReadOptions, read_image
 from latent_codec.images.sources import Source
+from latent_codec.inference.runner import Runner
 
 
-def parse_image(
-    source: Source, data: bytes, *, factor: int, background: str, max_pixels: int
-) -> tuple[tuple[int, ...], Image]:
-    """An image padded to multiples of the factor, after its shape; raises `UserError` as `read_image` does."""
-    image = read_image(data, ReadOptions(background=background, max_pixels=max_pixels), name=source.name)
-    pixels = pad(image.pixels, factor)
-    return tuple(pixels.shape), Image(pixels, image.geometry)
+class ImageReader:
+    """Read image files for a model: half of a `Maker`."""
+
+    def __init__(self, runner: Runner, options: ReadOptions) -> None:
+        self._read_options, self._factor, self.is_large = options, runner.codec.factor, runner.cuts_pixels
+
+    def load(self, source: Source) -> bytes:
+        """Return an image file's bytes; raises as `Source.read_bytes` does."""
+        return source.read_bytes()
+
+    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Image]:
+        """Return an image padded to multiples of the factor; raises as `read_image` and `Processes.call` do."""
+        array, geometry = decoders.call(padded, source.name, data, self._factor, self._read_options)
+        return array.shape, Image(torch.from_numpy(array), geometry)
 
 
-def parse_image_in(processes: Processes, source: Source, data: bytes, **options: Any) -> tuple[tuple[int, ...], Image]:
-    """`parse_image` with its options, in one of the processes; raises as it and `Processes.call` do."""
-    pixels, geometry = processes.call(_parse_array, source, data, options)
-    return pixels.shape, Image(torch.from_numpy(pixels), geometry)
+class PaddedArray(NamedTuple):
+    """Hold pixels as an array: between processes a tensor would take a file handle and shared memory."""
+
+    pixels: np.ndarray
+    geometry: Geometry
 
 
-def _parse_array(source: Source, data: bytes, options: dict[str, Any]) -> tuple[np.ndarray, Geometry]:
-    """An array: between processes a tensor would take a file handle and shared memory, of which there may be little."""
-    pixels, geometry = parse_image(source, data, **options)[1]
-    return pixels.numpy(), geometry
+def padded(name: str, data: bytes, factor: int, options: ReadOptions) -> PaddedArray:
+    """Read an image file in this process; raises as `read_image` does."""
+    image = read_image(data, options, name=name)
+    return PaddedArray(pad(image.pixels, factor).numpy(), image.geometry)

@@ -1,7 +1,7 @@
-"""Files that many images share: what they are called, and when they may go.
+"""Name shards, files that the images of a unit share, and remove those that no record names.
 
-A shard holds what was made of one unit's images, and its name says of which and with which settings. So a shard is
-never changed: other contents have another name, and what names a shard stays true until it is written anew.
+A shard's name tells its unit, its images and the settings. So a shard is never changed: other contents have another
+name, and what names a shard stays true until it is written anew.
 """
 
 import re
@@ -15,12 +15,12 @@ _NAME = re.compile(r"[a-z]+-([0-9a-f]{16})-[0-9a-f]{8}[-.].*")
 
 
 def shard_name(unit: str, settings: str, images: Iterable[tuple[str, str]]) -> str:
-    """`UNIT-DIGEST`, by the (path, SHA-256) of all the images in it; what kind of shard it is goes before that."""
+    """Return `UNIT-DIGEST` for the (path, SHA-256) of all images in a shard; its kind goes before that."""
     return f"{unit}-{digest([settings, sorted(images)])[:8]}"
 
 
 def are_whole(records: Sequence[Record]) -> bool:
-    """Whether the shards of these images of a unit hold all of them and no others."""
+    """Return whether the shards of a unit's records hold all of their images and no others."""
     if not records:
         return True
     kind, unit, *_ = records[0].output.split("-")
@@ -29,7 +29,10 @@ def are_whole(records: Sequence[Record]) -> bool:
 
 
 def remove_needless(shards: Iterable[Path], ledger: Ledger, units: Sequence[Unit]) -> None:
-    """Those that no record names; what another process works on it may be about to record. Others' files stay."""
+    """Remove the shards that no record names.
+
+    A shard of a unit that another process works on may be about to be recorded, and stays, as strangers' files do.
+    """
     of_name = {unit.name: unit for unit in units}
     for path in shards:
         if not (found := _NAME.fullmatch(path.name)):

@@ -1,4 +1,4 @@
-"""Split a batch until it fits into memory."""
+"""Split batches until they fit into memory."""
 
 import math
 import sys
@@ -14,21 +14,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Halving:
-    """Calls on lists, which are halved, and halved again, until what is done at once fits into memory."""
+class OutOfMemoryBackoff:
+    """Call a function on lists, and on their halves and quarters where memory runs out, remembering what fits."""
 
     def __init__(self) -> None:
-        self._most = math.inf
-        """Elements that may be in one call, once it is known."""
+        self._limit = math.inf
+        """Elements that one call may have at most."""
 
-    def __call__(
+    def map(
         self, call: Callable[[list[T]], Sequence[R]], items: list[T], elements: int
     ) -> Iterator[tuple[T, R | UserError]]:
-        """(item, its result, or why there is none) of items that have so many elements each."""
+        """Yield each item with its result, or with the reason why it has none; an item has `elements` elements."""
         if not items:
             return
         results = None
-        if len(items) == 1 or len(items) * elements <= self._most:
+        if len(items) == 1 or len(items) * elements <= self._limit:
             try:
                 results = call(items)
             except (MemoryError, RuntimeError) as error:
@@ -38,21 +38,26 @@ class Halving:
         if results is not None:
             yield from zip(items, results, strict=True)
         elif len(items) == 1:
-            yield (
-                items[0],
-                UserError("memory ran out; give a smaller --tile, a smaller --batch-size or --dtype bfloat16"),
-            )
+            reason = "memory ran out; give a smaller --tile, a smaller --batch-size or --dtype bfloat16"
+            yield items[0], UserError(reason)
         else:
             half = len(items) // 2
-            if self._most > half * elements:
-                self._most = half * elements
+            if self._limit > half * elements:
+                self._limit = half * elements
                 tqdm.write(f"memory ran out for {len(items)} images at once; going on with {half}", file=sys.stderr)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            yield from self(call, items[:half], elements)
-            yield from self(call, items[half:], elements)
+            yield from self.map(call, items[:half], elements)
+            yield from self.map(call, items[half:], elements)
+
+    def call(self, function: Callable[[], R]) -> R:
+        """Return what `function` does for one item; raises `UserError` if memory runs out."""
+        ((_, result),) = self.map(lambda _: [function()], [None], 0)
+        if isinstance(result, UserError):
+            raise result
+        return result
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """A GPU's allocator has a type of its own; the CPU's says it in words."""
+    # A GPU's allocator has a type of its own; the CPU's says it in words.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

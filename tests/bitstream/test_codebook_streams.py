@@ -15,9 +15,9 @@ from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
-from latent_codec.folders.decode_lc import decode_streams
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.decode_lc import decode_lc
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
@@ -82,7 +82,7 @@ def made(request: pytest.FixtureRequest, model_file: Path, tmp_path_factory: pyt
 
 
 def encode(runner: Runner, photos: Path, folder: Path, **options: Any) -> dict[str, bytes]:
-    summary = encode_streams(runner, photos, folder, **{"rate": Rate(), "quiet": True} | options)
+    summary = encode_lc(runner, photos, folder, EncodeOptions(**options), quiet=True)
     assert summary.done == len(SIZES) and not summary.failures
     return files_of(folder)
 
@@ -137,7 +137,7 @@ def test_options_that_cannot_matter_are_refused(made: Made, tmp_path: Path) -> N
 def test_latents_to_train_on_need_a_gaussian(made: Made, tmp_path: Path) -> None:
     kind = made.model.config.bottleneck.kind
     with pytest.raises(UserError, match=f"which the {kind} bottleneck does not have; write .lc files"):
-        encode_folder(made.runner, made.photos, tmp_path / "latents", quiet=True)
+        encode_latents(made.runner, made.photos, tmp_path / "latents", quiet=True)
     with pytest.raises(UserError, match=f"--rd .* a {kind} bottleneck"):
         rate_distortion(made.runner, made.photos, RateDistortionOptions(steps=[1.0]))
 
@@ -149,7 +149,7 @@ def test_an_evaluation_counts_the_bytes_of_the_files(made: Made, tmp_path: Path)
     assert files == made.files
     assert report.summary["disk_bpp"] == pytest.approx(8 * sum(map(len, files.values())) / sum(w * h for w, h in SIZES))
     assert "kl_bpp" not in report.summary and all("kl_bpp" not in record for record in report.images)
-    assert decode_streams(made.runner, made.folder / "lc", tmp_path / "images", quiet=True).done == len(SIZES)
+    assert decode_lc(made.runner, made.folder / "lc", tmp_path / "images", quiet=True).done == len(SIZES)
     assert files_of(tmp_path / "images") == files_of(tmp_path / "out" / "decoded")
     assert [Image.open(tmp_path / "images" / f"{i}.png.png").size for i in range(len(SIZES))] == SIZES
     (tmp_path / "out" / "results.json").unlink()

@@ -13,7 +13,7 @@ from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.refinement import LEARNING_RATE, Refiner, cost_slope
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.images.geometry import crop, pad
 from latent_codec.images.sources import find_images
 from latent_codec.inference import tiling
@@ -152,7 +152,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 def encode(codec: Codec, photos: Path, folder: Path, batch_size: int = 4, **options: Any) -> dict[str, bytes]:
     compute = dataclasses.replace(CPU, batch_size=batch_size)
-    summary = encode_streams(Runner(codec, compute), photos, folder, **{"rate": Rate(), "quiet": True} | options)
+    summary = encode_lc(Runner(codec, compute), photos, folder, EncodeOptions(**options), quiet=True)
     assert not summary.failures
     return files_of(folder)
 
@@ -177,7 +177,7 @@ def test_an_image_too_large_for_memory_fails_alone(
         return real(self, z, pixels)
 
     monkeypatch.setattr(Runner, "nll_gradient", scarce)
-    summary = encode_streams(Runner(codec, CPU), photos, tmp_path / "out", rate=Rate(), refine=1, quiet=True)
+    summary = encode_lc(Runner(codec, CPU), photos, tmp_path / "out", EncodeOptions(refine=1), quiet=True)
     assert summary.done == 3 and "memory ran out" in summary.failures["3.png"]
 
 

@@ -1,4 +1,4 @@
-"""Latents of mirrored images: they are what encoding the mirrored file gives, and half of the draws."""
+"""Test latents of mirrored images: encoding the mirrored file gives them, and they are half of the draws."""
 
 import dataclasses
 import shutil
@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
-from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.info import describe
 from latent_codec.latents.batches import BatchIndices, ShapeBatches
@@ -19,7 +18,7 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.folders.test_latents import CPU, decode, encode, small_units  # noqa: F401
+from tests.folders.test_latents import CPU, PAIRS, decode, encode
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 
 SIZES = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
@@ -33,7 +32,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 
 def mirror(src: Path, dst: Path) -> Path:
-    """The folder's images, mirrored."""
+    """Write a folder's images mirrored."""
     for path in src.rglob("*.png"):
         target = dst / path.relative_to(src)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,32 +61,16 @@ def test_the_images_themselves_are_stored_as_without_flips(codec: Codec, tmp_pat
     assert all(torch.equal(both[name], tensor) for name, tensor in plain.items())
 
 
-def test_flips_are_another_setting_and_survive_interruptions(
-    codec: Codec,
-    tmp_path: Path,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    small_units: None,  # noqa: F811
-) -> None:
-    encode(codec, photos, tmp_path / "whole", flips=True)
-    assert encode(codec, photos, tmp_path / "whole", flips=True).skipped == len(SIZES)
-    assert encode(codec, photos, tmp_path / "z").done == len(SIZES)
-    real, calls = encode_latents_module.write_shard, iter(range(9))
-
-    def stop(*args: object) -> object:
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return real(*args)  # pyright: ignore
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encode_latents_module, "write_shard", stop)
-        encode(codec, photos, tmp_path / "z", ComputeOptions(batch_size=4, workers=1), flips=True)
-    assert 0 < encode(codec, photos, tmp_path / "z", flips=True).done < len(SIZES)
+def test_flips_are_another_setting(codec: Codec, tmp_path: Path, photos: Path) -> None:
+    encode(codec, photos, tmp_path / "whole", resume=PAIRS, flips=True)
+    assert encode(codec, photos, tmp_path / "whole", resume=PAIRS, flips=True).skipped == len(SIZES)
+    assert encode(codec, photos, tmp_path / "z", resume=PAIRS).done == len(SIZES)
+    assert encode(codec, photos, tmp_path / "z", resume=PAIRS, flips=True).done == len(SIZES)
     assert files_of(tmp_path / "z") == files_of(tmp_path / "whole")
 
 
 def many(codec: Codec, folder: Path) -> Path:
-    """Latents with flips of 400 images of one size; all but the names are those of a single one."""
+    """Make latents with flips of 400 images of one size, which differ in their names alone."""
     values = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
     (folder / "src").mkdir(parents=True)
     Image.fromarray(values).save(folder / "src" / "0.png")
@@ -158,14 +141,8 @@ def test_memory_for_one_batch_is_enough(
 def test_tiles_give_what_whole_images_give(codec: Codec, tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "photos" / "a.png", 501, 340)
     for tile in (None, 168):
-        encode(
-            codec,
-            tmp_path / "photos",
-            tmp_path / f"{tile}",
-            dataclasses.replace(CPU, tile=tile),
-            flips=True,
-            store="float32",
-        )
+        compute = dataclasses.replace(CPU, tile=tile)
+        encode(codec, tmp_path / "photos", tmp_path / f"{tile}", compute, flips=True, store="float32")
     whole, tiled = (Latents(tmp_path / f"{tile}").posterior(0, flip=True) for tile in (None, 168))
     assert torch.allclose(whole.mean, tiled.mean, atol=1e-5) and torch.allclose(whole.logvar, tiled.logvar, atol=1e-5)
 

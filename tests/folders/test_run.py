@@ -1,4 +1,4 @@
-"""Batches: nothing is lost, and little waits."""
+"""Test that batches lose nothing, and that few images wait in memory."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.folders.batching import batches
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.folders.decode_lc import decode_streams
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.decode_latents import DecodeLatentsOptions, decode_latents
+from latent_codec.folders.decode_lc import DecodeOptions, decode_lc
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.resume.units import units
 from latent_codec.images.sources import find_images
 from latent_codec.inference.options import ComputeOptions
@@ -60,12 +59,10 @@ def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
     for i in range(40):
         draw(tmp_path / "photos" / f"{i:02d}.png", 24, 16, seed=i)
     assert len(units(find_images(tmp_path / "photos"))) == 1
-    compute = ComputeOptions(batch_size=1, workers=1)
-    encode_folder(Runner(codec, compute), tmp_path / "photos", tmp_path / "latents", quiet=True)
+    runner = Runner(codec, ComputeOptions(batch_size=1, workers=1))
+    encode_latents(runner, tmp_path / "photos", tmp_path / "latents", quiet=True)
     for tar in (False, True):
-        encode_streams(
-            Runner(codec, compute), tmp_path / "photos", tmp_path / f"{tar}", rate=Rate(), tar=tar, quiet=True
-        )
-        decode_streams(Runner(codec, compute), tmp_path / f"{tar}", tmp_path / f"back {tar}", tar=tar, quiet=True)
-    decode_folder(Runner(codec, compute), tmp_path / "latents", tmp_path / "back", tar=True, quiet=True)
+        encode_lc(runner, tmp_path / "photos", tmp_path / f"{tar}", EncodeOptions(tar=tar), quiet=True)
+        decode_lc(runner, tmp_path / f"{tar}", tmp_path / f"back {tar}", DecodeOptions(tar=tar), quiet=True)
+    decode_latents(runner, tmp_path / "latents", tmp_path / "back", DecodeLatentsOptions(tar=True), quiet=True)
     assert 1 <= most <= 8

@@ -1,12 +1,10 @@
-"""Threads and processes: nothing is lost, nothing runs on, and little waits."""
+"""Test that threads and processes lose nothing, run on after nothing, and begin little ahead."""
 
-import dataclasses
 import os
 import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.errors import FatalError, UserError
-from latent_codec.folders import encode_latents as encode_latents_module
 from latent_codec.folders import read_images
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
-from latent_codec.folders.resume import units as plan
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.encode_lc import encode_lc
+from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
-from latent_codec.images.sources import Source
+from latent_codec.images.read import read_image
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.support.folder import finish, start, wait_for
+from tests.support.folder import finish, small_units, start, wait_for
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))
@@ -123,33 +119,38 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def decode_or_die(source: Source, data: bytes, options: dict[str, Any]) -> Any:
-    if source.name == "5.png":
+def read_or_die(data: bytes, options: Any, *, name: str) -> Any:
+    if name == "5.png":
         killed()
-    return _PARSE(source, data, options)
+    return read_image(data, options, name=name)
 
 
-_PARSE: Any = read_images._parse_array
+def padded_or_die(name: str, data: bytes, factor: int, options: Any) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_images, "read_image", read_or_die)
+        return read_images.padded(name, data, factor, options)
 
 
-@pytest.mark.parametrize("make", [encode_folder, partial(encode_streams, rate=Rate())])
+@pytest.mark.parametrize("make", [encode_latents, encode_lc])
 def test_images_are_decoded_in_processes_and_one_that_is_killed_costs_nothing_before_it(
-    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch, make: Any
+    codec: Codec, tmp_path: Path, draw: Draw, make: Any
 ) -> None:
-    monkeypatch.setattr(plan, "_MEAN_IMAGES", 2**63)
-    monkeypatch.setattr(plan, "_MOST_IMAGES", 2)
     for i in range(8):
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     (tmp_path / "photos" / "bad.png").write_text("no image")
-    threads = ComputeOptions(batch_size=2, workers=1)
-    expected = make(Runner(codec, threads), tmp_path / "photos", tmp_path / "in threads", quiet=True)
-    compute = dataclasses.replace(threads, decode_in="processes")
+
+    def run(folder: str, decode_in: Any) -> Summary:
+        runner = Runner(codec, ComputeOptions(batch_size=2, workers=1, decode_in=decode_in))
+        return make(runner, tmp_path / "photos", tmp_path / folder, resume=small_units(2), quiet=True)
+
+    expected = run("in threads", "threads")
+    call = Processes.call
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_latents_module, "_parse_array", decode_or_die)
+        patch.setattr(Processes, "call", lambda self, _, *args: call(self, padded_or_die, *args))
         with pytest.raises(FatalError, match="was killed"):
-            make(Runner(codec, compute), tmp_path / "photos", tmp_path / "in processes", quiet=True)
+            run("in processes", "processes")
     before = {name: data for name, data in files_of(tmp_path / "in processes").items() if name.endswith(("lc", "rs"))}
     assert before and before.items() < files_of(tmp_path / "in threads").items()
-    summary = make(Runner(codec, compute), tmp_path / "photos", tmp_path / "in processes", quiet=True)
+    summary = run("in processes", "processes")
     assert summary.skipped and summary.failures == expected.failures and summary.failures.keys() == {"bad.png"}
     assert files_of(tmp_path / "in processes") == files_of(tmp_path / "in threads")

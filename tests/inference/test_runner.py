@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.exc import BackendCompilerFailed
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.errors import FatalError, UserError
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.folders.decode_lc import decode_streams
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.decode_latents import decode_latents
+from latent_codec.folders.decode_lc import decode_lc
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.inference.options import ComputeOptions
-from latent_codec.inference.out_of_memory import Halving
+from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
@@ -44,10 +43,10 @@ def test_lists_are_halved_until_they_fit_and_results_come_in_order(
             raise error
         return [2 * item for item in batch]
 
-    halving = Halving()
-    assert list(halving(call, items, 3)) == [(item, 2 * item) for item in items]
+    backoff = OutOfMemoryBackoff()
+    assert list(backoff.map(call, items, 3)) == [(item, 2 * item) for item in items]
     calls.clear()
-    assert list(halving(call, items, 3)) == [(item, 2 * item) for item in items]
+    assert list(backoff.map(call, items, 3)) == [(item, 2 * item) for item in items]
     assert max(calls, default=0) <= most  # it knows by now
 
 
@@ -60,11 +59,11 @@ def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_h
     def fail(_: list[int]) -> list[int]:
         raise RuntimeError("another")
 
-    found = dict(Halving()(call, [1, 2, 3, 4], 1))
+    found = dict(OutOfMemoryBackoff().map(call, [1, 2, 3, 4], 1))
     assert isinstance(found.pop(3), UserError)
     assert found == {1: 1, 2: 2, 4: 4}
     with pytest.raises(RuntimeError, match="another"):
-        list(Halving()(fail, [1, 2], 1))
+        list(OutOfMemoryBackoff().map(fail, [1, 2], 1))
 
 
 @pytest.fixture
@@ -99,13 +98,13 @@ def test_a_folder_goes_on_where_memory_runs_out(
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     draw(tmp_path / "photos" / "large.png", 48, 40)
     if kind == "streams":
-        summary = encode_streams(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", rate=Rate(), quiet=True)
+        summary = encode_lc(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", quiet=True)
     else:
-        summary = encode_folder(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", quiet=True)
+        summary = encode_latents(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", quiet=True)
     assert (summary.done, summary.failures.keys()) == (7, {"large.png"})
     assert "--tile" in summary.failures["large.png"]
     assert capsys.readouterr().err.count("memory ran out for 4 images at once; going on with 2") == 1
-    decode = decode_streams if kind == "streams" else decode_folder
+    decode = decode_lc if kind == "streams" else decode_latents
     assert decode(Runner(codec, CPU), tmp_path / "z", tmp_path / "y", quiet=True).done == 7
     assert "going on with 2" in capsys.readouterr().err
     monkeypatch.undo()
@@ -135,6 +134,5 @@ def test_a_compiler_that_fails_is_one_clear_error(
     draw(tmp_path / "photos" / "a.png", 24, 16)
     monkeypatch.setattr(codec, "encode", fail)
     with pytest.raises(FatalError, match=r"torch\.compile does not work here .*--compile"):
-        encode_folder(
-            Runner(codec, dataclasses.replace(CPU, compile=True)), tmp_path / "photos", tmp_path / "z", quiet=True
-        )
+        runner = Runner(codec, dataclasses.replace(CPU, compile=True))
+        encode_latents(runner, tmp_path / "photos", tmp_path / "z", quiet=True)

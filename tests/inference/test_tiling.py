@@ -20,10 +20,10 @@ from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import rate_distortion
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.folders.decode_lc import decode_streams
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.decode_latents import decode_latents
+from latent_codec.folders.decode_lc import decode_lc
+from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.images.read import read_image
 from latent_codec.inference import tiling
 from latent_codec.inference.options import ComputeOptions
@@ -418,23 +418,23 @@ def test_large_images_go_alone_and_others_in_batches(
     work = {name: getattr(tiling, name) for name in ("encode", "decode_uint8")}
     for name, function in work.items():
         monkeypatch.setattr(tiling, name, lambda c, x, *rest, f=function: batches.append(len(x)) or f(c, x, *rest))
-    encode_folder(Runner(codec, TILES), photos, tmp_path / "latents", quiet=True)
+    encode_latents(Runner(codec, TILES), photos, tmp_path / "latents", quiet=True)
     assert sorted(batches) == [1, 1, 1, 3]
     batches.clear()
-    decode_folder(Runner(codec, TILES), tmp_path / "latents", tmp_path / "decoded", quiet=True)
+    decode_latents(Runner(codec, TILES), tmp_path / "latents", tmp_path / "decoded", quiet=True)
     assert sorted(batches) == [1, 1, 1, 3]
     batches.clear()
-    encode_folder(Runner(codec, CPU), photos, tmp_path / "whole", quiet=True)
+    encode_latents(Runner(codec, CPU), photos, tmp_path / "whole", quiet=True)
     assert sorted(batches) == [3, 3]
 
 
 def test_files_made_in_tiles_are_those_made_whole(codec: Codec, photos: Path, tmp_path: Path, capsys: Any) -> None:
     for name, compute in (("whole", CPU), ("tiles", TILES)):
         out = tmp_path / name
-        encode_folder(Runner(codec, compute), photos, out / "latents", store="float32", quiet=True)
-        encode_streams(Runner(codec, compute), photos, out / "lc", rate=Rate(step=1.0), quiet=True)
-        decode_folder(Runner(codec, compute), tmp_path / "whole" / "latents", out / "a", quiet=True)
-        decode_streams(Runner(codec, compute), tmp_path / "whole" / "lc", out / "b", quiet=True)
+        encode_latents(Runner(codec, compute), photos, out / "latents", LatentsOptions(store="float32"), quiet=True)
+        encode_lc(Runner(codec, compute), photos, out / "lc", EncodeOptions(rate=Rate(step=1.0)), quiet=True)
+        decode_latents(Runner(codec, compute), tmp_path / "whole" / "latents", out / "a", quiet=True)
+        decode_lc(Runner(codec, compute), tmp_path / "whole" / "lc", out / "b", quiet=True)
     whole, tiles = (Latents(tmp_path / name / "latents") for name in ("whole", "tiles"))
     reader = StreamReader(codec, "cpu")
     for i, entry in enumerate(whole.entries):
@@ -456,9 +456,9 @@ def read(path: Path) -> torch.Tensor:
 
 
 def test_a_quality_is_kept_to_in_tiles(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    source, options = photos / "large0.png", {"rate": Rate(psnr=5.0), "quiet": True}
-    assert not encode_streams(Runner(codec, TILES), source, tmp_path / "lc", **options).failures
-    decode_streams(Runner(codec, TILES), tmp_path / "lc", tmp_path / "out", quiet=True)
+    source, runner = photos / "large0.png", Runner(codec, TILES)
+    assert not encode_lc(runner, source, tmp_path / "lc", EncodeOptions(rate=Rate(psnr=5.0)), quiet=True).failures
+    decode_lc(runner, tmp_path / "lc", tmp_path / "out", quiet=True)
     x, y = read(source), read(tmp_path / "out" / "large0.png.png")
     assert distortion.psnr(x[None].byte(), y[None].byte()).item() >= 5.0
 
@@ -485,17 +485,16 @@ def test_what_tiles_change_is_said_once_and_only_where_they_do(tmp_path: Path, d
     for i in range(2):
         draw(tmp_path / "photos" / f"{i}.png", 60, 41, seed=i)
     compute = dataclasses.replace(CPU, tile=32, batch_size=1)
-    encode_folder(Runner(codec, compute), tmp_path / "photos", tmp_path / "latents", quiet=True)
+    encode_latents(Runner(codec, compute), tmp_path / "photos", tmp_path / "latents", quiet=True)
     told = capsys.readouterr().err
     assert told.count("tiles of 32 pixels change what this model gives;") == 1
     assert told.count("means differ by up to") == 1
     assert told.count("dB PSNR") == 1
-    decode_folder(Runner(codec, compute), tmp_path / "latents", tmp_path / "out", quiet=True)
+    decode_latents(Runner(codec, compute), tmp_path / "latents", tmp_path / "out", quiet=True)
     assert capsys.readouterr().err.count("decoded pixels differ by up to") == 1
     for tile in (None, 64):
-        encode_folder(
-            Runner(codec, dataclasses.replace(CPU, tile=tile)), tmp_path / "photos", tmp_path / f"{tile}", quiet=True
-        )
+        runner = Runner(codec, dataclasses.replace(CPU, tile=tile))
+        encode_latents(runner, tmp_path / "photos", tmp_path / f"{tile}", quiet=True)
     assert capsys.readouterr().err == ""
 
 

@@ -1,5 +1,6 @@
-"""Folders of tiny images, made in this process or in others that can be killed at each thing they do to the disk."""
+"""Make outputs of tiny images, in this process or in others that can be killed at each thing they do to the disk."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -11,22 +12,21 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import torch
 
-from latent_codec.bitstream.rate_control import Rate
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.folders.decode_lc import decode_streams
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
-from latent_codec.folders.jobs import RESUME, Resume
-from latent_codec.folders.resume import units as plan
+from latent_codec.folders.decode_latents import DecodeLatentsOptions, decode_latents
+from latent_codec.folders.decode_lc import DecodeOptions, decode_lc
+from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
+from latent_codec.folders.jobs import Resume
 from latent_codec.folders.resume.ledger import Ledger
-from latent_codec.folders.resume.units import Unit
+from latent_codec.folders.resume.units import Share, Unit, UnitSizes
 from latent_codec.folders.summary import Summary
+from latent_codec.images.read import ReadOptions
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX
-from latent_codec.model import file as model_file
 from latent_codec.model.codec import Codec
+from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import atomic_path
 from tests.support.run import PATIENCE, fork_server
 
@@ -34,32 +34,45 @@ COMPUTE = ComputeOptions(batch_size=2, workers=1)
 UNIT = 3
 """Images at most in a unit, so that it has batches of two and of one."""
 
+
+def small_units(most_images: int = UNIT, **options: Any) -> Resume:
+    """Return how a command resumes, with units of so many images."""
+    return Resume(unit_sizes=UnitSizes(mean_images=2**63, most_images=most_images), **options)
+
+
+RESUME, OVERWRITE, BY_TIME = small_units(), small_units(overwrite=True), small_units(check="mtime")
+
 Kind = Literal["streams", "latents", "images of streams", "images of latents", "tars of streams", "tars of images"]
 
 
+MAKERS: dict[Kind, tuple[Any, Any]] = {
+    "streams": (encode_lc, EncodeOptions),
+    "latents": (encode_latents, LatentsOptions),
+    "images of streams": (decode_lc, DecodeOptions),
+    "images of latents": (decode_latents, DecodeLatentsOptions),
+    "tars of streams": (encode_lc, EncodeOptions),
+    "tars of images": (decode_lc, DecodeOptions),
+}
+
+
 class Task(NamedTuple):
-    """What a command does, but for the folder that it does it in."""
+    """Name what a command makes of which sources, but not the folder that it does it in."""
 
     kind: Kind
     model: Path
     src: Path
 
     def do(self, folder: Path, resume: Resume = RESUME, compute: ComputeOptions = COMPUTE, **options: Any) -> Summary:
-        """To the end; every image is accounted for, and every file whole."""
-        codec = Codec.load(self.model)
-        make: Any = {
-            "streams": encode_streams,
-            "latents": encode_folder,
-            "images of streams": decode_streams,
-            "images of latents": decode_folder,
-            "tars of streams": encode_streams,
-            "tars of images": decode_streams,
-        }[self.kind]
+        """Run to the end; every image is accounted for. `options` are those of the kind; streams are draws."""
+        make, kind = MAKERS[self.kind]
+        if "background" in options:
+            options["read"] = ReadOptions(background=options.pop("background"))
         if self.kind in ("streams", "tars of streams"):
-            options = {"rate": Rate(), "sample": 5} | options
+            options = {"sample": 5} | options
         if self.kind.startswith("tars"):
             options["tar"] = True
-        summary: Summary = make(Runner(codec, compute), self.src, folder, resume=resume, quiet=True, **options)
+        runner = Runner(Codec.load(self.model), compute)
+        summary: Summary = make(runner, self.src, folder, kind(**options), resume=resume, quiet=True)
         assert summary.done + summary.skipped + summary.elsewhere + len(summary.failures) == summary.found
         return summary
 
@@ -69,7 +82,7 @@ def temporary_files(folder: Path) -> list[str]:
 
 
 def posteriors(folder: Path) -> dict[tuple[str, str], bytes]:
-    """What the index says of each (path, SHA-256 of its source); nothing if there is no index."""
+    """Return the stored bytes of each (path, SHA-256 of its source) in the index; nothing if there is no index."""
     if not (folder / INDEX).exists():
         return {}
     latents = Latents(folder)
@@ -81,9 +94,9 @@ def posteriors(folder: Path) -> dict[tuple[str, str], bytes]:
 
 
 def watch(patch: pytest.MonkeyPatch, event: Callable[[str], None]) -> None:
-    """Call `event` with its name at each thing that is done to the disk: before it, or halfway if something is written.
+    """Call `event`, in any thread, before each thing that is done to the disk, or halfway through a write.
 
-    In threads, too. What it raises is taken for what the system says.
+    What it raises is taken for what the system says.
     """
 
     def before(owner: Any, name: str, what: str) -> None:
@@ -112,11 +125,11 @@ def watch(patch: pytest.MonkeyPatch, event: Callable[[str], None]) -> None:
     before(Path, "unlink", "remove")
     before(os, "replace", "rename")
     before(os, "fsync", "fsync")
-    before(model_file, "save_file", "write")
+    before(tensor_files, "save_file", "write")
 
 
 class _Watched:
-    """A journal's file."""
+    """Stand for a journal's file."""
 
     def __init__(self, file: Any, event: Callable[[str], None]) -> None:
         self._file, self._event = file, event
@@ -131,14 +144,14 @@ class _Watched:
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
-    """A process that calls a function of a module; small units there as here."""
+    """Start a process that calls a function of a module."""
     process = fork_server().Process(target=_child, args=(target, *args))
     process.start()
     return process
 
 
 def finish(process: Any) -> int:
-    """Its exit code; minus the number of the signal that killed it."""
+    """Return the exit code of a process; minus the number of the signal that killed it."""
     process.join(PATIENCE)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode
@@ -146,17 +159,16 @@ def finish(process: Any) -> int:
 
 def _child(target: Callable[..., None], *args: Any) -> None:
     torch.set_num_threads(1)
-    plan._MEAN_IMAGES, plan._MOST_IMAGES = 2**63, UNIT
     target(*args)
 
 
 def work(task: Task, folder: Path, environment: dict[str, str] | None = None, resume: Resume | None = None) -> None:
     os.environ.update(environment or {})
-    task.do(folder, resume or RESUME._replace(share=plan.Share.of_launcher()))
+    task.do(folder, dataclasses.replace(resume or RESUME, share=Share.of_launcher()))
 
 
 def die(task: Task, folder: Path, at: int) -> None:
-    """SIGKILL itself at the event of this number, counted from 1; to the end if there are not as many."""
+    """Do a task, but send SIGKILL to this process at the event of this number, counted from 1."""
     numbers = itertools.count(1)
 
     def event(_: str) -> None:

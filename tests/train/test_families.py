@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.errors import UserError
 from latent_codec.export import export
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.decode_latents import decode_latents
+from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
+from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
 from latent_codec.inference.options import ComputeOptions
@@ -80,8 +79,8 @@ def test_a_killed_run_resumes_to_the_same_weights(digits: Path, iwae: Path, tmp_
 def test_an_exported_model_encodes_and_decodes_the_file(digits: Path, iwae: Path, tmp_path: Path) -> None:
     export(iwae, tmp_path / "m.safetensors", data=(digits,), images=8, half=False)
     runner = Runner(Codec.load(tmp_path / "m.safetensors"), COMPUTE)
-    assert encode_folder(runner, digits, tmp_path / "z", quiet=True).done == 36
-    assert decode_folder(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 36
+    assert encode_latents(runner, digits, tmp_path / "z", quiet=True).done == 36
+    assert decode_latents(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 36
     assert sorted(p.name for p in (tmp_path / "back").iterdir() if p.is_dir() and p.name[0] != ".") == ["0", "1"]
 
 
@@ -100,7 +99,7 @@ def test_a_conditional_model_takes_an_images_class_from_its_folder(tmp_path: Pat
     codec = Codec(dataclasses.replace(mnist_cvae().codec, classes=("0", "1"))).eval()
     runner, digits = Runner(codec, COMPUTE), write_digits(tmp_path / "raw")
     write_labels(digits.parent, [0] * 35 + [2])
-    encoded = encode_folder(runner, digits, tmp_path / "z", store="float32", quiet=True)
+    encoded = encode_latents(runner, digits, tmp_path / "z", LatentsOptions(store="float32"), quiet=True)
     assert encoded.done == 35 and list(encoded.failures) == ["2/train-00035"]
     assert "class '2', but the model knows 0, 1" in encoded.failures["2/train-00035"]
     pixels = in_channels(find_images(digits)[3].read().pixels[None], 1)
@@ -108,9 +107,9 @@ def test_a_conditional_model_takes_an_images_class_from_its_folder(tmp_path: Pat
     stored = Latents(tmp_path / "z").posterior(3).mean
     torch.testing.assert_close(stored, right, rtol=1e-5, atol=1e-5)
     assert (stored - wrong).abs().max() > 1e-3
-    assert decode_folder(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 35
+    assert decode_latents(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 35
     with pytest.raises(UserError, match=r"each image's class, one of 2, which a \.lc file does not hold"):
-        encode_streams(runner, digits, tmp_path / "lc", rate=Rate(), quiet=True)
+        encode_lc(runner, digits, tmp_path / "lc", quiet=True)
 
 
 def test_the_importance_weighted_bound_needs_a_gaussian_posterior() -> None:

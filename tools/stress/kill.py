@@ -20,10 +20,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.errors import UserError
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.encode_lc import encode_streams
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.folders.jobs import RESUME
 from latent_codec.folders.resume.ledger import NAME
 from latent_codec.folders.resume.units import Share
@@ -76,14 +75,12 @@ class Kill:
         if child := os.fork():
             return child
         try:
-            resume = RESUME._replace(share=Share(rank, self.processes, alone=False))
+            resume = dataclasses.replace(RESUME, share=Share(rank, self.processes, alone=False))
             compute = ComputeOptions(device="cpu", batch_size=4, workers=2)
             if self.format == "lc":
-                summary = encode_streams(
-                    Runner(codec, compute), self.src, folder, rate=Rate(), resume=resume, quiet=True
-                )
+                summary = encode_lc(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
             else:
-                summary = encode_folder(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
+                summary = encode_latents(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
             os._exit(len(summary.failures))
         except BaseException as error:
             print(error, file=sys.stderr)

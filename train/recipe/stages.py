@@ -13,9 +13,8 @@ from accelerate.state import PartialState
 
 from latent_codec.errors import UserError
 from latent_codec.export import export
-from latent_codec.folders.encode_latents import encode_folder
-from latent_codec.folders.jobs import Resume
-from latent_codec.folders.resume.units import WHOLE
+from latent_codec.folders.encode_latents import encode_latents
+from latent_codec.folders.jobs import RESUME
 from latent_codec.images.sources import find_images
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
@@ -217,7 +216,7 @@ class Stages:
         runner = load(str(self._quantized), options)
         folders = zip((*self.recipe.data, self.recipe.val), (*self._latents, self._val_latents), strict=True)
         for images, folder in folders:
-            print(encode_folder(runner, images, folder, resume=Resume("hash", False, WHOLE)), flush=True)
+            print(encode_latents(runner, images, folder, resume=RESUME), flush=True)
 
     @property
     def lacks_latents(self) -> bool:

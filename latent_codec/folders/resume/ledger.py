@@ -1,9 +1,9 @@
-"""What a folder's files were made from, so that the same command run again does what is left and nothing else.
+"""Record what a folder's files were made from, so that the same command run again does what is left, and only that.
 
-FOLDER/.latent_codec/KIND/UNIT.jsonl has one line for each image that came to an end: what its source was, with which
-settings, what was written. A line follows its output's rename, so whatever kills the process, an output without a line
-is at most made once more. UNIT.lock beside it is held by the process that works on the unit; the system lets go of it
-when the process dies.
+FOLDER/.latent_codec/KIND/UNIT.jsonl has one line for each image that came to an end: what its source was, the digest
+of the settings, what was written. A line follows its output's rename, so whatever kills the process, an output without
+a line is at most made once more. UNIT.lock beside it is held by the process that works on the unit; the system lets go
+of it when the process dies.
 """
 
 import contextlib
@@ -38,49 +38,55 @@ from latent_codec.storage.json_config import from_json, to_json
 
 NAME = ".latent_codec"
 FAILURES = "failures.jsonl"
-"""In the folder itself: path and reason of each image that failed."""
+"""File in the folder itself with path and reason of each image that failed."""
 
 Kind = Literal["streams", "streams.tar", "latents", "images", "images.tar"]
-"""What a command makes; commands that make different things in one folder do not see each other's records."""
+"""Kind of output; commands that make different kinds in one folder do not see each other's records."""
 SourceCheck = Literal["hash", "mtime"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """One output and what it came from."""
+    """Describe one output and the source that it was made from."""
 
     path: str
     """The source's name."""
     output: str
-    """The file that holds what was made of it, relative to the folder."""
+    """The file that holds the output, relative to the folder."""
     settings: str
     """Digest of all that the output depends on beside its source."""
     size: int
+    """Size of the source in bytes."""
     mtime_ns: int
+    """Time when the file that holds the source was last changed."""
     sha256: str
-    """Of the source: its bytes, and when the file that holds it was last changed."""
+    """Hash of the source."""
     shape: tuple[int, ...]
-    """What it shares with the others of its batch."""
+    """Shape that the inputs of its batch had in common."""
     bytes_out: int
+    """Size of the file `output`."""
     sha256_out: str
+    """Hash of the file `output`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
+    """Say why a source has no output."""
+
     path: str
     reason: str
 
 
 def digest(value: Any) -> str:
-    """Of JSON values."""
+    """Return the first 32 hex digits of the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Ledger:
-    """The records of what commands of one kind, here under one set of settings, made in a folder.
+    """Keep the records of one kind of output in a folder, under one set of settings.
 
-    Used as a context manager: on entering, what killed processes left half written is removed; on leaving, all units
-    are let go. Everything raises `UserError` if the folder cannot be written into or its files cannot be locked.
+    As a context manager it removes on entry what killed processes left half written, and lets go of all units on exit.
+    Everything raises `UserError` if the folder cannot be written into or its files cannot be locked.
     """
 
     def __init__(self, folder: Path, kind: Kind, settings: dict[str, Any]) -> None:
@@ -92,6 +98,7 @@ class Ledger:
 
     @staticmethod
     def exists(folder: Path, kind: Kind | None = None) -> bool:
+        """Return whether a folder has a ledger, of that kind if one is given."""
         return (folder / NAME / (kind or "")).is_dir()
 
     def __enter__(self) -> Self:
@@ -111,14 +118,14 @@ class Ledger:
             self._alive.unlink()
 
     def let_go(self) -> None:
-        """Of all units that are claimed still, as after an interruption."""
+        """Release all units that are still claimed, as after an interruption."""
         for claim in list(self._held):
             claim.release()
 
     def reserve(self, outputs: Sequence[str], *, overwrite: bool) -> None:
-        """Take names for this folder's own; raises `UserError` if a new one is that of a file and not to be replaced.
+        """Take names for this folder's own; raises `UserError` if a new one is that of a file, unless `overwrite`.
 
-        An output whose line was never written is so told from a file that was there before.
+        This tells an output whose line was never written from a file that was there before.
         """
         path = self.root / "names.jsonl"
         with self.gathering():
@@ -133,13 +140,13 @@ class Ledger:
 
     @contextlib.contextmanager
     def gathering(self) -> Iterator[None]:
-        """For what is made of all units' records: the last process to come here has seen everything."""
+        """Hold the lock for what is made of all units' records: the last process to hold it has seen everything."""
         with locked(self.root / "gathering.lock"):
             yield
 
     @contextlib.contextmanager
     def idle(self, unit: str) -> Iterator[bool]:
-        """Whether no process works on a unit, nor begins to before the context ends."""
+        """Yield whether no process works on a unit; then none begins to before the context ends."""
         held = try_lock(self._units / f"{unit}.lock")
         try:
             yield held is not None
@@ -148,17 +155,17 @@ class Ledger:
                 held.release()
 
     def records(self, unit: Unit) -> list[Record]:
-        """All that is done of a unit under these settings."""
+        """Return the records of a unit under these settings."""
         names = {source.name for source in unit.sources}
-        records = _read(self._units / f"{unit.name}.jsonl").records.values()
+        records = _read(self.journal(unit)).records.values()
         return [r for r in records if r.settings == self.settings and r.path in names]
 
     def write_failures(self, units: Sequence[Unit]) -> None:
-        """`FAILURES` over these units, whichever process did them; no file if there are none."""
+        """Write `FAILURES` over these units, whichever process did them; without any, remove the file."""
         failures: list[Failure] = []
         for unit in units:
             names = {source.name for source in unit.sources}
-            found = _read(self._units / f"{unit.name}.jsonl", only=b'"reason"').failures.values()
+            found = _read(self.journal(unit), only=b'"reason"').failures.values()
             failures += [f for f in found if f.path in names]
         path = self.folder / FAILURES
         with disk_errors(path):
@@ -169,11 +176,11 @@ class Ledger:
                 path.unlink(missing_ok=True)
 
     def rounds(self, units: Sequence[Unit]) -> Iterator[Iterator["Claim"]]:
-        """All units for this process alone, in rounds: one has to be done with before the next one is asked for.
+        """Yield claims of all units in rounds; a round has to be finished before the next one is asked for.
 
-        At first, in order, those that no other process works on; then one by one those that others had, each as soon
-        as it is let go, finished or not. Two processes that waited with units of their own in hand could wait for
-        each other for ever. Units that another process finished in the meantime are `settled` claims.
+        The first round has, in order, the units that no other process works on. Then come, one by one, those that
+        others had, each as soon as it is let go, finished or not: two processes that waited with units of their own in
+        hand could wait for each other for ever. Units that another process has finished meanwhile are `settled`.
         """
         busy: list[Unit] = []
         yield self._free(units, busy)
@@ -188,18 +195,28 @@ class Ledger:
                 yield self._claim(unit, held)
 
     def _claim(self, unit: Unit, held: FileLock) -> "Claim":
-        path = self._units / f"{unit.name}.jsonl"
-        size = self._sizes.get(path.name, 0)
         try:
-            claim = Claim(unit, self.folder, self.settings, path, size, held, self._held.discard)
+            claim = Claim(self, unit, held)
         except BaseException:
             held.release()
             raise
         self._held.add(claim)
         return claim
 
+    def journal(self, unit: Unit) -> Path:
+        """Return the file of a unit's records."""
+        return self._units / f"{unit.name}.jsonl"
+
+    def size_at_start(self, journal: Path) -> int:
+        """Return how many bytes a journal had when this process entered the ledger."""
+        return self._sizes.get(journal.name, 0)
+
+    def forget(self, claim: "Claim") -> None:
+        """Count a claim as released."""
+        self._held.discard(claim)
+
     def _remove_stale(self) -> None:
-        """Temporary files and folders of processes that were killed; those of programs that use no ledger stay."""
+        """Remove temporary files of processes that were killed; those of programs that use no ledger stay."""
         others = [path for path in self._processes.iterdir() if path != self._alive]
         dead = {path: held for path in others if (held := try_lock(path)) is not None}
         names = {path.name for path in dead}
@@ -216,44 +233,37 @@ class Ledger:
 
 
 class Claim:
-    """One unit's records, while this process holds it."""
+    """Hold one unit, with its records, for this process alone."""
 
-    def __init__(
-        self,
-        unit: Unit,
-        folder: Path,
-        settings: str,
-        journal: Path,
-        size: int,
-        held: FileLock,
-        on_release: Callable[["Claim"], None],
-    ) -> None:
-        """`size` is what the journal had when this process started."""
-        self.unit, self.settings, self._folder = unit, settings, folder
+    def __init__(self, ledger: Ledger, unit: Unit, held: FileLock) -> None:
+        self.unit, self.settings, self._ledger, self._held = unit, ledger.settings, ledger, held
+        journal = ledger.journal(unit)
         state = _read(journal)
-        self.records = {path: record for path, record in state.records.items() if record.settings == settings}
+        self.records = {path: record for path, record in state.records.items() if record.settings == self.settings}
+        self.failures = state.failures.keys()
+        """Paths that failed when they were last tried."""
         self.settled = (
-            state.settled == settings
-            and state.settled_at >= size
+            state.settled == self.settings
+            and state.settled_at >= ledger.size_at_start(journal)
             and all(s.name in state.failures or self._is_unchanged(s) for s in unit.sources)
         )
         """Whether another process has done all there is to do since this one started."""
-        self._digest = functools.cache(lambda output: sha256_of(folder / output))
-        self._held, self._on_release, self._left = held, on_release, len(unit.sources)
+        self._digest = functools.cache(lambda output: sha256_of(ledger.folder / output))
+        self._left = len(unit.sources)
         self._journal = Journal(journal)
 
-    def is_current(
+    def is_up_to_date(
         self, source: Source, output: str | None, check: SourceCheck, load: Callable[[Source], bytes]
     ) -> bool:
-        """Whether what these settings make of the source is there, in a file named `output` if it is not None.
+        """Return whether the output of a source is there, in the file `output` unless that is None.
 
-        By the bytes of both, or by sizes and the source file's time of change alone.
+        It is judged by the bytes of both, or by their sizes and the source file's time of change alone.
         """
         record = self.records.get(source.name)
         if record is None or record.size != source.size or output not in (None, record.output):
             return False
         try:
-            if (self._folder / record.output).stat().st_size != record.bytes_out:
+            if (self._ledger.folder / record.output).stat().st_size != record.bytes_out:
                 return False
             if check == "mtime":
                 return self._is_unchanged(source)
@@ -262,7 +272,6 @@ class Claim:
             return False
 
     def _is_unchanged(self, source: Source) -> bool:
-        """By size and time, since its record was made; False if there is none."""
         record = self.records.get(source.name)
         try:
             return record is not None and (record.size, record.mtime_ns) == (source.size, mtime_ns(source))
@@ -270,15 +279,16 @@ class Claim:
             return False
 
     def add(self, record: Record) -> None:
-        """Once its output is in place."""
+        """Record an output that is in place."""
         self._journal.write(to_json(record))
         self.records[record.path] = record
 
     def fail(self, path: str, reason: str) -> None:
+        """Record that a source has no output."""
         self._journal.write(to_json(Failure(path=path, reason=reason)))
 
     def settle(self) -> None:
-        """One more image needs nothing more; after the last one the unit is let go."""
+        """Count one more image as finished; after the last one, release the unit."""
         self._left -= 1
         if self._left == 0:
             if not self.settled:
@@ -286,18 +296,19 @@ class Claim:
             self.release()
 
     def release(self) -> None:
+        """Let go of the unit, finished or not."""
         self._journal.close()
         self._held.release()
-        self._on_release(self)
+        self._ledger.forget(self)
 
 
 def mtime_ns(source: Source) -> int:
-    """When the file that holds it was last changed."""
+    """Return when the file that holds a source was last changed."""
     return source.path.stat().st_mtime_ns
 
 
 class _State(NamedTuple):
-    """The last word on each image, and on the unit."""
+    """Hold the last line on each image, and on the unit."""
 
     records: dict[str, Record]
     failures: dict[str, Failure]
@@ -306,7 +317,7 @@ class _State(NamedTuple):
 
 
 def _read(path: Path, only: bytes = b"") -> _State:
-    """What a journal says; lines that are none of ours are passed over."""
+    """Read a journal; lines that are none of ours are passed over."""
     state = _State({}, {})
     for offset, value in lines(path, only):
         with contextlib.suppress(ValueError, TypeError, KeyError):

@@ -1,8 +1,8 @@
-"""What a command will do, settled before it does anything: where each output goes, and the work cut into units.
+"""Cut the work of a command into units, and share them among processes.
 
-A unit is what one process does at a time: neighbours in the sorted list of sources. Batches are made within a unit, so
-what an image is computed with, and to the last bit what comes of it, depends on the sources alone: not on the number
-of processes, nor on interruptions.
+A unit is the atom of the work: neighbours in the sorted list of sources, which one process makes together, and which
+are up to date together or made again together. Batches are formed within a unit, so an image's result depends, to the
+last bit, on the sources alone: not on the number of processes, nor on interruptions.
 """
 
 import dataclasses
@@ -14,19 +14,31 @@ from typing import NamedTuple
 from latent_codec.errors import UserError
 from latent_codec.images.sources import Source
 
-_MEAN_IMAGES = 128
-_MOST_IMAGES = 512
-_MOST_BYTES = 2**26
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitSizes:
+    """Choose how large units are; files of latents and tar shards hold one unit each."""
+
+    mean_images: int = 128
+    """A name begins a unit with probability 1 / mean_images."""
+    most_images: int = 512
+    most_bytes: int = 2**26
+    """Bytes of sources after which the next source begins a unit."""
+
+
+DEFAULT_SIZES = UnitSizes()
 
 
 class Unit(NamedTuple):
+    """Hold neighbouring sources that are made together."""
+
     name: str
-    """Of its first source's name; other units have others."""
+    """Hash of its first source's name, 16 hex digits."""
     sources: tuple[Source, ...]
 
 
-def units(sources: Sequence[Source]) -> list[Unit]:
-    """Sorted sources in units.
+def units(sources: Sequence[Source], sizes: UnitSizes = DEFAULT_SIZES) -> list[Unit]:
+    """Cut sorted sources into units.
 
     A unit begins where a name's hash says so, or where the one before has become large: a new file among many changes
     the unit that it falls into and leaves the others as they are.
@@ -34,8 +46,8 @@ def units(sources: Sequence[Source]) -> list[Unit]:
     found: list[list[Source]] = []
     size = 0
     for source in sources:
-        begins = _digest(source.name) % _MEAN_IMAGES == 0
-        if not found or begins or len(found[-1]) >= _MOST_IMAGES or size >= _MOST_BYTES:
+        begins = _digest(source.name) % sizes.mean_images == 0
+        if not found or begins or len(found[-1]) >= sizes.most_images or size >= sizes.most_bytes:
             found.append([])
             size = 0
         found[-1].append(source)
@@ -49,7 +61,7 @@ def _digest(name: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One of several processes, and whether it takes up what others leave undone."""
+    """Say which of several processes this is, and whether it does what the others leave undone."""
 
     index: int
     count: int
@@ -58,7 +70,7 @@ class Share:
 
     @classmethod
     def parse(cls, text: str) -> "Share":
-        """From `i/n`, i from 0 to n - 1; raises `UserError` for anything else."""
+        """Read `i/n`, i from 0 to n - 1; raises `UserError` for anything else."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise UserError(f"--shard {text}: give i/n with i from 0 to n - 1, such as 0/4 to 3/4 for four processes")
@@ -66,14 +78,17 @@ class Share:
 
     @classmethod
     def of_launcher(cls) -> "Share":
-        """By the rank that `accelerate launch` or torchrun gave this process; the whole without one."""
+        """Return the share of the rank that `accelerate launch` or torchrun set; without a launcher, the whole.
+
+        Raises `UserError` if RANK and WORLD_SIZE contradict each other.
+        """
         rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
             raise UserError(f"RANK {rank} of WORLD_SIZE {size} in the environment makes no sense; unset both")
         return cls(int(rank), int(size), alone=False)
 
     def of(self, everything: Sequence[Unit]) -> list[Unit]:
-        """The units that are this process' to do, its own first."""
+        """Return the units that this process does, its own first, then the others unless it is `alone`."""
         own = list(everything[self.index :: self.count])
         others = [] if self.alone else [u for i, u in enumerate(everything) if i % self.count != self.index]
         return own + others

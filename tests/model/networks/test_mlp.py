@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from latent_codec.folders.decode_latents import decode_folder
-from latent_codec.folders.encode_latents import encode_folder
+from latent_codec.folders.decode_latents import decode_latents
+from latent_codec.folders.encode_latents import encode_latents
 from latent_codec.images.geometry import in_channels, in_rgb
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
@@ -72,8 +72,8 @@ def test_a_grey_model_encodes_and_decodes_files_of_any_size(
     runner = Runner(make_codec(BINARY), ComputeOptions(batch_size=2, workers=1))
     draw(tmp_path / "src" / "a.png", width, height, "L")
     draw(tmp_path / "src" / "b.png", width, height)
-    assert encode_folder(runner, tmp_path / "src", tmp_path / "z", quiet=True).done == 2
-    assert decode_folder(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 2
+    assert encode_latents(runner, tmp_path / "src", tmp_path / "z", quiet=True).done == 2
+    assert decode_latents(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 2
     for name, mode in (("a", "L"), ("b", "RGB")):
         with Image.open(tmp_path / "back" / f"{name}.png.png") as image:
             assert (image.size, image.mode) == ((width, height), mode)

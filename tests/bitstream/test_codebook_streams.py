@@ -17,7 +17,7 @@ from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.folders.decode_lc import decode_lc
 from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.encode_lc import encode_lc
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate

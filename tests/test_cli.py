@@ -318,7 +318,7 @@ def test_a_users_mistake_is_2_and_one_line_without_a_traceback(
     refuse(run("encode", photos, out, "--model", "no-such-model"), "neither a file nor a shipped model")
     refuse(run("encode", photos, out, "--model", tmp_path / "file"), "not a safetensors file")
     refuse(run("encode", photos, tmp_path / "file", *model), "cannot be written into as a folder")
-    refuse(run("encode", photos, out, *model, "--background", "white"), "'white' is no colour")
+    refuse(run("encode", photos, out, *model, "--background", "white"), "'white' is not a colour")
     refuse(run("encode", photos, out, *model, "--max-pixels", 0), "refuses every image")
     refuse(run("encode", photos, out, *model, "--batch-size", 0), "--batch-size 0")
     refuse(run("encode", photos, out, *model, "--workers", 0), "--workers 0")

@@ -437,7 +437,7 @@ def test_larger_images_than_allowed_are_refused_both_ways(
 
 def test_options_without_sense_are_refused_before_any_work(codec: Codec, photos: Path, tmp_path: Path) -> None:
     for options, reason in (
-        ({"background": "white"}, "'white' is no colour"),
+        ({"background": "white"}, "'white' is not a colour"),
         ({"sample": -1}, "--sample -1 is no seed"),
         ({"sample": 2**64}, "is no seed"),
     ):

@@ -24,6 +24,7 @@ from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
 from tests.support import reference_decoder
 from tests.support.subject import decompress
 from tools.stress import fuzz
+from tools.stress.fuzz import FuzzOptions
 from tools.stress.mutants import Mutant, mutate, sealed
 
 GOLDEN = Path(__file__).parent / "golden" / "2"
@@ -286,7 +287,7 @@ def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes() -> None:
     latents, where a changed bit of the payload is a bit of an escaped value. Encoding what it decodes to must then
     give the mutant's own bytes. All within a limit on memory, and without standing still.
     """
-    report = fuzz.run(MODEL, golden(), 2500, 0, megabytes=256, patience=300)
+    report = fuzz.run(FuzzOptions(count=2500, megabytes=256, patience=300))
     assert report.wrong == []
     assert sum(report.outcomes.values()) == 2500
     for kind in ("bytes", "payload", "header", "both"):
@@ -320,9 +321,9 @@ def test_a_judge_notices_what_decodes_and_should_not() -> None:
 
 
 def test_a_process_that_dies_or_stands_still_is_reported(tmp_path: Path) -> None:
-    report = fuzz.run(MODEL, golden(), 10, 0, megabytes=256, patience=0)
+    report = fuzz.run(FuzzOptions(count=10, megabytes=256, patience=0))
     assert "stands still" in report.wrong[0][2]
-    report = fuzz.run(tmp_path / "none", golden(), 10, 0, megabytes=256, patience=300)
+    report = fuzz.run(FuzzOptions(count=10, model=tmp_path / "none", megabytes=256, patience=300))
     assert "died with code 1" in report.wrong[0][2]
 
 

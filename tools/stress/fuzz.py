@@ -9,14 +9,14 @@ memory, which is killed if it hangs.
 import dataclasses
 import multiprocessing
 import re
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from latent_codec.bitstream.container import Stream, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
@@ -115,20 +115,33 @@ class FuzzReport(NamedTuple):
     """Number, kind and message of each finding."""
 
 
-def run(model: Path, streams: Sequence[Path], count: int, seed: int, *, megabytes: int, patience: float) -> FuzzReport:
-    """Judge `count` mutants in a separate process.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FuzzOptions:
+    """Choose the mutants and their limits."""
 
-    The process may take `megabytes` of memory beyond what it starts with. If it dies, or judges no chunk within
-    `patience` seconds, that is reported as wrong.
-    """
+    count: int = 1_000_000
+    """Number of mutants."""
+    seed: int = 0
+    """Seed of the mutants."""
+    model: Path = GOLDEN / "tiny.safetensors"
+    streams: tuple[Path, ...] = tuple(sorted(GOLDEN.glob("*.lc")))
+    """Streams of the model to damage; short ones are fast."""
+    megabytes: int = 1024
+    """Memory that may be taken beyond that at the start."""
+    patience: float = 120.0
+    """Seconds that a thousand mutants may take."""
+
+
+def run(options: FuzzOptions) -> FuzzReport:
+    """Judge mutants in a separate process; if it dies, or exceeds a limit of the options, that is reported as wrong."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_work, args=(sender, model, streams, count, seed, megabytes), daemon=True)
+    child = context.Process(target=_work, args=(sender, options), daemon=True)
     child.start()
     sender.close()
     report = FuzzReport(Counter(), Counter(), [])
-    for numbers in _chunks(count):
-        if (chunk := _received(receiver, patience)) is None:
+    for numbers in tqdm(_chunks(options.count), "fuzz", disable=None):
+        if (chunk := _received(receiver, options.patience)) is None:
             child.join(60 if receiver.poll(0) else 0)  # the pipe of a dead process reads as ended
             ending = "stands still" if child.exitcode is None else f"died with code {child.exitcode}"
             report.wrong.append((numbers.start, "bytes", f"the process {ending} within 1000 mutants from here on"))
@@ -136,7 +149,6 @@ def run(model: Path, streams: Sequence[Path], count: int, seed: int, *, megabyte
         report.outcomes.update(chunk.outcomes)
         report.reasons.update(chunk.reasons)
         report.wrong.extend(chunk.wrong)
-        _show_progress(numbers.stop, count)
     child.kill()
     child.join()
     return report
@@ -149,24 +161,19 @@ def _received(receiver: Any, patience: float) -> FuzzReport | None:
         return None
 
 
-def _chunks(count: int) -> Iterable[range]:
-    return (range(start, min(start + 1000, count)) for start in range(0, count, 1000))
+def _chunks(count: int) -> list[range]:
+    return [range(start, min(start + 1000, count)) for start in range(0, count, 1000)]
 
 
-def _show_progress(done: int, count: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{count}", end="\n" if done == count else "", file=sys.stderr)
-
-
-def _work(sender: Any, model: Path, paths: Sequence[Path], count: int, seed: int, megabytes: int) -> None:
+def _work(sender: Any, options: FuzzOptions) -> None:
     torch.set_num_threads(1)
-    streams = [path.read_bytes() for path in paths]
-    judge = Judge(Codec.load(model), streams)
+    streams = [path.read_bytes() for path in options.streams]
+    judge = Judge(Codec.load(options.model), streams)
     judge.judge([Mutant("bytes", data) for data in streams])  # loads whatever is loaded on first use
-    _limit_memory(megabytes)
+    _limit_memory(options.megabytes)
     with torch.inference_mode():
-        for numbers in _chunks(count):
-            mutants = [mutate(streams, seed, n) for n in numbers]
+        for numbers in _chunks(options.count):
+            mutants = [mutate(streams, options.seed, n) for n in numbers]
             report = FuzzReport(Counter(), Counter(), [])
             for number, mutant, verdict in zip(numbers, mutants, judge.judge(mutants), strict=True):
                 report.outcomes[mutant.kind, verdict.outcome] += 1
@@ -186,34 +193,10 @@ def _limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Choose the mutants and their limits."""
-
-    count: int = 1_000_000
-    """Number of mutants."""
-    seed: int = 0
-    """Seed of the mutants."""
-    model: Path = GOLDEN / "tiny.safetensors"
-    streams: tuple[Path, ...] = tuple(sorted(GOLDEN.glob("*.lc")))
-    """Streams of the model to damage; short ones are fast."""
-    megabytes: int = 1024
-    """Memory that may be taken beyond that at the start."""
-    patience: float = 120.0
-    """Seconds that a thousand mutants may take."""
-
-
 def main() -> None:
     """Run the command line; exit with 1 if there is a finding."""
-    options = tyro.cli(Options, prog="tools.stress.fuzz", description=__doc__)
-    report = run(
-        options.model,
-        options.streams,
-        options.count,
-        options.seed,
-        megabytes=options.megabytes,
-        patience=options.patience,
-    )
+    options = tyro.cli(FuzzOptions, prog="tools.stress.fuzz", description=__doc__)
+    report = run(options)
     for (kind, outcome), n in sorted(report.outcomes.items()):
         print(f"{kind:8} {outcome:8} {n:9}")
     print()

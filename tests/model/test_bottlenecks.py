@@ -15,6 +15,7 @@ from latent_codec.model.config import (
     IdentityConfig,
     VectorQuantizerConfig,
 )
+from tests.support.networks import seeded
 
 TRAINED_HERE = DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0)
 IMPORTED = DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
@@ -24,10 +25,6 @@ EVERY_KIND = [TRAINED_HERE, IdentityConfig(), VectorQuantizerConfig(codes=7), FS
 autocast_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 every_kind = pytest.mark.parametrize("config", EVERY_KIND, ids=lambda config: config.kind)
 gaussians = pytest.mark.parametrize("config", [TRAINED_HERE, IMPORTED], ids=["trained here", "imported"])
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def make(config: BottleneckConfig, z: int = 5) -> torch.nn.Module:

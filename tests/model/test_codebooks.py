@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from latent_codec.model.codebooks import MOST_CODES, FiniteScalarQuantizer, VectorQuantizer, perplexity
 from latent_codec.model.config import FiniteScalarConfig, VectorQuantizerConfig
+from tests.support.networks import seeded
 
 K, Z = 11, 3
 
@@ -24,7 +25,7 @@ def scalar_quantizer(*levels: int) -> FiniteScalarQuantizer:
 
 
 def features(channels: int, *, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
-    return scale * torch.randn(2, channels, 4, 5, generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(2, channels, 4, 5, generator=seeded(seed))
 
 
 def every_index(codes: int) -> torch.Tensor:
@@ -41,7 +42,7 @@ def test_vectors_are_the_nearest_of_the_codebook() -> None:
 
 def test_many_positions_are_the_same_as_a_few() -> None:
     quantizer = vector_quantizer()
-    x = torch.randn(1, Z, 100, 120, generator=torch.Generator().manual_seed(1))  # more than are compared at once
+    x = torch.randn(1, Z, 100, 120, generator=seeded(1))  # more than are compared at once
     assert torch.equal(quantizer(x).indices[:, :, 60:], quantizer(x[..., 60:]).indices)
 
 

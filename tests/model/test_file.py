@@ -6,7 +6,6 @@ import math
 import pickle
 import re
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from latent_codec.errors import UserError
 from latent_codec.model import file
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics, model_id
 from latent_codec.prior.priors import PREFIX, to_tensors
-from latent_codec.storage.json_config import dumps, from_json, to_json
+from latent_codec.storage.json_config import dumps
 from latent_codec.storage.tensors import KEY
 
 HALF_MAX = 65504
@@ -100,7 +98,7 @@ def test_the_id_counts_values_not_the_width_they_are_stored_in(codec: Codec, tmp
     assert half.model_id != codec.model_id  # rounding changed the values
 
 
-def test_the_id_depends_on_the_names_shapes_and_values_of_tensors_alone(codec: Codec) -> None:
+def test_the_id_depends_on_the_config_and_on_names_shapes_and_values_of_tensors_alone(codec: Codec) -> None:
     state, ids = codec.state_dict(), {codec.model_id}
     codec.statistics, codec.provenance = None, {"other": 1}
     ids.add(model_id(codec.config, dict(reversed(state.items()))))
@@ -113,29 +111,8 @@ def test_the_id_depends_on_the_names_shapes_and_values_of_tensors_alone(codec: C
             ids.add(model_id(codec.config, state | {name: changed}))
     zeros = [{"a": torch.zeros(2, 3)}, {"b": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(6)}]
     ids |= {model_id(codec.config, tensors) for tensors in zeros}
-    assert len(ids) == 1 + 2 * len(state) + len(zeros)
-
-
-def other_values(value: Any) -> Iterator[Any]:
-    """Yield copies of a config's JSON with one leaf changed."""
-    if isinstance(value, dict):
-        for key in value.keys() - {"kind"}:
-            for other in other_values(value[key]):
-                yield value | {key: other}
-    elif isinstance(value, list):
-        yield [*value, 1]
-        for i, item in enumerate(value):
-            for other in other_values(item):
-                yield [*value[:i], other, *value[i + 1 :]]
-    else:
-        yield "learned" if value == "fixed" else value + 1
-
-
-def test_the_id_changes_with_any_config_field(codec: Codec) -> None:
-    others = [from_json(CodecConfig, value) for value in other_values(to_json(codec.config))]
-    assert len(others) > 15
-    tensors = {"a": torch.zeros(1)}
-    assert len({model_id(config, tensors) for config in (codec.config, *others)}) == 1 + len(others)
+    ids.add(model_id(dataclasses.replace(codec.config, classes=("a",)), state))
+    assert len(ids) == 1 + 2 * len(state) + len(zeros) + 1
 
 
 def test_a_missing_extra_or_misshaped_tensor_is_refused_by_name(rewrite: Rewrite) -> None:

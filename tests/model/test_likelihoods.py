@@ -9,6 +9,7 @@ from torch import nn
 
 from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.model.likelihoods import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian, Likelihood
+from tests.support.networks import seeded
 
 VALUES = torch.arange(256, dtype=torch.uint8)
 
@@ -30,10 +31,6 @@ autocast_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16
 
 def test_every_registered_likelihood_is_tested_here() -> None:
     assert {type(likelihood) for likelihood in ALL.values()} == set(LIKELIHOODS.values())
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def random_params(name: str, b: int, c: int, h: int, w: int, seed: int = 0) -> torch.Tensor:

@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from latent_codec.model.posteriors import DiagonalGaussian
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.support.networks import seeded
 
 
 def random_posterior(*shape: int) -> DiagonalGaussian:

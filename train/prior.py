@@ -32,7 +32,7 @@ from train.config.prior import PriorConfig, context_groups, context_levels, cont
 from train.context_prior.error_feedback import PLACES, measure
 from train.context_prior.network import ContextNet, counted_tables, logistic_tables
 from train.context_prior.trained import TrainedPrior, prior_from
-from train.data.latents import LatentBatch, LatentCrops
+from train.data.latents import LatentCrops, MeanBatch
 from train.loop.claim import check_processes, claim
 from train.loop.logs import RunLog
 from train.loop.program import RunOptions, begin, main_of
@@ -171,7 +171,7 @@ def _measure_feedback(
     return found[0]
 
 
-def _batches(crops: LatentCrops, trainer: Trainer) -> Iterator[LatentBatch]:
+def _batches(crops: LatentCrops, trainer: Trainer) -> Iterator[MeanBatch]:
     plan = trainer.plan(crops.crop)
     for samples in plan.schedule(trainer.progress.step, trainer.config.steps):
         yield crops.batch(samples, plan.seed)

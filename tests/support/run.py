@@ -172,30 +172,12 @@ def log_lines(out: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def call(target: Callable[..., None], *args: Any) -> None:
-    """Call a module-level function in a process of its own, to the end."""
-    process = fork_server().Process(target=target, args=args)
-    process.start()
-    process.join(PATIENCE)
-    process.kill()
-    process.join()
-    assert process.exitcode == 0
-
-
 def fork_server() -> Any:
     """Return the multiprocessing context of a fork server that has imported the programs and these helpers."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
-        forkserver.set_forkserver_preload(
-            [
-                "train.vae",
-                "train.prior",
-                "train.diffusion",
-                "torch._dynamo",
-                "tests.support.run",
-                "tests.support.folder",
-            ]
-        )
+        programs = "train.vae train.prior train.diffusion torch._dynamo tests.support.run tests.support.folder"
+        forkserver.set_forkserver_preload(programs.split())
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 

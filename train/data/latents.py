@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
-class LatentBatch(NamedTuple):
+class MeanBatch(NamedTuple):
     """Hold crops of posterior means."""
 
     means: torch.Tensor  # (b, z, crop, crop) float32
@@ -55,15 +55,15 @@ class LatentCrops:
     def __len__(self) -> int:
         return len(self.packed)
 
-    def batch(self, samples: Sequence[int], seed: int) -> LatentBatch:
+    def batch(self, samples: Sequence[int], seed: int) -> MeanBatch:
         """Return the crops with these sample numbers, which depend on nothing but their number and the seed."""
         drawn = draw(samples, len(self), seed)
         height, width = self.packed.height[drawn.image], self.packed.width[drawn.image]
         box = crop_boxes(drawn.key, height, width, self.crop, flip=False)
         chosen = to_device(torch.stack([drawn.key, *self.packed.places(drawn.image, box)]), self.packed.device)
-        return LatentBatch(self.packed.crops(chosen[1:], self.crop).float(), chosen[0])
+        return MeanBatch(self.packed.crops(chosen[1:], self.crop).float(), chosen[0])
 
-    def batches(self, images: int, size: int, seed: int) -> Iterator[LatentBatch]:
+    def batches(self, images: int, size: int, seed: int) -> Iterator[MeanBatch]:
         """Yield the first `images` samples of a seed in batches of `size`."""
         for first in range(0, images, size):
             yield self.batch(range(first, min(first + size, images)), seed)

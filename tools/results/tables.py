@@ -1,7 +1,7 @@
 """Format the page's tables as Markdown."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from latent_codec.evaluation.rate_distortion.report import REFINED
 from latent_codec.metrics.bjontegaard import Delta
@@ -98,36 +98,20 @@ def overlap(delta: Delta) -> str:
     return f"{delta.low:.1f} to {delta.high:.1f} dB, {delta.share:.0%} of photo's range"
 
 
-class _Stage(NamedTuple):
-    name: str
-    set: str
-    factor: int
-    channels: int
-    psnr: float
-    ssim: float
-    lpips: float | None
-    costs: Costs | None
-
-    def cells(self) -> list[str]:
-        side = costs.SIDE // self.factor
-        shown = [f"{self.psnr:.2f}", f"{self.ssim:.3f}", "-" if self.lpips is None else f"{self.lpips:.3f}"]
-        latent = f"{side}x{side}x{self.channels}"
-        if self.costs is None:
-            return [self.name, self.set, latent, *shown, "-", "-", "-"]
-        gflop = [f"{flops / 1e9:,.{1 if flops > 1e9 else 2}f}" for flops in (self.costs.encoder, self.costs.decoder)]
-        millions = self.costs.parameters / 1e6
-        return [self.name, self.set, latent, *shown, *gflop, f"{millions:,.{2 if millions > 0.1 else 3}f}"]
-
-
 def stages(quality: dict[str, Any], codec: Codec) -> str:
     """Return the table of first stages of latent diffusion: measured, then published, each with its set."""
     header = ["first stage", "set", "latent of 256x256", "PSNR, dB", "SSIM", "LPIPS"]
     header += ["encoder, GFLOP", "decoder, GFLOP", "parameters, M"]
-    rows = [_measured_stage(name, found, quality, codec).cells() for name, found in quality["results"].items()]
+    rows = []
+    for name, found in quality["results"].items():
+        words, cost = _measured_stage(name, found, codec)
+        quantities = [found["psnr"], found["ssim"], found.get("lpips")]
+        latent = _latent(found["factor"], found["latent_channels"])
+        rows.append([words, quality["about"]["set"], latent, *_cells(quantities, cost)])
     for s in STAGES:
         cost = costs.of_sd_shape(s.channels) if s.sd_shape else None
-        stage = _Stage(f"{s.name} (published)", s.set, s.factor, s.channels, s.psnr, s.ssim, s.lpips, cost)
-        rows.append(stage.cells())
+        latent = _latent(s.factor, s.channels)
+        rows.append([f"{s.name} (published)", s.set, latent, *_cells([s.psnr, s.ssim, s.lpips], cost)])
     return markdown(header, rows)
 
 
@@ -135,24 +119,33 @@ def stage_rates(quality: dict[str, Any], codec: Codec) -> str:
     """Return the table of the measured first stages' KL and bytes on disk."""
     rows = []
     for name, found in quality["results"].items():
-        stage = _measured_stage(name, found, quality, codec)
         rate = ["-" if found.get(key) is None else f"{found[key]:.2f}" for key in ("kl_bpp", "disk_bpp")]
-        rows.append([stage.name, stage.cells()[2], value("ms_ssim", found.get("ms_ssim")), *rate])
+        latent = _latent(found["factor"], found["latent_channels"])
+        rows.append([_measured_stage(name, found, codec)[0], latent, value("ms_ssim", found.get("ms_ssim")), *rate])
     return markdown(["first stage", "latent of 256x256", "MS-SSIM", "KL, bpp", "on disk, bpp"], rows)
 
 
-def _measured_stage(name: str, found: dict[str, Any], quality: dict[str, Any], codec: Codec) -> _Stage:
-    cost: Costs | None = None
-    words = name
+def _latent(factor: int, channels: int) -> str:
+    return f"{costs.SIDE // factor}x{costs.SIDE // factor}x{channels}"
+
+
+def _cells(quantities: Sequence[float | None], cost: Costs | None) -> list[str]:
+    shown = ["-" if q is None else f"{q:.{digits}f}" for q, digits in zip(quantities, (2, 3, 3), strict=True)]
+    if cost is None:
+        return [*shown, "-", "-", "-"]
+    gflop = [f"{flops / 1e9:,.{1 if flops > 1e9 else 2}f}" for flops in (cost.encoder, cost.decoder)]
+    millions = cost.parameters / 1e6
+    return [*shown, *gflop, f"{millions:,.{2 if millions > 0.1 else 3}f}"]
+
+
+def _measured_stage(name: str, found: dict[str, Any], codec: Codec) -> tuple[str, Costs | None]:
+    """Return a measured model's name on the page, and its costs."""
     if found.get("model_id") == codec.model_id:
-        words, cost = f"**{name}**", costs.of_config(codec.config)
-    elif name in _PCA:
+        return f"**{name}**", costs.of_config(codec.config)
+    if name in _PCA:
         words, channels = _PCA[name]
-        cost = costs.of_pca(channels)
-    elif name == "TAEF2":
-        words, cost = "TAEF2 (another project's, not a VAE)", costs.of_taef2()
-    quantities = (found["psnr"], found["ssim"], found.get("lpips"))
-    return _Stage(words, quality["about"]["set"], found["factor"], found["latent_channels"], *quantities, cost)
+        return words, costs.of_pca(channels)
+    return ("TAEF2 (another project's, not a VAE)", costs.of_taef2()) if name == "TAEF2" else (name, None)
 
 
 def crops(found: dict[str, Any]) -> str:

@@ -31,14 +31,14 @@ from latent_codec.evaluation.rate_distortion.report import (
     package_versions,
 )
 from latent_codec.folders.summary import Summary
-from latent_codec.images.geometry import Geometry, Image, crop, pad
+from latent_codec.images.geometry import Image, crop, pad
 from latent_codec.images.sources import Source, find_images
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPS, LPIPSOptions
 from latent_codec.model.checks import check_channels, check_unconditional
-from latent_codec.prior.quantizer import step_code
+from latent_codec.prior.quantizer import Scaled, step_code
 from latent_codec.storage.files import atomic_path, make_folder, write_text
 
 RESULTS, PLOT = "rd.json", "rd.png"
@@ -71,12 +71,7 @@ class RateDistortionOptions:
 
 
 def rate_distortion(
-    runner: Runner,
-    where: str | Path,
-    options: RateDistortionOptions,
-    *,
-    out: Path | None = None,
-    quiet: bool = False,
+    runner: Runner, where: str | Path, options: RateDistortionOptions, *, out: Path | None = None, quiet: bool = False
 ) -> RateDistortionReport:
     """Measure the codec at every step, and the anchors at their qualities, on the images at `where`.
 
@@ -124,15 +119,11 @@ def _write(report: RateDistortionReport, folder: Path) -> None:
         temporary.write_bytes(png(report))
 
 
-class _CodedFile(NamedTuple):
+class _DecodedFile(NamedTuple):
     setting: CodecSetting
     size: int  # bytes
     ideal_bits: float | None
-
-
-class _Decoded(NamedTuple):
-    pixels: torch.Tensor  # (3, h, w) uint8
-    files: list[_CodedFile]  # those that decode to them
+    pixels: torch.Tensor  # (3, h, w) uint8; one object for all files that decode to the same latents
 
 
 class _OwnFiles:
@@ -164,34 +155,30 @@ class _OwnFiles:
         posterior = self.runner.encode([pad(image.pixels, self.runner.codec.factor)])
         return posterior.mean[0], posterior.kl().item() / np.log(2)
 
-    def decoded(self, mean: torch.Tensor, image: Image, name: str) -> Iterator[_Decoded]:
-        """Yield the decoded image of every setting; files that hold equal latents are decoded once."""
-        geometry = image.geometry
+    def files(self, image: Image, mean: torch.Tensor, name: str) -> Iterator[_DecodedFile]:
+        """Yield a file of every setting; files in a row that hold equal latents are decoded once."""
+        latents, pixels = None, None
+        for setting, scaled, coder in self._scaled(image, mean, name):
+            (coded,) = coder.compress([(scaled, image.geometry)])
+            read = self._read(coded.data)
+            if latents is None or pixels is None or not torch.equal(latents, read):  # two priors may round alike
+                decoded = crop(self.runner.decode_uint8([read])[0], image.geometry)
+                latents, pixels = read, rgb_pixels(to_pil(decoded, image.geometry))
+            yield _DecodedFile(setting, len(coded.data), coded.ideal_bits, pixels)
+
+    def _scaled(
+        self, image: Image, mean: torch.Tensor, name: str
+    ) -> Iterator[tuple[CodecSetting, Scaled, StreamCodec]]:
         for step, dithered in self._settings:
             seed = dither_seed(self._sample, name) if dithered else None
-            found: list[tuple[torch.Tensor, list[_CodedFile]]] = []  # latents, and the files that hold them
             for coder in self._coders:
-                (coded,) = coder.compress([(coder.scale(mean, step_code(step), seed), geometry)])
                 setting = CodecSetting(coder.prior.kind, "step", step, dithered)
-                file = _CodedFile(setting, len(coded.data), coded.ideal_bits)
-                latents = self._read(coded.data)
-                same = [files for other, files in found if torch.equal(other, latents)]
-                if same:  # two priors that round alike
-                    same[0].append(file)
-                else:
-                    found.append((latents, [file]))
-            for latents, files in found:
-                yield _Decoded(self._decode(latents, geometry), files)
-        if self._refiner.rounds:
-            yield from self._refined(mean, image)
-
-    def _refined(self, mean: torch.Tensor, image: Image) -> Iterator[_Decoded]:
-        geometry, pixels = image.geometry, crop(image.pixels, image.geometry)
-        for step in (step for step, dithered in self._settings if not dithered):
-            scaled = self._refiner.scale(mean, pixels, step_code(step), seed=None)
-            (coded,) = self._refiner.coder.compress([(scaled, geometry)])
-            file = _CodedFile(CodecSetting(REFINED, "step", step, False), len(coded.data), coded.ideal_bits)
-            yield _Decoded(self._decode(self._read(coded.data), geometry), [file])
+                yield setting, coder.scale(mean, step_code(step), seed), coder
+        pixels = crop(image.pixels, image.geometry)
+        for step, dithered in self._settings if self._refiner.rounds else ():
+            if not dithered:
+                scaled = self._refiner.scale(mean, pixels, step_code(step), seed=None)
+                yield CodecSetting(REFINED, "step", step, False), scaled, self._refiner.coder
 
     def _read(self, data: bytes) -> torch.Tensor:
         """Return the latents (z, h, w) of a file's bytes with all checks of a reader."""
@@ -202,18 +189,13 @@ class _OwnFiles:
             raise RuntimeError(f"a file just written cannot be read: {latents}")
         return latents
 
-    def _decode(self, latents: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        pixels = self.runner.decode_uint8([latents])[0]
-        return rgb_pixels(to_pil(crop(pixels, geometry), geometry))
 
-
-def _anchor_decoded(original: PilImage.Image, anchors: Sequence[Anchor]) -> Iterator[_Decoded]:
+def _anchor_files(original: PilImage.Image, anchors: Sequence[Anchor]) -> Iterator[_DecodedFile]:
     for anchor in anchors:
         for quality in anchor.qualities:
             data = anchor_codecs.encode(anchor, original, quality)
             pixels = rgb_pixels(anchor_codecs.decode(anchor, data, original.mode))
-            setting = CodecSetting(anchor.name, "quality", quality, False)
-            yield _Decoded(pixels, [_CodedFile(setting, len(data), None)])
+            yield _DecodedFile(CodecSetting(anchor.name, "quality", quality, False), len(data), None, pixels)
 
 
 def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], lpips: LPIPS | None) -> ImageRates:
@@ -222,10 +204,12 @@ def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], l
     area = image.geometry.width * image.geometry.height
     mean, kl_bits = ours.encode(image)
     original = to_pil(image.pixels, image.geometry)
-    rows = []
-    for pixels, files in chain(ours.decoded(mean, image, source.name), _anchor_decoded(original, anchors)):
-        distortion = compare(image.pixels[None], pixels[None], lpips)
-        for setting, size, ideal_bits in files:
-            ideal_bpp = None if ideal_bits is None else ideal_bits / area
-            rows.append(RateRow(size, RatePoint(setting, 8 * size / area, ideal_bpp, distortion)))
+    rows, last, distortion = [], None, {}
+    for setting, size, ideal_bits, pixels in chain(
+        ours.files(image, mean, source.name), _anchor_files(original, anchors)
+    ):
+        if pixels is not last:
+            last, distortion = pixels, compare(image.pixels[None], pixels[None], lpips)
+        ideal_bpp = None if ideal_bits is None else ideal_bits / area
+        rows.append(RateRow(size, RatePoint(setting, 8 * size / area, ideal_bpp, distortion)))
     return ImageRates(source.name, area, kl_bits / area, rows)

@@ -110,11 +110,7 @@ def _coarsest_of_quality(quality: Callable[[int], float], target: float) -> int:
         return reached[step] - target or math.ulp(target)  # reaching it exactly is enough: search on, coarser
 
     finest = step_code(FINEST_FOR_PSNR)
-    known = {STEP_ONE: excess(STEP_ONE)}
-    if known[STEP_ONE] <= 0:
-        known[finest] = excess(finest)
-    if max(known.values()) > 0:
-        _find_root(excess, known, finest, _COARSEST)
+    _find_root(excess, STEP_ONE, finest, limit=finest)
     good = [step for step, value in reached.items() if value >= target]
     if not good:
         best = max(reached.values(), default=-math.inf)
@@ -143,23 +139,26 @@ def _finest_of_size(
             best = file
         return math.log2(sizes[-1]) - math.log2(max(limit, 1))
 
-    known = {first: excess(first)}
-    if known[first] > 0:
-        known[_COARSEST] = excess(_COARSEST)
-    if best is not None:
-        _find_root(excess, known, finest, _COARSEST)
+    _find_root(excess, first, finest, limit=_COARSEST)
     return best, min(sizes)
 
 
-def _find_root(excess: Callable[[int], float], known: dict[int, float], finest: int, coarsest: int) -> None:
+def _find_root(excess: Callable[[int], float], first: int, finest: int, *, limit: int) -> None:
     """Evaluate a function that falls with the step at steps ever closer to the one where it stops being positive.
 
-    Each next step lies where a line through the values on both sides crosses zero, over the logarithm of the step. The
-    value of a side that stays in place is halved (the Illinois rule: Dowell & Jarratt 1971), and the bracket shrinks by
-    a fifth at least, because sizes have plateaus and jumps. Ends when the sides are within 1/512 of each other.
+    Begins at `first`. If the root lies on the side of `limit`, one of the ends, that is next; the search stops there if
+    the root is not in between. Each further step lies where a line through the values on both sides crosses zero, over
+    the logarithm of the step. The value of a side that stays in place is halved (the Illinois rule: Dowell & Jarratt
+    1971), and the bracket shrinks by a fifth at least, because sizes have plateaus and jumps. Ends when the sides are
+    within 1/512 of each other.
     """
+    known = {first: excess(first)}
+    if (known[first] > 0) == (limit > first):
+        known[limit] = excess(limit)
+        if (known[limit] > 0) == (known[first] > 0):
+            return
     low = max((s for s, value in known.items() if value > 0), default=finest - 1)
-    high = min((s for s, value in known.items() if value <= 0), default=coarsest + 1)
+    high = min((s for s, value in known.items() if value <= 0), default=_COARSEST + 1)
     above, below = known.get(low, math.inf), known.get(high, -math.inf)
     moved = 0
     while high - low > max(1, low // 512):

@@ -125,19 +125,11 @@ def plain(several: list[Scaled]) -> list[Prediction]:
 
 
 @contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def torch_setting(name: str, value: Any) -> Iterator[None]:
+    before = getattr(torch, f"get_{name}")()
+    getattr(torch, f"set_{name}")(value)
     yield
-    torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    yield
-    torch.set_float32_matmul_precision(before)
+    getattr(torch, f"set_{name}")(before)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +137,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
     [
         *((contextlib.nullcontext(), {"max_positions": n}) for n in (1, 300, 1000)),
         (contextlib.nullcontext(), {"dtype": torch.float64}),  # as on other devices
-        *((threads(n), {}) for n in (1, 2, 3)),
-        *((matmul_precision(p), {}) for p in ("medium", "high")),
+        *((torch_setting("num_threads", n), {}) for n in (1, 2, 3)),
+        *((torch_setting("float32_matmul_precision", p), {}) for p in ("medium", "high")),
         *((torch.autocast("cpu", dtype), {}) for dtype in (torch.bfloat16, torch.float16)),
     ],
 )
@@ -162,12 +154,6 @@ def test_how_it_is_computed_does_not_matter(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_same(several: list[Scaled], plain: list[Prediction]) -> None:
     assert_equal(predictions(prior(*LARGE), several, "cuda"), plain)
-
-
-def test_a_batch_gives_what_each_image_gives(several: list[Scaled], plain: list[Prediction]) -> None:
-    alone = [predictions(prior(*LARGE), [q]) for q in several]
-    for number, whole in enumerate(plain):
-        assert_equal([Prediction(*map(np.concatenate, zip(*(a[number] for a in alone), strict=True)))], [whole])
 
 
 @settings(max_examples=50)

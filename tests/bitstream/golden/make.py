@@ -1,10 +1,11 @@
-"""Make the frozen streams of a version once: `python tests/bitstream/golden/make.py VERSION` in the repository's root.
+"""Write the frozen streams of a format version: `python -m tests.bitstream.golden.make VERSION`.
 
-Never again for that version: tests/bitstream/test_golden.py holds every later version of the program to what lies here.
+It is run once for each version: tests/bitstream/test_golden.py holds every later program to the files. Earlier forms of
+this script made versions 1 to 3.
 
-In the folder VERSION, `tiny.safetensors`: 4 channels, the closed-form linear path of examples/photos, a random context
-prior. NAME.lc: a detail of a photograph; NAME.png: its pixels as decoded then; golden.json: SHA-256 of each one's
-integers (the nearest whole steps, int32) and latents (float32), little-endian in raster order.
+The folder VERSION has `tiny.safetensors`: 4 channels, the closed-form linear path of examples/photos, a random context
+prior; NAME.lc: a detail of a photograph; NAME.png: its pixels as decoded then; and golden.json: the SHA-256 of each
+one's integers (the nearest whole steps, int32) and latents (float32), little-endian in raster order.
 """
 
 import hashlib
@@ -14,29 +15,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.images.geometry import Geometry, crop, pad
-from latent_codec.images.read import read_image
+from latent_codec.images.sources import find_images
 from latent_codec.images.write import write_image
+from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
-from latent_codec.model.file import LatentStatistics
-from latent_codec.model.networks import LiteBackbone
-from latent_codec.model.networks.linear import PatchMoments
-from latent_codec.prior import factorized
-from latent_codec.prior.priors import PriorKind, Priors
-from latent_codec.prior.quantizer import channel_steps_from_std, step_code
+from latent_codec.prior.priors import PriorKind
+from latent_codec.prior.quantizer import step_code
+from tests.support.prior import context_prior
+from train.init.closed_form import all_patch_moments, start_from_closed_form
 
 VERSION = int(sys.argv[1])
 HERE = Path(__file__).parent / str(VERSION)
-ROOT = Path(__file__).parents[3]
-PHOTOS = ROOT / "examples" / "photos"
-sys.path.insert(0, str(ROOT))
-
-from tests.support.prior import context_prior  # noqa: E402 (its folder has just been named)
+SOURCES = find_images(Path(__file__).parents[3] / "examples" / "photos")
 
 
 class Case(NamedTuple):
@@ -64,58 +59,32 @@ CASES = {
 }
 
 
-def photograph(index: int) -> torch.Tensor:
-    """(3, h, w) uint8."""
-    return read_image(sorted(PHOTOS.rglob("*.jpg"))[index]).pixels
-
-
 def tiny_codec() -> Codec:
-    """Sees real pictures well enough that a wrong latent shows."""
+    """Return a codec that sees real pictures well enough that a wrong latent shows."""
+    backbone = LiteConfig(
+        patch=8, stem=4, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
+    )
     config = CodecConfig(
         image_channels=3,
         latent_channels=4,
-        backbone=LiteConfig(
-            patch=8,
-            stem=4,
-            encoder_widths=(8, 8),
-            encoder_depths=(1, 1),
-            decoder_widths=(8, 8),
-            decoder_depths=(1, 1),
-        ),
+        backbone=backbone,
         bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
         likelihood=GaussianConfig(scale="fixed", sigma=0.1),
     )
     torch.manual_seed(0)
     codec = Codec(config).eval()
-    details = [photograph(i)[:, 40:296, 20:276] for i in range(4)]
-    x = codec.likelihood.from_uint8(torch.stack(details)).double()
-    patches = rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=8, q=8)
-    mean = x.mean((0, 2, 3))
-    centred = patches - mean.repeat_interleave(64)
-    assert isinstance(codec.backbone, LiteBackbone)
-    codec.backbone.start_from_closed_form(PatchMoments(mean, centred.T @ centred / len(patches)), 0.1)
-    posterior = codec.encode(torch.stack(details))
-    means = posterior.mean.detach().transpose(0, 1).flatten(1)  # (z, n)
-    deviation = posterior.logvar.detach().exp().mean((0, 2, 3)).sqrt()
-    std = (means.var(1) + deviation.square()).sqrt()
-    codec.statistics = LatentStatistics(
-        source="details of four example photographs",
-        images=4,
-        mean=tuple(means.mean(1).tolist()),
-        std=tuple(std.tolist()),
-        posterior_std=tuple(deviation.tolist()),
-    )
-    channel_steps = channel_steps_from_std(std.numpy(), deviation.numpy())
-    levels = (2, 1) if VERSION == 3 else ()
-    context = context_prior((1, 3), 8, seed=1, centred=VERSION >= 2, levels=levels)
-    codec.priors = Priors(channel_steps, factorized.fit(means, channel_steps), context)
-    codec.provenance = {"note": "made by tests/golden/make.py"}
+    start_from_closed_form(codec, all_patch_moments(SOURCES, codec, quiet=True))
+    calibrate(codec, SOURCES, "the example photographs", quiet=True)
+    assert codec.priors is not None
+    context = context_prior((1, 3), 8, seed=1, centred=True, levels=(2, 1))
+    codec.priors = codec.priors._replace(context=context)
+    codec.provenance = {"note": "made by tests/bitstream/golden/make.py"}
     return codec
 
 
 def make(codec: Codec, name: str, case: Case) -> dict[str, str]:
-    """Write the case's stream and its picture; returns what to hold against them."""
-    detail = photograph(len(name) % 4)[:, 100 : 100 + case.height, 60 : 60 + case.width]
+    """Write the stream and the picture of a case; return their digests."""
+    detail = SOURCES[len(name) % 4].read().pixels[:, 100 : 100 + case.height, 60 : 60 + case.width]
     if case.grey:
         detail = detail.float().mean(0, keepdim=True).round().to(torch.uint8).expand(3, -1, -1)
     geometry = Geometry(

@@ -17,17 +17,17 @@ class Decode:
     """Decode .lc files or latents to images; names are kept whole: a.jpg.lc becomes a.jpg.png."""
 
     src: tyro.conf.Positional[Path]
-    """What `encode` wrote: a folder, a tar file, or one .lc file."""
+    """Output of `encode`: a folder, a tar file, or one .lc file."""
     dst: tyro.conf.Positional[Path]
     """Folder for the images."""
     model: str = "photo"
-    """The model that made them."""
+    """The model that encoded them: the name of a shipped model, or a model file."""
     image_format: Literal["png", "webp", "jpg"] = "png"
     """Format of the images."""
     tar: bool = False
     """Put the images into tar shards of about 128 images each, as WebDataset reads them."""
     sample: int | None = None
-    """Latents: decode a draw from the posterior with this seed, by default its mode. A .lc file holds its draw."""
+    """Latents: decode a draw from the posterior with this seed, by default its mode; .lc files hold their own draw."""
     max_pixels: int = 2**27
     """Refuse .lc files of larger images before anything is allocated for them."""
     resume: tyro.conf.OmitArgPrefixes[ResumeOptions] = dataclasses.field(default_factory=ResumeOptions)

@@ -23,8 +23,7 @@ class Encode:
     model: str = "photo"
     """Name of a shipped model, or a model file."""
     format: Literal["lc", "safetensors"] = "lc"
-    """lc: entropy-coded files, one an image. safetensors: the posteriors' means and log-variances, in shards under an
-    index."""
+    """lc: one entropy-coded file per image. safetensors: shards of posterior means and log-variances to train on."""
     step: float | None = None
     """lc: the quantiser step, by default 1; a larger step makes files smaller and images worse."""
     bpp: float | None = None
@@ -34,12 +33,11 @@ class Encode:
     max_bytes: int | None = None
     """lc: limit every file to this size; the limit comes before --step, --bpp and --psnr."""
     refine: int = 0
-    """lc: rounds of encoder-side optimisation, which moves latents before they are rounded: better files of about the
-    same size, about 3 times slower a round; 3 rounds are usual."""
+    """lc: rounds of encoder-side optimisation, which improve files and take about 3 encodings' time each; try 3."""
     sample: int | None = None
-    """lc: store a draw around the posterior's mean, by this seed and the image's name; by default the rounded mean."""
+    """lc: store a random draw around the posterior's mean, with this seed; by default the rounded mean."""
     prior: Literal["context", "factorized"] | None = None
-    """lc: prior to code under; context makes smaller files, factorized is faster; by default the model's best."""
+    """lc: prior of the entropy coder: context makes smaller files, factorized is faster; by default the best one."""
     store: Literal["float16", "bfloat16", "float32"] | None = None
     """safetensors: number type on disk, by default float16."""
     flips: bool = False

@@ -36,8 +36,8 @@ class _Report:
 class Evaluate:
     """Measure a model on a folder of images: PSNR, SSIM, MS-SSIM, LPIPS, KL and bytes on disk in bits per pixel.
 
-    With --rd, measure whole .lc files at several steps, and JPEG, WebP and AVIF files of the same images. With
-    --report, write everything that tells whether a model works into one page with pictures.
+    With --rd, measure whole .lc files at several steps, and JPEG, WebP and AVIF files of the same images.
+    With --report, write one page with pictures and figures that shows whether a model works.
     """
 
     model: tyro.conf.Positional[str]

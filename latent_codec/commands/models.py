@@ -35,7 +35,7 @@ class Export:
     dst: tyro.conf.Positional[Path]
     """The model file to write; with --to diffusers, a folder."""
     to: Literal["safetensors", "diffusers"] = "safetensors"
-    """safetensors: a model file of ours. diffusers: the folder of an AutoencoderKL for pipelines of diffusers."""
+    """safetensors: a model file of this project. diffusers: the folder of an AutoencoderKL for pipelines."""
     data: tuple[Path, ...] = ()
     """Images (folders or tar files) to measure latent statistics on; without, a model keeps its own."""
     images: int = 256
@@ -43,8 +43,7 @@ class Export:
     half: bool = False
     """Store float16 weights."""
     fold: bool = True
-    """diffusers: normalise latents within the model, which suits any pipeline; without, they stay as they are, and
-    scaling_factor, shift_factor and (4 channels) latents_mean and latents_std tell the pipeline what to do."""
+    """diffusers: normalise latents within the model, for any pipeline; without, config.json holds scale and shift."""
 
     def run(self) -> int:
         """Write the model, say where it is and return the exit code."""

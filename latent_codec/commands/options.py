@@ -30,13 +30,12 @@ def optional(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | UnsupportedT
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
-    """Choose what of a folder is done again, and by which process."""
+    """Choose what a repeated command makes again, and how processes share the work."""
 
     check: Literal["hash", "mtime"] = "hash"
-    """How a repeated command tells that an output is up to date: by the bytes of it and its source, or by their sizes
-    and times of change."""
+    """Recognise outputs that are up to date by the hashes of output and source, or by sizes and times of change."""
     shard: str | None = None
-    """i/n, from 0/n: do this part of the work only; n processes need not know of each other."""
+    """Do only part i of n, given as i/n from 0/n to (n-1)/n; the n processes need not know of each other."""
     overwrite: bool = False
     """Make everything again, and replace files that were there before."""
 

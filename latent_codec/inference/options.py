@@ -8,7 +8,7 @@ from latent_codec.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """Choose where and how networks run; `Runner` resolves what is None."""
+    """Choose where and how networks run."""
 
     device: str | None = None
     """cpu, cuda, cuda:1, mps ...; by default a GPU if there is one."""
@@ -19,7 +19,7 @@ class ComputeOptions:
     workers: int | None = None
     """Images that are read, decoded and written at once; by default 4, on a GPU one per core, up to 16."""
     decode_in: Literal["threads", "processes"] | None = None
-    """Where image files are decoded; by default in threads, on a GPU, which outruns threads, in processes."""
+    """Where image files are decoded: by default in threads, but with a GPU, which outruns threads, in processes."""
     compile: bool = False
     """Compile the networks with torch.compile: slow to start, then faster; results differ in their last bits."""
     tile: int | None = None

@@ -147,11 +147,12 @@ LikelihoodConfig = GaussianConfig | DiscretizedLogisticConfig | BernoulliConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Configures a model: with this, its tensors have a meaning."""
+    """Describe a model: this gives its tensors their meaning."""
 
     image_channels: int
     """1 for grey images, 3 for RGB."""
     latent_channels: int
+    """Channels of the latents."""
     backbone: BackboneConfig
     bottleneck: BottleneckConfig
     likelihood: LikelihoodConfig

@@ -47,13 +47,17 @@ class Results:
     taef2: Path | None = None
     """Folder with TAEF2's encoder.safetensors and decoder.safetensors, to measure it as well."""
     rd_json: Path = Path("checkpoints/photo-rd.json")
+    """Results of `latent-codec evaluate --rd`."""
     quality_json: Path = Path("checkpoints/photo.json")
+    """Results of `tools.benchmark quality`."""
     crops_json: Path = Path("checkpoints/photo-crops.json")
+    """Bytes and qualities of the files in the picture."""
     photos: Path = Path("examples/photos")
     """Example photographs, of which details are shown."""
     anew: bool = False
     """Measure everything again."""
     lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
+    """Network of LPIPS; none leaves LPIPS out."""
     lpips_backbone: Path | None = None
     """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
     out: Path = Path("docs")

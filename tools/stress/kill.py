@@ -36,11 +36,16 @@ class Kill:
     """Choose what to encode and how often to kill it."""
 
     src: tyro.conf.Positional[str]
+    """Images to encode: a folder, a tar file, or a quoted glob."""
     model: str = "photo"
+    """Name of a shipped model, or a model file."""
     format: Literal["lc", "safetensors"] = "lc"
     kills: int = 200
+    """Number of trials."""
     processes: Literal[1, 2] = 1
+    """Processes that share the folder; one of them is killed."""
     seed: int = 0
+    """Seed of the moments of the kills."""
 
     def run(self) -> None:
         """Run all trials; exit with a message at the first file that differs."""

@@ -15,9 +15,9 @@ from latent_codec.interop.caches.registry import CacheName
 class Convert:
     """Convert latents to the files that other programs train from; with --from, make latents of such files."""
 
-    src: tyro.conf.Positional[Path]
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
     """Latents that `encode --format safetensors` made; with --from, the files of another program."""
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder for the result."""
     to: CacheName | None = None
     """Program to write files for."""

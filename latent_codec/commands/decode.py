@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,9 +16,9 @@ from latent_codec.inference.options import ComputeOptions
 class Decode:
     """Decode .lc files or latents to images; names are kept whole: a.jpg.lc becomes a.jpg.png."""
 
-    src: tyro.conf.Positional[Path]
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
     """Output of `encode`: a folder, a tar file, or one .lc file."""
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder for the images."""
     model: str = "photo"
     """The model that encoded them: the name of a shipped model, or a model file."""

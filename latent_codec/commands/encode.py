@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -16,9 +16,9 @@ from latent_codec.inference.options import ComputeOptions
 class Encode:
     """Compress images to small .lc files, or encode them to latents in safetensors for training on."""
 
-    src: tyro.conf.Positional[str]
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """An image, a folder (its tree is kept), a tar file, or a quoted glob."""
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder for the outputs: a/b.jpg becomes a/b.jpg.lc."""
     model: str = "photo"
     """Name of a shipped model, or a model file."""

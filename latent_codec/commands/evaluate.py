@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -40,9 +40,9 @@ class Evaluate:
     With --report, write one page with pictures and figures that shows whether a model works.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Name of a shipped model, or a model file."""
-    dir: tyro.conf.Positional[str]
+    dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """Images to measure on: a folder, a tar file, or a quoted glob."""
     out: Path | None = None
     """Folder for results.json, latents, reconstructions and the report; with --rd, for rd.json and rd.png."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -13,7 +13,7 @@ from latent_codec.errors import UserError
 class Info:
     """Describe a model file, a .lc file, a folder of .lc files, or latents."""
 
-    file: tyro.conf.Positional[str]
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """A file or folder, or the name of a shipped model."""
     model: str | None = None
     """.lc files: a model to tell whether it made them; by default the shipped models are tried."""
@@ -30,9 +30,9 @@ class Info:
 class Export:
     """Export a training run's averaged weights, or a model, as one self-describing model file."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """A run's folder, or a model file."""
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """The model file to write; with --to diffusers, a folder."""
     to: Literal["safetensors", "diffusers"] = "safetensors"
     """safetensors: a model file of this project. diffusers: the folder of an AutoencoderKL for pipelines."""
@@ -77,9 +77,9 @@ class Import:
     What `export --to diffusers` wrote becomes the model that it was.
     """
 
-    src: tyro.conf.Positional[Path]
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
     """A folder with config.json, or one safetensors file: an autoencoder's, or a whole checkpoint with one in it."""
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """The model file to write."""
     scaling_factor: float | None = None
     """Factor by which pipelines multiply its latents, unless config.json has it; sets the latent statistics."""

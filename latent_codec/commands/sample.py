@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,9 +15,9 @@ from latent_codec.inference.options import ComputeOptions
 class Sample:
     """Draw images from a latent diffusion model that `train.diffusion` trained, and decode them."""
 
-    run_or_file: tyro.conf.Positional[Path]
+    run_or_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN_OR_FILE")]
     """A run's folder (its averaged weights), or a file from its checkpoints."""
-    dst: tyro.conf.Positional[Path]
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
     """Folder for the images: LABEL/00000.png ...; without labels, 00000.png ..."""
     model: str = "photo"
     """The codec whose latents it was trained on: the name of a shipped model, or a model file."""

@@ -21,7 +21,7 @@ from tools.benchmark.record import machine, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class NLLOptions:
     """Choose the model, the images and the number of samples."""
 
     model: tyro.conf.Positional[str]
@@ -62,7 +62,7 @@ class NLLEstimate(NamedTuple):
     """Batches whose bound is below their ELBO with exact KL, which happens only by chance."""
 
 
-def estimate(options: Options) -> NLLEstimate:
+def estimate(options: NLLOptions) -> NLLEstimate:
     """Estimate the NLL of the images."""
     codec = Codec.load(options.model, options.device)
     sources = sorted(find_images(options.images), key=lambda s: text_key(s.name))[: options.first]
@@ -101,7 +101,7 @@ def _means(codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch
 
 def main() -> None:
     """Run the command line, and print the results as JSON."""
-    options = tyro.cli(Options, prog="tools.mnist.nll", description=__doc__)
+    options = tyro.cli(NLLOptions, prog="tools.mnist.nll", description=__doc__)
     try:
         results = estimate(options)._asdict()
     except (UserError, ValueError) as error:

@@ -16,7 +16,7 @@ from latent_codec.storage.files import make_folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class SamplingOptions:
     """Choose the model and the images."""
 
     model: tyro.conf.Positional[str]
@@ -35,7 +35,7 @@ class Options:
 
 def main() -> None:
     """Run the command line."""
-    options = tyro.cli(Options, prog="tools.mnist.prior_samples", description=__doc__)
+    options = tyro.cli(SamplingOptions, prog="tools.mnist.prior_samples", description=__doc__)
     try:
         print(f"wrote {run(options)} images to {options.dst}")
     except UserError as error:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def run(options: Options) -> int:
+def run(options: SamplingOptions) -> int:
     """Write expected pixels as DST/CLASS/00000.png, and return their number.
 
     A sample depends on the seed, its class and its number alone.

@@ -56,7 +56,7 @@ def test_the_nll_does_not_depend_on_batches(raw: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     Codec(mnist_vae().codec).save(tmp_path / "m.safetensors")
     images = raw / "train-images-idx3-ubyte.gz"
-    options = nll.Options(
+    options = nll.NLLOptions(
         model=str(tmp_path / "m.safetensors"), images=images, samples=20, first=10, batch_size=4, at_once=100
     )
     found = [nll.estimate(options), nll.estimate(dataclasses.replace(options, batch_size=10, at_once=7))]
@@ -67,7 +67,9 @@ def test_the_nll_does_not_depend_on_batches(raw: Path, tmp_path: Path) -> None:
 def test_prior_samples_lie_in_folders_of_their_classes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     Codec(mnist_cvae().codec).save(tmp_path / "m.safetensors")
-    options = prior_samples.Options(model=str(tmp_path / "m.safetensors"), dst=tmp_path / "out", count=2, border=2)
+    options = prior_samples.SamplingOptions(
+        model=str(tmp_path / "m.safetensors"), dst=tmp_path / "out", count=2, border=2
+    )
     assert prior_samples.run(options) == 20
     for path in (tmp_path / "out").glob("*/*.png"):
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""What a command over many images did, and what took the time."""
+"""Count what a command did with many images, and the time that its stages took."""
 
 import contextlib
 import dataclasses
@@ -13,35 +13,35 @@ from tqdm import tqdm
 from latent_codec.errors import UserError
 
 Stage = Literal["decode", "network", "coding", "writing"]
-"""Images (or latents) from files; the codec's networks; the prior and the entropy coder; files to the disk."""
+"""Stages of a run: reading and decoding files; networks; prior and entropy coder; writing files."""
 
 
 @dataclasses.dataclass
 class Summary:
-    """What became of the images: done + skipped + elsewhere + failed = found."""
+    """Count images by how they ended: done + skipped + elsewhere + failed = found."""
 
     verb: str
     found: int = 0
     done: int = 0
     skipped: int = 0
-    """Their outputs were there, of the same source, model and settings."""
+    """Images whose outputs were up to date."""
     elsewhere: int = 0
-    """Other processes did them in the meantime."""
+    """Images that other processes did in the meantime."""
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
     pixels: int = 0
-    """Of the images done, where bytes per pixel are of interest."""
+    """Pixels of the images done, where bits per pixel are of interest."""
     seconds: float = 0.0
     stages: dict[Stage, float] = dataclasses.field(default_factory=dict)
-    """Seconds that threads spent in each; they run side by side, and so add up to more than `seconds`."""
+    """Seconds that threads spent in each stage; stages run side by side, so they add up to more than `seconds`."""
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def timing(self, stage: Stage) -> Iterator[None]:
-        """Count the time until the context ends, in any thread."""
+        """Add the time until the context ends to a stage, from any thread."""
         started = time.perf_counter()
         try:
             yield
@@ -51,6 +51,7 @@ class Summary:
                 self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
     def fail(self, name: str, reason: object) -> None:
+        """Count an image as failed, and say why on stderr."""
         text = str(reason) if isinstance(reason, (UserError, str)) else f"{type(reason).__name__}: {reason}"
         self.failures[name] = text
         tqdm.write(text if text.startswith(name) else f"{name}: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Threads, and processes for what keeps Python's interpreter busy."""
+"""Run work in threads, and in processes what keeps Python's interpreter busy."""
 
 import multiprocessing
 import multiprocessing.context
@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class Threads:
-    """A context's worker threads: they end with it, not with a generator, which may end in any thread at any time."""
+    """Hold worker threads that end with a context, not with a generator, which may end in any thread at any time."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -34,9 +34,9 @@ class Threads:
     def map(
         self, work: Callable[[T], R], items: Iterable[T], ahead: int | None = None
     ) -> Iterator[tuple[T, "Future[R]"]]:
-        """(item, finished future) in order, a bounded number `ahead`, by default twice that of threads.
+        """Yield (item, finished future) in order; at most `ahead` items are begun, by default twice the threads.
 
-        What `items` raises, an interruption too, is raised after what was begun before has come out.
+        What `items` raises, an interruption too, is raised after all that was begun before has been yielded.
         """
         waiting: deque[tuple[T, Future[R]]] = deque()
         iterator, raised = iter(items), None  # by which the iterator ended
@@ -57,9 +57,9 @@ class Threads:
 
 
 class Processes:
-    """A context's worker processes, which threads call; without any the calling thread does the work itself.
+    """Hold worker processes that end with a context; with 0 workers the calling thread does the work itself.
 
-    They start when first called, import what they need, and end with the context or with this process, however it ends.
+    Processes start when first called, import what they need, and end with this process, however it ends.
     """
 
     def __init__(self, workers: int) -> None:
@@ -73,9 +73,9 @@ class Processes:
             self._pool.shutdown(cancel_futures=True)
 
     def call(self, work: Callable[..., R], *args: object) -> R:
-        """`work(*args)`, which a module has by name, as have the classes of all that goes there and comes back.
+        """Return `work(*args)` from a process; functions and classes of arguments and results are found by name.
 
-        Raises what it raises, and `FatalError` if a process was killed.
+        Raises what `work` raises, and `FatalError` if a process was killed.
         """
         if self._pool is None:
             return work(*args)
@@ -89,10 +89,7 @@ class Processes:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Of processes that start from a fresh one, which has torch imported already where the system can fork.
-
-    A fork of this one would wait for ever for what its threads hold.
-    """
+    # A fork of this process would wait for ever for what its threads hold, so workers start from a fresh process.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -101,7 +98,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def _end_with_parent() -> None:
-    """A worker ignores Ctrl-C, which its parent sees to, and ends when its parent is killed."""
+    # A worker ignores Ctrl-C, which its parent sees to, and ends when its parent is killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

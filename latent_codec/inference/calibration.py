@@ -19,18 +19,18 @@ from latent_codec.prior import factorized
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import channel_steps_from_std
 
-_KEPT_POSITIONS = 2**12  # of each image, for the frequencies of quantised latents
+_KEPT_POSITIONS = 2**12  # per image, to count how often each quantised value occurs
 
 
 @torch.inference_mode()
 def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> None:
-    """Set the codec's latent statistics, and its quantiser and factorised prior, from images.
+    """Set the codec's latent statistics, quantiser and factorised prior from images, whose set `description` names.
 
     Moments are per channel over images and positions, accumulated in float64. Raises `UserError` for an image that
-    cannot be read: the set is what its description says.
+    cannot be read.
     """
     check_channels(codec)
-    measured = _Measured(codec)
+    measured = _Moments(codec)
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
         pixels = source.read().pixels
         labels = codec.class_numbers([source.label])
@@ -39,8 +39,8 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
     codec.priors = measured.priors(codec.statistics)
 
 
-class _Measured:
-    """Sums per channel over images and positions in float64; how often each code of a codebook was taken."""
+class _Moments:
+    """Sum moments per channel over images and positions in float64, and count the codes of a codebook."""
 
     def __init__(self, codec: Codec) -> None:
         self.positions, self.images, self.codes = 0, 0, codec.config.codes
@@ -50,7 +50,7 @@ class _Measured:
         self.gaussian = True
 
     def add(self, posterior: Posterior) -> None:
-        """One image's."""
+        """Add the posterior of one image."""
         mean = posterior.mean[0].flatten(1).double()  # (z, h * w)
         self.total, self.square = self.total + mean.sum(1), self.square + mean.square().sum(1)
         self.gaussian = isinstance(posterior, DiagonalGaussian)
@@ -88,6 +88,6 @@ _ACTIVATION_IMAGES = 8
 
 
 def calibration_images(codec: Codec, data: tuple[Path, ...], images: int) -> Iterator[torch.Tensor]:
-    """The first few of the images that `prepare` measures on, (1, 3, h, w) uint8, padded as the codec takes them."""
+    """Yield the first few of the images that `prepare` measures on, (1, 3, h, w) uint8, padded to the factor."""
     for source in find_all(data)[: min(images, _ACTIVATION_IMAGES)] if data else []:
         yield pad(source.read().pixels, codec.factor)[None]

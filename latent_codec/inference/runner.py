@@ -61,7 +61,7 @@ class Runner:
         )
         if options.compile:
             codec.compile_networks()
-        self._silent = {tiling.encode_error, tiling.decode_error} if tiling.is_exact(codec) else set()
+        self._silent = {tiling.encode_difference, tiling.decode_difference} if tiling.is_exact(codec) else set()
 
     @functools.cached_property
     def model_id(self) -> str:
@@ -74,69 +74,67 @@ class Runner:
         return torch.autocast(self.options.device.split(":")[0], dtype=dtype, enabled=dtype != torch.float32)
 
     def encode(self, images: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Posterior:
-        """The posterior, on the CPU, of images (3, h, w) uint8 of one shape; labels as `Codec.encode` takes them.
+        """Return the posterior, on the CPU, of images (3, h, w) uint8 of one shape; `labels` are `Codec.encode`'s.
 
-        Raises `UserError` if the networks cannot be compiled.
+        Raises `FatalError` if the networks cannot be compiled.
         """
         pixels = torch.stack(list(images)) if len(images) > 1 else images[0][None]
         with torch.inference_mode(), self.autocast(), _compiling(self.options.compile):
             posterior = tiling.encode(self.codec, pixels, self.options.tile, labels)
-            self._report(pixels, labels, self.codec.factor, tiling.encode_error)
+            self._report(pixels, labels, self.codec.factor, tiling.encode_difference)
         return posterior
 
     def decode_uint8(self, latents: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Pixels (b, 3, h, w) uint8, on the CPU, of latents (z, h/f, w/f) of one shape; raises as `encode` does."""
+        """Decode latents (z, h/f, w/f) of one shape to uint8 pixels (b, 3, h, w) on the CPU; raises as `encode`."""
         z = torch.stack(list(latents)) if len(latents) > 1 else latents[0][None]
         with torch.inference_mode(), self.autocast(), _compiling(self.options.compile):
             pixels = tiling.decode_uint8(self.codec, z, self.options.tile, labels)
-            self._report(z, labels, 1, tiling.decode_error)
+            self._report(z, labels, 1, tiling.decode_difference)
         return pixels
 
     def nll_gradient(self, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """-log p(x given z) in nats and its gradient (z, h, w) float32, on the CPU, of one image's latents (z, h, w).
+        """Return -log p(x | z) in nats and its gradient (z, h, w) float32, on the CPU, for one image's latents.
 
-        pixels: (3, height, width) uint8, not padded. Where tiles are blended their own parts count alone.
+        z: (z, h, w); pixels: (3, height, width) uint8, not padded. Of blended tiles only their own parts count.
         """
         with torch.inference_mode(False), self.autocast(), _compiling(self.options.compile):
             z, pixels = z.clone(), pixels.clone()  # what inference mode has made takes no part in a gradient
             return tiling.nll_gradient(self.codec, z, pixels, self.options.tile)
 
     def _report(self, x: torch.Tensor, labels: torch.Tensor | None, scale: int, measure: Callable[..., object]) -> None:
-        """Say on stderr, once, what tiles change of x, which has `scale` elements along a side for each latent one."""
+        """Say on stderr, once, how tiles change x, which has `scale` elements along a side for each latent element."""
         height, width = (size // scale for size in x.shape[2:])
         tile = self.options.tile
         if measure in self._silent or not self.cuts(height, width):
             return
         self._silent.add(measure)
-        rows, columns = (slice(s.start * scale, s.stop * scale) for s in tiling.seam(self.codec, height, width, tile))
+        rows, columns = (
+            slice(s.start * scale, s.stop * scale) for s in tiling.middle_part(self.codec, height, width, tile)
+        )
         error = measure(self.codec, x[:1, :, rows, columns], tile, None if labels is None else labels[:1])
         tqdm.write(
-            f"tiles of {tile} pixels change what this model gives; in a part of the first such image {error}; "
+            f"tiles of {tile} pixels change this model's results; in a part of the first such image {error}; "
             "a larger --tile changes less",
             file=sys.stderr,
         )
 
     def cuts_pixels(self, shape: tuple[int, ...]) -> bool:
-        """Whether an image (..., h, w) goes in tiles."""
+        """Return whether an image (..., h, w) is cut into tiles."""
         return tiling.cuts(shape[-2] * shape[-1], self.options.tile)
 
     def cuts_latents(self, shape: tuple[int, ...]) -> bool:
-        """Whether the image of latents (..., h/f, w/f) goes in tiles."""
+        """Return whether the image of latents (..., h/f, w/f) is cut into tiles."""
         return self.cuts(*shape[-2:])
 
     def cuts(self, height: int, width: int) -> bool:
-        """Whether an image with latents (height, width) goes in tiles."""
+        """Return whether an image with latents (height, width) is cut into tiles."""
         return tiling.cuts(height * width * self.codec.factor**2, self.options.tile)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on, as JSON."""
-        return {"dtype": self.options.dtype, "compile": self.options.compile, "tile": self.changing_tile}
-
-    @property
-    def changing_tile(self) -> int | None:
-        """The tile, if what is computed depends on it."""
-        return None if tiling.is_exact(self.codec) else self.options.tile
+        """Return the options that results depend on, as JSON; the tile is one where tiles are blended."""
+        tile = None if tiling.is_exact(self.codec) else self.options.tile
+        return {"dtype": self.options.dtype, "compile": self.options.compile, "tile": tile}
 
 
 @contextlib.contextmanager

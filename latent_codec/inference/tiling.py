@@ -1,10 +1,9 @@
-"""Large images go through the networks in tiles, so that memory beside input and output is that of one tile.
+"""Run large images through networks in tiles, so that memory beside input and output is that of one tile.
 
 Where a backbone's receptive field is finite, a tile is read with the margin that it needs and cropped to its own part:
 the result is the untiled one, to the rounding of the networks' arithmetic. It is not bitwise that one: convolutions are
-summed in an order that libraries choose by shape, and for some shapes the last bit differs, on a CPU as well.
-Where the receptive field is the whole image, tiles overlap and are blended with linear ramps, and what that changes can
-be measured.
+summed in an order that libraries choose by shape. Where the receptive field is the whole image, tiles overlap and are
+blended with linear ramps, and the change can be measured.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,28 +28,28 @@ _LEAST_BLENDED = 8  # latent elements a side: a quarter of a tile is shared with
 
 
 def cuts(pixels: int, tile: int | None) -> bool:
-    """Whether an image of so many pixels goes in tiles: if it has more than one tile has. None is never."""
+    """Return whether an image of so many pixels is cut: if it has more than a tile of side `tile`; None never cuts."""
     return tile is not None and pixels > tile * tile
 
 
 def is_exact(codec: Codec) -> bool:
-    """Whether tiling leaves the model's results as they are, to rounding."""
+    """Return whether tiles leave a model's results as they are, to rounding."""
     return codec.backbone.encoder_margin is not None and codec.backbone.decoder_margin is not None
 
 
 def least_tile(codec: Codec) -> int:
-    """The smallest side of a tile, in pixels, that has a part of its own between its margins."""
+    """Return the smallest side of a tile, in pixels, that has a part of its own between its margins."""
     margins = codec.backbone.encoder_margin, codec.backbone.decoder_margin
     return codec.factor * max(_LEAST_BLENDED if m is None else 2 * m + 1 for m in margins)
 
 
 def default_tile(codec: Codec) -> int:
-    """A side in pixels that suits the model."""
+    """Return the side in pixels, near `DEFAULT_SIDE`, that a model's tiles have by default."""
     return max(DEFAULT_SIDE // codec.factor * codec.factor, least_tile(codec))
 
 
 def check_tile(codec: Codec, tile: int) -> None:
-    """Raise `UserError` if the model cannot work in tiles of that side."""
+    """Raise `UserError` if a model cannot have tiles of that side."""
     least, factor = least_tile(codec), codec.factor
     if tile < least:
         raise UserError(f"--tile {tile} is too small for this model, whose tiles overlap; give at least {least}")
@@ -60,12 +59,12 @@ def check_tile(codec: Codec, tile: int) -> None:
 
 
 def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> Posterior:
-    """The posterior, on the CPU, of pixels (b, c, h, w) as `Codec.encode` takes them, wherever they are.
+    """Return the posterior, on the CPU, of pixels (b, c, h, w) on any device; pixels and labels are `Codec.encode`'s.
 
-    A model of grey images also takes uint8 RGB, whose luma it sees.
-    `tile` is the side, in pixels, of what the network sees at once of larger images, margins included; None is no
-    limit. Only a tile is moved to the network's device. The caller enters autocast. `labels` are `Codec.encode`'s.
-    Raises `UserError` for a tile that the model cannot have, `ValueError` as `Codec.encode` does.
+    A model of grey images also takes uint8 RGB, whose luma it sees. `tile` is the side, in pixels, of what the network
+    sees at once of a larger image, margins included; None is no limit. Only a tile is moved to the network's device.
+    The caller enters autocast. Raises `UserError` for a tile that the model cannot have, `ValueError` as
+    `Codec.encode` does.
     """
     if pixels.dtype == torch.uint8 and codec.config.image_channels == 1:
         pixels = in_channels(pixels, 1)
@@ -78,15 +77,15 @@ def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.T
 
 
 def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Expected pixels (b, 3, h, w) as uint8, rounded and clipped, on the CPU, of latents (b, z, h/f, w/f) anywhere.
+    """Decode latents (b, z, h/f, w/f) to expected pixels (b, 3, h, w), rounded and clipped to uint8, on the CPU.
 
-    `tile` is in pixels, and `labels` are, as for `encode`; raises as it does.
+    `tile` and `labels` are as for `encode`, which raises the same.
     """
     return in_rgb(_decode(codec, z, tile, labels, codec.decode_uint8, codec.likelihood.to_uint8))
 
 
 def decode(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped, as `Codec.decode` gives them."""
+    """Decode latents to expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped."""
     return _decode(codec, z, tile, labels, codec.decode, torch.Tensor.float)
 
 
@@ -106,17 +105,17 @@ def _decode(
 
 
 def nll_gradient(codec: Codec, z: torch.Tensor, pixels: torch.Tensor, tile: int | None) -> tuple[float, torch.Tensor]:
-    """-log p(x given z) in nats and its gradient with respect to latents (z, h, w) of one image, on the CPU.
+    """Return -log p(x | z) in nats and its gradient with respect to one image's latents (z, h, w), on the CPU.
 
-    pixels: (3, height, width) uint8 of the image, latents' padding left out. The model's parameters get no gradient.
-    Of tiles each answers for its own part; where a backbone sees the whole image at once that is an estimate.
+    pixels: (3, height, width) uint8, without padding. The model's parameters get no gradient. Each tile contributes the
+    likelihood of its own part; where the receptive field is the whole image, that is an estimate.
     """
     pixels = in_channels(pixels, codec.config.image_channels)
     factor, margin, device = codec.factor, codec.backbone.decoder_margin, _device(codec)
     side = max(z.shape[1:]) if tile is None or not cuts(z[0].numel() * factor**2, tile) else tile // factor
     shared = side // 8 if margin is None else margin
     total, gradient = 0.0, torch.zeros_like(z)
-    rows, columns = spans(z.shape[1], side, shared), spans(z.shape[2], side, shared)
+    rows, columns = tile_spans(z.shape[1], side, shared), tile_spans(z.shape[2], side, shared)
     for row, column in ((row, column) for row in rows for column in columns):
         part = z[None, :, row.read(1), column.read(1)].to(device).requires_grad_()
         own = pixels[None, :, row.first * factor : row.last * factor, column.first * factor : column.last * factor]
@@ -139,8 +138,8 @@ def _device(codec: Codec) -> torch.device:
     return next(codec.parameters()).device
 
 
-class Span(NamedTuple):
-    """One tile along one axis, in latent elements: it reads [start, stop), of which [first, last) is its own."""
+class TileSpan(NamedTuple):
+    """Describe a tile along an axis, in latent elements: it reads [start, stop), and [first, last) is its own part."""
 
     start: int
     stop: int
@@ -148,37 +147,37 @@ class Span(NamedTuple):
     last: int
 
     def read(self, scale: int) -> slice:
-        """Where it is in a tensor of `scale` elements for each latent one."""
+        """Return what the tile reads of a tensor with `scale` elements for each latent element."""
         return slice(self.start * scale, self.stop * scale)
 
     def own(self, scale: int) -> slice:
-        """Where its own part is in what was made of it."""
+        """Return the tile's own part of what was made of the tile."""
         return slice((self.first - self.start) * scale, (self.last - self.start) * scale)
 
 
-def spans(size: int, side: int, margin: int) -> list[Span]:
-    """Tiles of up to `side` elements, all about as large, whose own parts are [0, size) without gap or overlap.
+def tile_spans(size: int, side: int, margin: int) -> list[TileSpan]:
+    """Cut [0, size) into own parts of tiles of up to `side` elements, about equally large.
 
     A tile reads `margin` elements beyond its own part, except where the image ends; `side` exceeds twice the margin.
     """
     if size <= side:
-        return [Span(0, size, 0, size)]
+        return [TileSpan(0, size, 0, size)]
     inner = size - 2 * margin  # what is shared out: the outermost tiles own their outer margins as well
     count = -(-inner // (side - 2 * margin))
     edges = [inner * i // count for i in range(count + 1)]
     return [
-        Span(a, b + 2 * margin, a + margin if a > 0 else 0, b + margin if b < inner else size)
+        TileSpan(a, b + 2 * margin, a + margin if a > 0 else 0, b + margin if b < inner else size)
         for a, b in pairwise(edges)
     ]
 
 
 class _Direction(NamedTuple):
-    """One of the codec's two networks and what is done to its output, element by element."""
+    """Hold one of a codec's two networks, and what is done to its output element by element."""
 
     network: _Map
     finish: _Map
     scale_in: int
-    """Elements of the input along one side for each latent element."""
+    """Elements of the input along a side for each latent element."""
     scale_out: int
     margin: int | None
 
@@ -203,16 +202,16 @@ def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor
 
 
 def _tiled(direction: _Direction, x: torch.Tensor, side: int, device: torch.device) -> torch.Tensor:
-    """finish(network(x)) on the CPU from tiles of `side` latent elements."""
+    """Return finish(network(x)) on the CPU from tiles of `side` latent elements."""
     network, finish, scale_in, scale_out, margin = direction
     height, width = (size // scale_in for size in x.shape[2:])
     shared = side // 8 if margin is None else margin
-    rows, columns = spans(height, side, shared), spans(width, side, shared)
+    rows, columns = tile_spans(height, side, shared), tile_spans(width, side, shared)
 
-    def output(row: Span, column: Span) -> torch.Tensor:
+    def output(row: TileSpan, column: TileSpan) -> torch.Tensor:
         return network(x[..., row.read(scale_in), column.read(scale_in)].to(device))
 
-    def own(row: Span, column: Span) -> torch.Tensor:
+    def own(row: TileSpan, column: TileSpan) -> torch.Tensor:
         return finish(output(row, column)[..., row.own(scale_out), column.own(scale_out)]).cpu()
 
     if margin is not None:
@@ -226,9 +225,10 @@ def _tiled(direction: _Direction, x: torch.Tensor, side: int, device: torch.devi
 
 
 def blended(parts: Iterable[torch.Tensor], overlap: int, dim: int) -> Iterator[torch.Tensor]:
-    """Parts of which each shares `overlap` elements along `dim` with the next -> parts that follow on each other.
+    """Blend parts of which each shares `overlap` elements along `dim` with the next, and yield them without overlap.
 
-    Shared elements go over from one part to the next along a line. Parts next to others are at least twice the overlap.
+    Weights of shared elements go over from one part to the next along a line. A part with neighbours is at least twice
+    as long as the overlap.
     """
     ramp = ((torch.arange(overlap) + 0.5) / overlap).view(-1, *[1] * (3 - dim))
     tail: torch.Tensor | None = None
@@ -242,14 +242,14 @@ def blended(parts: Iterable[torch.Tensor], overlap: int, dim: int) -> Iterator[t
         yield tail
 
 
-class EncodeError(NamedTuple):
-    """What tiles change of an encoded image, and of the image that is decoded in tiles from that."""
+class EncodeDifference(NamedTuple):
+    """Measure how tiles change an encoded image, and the image that is decoded in tiles from it."""
 
     largest: float
-    """Of the posterior's means, in standard deviations of the untiled posterior; of one that has none, as they are."""
+    """Largest difference of the means, in standard deviations of the untiled posterior if it has any."""
     rms: float
     psnr_whole: float
-    """Of the image that is encoded and decoded whole, dB."""
+    """PSNR in dB of the image that is encoded and decoded whole."""
     psnr_tiled: float
 
     def __str__(self) -> str:
@@ -259,27 +259,29 @@ class EncodeError(NamedTuple):
         )
 
 
-class DecodeError(NamedTuple):
-    """What tiles change of decoded pixels."""
+class DecodeDifference(NamedTuple):
+    """Measure how tiles change decoded pixels."""
 
     largest: int
-    """In grey levels."""
+    """Largest difference in grey levels."""
     psnr: float
-    """Of the pixels decoded in tiles against those decoded whole, dB."""
+    """PSNR in dB of the pixels decoded in tiles against those decoded whole."""
 
     def __str__(self) -> str:
         return f"decoded pixels differ by up to {self.largest} of 255 (PSNR between the two {self.psnr:.2f} dB)"
 
 
-def encode_error(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Tensor | None = None) -> EncodeError:
-    """Measure tiling on pixels (b, c, h, w) uint8 that fit into memory whole; they are cut whatever their area."""
+def encode_difference(
+    codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Tensor | None = None
+) -> EncodeDifference:
+    """Compare tiles with the whole on pixels (b, c, h, w) uint8 that fit into memory, which are cut in any case."""
     pixels = in_channels(pixels, codec.config.image_channels)
     whole, tiled = encode(codec, pixels, None, labels), _encode_tiles(codec, pixels, tile, labels)
     difference = tiled.mean - whole.mean
     if isinstance(whole, DiagonalGaussian):
         difference = difference / whole.std
     convert = codec.likelihood.to_uint8
-    return EncodeError(
+    return EncodeDifference(
         difference.abs().amax().item(),
         difference.square().mean().sqrt().item(),
         psnr(_decode(codec, whole.mean, None, labels, codec.decode_uint8, convert), pixels.cpu()).mean().item(),
@@ -287,18 +289,18 @@ def encode_error(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Te
     )
 
 
-def decode_error(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor | None = None) -> DecodeError:
-    """Measure tiling on latents (b, z, h, w) whose image fits into memory whole; they are cut whatever their area."""
+def decode_difference(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor | None = None) -> DecodeDifference:
+    """Compare tiles with the whole on latents (b, z, h, w) whose image fits into memory, which are cut in any case."""
     convert = codec.likelihood.to_uint8
     whole = _decode(codec, z, None, labels, codec.decode_uint8, convert)
     tiled = _decode_tiles(codec, z, tile, labels, convert)
-    return DecodeError(int((whole.int() - tiled.int()).abs().amax()), psnr(tiled, whole).mean().item())
+    return DecodeDifference(int((whole.int() - tiled.int()).abs().amax()), psnr(tiled, whole).mean().item())
 
 
-def seam(codec: Codec, height: int, width: int, tile: int) -> tuple[slice, slice]:
-    """Rows and columns, in latent elements, of a part to measure on, from the middle of latents (height, width).
+def middle_part(codec: Codec, height: int, width: int, tile: int) -> tuple[slice, slice]:
+    """Return rows and columns, in latent elements, of a part to measure on in the middle of latents (height, width).
 
-    Along the longer side it is two tiles and their join, and it is no larger than one tile: it can be had whole.
+    Along the longer side it is two tiles long, and it has no more elements than one tile: it fits into memory whole.
     """
     side = tile // codec.factor
     length = min(max(height, width), 2 * side - 2 * (side // 8))

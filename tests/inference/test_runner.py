@@ -19,6 +19,7 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
 from latent_codec.model.posteriors import DiagonalGaussian
 from tests.conftest import Draw, files_of
 
@@ -68,7 +69,7 @@ def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_h
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks that take two images at once; and none of 40x40 pixels or more."""
+    """Let networks take two images at once, and none of 40x40 pixels or more."""
 
     def limited(owner: Any, name: str, pixels: int) -> None:
         real = getattr(owner, name)
@@ -112,17 +113,26 @@ def test_a_folder_goes_on_where_memory_runs_out(
     assert files_of(tmp_path / "y") == files_of(tmp_path / "whole")
 
 
-def test_compiled_networks_give_the_same_but_for_rounding(codec: Codec) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randint(256, (3, 16, 24), dtype=torch.uint8, generator=generator) for _ in range(3)]
+@pytest.mark.slow
+def test_compiled_networks_give_the_same_but_for_rounding() -> None:
+    linear = CodecConfig(
+        image_channels=3,
+        latent_channels=2,
+        backbone=LinearConfig(patch=4),
+        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+        likelihood=GaussianConfig(scale="fixed", sigma=0.1),
+    )
+    codec = Codec(linear).eval()
+    images = [torch.randint(256, (3, 16, 24), dtype=torch.uint8) for _ in range(3)]
     plain = Runner(codec, CPU).encode(images)
     z = plain.mean.unbind()
     pixels = Runner(codec, CPU).decode_uint8(z)
-    networks = Runner(codec, dataclasses.replace(CPU, compile=True))
-    compiled = networks.encode(images)
+    runner = Runner(codec, dataclasses.replace(CPU, compile=True))
+    compiled = runner.encode(images)
+    assert isinstance(plain, DiagonalGaussian) and isinstance(compiled, DiagonalGaussian)
     torch.testing.assert_close(compiled.mean, plain.mean, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(compiled.logvar, plain.logvar, rtol=1e-4, atol=1e-4)
-    assert (networks.decode_uint8(z).int() - pixels.int()).abs().max() <= 1
+    assert (runner.decode_uint8(z).int() - pixels.int()).abs().max() <= 1
 
 
 def test_a_compiler_that_fails_is_one_clear_error(

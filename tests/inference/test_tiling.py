@@ -1,4 +1,4 @@
-"""Tiles: the untiled result where the receptive field is finite, elsewhere a measured difference; no more at once."""
+"""Test that tiles give the untiled result, or a measured difference to it, and that networks see no more at once."""
 
 import dataclasses
 import itertools
@@ -16,10 +16,10 @@ from torch import nn
 from latent_codec import cli
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.bitstream.stream_codec import StreamReader
+from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
-from latent_codec.evaluation.rate_distortion.measure import rate_distortion
+from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.folders.decode_latents import decode_latents
 from latent_codec.folders.decode_lc import decode_lc
 from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
@@ -28,7 +28,7 @@ from latent_codec.images.read import read_image
 from latent_codec.inference import tiling
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
-from latent_codec.inference.tiling import blended, spans
+from latent_codec.inference.tiling import blended, tile_spans
 from latent_codec.latents.dataset import Latents
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
@@ -74,7 +74,7 @@ GAUSSIAN = GaussianConfig(scale="fixed", sigma=0.1)
 
 
 def randomise(network: nn.Module) -> None:
-    """Weights of which none is near zero, so that whatever is connected has an effect."""
+    """Draw weights that are not near zero, so that whatever is connected has an effect."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in network.parameters():
@@ -98,7 +98,7 @@ def make(backbone: Any, likelihood: Any = GAUSSIAN, z: int = 2) -> Codec:
 
 
 def photo(codec: Codec, h: int, w: int, batch: int = 1) -> torch.Tensor:
-    """Random bytes for latents (h, w)."""
+    """Return random bytes for latents (h, w)."""
     values = np.random.default_rng(0).integers(0, 256, (batch, 3, h * codec.factor, w * codec.factor), np.uint8)
     return torch.from_numpy(values)
 
@@ -109,7 +109,7 @@ def noise(codec: Codec, h: int, w: int, batch: int = 1) -> torch.Tensor:
 
 @pytest.fixture
 def cut_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles wherever a side is longer than one, however small the image: many joins at little cost."""
+    """Cut images wherever a side is longer than a tile, however few pixels they have: many joins at little cost."""
     monkeypatch.setattr(tiling, "cuts", lambda pixels, tile: tile is not None)
 
 
@@ -119,7 +119,7 @@ def cut_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(size=st.integers(1, 300), margin=st.integers(0, 9), own=st.integers(1, 30))
 def test_tiles_cover_an_axis_once_with_their_margins_and_are_about_as_large(size: int, margin: int, own: int) -> None:
     side = 2 * margin + own
-    found = spans(size, side, margin)
+    found = tile_spans(size, side, margin)
     assert [i for s in found for i in range(s.first, s.last)] == list(range(size))
     for s in found:
         assert s.start == max(s.first - margin, 0) or len(found) == 1
@@ -131,7 +131,7 @@ def test_tiles_cover_an_axis_once_with_their_margins_and_are_about_as_large(size
     assert len(found) == needed
 
 
-DEPTHS = [d for levels in (1, 2, 3) for d in itertools.product((0, 1, 2) if levels < 3 else (0, 1), repeat=levels)]
+DEPTHS = [(1,), (2,), (0, 2), (1, 1), (2, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
 
 
 SHAPE = BackboneShape(image_channels=3, latent_channels=2, features_per_latent=2, params_per_channel=1)
@@ -153,7 +153,7 @@ def test_a_margin_is_all_that_a_tile_needs_and_no_more(config: Any) -> None:
 
 
 def felt(network: Any, margin: int, channels: int, scale: int, turned: Any) -> list[int]:
-    """At which distances, in latent elements along a row, a change changes what belongs to the row's middle element."""
+    """Return the distances along a row, in latent elements, from which a change reaches the row's middle element."""
     size = 2 * (margin + 2) + 1  # beyond the margin lie an element of no influence and the border
     x = torch.randn(1, channels, 3 * scale, size * scale, generator=torch.Generator().manual_seed(2))
     before, distances = turned(network(turned(x))), []
@@ -186,13 +186,13 @@ def test_tiles_give_the_untiled_result_for_every_size(kind: str, cut_always: Non
     f, least = codec.factor, tiling.least_tile(codec)
     assert tiling.is_exact(codec)
     longest = least // f + 4
-    sizes = sorted({1, 2, 3, least // f, least // f + 1, longest, 2 * longest + 1})
+    sizes = sorted({1, least // f, least // f + 1, 2 * longest + 1})
     assert len(codec.decode_uint8(noise(codec, longest, longest).double()).unique()) > 50  # not all are clipped
     for h, w in itertools.product(sizes, sizes):
         x = codec.likelihood.from_uint8(photo(codec, h, w)).double()
         z = noise(codec, h, w).double()
         posterior, decoded = codec.encode(x), codec.decode_uint8(z)
-        for tile in (least, least + f, longest * f):
+        for tile in (least, longest * f):
             tiled = tiling.encode(codec, x, tile)
             torch.testing.assert_close(tiled.mean, posterior.mean, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(tiled.logvar, posterior.logvar, rtol=1e-6, atol=1e-6)
@@ -214,14 +214,13 @@ def test_a_smaller_margin_would_be_seen(kind: str, cut_always: None, monkeypatch
     assert (tiling.encode(codec, x, tile).mean - whole.mean).abs().amax() > 1e-4
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "layout"), [(1, torch.channels_last), (2, torch.contiguous_format)])
 @torch.inference_mode()
 def test_in_float32_tiles_differ_by_rounding_alone(batch: int, layout: torch.memory_format, cut_always: None) -> None:
     codec = make(lite(4, (1, 1), (1, 1)), z=4).to(memory_format=layout)
     pixels, z = photo(codec, 14, 25, batch), noise(codec, 14, 25, batch)
     posterior, decoded = codec.encode(pixels), codec.decode_uint8(z)
-    for extra in (0, 8, 32):
+    for extra in (0, 32):
         tile = tiling.least_tile(codec) + extra
         for given_pixels in (pixels, codec.likelihood.from_uint8(pixels)):
             tiled = tiling.encode(codec, given_pixels, tile)
@@ -240,19 +239,19 @@ def test_in_float32_tiles_differ_by_rounding_alone(batch: int, layout: torch.mem
     ],
     ids=lambda c: f"{c.kind} {dataclasses.asdict(c)}",
 )
-@pytest.mark.parametrize("backbone", [FINITE["lite"], CONV], ids=["lite", "conv"])
 @torch.inference_mode()
-def test_every_likelihood_decodes_in_tiles(likelihood: Any, backbone: Any, cut_always: None) -> None:
-    codec = make(backbone, likelihood)
-    z = noise(codec, 9, 14, 2)
-    whole, tiled = codec.decode_uint8(z), tiling.decode_uint8(codec, z, tiling.least_tile(codec))
-    assert tiled.shape == whole.shape and tiled.dtype == torch.uint8
-    if tiling.is_exact(codec):
-        assert (tiled.int() - whole.int()).abs().amax() <= 1
-        expected, pixels = codec.decode(z), tiling.decode(codec, z, tiling.least_tile(codec))
-        assert pixels.dtype == torch.float32
-        torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(tiling.decode(codec, z, None), expected)
+def test_every_likelihood_decodes_in_tiles(likelihood: Any, cut_always: None) -> None:
+    for backbone in (FINITE["lite"], CONV):
+        codec = make(backbone, likelihood)
+        z = noise(codec, 9, 14, 2)
+        whole, tiled = codec.decode_uint8(z), tiling.decode_uint8(codec, z, tiling.least_tile(codec))
+        assert tiled.shape == whole.shape and tiled.dtype == torch.uint8
+        if tiling.is_exact(codec):
+            assert (tiled.int() - whole.int()).abs().amax() <= 1
+            expected, pixels = codec.decode(z), tiling.decode(codec, z, tiling.least_tile(codec))
+            assert pixels.dtype == torch.float32
+            torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(tiling.decode(codec, z, None), expected)
 
 
 # What goes through a network at once
@@ -269,7 +268,7 @@ def test_networks_never_see_more_than_a_tile_and_small_images_go_whole(
     features, params = codec.features, codec.likelihood_params
     monkeypatch.setattr(codec, "features", lambda x, labels: seen.append(x) or features(x, labels))
     monkeypatch.setattr(codec, "likelihood_params", lambda z, labels: seen.append(z) or params(z, labels))
-    for h, w in ((10, 10), (5, 20), (100, 1), (11, 10), (3, 40), (21, 33)):
+    for h, w in ((10, 10), (100, 1), (11, 10), (3, 40), (21, 33)):
         for work, x, scale in (
             (tiling.encode, photo(codec, h, w), f),
             (tiling.decode_uint8, noise(codec, h, w), 1),
@@ -329,7 +328,7 @@ def test_the_default_side_suits_every_model(backbone: Any) -> None:
 def test_blending_parts_of_one_tensor_gives_it_back(size: int, side: int, scale: int, dim: int) -> None:
     x = torch.rand(1, 2, size * scale, 3, generator=torch.Generator().manual_seed(size)).movedim(2, dim)
     margin = side // 8
-    parts = (x.narrow(dim, s.start * scale, (s.stop - s.start) * scale) for s in spans(size, side, margin))
+    parts = (x.narrow(dim, s.start * scale, (s.stop - s.start) * scale) for s in tile_spans(size, side, margin))
     torch.testing.assert_close(torch.cat(list(blended(parts, 2 * margin * scale, dim)), dim), x)
 
 
@@ -345,7 +344,7 @@ def test_blended_latents_and_pixels_are_each_tiles_own_away_from_joins() -> None
     codec = make(CONV)
     pixels, z = photo(codec, 10, 30), noise(codec, 10, 30)
     tile = 16 * codec.factor
-    left, _, right = spans(30, 16, 2)  # of which neighbours share 4
+    left, _, right = tile_spans(30, 16, 2)  # of which neighbours share 4
     tiled, decoded = tiling.encode(codec, pixels, tile), tiling.decode_uint8(codec, z, tile)
     f = codec.factor
     for span, kept in ((left, slice(0, left.stop - 4)), (right, slice(right.start + 4, 30))):
@@ -363,19 +362,19 @@ def test_what_is_measured_is_the_difference_to_the_untiled_result() -> None:
     codec = make(CONV)
     pixels, z, tile = photo(codec, 11, 30), noise(codec, 11, 30), 16 * codec.factor
     whole, tiled = codec.encode(pixels), tiling.encode(codec, pixels, tile)
-    error = tiling.encode_error(codec, pixels, tile)
+    error = tiling.encode_difference(codec, pixels, tile)
     apart = ((tiled.mean - whole.mean) / whole.std).double()
     assert error.largest == pytest.approx(apart.abs().amax().item()) and error.largest > 0.01
     assert error.rms == pytest.approx(apart.square().mean().sqrt().item(), rel=1e-4) and error.rms < error.largest
     assert error.psnr_whole == distortion.psnr(codec.decode_uint8(whole.mean), pixels).item()
     assert error.psnr_tiled == distortion.psnr(tiling.decode_uint8(codec, tiled.mean, tile), pixels).item()
     decoded, cut = codec.decode_uint8(z), tiling.decode_uint8(codec, z, tile)
-    found = tiling.decode_error(codec, z, tile)
+    found = tiling.decode_difference(codec, z, tile)
     assert found == ((decoded.int() - cut.int()).abs().amax(), distortion.psnr(decoded, cut))
     assert found.largest > 0
     fits = 30 * codec.factor
-    assert tiling.encode_error(codec, pixels, fits)[:2] == (0, 0)
-    assert tiling.decode_error(codec, z, fits) == (0, math.inf)
+    assert tiling.encode_difference(codec, pixels, fits)[:2] == (0, 0)
+    assert tiling.decode_difference(codec, z, fits) == (0, math.inf)
 
 
 @given(h=st.integers(1, 200), w=st.integers(1, 200), side=st.integers(8, 30))
@@ -384,12 +383,12 @@ def test_what_is_measured_on_has_a_join_and_fits_into_one_tile(h: int, w: int, s
     tile = side * codec.factor
     if not tiling.cuts(h * w * codec.factor**2, tile):
         return
-    rows, columns = tiling.seam(codec, h, w, tile)
+    rows, columns = tiling.middle_part(codec, h, w, tile)
     sizes = rows.stop - rows.start, columns.stop - columns.start
     assert 0 <= rows.start < rows.stop <= h and 0 <= columns.start < columns.stop <= w
     assert math.prod(sizes) <= side**2
     assert max(sizes) > side and (sizes[0] > sizes[1]) == (h > w)
-    assert len(spans(max(sizes), side, side // 8)) == 2
+    assert len(tile_spans(max(sizes), side, side // 8)) == 2
 
 
 _CONV = make(CONV)
@@ -405,7 +404,7 @@ TILES = dataclasses.replace(CPU, tile=SMALL)  # the least of the tiny codec
 
 @pytest.fixture
 def photos(tmp_path: Path, draw: Draw) -> Path:
-    for i in range(3):
+    for i in range(2):
         draw(tmp_path / "photos" / f"large{i}.png", LARGE, 101, seed=i)
         draw(tmp_path / "photos" / f"small{i}.png", SMALL, SMALL - 1, seed=i)
     return tmp_path / "photos"
@@ -419,32 +418,32 @@ def test_large_images_go_alone_and_others_in_batches(
     for name, function in work.items():
         monkeypatch.setattr(tiling, name, lambda c, x, *rest, f=function: batches.append(len(x)) or f(c, x, *rest))
     encode_latents(Runner(codec, TILES), photos, tmp_path / "latents", quiet=True)
-    assert sorted(batches) == [1, 1, 1, 3]
+    assert sorted(batches) == [1, 1, 2]
     batches.clear()
     decode_latents(Runner(codec, TILES), tmp_path / "latents", tmp_path / "decoded", quiet=True)
-    assert sorted(batches) == [1, 1, 1, 3]
+    assert sorted(batches) == [1, 1, 2]
     batches.clear()
     encode_latents(Runner(codec, CPU), photos, tmp_path / "whole", quiet=True)
-    assert sorted(batches) == [3, 3]
+    assert sorted(batches) == [2, 2]
 
 
 def test_files_made_in_tiles_are_those_made_whole(codec: Codec, photos: Path, tmp_path: Path, capsys: Any) -> None:
     for name, compute in (("whole", CPU), ("tiles", TILES)):
-        out = tmp_path / name
-        encode_latents(Runner(codec, compute), photos, out / "latents", LatentsOptions(store="float32"), quiet=True)
-        encode_lc(Runner(codec, compute), photos, out / "lc", EncodeOptions(rate=Rate(step=1.0)), quiet=True)
-        decode_latents(Runner(codec, compute), tmp_path / "whole" / "latents", out / "a", quiet=True)
-        decode_lc(Runner(codec, compute), tmp_path / "whole" / "lc", out / "b", quiet=True)
+        out, runner = tmp_path / name, Runner(codec, compute)
+        encode_latents(runner, photos, out / "latents", LatentsOptions(store="float32"), quiet=True)
+        encode_lc(runner, photos, out / "lc", quiet=True)
+        decode_latents(runner, tmp_path / "whole" / "latents", out / "a", quiet=True)
+        decode_lc(runner, tmp_path / "whole" / "lc", out / "b", quiet=True)
     whole, tiles = (Latents(tmp_path / name / "latents") for name in ("whole", "tiles"))
-    reader = StreamReader(codec, "cpu")
+    reader, steps = StreamReader(codec, "cpu"), torch.as_tensor(StreamCodec(codec, "cpu").channel_steps)
     for i, entry in enumerate(whole.entries):
         torch.testing.assert_close(tiles.posterior(i).mean, whole.posterior(i).mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(tiles.posterior(i).logvar, whole.posterior(i).logvar, rtol=1e-5, atol=1e-5)
         files = [unpack((tmp_path / name / "lc" / f"{entry.path}.lc").read_bytes()) for name in ("whole", "tiles")]
         reader.check(files[0])
         z, other = (torch.as_tensor(reader.decompress([f])[0]) for f in files)
-        steps = (z - other) / torch.as_tensor(reader.coders["context"].channel_steps)[:, None, None]
-        assert (steps != 0).float().mean() < 0.01 and steps.abs().amax() < 1.01  # a value at a rounding's edge may move
+        moved = (z - other) / steps[:, None, None]
+        assert (moved != 0).float().mean() < 0.01 and moved.abs().amax() < 1.01  # a value at a rounding's edge may move
         for folder in ("a", "b"):
             x, y = (read(tmp_path / name / folder / f"{entry.path}.png") for name in ("whole", "tiles"))
             assert (x - y).abs().amax() <= 1
@@ -464,19 +463,16 @@ def test_a_quality_is_kept_to_in_tiles(codec: Codec, photos: Path, tmp_path: Pat
 
 
 def test_measuring_a_model_goes_in_tiles_too(codec: Codec, photos: Path) -> None:
-    lpips: Any = {"lpips_net": None, "lpips_backbone": None, "out": None, "quiet": True}
-    whole, tiles = (evaluate(Runner(codec, c), photos, **lpips) for c in (CPU, TILES))
+    assert codec.priors is not None
+    codec.priors = codec.priors._replace(context=None)
+    runners = Runner(codec, CPU), Runner(codec, TILES)
+    whole, tiles = (evaluate(runner, photos, out=None, lpips=None, quiet=True) for runner in runners)
     assert tiles.about["tile"] == SMALL and whole.about["tile"] == 1536
-    assert tiles.summary["psnr"] == pytest.approx(whole.summary["psnr"], rel=1e-4)
-    assert tiles.summary["kl_bpp"] == pytest.approx(whole.summary["kl_bpp"], rel=1e-4)
-
-
-def test_rate_distortion_goes_in_tiles_too(codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latent_codec.evaluation.rate_distortion.anchors.available", list)
-    codec.priors = None if codec.priors is None else codec.priors._replace(context=None)
-    options: Any = {"steps": [1.0], "sample": 0, "out": None, "lpips_net": None, "lpips_backbone": None, "command": ""}
-    reports = [rate_distortion(Runner(codec, c), photos / "large0.png", **options, quiet=True) for c in (CPU, TILES)]
-    whole, tiles = ([row.distortion["psnr"] for row in r.records[0].rows] for r in reports)
+    for name in ("psnr", "kl_bpp"):
+        assert tiles.summary[name] == pytest.approx(whole.summary[name], rel=1e-4)
+    options = RateDistortionOptions(steps=[1.0], anchors=())
+    reports = [rate_distortion(runner, photos / "large0.png", options, quiet=True) for runner in runners]
+    whole, tiles = ([point.distortion["psnr"] for point in report.points] for report in reports)
     assert tiles == pytest.approx(whole, rel=1e-3)
 
 
@@ -487,7 +483,7 @@ def test_what_tiles_change_is_said_once_and_only_where_they_do(tmp_path: Path, d
     compute = dataclasses.replace(CPU, tile=32, batch_size=1)
     encode_latents(Runner(codec, compute), tmp_path / "photos", tmp_path / "latents", quiet=True)
     told = capsys.readouterr().err
-    assert told.count("tiles of 32 pixels change what this model gives;") == 1
+    assert told.count("tiles of 32 pixels change this model's results;") == 1
     assert told.count("means differ by up to") == 1
     assert told.count("dB PSNR") == 1
     decode_latents(Runner(codec, compute), tmp_path / "latents", tmp_path / "out", quiet=True)

@@ -1,4 +1,4 @@
-"""Files of JSON lines that are only ever added to; what a crash cuts short costs that line and no other."""
+"""Append JSON lines to files; a crash costs the line that it cuts short, and no other."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from latent_codec.storage.files import disk_errors, fsync
 
 
 class Journal:
-    """A file to add lines to, by one process at a time; raises `DiskError` if that is not possible."""
+    """Append lines to a file, one process at a time; raises `DiskError` where the disk does not take them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -21,7 +21,7 @@ class Journal:
             self._append(b"\n")  # ends a line that a crash cut short
 
     def write(self, *values: Any) -> None:
-        """JSON values, each in a line of ASCII: a name that is not valid UTF-8 survives as escaped surrogates."""
+        """Append JSON values, a line of ASCII each: a name that is not valid UTF-8 survives as escaped surrogates."""
         self._append("".join(f"{json.dumps(value, sort_keys=True)}\n" for value in values).encode())
 
     def _append(self, data: bytes) -> None:
@@ -30,7 +30,7 @@ class Journal:
                 data = data[self._file.write(data) :]  # a full disk takes a part first and only then complains
 
     def sync(self) -> None:
-        """Until now on the disk."""
+        """Wait until all that was written is on the disk."""
         with disk_errors(self._path):
             os.fsync(self._file.fileno())
             fsync(self._path.parent)
@@ -46,13 +46,14 @@ class Journal:
 
 
 class Line(NamedTuple):
+    """Hold the value of a line and the offset of its beginning in bytes."""
+
     offset: int
-    """In bytes, of its beginning."""
     value: Any
 
 
 def lines(path: Path, only: bytes = b"") -> Iterator[Line]:
-    """A journal's whole lines, as far as there are any; nothing of a file that does not have `only` in it."""
+    """Yield a journal's whole lines; nothing if there is no file, or none that contains `only`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Locks between processes; the system lets go of one when the process that has it dies."""
+"""Lock files between processes; the system releases a lock when the process that holds it dies."""
 
 import contextlib
 import errno
@@ -14,20 +14,23 @@ _UNKNOWN_THERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def lock(path: Path) -> FileLock:
-    """Held, once no other process has it; to be released. Raises `UserError` as `try_lock` does."""
+    """Wait until no other process holds the lock, and return it held; raises `UserError` as `try_lock` does."""
     held = _acquire(path, timeout=-1)
     assert held is not None
     return held
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Held, or None if another process has it; raises `UserError` if files cannot be made or locked there."""
+    """Return the lock held, or None if another process holds it.
+
+    Raises `UserError` if files cannot be made or locked there.
+    """
     return _acquire(path, timeout=0)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """While no other process has it; raises `UserError` as `try_lock` does."""
+    """Hold the lock within a context; raises `UserError` as `try_lock` does."""
     held = lock(path)
     try:
         yield

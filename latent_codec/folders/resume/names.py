@@ -13,9 +13,9 @@ from latent_codec.storage.files import check_name
 def check_outputs(outputs: Sequence[str], folder: Path, fold: Callable[[str], str] = str) -> None:
     """Raise `UserError` unless every output has a place of its own inside `folder`.
 
-    outputs: relative, with "/" between their parts. Refused are names that are not plain relative paths, a file where
-    another output needs a folder, links that lead out of `folder`, and two names for one place: those that differ only
-    in what `fold` leaves out, or that a link leads there.
+    outputs: relative paths, with "/" between their parts. Refused are names that are not plain relative paths, a file
+    where another output needs a folder, links that lead out of `folder`, and two names for one place, which differ only
+    in what `fold` leaves out or which a link leads there.
     """
     check_names(outputs)
     root = folder.resolve()
@@ -47,7 +47,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def _place(path: Path, root: Path) -> Path:
-    """Where a folder really is; raises `UserError` if that is not below `root`."""
+    """Resolve links in a path; raises `UserError` if it is not below `root`."""
     with contextlib.suppress(OSError, RuntimeError):  # a link to itself
         place = path.resolve()
         if place.is_relative_to(root):
@@ -71,9 +71,9 @@ def _exists(path: Path) -> bool:
 
 
 def folding(folder: Path) -> Callable[[str], str] | None:
-    """What maps names that a file system takes for one to one; None if it tells all apart. Found by trying it out.
+    """Return a map from names to what a file system tells apart; None if it tells all names apart.
 
-    Names may differ in case only, or in how Unicode spells a letter.
+    Files are made to find out whether case, and how Unicode spells a letter, count there.
     """
     stem = uuid.uuid4().hex
     steps: list[Callable[[str], str]] = []

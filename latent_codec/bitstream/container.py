@@ -33,7 +33,7 @@ _GREY, _BACKGROUND, _DITHER, _CONTEXT = 1, 2, 4, 8  # flags
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamHeader:
-    """The header of a `.lc` stream."""
+    """Hold what the header of a `.lc` stream says."""
 
     version: int
     """Format version, which is the prior's."""
@@ -48,7 +48,7 @@ class StreamHeader:
 
 
 class Stream(NamedTuple):
-    """A `.lc` file's header and coded latents."""
+    """Hold a `.lc` file's header and coded latents."""
 
     header: StreamHeader
     payload: bytes

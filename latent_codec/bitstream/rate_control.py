@@ -24,7 +24,7 @@ Scale = Callable[[int], Scaled]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rate:
-    """How much of an image to keep: a step, a size or a quality, by default step 1."""
+    """Say how much of an image to keep: by a step, a size or a quality, by default by step 1."""
 
     step: float | None = None
     bpp: float | None = None

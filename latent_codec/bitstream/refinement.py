@@ -26,12 +26,12 @@ so this is a fiftieth of Newton's step. Twice as much gains sooner and loses aga
 
 
 class Refiner:
-    """Scales latents for coding as `StreamCodec.scale` does, then refines them in a number of rounds, perhaps 0."""
+    """Scale latents for coding as `StreamCodec.scale` does, then refine them in a number of rounds, perhaps 0."""
 
     def __init__(
         self, coder: StreamCodec, runner: Runner, rounds: int, *, learning_rate: float = LEARNING_RATE
     ) -> None:
-        """Raises `UserError` if the rounds are negative, or if the model codes indices, which cannot be moved."""
+        """Raise `UserError` if the rounds are negative, or if the model codes indices, which cannot be moved."""
         if rounds < 0:
             raise UserError(f"--refine {rounds} must not be negative; {USUAL_ROUNDS} is usual")
         if rounds and coder.codec.config.codes is not None:

@@ -20,7 +20,7 @@ from latent_codec.prior.rans import Coder
 
 
 class CompressedImage(NamedTuple):
-    """One image's file."""
+    """Hold one image's file and its ideal size."""
 
     data: bytes
     ideal_bits: float
@@ -29,10 +29,10 @@ class CompressedImage(NamedTuple):
 
 
 class StreamCodec:
-    """Compresses latents under one prior of a model. Streams do not depend on batch, device or threads."""
+    """Compress latents under one prior of a model. Streams do not depend on batch, device or threads."""
 
     def __init__(self, codec: Codec, device: str, prior: PriorKind | None = None) -> None:
-        """Use the prior of a kind, by default the best of the model's; raise `UserError` if it is missing."""
+        """Take the prior of a kind, by default the model's best; raise `UserError` if it is missing."""
         if codec.priors is None:
             raise UserError(
                 "the model has no prior to code with; `latent-codec export MODEL DST --data IMAGES` makes one"
@@ -99,10 +99,10 @@ class StreamCodec:
 
 
 class StreamReader:
-    """Decompresses a model's streams, whichever of its priors they were coded under."""
+    """Decompress a model's streams, whichever of its priors they were coded under."""
 
     def __init__(self, codec: Codec, device: str) -> None:
-        """Raises `UserError` if the codec has no prior."""
+        """Raise `UserError` if the codec has no prior."""
         best = StreamCodec(codec, device)
         self.codec = codec
         self.coders: dict[PriorKind, StreamCodec] = {best.prior.kind: best}

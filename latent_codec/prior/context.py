@@ -52,7 +52,7 @@ def table_scale(table: int) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextConfig:
-    """The shape of a context prior."""
+    """Define the shape of a context prior."""
 
     groups: tuple[int, ...]
     """Number of channels in each group, in the order of decoding."""
@@ -72,7 +72,7 @@ class ContextConfig:
 
 
 class Layer(NamedTuple):
-    """One layer, y = (W x + b + 2^(s-1)) >> s row by row; W has the shape (out, in) or, for 3x3, (out, in * 9)."""
+    """Compute y = (W x + b + 2^(s-1)) >> s row by row; W has the shape (out, in) or, for 3x3, (out, in * 9)."""
 
     weight: torch.Tensor  # int8
     bias: torch.Tensor  # (out,) int32
@@ -80,7 +80,7 @@ class Layer(NamedTuple):
 
 
 class PassNetwork(NamedTuple):
-    """The network of one pass: layers of 3x3, 3x3 and 1x1 with activations clipped to 0 .. 127, then 1x1."""
+    """Predict one pass by layers of 3x3, 3x3 and 1x1 with activations clipped to 0 .. 127, then 1x1."""
 
     layers: tuple[Layer, Layer, Layer, Layer]
 
@@ -99,7 +99,7 @@ def pass_layouts(config: ContextConfig) -> list[PassLayout]:
 
 
 class ContextPrior:
-    """A frozen context prior.
+    """Predict latents by frozen networks of integers.
 
     order: (z,) channels, strongest first; gain: (z,) 1 to 2^15, which scales a channel's latents to network inputs;
     width_offset: (z,) eighths of an octave between the network's unit of scale and a step of the channel. Raises

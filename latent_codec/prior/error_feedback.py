@@ -30,7 +30,7 @@ _LARGEST_ERROR = 4 * FINE  # a larger difference is no rounding error
 
 
 class Feedback(NamedTuple):
-    """The quotients G_ij / G_ii between neighbouring latents.
+    """Hold the quotients G_ij / G_ii of neighbouring latents, and compute shifts from them.
 
     Sums are of integers below 2^53, so float64 holds them exactly, whatever the order of addition.
     """

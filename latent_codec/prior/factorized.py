@@ -24,7 +24,7 @@ def quarter_octave(step: int) -> int:
 
 
 class FactorizedPrior:
-    """One pass over all latents in order (z, h, w); channel c has table quarter octave * channels + c.
+    """Code all latents in one pass, in order (z, h, w); channel c has table quarter octave * channels + c.
 
     With `codes`, the number of a codebook's entries, there is one channel and one table. Raises `ValueError` if the
     tables do not fit.

@@ -9,7 +9,7 @@ import torch
 
 
 class Sites(enum.Enum):
-    """Positions of a grid that one pass codes; the grid's rows and columns count from 0."""
+    """Select the positions of a grid that one pass codes; the grid's rows and columns count from 0."""
 
     EVEN = "row + column even"
     ODD = "row + column odd"
@@ -31,7 +31,7 @@ class Sites(enum.Enum):
 
 
 class PassLayout(NamedTuple):
-    """The latents that one pass codes: channels `start` to `stop` of the prior's order, at `sites` of a grid.
+    """Describe the latents that one pass codes: channels `start` to `stop` of the prior's order, at `sites` of a grid.
 
     The grid consists of every `spacing`-th row and column of the latents.
     """
@@ -64,12 +64,9 @@ class PassLayout(NamedTuple):
     def take(self, latents: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Return the pass' values (b, g, n) of latents (b, z, h, w), by channel in `order` (z,), row and column."""
         grid = latents[:, order[self.start : self.stop], :: self.spacing, :: self.spacing]
-        # The general case would give the same values for ALL, but slowly.
-        return (
-            grid.reshape(*grid.shape[:2], -1)
-            if self.sites is Sites.ALL
-            else grid[:, :, self.sites.mask(grid.shape[2:])]
-        )
+        if self.sites is Sites.ALL:  # the same, but faster
+            return grid.reshape(*grid.shape[:2], -1)
+        return grid[:, :, self.sites.mask(grid.shape[2:])]
 
     def put(self, latents: np.ndarray, order: np.ndarray, values: np.ndarray) -> None:
         """Write values (b, g, n), as `take` returns them, into latents (b, z, h, w)."""
@@ -83,7 +80,7 @@ class PassLayout(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a prior knows of a pass' values before they are decoded; all (b, g, n) int64, ordered as `take` does.
+    """Hold what a prior knows of a pass' values before they are decoded, (b, g, n) int64 each in the order of `take`.
 
     A value is (coded integer + centre) * FINE + offset, in fine units.
     """

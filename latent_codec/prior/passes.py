@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class QuantizedPasses(NamedTuple):
-    """One image quantised under a prior, and the symbols that code it."""
+    """Hold one image quantised under a prior, and the symbols that code it."""
 
     quantized: Quantized
     passes: list[PassSymbols]  # in the order of decoding

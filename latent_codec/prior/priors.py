@@ -25,7 +25,7 @@ _LAYER = {"weight": torch.int8, "bias": torch.int32, "shift": torch.int32}
 
 
 class Priors(NamedTuple):
-    """A model's quantiser and priors."""
+    """Hold a model's quantiser and priors."""
 
     channel_steps: np.ndarray
     """(z,) float32: each channel's quantiser step at step 1; for a codebook's indices (1,), 1."""
@@ -76,7 +76,7 @@ def to_tensors(priors: Priors) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PriorsHeader:
-    """The JSON that a model file holds beside the priors' tensors."""
+    """Hold what a model file's JSON says of the priors beside their tensors."""
 
     context: ContextConfig | None
 
@@ -108,7 +108,7 @@ def from_tensors(header: PriorsHeader, tensors: dict[str, torch.Tensor], channel
 
 
 class _Tensors:
-    """Tensors that are still to be read."""
+    """Take tensors by name, type and shape until none is left."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

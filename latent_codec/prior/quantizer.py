@@ -76,7 +76,7 @@ def channel_steps_from_std(std: np.ndarray, posterior_std: np.ndarray | None) ->
 
 
 class QuantizerSettings(NamedTuple):
-    """Everything that a decoder knows of an image's latents before it reads the payload."""
+    """Hold all that a decoder knows of an image's latents before it reads the payload."""
 
     shape: tuple[int, int, int]  # (z, h, w)
     step: int  # as stored
@@ -88,7 +88,7 @@ class QuantizerSettings(NamedTuple):
 
 
 class BatchSettings(NamedTuple):
-    """The quantiser settings of images of one shape, as arrays."""
+    """Hold the quantiser settings of images of one shape as arrays."""
 
     steps: np.ndarray  # (b,) int64, as stored
     octaves: np.ndarray  # (b,) int64, `octave_eighths` of the steps
@@ -107,7 +107,7 @@ def stack(settings: Sequence[QuantizerSettings]) -> BatchSettings:
 
 
 class Scaled(NamedTuple):
-    """One image's latents in quantiser steps, not yet integers."""
+    """Hold one image's latents in quantiser steps, not yet integers."""
 
     latents: np.ndarray  # (z, h, w) float64, magnitudes up to LIMIT
     step: int  # as stored
@@ -115,12 +115,13 @@ class Scaled(NamedTuple):
 
     @property
     def settings(self) -> QuantizerSettings:
+        """Return what a decoder will know before the payload."""
         z, h, w = self.latents.shape
         return QuantizerSettings((z, h, w), self.step, self.seed)
 
 
 class Quantized(NamedTuple):
-    """One image's latents as a bitstream holds them."""
+    """Hold one image's latents as a bitstream has them."""
 
     fine: np.ndarray  # (z, h, w) int64, in 1 / FINE of a step
     step: int

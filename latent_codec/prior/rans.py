@@ -30,7 +30,7 @@ PassSymbols = tuple[np.ndarray, np.ndarray]
 
 
 class Coder:
-    """Encodes and decodes under one set of tables; keeps constriction's models of them."""
+    """Encode and decode under one set of tables; keep constriction's models of them."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
@@ -62,7 +62,7 @@ class Coder:
 
 
 class Decoder:
-    """Decodes one payload, pass by pass."""
+    """Decode one payload, pass by pass."""
 
     def __init__(self, coder: Coder, payload: bytes) -> None:
         words = np.frombuffer(payload, "<u4").astype(np.uint32) if len(payload) % 4 == 0 else np.zeros(0, np.uint32)

@@ -18,7 +18,7 @@ _LARGEST = 2**15  # magnitude of an integer in a table: what the 16 bits after a
 
 
 class Tables:
-    """Frequencies of consecutive integers; each table's last symbol is the escape, which stands for all others.
+    """Hold frequencies of consecutive integers; each table's last symbol is the escape, which stands for all others.
 
     counts: all frequencies, table after table, int32; sizes: (t,) symbols of each table, the escape included; first:
     (t,) the integer that each table's first symbol stands for. Raises `ValueError` unless every table sums to `TOTAL`

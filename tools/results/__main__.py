@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
@@ -15,7 +14,7 @@ from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPSOptions
 from latent_codec.storage.files import make_folder, write_text
 from tools.results.crops import Detail, Sheet
-from tools.results.measured import Measuring, ResultFiles, gather
+from tools.results.measured import Measurements, gather
 from tools.results.page import PAGE, PLOT, SHEET, page, plot
 
 DETAILS = (
@@ -32,34 +31,14 @@ RATES = RateDistortionOptions(refine=USUAL_ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Results:
+class Results(Measurements):
     """Write docs/results.md with its plot and its picture, measuring first what has not been measured of the model.
 
     A JSON file of the same model is used as it is; one of another model is measured again and replaced.
     """
 
-    model: str = "photo"
-    """Name of a shipped model or a file."""
-    data: str | None = None
-    """Images to measure on; not needed where the JSON files are the model's."""
-    others: tuple[str, ...] = ()
-    """Models to measure as first stages beside this one, such as PCA of the same latent size."""
-    taef2: Path | None = None
-    """Folder with TAEF2's encoder.safetensors and decoder.safetensors, to measure it as well."""
-    rd_json: Path = Path("checkpoints/photo-rd.json")
-    """Results of `latent-codec evaluate --rd`."""
-    quality_json: Path = Path("checkpoints/photo.json")
-    """Results of `tools.benchmark quality`."""
-    crops_json: Path = Path("checkpoints/photo-crops.json")
-    """Bytes and qualities of the files in the picture."""
     photos: Path = Path("examples/photos")
     """Example photographs, of which details are shown."""
-    anew: bool = False
-    """Measure everything again."""
-    lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
-    """Network of LPIPS; none leaves LPIPS out."""
-    lpips_backbone: Path | None = None
-    """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
     out: Path = Path("docs")
     """Folder for results.md, results.svg and results.jpg."""
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
@@ -70,16 +49,8 @@ class Results:
         make_folder(self.out)
         runner = load(self.model, self.compute)
         lpips = None if self.lpips_net == "none" else LPIPSOptions(net=self.lpips_net, backbone=self.lpips_backbone)
-        measuring = Measuring(
-            runner=runner,
-            model=self.model,
-            data=self.data,
-            others=self.others,
-            taef2=self.taef2,
-            rates=dataclasses.replace(rates, lpips=lpips),
-            sheet=Sheet(photos=self.photos, details=details, side=SIDE, steps=(1.0, 2.0), path=self.out / SHEET),
-        )
-        measured = gather(measuring, ResultFiles(self.rd_json, self.quality_json, self.crops_json), anew=self.anew)
+        sheet = Sheet(photos=self.photos, details=details, side=SIDE, steps=(1.0, 2.0), path=self.out / SHEET)
+        measured = gather(self, runner, dataclasses.replace(rates, lpips=lpips), sheet)
         write_text(self.out / PLOT, plot(measured))
         write_text(self.out / PAGE, page(measured, runner.codec))
         print(f"wrote {self.out / PAGE}")

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
@@ -19,31 +19,35 @@ from train.loop.provenance import git_commit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measuring:
-    """Say what to measure, on what and how; used only where a file is missing or another model's."""
+class Measurements:
+    """Say where a model's measurements lie, and what to measure that is missing."""
 
-    runner: Runner
-    model: str
-    data: str | None
-    others: tuple[str, ...]
-    """Models to set beside this one as a first stage."""
-    taef2: Path | None
-    rates: RateDistortionOptions
-    sheet: Sheet
+    model: str = "photo"
+    """Name of a shipped model or a file."""
+    data: str | None = None
+    """Images to measure on; not needed where the JSON files are the model's."""
+    others: tuple[str, ...] = ()
+    """Models to measure as first stages beside this one, such as PCA of the same latent size."""
+    taef2: Path | None = None
+    """Folder with TAEF2's encoder.safetensors and decoder.safetensors, to measure it as well."""
+    rd_json: Path = Path("checkpoints/photo-rd.json")
+    """Results of `latent-codec evaluate --rd`."""
+    quality_json: Path = Path("checkpoints/photo.json")
+    """Results of `tools.benchmark quality`."""
+    crops_json: Path = Path("checkpoints/photo-crops.json")
+    """Bytes and qualities of the files in the picture."""
+    anew: bool = False
+    """Measure everything again."""
+    lpips_net: Literal["alex", "squeeze", "vgg", "none"] = "alex"
+    """Network of LPIPS; none leaves LPIPS out."""
+    lpips_backbone: Path | None = None
+    """Local safetensors file with the LPIPS network's ImageNet features; otherwise it is downloaded."""
 
     def where(self, missing: Path) -> str:
         """Return the images to measure on; raises `UserError` if none were given."""
         if self.data is None:
             raise UserError(f"{missing}: holds nothing of this model; give --data DIR, the images to measure it on")
         return self.data
-
-
-class ResultFiles(NamedTuple):
-    """Name the JSON files of a model's measurements."""
-
-    rd: Path
-    quality: Path
-    crops: Path
 
 
 class Measured(NamedTuple):
@@ -54,29 +58,36 @@ class Measured(NamedTuple):
     crops: dict[str, Any]
 
 
-def gather(measuring: Measuring, files: ResultFiles, *, anew: bool) -> Measured:
+def gather(wanted: Measurements, runner: Runner, rates: RateDistortionOptions, sheet: Sheet) -> Measured:
     """Read the three files; first measure and write those that are missing or another model's, or all if `anew`.
 
     Raises `UserError` if something must be measured but no images are given, or if a file is none of these.
     """
 
-    def read(path: Path, own: str, id_of: Callable[[Any], str | None], measure: Callable[..., None]) -> dict[str, Any]:
-        if anew or not _is_of(path, own, id_of):
+    def read(path: Path, own: str, id_of: Callable[[Any], str | None], measure: Callable[[], None]) -> dict[str, Any]:
+        if wanted.anew or not _is_of(path, own, id_of):
             print(f"measuring {path}", file=sys.stderr)
-            measure(measuring, path)
+            measure()
         return json.loads(path.read_text(encoding="utf-8"))
 
-    stream = StreamCodec(measuring.runner.codec, measuring.runner.options.device)
-    own, kind, model = stream.stream_id.hex(), stream.prior.kind, measuring.runner.codec.model_id
+    stream = StreamCodec(runner.codec, runner.options.device)
+    own, kind, model = stream.stream_id.hex(), stream.prior.kind, runner.model_id
+    rd, quality, crops = wanted.rd_json, wanted.quality_json, wanted.crops_json
     return Measured(
-        rd=read(files.rd, own, lambda found: found["about"].get("stream_ids", {}).get(kind), _measure_rates),
-        quality=read(files.quality, model, lambda found: _first(found["results"])["model_id"], _measure_quality),
-        crops=read(files.crops, own, lambda found: found["about"].get("stream_id"), _measure_crops),
+        read(
+            rd,
+            own,
+            lambda found: found["about"].get("stream_ids", {}).get(kind),
+            lambda: _measure_rates(runner, wanted.where(rd), rates, rd),
+        ),
+        read(
+            quality,
+            model,
+            lambda found: next(iter(found["results"].values()))["model_id"],
+            lambda: _measure_quality(wanted),
+        ),
+        read(crops, own, lambda found: found["about"].get("stream_id"), lambda: make_sheet(runner, sheet, crops)),
     )
-
-
-def _first(results: dict[str, Any]) -> Any:
-    return next(iter(results.values()))
 
 
 def _is_of(path: Path, own: str, id_of: Callable[[Any], str | None]) -> bool:
@@ -88,27 +99,21 @@ def _is_of(path: Path, own: str, id_of: Callable[[Any], str | None]) -> bool:
         raise UserError(f"{path}: no results of this kind ({error!r}); give another file or remove it") from error
 
 
-def _measure_rates(measuring: Measuring, path: Path) -> None:
-    where = measuring.where(path)
-    report = rate_distortion(measuring.runner, where, dataclasses.replace(measuring.rates, command=command_line()))
+def _measure_rates(runner: Runner, where: str, rates: RateDistortionOptions, path: Path) -> None:
+    report = rate_distortion(runner, where, dataclasses.replace(rates, command=command_line()))
     if report.failures:
         raise UserError(f"{where}: {len(report.failures)} images could not be used; a page needs all of them")
     found = report.json()
-    found["about"] |= {"commit": git_commit()} | machine(measuring.runner.options.device)
+    found["about"] |= {"commit": git_commit()} | machine(runner.options.device)
     write_text(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
-def _measure_quality(measuring: Measuring, path: Path) -> None:
-    lpips = measuring.rates.lpips
+def _measure_quality(wanted: Measurements) -> None:
     Quality(
-        dir=measuring.where(path),
-        models=(measuring.model, *measuring.others),
-        taef2=measuring.taef2,
-        lpips_net=None if lpips is None else lpips.net,
-        lpips_backbone=None if lpips is None else lpips.backbone,
-        out=path,
+        dir=wanted.where(wanted.quality_json),
+        models=(wanted.model, *wanted.others),
+        taef2=wanted.taef2,
+        lpips_net=None if wanted.lpips_net == "none" else wanted.lpips_net,
+        lpips_backbone=wanted.lpips_backbone,
+        out=wanted.quality_json,
     ).run()
-
-
-def _measure_crops(measuring: Measuring, path: Path) -> None:
-    make_sheet(measuring.runner, measuring.sheet, path)

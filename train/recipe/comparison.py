@@ -46,4 +46,5 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
 
 def delta_of_models(tested: RateDistortionReport, anchor: RateDistortionReport, metric: str) -> Delta:
     """Return Bjontegaard's delta rate of one model against another, each with the best of its priors."""
-    return delta_rate(*(rate_curve(report.points, report.codecs[0], metric) for report in (anchor, tested)))
+    ours, theirs = (rate_curve(report.points, report.codecs[0], metric) for report in (tested, anchor))
+    return delta_rate(theirs, ours)

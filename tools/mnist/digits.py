@@ -1,8 +1,10 @@
 """Write MNIST as folders of images, and recognise generated digits with a small classifier.
 
-python -m tools.mnist.digits write    RAW DST [--split train|test]      RAW: the four IDX files, gzipped or not
-python -m tools.mnist.digits classify RAW DST.safetensors               train the classifier and measure it
-python -m tools.mnist.digits score    CLASSIFIER.safetensors SAMPLES    the recognised share of SAMPLES/DIGIT/*.png
+    python -m tools.mnist.digits write RAW DST [--split train|test]
+    python -m tools.mnist.digits classify RAW DST.safetensors
+    python -m tools.mnist.digits score CLASSIFIER.safetensors SAMPLES
+
+RAW holds MNIST's four IDX files, gzipped or not.
 """
 
 import dataclasses
@@ -84,8 +86,11 @@ class Write:
     """Write each digit as a PNG of 32x32 into the folder of its class, DST/7/train-00042.png."""
 
     raw: tyro.conf.Positional[Path]
+    """Folder of MNIST's IDX files."""
     dst: tyro.conf.Positional[Path]
+    """Folder for the images."""
     split: Split = "train"
+    """Split to write."""
 
     def run(self) -> None:
         digits = read_digits(self.raw, self.split)
@@ -103,9 +108,13 @@ class Classify:
     """Train the classifier on the training split, and measure it on the test split."""
 
     raw: tyro.conf.Positional[Path]
+    """Folder of MNIST's IDX files."""
     dst: tyro.conf.Positional[Path]
+    """Safetensors file for the classifier."""
     epochs: int = 3
+    """Passes over the training split."""
     seed: int = 0
+    """Seed of the initial weights and of the order of images."""
 
     def run(self) -> None:
         digits = read_digits(self.raw, "train")
@@ -133,7 +142,9 @@ class Score:
     """Print the share of images in SAMPLES/0 ... SAMPLES/9 that the classifier recognises as their folder's digit."""
 
     classifier: tyro.conf.Positional[Path]
+    """File that `classify` wrote."""
     samples: tyro.conf.Positional[Path]
+    """Folder of folders 0 ... 9 of images."""
 
     def run(self) -> None:
         net = Classifier()

@@ -1,8 +1,8 @@
 """Improve a shipped model on one GPU, in one or more calls: `python -m train.recipe --data TARS --val TAR --out RUN`.
 
 Trains the codec from a model, measures its quantiser, encodes the images, trains the context prior, writes
-RUN/photo.safetensors, and compares it with the model it started from on validation photographs. A call ends within
---minutes. Repeat the same command until all stages are done.
+RUN/photo.safetensors, and compares it with the model it started from on validation photographs. Each call ends
+within --minutes. Repeat the same command until all stages are done.
 """
 
 import time

@@ -31,8 +31,8 @@ from train.config.diffusion import PRESETS, DiffusionConfig, check_diffusion
 from train.data.crops import Draw
 from train.data.latents import PosteriorCrops
 from train.loop.claim import check_processes, claim
-from train.loop.program import RunOptions, begin, main_of, run_of_preset
-from train.loop.trainer import TrainedModules, Trainer
+from train.loop.program import RunOptions, main_of, run_of_preset
+from train.loop.trainer import TrainedModules, Trainer, begin
 from train.objectives.flow import FlowLosses, FlowMatching
 
 _DRAWS = 4  # of each held-out image at an evaluation

@@ -35,9 +35,9 @@ from train.context_prior.trained import TrainedPrior, prior_from
 from train.data.latents import LatentCrops, MeanBatch
 from train.loop.claim import check_processes, claim
 from train.loop.logs import RunLog
-from train.loop.program import RunOptions, begin, main_of
+from train.loop.program import RunOptions, main_of
 from train.loop.provenance import git_commit
-from train.loop.trainer import TrainedModules, Trainer
+from train.loop.trainer import TrainedModules, Trainer, begin
 from train.objectives.prior import PriorLosses, PriorObjective
 
 _MEASURED_STEPS = (1.0, 1.4, 2.0, 4.0)

@@ -34,9 +34,9 @@ from train.init.from_model import start_from_model
 from train.loop.checkpoints import Saved
 from train.loop.claim import claim
 from train.loop.logs import RunLog
-from train.loop.program import begin, main_of, run_of_preset
+from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import Run, check_run, describe_data, labelled, split
-from train.loop.trainer import RATE, TrainedModules, Trainer
+from train.loop.trainer import RATE, TrainedModules, Trainer, begin
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.objectives.elbo import ELBO, ELBOLosses
 from train.objectives.iwae import IWAE, IWAELosses

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from latent_codec.model.codec import Codec
-from train.loop import checkpoints, interrupts, program, trainer
+from train.loop import checkpoints, interrupts, trainer
 from train.loop.interrupts import Interrupts
 from train.objectives.elbo import ELBO, ELBOLosses
 
@@ -119,4 +119,4 @@ def scaled_fp16() -> None:
             self.native_amp = True
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # pyright: ignore[reportPrivateImportUsage]
 
-    program.Accelerator = Scaling
+    trainer.Accelerator = Scaling

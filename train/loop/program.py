@@ -1,20 +1,16 @@
-"""Begin and end a training program: its command line, its options, and its exit code."""
+"""Begin and end a training program: its command line, its options, and its exit code. Free of torch."""
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from latent_codec.errors import UserError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from train.loop.interrupts import Interrupts
 
 Config = TypeVar("Config")
 Run = TypeVar("Run")
@@ -33,10 +29,20 @@ class RunOptions:
 
 
 def main_of(program: str, work: Callable[[], int]) -> NoReturn:
-    """Exit with the code that `work` returns, or with 1 and one sentence if the user made a mistake."""
+    """Exit with the code that `work` returns, with 1 and one sentence for a user's mistake, or with 141.
+
+    141 says that the reader of the output went away, as `head` does.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        code = work()
+        try:
+            code = work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # for what Python writes when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = 141
     except (UserError, ValueError) as error:
         raise SystemExit(f"{program}: {error}") from error
     sys.exit(code)
@@ -50,15 +56,3 @@ def run_of_preset(
     lines = {name: (preset.__doc__ or "").splitlines()[0] for name, preset in presets.items()}
     kind = tyro.extras.subcommand_type_from_defaults(runs, lines)
     return tyro.cli(kind, prog=program, description=about, config=(tyro.conf.AvoidSubcommands,))
-
-
-def begin(run: RunOptions) -> "tuple[Accelerator, Interrupts]":
-    """Connect the processes and start the clock of the time limit."""
-    from accelerate import Accelerator  # slow to import, as torch is
-
-    from train.loop.interrupts import Interrupts
-
-    accelerator = Accelerator(log_with=list(run.log_with) or None, project_dir=str(run.out))
-    interrupts = Interrupts(run.max_minutes)
-    accelerator.wait_for_everyone()  # a process that fails before the others have connected would strand them
-    return accelerator, interrupts

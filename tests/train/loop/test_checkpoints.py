@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
-from tests.support.run import assert_same_tensors, call
+from tests.support.folder import finish
+from tests.support.folder import start as start_process
+from tests.support.run import assert_same_tensors
 from train.loop import checkpoints
 from train.loop.checkpoints import Progress
 
@@ -270,7 +272,7 @@ def die_at_every_operation(base: Path) -> None:
 def test_a_kill_anywhere_within_a_save_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     start = saved(tmp_path / "start", 1, 2, 3)
     flip(start / "step-00000003" / "codec.safetensors", -1)  # what is saved replaces a damaged checkpoint
-    call(die_at_every_operation, tmp_path)
+    assert finish(start_process(die_at_every_operation, tmp_path)) == 0
     shutil.rmtree(start)
     folders = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))
     found = []

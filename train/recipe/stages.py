@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +119,8 @@ def advance(recipe: Recipe, clock: Clock) -> int:
         raise UserError(f"the recipe is for one process, not {processes}: start train.vae and train.prior on several")
     make_folder(recipe.out)
     start = Codec.load(recipe.start_from)
-    stages = Stages(recipe, clock, State(recipe, start.model_id), start, device)
+    state = State(recipe, start.model_id)
+    stages = Stages(recipe, clock, state, preset_of(start.config, recipe.objective, recipe.latent_channels), device)
     work_of: dict[str, Callable[[], None]] = {
         "train the codec": stages.train_codec,
         "measure the quantiser": stages.measure_quantizer,
@@ -129,7 +130,7 @@ def advance(recipe: Recipe, clock: Clock) -> int:
         "draw the figure": stages.compare_models,
     }
     for name, work in work_of.items():
-        if name in stages.state.done and not (work == stages.encode_images and stages.lacks_latents):
+        if name in state.done and not (work == stages.encode_images and stages.lacks_latents):
             continue
         try:
             stages.need(recipe.finish_minutes)
@@ -138,37 +139,21 @@ def advance(recipe: Recipe, clock: Clock) -> int:
         except EndOfCallError as end:
             print(f"{name}: {end}; the same command goes on from here", flush=True)
             return end.code
-        stages.state.finish(name)
+        state.finish(name)
     print(f"done: {stages.model}")
     return 0
 
 
-@dataclass(frozen=True)
 class Stages:
     """Run each stage by a method, which raises `EndOfCallError` if it is not done when it returns."""
 
-    recipe: Recipe
-    clock: Clock
-    state: State
-    start: Codec
-    device: torch.device
-
-    @property
-    def model(self) -> Path:
-        """Return the path of the finished model."""
-        return self.recipe.out / "photo.safetensors"
-
-    @property
-    def _quantized(self) -> Path:
-        return self.recipe.out / "quantised.safetensors"
-
-    @property
-    def _preset(self) -> TrainConfig:
-        return preset_of(self.start.config, self.recipe.objective, self.recipe.latent_channels)
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+    def __init__(self, recipe: Recipe, clock: Clock, state: State, preset: TrainConfig, device: torch.device) -> None:
+        """`preset` has the parts of the model to start from."""
+        self.recipe, self.clock, self.state, self.preset, self.device = recipe, clock, state, preset, device
+        self.on_gpu = device.type == "cuda"
+        self.model, self.quantized = recipe.out / "photo.safetensors", recipe.out / "quantised.safetensors"
+        self.latents = tuple(recipe.out / "latents" / f"{i}-{path.stem}" for i, path in enumerate(recipe.data))
+        self.val_latents = recipe.out / "latents" / "val"
 
     def need(self, minutes: float) -> None:
         """Raise `EndOfCallError` if fewer minutes of this call are left."""
@@ -180,14 +165,16 @@ class Stages:
     def train_codec(self) -> None:
         """Train the codec with `train.vae`."""
         if "codec" not in self.state.plans:
-            self._plan("codec", 1 - self.recipe.prior_share, self._batch_size(), self._run_codec)
-        plan = self.state.plans["codec"]
-        self._run_codec(plan, self.recipe.out / "codec")
-        if not (self.recipe.out / "codec" / "checkpoints" / f"step-{plan.steps:08d}").exists():
-            raise EndOfCallError(0, "the minutes of this call are over")
+            batch_size = self.recipe.batch_size
+            if batch_size is None:
+                batch_size = _gpu_batch(self.device) if self.on_gpu else self.preset.batch_size
+            self._plan("codec", 1 - self.recipe.prior_share, batch_size, self._run_codec)
+        plan, out = self.state.plans["codec"], self.recipe.out / "codec"
+        self._run_codec(plan, out)
+        _check_done(out / "checkpoints" / f"step-{plan.steps:08d}")
 
     def _run_codec(self, plan: TrainingPlan, out: Path) -> None:
-        config = codec_config(self.recipe, self._preset, plan.batch_size, plan.steps, self._on_gpu)
+        config = codec_config(self.recipe, self.preset, plan.batch_size, plan.steps, self.on_gpu)
         config = replace(
             config,
             log_every=min(100, max(1, plan.steps // 4)),
@@ -203,46 +190,37 @@ class Stages:
             lpips_backbone=self.recipe.lpips_backbone,
             config=config,
         )
-        with accelerate_as("bf16" if self._on_gpu else "no"):
+        with accelerate_as("bf16" if self.on_gpu else "no"):
             _check_code(vae.train(run))
 
     def measure_quantizer(self) -> None:
         """Export the codec with a quantiser measured on the validation images."""
-        export(self.recipe.out / "codec", self._quantized, data=(self.recipe.val,), images=_EXPORT_IMAGES, half=True)
+        export(self.recipe.out / "codec", self.quantized, data=(self.recipe.val,), images=_EXPORT_IMAGES, half=True)
 
     def encode_images(self) -> None:
         """Encode each of `data` and `val` to a folder of latents."""
-        options = ComputeOptions(device=str(self.device), batch_size=64 if self._on_gpu else 8)
-        runner = load(str(self._quantized), options)
-        folders = zip((*self.recipe.data, self.recipe.val), (*self._latents, self._val_latents), strict=True)
+        options = ComputeOptions(device=str(self.device), batch_size=64 if self.on_gpu else 8)
+        runner = load(str(self.quantized), options)
+        folders = zip((*self.recipe.data, self.recipe.val), (*self.latents, self.val_latents), strict=True)
         for images, folder in folders:
             print(encode_latents(runner, images, folder, resume=RESUME), flush=True)
 
     @property
     def lacks_latents(self) -> bool:
         """Tell whether latents are missing that training still needs; they may be left behind on another machine."""
-        folders = [self._val_latents, *self._latents]
-        return "train the prior" not in self.state.done and not all((f / INDEX).exists() for f in folders)
-
-    @property
-    def _val_latents(self) -> Path:
-        return self.recipe.out / "latents" / "val"
-
-    @property
-    def _latents(self) -> tuple[Path, ...]:
-        return tuple(self.recipe.out / "latents" / f"{i}-{path.stem}" for i, path in enumerate(self.recipe.data))
+        missing = not all((folder / INDEX).exists() for folder in (*self.latents, self.val_latents))
+        return missing and "train the prior" not in self.state.done
 
     def train_prior(self) -> None:
         """Train the context prior with `train.prior`."""
         if "prior" not in self.state.plans:
             batch_size = self.recipe.prior.batch_size
-            if self._on_gpu and batch_size == PriorConfig().batch_size:
+            if self.on_gpu and batch_size == PriorConfig().batch_size:
                 batch_size = _GPU_BATCH
             self._plan("prior", self.recipe.prior_share, batch_size, self._run_prior)
             self.need(self.recipe.finish_minutes)
         self._run_prior(self.state.plans["prior"], self.recipe.out / "prior")
-        if not (self.recipe.out / "prior" / PRIOR_RUN_MODEL).exists():
-            raise EndOfCallError(0, "the minutes of this call are over")
+        _check_done(self.recipe.out / "prior" / PRIOR_RUN_MODEL)
 
     def _run_prior(self, plan: TrainingPlan, out: Path) -> None:
         final = out.name == "prior"
@@ -256,9 +234,9 @@ class Stages:
             save_every=plan.every(self.recipe.save_minutes),
         )
         run = prior.Run(
-            model=str(self._quantized),
-            latents=self._latents,
-            val=(self._val_latents,) if final else (),
+            model=str(self.quantized),
+            latents=self.latents,
+            val=(self.val_latents,) if final else (),
             start_from=self.recipe.out / "codec" if self.recipe.objective == "joint" else None,
             out=out,
             # Freezing the prior afterwards cannot be interrupted.
@@ -303,13 +281,16 @@ class Stages:
             flush=True,
         )
 
-    def _batch_size(self) -> int:
-        if self.recipe.batch_size is not None:
-            return self.recipe.batch_size
-        if not self._on_gpu:
-            return self._preset.batch_size
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        return _GPU_BATCH if memory >= _LARGE_GPU else _SMALL_GPU_BATCH
+
+def _gpu_batch(device: torch.device) -> int:
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return _GPU_BATCH if memory >= _LARGE_GPU else _SMALL_GPU_BATCH
+
+
+def _check_done(path: Path) -> None:
+    """Raise `EndOfCallError` if the file or folder that a stage ends with is not there yet."""
+    if not path.exists():
+        raise EndOfCallError(0, "the minutes of this call are over")
 
 
 def _check_code(code: int) -> None:

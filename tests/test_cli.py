@@ -322,6 +322,7 @@ def test_a_users_mistake_is_2_and_one_line_without_a_traceback(
     refuse(run("encode", photos, out, *model, "--max-pixels", 0), "refuses every image")
     refuse(run("encode", photos, out, *model, "--batch-size", 0), "--batch-size 0")
     refuse(run("encode", photos, out, *model, "--workers", 0), "--workers 0")
+    refuse(run("encode", photos, out, *model, "--tile", 90), "give 88 or 96")
     refuse(run("decode", photos, out, *model), "no latents there")
     refuse(run("decode", tmp_path / "none", out, *model), "no latents there")
     refuse(run("decode", latents, tmp_path / "file", *model), "cannot be written into as a folder")

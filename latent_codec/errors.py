@@ -1,9 +1,9 @@
-"""The exceptions that stand for a user's mistake: command lines print their sentence and no traceback."""
+"""Define the exceptions for mistakes of a user: a command line prints their sentence and no traceback."""
 
 
 class UserError(ValueError):
-    """One clear sentence that names the value, the limit and the remedy."""
+    """Report a user's mistake in one sentence that names the value, the limit and the remedy."""
 
 
 class FatalError(UserError):
-    """One that ends the work of a command over many images: the others would fare no better."""
+    """End the whole command over many images, because the other images would fail in the same way."""

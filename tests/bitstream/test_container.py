@@ -298,7 +298,7 @@ def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes() -> None:
 def test_both_decoders_agree_on_mutants() -> None:
     originals = [path.read_bytes() for path in golden()]
     decoded = 0
-    for number in range(400):
+    for number in range(300):
         data = mutate(originals, 1, number).data
         try:
             expected = reference_decoder.decode(data, independent()).latents
@@ -308,7 +308,7 @@ def test_both_decoders_agree_on_mutants() -> None:
         else:
             np.testing.assert_array_equal(read(data).numpy(), expected)
             decoded += 1
-    assert decoded > 20
+    assert decoded > 10
 
 
 def test_a_judge_notices_what_decodes_and_should_not() -> None:

@@ -162,7 +162,8 @@ def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, phot
     assert plain.keys() == refined.keys() and plain != refined
     assert encode(codec, photos, tmp_path / "0", refine=2) == refined
     assert encode(codec, photos, tmp_path / "1", batch_size=1, refine=2) == refined
-    plain, refined = (encode(codec, photos, tmp_path / f"rate {n}", refine=n, rate=Rate(bpp=9.0)) for n in (0, 2))
+    one, rate = photos / "0.png", Rate(bpp=9.0)
+    plain, refined = (encode(codec, one, tmp_path / f"rate {n}", refine=n, rate=rate) for n in (0, 1))
     assert plain != refined
 
 

@@ -103,26 +103,25 @@ def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
         raise RefusalError("magic")
     if len(data) < 47:
         raise RefusalError("cut header")
-    if zlib.crc32(data[:43]) != struct.unpack("<I", data[43:47])[0]:
+    fields = struct.unpack("<7sB8sIIBB3sHQI", data[:43])
+    _, version, stream_id, width, height, orientation, flags, background, step, seed, length = fields
+    payload, crcs = data[47 : 47 + length], (data[43:47], data[47 + length :])
+    if crcs[0] != struct.pack("<I", zlib.crc32(data[:43])):
         raise RefusalError("header checksum")
-    if data[7] not in (1, 2, 3):
+    if version not in (1, 2, 3):
         raise RefusalError("version")
-    width, height, orientation, flags = struct.unpack("<IIBB", data[16:26])
-    step, seed, length = struct.unpack("<HQI", data[29:43])
     if width * height > max_pixels:
         raise RefusalError("pixels")
     if len(data) != 51 + length:
         raise RefusalError("length")
-    payload = data[47 : 47 + length]
-    if zlib.crc32(payload) != struct.unpack("<I", data[47 + length :])[0]:
+    if crcs[1] != struct.pack("<I", zlib.crc32(payload)):
         raise RefusalError("payload checksum")
-    if flags > 15 or (seed and not flags & 4) or (any(data[26:29]) and not flags & 2) or step < 16:
+    if flags > 15 or (seed and not flags & 4) or (any(background) and not flags & 2) or step < 16:
         raise RefusalError("values")
     if not width or not height or not 1 <= orientation <= 8:
         raise RefusalError("geometry")
-    return Header(
-        data[7], data[8:16], width, height, orientation, flags, data[26:29], step, seed if flags & 4 else None
-    ), payload
+    seed = seed if flags & 4 else None
+    return Header(version, stream_id, width, height, orientation, flags, background, step, seed), payload
 
 
 class Ans:

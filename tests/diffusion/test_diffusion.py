@@ -244,7 +244,7 @@ def test_an_image_depends_on_seed_label_and_number_alone(model: Diffusion) -> No
     assert not torch.equal(whole, draw_latents(model, ids, seed=2, steps=2, guidance=1.5))
 
 
-def test_images_lie_in_folders_of_their_labels_and_existing_ones_are_kept(
+def test_existing_images_are_kept_and_those_of_other_options_refused(
     model: Diffusion, runner: Runner, tmp_path: Path
 ) -> None:
     first = sample(model, runner, choose(model, ["a"], 3), tmp_path, QUICK, quiet=True)
@@ -252,24 +252,18 @@ def test_images_lie_in_folders_of_their_labels_and_existing_ones_are_kept(
     assert [p.relative_to(tmp_path).as_posix() for p in first.paths] == ["a/00000.png", "a/00001.png", "a/00002.png"]
     before = {path: path.read_bytes() for path in first.paths}
     first.paths[1].unlink()
-    more = sample(model, runner, choose(model, [], 3), tmp_path, QUICK, quiet=True)
-    assert more.made == 4 and {path: path.read_bytes() for path in first.paths} == before
-
-
-def test_images_drawn_with_other_options_are_not_mistaken_for_these(
-    model: Diffusion, runner: Runner, tmp_path: Path
-) -> None:
-    ids, other = choose(model, ["a"], 1), {"steps": 2, "seed": 1}
-    (path,) = sample(model, runner, ids, tmp_path, QUICK, quiet=True).paths
-    before = path.read_bytes()
+    ids = choose(model, [], 3)
+    assert sample(model, runner, ids, tmp_path, QUICK, quiet=True).made == 4
+    assert {path: path.read_bytes() for path in first.paths} == before
+    other = dataclasses.replace(QUICK, seed=1)
     with pytest.raises(UserError, match="holds images by other settings; give another folder, or --overwrite"):
-        sample(model, runner, ids, tmp_path, SampleOptions(**other), quiet=True)
-    assert path.read_bytes() == before
-    sample(model, runner, ids, tmp_path, SampleOptions(**other, overwrite=True), quiet=True)
-    assert path.read_bytes() != before
+        sample(model, runner, ids, tmp_path, other, quiet=True)
+    assert {path: path.read_bytes() for path in first.paths} == before
+    sample(model, runner, ids, tmp_path, dataclasses.replace(other, overwrite=True), quiet=True)
+    assert not any(path.read_bytes() == data for path, data in before.items())
     (tmp_path / SETTINGS).write_text("{")
     with pytest.raises(UserError, match="holds images by other settings"):
-        sample(model, runner, ids, tmp_path, QUICK, quiet=True)
+        sample(model, runner, ids, tmp_path, other, quiet=True)
 
 
 def test_pixels_are_the_codecs_of_the_drawn_latents(

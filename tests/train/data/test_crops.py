@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,19 +156,13 @@ def test_nothing_but_broken_images_is_an_error(with_broken: list[Source], fetch:
         fetch([with_broken[BROKEN]] * 2)
 
 
-@pytest.mark.parametrize("fetch", [memory, stream])
-def test_a_run_resumed_at_a_later_step_sees_the_same_batches(
+@pytest.mark.parametrize("fetch", [memory, partial(memory, ahead=1), partial(memory, ahead=3), stream])
+def test_a_run_resumed_at_a_later_step_sees_the_same_batches_however_many_are_drawn_ahead(
     sources: list[Source], fetch: Callable[[list[Source]], Batches]
 ) -> None:
-    plan = PLAN._replace(micro_batches=2)
-    whole = collect(fetch(sources), plan, last=6)
-    assert_same(collect(fetch(sources), plan, 0, 2) + collect(fetch(sources), plan, 2, 6), whole)
-
-
-@pytest.mark.parametrize("ahead", [1, 3])
-def test_crops_do_not_depend_on_how_many_are_drawn_ahead(sources: list[Source], ahead: int) -> None:
-    plan = PLAN._replace(micro_batches=2)
-    assert_same(collect(memory(sources, ahead), plan, last=5), collect(memory(sources), plan, last=5))
+    plan, images = PLAN._replace(micro_batches=2), fetch(sources)
+    whole = collect(memory(sources), plan, last=6)
+    assert_same(collect(images, plan, 0, 2) + collect(images, plan, 2, 6), whole)
 
 
 @given(

@@ -51,19 +51,13 @@ def test_what_makes_no_full_round_is_left_out_if_asked() -> None:
         ShapeBatches(SHAPES, 4, world=5, drop_last=True)
 
 
-def test_epochs_differ_and_come_back() -> None:
+def test_epochs_and_seeds_differ_and_come_back() -> None:
     first, second = (epoch_of(SHAPES, 4, 1, epoch)[0] for epoch in (0, 1))
     assert {rows.epoch for rows in second} == {1}
     assert [rows.indices for rows in first] != [rows.indices for rows in second]
     assert {frozenset(rows.indices) for rows in first} != {frozenset(rows.indices) for rows in second}
-    assert first == epoch_of(SHAPES, 4, 1, 0)[0]
-
-
-def test_other_seeds_give_other_orders_and_the_global_state_plays_no_part() -> None:
-    torch.manual_seed(1)
-    one = list(ShapeBatches(SHAPES, 4, seed=1))
-    torch.manual_seed(2)
-    assert one == list(ShapeBatches(SHAPES, 4, seed=1)) != list(ShapeBatches(SHAPES, 4, seed=2))
+    torch.manual_seed(1)  # the global state plays no part
+    assert first == epoch_of(SHAPES, 4, 1, 0)[0] != list(ShapeBatches(SHAPES, 4, seed=2))
 
 
 def test_an_epoch_resumes_at_any_batch() -> None:
@@ -79,9 +73,9 @@ def test_an_epoch_resumes_at_any_batch() -> None:
         ShapeBatches(SHAPES, 4, seed=3, rank=1, world=2).set_epoch(5, len(whole) + 1)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 2, "world": 2}, {"rank": -1}])
-def test_numbers_that_make_no_sense_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="must be at least 1, and rank"):
-        ShapeBatches(SHAPES, **({"batch_size": 4} | options))
+def test_impossible_numbers_are_refused() -> None:
+    for options in ({"batch_size": 0}, {"rank": 2, "world": 2}, {"rank": -1}):
+        with pytest.raises(UserError, match="must be at least 1, and rank"):
+            ShapeBatches(SHAPES, **({"batch_size": 4} | options))
     with pytest.raises(UserError, match="0 items"):
         ShapeBatches([], 4)

@@ -15,7 +15,6 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import (
     INDEX,
     StoredDtype,
-    check_model,
     latents_header,
     latents_row,
     read_index,
@@ -196,10 +195,3 @@ def test_a_shard_of_another_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_text("text")
     with pytest.raises(UserError, match="not a safetensors file"):
         read_index(tmp_path / "b.safetensors")
-
-
-def test_latents_of_another_model_are_refused(codec: Codec, tmp_path: Path) -> None:
-    header = store(tmp_path, codec).header
-    check_model(header, codec.model_id, "here")
-    with pytest.raises(UserError, match=f"{codec.model_id[:12]}.*000000000000.*--model"):
-        check_model(header, "0" * 64, "here")

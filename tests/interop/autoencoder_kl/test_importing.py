@@ -99,15 +99,6 @@ def test_a_file_in_the_original_layout_alone_or_in_a_checkpoint(
     assert codec.statistics is None
 
 
-def test_a_file_in_diffusers_layout_is_inferred_from_its_shapes(
-    small: tuple[AutoencoderKL, Path], tmp_path: Path, out: Path
-) -> None:
-    shutil.copy(small[1] / WEIGHTS, tmp_path / "alone.safetensors")
-    codec = import_model(tmp_path / "alone.safetensors", out)
-    assert_same_model(codec, small[0])
-    assert codec.statistics is None
-
-
 def test_a_file_beside_its_config_json_goes_by_that(tmp_path: Path, out: Path) -> None:
     """Shapes do not tell the number of groups."""
     backbone = dataclasses.replace(kl.SMALL, groups=8)
@@ -133,9 +124,15 @@ def test_half_precision_is_read_to_the_bit(tmp_path: Path, out: Path, dtype: tor
     assert {t.dtype for t in load_file(out).values()} == {torch.float16}
 
 
-def test_a_pipelines_folder_is_that_of_its_autoencoder(small: tuple[AutoencoderKL, Path], out: Path) -> None:
+def test_a_pipelines_folder_is_that_of_its_autoencoder_and_a_lone_file_goes_by_its_shapes(
+    small: tuple[AutoencoderKL, Path], tmp_path: Path, out: Path
+) -> None:
     model, folder = small
     assert_same_model(import_model(folder.parent, out), model)
+    shutil.copy(folder / WEIGHTS, tmp_path / "alone.safetensors")
+    codec = import_model(tmp_path / "alone.safetensors", out)
+    assert_same_model(codec, model)
+    assert codec.statistics is None
 
 
 @pytest.mark.parametrize(

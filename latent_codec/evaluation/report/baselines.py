@@ -53,7 +53,7 @@ class BaselineComparison:
         lpips: LPIPS | None = None,
         quiet: bool = False,
     ) -> None:
-        """`evaluation` is what `evaluate` measured of the model on these images."""
+        """Take the images and what `evaluate` measured of the model on them."""
         self.runner, self.sources, self.evaluation = runner, sources, evaluation
         self._lpips, self._quiet = lpips, quiet
         self.names = [name for name in _COLUMNS if name in evaluation.summary]

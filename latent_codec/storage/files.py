@@ -89,7 +89,7 @@ def put(temporary: Path, path: Path, mode: int | None = None) -> None:
     if mode is not None and temporary.stat().st_mode != mode:
         temporary.chmod(stat.S_IMODE(mode))
     fsync(temporary)
-    os.replace(temporary, path)  # noqa: PTH105 (tests inject faults into this function)
+    temporary.replace(path)
     fsync(path.parent)
 
 

@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,79 +94,61 @@ Z = torch.arange(24, dtype=torch.float32).reshape(4, 2, 3) / 7
 SCALED = (Z - torch.tensor([0.5, -1.0, 0.0, 2.0])[:, None, None]) / torch.tensor([1.0, 2.0, 0.5, 4.0])[:, None, None]
 
 
-def kohya_file(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each program with a file as the program itself writes it."""
+    root = tmp_path_factory.mktemp("others")
+    for source in EVERY:
+        (root / source / "sub").mkdir(parents=True)
     sizes = {"original_size_2x3": np.array([20, 13]), "crop_ltrb_2x3": np.array([0, 0, 20, 13])}
-    np.savez(folder / "sub" / "a_0020x0013_flux.npz", latents_2x3=SCALED.numpy(), **sizes)
-
-
-def musubi_file(folder: Path) -> None:
+    np.savez(root / "kohya" / "sub" / "a_0020x0013_flux.npz", latents_2x3=SCALED.numpy(), **sizes)
     metadata = {"architecture": "wan", "width": "20", "height": "13", "format_version": "1.0.1"}
-    save_file(
-        {"latents_1x2x3_bfloat16": SCALED[:, None].contiguous().bfloat16()},
-        folder / "a_0020x0013_wan.safetensors",
-        metadata,
-    )
-    save_file({"varlen_t5_bfloat16": torch.zeros(1)}, folder / "a_wan_te.safetensors", metadata)
-
-
-def comfyui_file(folder: Path) -> None:
-    save_file({"latent_tensor": Z[None] * 0.18215}, folder / "a.latent")
-
-
-def lightningdit_file(folder: Path) -> None:
+    tensors = {"latents_1x2x3_bfloat16": SCALED[:, None].contiguous().bfloat16()}
+    save_file(tensors, root / "musubi" / "a_0020x0013_wan.safetensors", metadata)
+    save_file({"varlen_t5_bfloat16": torch.zeros(1)}, root / "musubi" / "a_wan_te.safetensors", metadata)
+    save_file({"latent_tensor": Z[None] * 0.18215}, root / "comfyui" / "a.latent")
     both = torch.stack([Z + 1, Z])
     tensors = {"latents": both, "latents_flip": both + 1, "labels": torch.tensor([0, 7])}
-    save_file(tensors, folder / "latents_rank00_shard000.safetensors")
-
-
-def mar_file(folder: Path) -> None:
+    save_file(tensors, root / "lightningdit" / "latents_rank00_shard000.safetensors")
     moments = torch.cat([Z, torch.full_like(Z, -30.0)]).numpy()
-    np.savez(folder / "sub" / "a.JPEG.npz", moments=moments, moments_flip=moments + 1)
-
-
-def edm2_file(folder: Path) -> None:
-    np.save(folder / "sub" / "img-mean-std-00000000.npy", torch.cat([Z, torch.ones_like(Z)]).numpy())
-    (folder / "dataset.json").write_text(json.dumps({"labels": [["sub/img-mean-std-00000000.npy", 3]]}))
-
-
-def webdataset_file(folder: Path) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, Z.numpy())
-    with tarfile.open(folder / "0.tar", "w") as tar:
+    np.savez(root / "mar" / "sub" / "a.JPEG.npz", moments=moments, moments_flip=moments + 1)
+    np.save(root / "edm2" / "sub" / "img-mean-std-00000000.npy", torch.cat([Z, torch.ones_like(Z)]).numpy())
+    labels = {"labels": [["sub/img-mean-std-00000000.npy", 3]]}
+    (root / "edm2" / "dataset.json").write_text(json.dumps(labels))
+    np.save(root / "npy" / "sub" / "a.npy", Z.numpy() * 0.5)
+    np.save(buffer := io.BytesIO(), Z.numpy())
+    with tarfile.open(root / "webdataset" / "0.tar", "w") as tar:
         for name, data in (("sub/a.npy", buffer.getvalue()), ("sub/a.cls", b"3")):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+    return root
 
 
-def npy_file(folder: Path) -> None:
-    np.save(folder / "sub" / "a.npy", Z.numpy() * 0.5)
-
-
-STRANGERS: dict[CacheName, tuple[Callable[[Path], None], str, tuple[int, int], dict[str, Any]]] = {
-    "kohya": (kohya_file, "sub/a", (20, 13), {"arch": "flux"}),
-    "musubi": (musubi_file, "a", (20, 13), {"arch": "wan"}),
-    "comfyui": (comfyui_file, "a", (24, 16), {}),
-    "lightningdit": (lightningdit_file, "00007/latents_rank00_shard000-000001", (24, 16), {}),
-    "mar": (mar_file, "sub/a.JPEG", (24, 16), {}),
-    "edm2": (edm2_file, "00003/sub-img-mean-std-00000000", (24, 16), {}),
-    "webdataset": (webdataset_file, "sub/a", (24, 16), {"scale": "raw"}),
-    "npy": (npy_file, "sub/a", (24, 16), {"scale": "normalized", "scaling_factor": 0.5}),
+OTHERS: dict[CacheName, tuple[str, tuple[int, int], dict[str, Any]]] = {
+    "kohya": ("sub/a", (20, 13), {"arch": "flux"}),
+    "musubi": ("a", (20, 13), {"arch": "wan"}),
+    "comfyui": ("a", (24, 16), {}),
+    "lightningdit": ("00007/latents_rank00_shard000-000001", (24, 16), {}),
+    "mar": ("sub/a.JPEG", (24, 16), {}),
+    "edm2": ("00003/sub-img-mean-std-00000000", (24, 16), {}),
+    "webdataset": ("sub/a", (24, 16), {"scale": "raw"}),
+    "npy": ("sub/a", (24, 16), {"scale": "normalized", "scaling_factor": 0.5}),
 }
+"""Path, size and options of the last image of each."""
 
 
-@pytest.mark.parametrize("source", STRANGERS)
-def test_files_of_the_program_itself_are_read(shared_codec: Codec, tmp_path: Path, source: CacheName) -> None:
-    make, path, size, given = STRANGERS[source]
-    (tmp_path / "cache" / "sub").mkdir(parents=True)
-    make(tmp_path / "cache")
+@pytest.mark.parametrize("source", OTHERS)
+def test_files_of_the_program_itself_are_read(
+    shared_codec: Codec, others: Path, tmp_path: Path, source: CacheName
+) -> None:
+    path, size, given = OTHERS[source]
     given = given | {"store": "float32"}
-    assert not back(shared_codec, source, tmp_path / "cache", tmp_path / "out", **given).summary.failures
+    assert not back(shared_codec, source, others / source, tmp_path / "out", **given).summary.failures
     found = Latents(tmp_path / "out")
-    entry = found.entries[-1]
+    entry, posterior = found.entries[-1], found.posterior(len(found) - 1)
     assert (entry.path, entry.geometry.width, entry.geometry.height) == (path, *size)
     tolerance = 2e-2 if source == "musubi" else 1e-5  # its own bfloat16
-    posterior = found.posterior(len(found) - 1)
     assert torch.allclose(posterior.mean[0], Z, atol=tolerance)
     assert bool((posterior.logvar == (0.0 if source == "edm2" else -16.0)).all())  # -30 clamped as the model's are
 
@@ -214,24 +195,17 @@ def test_latents_of_another_model_are_refused(codec: Codec, latents: Latents, tm
 def test_what_cannot_be_the_models_fails_by_name(shared_codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     wrong = {
-        "channels": torch.zeros(3, 2, 2),
-        "numbers": torch.full((4, 2, 2), torch.nan),
-        "dimensions": torch.zeros(4, 4),
-        "large": torch.full((4, 2, 2), 1e6),
+        "channels": (np.zeros((3, 2, 2)), "3 channels, and the model has 4"),
+        "numbers": (np.full((4, 2, 2), np.nan), "not finite"),
+        "dimensions": (np.zeros((4, 4)), "(4, 4) where latents"),
+        "large": (np.full((4, 2, 2), 1e6), "give --store float32"),
+        "whole": (np.zeros((4, 2, 2), int), "int64"),
     }
-    for name, tensor in wrong.items():
-        np.save(tmp_path / "cache" / f"{name}.npy", tensor.numpy())
-    np.save(tmp_path / "cache" / "whole.npy", np.zeros((4, 2, 2), int))
+    for name, (array, _) in wrong.items():
+        np.save(tmp_path / "cache" / f"{name}.npy", array)
     reasons = back(shared_codec, "npy", tmp_path / "cache", tmp_path / "out", scale="raw").summary.failures
-    assert reasons.keys() == wrong.keys() | {"whole"}
-    for name, reason in {
-        "channels": "3 channels, and the model has 4",
-        "numbers": "not finite",
-        "dimensions": "(4, 4) where latents",
-        "large": "give --store float32",
-        "whole": "int64",
-    }.items():
-        assert reason in reasons[name]
+    assert reasons.keys() == wrong.keys()
+    assert all(reason in reasons[name] for name, (_, reason) in wrong.items())
 
 
 def test_mirror_images_come_for_all_or_for_none(shared_codec: Codec, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import tyro
 
 from latent_codec.commands.options import ResumeOptions
-from latent_codec.errors import UserError
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 
@@ -35,19 +34,14 @@ class Decode:
 
     def run(self) -> int:
         """Decode, print the summary and return the exit code."""
-        from latent_codec.folders.decode_latents import DecodeLatentsOptions, decode_latents
-        from latent_codec.folders.decode_lc import DecodeOptions, decode_lc, is_lc
+        from latent_codec.folders.decode_images import DecodeOptions
+        from latent_codec.folders.decode_latents import decode_latents
+        from latent_codec.folders.decode_lc import decode_lc, is_lc
 
-        resume = self.resume.resume()
-        if is_lc(self.src):
-            if self.sample is not None:
-                raise UserError(
-                    f"{self.src}: a .lc file's draw is decided when it is made; give --sample to encode, not to decode"
-                )
-            options = DecodeOptions(image_format=self.image_format, max_pixels=self.max_pixels, tar=self.tar)
-            summary = decode_lc(load(self.model, self.compute), self.src, self.dst, options, resume=resume)
-        else:
-            options = DecodeLatentsOptions(image_format=self.image_format, sample=self.sample, tar=self.tar)
-            summary = decode_latents(load(self.model, self.compute), self.src, self.dst, options, resume=resume)
+        options = DecodeOptions(
+            image_format=self.image_format, sample=self.sample, max_pixels=self.max_pixels, tar=self.tar
+        )
+        decode = decode_lc if is_lc(self.src) else decode_latents
+        summary = decode(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
         print(summary)
         return 1 if summary.failures else 0

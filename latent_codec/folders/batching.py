@@ -9,25 +9,28 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from latent_codec.errors import FatalError, UserError
-from latent_codec.folders.jobs import Input, Job, Maker, Task, Work
-from latent_codec.folders.resume.ledger import Claim, Record, mtime_ns
+from latent_codec.folders.jobs import Input, Job, Maker, Resume, Work
+from latent_codec.folders.resume.ledger import Record, mtime_ns
 from latent_codec.folders.shards import are_whole
 from latent_codec.storage.files import sha256
 
 T = TypeVar("T")
 
 
-def in_batches(claims: Iterable[Claim], task: Task, maker: Maker[T, Any], work: Work) -> Iterator[list[Input[T]]]:
-    """Yield inputs in batches of one unit and one shape, read ahead in threads.
+def in_batches(jobs: Iterable[list[Job]], maker: Maker[T, Any], resume: Resume, work: Work) -> Iterator[list[Input[T]]]:
+    """Yield the inputs of units' jobs in batches of one unit and one shape, read ahead in threads.
 
     A unit whose outputs are all up to date is skipped, one that another process has done is left, and of any other
     unit all inputs come, so that batches are the same however often the work was interrupted.
     """
     read = partial(_read, maker=maker, work=work)
-    found = _successes(work.readers.map(read, _jobs_to_make(claims, task, maker, work)), work)
+    found = _successes(work.readers.map(read, _jobs_to_make(jobs, maker, resume, work)), work)
     for _, unit in groupby(found, lambda item: item.job.claim):
         yield from batches(
-            unit, task.compute.batch_size, lambda item: item.shape, alone=lambda item: maker.is_large(item.shape)
+            unit,
+            maker.runner.options.batch_size,
+            lambda item: item.shape,
+            alone=lambda item: maker.is_large(item.shape),
         )
 
 
@@ -53,18 +56,16 @@ def _successes(outcomes: Iterable[tuple[Job, "Future[Input[T]]"]], work: Work) -
             yield found
 
 
-def _jobs_to_make(claims: Iterable[Claim], task: Task, maker: Maker[Any, Any], work: Work) -> Iterator[Job]:
-    outputs = dict(zip((s.name for s in task.sources), task.outputs or [None] * len(task.sources), strict=True))
-    for claim in claims:
-        jobs = [Job(claim, source, outputs[source.name]) for source in claim.unit.sources]
-        if claim.settled:
+def _jobs_to_make(units: Iterable[list[Job]], maker: Maker[Any, Any], resume: Resume, work: Work) -> Iterator[Job]:
+    for jobs in units:
+        if jobs[0].claim.settled:
             for job in jobs:
                 work.leave(job)
-        elif task.resume.overwrite or not _skip_if_up_to_date(jobs, task, maker, work):
+        elif resume.overwrite or not _skip_if_up_to_date(jobs, maker, resume, work):
             yield from jobs
 
 
-def _skip_if_up_to_date(jobs: list[Job], task: Task, maker: Maker[Any, Any], work: Work) -> bool:
+def _skip_if_up_to_date(jobs: list[Job], maker: Maker[Any, Any], resume: Resume, work: Work) -> bool:
     """Return whether nothing of a unit is to be made; then its jobs have come to their ends.
 
     Its outputs have to be up to date, and what failed before has to fail again.
@@ -76,7 +77,7 @@ def _skip_if_up_to_date(jobs: list[Job], task: Task, maker: Maker[Any, Any], wor
     def check(job: Job) -> Record | None:
         with contextlib.suppress(OSError):
             changed = mtime_ns(job.source)  # before it is read
-            if claim.is_up_to_date(job.source, job.output, task.resume.check, maker.load):
+            if claim.is_up_to_date(job.source, job.output, resume.check, maker.load):
                 return dataclasses.replace(claim.records[job.name], mtime_ns=changed)
         return None
 
@@ -85,7 +86,7 @@ def _skip_if_up_to_date(jobs: list[Job], task: Task, maker: Maker[Any, Any], wor
         if future.exception() is not None or (record := future.result()) is None:
             return False
         found.append((job, record))
-    if task.outputs is None and not are_whole([record for _, record in found]):
+    if jobs[0].output is None and not are_whole([record for _, record in found]):
         return False
     failed: list[tuple[Job, BaseException]] = []
     others = [job for job in jobs if job.name not in claim.records]

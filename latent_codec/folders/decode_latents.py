@@ -1,6 +1,5 @@
 """Decode folders of latents to images."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 import torch
 
 from latent_codec.errors import UserError
+from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder
 from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
-from latent_codec.folders.outputs import Output, image_output, make_outputs
+from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
 from latent_codec.images.sources import Source
-from latent_codec.images.write import ImageFormat
-from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry, latent_size
@@ -24,25 +22,11 @@ from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeLatentsOptions:
-    """Choose how latents become images."""
-
-    image_format: ImageFormat = "png"
-    sample: int | None = None
-    """Seed of a draw from the posterior that depends on (sample, path) alone; None decodes the mode."""
-    tar: bool = False
-    """Put the images into tar shards."""
-
-
-DECODE_LATENTS_DEFAULTS = DecodeLatentsOptions()
-
-
 def decode_latents(
     runner: Runner,
     where: Path,
     folder: Path,
-    options: DecodeLatentsOptions = DECODE_LATENTS_DEFAULTS,
+    options: DecodeOptions = DECODE_DEFAULTS,
     *,
     resume: Resume = RESUME,
     quiet: bool = False,
@@ -53,37 +37,21 @@ def decode_latents(
     """
     check_channels(runner.codec)
     decoder = _LatentsDecoder(runner, where, options)
-    sources = decoder.sources()
-    task = Task(
-        verb="decode",
-        kind="images",
-        sources=sources,
-        outputs=[decoder.name(source.name) for source in sources],
-        folder=folder,
-        settings=decoder.settings,
-        resume=resume,
-        compute=runner.options,
-        quiet=quiet,
-    )
-    return make_outputs(task, decoder, tar=options.tar)
+    return make_outputs(Task(decoder.sources(), folder, resume, quiet), decoder, tar=options.tar)
 
 
-class _LatentsDecoder:
+class _LatentsDecoder(ImageDecoder):
     """Make images of stored posteriors."""
 
-    def __init__(self, runner: Runner, where: Path, options: DecodeLatentsOptions) -> None:
-        self._runner, self._where, self._options, self.is_large = runner, where, options, runner.cuts_latents
-        self._codec = runner.codec
+    def __init__(self, runner: Runner, where: Path, options: DecodeOptions) -> None:
+        super().__init__(runner, options)
+        self._where, self._codec = where, runner.codec
         self._latents = Latents(where, model_id=runner.model_id)
         self._rows = {entry.path: index for index, entry in enumerate(self._latents.entries)}
-        self._backoff = OutOfMemoryBackoff()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return what an image depends on beside its latents, as JSON."""
-        options = self._options
-        own = {"model_id": self._runner.model_id, "sample": options.sample, "format": options.image_format}
-        return own | self._runner.settings
+        return super().settings | {"sample": self.options.sample}
 
     def sources(self) -> list[Source]:
         """Return a source for each image's latents; `offset` is the row in its shard."""
@@ -92,10 +60,6 @@ class _LatentsDecoder:
             Source(entry.path, self._where / entry.shard, entry.row, 2 * 4 * z * math.prod(_size(entry, factor)))
             for entry in self._latents.entries
         )
-
-    def name(self, source: str) -> str:
-        """Return the name of an image of latents."""
-        return f"{source}.{self._options.image_format}"
 
     def load(self, source: Source) -> bytes:
         posterior = self._latents.posterior(self._rows[source.name])
@@ -113,20 +77,15 @@ class _LatentsDecoder:
     def make(self, batches: Iterable[list[Input[DiagonalGaussian]]], work: Work) -> Iterator[Output]:
         for batch in batches:
             with work.summary.timing("network"):
-                decoded = list(self._backoff.map(self._decode, batch, math.prod(batch[0].shape)))
-            for item, pixels in decoded:
-                if isinstance(pixels, UserError):
-                    work.fail(item.job, pixels)
-                else:
-                    name, geometry = item.job.name, self._entry(item.job.name).geometry
-                    yield image_output(item, self.name(name), pixels, geometry, self._options.image_format)
+                decoded = list(self.backoff.map(self._decode, batch, math.prod(batch[0].shape)))
+            yield from self.images(((i, self._entry(i.job.name).geometry, pixels) for i, pixels in decoded), work)
 
     def _decode(self, batch: list[Input[DiagonalGaussian]]) -> Sequence[torch.Tensor]:
         labels = self._codec.class_numbers([item.job.source.label for item in batch])
-        return self._runner.decode_uint8([self._latent(item)[0] for item in batch], labels).unbind()
+        return self.runner.decode_uint8([self._latent(item)[0] for item in batch], labels).unbind()
 
     def _latent(self, item: Input[DiagonalGaussian]) -> torch.Tensor:
-        posterior, sample = item.content, self._options.sample
+        posterior, sample = item.content, self.options.sample
         if sample is None:
             return posterior.mode()  # (1, z, h, w)
         key = fold(sample, text_key(item.job.name))

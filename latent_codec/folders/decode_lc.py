@@ -1,11 +1,10 @@
 """Decode folders of `.lc` files to images. One bad file never ends the work of the others."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -13,13 +12,12 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
+from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder
 from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
-from latent_codec.folders.outputs import Output, image_output, make_outputs
+from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
-from latent_codec.images.read import DEFAULT_MAX_PIXELS, ReadOptions
 from latent_codec.images.sources import Source, find_files
-from latent_codec.images.write import ImageFormat
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import INDEX
@@ -27,23 +25,6 @@ from latent_codec.model.checks import check_channels, check_unconditional
 from latent_codec.prior.priors import PriorKind
 
 PRIORS = get_args(PriorKind)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
-    """Choose how `.lc` files become images; raises `UserError` for a value out of range."""
-
-    image_format: ImageFormat = "png"
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    """Files of larger images are refused before anything is allocated for them."""
-    tar: bool = False
-    """Put the images into tar shards."""
-
-    def __post_init__(self) -> None:
-        ReadOptions(max_pixels=self.max_pixels)
-
-
-DECODE_DEFAULTS = DecodeOptions()
 
 
 def decode_lc(
@@ -62,22 +43,14 @@ def decode_lc(
     """
     check_channels(runner.codec)
     check_unconditional(runner.codec, "a .lc file")
+    if options.sample is not None:
+        raise UserError(
+            f"{where}: a .lc file's draw is decided when it is made; give --sample to encode, not to decode"
+        )
     sources = find_lc(where)
     if not sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
-    decoder = _LcDecoder(runner, options)
-    task = Task(
-        verb="decode",
-        kind="images",
-        sources=sources,
-        outputs=[decoder.name(source.name) for source in sources],
-        folder=folder,
-        settings=decoder.settings,
-        resume=resume,
-        compute=runner.options,
-        quiet=quiet,
-    )
-    return make_outputs(task, decoder, tar=options.tar)
+    return make_outputs(Task(sources, folder, resume, quiet), _LcDecoder(runner, options), tar=options.tar)
 
 
 class _Decompressed(NamedTuple):
@@ -85,29 +58,21 @@ class _Decompressed(NamedTuple):
     z: torch.Tensor  # (z, h, w)
 
 
-class _LcDecoder:
+class _LcDecoder(ImageDecoder):
     """Make images of `.lc` files: entropy decoding in a thread, networks in this one."""
 
     def __init__(self, runner: Runner, options: DecodeOptions) -> None:
-        self._runner, self._options, self.is_large = runner, options, runner.cuts_latents
-        self._reader = StreamReader(runner.codec, runner.options.device)
-        self._network_backoff, self._coder_backoff = OutOfMemoryBackoff(), OutOfMemoryBackoff()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return what an image depends on beside its file, as JSON."""
-        own = {"model_id": self._runner.model_id, "format": self._options.image_format}
-        return own | self._runner.settings
+        super().__init__(runner, options)
+        self._reader, self._coder_backoff = StreamReader(runner.codec, runner.options.device), OutOfMemoryBackoff()
 
     def name(self, source: str) -> str:
-        """Return the name of a file's image."""
-        return f"{source.removesuffix(SUFFIX)}.{self._options.image_format}"
+        return super().name(source.removesuffix(SUFFIX))
 
     def load(self, source: Source) -> bytes:
         return container.read_bytes(source.path, source.offset, source.size)
 
     def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Stream]:
-        stream = container.unpack(data, max_pixels=self._options.max_pixels)
+        stream = container.unpack(data, max_pixels=self.options.max_pixels)
         prior, shape = self._reader.check(stream)
         return (PRIORS.index(prior), *shape), stream
 
@@ -122,13 +87,10 @@ class _LcDecoder:
             if not sound:
                 continue
             with work.summary.timing("network"):
-                decoded = list(self._network_backoff.map(self._decode, sound, math.prod(sound[0].z.shape)))
-            for (item, _), pixels in decoded:
-                if isinstance(pixels, UserError):
-                    work.fail(item.job, pixels)
-                else:
-                    geometry, image_format = item.content.header.geometry, self._options.image_format
-                    yield image_output(item, self.name(item.job.name), pixels, geometry, image_format)
+                decoded = list(self.backoff.map(self._decode, sound, math.prod(sound[0].z.shape)))
+            yield from self.images(
+                ((item, item.content.header.geometry, pixels) for (item, _), pixels in decoded), work
+            )
 
     def _decompress(
         self, batch: list[Input[Stream]], work: Work
@@ -140,7 +102,7 @@ class _LcDecoder:
             return list(self._coder_backoff.map(decompress, batch, math.prod(batch[0].shape[1:])))
 
     def _decode(self, batch: list[_Decompressed]) -> Sequence[torch.Tensor]:
-        return self._runner.decode_uint8([z for _, z in batch]).unbind()
+        return self.runner.decode_uint8([z for _, z in batch]).unbind()
 
 
 def is_lc(where: Path) -> bool:

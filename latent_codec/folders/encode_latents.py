@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
 from latent_codec.folders.read_images import ImageReader
-from latent_codec.folders.resume.ledger import Claim, Ledger, Record
+from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
@@ -77,21 +77,9 @@ def encode_latents(
     check_gaussian(runner.codec)
     encoder = _LatentsEncoder(runner, options)
     sources = find_images(where)
-    header = latents_header(runner.codec, options.store, options.flips)
     if not resume.overwrite:
         _check_folder(folder, sources)
-    task = Task(
-        verb="encode",
-        kind="latents",
-        sources=sources,
-        outputs=None,
-        folder=folder,
-        settings={"header": to_json(header), "background": options.read.background} | runner.settings,
-        resume=resume,
-        compute=runner.options,
-        quiet=quiet,
-    )
-    return run(task, encoder, _ShardWriter(folder, header))
+    return run(Task(sources, folder, resume, quiet), encoder, _ShardWriter(folder, encoder.header))
 
 
 class _InputRow(NamedTuple):
@@ -109,10 +97,21 @@ class _EncodedImage(NamedTuple):
 class _LatentsEncoder(ImageReader):
     """Make a row of a shard of each image."""
 
+    kind: Kind = "latents"
+
     def __init__(self, runner: Runner, options: LatentsOptions) -> None:
         super().__init__(runner, options.read)
-        self._runner, self._codec, self._options = runner, runner.codec, options
-        self._backoff = OutOfMemoryBackoff()
+        self._codec, self._options, self._backoff = runner.codec, options, OutOfMemoryBackoff()
+        self.header = latents_header(runner.codec, options.store, options.flips)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what latents depend on beside their images, as JSON."""
+        background = self._options.read.background
+        return {"header": to_json(self.header), "background": background} | self.runner.settings
+
+    def name(self, source: str) -> str:
+        return source
 
     def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Image]:
         self._codec.class_numbers([source.label])  # here it fails for this image alone
@@ -138,7 +137,7 @@ class _LatentsEncoder(ImageReader):
         return [_EncodedImage(found, flipped, place) for place in range(len(batch))]
 
     def _posterior(self, pixels: list[torch.Tensor], labels: torch.Tensor) -> DiagonalGaussian:
-        found = self._runner.encode(pixels, labels)
+        found = self.runner.encode(pixels, labels)
         assert isinstance(found, DiagonalGaussian)
         return found
 
@@ -157,6 +156,9 @@ class _UnitRows(NamedTuple):
 
 class _ShardWriter:
     """Write a shard for each unit, and an index over all shards."""
+
+    kind: Kind = "latents"
+    is_shared = True
 
     def __init__(self, folder: Path, header: LatentsHeader) -> None:
         self._folder, self._header = folder, header

@@ -17,6 +17,7 @@ from latent_codec.errors import UserError
 from latent_codec.folders.jobs import RESUME, Input, Resume, Task, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.read_images import ImageReader
+from latent_codec.folders.resume.ledger import Kind
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop
 from latent_codec.images.read import READ_DEFAULTS, ReadOptions
@@ -79,22 +80,7 @@ def encode_lc(
     sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
-    task = Task(
-        verb="encode",
-        kind="streams",
-        sources=sources,
-        outputs=[_name(source.name) for source in sources],
-        folder=folder,
-        settings=encoder.settings,
-        resume=resume,
-        compute=runner.options,
-        quiet=quiet,
-    )
-    return make_outputs(task, encoder, tar=options.tar)
-
-
-def _name(source: str) -> str:
-    return f"{source}{SUFFIX}"
+    return make_outputs(Task(sources, folder, resume, quiet), encoder, tar=options.tar)
 
 
 def _check_choices(codec: Codec, options: EncodeOptions) -> None:
@@ -116,9 +102,11 @@ class _EncodedImage(NamedTuple):
 class _LcEncoder(ImageReader):
     """Make `.lc` files of images: networks in this thread, entropy coding in another."""
 
+    kind: Kind = "streams"
+
     def __init__(self, runner: Runner, options: EncodeOptions) -> None:
         super().__init__(runner, options.read)
-        self._runner, self._options = runner, options
+        self._options = options
         self._coder = StreamCodec(runner.codec, runner.options.device, options.prior)
         self._refiner = Refiner(self._coder, runner, options.refine)
         self._network_backoff, self._coder_backoff = OutOfMemoryBackoff(), OutOfMemoryBackoff()
@@ -132,9 +120,12 @@ class _LcEncoder(ImageReader):
             "sample": self._options.sample,
             "dead_zone": DEAD_ZONE,
             "background": self._options.read.background,
-        } | self._runner.settings
+        } | self.runner.settings
         settings |= {"refine": self._options.refine} if self._options.refine else {}
         return settings | ({"feedback": self._coder.feedback.digest} if self._coder.feedback else {})
+
+    def name(self, source: str) -> str:
+        return f"{source}{SUFFIX}"
 
     def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Output]:
         code = partial(self._code, work=work)
@@ -145,7 +136,7 @@ class _LcEncoder(ImageReader):
                 else:
                     geometry = item.content.geometry
                     data = partial(bytes, coded.data)
-                    yield Output(item, _name(item.job.name), data, geometry.width * geometry.height)
+                    yield Output(item, self.name(item.job.name), data, geometry.width * geometry.height)
 
     def _encode_all(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[list[_EncodedImage]]:
         for batch in batches:
@@ -155,7 +146,7 @@ class _LcEncoder(ImageReader):
             yield images
 
     def _encode(self, batch: list[Input[Image]]) -> Sequence[torch.Tensor]:
-        return self._runner.encode([item.content.pixels for item in batch]).coded.unbind()
+        return self.runner.encode([item.content.pixels for item in batch]).coded.unbind()
 
     def _code(self, batch: list[_EncodedImage], work: Work) -> list[tuple[Input[Image], CompressedImage | UserError]]:
         """Compress images of one shape, together where all take one step."""
@@ -190,7 +181,7 @@ class _LcEncoder(ImageReader):
         scale = partial(self._refiner.scale, coded, shown, seed=seed)
         if options.rate.fixed_step is not None:
             return self._coder_backoff.call(partial(scale, options.rate.fixed_step))
-        tile = self._runner.options.tile
+        tile = self.runner.options.tile
         return self._coder_backoff.call(
             partial(compress_at_rate, self._coder, scale, geometry, shown, options.rate, tile)
         )

@@ -10,7 +10,7 @@ from latent_codec.folders.resume.units import DEFAULT_SIZES, WHOLE, Share, Unit,
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
 from latent_codec.images.sources import Source
-from latent_codec.inference.runner import ResolvedOptions
+from latent_codec.inference.runner import Runner
 
 T = TypeVar("T")
 P_co = TypeVar("P_co", covariant=True)
@@ -34,20 +34,12 @@ RESUME = Resume()
 OVERWRITE = Resume(overwrite=True)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """Say what a command makes of which sources, and where."""
+class Task(NamedTuple):
+    """Name the sources of a run and the folder for its outputs, and say what is done again."""
 
-    verb: Literal["encode", "decode"]
-    kind: Kind
     sources: Sequence[Source]
-    outputs: Sequence[str] | None
-    """Each source's file, relative to `folder`; None where the sources of a unit share a file that is named later."""
     folder: Path
-    settings: dict[str, Any]
-    """JSON of all that an output depends on beside its source."""
     resume: Resume
-    compute: ResolvedOptions
     quiet: bool
 
 
@@ -134,7 +126,20 @@ class Work(NamedTuple):
 
 
 class Maker(Protocol[T, P_co]):
-    """Read the sources of a task and make products of them in batches."""
+    """Read sources, and make products of them in batches."""
+
+    verb: Literal["encode", "decode"]
+    kind: Kind
+    runner: Runner
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return all that a product depends on beside its source, as JSON."""
+        ...
+
+    def name(self, source: str) -> str:
+        """Return the name of a source's output, where it is a file of its own."""
+        ...
 
     def load(self, source: Source) -> bytes:
         """Return a source's bytes; raises `OSError` or `UserError`."""
@@ -154,12 +159,14 @@ class Maker(Protocol[T, P_co]):
 
 
 class Writer(Protocol[P_contra]):
-    """Write products to the disk."""
+    """Write products into a folder."""
+
+    kind: Kind
+    is_shared: bool
+    """Whether the products of a unit share files, whose names depend on them."""
 
     def write(self, products: Iterable[P_contra], work: Work) -> None:
         """End every product's job as done or failed; raises `DiskError` if the disk takes no more."""
-        ...
 
     def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
         """Make what follows from the records of all units, and remove files that no record names."""
-        ...

@@ -1,7 +1,6 @@
 """Write outputs as files of their own, or as members of tar shards."""
 
 import contextlib
-import dataclasses
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,8 +10,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.jobs import Input, Maker, Task, Work
 from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record
@@ -20,8 +17,6 @@ from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
-from latent_codec.images.geometry import Geometry, crop
-from latent_codec.images.write import ImageFormat, image_bytes
 from latent_codec.storage.files import atomic_path, disk_errors, put, sha256, sha256_of, temporary_path
 
 T = TypeVar("T")
@@ -39,35 +34,26 @@ class Output(NamedTuple):
     """Pixels to count once it is written."""
 
 
-def image_output(
-    item: Input[Any], name: str, pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat
-) -> Output:
-    """Return the image file of decoded pixels (3, h', w') uint8, which are still padded."""
-    return Output(item, name, partial(image_bytes, crop(pixels, geometry), geometry, image_format))
-
-
-_IN_TARS: dict[Kind, Kind] = {"streams": "streams.tar", "images": "images.tar"}
-
-
 def make_outputs(task: Task, maker: Maker[T, Output], *, tar: bool) -> Summary:
-    """Run a task of streams or images, whose sources have an `Output` each, in files or with `tar` in tar shards.
+    """Make streams or images, an `Output` for each source, in files of their own or with `tar` in tar shards.
 
     Raises `UserError` as `run` does, and for a folder that has the other of the two.
     """
-    kind, in_tars = task.kind, _IN_TARS[task.kind]
-    if Ledger.exists(task.folder, kind if tar else in_tars):
+    files, tars = _FileWriter(task.folder, maker.kind), _TarWriter(task.folder, maker.kind)
+    if Ledger.exists(task.folder, files.kind if tar else tars.kind):
         there, remedy = ("in files of their own", "for") if tar else ("in tar files", "without")
-        raise UserError(f"{task.folder}: holds {kind} {there}; give another folder {remedy} --tar")
-    if tar:
-        return run(dataclasses.replace(task, kind=in_tars, outputs=None), maker, _TarWriter(task.folder, kind))
-    return run(task, maker, _FileWriter(task.folder))
+        raise UserError(f"{task.folder}: holds {maker.kind} {there}; give another folder {remedy} --tar")
+    return run(task, maker, tars if tar else files)
 
 
 class _FileWriter:
     """Write a file for each output."""
 
-    def __init__(self, folder: Path) -> None:
+    is_shared = False
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
         self._folder = folder
+        self.kind: Kind = kind
 
     def write(self, products: Iterable[Output], work: Work) -> None:
         for output, future in work.writers.map(partial(self._write, work=work), products):
@@ -106,8 +92,11 @@ class _TarWriter:
     The key of a member `a/b.jpg.lc` is `a/b`. Members are in the order of batches; equal members give equal files.
     """
 
-    def __init__(self, folder: Path, kind: Kind) -> None:
-        self._folder, self._kind = folder, kind
+    is_shared = True
+
+    def __init__(self, folder: Path, members: Kind) -> None:
+        self._folder, self._members = folder, members
+        self.kind: Kind = "streams.tar" if members == "streams" else "images.tar"
 
     def write(self, products: Iterable[Output], work: Work) -> None:
         def make(output: Output) -> bytes:
@@ -116,13 +105,13 @@ class _TarWriter:
 
         made = work.writers.map(make, products)
         for claim, outputs in groupby(made, lambda one: one[0].input.job.claim):
-            with temporary_path(self._folder, f"{self._kind}-{claim.unit.name}") as temporary:
+            with temporary_path(self._folder, f"{self._members}-{claim.unit.name}") as temporary:
                 if members := list(_add_members(outputs, temporary, work)):
                     self._finish(members, claim, temporary, work)
 
     def _finish(self, members: Sequence[_Member], claim: Claim, temporary: Path, work: Work) -> None:
         images = [(one.input.job.name, one.input.sha256) for one in members]
-        path = self._folder / f"{self._kind}-{shard_name(claim.unit.name, claim.settings, images)}.tar"
+        path = self._folder / f"{self._members}-{shard_name(claim.unit.name, claim.settings, images)}.tar"
         with disk_errors(path), work.summary.timing("writing"):
             size, digest = temporary.stat().st_size, sha256_of(temporary)
             put(temporary, path)
@@ -132,7 +121,7 @@ class _TarWriter:
 
     def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
         with disk_errors(self._folder):
-            remove_needless(self._folder.glob(f"{self._kind}-*.tar"), ledger, units)
+            remove_needless(self._folder.glob(f"{self._members}-*.tar"), ledger, units)
 
 
 def _add_members(outputs: Iterable[tuple[Output, "Future[bytes]"]], path: Path, work: Work) -> Iterator[_Member]:

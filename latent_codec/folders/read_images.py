@@ -1,6 +1,6 @@
 """Read and decode the images of a run, in threads or in processes."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from latent_codec.inference.runner import Runner
 class ImageReader:
     """Read image files for a model: half of a `Maker`."""
 
+    verb: Literal["encode", "decode"] = "encode"
+
     def __init__(self, runner: Runner, options: ReadOptions) -> None:
-        self._read_options, self._factor, self.is_large = options, runner.codec.factor, runner.cuts_pixels
+        self.runner, self._read_options, self.is_large = runner, options, runner.cuts_pixels
 
     def load(self, source: Source) -> bytes:
         """Return an image file's bytes; raises as `Source.read_bytes` does."""
@@ -25,7 +27,7 @@ class ImageReader:
 
     def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Image]:
         """Return an image padded to multiples of the factor; raises as `read_image` and `Processes.call` do."""
-        array, geometry = decoders.call(padded, source.name, data, self._factor, self._read_options)
+        array, geometry = decoders.call(padded, source.name, data, self.runner.codec.factor, self._read_options)
         return array.shape, Image(torch.from_numpy(array), geometry)
 
 

@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
-from latent_codec.folders.jobs import Maker, Task, Work, Writer
+from latent_codec.folders.jobs import Job, Maker, Task, Work, Writer
 from latent_codec.folders.resume.ledger import FAILURES, Ledger
 from latent_codec.folders.resume.names import check_absent, check_names, check_outputs, folding
 from latent_codec.folders.resume.units import Unit, units
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
+from latent_codec.inference.runner import ResolvedOptions
 from latent_codec.storage.files import make_folder
 
 T = TypeVar("T")
@@ -28,41 +29,35 @@ def run(task: Task, maker: Maker[T, P], writer: Writer[P]) -> Summary:
     these names that this program did not make and may not overwrite; and later if the disk takes no more. What was
     written until then is whole, and the same call goes on from there.
     """
-    started = time.monotonic()
-    make_folder(task.folder)
-    own = [*(task.outputs or ()), FAILURES]
-    _check_names(task, own)
-    everything = units(task.sources, task.resume.unit_sizes)
-    asked = task.resume.share.of(everything)
-    summary = Summary(f"{task.verb}d", found=sum(len(unit.sources) for unit in asked))
-    bar = tqdm(total=summary.found, desc=task.verb, unit="image", disable=task.quiet or None)
-    with bar, Ledger(task.folder, task.kind, task.settings) as ledger:
-        if task.outputs and (fold := folding(ledger.root)):
-            check_outputs(task.outputs, task.folder, fold)
-        ledger.reserve(own, overwrite=task.resume.overwrite)
-        with _finally(lambda: _conclude(ledger, everything, writer)), _working(task, summary, bar) as work:
+    started, (sources, folder, resume, quiet) = time.monotonic(), task
+    make_folder(folder)
+    outputs = None if writer.is_shared else {source.name: maker.name(source.name) for source in sources}
+    own = [*(outputs or {}).values(), FAILURES]
+    if outputs is None:
+        check_names(source.name for source in sources)
+    else:
+        check_outputs(own[:-1], folder)
+    if not (resume.overwrite or Ledger.exists(folder)):  # of our own folder `Ledger.reserve` knows the names
+        check_absent(folder / name for name in own)
+    everything = units(sources, resume.unit_sizes)
+    asked = resume.share.of(everything)
+    summary = Summary(f"{maker.verb}d", found=sum(len(unit.sources) for unit in asked))
+    bar = tqdm(total=summary.found, desc=maker.verb, unit="image", disable=quiet or None)
+    with bar, Ledger(folder, writer.kind, maker.settings) as ledger:
+        if outputs and (fold := folding(ledger.root)):
+            check_outputs(own[:-1], folder, fold)
+        ledger.reserve(own, overwrite=resume.overwrite)
+        conclude = _finally(lambda: _conclude(ledger, everything, writer))
+        with conclude, _working(maker.runner.options, summary, bar) as work:
             for claims in ledger.rounds(asked):
-                writer.write(maker.make(in_batches(claims, task, maker, work), work), work)
+                jobs = ([Job(c, s, outputs[s.name] if outputs else None) for s in c.unit.sources] for c in claims)
+                writer.write(maker.make(in_batches(jobs, maker, resume, work), work), work)
     summary.seconds = time.monotonic() - started
     return summary
 
 
-def _check_names(task: Task, own: Sequence[str]) -> None:
-    if task.outputs is None:
-        check_names(source.name for source in task.sources)
-    else:
-        check_outputs(task.outputs, task.folder)
-    if not task.resume.overwrite:
-        try:  # before anything is made in a stranger's folder; `Ledger.reserve` knows about our own
-            check_absent(task.folder / name for name in own)
-        except UserError:
-            if not Ledger.exists(task.folder):
-                raise
-
-
 @contextlib.contextmanager
-def _working(task: Task, summary: Summary, bar: Any) -> Iterator[Work]:
-    compute = task.compute
+def _working(compute: ResolvedOptions, summary: Summary, bar: Any) -> Iterator[Work]:
     decoders = Processes(compute.workers if compute.decode_in == "processes" else 0)
     with Threads(compute.workers) as readers, decoders, Threads(1) as coder, Threads(compute.workers) as writers:
         yield Work(summary, bar, readers, decoders, coder, writers)

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_latents import DecodeLatentsOptions, decode_latents
+from latent_codec.folders.decode_images import DecodeOptions
+from latent_codec.folders.decode_latents import decode_latents
 from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
 from latent_codec.folders.jobs import OVERWRITE, RESUME, Resume
 from latent_codec.folders.summary import Summary
@@ -54,7 +55,7 @@ def encode(
 def decode(
     codec: Codec, where: Path, folder: Path, compute: ComputeOptions = CPU, resume: Resume = RESUME, **options: Any
 ) -> Summary:
-    chosen = DecodeLatentsOptions(**options)
+    chosen = DecodeOptions(**options)
     summary = decode_latents(Runner(codec, compute), where, folder, chosen, resume=resume, quiet=True)
     assert summary.done + summary.skipped + len(summary.failures) == summary.found
     return summary
@@ -438,7 +439,7 @@ def test_nothing_found_leaves_existing_latents_alone(codec: Codec, tmp_path: Pat
 def test_a_model_of_neither_grey_nor_rgb_images_is_refused(codec: Codec, tmp_path: Path, latents: Path) -> None:
     two = Codec(type(codec.config)(**{**vars(codec.config), "image_channels": 2}))
     for work, source in ((encode, tmp_path / "src"), (decode, latents)):
-        with pytest.raises(UserError, match="images with 2 channels"):
+        with pytest.raises(UserError, match="images of 2 channels"):
             work(two, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -23,7 +23,8 @@ from latent_codec.bitstream.container import OVERHEAD
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader, dither_seed
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_lc import DecodeOptions, decode_lc
+from latent_codec.folders.decode_images import DecodeOptions
+from latent_codec.folders.decode_lc import decode_lc
 from latent_codec.folders.encode_latents import encode_latents
 from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.jobs import OVERWRITE, RESUME, Resume
@@ -445,7 +446,7 @@ def test_options_without_sense_are_refused_before_any_work(codec: Codec, photos:
             encode(codec, photos, tmp_path / "z", **options)
     two = Codec(dataclasses.replace(codec.config, image_channels=2))
     for work in (encode, decode):
-        with pytest.raises(UserError, match="images with 2 channels"):
+        with pytest.raises(UserError, match="images of 2 channels"):
             work(two, photos, tmp_path / "z")
     assert not (tmp_path / "z").exists()
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.folders.batching import batches
-from latent_codec.folders.decode_latents import DecodeLatentsOptions, decode_latents
-from latent_codec.folders.decode_lc import DecodeOptions, decode_lc
+from latent_codec.folders.decode_images import DecodeOptions
+from latent_codec.folders.decode_latents import decode_latents
+from latent_codec.folders.decode_lc import decode_lc
 from latent_codec.folders.encode_latents import encode_latents
 from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.resume.units import units
@@ -64,5 +65,5 @@ def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
     for tar in (False, True):
         encode_lc(runner, tmp_path / "photos", tmp_path / f"{tar}", EncodeOptions(tar=tar), quiet=True)
         decode_lc(runner, tmp_path / f"{tar}", tmp_path / f"back {tar}", DecodeOptions(tar=tar), quiet=True)
-    decode_latents(runner, tmp_path / "latents", tmp_path / "back", DecodeLatentsOptions(tar=True), quiet=True)
+    decode_latents(runner, tmp_path / "latents", tmp_path / "back", DecodeOptions(tar=True), quiet=True)
     assert 1 <= most <= 8

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import torch
 
-from latent_codec.folders.decode_latents import DecodeLatentsOptions, decode_latents
-from latent_codec.folders.decode_lc import DecodeOptions, decode_lc
+from latent_codec.folders.decode_images import DecodeOptions
+from latent_codec.folders.decode_latents import decode_latents
+from latent_codec.folders.decode_lc import decode_lc
 from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
 from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.jobs import Resume
@@ -49,7 +50,7 @@ MAKERS: dict[Kind, tuple[Any, Any]] = {
     "streams": (encode_lc, EncodeOptions),
     "latents": (encode_latents, LatentsOptions),
     "images of streams": (decode_lc, DecodeOptions),
-    "images of latents": (decode_latents, DecodeLatentsOptions),
+    "images of latents": (decode_latents, DecodeOptions),
     "tars of streams": (encode_lc, EncodeOptions),
     "tars of images": (decode_lc, DecodeOptions),
 }

@@ -1,0 +1,68 @@
+"""Share what the decoders of `.lc` files and of latents have in common."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from latent_codec.errors import UserError
+from latent_codec.folders.jobs import Input, Work
+from latent_codec.folders.outputs import Output
+from latent_codec.folders.resume.ledger import Kind
+from latent_codec.images.geometry import Geometry, crop
+from latent_codec.images.read import DEFAULT_MAX_PIXELS, ReadOptions
+from latent_codec.images.write import ImageFormat, image_bytes
+from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
+from latent_codec.inference.runner import Runner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """Choose how images are decoded; raises `UserError` for a value out of range."""
+
+    image_format: ImageFormat = "png"
+    sample: int | None = None
+    """Seed of a draw from a stored posterior that depends on (sample, path) alone; None decodes the mode."""
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    """`.lc` files of larger images are refused before anything is allocated for them."""
+    tar: bool = False
+    """Put the images into tar shards."""
+
+    def __post_init__(self) -> None:
+        ReadOptions(max_pixels=self.max_pixels)
+
+
+DECODE_DEFAULTS = DecodeOptions()
+
+
+class ImageDecoder:
+    """Make image files of decoded pixels: half of a `Maker`."""
+
+    verb: Literal["encode", "decode"] = "decode"
+    kind: Kind = "images"
+
+    def __init__(self, runner: Runner, options: DecodeOptions) -> None:
+        self.runner, self.options, self.is_large = runner, options, runner.cuts_latents
+        self.backoff = OutOfMemoryBackoff()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what an image depends on beside its source, as JSON."""
+        return {"model_id": self.runner.model_id, "format": self.options.image_format} | self.runner.settings
+
+    def name(self, source: str) -> str:
+        """Return the name of a source's image."""
+        return f"{source}.{self.options.image_format}"
+
+    def images(
+        self, decoded: Iterable[tuple[Input[Any], Geometry, torch.Tensor | UserError]], work: Work
+    ) -> Iterator[Output]:
+        """Yield the files of decoded pixels (3, h', w') uint8, which are still padded; the others fail."""
+        for item, geometry, pixels in decoded:
+            if isinstance(pixels, UserError):
+                work.fail(item.job, pixels)
+            else:
+                data = partial(image_bytes, crop(pixels, geometry), geometry, self.options.image_format)
+                yield Output(item, self.name(item.job.name), data)

@@ -89,7 +89,7 @@ def checkpoint(run: Path, codec: Codec, step: int) -> Path:
 
 @pytest.fixture
 def run(codec: Codec, tmp_path: Path) -> Path:
-    """A run with checkpoints at steps 20 and 100, and one that a crash left half written."""
+    """Make a run with checkpoints at steps 20 and 100, and one that a crash left half written."""
     codec.statistics = None
     for step in (20, 100):
         checkpoint(tmp_path / "run", codec, step)

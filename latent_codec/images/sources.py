@@ -27,7 +27,7 @@ class Source(NamedTuple):
 
     @property
     def label(self) -> str | None:
-        """The class: the first folder of the name; None at the top level."""
+        """Return the class: the first folder of the name; None at the top level."""
         first, slash, _ = self.name.partition("/")
         return first if slash else None
 

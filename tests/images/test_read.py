@@ -35,7 +35,7 @@ def encoded(pil: PilImage.Image, image_format: str, **options: object) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour_type: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG written by hand, for what Pillow reads but does not write. Rows begin with their filter byte, 0."""
+    """Make a PNG that Pillow reads but cannot write; rows begin with their filter byte, 0."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -469,7 +469,7 @@ def test_orientation_is_applied_once_and_recorded(image_format: str, options: di
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_alpha_turns_with_its_colours(orientation: int):
-    """The image is moved in two strips."""
+    """Pixels are moved in two strips here."""
     pil = PilImage.fromarray(np.dstack([random_rgb(67, 2**12), random_rgb(67, 2**12, 1)[..., 0]]))
     expected = UPRIGHT[orientation](pixels_of(encoded(pil, "PNG", compress_level=0)))
     assert np.array_equal(pixels_of(encoded(pil, "PNG", exif=exif_of(orientation), compress_level=0)), expected)

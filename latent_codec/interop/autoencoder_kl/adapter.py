@@ -34,8 +34,8 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
     `from_pretrained` are diffusers'.
     """
 
-    # Parameters: diffusers stores each in config.json, where pipelines look for them by these names.
     @register_to_config
+    # Parameters: diffusers stores each in config.json, where pipelines look for them by these names.
     def __init__(
         self,
         *,

@@ -59,12 +59,12 @@ class CacheEntry:
 
     @property
     def z(self) -> torch.Tensor:
-        """The raw draw, (z, h, w) float32: the one of `Latents` with the same seed and epoch."""
+        """Return the raw draw, (z, h, w) float32, that `Latents` makes with the same seed and epoch."""
         return self.posterior.sample(self.noise)[0]
 
     @property
     def z_flip(self) -> torch.Tensor | None:
-        """The draw of the mirrored image by the same noise, as `Latents` draws it."""
+        """Return the draw of the mirrored image, by the same noise as `Latents` draws it."""
         return None if self.mirrored is None else self.mirrored.sample(self.noise)[0]
 
 

@@ -40,7 +40,7 @@ def saved(tmp_path: Path, shape: tuple[ConvConfig, int] = (kl.SMALL, 4), **scale
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[AutoencoderKL, Path]:
-    """A small model and its folder, not to be changed."""
+    """Save a small model; it is not to be changed."""
     return saved(tmp_path_factory.mktemp("small"), scaling_factor=0.13025)
 
 
@@ -181,7 +181,7 @@ def test_pickles_are_refused_whatever_their_name(tmp_path: Path, out: Path, name
 
 
 def test_a_safetensors_file_that_begins_like_a_pickle_is_read(tmp_path: Path, out: Path) -> None:
-    """A safetensors file begins with its header's length, whose first byte may be a pickle's 0x80."""
+    """Its first byte belongs to the header's length, and may be a pickle's 0x80."""
     model, file = kl.autoencoder(), tmp_path / "file.safetensors"
     save_file(model.state_dict(), file, {"note": ""})
     padding = (0x80 - file.read_bytes()[0]) % 256
@@ -261,7 +261,7 @@ def test_paths_that_are_nothing_to_import_are_refused(codec: Codec, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an export, not to be changed."""
+    """Export a model; its folder is not to be changed."""
     folder = tmp_path_factory.mktemp("exported") / "vae"
     kl.export(kl.codec(), folder)
     return folder

@@ -47,7 +47,7 @@ def test_the_known_factors_come_back_to_the_bit(known: tuple[float, float], chan
 
 
 def test_each_pipelines_own_formula_normalises() -> None:
-    """The formulas of SD1.x, of SD3 and FLUX, and of SDXL give latents deviation 1, and but for SD1.x mean 0."""
+    """SD1.x's gives deviation 1; those of SD3, FLUX and SDXL give mean 0 and deviation 1."""
     told = statistics((3.0, -1.0, 0.5, 0.0), (4.0, 1.0, 2.0, 0.5))
     generator = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(v)[:, None] for v in (told.mean, told.std))

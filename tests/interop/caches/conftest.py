@@ -1,4 +1,4 @@
-"""Latents that the tests of caches share, not to be changed."""
+"""Share latents among the tests of caches; they are not to be changed."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def shared_codec(model_file: Path) -> Codec:
 
 @pytest.fixture(scope="session")
 def latents(shared_codec: Codec, tmp_path_factory: pytest.TempPathFactory) -> Latents:
-    """Of square images of one size, with flips, in two classes."""
+    """Make latents of square images in two classes, with flips."""
     return store(tmp_path_factory.mktemp("latents") / "square", shared_codec)
 
 
 @pytest.fixture(scope="session")
 def mixed(shared_codec: Codec, tmp_path_factory: pytest.TempPathFactory) -> Latents:
-    """Of images of two sizes, with flips, in two classes."""
+    """Make latents of images of two sizes in two classes, with flips."""
     found = store(tmp_path_factory.mktemp("latents") / "mixed", shared_codec, side=None)
     assert len(set(found.shapes)) == 2
     return found

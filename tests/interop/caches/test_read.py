@@ -96,7 +96,7 @@ SCALED = (Z - torch.tensor([0.5, -1.0, 0.0, 2.0])[:, None, None]) / torch.tensor
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each program with a file as the program itself writes it."""
+    """Make a folder for each program with a file as the program itself writes it."""
     root = tmp_path_factory.mktemp("others")
     for source in EVERY:
         (root / source / "sub").mkdir(parents=True)
@@ -160,7 +160,7 @@ def test_files_of_the_program_itself_are_read(
 def test_a_damaged_file_is_named_and_costs_no_other(
     shared_codec: Codec, latents: Latents, tmp_path: Path, source: CacheName
 ) -> None:
-    """A shard is refused, because its images are not known."""
+    """Shards are refused, because their images are not known."""
     made(latents, source, tmp_path / "cache", **EVERY[source])
     bad, *others = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".pt")
     whole = bad.read_bytes()

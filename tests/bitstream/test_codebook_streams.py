@@ -170,9 +170,9 @@ def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes(made: Made) -
     originals = list(made.files.values())
     judge = fuzz.Judge(made.model, originals)
     with torch.inference_mode():
-        verdicts = judge.judge([mutate(originals, 0, n) for n in range(600)])
+        verdicts = judge.judge([mutate(originals, 0, n) for n in range(400)])
     assert [v for v in verdicts if v.outcome == "WRONG"] == []
-    assert sum(v.outcome == "refused" for v in verdicts) > 400
+    assert sum(v.outcome == "refused" for v in verdicts) > 250
     assert any("outside 0 to" in v.reason or "step or dither" in v.reason for v in verdicts)
 
 

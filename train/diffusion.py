@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from train.data.crops import Draw
 from train.data.latents import PosteriorCrops
 from train.loop.claim import check_processes, claim
 from train.loop.program import RunOptions, main_of, run_of_preset
-from train.loop.trainer import TrainedModules, Trainer, begin
-from train.objectives.flow import FlowLosses, FlowMatching
+from train.loop.trainer import Task, TrainedModules, Trainer, begin
+from train.objectives.flow import FlowMatching
 
 _DRAWS = 4  # of each held-out image at an evaluation
 _COLUMNS, _SAMPLING_STEPS, _GUIDANCE = 8, 25, 2.0  # of the grids
@@ -58,14 +59,8 @@ class DiffusionRun(RunOptions):
 
 def main() -> None:
     """Run the command line."""
-
-    def work() -> int:
-        def run(config: DiffusionConfig) -> DiffusionRun:
-            return DiffusionRun(latents=tyro.MISSING, out=tyro.MISSING, config=config)
-
-        return train(run_of_preset("train.diffusion", __doc__, PRESETS, run))
-
-    main_of("train.diffusion", work)
+    run = partial(DiffusionRun, latents=tyro.MISSING, out=tyro.MISSING)
+    main_of("train.diffusion", lambda: train(run_of_preset("train.diffusion", __doc__, PRESETS, run)))
 
 
 def train(run: DiffusionRun) -> int:
@@ -171,7 +166,7 @@ def describe_data(run: DiffusionRun, data: LatentData) -> dict[str, Any]:
     return {"data_sha256": digest.hexdigest(), "data_images": len(data.rows), "data": [run.latents.name]}
 
 
-class DiffusionTask:
+class DiffusionTask(Task):
     """Evaluate a diffusion model, and log its losses."""
 
     def __init__(self, run: DiffusionRun, ema: Diffusion, held_out: PosteriorCrops, accelerator: Accelerator) -> None:
@@ -181,14 +176,6 @@ class DiffusionTask:
         self.codec = None if run.codec is None else Codec.load(run.codec, self.device)
         if self.codec is not None:
             check_codec(ema, self.codec)
-
-    def arguments(self, step: int, measure: bool) -> tuple[()]:
-        """Return no further arguments."""
-        return ()
-
-    def values(self, losses: FlowLosses, step: int, loop: dict[str, float]) -> dict[str, float]:
-        """Return the logged values as `Task.values` does."""
-        return losses.values() | loop
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:

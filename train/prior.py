@@ -37,7 +37,7 @@ from train.loop.claim import check_processes, claim
 from train.loop.logs import RunLog
 from train.loop.program import RunOptions, main_of
 from train.loop.provenance import git_commit
-from train.loop.trainer import TrainedModules, Trainer, begin
+from train.loop.trainer import Task, TrainedModules, Trainer, begin
 from train.objectives.prior import PriorLosses, PriorObjective
 
 _MEASURED_STEPS = (1.0, 1.4, 2.0, 4.0)
@@ -107,20 +107,11 @@ def train(run: Run) -> int:
     return code
 
 
-class PriorTask:
+class PriorTask(Task):
     """Log the losses of a context prior, which is only evaluated once it is frozen."""
 
-    def arguments(self, step: int, measure: bool) -> tuple[()]:
-        """Return no further arguments."""
-        return ()
-
     def values(self, losses: PriorLosses, step: int, loop: dict[str, float]) -> dict[str, float]:
-        """Return the logged values as `Task.values` does."""
         return losses.values() | {name: loop[name] for name in ("grad_norm", "images_per_s", "learning_rate")}
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Return no values."""
-        return {}
 
 
 def _check(run: Run, accelerator: Accelerator) -> LoopConfig:

@@ -7,6 +7,7 @@ from Accelerate.
 import copy
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
 from train.collapse import signs_of_collapse
 from train.config.presets import PRESETS
-from train.config.vae import ELBOConfig, IWAEConfig, JointConfig, TrainConfig
+from train.config.vae import ELBOConfig, IWAEConfig, JointConfig
 from train.context_prior.trained import TrainedPrior, prior_of
 from train.data.crops import Batches, CentreCrops, MemoryImages, StreamedImages, centre_crops
 from train.init.closed_form import (
@@ -31,12 +32,11 @@ from train.init.closed_form import (
     start_from_mean,
 )
 from train.init.from_model import start_from_model
-from train.loop.checkpoints import Saved
 from train.loop.claim import claim
 from train.loop.logs import RunLog
 from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import Run, check_run, describe_data, labelled, split
-from train.loop.trainer import RATE, TrainedModules, Trainer, begin
+from train.loop.trainer import RATE, Task, TrainedModules, Trainer, begin
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.objectives.elbo import ELBO, ELBOLosses
 from train.objectives.iwae import IWAE, IWAELosses
@@ -50,14 +50,8 @@ _START_CROPS = 1024
 
 def main() -> None:
     """Run the command line."""
-
-    def work() -> int:
-        def run(config: TrainConfig) -> Run:
-            return Run(data=tyro.MISSING, out=tyro.MISSING, config=config)
-
-        return train(run_of_preset("train.vae", __doc__, PRESETS, run))
-
-    main_of("train.vae", work)
+    run = partial(Run, data=tyro.MISSING, out=tyro.MISSING)
+    main_of("train.vae", lambda: train(run_of_preset("train.vae", __doc__, PRESETS, run)))
 
 
 def train(run: Run) -> int:
@@ -125,7 +119,7 @@ def _build(run: Run, accelerator: Accelerator) -> _Parts:
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
     )
-    modules: dict[str, Saved] = {"codec": codec, "ema": ema}
+    modules: dict[str, torch.nn.Module] = {"codec": codec, "ema": ema}
     if isinstance(objective, Joint):
         prior = objective.prior
         assert isinstance(prior, TrainedPrior)
@@ -190,7 +184,7 @@ def _start(run: Run, parts: _Parts, images: Batches, trainer: Trainer, sources: 
         start_from_mean(codec, mean_pixels(images, plan, len(sources)))
 
 
-class VAETask:
+class VAETask(Task):
     """Evaluate a VAE, and log its losses."""
 
     def __init__(self, run: Run, parts: _Parts, crops: CentreCrops, log: RunLog) -> None:
@@ -213,7 +207,6 @@ class VAETask:
     def values(
         self, losses: ELBOLosses | IWAELosses | JointLosses, step: int, loop: dict[str, float]
     ) -> dict[str, float]:
-        """Return the logged values as `Task.values` does."""
         return losses.values(beta_at(self.config.objective, step - 1), self.config.crop) | loop
 
     def evaluate(self, step: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.context import ContextConfig
-from latent_codec.storage.tensors import check_state, save_tensors
+from latent_codec.storage.tensors import check_state
 from train.config.prior import context_groups, context_levels
 from train.config.vae import JointConfig
 from train.context_prior.network import ContextNet
@@ -30,10 +30,6 @@ class TrainedPrior(ContextNet):
         """Draw random weights; the arguments are those of `ContextNet`."""
         super().__init__(config, channel_steps, statistics, order)
         self.register_buffer("channels", torch.from_numpy(self.order))  # for runs that start from the weights
-
-    def save(self, path: Path) -> None:
-        """Write the weights to a safetensors file."""
-        save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}, {"format": "pt"})
 
 
 def prior_of(config: JointConfig, source: str) -> TrainedPrior:

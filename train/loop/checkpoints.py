@@ -9,12 +9,14 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from latent_codec.errors import UserError
 from latent_codec.prior.priors import PREFIX
@@ -24,19 +26,6 @@ from latent_codec.storage.tensors import check_state, save_tensors
 
 log = logging.getLogger(__name__)
 _OPTIMIZER = "optimizer.safetensors"
-
-
-class Saved(Protocol):
-    """A module that writes a file of its own kind."""
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file with the tensors of `state_dict` in float32."""
-        ...
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
-    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], /) -> Any: ...
 
 
 @dataclasses.dataclass
@@ -55,7 +44,12 @@ class Progress:
 
 
 def save(
-    folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    keep: int,
 ) -> Path:
     """Write a checkpoint into `folder`, remove all but the newest `keep`, and return its path.
 
@@ -69,7 +63,8 @@ def save(
     staged.mkdir(parents=True)
     files = {name: f"{name}.safetensors" for name in modules}
     for name, module in modules.items():
-        module.save(staged / files[name])
+        write = getattr(module, "save", partial(_save_state, module))  # models have a file format of their own
+        write(staged / files[name])
     moments = _moments(optimizer, modules)
     save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
     hashes = {name: sha256_of(staged / name) for name in (*files.values(), _OPTIMIZER)}
@@ -92,7 +87,7 @@ def save(
     return final
 
 
-def restore(folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.Optimizer) -> Progress:
+def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:
     """Load the newest sound checkpoint in place; return a fresh `Progress` if there is none.
 
     Raises `UserError` if checkpoints exist but all are damaged.
@@ -114,6 +109,10 @@ def restore(folder: Path, modules: Mapping[str, Saved], optimizer: torch.optim.O
     if finished:
         raise UserError(f"{folder}: all {len(finished)} checkpoints are damaged; start again with another --out")
     return Progress()
+
+
+def _save_state(module: nn.Module, path: Path) -> None:
+    save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in module.state_dict().items()}, {"format": "pt"})
 
 
 def _finished(folder: Path) -> list[Path]:
@@ -138,7 +137,7 @@ def _verify(staged: Path, file: str, written: dict[str, torch.Tensor]) -> None:
             raise OSError(f"{staged}: tensor {name} reads back differently from what was written; check the disk")
 
 
-def _parameters(modules: Mapping[str, Saved]) -> dict[str, torch.nn.Parameter]:
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Return all parameters by name; names of the first module have no prefix."""
     return {
         name if i == 0 else f"{prefix}.{name}": parameter
@@ -147,7 +146,7 @@ def _parameters(modules: Mapping[str, Saved]) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, Saved]) -> dict[str, torch.Tensor]:
+def _moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Return Adam's moments by parameter name, such as `backbone.x.weight/exp_avg`."""
     names = {id(parameter): name for name, parameter in _parameters(modules).items()}
     return {
@@ -158,7 +157,7 @@ def _moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, Saved]) -> 
 
 
 def _load_moments(
-    optimizer: torch.optim.Optimizer, modules: Mapping[str, Saved], tensors: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module], tensors: dict[str, torch.Tensor]
 ) -> None:
     parameters = _parameters(modules)
     for name, value in tensors.items():

@@ -49,10 +49,10 @@ def main_of(program: str, work: Callable[[], int]) -> NoReturn:
 
 
 def run_of_preset(
-    program: str, about: str | None, presets: Mapping[str, Callable[[], Config]], run: Callable[[Config], Run]
+    program: str, about: str | None, presets: Mapping[str, Callable[[], Config]], run: Callable[..., Run]
 ) -> Run:
     """Parse the command line: a preset's name, then flags that change fields of the `run` made from it."""
-    runs = {name: run(preset()) for name, preset in presets.items()}
+    runs = {name: run(config=preset()) for name, preset in presets.items()}
     lines = {name: (preset.__doc__ or "").splitlines()[0] for name, preset in presets.items()}
     kind = tyro.extras.subcommand_type_from_defaults(runs, lines)
     return tyro.cli(kind, prog=program, description=about, config=(tyro.conf.AvoidSubcommands,))

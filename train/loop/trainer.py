@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,6 @@ from latent_codec.storage.json_config import to_json
 from train.config.common import LoopConfig, flat
 from train.data.crops import SamplePlan
 from train.loop import checkpoints
-from train.loop.checkpoints import Saved
 from train.loop.claim import check_same_step
 from train.loop.guarded_steps import GuardedSteps, Skipped
 from train.loop.interrupts import Agreement, Interrupts, agree, is_heard
@@ -38,23 +37,23 @@ def begin(run: RunOptions) -> tuple[Accelerator, Interrupts]:
     return accelerator, interrupts
 
 
-class Task(Protocol):
-    """The part of training that differs between programs."""
+class Task:
+    """Do what differs between programs; this class takes no arguments and evaluates nothing."""
 
     def arguments(self, step: int, measure: bool) -> tuple[Any, ...]:
         """Return the objective's arguments after those of a batch; `measure` says that this step will be logged."""
-        ...
+        return ()
 
     def values(self, losses: Any, step: int, loop: dict[str, float]) -> dict[str, float]:
         """Return the logged values of a step from its losses, averaged over all processes, and from the loop's values.
 
         `loop` has grad_norm, learning_rate, skipped, images_per_s and minutes.
         """
-        ...
+        return losses.values() | loop
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure the averaged weights on the main process; without values nothing is logged."""
-        ...
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class TrainedModules:
 
     objective: torch.nn.Module
     """Returns the losses of a micro-batch as a named tuple with a `loss`."""
-    modules: Mapping[str, Saved]
+    modules: Mapping[str, torch.nn.Module]
     """Parts of a checkpoint by name. The first is trained, and "ema" is its average; "NAME_ema" is that of NAME."""
     optimizer: torch.optim.Optimizer
     """A fused Adam of the first module's parameters and of others, whose gradients are not clipped."""

@@ -1,7 +1,6 @@
 """Compute adversarial losses: a patch discriminator, the losses of both sides, and the weight between them."""
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,6 @@ from torch import distributed, nn
 from torch.func import functional_call
 from torch.nn.functional import leaky_relu, relu
 
-from latent_codec.storage.tensors import save_tensors
 from train.config.vae import AdversarialConfig
 
 _EPSILON = 1e-6  # keeps the ratio of two gradient norms finite
@@ -44,10 +42,6 @@ class PatchDiscriminator(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = leaky_relu(norm(conv(x)), 0.2)
         return self.score(x)
-
-    def save(self, path: Path) -> None:
-        """Write the weights to a safetensors file."""
-        save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in self.state_dict().items()}, {"format": "pt"})
 
 
 class AdversarialLosses(NamedTuple):

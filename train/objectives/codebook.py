@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +12,6 @@ from torch import nn
 from latent_codec.model.codebooks import Codes, VectorQuantizer
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, permutation
-from latent_codec.storage.tensors import save_tensors
 from train.config.vae import CodebookConfig
 from train.data.crops import Batches, SamplePlan
 from train.objectives.elbo import ELBOLosses
@@ -33,10 +31,6 @@ class CodebookAverages(nn.Module):
     def __init__(self, codes: int, channels: int) -> None:
         super().__init__()
         self.register_buffer("use", torch.zeros(codes, 1 + channels))
-
-    def save(self, path: Path) -> None:
-        """Write the averages to a safetensors file."""
-        save_tensors(path, {"use": self.use.detach().cpu().contiguous()}, {"format": "pt"})
 
     @torch.no_grad()
     def reset(self, codes: torch.Tensor, vectors: torch.Tensor) -> None:

@@ -47,16 +47,7 @@ class _Latents(NamedTuple):
     step: torch.Tensor  # (b,)
     drawn: torch.Tensor  # (b, z, h/f, w/f)
     coded: Coded  # the quantised mode
-
-    @property
-    def coarse(self) -> torch.Tensor:
-        """Return the weight (b,) of distortions, 1 / step^2 above 1."""
-        return self.step.clamp(min=1).square().reciprocal()
-
-    @property
-    def fine(self) -> torch.Tensor:
-        """Return the weight (b,) of rates, step^2 below 1."""
-        return self.step.clamp(max=1).square()
+    coarse: torch.Tensor  # (b,) weight of distortions, 1 / step^2 above 1
 
 
 class _Terms(NamedTuple):
@@ -119,7 +110,8 @@ class Joint(nn.Module):
         z = posterior.mean + step[:, None, None, None] * posterior.std * noise
         with torch.no_grad():
             rounded = self.prior.rounded(posterior.mean, step)
-        latents = _Latents(posterior, step, z, self.prior.code(rounded))  # integers have no gradient
+        coarse = step.clamp(min=1).square().reciprocal()
+        latents = _Latents(posterior, step, z, self.prior.code(rounded), coarse)  # integers have no gradient
         if self.config.decoder_alone:
             terms = self._decoder_terms(latents, keys, labels, x)
         else:
@@ -152,7 +144,8 @@ class Joint(nn.Module):
         integers = latents.coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
         drift = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
         distortion = latents.coarse * (nll + weight * nll_mode + perceptual)
-        loss = (distortion + latents.fine * (beta * kl + integers + drift)).mean()
+        fine = latents.step.clamp(max=1).square()  # (b,) weight of rates
+        loss = (distortion + fine * (beta * kl + integers + drift)).mean()
         return _Terms(loss, params, nll, nll_mode, kl, lpips)
 
     def _errors(self, params: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

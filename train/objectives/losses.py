@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,17 +13,13 @@ STEP, PIXELS, CHOSEN = 1, 2, 3
 """Numbers that a sample's key is folded with to draw the quantiser step, the binary pixels, and the samples that a
 gradient passes through. The posterior's noise uses the key as it is."""
 
-Losses = TypeVar("Losses")
 
-
-def map_losses(function: Callable[..., torch.Tensor], *losses: Losses) -> Losses:
+def map_losses(function: Callable[..., torch.Tensor], *losses: Any) -> Any:
     """Apply a function to the tensors at the same place of named tuples of one kind; None stays None."""
-    first: Any = losses[0]
-    if first is None:
-        return first
-    if isinstance(first, torch.Tensor):
-        return function(*losses)  # pyright: ignore[reportReturnType]
-    return type(first)(*(map_losses(function, *parts) for parts in zip(*losses, strict=True)))  # pyright: ignore
+    first = losses[0]
+    if first is None or isinstance(first, torch.Tensor):
+        return None if first is None else function(*losses)
+    return type(first)(*(map_losses(function, *parts) for parts in zip(*losses, strict=True)))
 
 
 class Bound(NamedTuple):

@@ -25,7 +25,7 @@ from tests.conftest import Draw
 
 @pytest.fixture
 def photos(tmp_path: Path, draw: Draw) -> Path:
-    """Five images of several sizes."""
+    """Draw five images of several sizes."""
     for i, size in enumerate([(16, 16), (9, 7), (30, 8), (1, 1), (16, 24)]):
         draw(tmp_path / "photos" / f"{i}.png", *size, seed=i)
     return tmp_path / "photos"

@@ -79,7 +79,7 @@ def test_a_factor_that_does_not_divide_256_is_no_obstacle(codec: Codec, tmp_path
     assert "258x258 image" in text and "statistics  none" in text
 
 
-def test_training_is_told_from_what_export_wrote_and_shown_as_it_is_from_others(codec: Codec, tmp_path: Path) -> None:
+def test_training_is_described_from_an_exports_provenance(codec: Codec, tmp_path: Path) -> None:
     training = {"data_images": 12, "data": ["a.tar", "b.tar"], "git_commit": "abc"}
     codec.provenance = {"progress": {"step": 7, "skipped": 0, "minutes": 3.2}, "training": training}
     codec.save(tmp_path / "m.safetensors")
@@ -133,7 +133,7 @@ def test_priors_are_described(codec: Codec, tmp_path: Path) -> None:
 
 @pytest.fixture
 def streams(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
-    """plain.png.lc, under the context prior, and special.jpg.lc: grey, rotated, dithered, factorised, step 1/2."""
+    """Make plain.png.lc with the context prior, and special.jpg.lc: grey, rotated, dithered, factorised, step 1/2."""
     exif = Image.Exif()
     exif[0x0112] = 6
     plain = draw(tmp_path / "src" / "plain.png", 16, 16)
@@ -209,7 +209,7 @@ def test_damaged_streams_are_refused_by_name(streams: Path) -> None:
         describe(str(streams / "none.lc"))
 
 
-def test_what_is_neither_model_nor_latents_is_refused(tmp_path: Path) -> None:
+def test_files_of_no_known_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"\x00" * 100)
     (tmp_path / "junk.safetensors").write_text("text")
     for name, reason in (

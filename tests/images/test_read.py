@@ -60,7 +60,7 @@ def refusal(source: Path | bytes, **options: Any) -> str:
     return message
 
 
-def test_what_is_no_image_is_refused_by_name_whatever_its_suffix(tmp_path: Path):
+def test_files_that_are_no_image_are_refused_by_name(tmp_path: Path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("this is no picture, however it is called")
     for name, reason in {
@@ -105,7 +105,7 @@ def test_more_than_one_frame_is_refused(image_format: str):
     assert "frame" in refusal(encoded(first, image_format, save_all=True, append_images=[second]))
 
 
-def test_of_a_multi_picture_jpeg_the_main_picture_is_read():
+def test_the_main_picture_of_a_multi_picture_jpeg_is_read():
     main, extra = (PilImage.fromarray(random_rgb(16, 16, seed)) for seed in (0, 1))
     both = encoded(main, "MPO", save_all=True, append_images=[extra], quality=95)
     assert np.array_equal(pixels_of(both), pixels_of(encoded(main, "JPEG", quality=95)))
@@ -141,7 +141,7 @@ def test_max_pixels_overrules_pillows_limit_without_a_warning(
     assert pillows_limit == PilImage.MAX_IMAGE_PIXELS  # still
 
 
-def test_where_pillows_limit_holds_the_message_names_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_refusal_by_pillows_own_limit_names_it(monkeypatch: pytest.MonkeyPatch):
     source = encoded(PilImage.fromarray(random_rgb(8, 8)), "TIFF")
     monkeypatch.setattr(PilImage, "MAX_IMAGE_PIXELS", 10)
     assert "MAX_IMAGE_PIXELS" in refusal(source)
@@ -198,7 +198,7 @@ def test_every_listed_suffix_is_one_that_pillow_gives_to_an_allowed_format():
     ("image_format", "options", "height", "width"),
     [*((*one, 9, 7) for one in LOSSLESS), *(("BMP", {}, height, 2**16) for height in (1, 3, 4, 5, 9))],
 )
-def test_rgb_comes_as_it_is(image_format: str, options: dict[str, object], height: int, width: int):
+def test_rgb_is_read_unchanged(image_format: str, options: dict[str, object], height: int, width: int):
     """Pixels are moved in strips of 4 rows where a row has 2**16."""
     rgb = random_rgb(height, width)
     image = read_image(encoded(PilImage.fromarray(rgb), image_format, **options))
@@ -357,7 +357,7 @@ def test_cmyk_ink_darkens(image_format: str):
     assert np.abs(found - [[0, 255, 255], [255, 0, 255], [255, 255, 0], [0, 0, 0]]).max() <= 3
 
 
-def test_lab_comes_as_rgb_and_its_a_is_no_alpha():
+def test_lab_becomes_rgb_and_its_a_is_no_alpha():
     pil = PilImage.frombytes("LAB", (3, 1), bytes([0, 0, 0, 255, 0, 0, 136, 0, 0]))  # 136: L* = 53.3
     image = read_image(encoded(pil, "TIFF"))
     assert np.abs(image.pixels[:, 0].numpy().astype(int) - [0, 255, 127]).max() <= 1
@@ -365,7 +365,7 @@ def test_lab_comes_as_rgb_and_its_a_is_no_alpha():
 
 
 @pytest.mark.parametrize(("mode", "red"), [("HSV", (0, 255, 255)), ("YCbCr", (76, 85, 255)), ("RGBX", (255, 0, 0, 9))])
-def test_other_spaces_come_as_rgb(mode: str, red: tuple[int, ...]):
+def test_other_colour_spaces_become_rgb(mode: str, red: tuple[int, ...]):
     # No listed format stores HSV, and only a rare kind of TIFF YCbCr.
     rgb = in_8_bits(PilImage.new(mode, (1, 1), red), "", "some.img")
     assert rgb.mode == "RGB"

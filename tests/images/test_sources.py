@@ -145,7 +145,7 @@ def test_a_tar_file_with_a_damaged_header_is_refused_not_read_in_part(tmp_path: 
         find_images(path)
 
 
-def test_what_is_no_uncompressed_tar_file_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_no_uncompressed_tar_are_refused(tmp_path: Path) -> None:
     packed = tar(tmp_path / "packed.tar", MEMBERS, mode="w:gz").read_bytes()
     for data in (b"", b"text", b"\x1f\x8b" + bytes(600), packed):
         (tmp_path / "s.tar").write_bytes(data)
@@ -207,7 +207,7 @@ def test_a_name_that_is_no_utf_8_is_found_and_read(tmp_path: Path) -> None:
     assert levels(tmp_path) == {name: 0}
 
 
-def test_options_reach_the_reader_and_names_its_errors(tmp_path: Path, draw: Draw) -> None:
+def test_options_and_names_reach_the_reader(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "a.png", 4, 3)
     Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"text")

@@ -41,7 +41,7 @@ def test_ranks_share_out_every_item_in_batches_of_one_shape(
     assert all(taken[once + i] == taken[i % once] for i in range(len(taken) - once))
 
 
-def test_what_makes_no_full_round_is_left_out_if_asked() -> None:
+def test_drop_last_leaves_out_incomplete_batches_and_rounds() -> None:
     ranks = epoch_of(SHAPES, 4, 2, drop_last=True)  # three batches of the first shape, one of the second
     assert [len(rank) for rank in ranks] == [2, 2]
     items = [i for rank in ranks for rows in rank for i in rows.indices]

@@ -38,7 +38,7 @@ def test_every_row_of_every_tensor_is_read(shard: Path) -> None:
                 assert np.array_equal(row_of(reader, "s", name, row), tensor[row].numpy())
 
 
-def test_what_is_not_there_is_refused(shard: Path) -> None:
+def test_missing_shards_tensors_and_rows_are_refused(shard: Path) -> None:
     reader = ShardReader(shard.parent)
     with pytest.raises(ValueError, match="no tensor c"):
         reader.locate("s", "c")

@@ -166,7 +166,7 @@ def test_a_failure_leaves_the_old_folder_or_none(tmp_path: Path, error: type[Bas
     assert (tmp_path / "folder" / "a.txt").read_text() == "old"
 
 
-def test_where_the_last_rename_fails_the_old_folder_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_last_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     fill(tmp_path / "folder", "old")
     rename = Path.rename

@@ -22,7 +22,7 @@ def test_the_peak_is_the_largest_magnitude_of_any_module() -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_what_is_not_finite_overflows_whatever_comes_after(value: float) -> None:
+def test_infinite_and_nan_activations_overflow(value: float) -> None:
     with watched(identity := nn.Identity()) as peak:
         for v in (1.0, value, 2.0):
             identity(torch.tensor([v]))

@@ -88,7 +88,7 @@ def test_the_configuration_is_what_pipelines_read(vae: Any, codec: Codec) -> Non
 
 
 @pytest.mark.parametrize("shape", ["lite", "conv"])
-def test_it_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) -> None:
+def test_the_adapter_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, shape: str) -> None:
     codec = codec if shape == "lite" else kl.codec()
     vae: Any = CodecAutoencoder.from_codec(codec)
     vae.save_pretrained(tmp_path / "vae")

@@ -30,7 +30,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_there_and_back(run: Run, model: Path, tmp_path: Path) -> None:
+def test_an_export_is_imported_with_the_same_id(run: Run, model: Path, tmp_path: Path) -> None:
     result = run("export", model, tmp_path / "vae", "--to", "diffusers")
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith(f"wrote {tmp_path / 'vae'}, an AutoencoderKL; activations reach ")
@@ -68,7 +68,7 @@ def test_options_of_import_reach_the_work(run: Run, tmp_path: Path) -> None:
     assert out.stat().st_size < 0.6 * size
 
 
-def test_every_tool_works_on_an_imported_model(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_every_command_works_on_an_imported_model(run: Run, photos: Path, tmp_path: Path) -> None:
     kl.autoencoder(scaling_factor=0.18215).save_pretrained(tmp_path / "vae")
     imported, measured = tmp_path / "imported.safetensors", tmp_path / "measured.safetensors"
     assert run("import", tmp_path / "vae", imported).code == 0

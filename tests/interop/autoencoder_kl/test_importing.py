@@ -234,7 +234,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, out: P
     assert not out.exists()
 
 
-def test_paths_that_are_nothing_to_import_are_refused(codec: Codec, tmp_path: Path, out: Path) -> None:
+def test_impossible_sources_and_destinations_are_refused(codec: Codec, tmp_path: Path, out: Path) -> None:
     _, folder = saved(tmp_path)
     (tmp_path / "text.safetensors").write_text("no tensors")
     (tmp_path / "empty").mkdir()

@@ -89,7 +89,7 @@ def test_config_json_comes_back(shape: str) -> None:
     assert value["force_upcast"] is True
 
 
-def test_what_is_left_out_is_as_diffusers_takes_it() -> None:
+def test_missing_settings_get_diffusers_defaults() -> None:
     """So is None where diffusers has a default; a missing shift is 0."""
     model: Any = kl.AutoencoderKL()
     full, _ = settings.from_json(json.loads(model.to_json_string()), "x")
@@ -117,7 +117,7 @@ def test_what_is_left_out_is_as_diffusers_takes_it() -> None:
         ({"latents_mean": 3}, "damaged configuration"),
     ],
 )
-def test_what_codecs_lack_or_nobody_can_read_is_named(change: dict[str, Any], reason: str) -> None:
+def test_missing_features_and_damaged_values_are_named(change: dict[str, Any], reason: str) -> None:
     config = settings.codec_config(kl.SD, 3, 4)
     value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | change
     with pytest.raises(UserError, match=f"^vae/config.json: .*{reason}"):

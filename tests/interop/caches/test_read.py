@@ -55,7 +55,9 @@ def test_mar_gives_back_every_number(shared_codec: Codec, mixed: Latents, tmp_pa
     assert files_of(tmp_path / "again") == files_of(tmp_path / "cache")
 
 
-def test_edm2_gives_back_means_and_to_rounding_variances(shared_codec: Codec, latents: Latents, tmp_path: Path) -> None:
+def test_edm2_gives_back_means_exactly_and_variances_to_rounding(
+    shared_codec: Codec, latents: Latents, tmp_path: Path
+) -> None:
     made(latents, "edm2", tmp_path / "cache")
     for where in (tmp_path / "cache", tmp_path / "cache" / "latents.zip"):
         back(shared_codec, "edm2", where, tmp_path / "out", overwrite=True, store="float32")
@@ -192,7 +194,7 @@ def test_latents_of_another_model_are_refused(codec: Codec, latents: Latents, tm
     assert len(failures) == 4 and all("give the right --model" in reason for reason in failures.values())
 
 
-def test_what_cannot_be_the_models_fails_by_name(shared_codec: Codec, tmp_path: Path) -> None:
+def test_latents_that_cannot_be_the_models_fail_by_name(shared_codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     wrong = {
         "channels": (np.zeros((3, 2, 2)), "3 channels, and the model has 4"),
@@ -254,7 +256,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_where_there_is_nothing_it_is_said(shared_codec: Codec, tmp_path: Path) -> None:
+def test_a_place_without_a_cache_is_refused(shared_codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for source, given in EVERY.items():
         with pytest.raises(UserError, match=rf"no latents as {source} has them|no zip file"):

@@ -205,7 +205,7 @@ def test_kohya_needs_its_trainers_factor_and_edm2_squares(shared_codec: Codec, t
         made(change(latents, factor=16), "kohya", tmp_path / "out", arch="sd")
 
 
-def test_another_range_of_pixels_is_told(shared_codec: Codec, tmp_path: Path) -> None:
+def test_a_different_pixel_range_gives_a_note(shared_codec: Codec, tmp_path: Path) -> None:
     latents = change(store(tmp_path / "z", shared_codec), pixel_range=[0.0, 1.0])
     assert any("the encoder saw pixels in [0.0, 1.0]" in n for n in made(latents, "comfyui", tmp_path / "a").notes)
     assert not any("the encoder saw" in note for note in made(latents, "edm2", tmp_path / "b").notes)

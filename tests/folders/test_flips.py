@@ -1,6 +1,5 @@
 """Test latents of mirrored images: encoding the mirrored file gives them, and they are half of the draws."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
 from latent_codec.inference.options import ComputeOptions
-from latent_codec.info import describe
 from latent_codec.latents.batches import BatchIndices, ShapeBatches
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import INDEX, stored_shards
+from latent_codec.latents.format import stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.folders.test_latents import CPU, PAIRS, decode, encode
+from tests.folders.test_latents import PAIRS, decode, encode
 from tests.test_cli import Run, run  # noqa: F401 (a fixture)
 
 SIZES = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
@@ -136,23 +134,3 @@ def test_memory_for_one_batch_is_enough(
     monkeypatch.setattr(codec, "encode", count)
     encode(codec, photos, tmp_path / "z", ComputeOptions(batch_size=2, workers=1), flips=True)
     assert max(largest) == 2 and sum(largest) == 2 * len(SIZES)
-
-
-def test_tiles_give_what_whole_images_give(codec: Codec, tmp_path: Path, draw: Draw) -> None:
-    draw(tmp_path / "photos" / "a.png", 501, 340)
-    for tile in (None, 168):
-        compute = dataclasses.replace(CPU, tile=tile)
-        encode(codec, tmp_path / "photos", tmp_path / f"{tile}", compute, flips=True, store="float32")
-    whole, tiled = (Latents(tmp_path / f"{tile}").posterior(0, flip=True) for tile in (None, 168))
-    assert torch.allclose(whole.mean, tiled.mean, atol=1e-5) and torch.allclose(whole.logvar, tiled.logvar, atol=1e-5)
-
-
-def test_the_command_stores_them_and_info_says_so(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    options = ("--model", model_file, "--flips")
-    result = run("encode", photos, tmp_path / "lc", *options)
-    assert result.code == 2 and "--flips is for --format safetensors" in result.err
-    assert run("encode", photos, tmp_path / "z", *options, "--format", "safetensors").code == 0
-    assert Latents(tmp_path / "z").header.flips
-    (shard,) = stored_shards(tmp_path / "z")
-    for path in (tmp_path / "z", tmp_path / "z" / INDEX, shard):
-        assert "and the same of the images mirrored left to right" in describe(str(path))

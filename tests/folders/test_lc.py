@@ -1,8 +1,6 @@
 """Test folders of `.lc` files: exact sizes, no image lost, files that depend on their image alone."""
 
 import dataclasses
-import errno
-import os
 import re
 import shutil
 import tarfile
@@ -249,17 +247,6 @@ def test_trees_and_whole_names_are_kept_and_never_collide(codec: Codec, tmp_path
         assert {image.format for image in found.values()} == {image_format}
 
 
-def test_one_file_and_tar_members_are_encoded_and_one_file_decoded(codec: Codec, tmp_path: Path, draw: Draw) -> None:
-    draw(tmp_path / "src" / "b" / "c.png", 9, 7)
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        archive.add(tmp_path / "src", ".")
-    assert not encode(codec, tmp_path / "x.tar", tmp_path / "z").failures
-    assert set(contents(tmp_path / "z")) == {"x/b/c.png.lc"}
-    encode(codec, tmp_path / "src" / "b" / "c.png", tmp_path / "single")
-    decode(codec, tmp_path / "single" / "c.png.lc", tmp_path / "out")
-    assert set(contents(tmp_path / "out")) == {"c.png.png"}
-
-
 @pytest.mark.parametrize("evil", ["../evil.png", "b/../../../evil.png", "b\\evil.png"])
 def test_a_member_whose_name_is_no_plain_path_stops_all_before_any_work(
     codec: Codec, photos: Path, tmp_path: Path, evil: str
@@ -271,16 +258,6 @@ def test_a_member_whose_name_is_no_plain_path_stops_all_before_any_work(
         with pytest.raises(UserError, match=r"unsafe name .*evil\.png.*; rename it"):
             make(Runner(codec, CPU), tmp_path / "x.tar", tmp_path / "z", quiet=True)
     assert not list(tmp_path.rglob("evil*")) and not list((tmp_path / "z").iterdir())
-
-
-def test_a_file_where_another_needs_a_folder_stops_all_before_any_work(
-    codec: Codec, tmp_path: Path, draw: Draw
-) -> None:
-    for name in ("a.png", "a.png.lc/b.png", "c.png"):
-        draw(tmp_path / "src" / name, 8, 8)
-    with pytest.raises(UserError, match=r"a\.png\.lc would be both a file and a folder"):
-        encode(codec, tmp_path / "src", tmp_path / "z")
-    assert not list((tmp_path / "z").iterdir())
 
 
 def test_a_name_too_long_for_its_new_suffix_fails_alone(codec: Codec, tmp_path: Path, draw: Draw) -> None:
@@ -310,37 +287,6 @@ def test_existing_files_are_refused_before_any_work_unless_to_be_overwritten(
         decode(codec, streams, tmp_path / "out")
     assert contents(tmp_path / "out") == before
     assert decode(codec, streams, tmp_path / "out", resume=OVERWRITE).done == 9
-
-
-def test_both_kinds_are_kept_apart(codec: Codec, photos: Path, streams: Path, tmp_path: Path) -> None:
-    encode_latents(Runner(codec, CPU), photos, tmp_path / "latents", quiet=True)
-    with pytest.raises(UserError, match="holds latents for training on"):
-        encode(codec, photos, tmp_path / "latents", resume=OVERWRITE)
-    shutil.copytree(tmp_path / "latents", streams, dirs_exist_ok=True)
-    with pytest.raises(UserError, match=r"holds both latents \(index.json\) and 9 .lc files"):
-        decode(codec, streams, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("work", [encode, decode])
-def test_a_destination_that_is_a_file_is_refused_before_any_work(
-    codec: Codec, photos: Path, streams: Path, tmp_path: Path, work: Any
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot be written into as a folder"):
-            work(codec, photos if work is encode else streams, folder)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_nothing_to_do_is_refused(codec: Codec, tmp_path: Path) -> None:
-    (tmp_path / "a.png.lc").mkdir()
-    for where in (tmp_path, tmp_path / "none.lc", tmp_path / "none"):
-        with pytest.raises(UserError, match=r"no \.lc files there"):
-            decode(codec, where, tmp_path / "out")
-    with pytest.raises(UserError, match="no images there"):
-        encode(codec, tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 BREAK: dict[str, Any] = {
@@ -463,31 +409,6 @@ def test_latents_that_no_stream_holds_fail_alone(codec: Codec, tmp_path: Path, r
     assert "larger --step" in failures["grey.png"]
 
 
-@pytest.mark.parametrize(("number", "is_hopeless"), [(errno.ENOSPC, True), (errno.EACCES, False)])
-def test_a_disk_that_takes_no_more_ends_the_work_and_leaves_no_half_files(
-    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_hopeless: bool
-) -> None:
-    write = Path.write_bytes
-
-    def fail(self: Path, data: bytes) -> int:
-        if "3.png" in self.name:
-            write(self, data[:10])
-            raise OSError(number, os.strerror(number))
-        return write(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    if is_hopeless:
-        with pytest.raises(UserError, match=r"3\.png\.lc cannot be written: No space left on device; solve"):
-            encode(codec, photos, tmp_path / "z")
-    else:
-        assert set(encode(codec, photos, tmp_path / "z").failures) == {"3.png"}
-        assert set(contents(tmp_path / "z")) == {f"{i}.png.lc" for i in range(9) if i != 3}
-    made = contents(tmp_path / "z")
-    monkeypatch.undo()
-    encode(codec, photos, tmp_path / "z")
-    assert len(contents(tmp_path / "z")) == 9 and made.items() < contents(tmp_path / "z").items()
-
-
 def test_the_summary_counts_the_real_bytes_and_pixels(codec: Codec, photos: Path, tmp_path: Path) -> None:
     encoded = encode(codec, photos, tmp_path / "z")
     found = contents(tmp_path / "z")
@@ -500,8 +421,7 @@ def test_the_summary_counts_the_real_bytes_and_pixels(codec: Codec, photos: Path
     assert decoded.bytes_out == sum(map(len, contents(tmp_path / "out").values()))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_coarse_networks_still_make_sound_files(codec: Codec, photos: Path, tmp_path: Path, dtype: Any) -> None:
-    compute = ComputeOptions(dtype=dtype, batch_size=4, workers=2)
+def test_coarse_networks_still_make_sound_files(codec: Codec, photos: Path, tmp_path: Path) -> None:
+    compute = ComputeOptions(dtype="bfloat16", batch_size=4, workers=2)
     assert not encode(codec, photos, tmp_path / "z", compute, psnr=6.0).failures
     assert not decode(codec, tmp_path / "z", tmp_path / "out", compute).failures

@@ -89,13 +89,6 @@ def make(folder: Path, src: Path, settings: dict[str, Any] = SETTINGS, bad: str 
 ALL = [f"{name}.png" for name in "abcde"]
 
 
-def test_what_is_recorded_is_not_made_again(folder: Path, src: Path) -> None:
-    assert make(folder, src) == ALL
-    assert make(folder, src) == []
-    with Ledger(folder, "streams", SETTINGS) as ledger:
-        assert [[r.path for r in ledger.records(unit)] for unit in plans(src)] == [ALL[:2], ALL[2:4], ALL[4:]]
-
-
 def test_other_settings_and_other_kinds_have_no_part_in_it(folder: Path, src: Path) -> None:
     make(folder, src)
     for kind, settings in (("streams", {"step": 2.0}), ("images", SETTINGS), ("latents", SETTINGS)):
@@ -103,23 +96,6 @@ def test_other_settings_and_other_kinds_have_no_part_in_it(folder: Path, src: Pa
             assert [ledger.records(unit) for unit in plans(src)] == [[], [], []]
     assert make(folder, src, {"step": 2.0}) == ALL
     assert make(folder, src) == ALL  # what lies there is of other settings now
-
-
-@pytest.mark.parametrize("change", ["source", "output", "no output", "longer output"])
-def test_what_changed_is_not_up_to_date(folder: Path, src: Path, change: str) -> None:
-    make(folder, src)
-    output = folder / "c.png.out"
-    match change:
-        case "source":
-            (src / "c.png").write_text("C")
-        case "output":
-            output.write_text("C")
-        case "no output":
-            output.unlink()
-        case "longer output":
-            output.write_text("cc")
-    assert make(folder, src) == ["c.png"]
-    assert make(folder, src) == []
 
 
 @hypothesis_settings(max_examples=60)
@@ -160,11 +136,11 @@ def test_a_torn_record_costs_its_image_and_no_other(folder: Path, src: Path) -> 
         path.write_bytes(whole[path])
 
 
-@pytest.mark.parametrize("line", [b"[]", b"7", b"null", b"{}", b'{"path": 7}', b'{"reason": []}', b'{"settled": 1}'])
-def test_lines_of_others_are_passed_over(folder: Path, src: Path, line: bytes) -> None:
-    make(folder, src)
+def test_lines_of_others_are_passed_over(folder: Path, src: Path) -> None:
+    assert make(folder, src) == ALL
+    strange = b'[]\n7\nnull\n{}\n{"path": 7}\n{"reason": []}\n{"settled": 1}\n'
     for path in (folder / ".latent_codec" / "streams").glob("*.jsonl"):
-        path.write_bytes(line + b"\n" + path.read_bytes() + line)
+        path.write_bytes(strange + path.read_bytes() + strange)
     assert make(folder, src) == []
 
 
@@ -177,13 +153,6 @@ def test_the_last_word_on_an_image_counts(folder: Path, src: Path) -> None:
     make(folder, src, bad="b.png")
     with Ledger(folder, "streams", SETTINGS) as ledger:
         assert [r.path for r in ledger.records(plans(src)[0])] == ["a.png"]
-
-
-def test_failures_are_those_of_the_sources_that_are_there(folder: Path, src: Path) -> None:
-    make(folder, src, bad="b.png")
-    (src / "b.png").unlink()
-    make(folder, src)
-    assert not (folder / FAILURES).exists()
 
 
 def test_names_that_are_no_utf_8_are_remembered(folder: Path, src: Path) -> None:

@@ -40,7 +40,7 @@ def images(batch: int = 2, side: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     return x, (x + 0.3 * torch.randn(x.shape, generator=noise)).clamp(-1, 1)
 
 
-@pytest.mark.skipif(not (WEIGHTS / "lpips_check").is_dir(), reason="no ../shared/weights/lpips_check here")
+@pytest.mark.skipif(not (WEIGHTS / "lpips_check").is_dir(), reason=f"no {WEIGHTS}/lpips_check here")
 @pytest.mark.parametrize(("net", "far", "near"), [("alex", 0.7219, 0.1376), ("squeeze", 0.7110, 0.1479)])
 def test_the_package_s_example_has_its_published_distances(net: Net, far: float, near: float) -> None:
     def read(name: str) -> torch.Tensor:

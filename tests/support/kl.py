@@ -161,3 +161,9 @@ def moments(made: Codec) -> tuple[torch.Tensor, torch.Tensor]:
     assert made.statistics is not None
     mean, std = (torch.tensor(v)[:, None, None] for v in (made.statistics.mean, made.statistics.std))
     return mean, std
+
+
+def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Compare to float32's rounding error on values of about 1 after some twenty layers."""
+    assert one.shape == other.shape
+    assert (one.float() - other.float()).abs().max().item() <= tolerance * max(other.abs().max().item(), 1)

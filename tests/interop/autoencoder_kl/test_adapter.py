@@ -22,11 +22,6 @@ from tests.support import kl
 from tests.support.data import ROOT
 
 
-def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5) -> None:
-    assert one.shape == other.shape
-    assert (one.float() - other.float()).abs().max().item() <= tolerance * max(other.abs().max().item(), 1)
-
-
 @pytest.fixture
 def vae(codec: Codec) -> Any:
     kl.randomize(codec)
@@ -37,19 +32,19 @@ def vae(codec: Codec) -> Any:
 def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> None:
     codec, x, (mean, std) = vae.codec, kl.pixels(), kl.moments(vae.codec)
     ours, theirs = codec.encode(x), vae.encode(x).latent_dist
-    assert_close(theirs.mean, (ours.mean - mean) / std)
-    assert_close(theirs.std, ours.std / std)
-    assert_close(theirs.logvar, ours.logvar - 2 * std.log())
+    kl.assert_close(theirs.mean, (ours.mean - mean) / std)
+    kl.assert_close(theirs.std, ours.std / std)
+    kl.assert_close(theirs.logvar, ours.logvar - 2 * std.log())
     assert torch.equal(theirs.mode(), theirs.mean)
     noise = torch.randn(theirs.mean.shape, generator=torch.Generator().manual_seed(3))
     z = theirs.sample(torch.Generator().manual_seed(3))
-    assert_close(z, (ours.sample(noise) - mean) / std)
+    kl.assert_close(z, (ours.sample(noise) - mean) / std)
     expected = 0.5 * (theirs.mean**2 + theirs.std**2 - 1 - theirs.logvar).flatten(1).sum(1)
-    assert_close(theirs.kl(), expected, 1e-4)
-    assert_close(vae.decode(z).sample, codec.decode(ours.sample(noise)))
-    assert_close(vae(x).sample, codec.decode(ours.mode()))
+    kl.assert_close(theirs.kl(), expected, 1e-4)
+    kl.assert_close(vae.decode(z).sample, codec.decode(ours.sample(noise)))
+    kl.assert_close(vae(x).sample, codec.decode(ours.mode()))
     drawn = vae(x, sample_posterior=True, generator=torch.Generator().manual_seed(3), return_dict=False)
-    assert_close(drawn[0], vae.decode(z).sample)
+    kl.assert_close(drawn[0], vae.decode(z).sample)
     assert torch.equal(vae.encode(x, return_dict=False)[0].mean, theirs.mean)
     assert torch.equal(vae.decode(z, return_dict=False, generator=torch.Generator())[0], vae.decode(z).sample)
 
@@ -61,8 +56,8 @@ def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
     exported: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
     adapter = CodecAutoencoder.from_codec(codec)
     one, other = adapter.encode(x).latent_dist, exported.encode(x).latent_dist
-    assert_close(one.parameters, other.parameters)
-    assert_close(adapter.decode(one.mean).sample, exported.decode(one.mean).sample)
+    kl.assert_close(one.parameters, other.parameters)
+    kl.assert_close(adapter.decode(one.mean).sample, exported.decode(one.mean).sample)
     for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "latent_channels"):
         assert adapter.config[key] == exported.config[key]
     assert len(adapter.config.block_out_channels) == len(exported.config.block_out_channels)
@@ -102,7 +97,7 @@ def test_the_adapter_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, sha
     assert not again.training
     x = kl.pixels()
     with torch.inference_mode():
-        assert_close(again(x).sample, vae(x).sample)
+        kl.assert_close(again(x).sample, vae(x).sample)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2)])
@@ -116,8 +111,8 @@ def test_half_precision_in_and_out(vae: Any, tmp_path: Path, dtype: torch.dtype,
         assert half.dtype == dtype == next(half.post_quant_conv.parameters()).dtype
         found = half.encode(x.to(dtype)).latent_dist
         assert {found.mean.dtype, found.std.dtype, half.decode(found.mean).sample.dtype} == {dtype}
-        assert_close(found.mean, posterior.mean, tolerance)
-        assert_close(half.decode(posterior.mean.to(dtype)).sample, pixels, tolerance)
+        kl.assert_close(found.mean, posterior.mean, tolerance)
+        kl.assert_close(half.decode(posterior.mean.to(dtype)).sample, pixels, tolerance)
 
 
 @torch.inference_mode()
@@ -130,9 +125,9 @@ def test_tiles_give_what_the_whole_gives_and_are_what_the_network_sees(vae: Any)
     vae.enable_tiling(least)
     tiled = vae.encode(x).latent_dist
     assert len(seen) > 1 and max(seen) <= least
-    assert_close(tiled.mean, whole.mean)
-    assert_close(tiled.logvar, whole.logvar)
-    assert_close(vae.decode(whole.mean).sample, pixels)
+    kl.assert_close(tiled.mean, whole.mean)
+    kl.assert_close(tiled.logvar, whole.logvar)
+    kl.assert_close(vae.decode(whole.mean).sample, pixels)
     assert not torch.equal(vae.decode(whole.mean).sample.clamp(-1, 1), vae.decode(whole.mean).sample)  # nor clipped
     seen.clear()
     vae.disable_tiling()
@@ -152,8 +147,8 @@ def test_slices_are_single_images(vae: Any) -> None:
     vae.codec.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     vae.codec.backbone.decoder.register_forward_pre_hook(lambda _, args: seen.append(-len(args[0])))
     vae.enable_slicing()
-    assert_close(vae.encode(x).latent_dist.mean, whole.mean)
-    assert_close(vae.decode(whole.mean).sample, pixels)
+    kl.assert_close(vae.encode(x).latent_dist.mean, whole.mean)
+    kl.assert_close(vae.decode(whole.mean).sample, pixels)
     vae.disable_slicing()
     vae(x)
     assert seen == [1, 1, 1, -1, -1, -1, 3, -3]
@@ -168,10 +163,10 @@ def test_pixels_are_from_minus_1_to_1_whatever_the_likelihood(likelihood: Any) -
     x = eight_bits.float() / 127.5 - 1
     mean, std = kl.moments(codec)
     ours = codec.encode(eight_bits)
-    assert_close(vae.encode(x).latent_dist.mean, (ours.mean - mean) / std)
+    kl.assert_close(vae.encode(x).latent_dist.mean, (ours.mean - mean) / std)
     found = vae(x).sample
     low, high = codec.likelihood.data_range
-    assert_close(found, (codec.decode(ours.mean) - low) / (high - low) * 2 - 1)
+    kl.assert_close(found, (codec.decode(ours.mean) - low) / (high - low) * 2 - 1)
     assert -1 <= found.min() < found.max() <= 1
 
 

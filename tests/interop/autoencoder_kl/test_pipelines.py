@@ -29,22 +29,17 @@ def picture(codec: Codec, z: torch.Tensor) -> torch.Tensor:
         return (codec.decode(z) / 2 + 0.5).clamp(0, 1)
 
 
-def assert_same(one: torch.Tensor, other: torch.Tensor) -> None:
-    assert one.shape == other.shape
-    assert (one - other).abs().max().item() <= 2e-5 * max(other.abs().max().item(), 1)
-
-
 def assert_normalized(family: str, vae: Any, codec: Codec) -> None:
     """Check that the diffusion model sees normalised latents when a pipeline decodes and when it encodes."""
     mean, std = kl.moments(codec)
     painted = pipelines.paint(family, vae)
     assert painted.picture.std() > 0.05  # it is not all clipped
-    assert_same(painted.picture, picture(codec, painted.latents * std + mean))
+    kl.assert_close(painted.picture, picture(codec, painted.latents * std + mean))
     x = kl.pixels(1)
     noise = torch.randn(painted.latents.shape, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         found = pipelines.encode(family, vae, x, seed=5)
-        assert_same(found, (codec.encode(x).sample(noise) - mean) / std)
+        kl.assert_close(found, (codec.encode(x).sample(noise) - mean) / std)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +74,11 @@ def test_raw_weights_are_right_by_each_familys_own_formula(tmp_path: Path, famil
     }[family]
     vae, x = exported(codec, tmp_path / "vae", normalize=False), kl.pixels(1)
     painted = pipelines.paint(family, vae)
-    assert_same(painted.picture, picture(codec, painted.latents * scale + shift))
+    kl.assert_close(painted.picture, picture(codec, painted.latents * scale + shift))
     noise = torch.randn(painted.latents.shape, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         found = pipelines.encode(family, vae, x, seed=5)
-        assert_same(found, (codec.encode(x).sample(noise) - shift) / scale)
+        kl.assert_close(found, (codec.encode(x).sample(noise) - shift) / scale)
 
 
 @pytest.mark.parametrize("kind", ["export", "adapter"])

@@ -33,6 +33,9 @@ def flags(text: str) -> list[str]:
     return text.split()
 
 
+ONE_STEP = flags("--max-minutes 0.00001")
+"""Flags with which a run is stopped after one more step."""
+
 TINY = flags(
     "photo --encoder-widths 8 8 --decoder-widths 8 8 --encoder-depths 1 1 --decoder-depths 1 1 --latent-channels 4 "
     "--batch-size 4 --crop 32 --eval-crop 32 --steps 8 --save-every 2 --log-every 1 --eval-every 4 --val-images 2 "
@@ -165,6 +168,21 @@ def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
 def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_close_runs(
+    one: Path, other: Path, steps: int, relative: float, absolute: float = 0.0, compared: Callable[[str], bool] = bool
+) -> None:
+    """Compare checkpoints, or some of their tensors by name; differences are relative for Adam's moments alone.
+
+    Moments matter, because Adam itself forgives a wrong scale.
+    """
+    for step in range(1, steps + 1):
+        a, b = tensors(one, step), tensors(other, step)
+        assert a.keys() == b.keys()
+        for name in filter(compared, a):
+            scale = float(b[name].abs().max()) if name.startswith("optimizer/") else 1.0
+            assert float((a[name] - b[name]).abs().max()) <= relative * scale + absolute, (step, name)
 
 
 def log_lines(out: Path, kind: str) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ from latent_codec.model.codec import Codec
 from tests.support import faults
 from tests.support.data import ROOT
 from tests.support.run import (
+    ONE_STEP,
     TINY,
+    assert_close_runs,
     assert_same_tensors,
     checkpoint,
     flags,
@@ -44,7 +46,6 @@ from train.loop.interrupts import Interrupts
 
 STEPS = 8
 EVERY_STEP = flags("--save-every 1 --keep-checkpoints 99")
-ONE_STEP = flags("--max-minutes 0.00001")
 STREAMED = flags("--data-mode stream --workers 2")
 FIELDS = flags(
     "loss nll kl beta kl_bpp psnr active_channels clamped nll_mode grad_norm learning_rate skipped images_per_s minutes"
@@ -90,16 +91,6 @@ def assert_finished_like(out: Path, straight: Path, step: int = STEPS) -> None:
             for clock in ("images_per_s", "minutes"):
                 line.pop(clock, None)
         assert lines[0] == lines[1]
-
-
-def assert_close_runs(one: Path, other: Path, steps: int) -> None:
-    """Compare weights to a hundredth of one step of Adam, and Adam's moments, as Adam itself forgives a wrong scale."""
-    for step in range(1, steps + 1):
-        a, b = tensors(one, step), tensors(other, step)
-        assert a.keys() == b.keys()
-        for name in a:
-            scale = float(a[name].abs().max()) if name.startswith("optimizer/") else 1.0
-            assert float((a[name] - b[name]).abs().max()) <= 2e-5 * scale, (step, name)
 
 
 def refused(argv: list[str], out: Path, code: int = 1, **options: Any) -> str:
@@ -196,7 +187,7 @@ def test_broken_images_are_reported_and_left_out_of_training_and_validation(argv
 
 
 def test_two_processes_compute_what_one_does(straight: Path, two_ranks: Path) -> None:
-    assert_close_runs(two_ranks, straight, 3)
+    assert_close_runs(two_ranks, straight, 3, 2e-5)
     for kind in ("train", "eval"):
         for a, b in zip(log_lines(two_ranks, kind), log_lines(straight, kind), strict=True):
             for key in set(a) - {"kind", "images_per_s", "minutes"}:
@@ -207,7 +198,7 @@ def test_micro_batches_compute_what_whole_ones_do(argv: list[str], straight: Pat
     out = tmp_path / "run"
     text = run_ranks([*argv, *EVERY_STEP, *flags("--accumulation 2")], out, 2)
     assert "2 process(es) on cpu" in text and "per step = 2 x 2 x 1" in text
-    assert_close_runs(out, straight, 3)
+    assert_close_runs(out, straight, 3, 2e-5)
 
 
 def test_torchrun_starts_two_processes_that_resume_a_run_of_one(
@@ -226,7 +217,7 @@ def test_torchrun_starts_two_processes_that_resume_a_run_of_one(
     )
     assert result.returncode == 0, result.stderr
     assert "2 process(es) on cpu" in result.stdout and "from step 1 to 8" in result.stdout
-    assert_close_runs(out, straight, 3)
+    assert_close_runs(out, straight, 3, 2e-5)
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(

@@ -7,23 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.model.codec import Codec
-from tests.support.faults import stall
 from tests.support.run import (
+    ONE_STEP,
+    assert_close_runs,
     assert_same_tensors,
-    checkpoint,
     flags,
     log_lines,
     run,
     run_ranks,
-    start,
     tensors,
     write_images,
 )
 from train.config.presets import kl_f8c4
-from train.config.vae import AdversarialConfig, check
+from train.config.vae import AdversarialConfig
 from train.objectives.adversarial import AdversarialLosses, Adversary, PatchDiscriminator, last_weight
 from train.objectives.elbo import ELBO
 
@@ -137,28 +135,6 @@ def test_before_the_start_all_adversarial_losses_are_zero() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in objective.adversary.net.parameters())
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"adversarial_weight": -1.0}, "adversarial_weight"),
-        ({"adversarial_start": -1}, "adversarial_start"),
-        ({"adversarial_start": 24_000}, "not below steps 24000"),
-        ({"discriminator_width": 48}, "multiple of 32"),
-        ({"discriminator_layers": 8}, "crop 256 is too small"),
-    ],
-)
-def test_wrong_values_are_refused(fields: dict[str, object], message: str) -> None:
-    config = kl_f8c4()
-    adversarial = dataclasses.replace(config.objective.adversarial, **fields)  # pyright: ignore
-    with pytest.raises(UserError, match=message):
-        check(dataclasses.replace(config, objective=dataclasses.replace(config.objective, adversarial=adversarial)))  # pyright: ignore
-
-
-def test_an_adaptive_weight_is_not_compiled() -> None:
-    with pytest.raises(UserError, match="compile"):
-        check(dataclasses.replace(kl_f8c4(), compile=True))
-
-
 @pytest.fixture(scope="module")
 def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*TINY, "--data", str(write_images(tmp_path_factory.mktemp("data") / "images"))]
@@ -183,12 +159,9 @@ def test_the_discriminator_rests_until_its_step(straight: Path) -> None:
     assert weights[:2] == [0.0, 0.0] and all(w > 0 for w in weights[2:])
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bits(argv: list[str], straight: Path, tmp_path: Path) -> None:
-    process = start(argv, tmp_path / "run", patch=_stall)
-    process.wait_for(lambda: checkpoint(tmp_path / "run", 3).exists())
-    process.signal(9)
-    process.wait()
-    run(argv, tmp_path / "run")
+def test_a_resumed_run_ends_with_the_same_bits(argv: list[str], straight: Path, tmp_path: Path) -> None:
+    for limit in (ONE_STEP, ONE_STEP, ONE_STEP, []):
+        run([*argv, *limit], tmp_path / "run")
     assert_same_tensors(tensors(tmp_path / "run", 5), tensors(straight, 5))
 
 
@@ -212,23 +185,16 @@ def _spoil() -> None:
     Adversary.forward = forward
 
 
-def _stall() -> None:
-    stall(5)
-
-
 def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tmp_path: Path) -> None:
     assert "2 process(es) on cpu" in run_ranks(argv, tmp_path / "run", 2)
     for a, b in zip(log_lines(tmp_path / "run", "train")[:3], log_lines(straight, "train")[:3], strict=True):
         for name in ("loss", "generator", "discriminator", "adversarial_weight", "score_real", "score_fake"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5), name
-    for step in (1, 2, 3):
-        ours, theirs = tensors(tmp_path / "run", step), tensors(straight, step)
-        assert ours.keys() == theirs.keys()
-        for name in theirs:
-            # Attention does not depend on to_k's bias: its gradient is rounding.
-            if name.startswith("optimizer/") and "to_k.bias" not in name:
-                scale = float(theirs[name].abs().max())
-                assert float((ours[name] - theirs[name]).abs().max()) <= 1e-3 * scale + 1e-6, (step, name)
+
+    def compared(name: str) -> bool:  # attention does not depend on to_k's bias, whose gradient is rounding
+        return name.startswith("optimizer/") and "to_k.bias" not in name
+
+    assert_close_runs(tmp_path / "run", straight, 3, 1e-3, 1e-6, compared)
 
 
 def test_the_model_is_exported_without_its_adversary(argv: list[str], straight: Path, tmp_path: Path) -> None:

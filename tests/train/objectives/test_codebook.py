@@ -11,14 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.model.codebooks import VectorQuantizer
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import VectorQuantizerConfig
 from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors, write_images
-from train.config.presets import autoencoder, fsq, photo, vqvae
-from train.config.vae import CodebookConfig, TrainConfig, check
+from train.config.presets import vqvae
 from train.data.crops import Batch, SamplePlan
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.objectives.elbo import ELBO, CodeLosses
@@ -215,35 +213,3 @@ def test_the_optimizer_leaves_an_averaged_codebook_alone() -> None:
         torch.testing.assert_close(losses.codes.penalty, expected.detach())
         torch.testing.assert_close(losses.loss.detach(), losses.bound.nll + losses.bound.kl + losses.codes.penalty)
         torch.testing.assert_close(losses.codes.use, posterior.use())
-
-
-CODEBOOK: CodebookConfig = vqvae().objective.codebook  # pyright: ignore
-
-
-def changed(config: TrainConfig, **fields: Any) -> TrainConfig:
-    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, **fields))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (changed(vqvae(), codebook=None), "a vq bottleneck and codebook None"),
-        (changed(photo(), codebook=CODEBOOK), "a gaussian bottleneck and codebook"),
-        (changed(fsq(), codebook=CODEBOOK), "a fsq bottleneck and codebook"),
-        (changed(autoencoder(), free_bits=0.1), "free_bits is 0.1, .* not identity; set it to 0.0"),
-        (changed(autoencoder(), mode_weight=1.0), "mode_weight is 1.0"),
-        (changed(fsq(), warmup="linear"), "warmup is linear, .* set it to none"),
-        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, commitment=-1.0)), "commitment is -1.0"),
-        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, revive_below=-1.0)), "revive_below is -1.0"),
-        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, revive_every=0)), "revive_every is 0"),
-        (changed(vqvae(), codebook=dataclasses.replace(CODEBOOK, codebook_decay=1.0)), "codebook_decay is 1.0"),
-    ],
-)
-def test_contradictory_settings_are_refused(config: TrainConfig, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check(config)
-
-
-def test_presets_are_sound() -> None:
-    for preset in (autoencoder, vqvae, fsq):
-        check(preset())

@@ -4,7 +4,6 @@ Draws for SD and SDXL are raw, because the trainer multiplies them by 0.18215 or
 every key ends in the latents' height and width.
 """
 
-import functools
 import posixpath
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import numpy as np
 from latent_codec.errors import UserError
 from latent_codec.interop.caches import cache, numpy_files
 from latent_codec.interop.caches.options import CacheOptions
-from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
+from latent_codec.interop.caches.scaling import Scaling, prescribed_scaling
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
@@ -36,7 +35,7 @@ class Kohya(cache.ImageCacheWriter):
     def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
         self._arch = _arch(options)
-        self._scaling = _scaling(options, latents.header.statistics)
+        self._scaling = _scaling(self._arch, options, latents.header.statistics)
         if latents.header.factor != _FACTOR:
             raise UserError(
                 f"kohya's trainers take latents at 1/{_FACTOR} of each side, these are at 1/{latents.header.factor}; "
@@ -67,17 +66,14 @@ def _arch(options: CacheOptions) -> str:
     return options.arch
 
 
-def _scaling(options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
-    if options.arch == "flux":
-        return scaling_of(options, statistics)
-    if options.scaling_factor is not None:
-        raise UserError(f"--scaling-factor is for --arch flux; kohya's {options.arch} files hold raw latents")
-    return RAW
+def _scaling(arch: str, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
+    return prescribed_scaling(arch == "flux", options, statistics, f"kohya's {arch}")
 
 
 def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
     """Find the files of one architecture anywhere in a folder."""
-    suffix, scaling = f"_{_arch(options)}.npz", _scaling(options, statistics)
+    arch = _arch(options)
+    scaling = _scaling(arch, options, statistics)
 
     def load(path: Path) -> cache.StoredImage:
         with numpy_files.load(path) as file:
@@ -90,9 +86,8 @@ def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | Non
             width, height = (int(side) for side in file[f"original_size{end}"])
             return cache.StoredImage(mean, mean_flip=flip, origin=numpy_files.origin_in(file), size=(width, height))
 
-    for path in sorted(folder.rglob(f"*{suffix}")):
-        name = path.relative_to(folder).as_posix().removesuffix(suffix).rpartition("_")[0]
-        yield cache.FoundImage(name, functools.partial(load, path))
+    for found in cache.images_in_files(folder, f"_{arch}.npz", load):
+        yield found._replace(path=found.path.rpartition("_")[0])  # without the size
 
 
 def _key_end(file: Any) -> str:

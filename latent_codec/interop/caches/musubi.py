@@ -16,7 +16,7 @@ from latent_codec.errors import UserError
 from latent_codec.interop.caches import cache
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in, origin_in
-from latent_codec.interop.caches.scaling import RAW, Scaling, scaling_of
+from latent_codec.interop.caches.scaling import Scaling, prescribed_scaling
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
@@ -60,7 +60,7 @@ class Musubi(cache.ImageCacheWriter):
     def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
         self._architecture = _architecture(options)
-        self._scaling = _scaling(options, latents.header.statistics)
+        self._scaling = _scaling(self._architecture, options, latents.header.statistics)
 
     def name(self, entry: LatentsEntry) -> str:
         stem = posixpath.splitext(posixpath.basename(entry.path))[0]
@@ -88,19 +88,14 @@ def _architecture(options: CacheOptions) -> Architecture:
     return ARCHITECTURES[options.arch]
 
 
-def _scaling(options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
-    if _architecture(options).scaled:
-        return scaling_of(options, statistics)
-    if options.scaling_factor is not None:
-        raise UserError(
-            f"--scaling-factor is not for --arch {options.arch}, whose files hold raw latents; leave it out"
-        )
-    return RAW
+def _scaling(architecture: Architecture, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
+    return prescribed_scaling(architecture.scaled, options, statistics, f"musubi-tuner's {options.arch}")
 
 
 def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
     """Find the files of one architecture in a folder; a video's latents are refused one by one."""
-    architecture, scaling = _architecture(options), _scaling(options, statistics)
+    architecture = _architecture(options)
+    scaling = _scaling(architecture, options, statistics)
     suffix = f"_{options.arch}.safetensors"
 
     def load(path: Path) -> cache.StoredImage:

@@ -35,6 +35,8 @@ class CacheOptions:
             raise UserError("--shift-factor goes with --scaling-factor; give both or neither")
         if self.epoch is not None and self.epoch < 0:
             raise UserError(f"--epoch {self.epoch} is negative; epochs count from 0")
+        if self.shard_images is not None and self.shard_images < 1:
+            raise UserError(f"shards of {self.shard_images} images hold none; they must have at least 1")
 
     def check(self, used: frozenset[str], where: str) -> None:
         """Raise `UserError` for a chosen option that is not among those used there."""

@@ -50,3 +50,12 @@ def chosen_scaling(options: CacheOptions, statistics: LatentStatistics | None, w
     if options.scaling_factor is not None:
         raise UserError("--scaling-factor is for --scale normalized; raw latents are not scaled")
     return RAW
+
+
+def prescribed_scaling(scaled: bool, options: CacheOptions, statistics: LatentStatistics | None, files: str) -> Scaling:
+    """Return the scaling that a program prescribes; raises `UserError` for a factor where files hold raw latents."""
+    if scaled:
+        return scaling_of(options, statistics)
+    if options.scaling_factor is not None:
+        raise UserError(f"--scaling-factor is for scaled latents, and {files} files hold raw latents; leave it out")
+    return RAW

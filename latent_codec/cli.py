@@ -14,9 +14,9 @@ from latent_codec.commands.decode import Decode
 from latent_codec.commands.encode import Encode
 from latent_codec.commands.evaluate import Evaluate
 from latent_codec.commands.models import Export, Import, Info
-from latent_codec.commands.options import FLAGS
 from latent_codec.commands.sample import Sample
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 from latent_codec.version import __version__
 
 Command = Union[

@@ -12,7 +12,7 @@ import pytest
 from tests.support.data import ROOT
 
 FLOORS = (
-    ("errors", "noise", "precision", "version"),
+    ("errors", "flags", "noise", "precision", "version"),
     ("storage",),
     ("images", "metrics", "prior"),
     ("model",),

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 from latent_codec.model.codec import Codec
 from latent_codec.model.shipped import resolve
 from latent_codec.prior.context import ContextConfig
@@ -61,7 +62,7 @@ class Run(RunOptions):
 
 def main() -> None:
     """Run the command line."""
-    main_of("train.prior", lambda: train(tyro.cli(Run, prog="train.prior", description=__doc__)))
+    main_of("train.prior", lambda: train(tyro.cli(Run, prog="train.prior", description=__doc__, registry=FLAGS)))
 
 
 def train(run: Run) -> int:

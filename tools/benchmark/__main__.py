@@ -5,6 +5,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 from tools.benchmark import commands
 from tools.benchmark.coding import Coding
 from tools.benchmark.encoders import Encoders
@@ -26,7 +27,7 @@ def main() -> None:
         Annotated[LatentsSpeed, tyro.conf.subcommand("latents")],
         Annotated[TrainingSpeed, tyro.conf.subcommand("training")],
     ]
-    command: Any = tyro.cli(kind, prog="tools.benchmark", description=__doc__)  # pyright: ignore
+    command: Any = tyro.cli(kind, prog="tools.benchmark", description=__doc__, registry=FLAGS)  # pyright: ignore
     try:
         command.run()
     except UserError as error:

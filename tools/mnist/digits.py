@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.noise import fold, permutation
@@ -178,7 +179,7 @@ Command = Union[
 
 def main() -> None:
     """Run the command line."""
-    command: Command = tyro.cli(Command, prog="tools.mnist.digits", description=__doc__)  # pyright: ignore
+    command: Command = tyro.cli(Command, prog="tools.mnist.digits", description=__doc__, registry=FLAGS)  # pyright: ignore
     try:
         command.run()
     except UserError as error:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
+from latent_codec.flags import FLAGS
 from latent_codec.folders.batching import batches
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
@@ -101,7 +102,7 @@ def _means(codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch
 
 def main() -> None:
     """Run the command line, and print the results as JSON."""
-    options = tyro.cli(NLLOptions, prog="tools.mnist.nll", description=__doc__)
+    options = tyro.cli(NLLOptions, prog="tools.mnist.nll", description=__doc__, registry=FLAGS)
     try:
         results = estimate(options)._asdict()
     except (UserError, ValueError) as error:

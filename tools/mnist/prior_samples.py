@@ -8,6 +8,7 @@ import tyro
 from torch.nn.functional import pad
 
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 from latent_codec.images.geometry import Geometry, in_rgb
 from latent_codec.images.write import write_image
 from latent_codec.model.codec import Codec
@@ -35,7 +36,7 @@ class SamplingOptions:
 
 def main() -> None:
     """Run the command line."""
-    options = tyro.cli(SamplingOptions, prog="tools.mnist.prior_samples", description=__doc__)
+    options = tyro.cli(SamplingOptions, prog="tools.mnist.prior_samples", description=__doc__, registry=FLAGS)
     try:
         print(f"wrote {run(options)} images to {options.dst}")
     except UserError as error:

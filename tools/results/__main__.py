@@ -8,6 +8,7 @@ import tyro
 from latent_codec.bitstream.refinement import USUAL_ROUNDS
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions
+from latent_codec.flags import FLAGS
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import check_extra
@@ -59,7 +60,7 @@ class Results(Measurements):
 def main() -> None:
     """Run the command line."""
     try:
-        tyro.cli(Results, prog="tools.results", description=__doc__).run()
+        tyro.cli(Results, prog="tools.results", description=__doc__, registry=FLAGS).run()
     except UserError as error:
         raise SystemExit(f"tools.results: {error}") from error
 

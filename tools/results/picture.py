@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
+from latent_codec.flags import FLAGS
 from latent_codec.images.sources import find_images
 from latent_codec.images.write import to_pil
 from latent_codec.storage.files import atomic_path
@@ -43,4 +44,4 @@ def _middle(image: Image.Image, side: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    tyro.cli(Picture, prog="tools.results.picture", description=__doc__).run()
+    tyro.cli(Picture, prog="tools.results.picture", description=__doc__, registry=FLAGS).run()

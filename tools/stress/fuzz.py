@@ -21,6 +21,7 @@ from tqdm import tqdm
 from latent_codec.bitstream.container import Stream, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 from latent_codec.images.geometry import crop
 from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
@@ -195,7 +196,7 @@ def _limit_memory(megabytes: int) -> None:
 
 def main() -> None:
     """Run the command line; exit with 1 if there is a finding."""
-    options = tyro.cli(FuzzOptions, prog="tools.stress.fuzz", description=__doc__)
+    options = tyro.cli(FuzzOptions, prog="tools.stress.fuzz", description=__doc__, registry=FLAGS)
     report = run(options)
     for (kind, outcome), n in sorted(report.outcomes.items()):
         print(f"{kind:8} {outcome:8} {n:9}")

@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 from latent_codec.folders.encode_latents import encode_latents
 from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.folders.jobs import RESUME
@@ -106,6 +107,6 @@ def _contents(folder: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(Kill, prog="tools.stress.kill", description=__doc__).run()
+        tyro.cli(Kill, prog="tools.stress.kill", description=__doc__, registry=FLAGS).run()
     except UserError as error:
         raise SystemExit(f"tools.stress.kill: {error}") from error

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from latent_codec.errors import UserError
+from latent_codec.flags import FLAGS
 
 Config = TypeVar("Config")
 Run = TypeVar("Run")
@@ -55,4 +56,4 @@ def run_of_preset(
     runs = {name: run(config=preset()) for name, preset in presets.items()}
     lines = {name: (preset.__doc__ or "").splitlines()[0] for name, preset in presets.items()}
     kind = tyro.extras.subcommand_type_from_defaults(runs, lines)
-    return tyro.cli(kind, prog=program, description=about, config=(tyro.conf.AvoidSubcommands,))
+    return tyro.cli(kind, prog=program, description=about, config=(tyro.conf.AvoidSubcommands,), registry=FLAGS)

@@ -9,6 +9,7 @@ import time
 
 import tyro
 
+from latent_codec.flags import FLAGS
 from train.loop.program import main_of
 from train.recipe.config import Recipe, check
 
@@ -18,7 +19,7 @@ def main() -> None:
     started = time.monotonic()  # before torch is imported
 
     def work() -> int:
-        recipe = tyro.cli(Recipe, prog="train.recipe", description=__doc__)
+        recipe = tyro.cli(Recipe, prog="train.recipe", description=__doc__, registry=FLAGS)
         check(recipe)
         from train.recipe.stages import Clock, advance  # imports torch
 

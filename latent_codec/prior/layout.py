@@ -63,7 +63,7 @@ class PassLayout(NamedTuple):
 
     def take(self, latents: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Return the pass' values (b, g, n) of latents (b, z, h, w), by channel in `order` (z,), row and column."""
-        grid = latents[:, order[self.start : self.stop], :: self.spacing, :: self.spacing]
+        grid = latents[:, self._channels(order), :: self.spacing, :: self.spacing]
         if self.sites is Sites.ALL:  # the same, but faster
             return grid.reshape(*grid.shape[:2], -1)
         return grid[:, :, self.sites.mask(grid.shape[2:])]
@@ -71,12 +71,16 @@ class PassLayout(NamedTuple):
     def put(self, latents: np.ndarray, order: np.ndarray, values: np.ndarray) -> None:
         """Write values (b, g, n), as `take` returns them, into latents (b, z, h, w)."""
         grid = latents[:, :, :: self.spacing, :: self.spacing]
-        channels = order[self.start : self.stop]
         if self.sites is Sites.ALL:
-            grid[:, channels] = values.reshape(*values.shape[:2], *grid.shape[2:])
+            grid[:, self._channels(order)] = values.reshape(*values.shape[:2], *grid.shape[2:])
         else:
             rows, columns = np.nonzero(self.sites.mask(grid.shape[2:]))
-            grid[:, channels[:, None], rows, columns] = values
+            grid[:, order[self.start : self.stop, None], rows, columns] = values
+
+    def _channels(self, order: np.ndarray) -> np.ndarray | slice:
+        """Return the pass' channels, if possible as a slice, which copies nothing."""
+        own = order[self.start : self.stop]
+        return slice(own[0], own[-1] + 1) if (np.diff(own) == 1).all() else own
 
 
 class Prediction(NamedTuple):

@@ -94,12 +94,15 @@ def decode(
                     decoders[i] = found
                 else:
                     rest[i] = found.reshape(rest[i].shape)
-        layout.put(fine, prior.order, (rest + centre) * FINE + offset)
+        rest += centre
+        rest *= FINE
+        layout.put(fine, prior.order, rest + offset)
 
     def finish(decoder: Decoder, fine: np.ndarray, settings: QuantizerSettings) -> Quantized:
         decoder.finish()
         quantized, (low, high) = Quantized(fine, settings.step, settings.seed), prior.limits
-        if quantized.values.min(initial=low) < low or quantized.values.max(initial=high) > high:
+        values = quantized.values
+        if values.min(initial=low) < low or values.max(initial=high) > high:
             raise UserError(f"damaged: a latent is outside {low} to {high}")
         return quantized
 

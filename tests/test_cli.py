@@ -234,7 +234,7 @@ def test_flags_without_sense_are_refused_in_one_sentence(
     refuse(run("encode", photos, out, *model, "--bpp", 0), "--bpp 0 must be")
     refuse(run("encode", photos, out, *model, "--max-bytes", 0), "--max-bytes 0 leaves no room")
     refuse(run("encode", photos, out, *model, "--sample", 2**64), "no seed of 64 bits")
-    refuse(run("encode", photos, latents, *model), "holds latents for training on")
+    refuse(run("encode", photos, latents, *model, "--overwrite"), "holds latents for training on")
     refuse(run("decode", streams, out, *model, "--sample", 1), "give --sample to encode, not to decode")
     refuse(run("decode", streams, out, *model, "--max-pixels", 0), "refuses every image")
     refuse(run("decode", tmp_path / "none.lc", out, *model), "no .lc files there")

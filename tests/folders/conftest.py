@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import files_of
-from tests.support.folder import MAKERS, Kind, Task
+from tests.support.folder import KINDS, SOURCES, Kind, Task
 
 SIZES = {"a.png": (24, 16), "b.png": (24, 16), "c.jpg": (24, 16), "sub/d.png": (9, 17), "sub/é.png": (24, 16)}
 """Images in units of three and two; zbad.png, which is no image, is in the second unit."""
@@ -38,10 +38,9 @@ def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Places
         values = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(values).save(path)
     (root / "photos" / "zbad.png").write_text("no image")
-    sources = {"images of streams": "streams", "images of latents": "latents", "tars of images": "tars of streams"}
     found: Places = {}
-    for kind in MAKERS:
-        task = Task(kind, model_file, root / sources.get(kind, "photos"))
+    for kind in KINDS:
+        task = Task(kind, model_file, root / SOURCES.get(kind, "photos"))
         assert task.do(root / kind).done == 5
         found[kind] = Place(task, root / kind, files_of(root / kind))
     return found

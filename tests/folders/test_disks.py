@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.errors import UserError
 from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.latents.format import INDEX
@@ -43,7 +42,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path, model_file: Path, draw:
         draw(tmp_path / "photos" / f"{i:02d}.png", 96, 80, seed=i)
     photos = Task("streams", model_file, tmp_path / "photos")
     if kind.endswith(("images", "images of streams")):
-        photos.do(tmp_path / "z", rate=Rate(step=8.0))
+        photos.do(tmp_path / "z", step=8.0)
         return Task(kind, model_file, tmp_path / "z")
     return photos._replace(kind=kind)
 

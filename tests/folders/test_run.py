@@ -1,5 +1,7 @@
-"""Test that batches lose nothing, and that few images wait in memory."""
+"""Test what all commands over folders have in common: what they refuse, what fails alone, what waits in memory."""
 
+import dataclasses
+import shutil
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,18 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latent_codec.errors import UserError
 from latent_codec.folders.batching import batches
-from latent_codec.folders.decode_images import DecodeOptions
-from latent_codec.folders.decode_latents import decode_latents
-from latent_codec.folders.decode_lc import decode_lc
-from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
+from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.folders.resume.units import units
 from latent_codec.images.sources import find_images
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
+from latent_codec.latents.format import INDEX
 from latent_codec.model.codec import Codec
-from tests.conftest import Draw
+from tests.conftest import Draw, files_of
+from tests.folders.conftest import SIZES, Copy, Places
+from tests.support.folder import FILES, KINDS, OVERWRITE, Kind, make, temporary_files
 
 
 @given(st.lists(st.integers(0, 6)), st.integers(1, 4))
@@ -57,13 +59,102 @@ def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
 
     watch(Runner, "encode", lambda images, _: images)
     watch(Runner, "decode_uint8", lambda _, result: [result])
-    for i in range(40):
+    for i in range(20):
         draw(tmp_path / "photos" / f"{i:02d}.png", 24, 16, seed=i)
     assert len(units(find_images(tmp_path / "photos"))) == 1
-    runner = Runner(codec, ComputeOptions(batch_size=1, workers=1))
-    encode_latents(runner, tmp_path / "photos", tmp_path / "latents", quiet=True)
-    for tar in (False, True):
-        encode_lc(runner, tmp_path / "photos", tmp_path / f"{tar}", EncodeOptions(tar=tar), quiet=True)
-        decode_lc(runner, tmp_path / f"{tar}", tmp_path / f"back {tar}", DecodeOptions(tar=tar), quiet=True)
-    decode_latents(runner, tmp_path / "latents", tmp_path / "back", DecodeOptions(tar=True), quiet=True)
+    sources: dict[Kind, str] = {
+        "images of streams": "streams",
+        "images of latents": "latents",
+        "tars of images": "streams",
+    }
+    for kind in KINDS:
+        where = tmp_path / sources.get(kind, "photos")
+        assert make(kind, codec, where, tmp_path / kind, ComputeOptions(batch_size=1, workers=1)).done == 20
     assert 1 <= most <= 8
+
+
+# What is refused before any work.
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_others_made_are_refused_unless_to_be_overwritten(made: Copy, kind: Kind) -> None:
+    task, folder, expected = made(kind)
+    for forget in (
+        lambda: (folder / ".latent_codec" / "names.jsonl").unlink(),
+        lambda: shutil.rmtree(folder / ".latent_codec"),
+    ):
+        forget()
+        before = sorted(folder.rglob("*.png*"))
+        with pytest.raises(UserError, match=r"exists already: .*png.* and [45] more.*--overwrite"):
+            task.do(folder)
+        assert files_of(folder) == expected and sorted(folder.rglob("*.png*")) == before
+    assert not (folder / ".latent_codec").exists()
+    assert task.do(folder, OVERWRITE).done == 5
+    assert files_of(folder) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_that_cannot_be_used_are_refused(places: Places, tmp_path: Path, codec: Codec, kind: Kind) -> None:
+    task = places[kind].task
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be written into as a folder"):
+            task.do(folder)
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / FAILURES).write_text("mine")
+    with pytest.raises(UserError, match=r"exists already: .*failures\.jsonl; "):
+        task.do(tmp_path / "z")
+    assert list((tmp_path / "z").iterdir()) == [tmp_path / "z" / FAILURES]
+    two = Codec(dataclasses.replace(codec.config, image_channels=2))
+    with pytest.raises(UserError, match="images of 2 channels"):
+        make(kind, two, task.src, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+# What fails alone.
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_an_output_that_cannot_be_written_fails_alone(made: Copy, kind: Kind) -> None:
+    task, folder, expected = made(kind)
+    name = min(expected)
+    (folder / name).unlink()
+    (folder / name).mkdir()  # a folder where a file should go
+    (failed,) = task.do(folder, OVERWRITE).failures.keys() - {"zbad.png"}
+    assert failed.startswith("a.png")
+    assert files_of(folder).items() - {(FAILURES, files_of(folder)[FAILURES])} == {
+        (other, data) for other, data in expected.items() if other not in (name, FAILURES)
+    }
+    assert temporary_files(folder) == []
+
+
+@pytest.mark.parametrize("kind", ["streams", "images of latents"])
+def test_a_name_too_long_for_its_new_suffix_fails_alone(codec: Codec, tmp_path: Path, draw: Draw, kind: Kind) -> None:
+    long = "x" * 251 + ".png"
+    for name in (long, "a.png"):
+        draw(tmp_path / "src" / name, 8, 8)
+    if kind != "streams":
+        assert not make("latents", codec, tmp_path / "src", tmp_path / "latents").failures
+    summary = make(kind, codec, tmp_path / ("src" if kind == "streams" else "latents"), tmp_path / "z")
+    assert summary.failures.keys() == {long} and summary.done == 1
+    assert temporary_files(tmp_path / "z") == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_summary_counts_the_real_bytes_and_pixels(places: Places, tmp_path: Path, kind: Kind) -> None:
+    summary = places[kind].task.do(tmp_path / "z")
+    size = {
+        kind: sum(len(data) for name, data in p.files.items() if name not in (INDEX, FAILURES))
+        for kind, p in places.items()
+    }
+    photos = sum((places["streams"].task.src / name).stat().st_size for name in SIZES)
+    positions = sum(-(-width // 8) * -(-height // 8) for width, height in SIZES.values())
+    sources = {
+        "images of streams": size["streams"],
+        "tars of images": size["streams"],
+        "images of latents": 2 * 4 * 4 * positions,  # two tensors, bytes, channels
+    }
+    assert (summary.bytes_in, summary.bytes_out) == (sources.get(kind, photos), size[kind])
+    pixels = sum(width * height for width, height in SIZES.values())
+    assert (f"{8 * size[kind] / pixels:.3f} bits per pixel" in str(summary)) == (kind in ("streams", "tars of streams"))

@@ -9,16 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from latent_codec.bitstream.rate_control import Rate
+from latent_codec.folders import jobs
 from latent_codec.folders.decode_images import DecodeOptions
 from latent_codec.folders.decode_latents import decode_latents
 from latent_codec.folders.decode_lc import decode_lc
 from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
 from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.jobs import Resume
-from latent_codec.folders.resume.ledger import Ledger
+from latent_codec.folders.resume.ledger import FAILURES, Ledger
 from latent_codec.folders.resume.units import Share, Unit, UnitSizes
 from latent_codec.folders.summary import Summary
 from latent_codec.images.read import ReadOptions
@@ -29,8 +33,10 @@ from latent_codec.latents.format import INDEX
 from latent_codec.model.codec import Codec
 from latent_codec.storage import tensors as tensor_files
 from latent_codec.storage.files import atomic_path
+from tests.conftest import files_of
 from tests.support.run import PATIENCE, fork_server
 
+CPU = ComputeOptions(batch_size=4, workers=2)
 COMPUTE = ComputeOptions(batch_size=2, workers=1)
 UNIT = 3
 """Images at most in a unit, so that it has batches of two and of one."""
@@ -56,6 +62,39 @@ MAKERS: dict[Kind, tuple[Any, Any]] = {
 }
 
 
+def make(
+    kind: Kind,
+    codec: Codec,
+    where: str | Path,
+    folder: Path,
+    compute: ComputeOptions = CPU,
+    resume: Resume = jobs.RESUME,
+    **options: Any,
+) -> Summary:
+    """Make outputs of a kind, with options by the names of their fields; every image is accounted for."""
+    command, chosen = MAKERS[kind]
+    for name, part in (("rate", Rate), ("read", ReadOptions)):
+        if name in (own := {field.name for field in dataclasses.fields(chosen)}):
+            given = {field.name for field in dataclasses.fields(part)} & options.keys() - own
+            options[name] = part(**{field: options.pop(field) for field in given})
+    if kind.startswith("tars"):
+        options["tar"] = True
+    summary: Summary = command(Runner(codec, compute), where, folder, chosen(**options), resume=resume, quiet=True)
+    assert summary.done + summary.skipped + summary.elsewhere + len(summary.failures) == summary.found
+    return summary
+
+
+KINDS = tuple(MAKERS)
+SOURCES: dict[Kind, Kind] = {
+    "images of streams": "streams",
+    "images of latents": "latents",
+    "tars of images": "tars of streams",
+}
+"""What is decoded; other kinds are made of image files."""
+FILES: tuple[Kind, ...] = ("streams", "images of streams", "images of latents")
+"""Kinds whose outputs have names that are known before any work."""
+
+
 class Task(NamedTuple):
     """Name what a command makes of which sources, but not the folder that it does it in."""
 
@@ -64,18 +103,19 @@ class Task(NamedTuple):
     src: Path
 
     def do(self, folder: Path, resume: Resume = RESUME, compute: ComputeOptions = COMPUTE, **options: Any) -> Summary:
-        """Run to the end; every image is accounted for. `options` are those of the kind; streams are draws."""
-        make, kind = MAKERS[self.kind]
-        if "background" in options:
-            options["read"] = ReadOptions(background=options.pop("background"))
+        """Run to the end; `options` are those of the kind, and streams are draws."""
         if self.kind in ("streams", "tars of streams"):
             options = {"sample": 5} | options
-        if self.kind.startswith("tars"):
-            options["tar"] = True
-        runner = Runner(Codec.load(self.model), compute)
-        summary: Summary = make(runner, self.src, folder, kind(**options), resume=resume, quiet=True)
-        assert summary.done + summary.skipped + summary.elsewhere + len(summary.failures) == summary.found
-        return summary
+        return make(self.kind, Codec.load(self.model), self.src, folder, compute, resume, **options)
+
+
+def images(folder: Path) -> dict[str, Image.Image]:
+    """Return the images that a command made, by name."""
+    return {name: Image.open(folder / name) for name in files_of(folder) if name != FAILURES}
+
+
+def greatest_difference(a: Path, b: Path) -> int:
+    return int(np.abs(np.asarray(Image.open(a), int) - np.asarray(Image.open(b), int)).max())
 
 
 def temporary_files(folder: Path) -> list[str]:

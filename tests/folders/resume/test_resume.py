@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.errors import UserError
 from latent_codec.folders import run as run_module
 from latent_codec.folders.resume.ledger import FAILURES
@@ -32,7 +31,7 @@ from tests.folders.conftest import Copy, Places
 from tests.support.folder import (
     BY_TIME,
     COMPUTE,
-    MAKERS,
+    KINDS,
     OVERWRITE,
     RESUME,
     Kind,
@@ -45,7 +44,6 @@ from tests.support.folder import (
     work,
 )
 
-KINDS: tuple[Kind, ...] = tuple(MAKERS)
 ENCODED: tuple[Kind, ...] = ("streams", "latents")
 FIRST_UNIT = {"a.png.lc", "b.png.lc", "c.jpg.lc"}
 SECOND_UNIT = {"sub/d.png.lc", "sub/é.png.lc"}
@@ -141,11 +139,10 @@ def test_a_unit_with_an_image_that_cannot_be_coded_is_made_again_to_the_same_byt
     places: Places, tmp_path: Path
 ) -> None:
     task, folder = places["streams"].task, tmp_path / "z"
-    few_bits = Rate(bpp=2.0)  # less than the header of the smallest image's file
-    first = task.do(folder, rate=few_bits)
+    first = task.do(folder, bpp=2.0)  # less than the header of the smallest image's file
     expected = files_of(folder)
     assert first.failures.keys() == {"sub/d.png", "zbad.png"}
-    again = task.do(folder, rate=few_bits)
+    again = task.do(folder, bpp=2.0)
     assert (again.failures, again.done, again.skipped) == (first.failures, 1, 3)
     assert files_of(folder) == expected
 
@@ -153,8 +150,8 @@ def test_a_unit_with_an_image_that_cannot_be_coded_is_made_again_to_the_same_byt
 OTHER: dict[Kind, list[dict[str, Any]]] = {
     "streams": [
         {"sample": 6},
-        {"rate": Rate(step=0.5)},
-        {"rate": Rate(max_bytes=300)},
+        {"step": 0.5},
+        {"max_bytes": 300},
         {"prior": "factorized"},
         {"background": "#102030"},
     ],

@@ -1,4 +1,4 @@
-"""Codecs small enough to be compared with what theory says of them, and images for their closed form."""
+"""Make codecs small enough to be compared with theory, and images for their closed form."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ LITE = dataclasses.replace(
 
 
 def smooth_images(folder: Path) -> Batches:
-    """Smooth Gaussian fields of unequal brightness in R, G and B, within the range of pixels."""
+    """Write smooth Gaussian fields of unequal brightness in R, G and B, within the range of pixels."""
     random = np.random.default_rng(0)
     for i in range(6):
         field = random.normal(size=(32, 40, 3))
@@ -65,14 +65,14 @@ def crops(images: Batches) -> torch.Tensor:
 
 
 def noises(z: int) -> Iterator[torch.Tensor]:
-    """2z points whose mean is 0 and covariance 1: they integrate a quadratic over the noise exactly."""
+    """Yield 2z points with mean 0 and covariance 1, which integrate a quadratic over the noise exactly."""
     for axis in torch.eye(z) * math.sqrt(z):
         yield from (axis, -axis)
 
 
 @torch.no_grad()
 def elbo(codec: Codec, images: Batches) -> float:
-    """Nats per patch, exact over the noise where the decoder is linear and patches do not overlap."""
+    """Return the ELBO in nats per patch, exact over the noise if the decoder is linear without overlap."""
     x = codec.likelihood.from_uint8(crops(images))
     posterior = codec.encode(x)
     log_probs = [

@@ -1,4 +1,4 @@
-"""Small priors with random integers: what a trained one looks like, in milliseconds."""
+"""Make small priors with random integers that look like trained ones, in milliseconds."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from tests.support import reference_decoder
 
 @functools.cache
 def context_tables(reach: float = 6.0) -> Tables:
-    """A logistic's masses for each table, `reach` scales to both sides, the rest left to the escape."""
+    """Return tables of the logistic's masses, up to `reach` scales to both sides; the escape has the rest."""
     return join([_table(*table_scale(table), reach) for table in range(TABLES)])
 
 
@@ -46,7 +46,7 @@ def context_prior(
     centred: bool,
     levels: tuple[int, ...] = (),
 ) -> ContextPrior:
-    """Random weights over the whole range; outputs of a few steps and of medium width."""
+    """Return a prior with random weights over the whole range, and outputs of a few steps and of medium width."""
     rng = np.random.default_rng(seed)
     config, channels = ContextConfig(groups=groups, width=width, centred=centred, levels=levels), sum(groups)
     networks = []
@@ -83,7 +83,7 @@ def as_reference(context: ContextPrior) -> reference_decoder.Model:
 
 
 def feedback(channels: int, seed: int = 0) -> Feedback:
-    """Random weights, as large as a real decoder's."""
+    """Return random weights as large as a real decoder's."""
     rng = np.random.default_rng(seed)
     weights = rng.normal(0, 2**14 / 20, (channels, channels, *[2 * REACH + 1] * 2)).round().astype(np.int16)
     return Feedback(weights)
@@ -92,7 +92,7 @@ def feedback(channels: int, seed: int = 0) -> Feedback:
 def _layer(
     rng: np.random.Generator, inputs: int, outputs: int, size_in: float, size_out: float, bias: np.ndarray | None = None
 ) -> Layer:
-    """Rows whose outputs are about `size_out` large where inputs are about `size_in`."""
+    """Return a layer with outputs of about `size_out` for inputs of about `size_in`."""
     weight = rng.integers(-127, 128, (outputs, inputs))
     shift = np.clip(np.round(np.log2(73 * size_in * math.sqrt(inputs) / size_out) + rng.uniform(-1, 1, outputs)), 1, 20)
     bias = (rng.normal(size=outputs) * size_out / 2 if bias is None else bias) * 2**shift

@@ -18,7 +18,7 @@ from train.context_prior.network import ContextNet
 
 
 class TrainedPrior(ContextNet):
-    """A context prior as checkpoints hold it: `prior.safetensors`, and averaged in `prior_ema.safetensors`."""
+    """Keep the order of channels in the state, for checkpoints: `prior.safetensors` and `prior_ema.safetensors`."""
 
     def __init__(
         self,

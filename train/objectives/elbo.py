@@ -56,7 +56,7 @@ class ELBOLosses(NamedTuple):
 
 
 class ELBO(nn.Module):
-    """Negative ELBO = NLL + beta KL (Kingma & Welling 2014, eq. 3; beta: Higgins et al. 2017), in nats per image.
+    """Compute NLL + beta KL in nats per image (Kingma & Welling 2014, eq. 3; beta: Higgins et al. 2017).
 
     Free bits: a channel's KL below `free_bits` nats per latent element costs nothing. Kingma et al. (2016) take the
     minimum over a batch's average; here it is taken per image, so that a batch's loss is the average of its images'.

@@ -26,7 +26,7 @@ class FlowLosses(NamedTuple):
 
 
 class FlowMatching(nn.Module):
-    """Conditional flow matching on straight paths (Lipman et al. 2023; Liu et al. 2023).
+    """Match conditional flows on straight paths (Lipman et al. 2023; Liu et al. 2023).
 
     t is logit-normal (Esser et al. 2024, section 3.1). A share of the labels is dropped for classifier-free guidance
     (Ho & Salimans 2022). All random numbers of an image depend on its key alone.

@@ -25,7 +25,7 @@ class IWAELosses(NamedTuple):
 
 
 class IWAE(nn.Module):
-    """Minus the importance-weighted bound of k samples, in nats per image (Burda et al. 2016, eq. 8).
+    """Compute minus the importance-weighted bound of k samples, in nats per image (Burda et al. 2016, eq. 8).
 
     The bound is log (1/k) sum_i w_i with w_i = p(x given z_i) p(z_i) / q(z_i given x). Its gradient is the average of
     grad log w_i under the normalised weights (eq. 14). With `gradient_samples` the gradient passes through that many

@@ -62,13 +62,13 @@ class _Terms(NamedTuple):
 
 
 class Joint(nn.Module):
-    """The ELBO of a posterior whose noise is scaled by a step s, under a prior that knows s, in nats per image.
+    """Compute the negative ELBO of a posterior whose noise is scaled by a step s, under a prior that knows s.
 
     q_s(z given x) = N(mean, s^2 std^2), and p_s is the context prior's density at step s. The error of a coarser
     quantiser grows with s^2, and the likelihood's error may grow with it: an image's loss is NLL / s^2 + KL(q_s, p_s)
-    (the multi-rate form of a beta of s^2, Higgins et al. 2017), and s^2 times that where s is below 1, so that neither
-    end of the range outweighs the other. The KL is -log p_s of one sample less the entropy of q_s (Balle et al. 2017,
-    eq. 13, with Gaussian noise and a prior that sees its context).
+    in nats (the multi-rate form of a beta of s^2, Higgins et al. 2017), and s^2 times that where s is below 1, so that
+    neither end of the range outweighs the other. The KL is -log p_s of one sample less the entropy of q_s (Balle et al.
+    2017, eq. 13, with Gaussian noise and a prior that sees its context).
 
     A learned prior does not anchor the means, so their drift is penalised: each image also pays what N(0, I) charges
     for the means of its channels.
@@ -83,7 +83,7 @@ class Joint(nn.Module):
     """
 
     def __init__(self, config: JointConfig, codec: Codec, prior: ContextNet, lpips: LPIPS | None = None) -> None:
-        """With `decoder_alone`, freeze all weights but the decoder's.
+        """Freeze all weights but the decoder's if the configuration says `decoder_alone`.
 
         Raises `ValueError` if `lpips` is given without a positive `lpips_weight`, or the other way round.
         """

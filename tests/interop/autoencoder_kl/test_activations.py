@@ -21,16 +21,13 @@ def test_the_peak_is_the_largest_magnitude_of_any_module() -> None:
     assert peak.value == 100  # it is watched no more
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_infinite_and_nan_activations_overflow(value: float) -> None:
-    with watched(identity := nn.Identity()) as peak:
-        for v in (1.0, value, 2.0):
-            identity(torch.tensor([v]))
-    assert overflows(peak.value)
-
-
-def test_float16_is_used_up_to_a_quarter() -> None:
+def test_float16_overflows_above_a_quarter_of_its_range_and_at_infinity_and_nan() -> None:
     assert not overflows(65504 / 4) and overflows(65504 / 4 + 1)
+    for value in (math.inf, math.nan):
+        with watched(identity := nn.Identity()) as peak:
+            for v in (1.0, value, 2.0):
+                identity(torch.tensor([v]))
+        assert overflows(peak.value)
 
 
 @pytest.mark.parametrize(("channels", "factor"), [(3, 8), (1, 1), (4, 48)])

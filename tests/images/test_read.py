@@ -280,32 +280,21 @@ def zero_is_white_tiff() -> bytes:
     return source[:photometric] + b"\0\0" + source[photometric + 2 :]
 
 
+INDEXED = [[200, 0, 0], [10, 20, 30], [0, 0, 200]]
 EXACT: dict[str, tuple[bytes, str, list[Any]]] = {  # file, background, and grey values or RGB triples of its row
-    "palette with a transparent entry, PNG": (
-        encoded(PALETTE, "PNG", transparency=1),
-        "#0a141e",
-        [[200, 0, 0], [10, 20, 30], [0, 0, 200]],
-    ),
-    "palette with a transparent entry, GIF": (
-        encoded(PALETTE, "GIF", transparency=1),
-        "#0a141e",
-        [[200, 0, 0], [10, 20, 30], [0, 0, 200]],
-    ),
-    "palette with alphas": (  # 30 * 127/255 + 200 * 128/255 = 115.3
+    "palette with a transparent entry, PNG": (encoded(PALETTE, "PNG", transparency=1), "#0a141e", INDEXED),
+    "palette with a transparent entry, GIF": (encoded(PALETTE, "GIF", transparency=1), "#0a141e", INDEXED),
+    "palette with alphas": (
         encoded(PALETTE, "PNG", transparency=b"\xff\x00\x80"),
         "#0a141e",
-        [[200, 0, 0], [10, 20, 30], [5, 10, 115]],
+        [*INDEXED[:2], [5, 10, 115]],
     ),
     "palette with an alpha channel": (encoded(PALETTE_ALPHA, "TIFF"), "#ff0000", [[204, 0, 40], [9, 8, 7]]),
     "grey with alpha on colour": (encoded(PilImage.new("LA", (1, 1), (90, 0)), "PNG"), "#010203", [[1, 2, 3]]),
     "transparent grey": (png(2, 1, 8, 0, b"\0\x09\x0a", (b"tRNS", b"\0\x09")), "#070707", [7, 10]),
     "transparent 2-bit grey": (png(4, 1, 2, 0, b"\0\x1b", (b"tRNS", b"\0\x01")), "#070707", [0, 7, 170, 255]),
     "transparent bit": (png(2, 1, 1, 0, b"\0\x40", (b"tRNS", b"\0\x01")), "#070707", [0, 7]),
-    "transparent 16-bit grey": (
-        png(2, 1, 16, 0, b"\0\x01\x2c\x01\x2d", (b"tRNS", b"\x01\x2c")),
-        "#070707",
-        [7, 1],
-    ),
+    "transparent 16-bit grey": (png(2, 1, 16, 0, b"\0\x01\x2c\x01\x2d", (b"tRNS", b"\x01\x2c")), "#070707", [7, 1]),
     "transparent colour": (
         png(2, 1, 8, 2, b"\0\5\5\5\5\5\6", (b"tRNS", b"\0\5\0\5\0\5")),
         "#070707",

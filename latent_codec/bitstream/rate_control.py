@@ -63,9 +63,9 @@ def compress_at_rate(
     """Compress one image, (3, height, width) uint8 pixels and the latents that `scale` returns, as `rate` asks.
 
     Sizes are those of the whole file, and no file exceeds them. PSNR is that of the image which `decode` would write
-    with the same `tile`. The step is searched to 1/512 of itself. Size does not quite fall with the step: of the files
-    tried, the one with the finest step that fits is taken. Raises `UserError`, with the best that is possible, if the
-    image cannot be coded so.
+    with the same `tile`. The step is found to within 1/512. As size is not strictly monotone in the step, the result is
+    the file with the finest step that fits among those tried. Raises `UserError`, with the best that is possible, if
+    the image cannot be coded so.
     """
     scale(_COARSEST)  # raises if no step can hold the latents
 
@@ -146,11 +146,10 @@ def _finest_of_size(
 def _find_root(excess: Callable[[int], float], first: int, finest: int, *, limit: int) -> None:
     """Evaluate a function that falls with the step at steps ever closer to the one where it stops being positive.
 
-    Begins at `first`. If the root lies on the side of `limit`, one of the ends, that is next; the search stops there if
-    the root is not in between. Each further step lies where a line through the values on both sides crosses zero, over
-    the logarithm of the step. The value of a side that stays in place is halved (the Illinois rule: Dowell & Jarratt
-    1971), and the bracket shrinks by a fifth at least, because sizes have plateaus and jumps. Ends when the sides are
-    within 1/512 of each other.
+    First come `first` and, if the root lies on its side, the end `limit`; the search stops if the root lies beyond that
+    end. Each further step is where a line through the values on both sides crosses zero, over the logarithm of the
+    step. The value of a side that stays in place is halved (the Illinois rule: Dowell & Jarratt 1971), and the bracket
+    shrinks by a fifth at least, because sizes have plateaus and jumps. Ends when the sides are within 1/512.
     """
     known = {first: excess(first)}
     if (known[first] > 0) == (limit > first):

@@ -47,29 +47,23 @@ def test_symbols_and_values_are_inverse_but_for_escapes(
 HALF = TOTAL // 2
 
 
-@pytest.mark.parametrize(
-    ("counts", "sizes", "first", "message"),
-    [
-        ([HALF] * 2, [], [], "need one size"),
-        ([HALF] * 2, [2], [0, 0], "one first value each"),
-        ([HALF] * 2, [[2]], [[0]], "need one size"),
-        ([MAX_FREQUENCY, TOTAL - MAX_FREQUENCY, TOTAL], [2, 1], [0, 0], "2 or more"),
-        ([HALF] * 2, [-2], [0], "2 or more"),
-        ([HALF] * 2, [3], [0], "do not fit"),
-        ([HALF] * 4, [2], [0], "do not fit"),
-        ([[HALF] * 2], [2], [0], "do not fit"),
-        ([HALF], [2**31 - 1], [0], "reaches beyond"),
-        ([HALF] * 2, [2], [2**15], "reaches beyond"),
-        ([HALF] * 2, [2], [-(2**15) - 1], "reaches beyond"),
-        ([HALF] * 2, [2], [2**31 - 1], "reaches beyond"),
-        ([0, TOTAL], [2], [0], "outside 1"),
-        ([-1, TOTAL + 1], [2], [0], "outside 1"),
-        ([1, TOTAL - 1], [2], [0], "outside 1"),
-        ([MAX_FREQUENCY, TOTAL - MAX_FREQUENCY - 1], [2], [0], "sum"),
-        ([MAX_FREQUENCY, TOTAL - MAX_FREQUENCY] * 2 + [1], [2, 3], [0, 0], "sum"),
-        ([HALF, HALF + 5, HALF, HALF - 5], [2, 2], [0, 0], "sum"),
+TWO = [HALF, HALF]
+UNSOUND: dict[str, list[tuple[list, list, list]]] = {
+    "need one size": [(TWO, [], []), (TWO, [[2]], [[0]])],
+    "one first value each": [(TWO, [2], [0, 0])],
+    "2 or more": [([MAX_FREQUENCY, TOTAL - MAX_FREQUENCY, TOTAL], [2, 1], [0, 0]), (TWO, [-2], [0])],
+    "do not fit": [(TWO, [3], [0]), (TWO * 2, [2], [0]), ([TWO], [2], [0])],
+    "reaches beyond": [([HALF], [2**31 - 1], [0]), *((TWO, [2], [n]) for n in (2**15, -(2**15) - 1, 2**31 - 1))],
+    "outside 1": [([0, TOTAL], [2], [0]), ([-1, TOTAL + 1], [2], [0]), ([1, TOTAL - 1], [2], [0])],
+    "sum": [
+        ([MAX_FREQUENCY, TOTAL - MAX_FREQUENCY - 1], [2], [0]),
+        ([MAX_FREQUENCY, TOTAL - MAX_FREQUENCY] * 2 + [1], [2, 3], [0, 0]),
+        ([HALF, HALF + 5, HALF, HALF - 5], [2, 2], [0, 0]),
     ],
-)
-def test_unsound_tables_are_refused(counts: list, sizes: list, first: list, message: str) -> None:
+}
+
+
+@pytest.mark.parametrize(("message", "arrays"), [(m, case) for m, cases in UNSOUND.items() for case in cases])
+def test_unsound_tables_are_refused(message: str, arrays: tuple[list, list, list]) -> None:
     with pytest.raises(ValueError, match=message):
-        Tables(np.array(counts), np.array(sizes), np.array(first))
+        Tables(*map(np.array, arrays))

@@ -173,7 +173,7 @@ def test_the_quantiser_follows_the_posterior_and_the_prior_covers_what_it_was_me
     codec: Codec, photos: Path
 ) -> None:
     two = Codec(dataclasses.replace(codec.config, image_channels=2))
-    with pytest.raises(UserError, match="images with 2 channels"):
+    with pytest.raises(UserError, match="images of 2 channels"):
         calibrate(two, find_images(photos), "five", quiet=True)
     calibrate(codec, find_images(photos), "five", quiet=True)
     statistics, priors = codec.statistics, codec.priors

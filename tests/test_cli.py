@@ -42,7 +42,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("encode", src, ...): the command's exit code and what it printed."""
+    """Return run("encode", src, ...), which gives a command's exit code and what it printed."""
 
     def call(*args: object) -> Result:
         capsys.readouterr()
@@ -276,7 +276,7 @@ def test_images_that_fail_are_1_whether_some_or_all(run: Run, photos: Path, mode
 
 
 def refuse(result: Result, reason: str) -> None:
-    """Exit code 2, one line on stderr with the reason, nothing on stdout."""
+    """Assert exit code 2, one line on stderr with the reason, and nothing on stdout."""
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("latent-codec: ") and len(result.err.splitlines()) == 1
     assert reason in result.err

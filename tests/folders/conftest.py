@@ -48,7 +48,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Places
 
 @pytest.fixture
 def made(places: Places, tmp_path: Path) -> Copy:
-    """made(kind): a place whose folder is a copy, to change."""
+    """Return made(kind), which gives a place whose folder is a copy, to change."""
 
     def copy(kind: Kind) -> Place:
         shutil.copytree(places[kind].folder, tmp_path / kind)
@@ -59,7 +59,7 @@ def made(places: Places, tmp_path: Path) -> Copy:
 
 @pytest.fixture
 def own(made: Copy, tmp_path: Path) -> Copy:
-    """own(kind): a place whose folder and sources are copies, to change."""
+    """Return own(kind), which gives a place whose folder and sources are copies, to change."""
 
     def copy(kind: Kind) -> Place:
         place = made(kind)

@@ -193,7 +193,7 @@ def released(ledger: Ledger, everything: list[Unit]) -> Iterator[Claim]:
 
 @contextlib.contextmanager
 def other_process() -> Iterator[None]:
-    """As one would name its files; locks of this process are its own all the same."""
+    """Name files as another process would; locks of this process stay its own."""
     with pytest.MonkeyPatch.context() as patch:
         name = "0123456789abcdef"
         patch.setattr(files, "process_name", lambda: name)

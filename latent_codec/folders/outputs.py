@@ -105,7 +105,10 @@ class _TarWriter:
 
         made = work.writers.map(make, products)
         for claim, outputs in groupby(made, lambda one: one[0].input.job.claim):
-            with temporary_path(self._folder, f"{self._members}-{claim.unit.name}") as temporary:
+            with contextlib.ExitStack() as stack:
+                with disk_errors(self._folder):  # not around what follows: other errors pass there
+                    name = f"{self._members}-{claim.unit.name}"
+                    temporary = stack.enter_context(temporary_path(self._folder, name))
                 if members := list(_add_members(outputs, temporary, work)):
                     self._finish(members, claim, temporary, work)
 

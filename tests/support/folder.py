@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -132,6 +133,21 @@ def posteriors(folder: Path) -> dict[tuple[str, str], bytes]:
         (entry.path, entry.sha256): torch.stack([p.mean, p.logvar]).numpy().tobytes()
         for entry, p in zip(latents.entries, found, strict=True)
     }
+
+
+def ignore_case(patch: pytest.MonkeyPatch) -> None:
+    """Answer as a file system that neither knows case nor keeps letters and their accents apart."""
+
+    def fold(name: str) -> str:
+        return unicodedata.normalize("NFD", name).casefold()
+
+    def exists(path: Path) -> bool:
+        try:
+            return fold(path.name) in map(fold, os.listdir(path.parent))  # noqa: PTH208 (Path is what is faked)
+        except OSError:
+            return False
+
+    patch.setattr(Path, "exists", exists)
 
 
 def watch(patch: pytest.MonkeyPatch, event: Callable[[str], None]) -> None:

@@ -1,7 +1,6 @@
 """Test units, shares and the places of outputs, which are settled before any work, whatever the names."""
 
 import os
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from latent_codec.errors import UserError
 from latent_codec.folders.resume.names import check_absent, check_outputs, folding
 from latent_codec.folders.resume.units import WHOLE, Share, Unit, UnitSizes, units
 from latent_codec.images.sources import Source
+from tests.support.folder import ignore_case
 
 NAMES = st.text("abcdef0123456789/.", min_size=1, max_size=12)
 SIZES = st.integers(0, 2**26)
@@ -180,21 +180,12 @@ def test_names_that_the_file_system_takes_for_one_are_refused_there_and_only_the
 ) -> None:
     check_outputs(pair, tmp_path)
     assert folding(tmp_path) is None  # this one tells them apart
-    monkeypatch.setattr(Path, "exists", exists_whatever_the_case)
+    ignore_case(monkeypatch)
     fold = folding(tmp_path)
     assert fold is not None and list(tmp_path.iterdir()) == []
     check_outputs(["a.png", "b.png"], tmp_path, fold)
     with pytest.raises(UserError, match=f"{pair[0]} and {pair[1]} are one name to the file system .*1 such pairs"):
         check_outputs([*pair, "other.png"], tmp_path, fold)
-
-
-def exists_whatever_the_case(path: Path) -> bool:
-    """Answer as a file system that neither knows case nor keeps letters and their accents apart."""
-
-    def fold(name: str) -> str:
-        return unicodedata.normalize("NFD", name).casefold()
-
-    return fold(path.name) in map(fold, os.listdir(path.parent))  # noqa: PTH208 (Path is what is faked)
 
 
 def test_a_file_and_a_folder_that_differ_in_case_clash_where_case_does_not_count(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class ELBO(nn.Module):
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
         penalty = self._penalty(posterior)
         loss = beta * self.charged_kl(kl_map) + penalty
-        nll_mode = lpips = codes = played = None
+        nll_mode = lpips = codes = adversary_losses = None
         if self.config.mode_weight > 0:
             nll_mode = self._nll_mode(posterior, keys, labels, x)
             loss = loss + self.config.mode_weight * nll_mode
@@ -118,15 +118,15 @@ class ELBO(nn.Module):
         loss = loss + reconstruction
         if self.adversary is not None:
             real, fake = signed(codec, x), signed(codec, codec.likelihood.mean(params))
-            played = self.adversary(
+            adversary_losses = self.adversary(
                 real, fake, reconstruction, last_weight(codec.backbone.get_submodule("decoder")), adversarial
             )
-            loss = loss + played.generator + played.discriminator
+            loss = loss + adversary_losses.generator + adversary_losses.discriminator
         if isinstance(posterior, Codes):
             codes = CodeLosses(penalty, posterior.use())
         mse = mse_of(codec, params, x) if measure else None
         bound = bound_of(posterior, nll, kl_map.flatten(1).sum(1).mean(), mse)
-        detached = map_losses(torch.Tensor.detach, ELBOLosses(loss, bound, nll_mode, codes, lpips, played))
+        detached = map_losses(torch.Tensor.detach, ELBOLosses(loss, bound, nll_mode, codes, lpips, adversary_losses))
         return detached._replace(loss=loss)
 
     def _penalty(self, posterior: Posterior) -> torch.Tensor:

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
-from latent_codec.flags import FLAGS
 from latent_codec.model.codec import Codec
 from tools.benchmark.other_models import diffusers_autoencoder
+from tools.program import main
 
 
 class _Images(Dataset[tuple[str, torch.Tensor]]):
@@ -51,4 +51,4 @@ class Loop:
 
 
 if __name__ == "__main__":
-    tyro.cli(Loop, prog="tools.benchmark.diffusers_loop", description=__doc__, registry=FLAGS).run()
+    main("tools.benchmark.diffusers_loop", Loop, __doc__)

@@ -8,9 +8,8 @@ RAW holds MNIST's four IDX files, gzipped or not.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Union
+from typing import Literal, NamedTuple
 
 import torch
 import tyro
@@ -21,12 +20,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
-from latent_codec.flags import FLAGS
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.noise import fold, permutation
 from latent_codec.storage.files import atomic_path, make_folder
 from latent_codec.storage.tensors import check_state, save_tensors
+from tools.program import main
 
 Split = Literal["train", "test"]
 _NAMES: dict[Split, str] = {"train": "train", "test": "t10k"}
@@ -170,21 +169,5 @@ def _grey(data: bytes, name: str) -> torch.Tensor:
     return pixels.float().mean(0).round().to(torch.uint8)
 
 
-Command = Union[
-    Annotated[Write, tyro.conf.subcommand("write")],
-    Annotated[Classify, tyro.conf.subcommand("classify")],
-    Annotated[Score, tyro.conf.subcommand("score")],
-]
-
-
-def main() -> None:
-    """Run the command line."""
-    command: Command = tyro.cli(Command, prog="tools.mnist.digits", description=__doc__, registry=FLAGS)  # pyright: ignore
-    try:
-        command.run()
-    except UserError as error:
-        sys.exit(f"tools.mnist.digits: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    main("tools.mnist.digits", Write | Classify | Score, __doc__)

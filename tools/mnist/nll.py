@@ -10,15 +10,14 @@ import tyro
 from einops import rearrange
 from tqdm import tqdm
 
-from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
-from latent_codec.flags import FLAGS
 from latent_codec.folders.batching import batches
 from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
 from tools.benchmark.record import machine, report
+from tools.program import main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,15 @@ class NLLOptions:
     """Device to run on."""
     out: Path | None = None
     """JSON file for the results."""
+
+    def run(self) -> None:
+        """Print the results as JSON."""
+        protocol = (
+            "nats per image; importance-weighted bound, Burda et al. 2016, eq. 8; drawn pixels fixed by seed and name; "
+            "active: variance of the posterior mean above 0.01"
+        )
+        about = {"model": Path(self.model).name, "set": self.images.name, "protocol": protocol}
+        report(estimate(self)._asdict(), about | machine(self.device), self.out)
 
 
 class NLLEstimate(NamedTuple):
@@ -100,21 +108,5 @@ def _means(codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch
     return rearrange(codec.encode(x, labels).mean, "b z h w -> (b h w) z").double().cpu()
 
 
-def main() -> None:
-    """Run the command line, and print the results as JSON."""
-    options = tyro.cli(NLLOptions, prog="tools.mnist.nll", description=__doc__, registry=FLAGS)
-    try:
-        results = estimate(options)._asdict()
-    except (UserError, ValueError) as error:
-        raise SystemExit(f"tools.mnist.nll: {error}") from error
-    about = {
-        "model": Path(options.model).name,
-        "set": options.images.name,
-        "protocol": "nats per image; importance-weighted bound, Burda et al. 2016, eq. 8; drawn pixels fixed by seed "
-        "and name; active: variance of the posterior mean above 0.01",
-    }
-    report(results, about | machine(options.device), options.out)
-
-
 if __name__ == "__main__":
-    main()
+    main("tools.mnist.nll", NLLOptions, __doc__)

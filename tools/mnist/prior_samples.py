@@ -7,18 +7,17 @@ import torch
 import tyro
 from torch.nn.functional import pad
 
-from latent_codec.errors import UserError
-from latent_codec.flags import FLAGS
 from latent_codec.images.geometry import Geometry, in_rgb
 from latent_codec.images.write import write_image
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 from latent_codec.storage.files import make_folder
+from tools.program import main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """Choose the model and the images."""
+class PriorSamples:
+    """Decode samples of the prior into images."""
 
     model: tyro.conf.Positional[str]
     """Model file or a shipped model's name."""
@@ -33,36 +32,28 @@ class SamplingOptions:
     seed: int = 0
     """Seed of the samples."""
 
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Write expected pixels as DST/CLASS/00000.png.
 
-def main() -> None:
-    """Run the command line."""
-    options = tyro.cli(SamplingOptions, prog="tools.mnist.prior_samples", description=__doc__, registry=FLAGS)
-    try:
-        print(f"wrote {run(options)} images to {options.dst}")
-    except UserError as error:
-        raise SystemExit(f"tools.mnist.prior_samples: {error}") from error
-
-
-@torch.inference_mode()
-def run(options: SamplingOptions) -> int:
-    """Write expected pixels as DST/CLASS/00000.png, and return their number.
-
-    A sample depends on the seed, its class and its number alone.
-    """
-    codec = Codec.load(options.model)
-    classes = codec.config.classes or ("",)
-    for label, name in enumerate(classes):
-        make_folder(options.dst / name)
-        keys = fold(options.seed, label, torch.arange(options.count))
-        z = normal(keys, (codec.config.latent_channels, options.size, options.size))
-        pixels = in_rgb(codec.decode_uint8(z, torch.full((options.count,), label)))
-        pixels = pad(pixels, [options.border] * 4)  # (n, 3, h, w)
-        mode = "L" if codec.config.image_channels == 1 else "RGB"
-        geometry = Geometry(width=pixels.shape[3], height=pixels.shape[2], orientation=1, mode=mode, background=None)
-        for i, image in enumerate(pixels):
-            write_image(options.dst / name / f"{i:05d}.png", image, geometry, "png")
-    return len(classes) * options.count
+        A sample depends on the seed, its class and its number alone.
+        """
+        codec = Codec.load(self.model)
+        classes = codec.config.classes or ("",)
+        for label, name in enumerate(classes):
+            make_folder(self.dst / name)
+            keys = fold(self.seed, label, torch.arange(self.count))
+            z = normal(keys, (codec.config.latent_channels, self.size, self.size))
+            pixels = in_rgb(codec.decode_uint8(z, torch.full((self.count,), label)))
+            pixels = pad(pixels, [self.border] * 4)  # (n, 3, h, w)
+            mode = "L" if codec.config.image_channels == 1 else "RGB"
+            geometry = Geometry(
+                width=pixels.shape[3], height=pixels.shape[2], orientation=1, mode=mode, background=None
+            )
+            for i, image in enumerate(pixels):
+                write_image(self.dst / name / f"{i:05d}.png", image, geometry, "png")
+        print(f"wrote {len(classes) * self.count} images to {self.dst}")
 
 
 if __name__ == "__main__":
-    main()
+    main("tools.mnist.prior_samples", PriorSamples, __doc__)

@@ -6,14 +6,13 @@ from pathlib import Path
 import tyro
 
 from latent_codec.bitstream.refinement import USUAL_ROUNDS
-from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions
-from latent_codec.flags import FLAGS
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPSOptions
 from latent_codec.storage.files import make_folder, write_text
+from tools.program import main
 from tools.results.crops import Detail, Sheet
 from tools.results.measured import Measurements, gather
 from tools.results.page import PAGE, PLOT, SHEET, page, plot
@@ -57,13 +56,5 @@ class Results(Measurements):
         print(f"wrote {self.out / PAGE}")
 
 
-def main() -> None:
-    """Run the command line."""
-    try:
-        tyro.cli(Results, prog="tools.results", description=__doc__, registry=FLAGS).run()
-    except UserError as error:
-        raise SystemExit(f"tools.results: {error}") from error
-
-
 if __name__ == "__main__":
-    main()
+    main("tools.results", Results, __doc__)

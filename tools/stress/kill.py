@@ -20,8 +20,6 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from latent_codec.errors import UserError
-from latent_codec.flags import FLAGS
 from latent_codec.folders.encode_latents import encode_latents
 from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.folders.jobs import RESUME
@@ -30,6 +28,7 @@ from latent_codec.folders.resume.units import Share
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
+from tools.program import main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,10 +82,8 @@ class Kill:
         try:
             resume = dataclasses.replace(RESUME, share=Share(rank, self.processes, alone=False))
             compute = ComputeOptions(device="cpu", batch_size=4, workers=2)
-            if self.format == "lc":
-                summary = encode_lc(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
-            else:
-                summary = encode_latents(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
+            encode = encode_lc if self.format == "lc" else encode_latents
+            summary = encode(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
             os._exit(len(summary.failures))
         except BaseException as error:
             print(error, file=sys.stderr)
@@ -106,7 +103,4 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(Kill, prog="tools.stress.kill", description=__doc__, registry=FLAGS).run()
-    except UserError as error:
-        raise SystemExit(f"tools.stress.kill: {error}") from error
+    main("tools.stress.kill", Kill, __doc__)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import step_code
 from tests.conftest import Draw
-from tools.benchmark import __main__
-from tools.benchmark.coding import LARGEST_OVERHEAD, measure_sizes, time_coding
+from tools.benchmark.coding import LARGEST_OVERHEAD, Coding, measure_sizes, time_coding
 
 SIZES = {"a.png": (24, 16), "b.png": (65, 130)}
 
@@ -68,12 +66,8 @@ def test_every_part_is_timed_for_every_prior(codec: Codec, photos: Path, context
         time_coding(Runner(codec), [], 1.0, rounds=1)
 
 
-def test_the_command_reports_ratios(
-    model_file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = ["coding", photos, "--model", model_file, "--steps", "1", "--rounds", "1", "--out", tmp_path / "out.json"]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, args)])
-    __main__.main()
+def test_the_command_reports_ratios(model_file: Path, photos: Path, tmp_path: Path) -> None:
+    Coding(dir=str(photos), model=str(model_file), steps=(1.0,), rounds=1, out=tmp_path / "out.json").run()
     found = json.loads((tmp_path / "out.json").read_text())
     for prior in ("context", "factorized"):
         assert 0 < found["results"][prior]["share_of_encode"] < 1 and 0 < found["results"][prior]["share_of_decode"] < 1

@@ -12,8 +12,9 @@ from PIL import Image
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from tests.support.run import write_digits
-from tools.mnist import nll, prior_samples
+from tools.mnist import nll
 from tools.mnist.digits import Classify, Score, Write, read_digits
+from tools.mnist.prior_samples import PriorSamples
 from train.config.presets import mnist_cvae, mnist_vae
 
 
@@ -67,10 +68,9 @@ def test_the_nll_does_not_depend_on_batches(raw: Path, tmp_path: Path) -> None:
 def test_prior_samples_lie_in_folders_of_their_classes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     Codec(mnist_cvae().codec).save(tmp_path / "m.safetensors")
-    options = prior_samples.SamplingOptions(
-        model=str(tmp_path / "m.safetensors"), dst=tmp_path / "out", count=2, border=2
-    )
-    assert prior_samples.run(options) == 20
-    for path in (tmp_path / "out").glob("*/*.png"):
+    PriorSamples(model=str(tmp_path / "m.safetensors"), dst=tmp_path / "out", count=2, border=2).run()
+    paths = list((tmp_path / "out").glob("*/*.png"))
+    assert len(paths) == 20
+    for path in paths:
         with Image.open(path) as image:
             assert image.size == (32, 32) and image.mode == "L" and path.parent.name in "0123456789"

@@ -12,6 +12,7 @@ from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import JPEG
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions
+from latent_codec.evaluation.rate_distortion.report import RatePoint, curve_points
 from latent_codec.inference.options import ComputeOptions
 from tests.conftest import Draw
 from tests.support.data import ROOT
@@ -19,10 +20,9 @@ from tools.benchmark.other_models import Taef2
 from tools.results import costs, crops
 from tools.results.__main__ import Results
 from tools.results.crops import Detail
-from tools.results.curves import against_published
 from tools.results.measured import Measured
 from tools.results.page import PAGE, PLOT, SHEET, plot
-from tools.results.published import CURVES, STAGES
+from tools.results.published import CURVES, STAGES, against
 
 RATES = RateDistortionOptions(steps=(0.5, 1.0, 2.0, 4.0), anchors=[JPEG._replace(qualities=(5, 30, 60, 90))])
 
@@ -40,8 +40,9 @@ def test_the_plot_has_every_published_curve_and_equal_input_gives_equal_bytes(me
 
 
 def test_published_curves_ascend_and_are_compared_only_where_both_curves_are(measured: Measured) -> None:
-    ours = [p["psnr"] for p in measured.rd["summary"]["points"] if p["codec"] == "context" and not p["dithered"]]
-    for curve, delta in against_published(measured.rd, "context"):
+    points = [RatePoint.from_json(point) for point in measured.rd["summary"]["points"]]
+    ours = [point.distortion["psnr"] or 0 for point in curve_points(points, "context")]
+    for curve, delta in zip(CURVES, against(CURVES, points, "context"), strict=True):
         for values in zip(*curve.points, strict=True):
             assert list(values) == sorted(set(values))
         theirs = [psnr for _, psnr in curve.points]

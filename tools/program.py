@@ -1,0 +1,13 @@
+"""Run the command line of a tool."""
+
+from typing import Any, NoReturn
+
+import tyro
+
+from latent_codec.flags import FLAGS
+from train.loop.program import main_of
+
+
+def main(program: str, kind: Any, about: str | None) -> NoReturn:
+    """Parse the command line into one of `kind` and exit with what its `run` returns; None is success."""
+    main_of(program, lambda: tyro.cli(kind, prog=program, description=about, registry=FLAGS).run())

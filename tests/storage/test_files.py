@@ -179,3 +179,20 @@ def test_temporary_files_of_a_library_lie_in_a_folder_that_is_known_to_be_tempor
     save_tensors(tmp_path / "sub" / "a.safetensors", {"x": torch.zeros(2)}, {})
     assert [temporary_of(path.name) for path in seen[0]] == [process_name()] and seen[0][0].parent == tmp_path / "sub"
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.safetensors"]
+
+
+def test_temporary_files_are_known_by_their_process(tmp_path: Path) -> None:
+    for name in ("a", "a" * 255, "é" * 127, ".hidden", "a\nb", "x.tmp"):
+        with atomic_path(tmp_path / name) as temporary:
+            assert temporary_of(temporary.name) == process_name()
+        assert temporary_of(name) is None
+
+
+def test_a_fork_has_a_name_of_its_own() -> None:
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, process_name().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 100) not in (b"", process_name().encode())
+    assert process_name() == process_name()

@@ -15,8 +15,6 @@ from tests.support.folder import ignore_case
 
 NAMES = st.text("abcdef0123456789/.", min_size=1, max_size=12)
 SIZES = st.integers(0, 2**26)
-
-
 SMALL = UnitSizes(mean_images=4, most_images=6, most_bytes=1000)
 
 
@@ -63,14 +61,6 @@ def test_a_new_file_changes_no_unit_beyond_the_next_sure_beginning_on_either_sid
     assert beyond(before) == beyond(after)
 
 
-def test_a_new_file_among_thousands_changes_few_units() -> None:
-    sizes = {f"{i:05d}.jpg": 100_000 for i in range(4000)}
-    before = set(units(sources(sizes)))
-    for i in range(0, 4000, 500):
-        after = units(sources(sizes | {f"{i:05d}-new.jpg": 100_000}))
-        assert sum(len(unit.sources) for unit in before - set(after)) < 2000
-
-
 @given(st.integers(1, 6), st.integers(0, 20))
 def test_shares_are_disjoint_and_together_the_whole(count: int, size: int) -> None:
     everything = units(sources({f"{i}": 2000 for i in range(size)}), SMALL)
@@ -84,19 +74,12 @@ def test_shares_are_disjoint_and_together_the_whole(count: int, size: int) -> No
     assert WHOLE.of(everything) == everything
 
 
-@given(st.integers(0, 50), st.integers(0, 50))
-def test_a_share_is_one_of_n_counted_from_0(index: int, count: int) -> None:
-    if index < count:
+def test_a_share_is_one_of_n_counted_from_0() -> None:
+    for index, count in ((0, 1), (0, 4), (3, 4), (11, 12)):
         assert Share.parse(f"{index}/{count}") == Share(index, count, alone=True)
-    else:
-        with pytest.raises(UserError, match=f"--shard {index}/{count}: give i/n with i from 0"):
-            Share.parse(f"{index}/{count}")
-
-
-@pytest.mark.parametrize("text", ["", "/", "1", "1/", "/2", "-1/2", "0/-2", "a/b", "0 / 2", "1/2/3", "0.5/2", "0x0/2"])
-def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="give i/n"):
-        Share.parse(text)
+    for text in ("", "/", "1", "1/", "/2", "0/0", "2/2", "-1/2", "0/-2", "a/b", "0 / 2", "1/2/3", "0.5/2", "0x0/2"):
+        with pytest.raises(UserError, match=f"--shard {text}: give i/n with i from 0"):
+            Share.parse(text)
 
 
 def test_a_launchers_ranks_are_shares_that_help_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +87,11 @@ def test_a_launchers_ranks_are_shares_that_help_each_other(monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     assert Share.of_launcher() == Share(0, 1, alone=False)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "2")
-    assert Share.of_launcher() == Share(2, 3, alone=False)
-    for rank in ("3", "-1", "", "x"):
+    for rank in ("2", "3", "-1", "", "x"):
         monkeypatch.setenv("RANK", rank)
+        if rank == "2":
+            assert Share.of_launcher() == Share(2, 3, alone=False)
+            continue
         with pytest.raises(UserError, match="makes no sense"):
             Share.of_launcher()
 
@@ -126,12 +110,9 @@ def test_outputs_never_leave_their_folder(tmp_path_factory: pytest.TempPathFacto
     else:
         with pytest.raises(UserError, match=r"unsafe name .*; rename it"):
             check_outputs([name], folder)
-
-
-def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
-    check_outputs([os.fsdecode(b"caf\xe9.png")], tmp_path)
-    with pytest.raises(UserError, match="unsafe name"):
-        check_outputs(["\ud800.png"], tmp_path)
+    check_outputs([os.fsdecode(b"caf\xe9.png")], folder)
+    with pytest.raises(UserError, match="unsafe name"):  # no file can have it
+        check_outputs(["\ud800.png"], folder)
 
 
 @pytest.mark.parametrize("target", ["..", "/", "../folder-beside", "nowhere/../../x", "out"])
@@ -166,32 +147,30 @@ def test_no_output_is_a_file_where_another_needs_a_folder(
         check_outputs(sorted(names), tmp_path_factory.getbasetemp())
 
 
-PAIRS = {
-    "case": ("sub/A.png", "sub/a.png"),
-    "a folder's case": ("Sub/a.png", "sub/a.png"),
-    "normal form": ("caf\u00e9.png", "cafe\u0301.png"),
-    "both": ("caf\u00e9.png", "CAFE\u0301.png"),
-}
+PAIRS = [
+    ("sub/A.png", "sub/a.png"),
+    ("Sub/a.png", "sub/a.png"),
+    ("caf\u00e9.png", "cafe\u0301.png"),
+    ("caf\u00e9.png", "CAFE\u0301.png"),
+]
 
 
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
 def test_names_that_the_file_system_takes_for_one_are_refused_there_and_only_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_outputs(pair, tmp_path)
+    clash = ["a.png", "A.PNG/b.png"]
+    for names in (*PAIRS, clash):
+        check_outputs(names, tmp_path)
     assert folding(tmp_path) is None  # this one tells them apart
     ignore_case(monkeypatch)
     fold = folding(tmp_path)
     assert fold is not None and list(tmp_path.iterdir()) == []
     check_outputs(["a.png", "b.png"], tmp_path, fold)
-    with pytest.raises(UserError, match=f"{pair[0]} and {pair[1]} are one name to the file system .*1 such pairs"):
-        check_outputs([*pair, "other.png"], tmp_path, fold)
-
-
-def test_a_file_and_a_folder_that_differ_in_case_clash_where_case_does_not_count(tmp_path: Path) -> None:
-    check_outputs(["a.png", "A.PNG/b.png"], tmp_path)
+    for one, other in PAIRS:
+        with pytest.raises(UserError, match=f"{one} and {other} are one name to the file system .*1 such pairs"):
+            check_outputs([one, other, "other.png"], tmp_path, fold)
     with pytest.raises(UserError, match=r"a\.png would be both a file and a folder"):
-        check_outputs(["a.png", "A.PNG/b.png"], tmp_path, str.casefold)
+        check_outputs(clash, tmp_path, fold)
 
 
 def test_what_exists_is_counted_links_to_nowhere_too(tmp_path: Path) -> None:

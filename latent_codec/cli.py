@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import os
 import shlex
 import sys
 from typing import Annotated, Union
@@ -16,7 +15,7 @@ from latent_codec.commands.evaluate import Evaluate
 from latent_codec.commands.models import Export, Import, Info
 from latent_codec.commands.sample import Sample
 from latent_codec.errors import UserError
-from latent_codec.flags import FLAGS
+from latent_codec.program import FLAGS, exit_code
 from latent_codec.version import __version__
 
 Command = Union[
@@ -32,7 +31,6 @@ Command = Union[
 
 _PROGRAM = "latent-codec"
 _DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, measure and export models."
-_CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ends
 
 
 def main(args: list[str] | None = None) -> None:
@@ -40,17 +38,7 @@ def main(args: list[str] | None = None) -> None:
 
     141 says that the reader of the output went away, as `head` does.
     """
-    try:
-        try:
-            code = _run(sys.argv[1:] if args is None else args)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # What Python has still to write when it ends goes nowhere.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        code = _CLOSED_PIPE
-    sys.exit(code)
+    sys.exit(exit_code(lambda: _run(sys.argv[1:] if args is None else args)))
 
 
 def _run(args: list[str]) -> int:

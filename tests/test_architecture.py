@@ -12,7 +12,7 @@ import pytest
 from tests.support.data import ROOT
 
 FLOORS = (
-    ("errors", "flags", "noise", "precision", "version"),
+    ("errors", "noise", "precision", "program", "version"),
     ("storage",),
     ("images", "metrics", "prior"),
     ("model",),

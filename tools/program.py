@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from latent_codec.flags import FLAGS
+from latent_codec.program import FLAGS
 from train.loop.program import main_of
 
 

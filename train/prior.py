@@ -19,13 +19,13 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from latent_codec.errors import UserError
-from latent_codec.flags import FLAGS
 from latent_codec.model.codec import Codec
 from latent_codec.model.shipped import resolve
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.error_feedback import Feedback
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import PREFIX, Priors
+from latent_codec.program import FLAGS
 from latent_codec.storage.json_config import to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train.config.common import LoopConfig, check_interval, check_least, flat

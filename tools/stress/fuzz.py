@@ -21,11 +21,11 @@ from tqdm import tqdm
 from latent_codec.bitstream.container import Stream, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
-from latent_codec.flags import FLAGS
 from latent_codec.images.geometry import crop
 from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import Quantized
+from latent_codec.program import FLAGS
 from tools.stress.mutants import Kind, Mutant, mutate
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "bitstream" / "golden" / "2"

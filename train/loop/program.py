@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import NoReturn, TypeVar
 import tyro
 
 from latent_codec.errors import UserError
-from latent_codec.flags import FLAGS
+from latent_codec.program import FLAGS, exit_code
 
 Config = TypeVar("Config")
 Run = TypeVar("Run")
@@ -36,17 +35,9 @@ def main_of(program: str, work: Callable[[], int]) -> NoReturn:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        try:
-            code = work()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        for stream in (sys.stdout, sys.stderr):  # for what Python writes when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        code = 141
+        sys.exit(exit_code(work))
     except (UserError, ValueError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    sys.exit(code)
 
 
 def run_of_preset(

@@ -9,7 +9,7 @@ import time
 
 import tyro
 
-from latent_codec.flags import FLAGS
+from latent_codec.program import FLAGS
 from train.loop.program import main_of
 from train.recipe.config import Recipe, check
 

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 from latent_codec.model.codec import Codec
-from latent_codec.program import FLAGS
 from tools.benchmark.other_models import diffusers_autoencoder
 from tools.program import main
 

@@ -23,7 +23,6 @@ from latent_codec.errors import UserError
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.noise import fold, permutation
-from latent_codec.program import FLAGS
 from latent_codec.storage.files import atomic_path, make_folder
 from latent_codec.storage.tensors import check_state, save_tensors
 from tools.program import main

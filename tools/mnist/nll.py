@@ -16,7 +16,6 @@ from latent_codec.images.geometry import in_channels
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, text_key
-from latent_codec.program import FLAGS
 from tools.benchmark.record import machine, report
 from tools.program import main
 

@@ -11,7 +11,6 @@ from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPSOptions
-from latent_codec.program import FLAGS
 from latent_codec.storage.files import make_folder, write_text
 from tools.program import main
 from tools.results.crops import Detail, Sheet

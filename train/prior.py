@@ -29,7 +29,7 @@ from latent_codec.program import FLAGS
 from latent_codec.storage.json_config import to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train.config.common import LoopConfig, check_interval, check_least, flat
-from train.config.prior import PriorConfig, context_groups, context_levels, context_spacing
+from train.config.prior import PriorConfig, context_layout, context_spacing
 from train.context_prior.error_feedback import PLACES, measure
 from train.context_prior.network import ContextNet, counted_tables, logistic_tables
 from train.context_prior.trained import TrainedPrior, prior_from
@@ -143,8 +143,7 @@ def _check(run: Run, accelerator: Accelerator) -> LoopConfig:
 
 
 def _context_config(config: PriorConfig, codec: Codec) -> ContextConfig:
-    groups = context_groups(config.groups, codec.config.latent_channels)
-    levels = context_levels(config.levels, groups)
+    groups, levels = context_layout(config.groups, config.levels, codec.config.latent_channels)
     if config.crop % (spacing := context_spacing(levels)):
         raise UserError(f"crop is {config.crop}; with levels {levels} it must be a multiple of {spacing}")
     return ContextConfig(groups=groups, width=config.width, centred=True, levels=levels)

@@ -129,13 +129,8 @@ def _transformer(config: TransformerConfig, latents: LatentSpace) -> nn.Module:
     )
     for block in net.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0  # it would drop labels by the global random state
-        _zero(block.norm1.linear)
         nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
-    _zero(net.proj_out_1)
-    _zero(net.proj_out_2)
+    for layer in (net.proj_out_1, net.proj_out_2, *(block.norm1.linear for block in net.transformer_blocks)):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
     return net
-
-
-def _zero(layer: nn.Linear) -> None:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)

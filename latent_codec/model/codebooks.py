@@ -26,10 +26,9 @@ class Codes(Posterior):
     """
 
     def __init__(self, outputs: torch.Tensor, vectors: torch.Tensor, indices: torch.Tensor, codes: int) -> None:
-        self.outputs, self.vectors, self.indices, self.codes = outputs, vectors, indices, codes
         # The added difference is 0, so the values are the vectors' to the bit; the gradient is the outputs'.
-        self.mean = vectors.detach() + (outputs - outputs.detach())
-        self.clamped = torch.zeros((), device=outputs.device)
+        super().__init__(vectors.detach() + (outputs - outputs.detach()))
+        self.outputs, self.vectors, self.indices, self.codes = outputs, vectors, indices, codes
 
     @property
     def coded(self) -> torch.Tensor:

@@ -17,6 +17,8 @@ from latent_codec.model.config import DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.noise import uniforms
 from latent_codec.precision import float32_island
 
+_REMEDY = "scale uint8 pixels with from_uint8"
+
 
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
     """Map uint8 to float32 in [-1, 1]."""
@@ -60,9 +62,15 @@ class Likelihood(nn.Module, abc.ABC):
         """Map pixels in `data_range` to uint8, rounded and clipped."""
         return from_signed(x)
 
-    @abc.abstractmethod
     def check(self, x: torch.Tensor) -> None:
         """Raise `ValueError` if x has values that this likelihood is not defined for."""
+        low, high = x.amin().item(), x.amax().item()
+        # A dark uint8 image may lie in the range by chance. The comparison is false for NaN too.
+        if not x.is_floating_point() or not (low >= -1 - 1e-4 and high <= 1 + 1e-4):
+            raise ValueError(
+                f"the {self.config.kind} likelihood takes float pixels in [-1, 1], found {x.dtype} in "
+                f"[{low:g}, {high:g}]; {_REMEDY}"
+            )
 
     @abc.abstractmethod
     def _log_prob(self, params: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -102,16 +110,6 @@ class Likelihood(nn.Module, abc.ABC):
         return rearrange(params.float(), "b (p c) h w -> p b c h w", p=self.params_per_channel)
 
 
-def _check_range(x: torch.Tensor, low: float, high: float, name: str, remedy: str) -> None:
-    found_low, found_high = x.amin().item(), x.amax().item()
-    # A dark uint8 image may lie in the range by chance. The comparison is false for NaN too.
-    if not x.is_floating_point() or not (low - 1e-4 <= found_low and found_high <= high + 1e-4):
-        raise ValueError(
-            f"the {name} likelihood takes float pixels in [{low:g}, {high:g}], found {x.dtype} in "
-            f"[{found_low:g}, {found_high:g}]; {remedy}"
-        )
-
-
 class Gaussian(Likelihood):
     """Models pixels in [-1, 1] by a normal density; sigma is fixed, one learned scalar, or predicted per pixel.
 
@@ -137,9 +135,6 @@ class Gaussian(Likelihood):
     def sigma(self) -> torch.Tensor:
         """Return the scalar sigma, which is only the starting point if it is predicted per pixel."""
         return self.log_sigma.exp()
-
-    def check(self, x: torch.Tensor) -> None:
-        _check_range(x, -1, 1, "gaussian", "scale uint8 pixels with from_uint8")
 
     def _log_sigma(self, params: torch.Tensor) -> torch.Tensor:
         if self.config.scale == "per_pixel":
@@ -174,14 +169,13 @@ class DiscretizedLogistic(Likelihood):
         self.params_per_channel = 2 if config.components == 1 else 3 * config.components
 
     def check(self, x: torch.Tensor) -> None:
-        remedy = "scale uint8 pixels with from_uint8"
-        _check_range(x, -1, 1, "discretized_logistic", remedy)
+        super().check(x)
         levels = _levels(x)
         worst = (levels - levels.round()).abs().amax().item()
         if worst > 0.02:
             raise ValueError(
                 f"the discretized_logistic likelihood takes the 256 pixel values, found one {worst:.2f} grey levels "
-                f"away from the nearest; {remedy}"
+                f"away from the nearest; {_REMEDY}"
             )
 
     def _parts(self, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,8 +26,8 @@ def build(config: CodecConfig) -> Parts:
     shape = BackboneShape(
         image_channels=config.image_channels,
         latent_channels=config.latent_channels,
-        features_per_latent=bottleneck.features_per_latent,
-        params_per_channel=likelihood.params_per_channel,
+        features=bottleneck.features_per_latent * config.latent_channels,
+        params=likelihood.params_per_channel * config.image_channels,
         classes=len(config.classes),
     )
     return Parts(BACKBONES[config.backbone.kind](config.backbone, shape), bottleneck, likelihood)

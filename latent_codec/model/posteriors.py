@@ -16,10 +16,10 @@ from latent_codec.precision import float32_island
 class Posterior(abc.ABC):
     """Represents the distribution of latents (b, z, h, w) given an image; this base is a point mass at `mean`."""
 
-    mean: torch.Tensor
-    """Mean of the latents, (b, z, h, w)."""
-    clamped: torch.Tensor
-    """Share of the log-variances that a clamp changed, a scalar tensor; 0 where there are none."""
+    def __init__(self, mean: torch.Tensor, clamped: torch.Tensor | None = None) -> None:
+        """`mean` is (b, z, h, w); `clamped` is the share of the log-variances that a clamp changed, a scalar."""
+        self.mean = mean
+        self.clamped = torch.zeros((), device=mean.device) if clamped is None else clamped
 
     @property
     def coded(self) -> torch.Tensor:
@@ -56,9 +56,8 @@ class DiagonalGaussian(Posterior):
     """
 
     def __init__(self, mean: torch.Tensor, logvar: torch.Tensor, clamped: torch.Tensor | None = None) -> None:
-        self.mean = mean
+        super().__init__(mean, clamped)
         self.logvar = logvar
-        self.clamped = torch.zeros((), device=mean.device) if clamped is None else clamped
 
     @property
     def std(self) -> torch.Tensor:
@@ -95,10 +94,6 @@ class DiagonalGaussian(Posterior):
 
 class Identity(Posterior):
     """Represents the point mass of a deterministic autoencoder, which pays no KL."""
-
-    def __init__(self, mean: torch.Tensor) -> None:
-        self.mean = mean
-        self.clamped = torch.zeros((), device=mean.device)
 
     def kl_map(self) -> torch.Tensor:
         """Return zeros: a point mass has no finite KL from a density, and an autoencoder charges none."""

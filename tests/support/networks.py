@@ -44,7 +44,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def shape(c: int = 3, z: int = 4, features: int = 2, params: int = 1) -> BackboneShape:
     """Return the channel counts of an unconditional Gaussian posterior and likelihood, unless told otherwise."""
-    return BackboneShape(image_channels=c, latent_channels=z, features_per_latent=features, params_per_channel=params)
+    return BackboneShape(image_channels=c, latent_channels=z, features=features * z, params=params * c)
 
 
 def config_of(

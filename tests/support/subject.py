@@ -46,7 +46,7 @@ class Subject:
         mean = x.mean((1, 2)).double()
         patches = patches - mean.repeat_interleave(64)
         assert isinstance(codec.backbone, LiteBackbone)
-        codec.backbone.start_from_closed_form(PatchMoments(mean, patches.T @ patches / len(patches)), 0.01)
+        codec.backbone.linear.start_from_closed_form(PatchMoments(mean, patches.T @ patches / len(patches)), 0.01)
         self.stream = StreamCodec(codec, "cpu", prior)
         with torch.inference_mode():
             self.mean = codec.encode(pad(self.pixels, codec.factor)[None]).mean[0]

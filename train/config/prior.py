@@ -44,21 +44,18 @@ class PriorConfig:
     """Steps between two checkpoints."""
 
 
-def context_groups(sizes: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """Return the channels of every group of a context prior, given those of all but the last.
+def context_layout(
+    sizes: tuple[int, ...], levels: tuple[int, ...], channels: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the channels of every group of a context prior, given those of all but the last, and a level for each.
 
-    Raises `UserError` if no channel is left for the last group.
+    Raises `UserError` if no channel is left for the last group, or a level is out of range.
     """
     if min(sizes, default=1) < 1 or sum(sizes) >= channels:
         raise UserError(f"groups {sizes} must be positive and leave some of the {channels} channels for the last group")
-    return (*sizes, channels - sum(sizes))
-
-
-def context_levels(levels: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
-    """Return at most one level for each group; raises `UserError` if a level is out of range."""
     if not all(0 <= level <= MAX_LEVELS for level in levels):
         raise UserError(f"levels {levels} must be from 0 to {MAX_LEVELS}")
-    return levels[: len(groups)]
+    return (*sizes, channels - sum(sizes)), levels[: len(sizes) + 1]
 
 
 def context_spacing(levels: tuple[int, ...]) -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from latent_codec.errors import UserError
 from latent_codec.model.config import CodecConfig
 from train.config.common import LoopConfig, check_interval, check_least, check_numbers
-from train.config.prior import context_groups, context_levels
+from train.config.prior import context_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
         )
     check_interval("noise_steps", joint.noise_steps)
     check_least(joint, 0, "mode_weight")
-    context_levels(joint.prior_levels, context_groups(joint.prior_groups, codec.latent_channels))
+    context_layout(joint.prior_groups, joint.prior_levels, codec.latent_channels)
     if not joint.prior_learning_rate > 0:
         raise UserError(f"prior_learning_rate is {joint.prior_learning_rate}; it must be positive")
     if not 1 <= joint.prior_width <= 112:

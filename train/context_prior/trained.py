@@ -12,7 +12,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.context import ContextConfig
 from latent_codec.storage.tensors import check_state
-from train.config.prior import context_groups, context_levels
+from train.config.prior import context_layout
 from train.config.vae import JointConfig
 from train.context_prior.network import ContextNet
 
@@ -40,8 +40,7 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
     model = Codec.load(source)
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
-    groups = context_groups(config.prior_groups, model.config.latent_channels)
-    levels = context_levels(config.prior_levels, groups)
+    groups, levels = context_layout(config.prior_groups, config.prior_levels, model.config.latent_channels)
     wanted = ContextConfig(groups=groups, width=config.prior_width, centred=True, levels=levels)
     context = model.priors.context
     if config.decoder_alone and (context is None or context.config != wanted):

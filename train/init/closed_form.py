@@ -111,8 +111,9 @@ def check_closed_form(codec: Codec) -> None:
 def start_from_closed_form(codec: Codec, moments: PatchMoments) -> None:
     """Initialise the codec's linear path from patch moments; raises as `check_closed_form`."""
     check_closed_form(codec)
-    assert isinstance(codec.likelihood, Gaussian) and isinstance(codec.backbone, LinearBackbone | LiteBackbone)
+    path = codec.backbone.linear if isinstance(codec.backbone, LiteBackbone) else codec.backbone
+    assert isinstance(codec.likelihood, Gaussian) and isinstance(path, LinearBackbone)
     if codec.config.bottleneck.kind in ("identity", "vq"):  # no posterior that would scale latents
-        codec.backbone.start_from_components(moments)
+        path.start_from_components(moments)
     else:
-        codec.backbone.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))
+        path.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))

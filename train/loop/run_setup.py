@@ -12,7 +12,7 @@ from latent_codec.errors import UserError
 from latent_codec.images.sources import Source, find_all
 from latent_codec.model.codec import Codec
 from latent_codec.noise import text_key
-from train.config.prior import context_groups, context_levels, context_spacing
+from train.config.prior import context_layout, context_spacing
 from train.config.vae import ELBOConfig, JointConfig, TrainConfig, check
 from train.data.crops import ImageSet, fingerprint
 from train.init.closed_form import check_closed_form, check_mean_start
@@ -56,8 +56,8 @@ def check_run(run: Run, accelerator: Accelerator) -> None:
         raise UserError(f"image_channels is {config.codec.image_channels}; set it to 1 (grey) or 3 (RGB)")
     unit, why = codec.factor, "the model's factor"
     if isinstance(objective, JointConfig):
-        groups = context_groups(objective.prior_groups, config.codec.latent_channels)
-        unit *= context_spacing(context_levels(objective.prior_levels, groups))
+        _, levels = context_layout(objective.prior_groups, objective.prior_levels, config.codec.latent_channels)
+        unit *= context_spacing(levels)
         why += " times the spacing of its context prior's coarsest grid"
     for name, side in (("crop", config.crop), ("eval_crop", config.eval_crop)):
         if side % unit:

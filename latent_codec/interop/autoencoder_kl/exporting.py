@@ -173,8 +173,8 @@ def _network(backbone: ConvConfig, config: CodecConfig) -> ConvBackbone:
     shape = BackboneShape(
         image_channels=config.image_channels,
         latent_channels=config.latent_channels,
-        features_per_latent=2,
-        params_per_channel=1,
+        features=2 * config.latent_channels,
+        params=config.image_channels,
     )
     return ConvBackbone(backbone, shape)
 

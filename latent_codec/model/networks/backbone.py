@@ -16,10 +16,10 @@ class BackboneShape:
     """c: 1 for grey images, 3 for RGB."""
     latent_channels: int
     """z, the channels of the latents."""
-    features_per_latent: int
-    """Features that the bottleneck takes for each latent channel; 2 for a mean and a log-variance."""
-    params_per_channel: int
-    """p, the parameters of the likelihood for each image channel."""
+    features: int
+    """Channels that the bottleneck takes: 2z for a mean and a log-variance."""
+    params: int
+    """Channels of the likelihood's parameters, a multiple of c."""
     classes: int = 0
     """Classes of a conditional model, one-hot channels behind those of the image and of the latents; 0 for none."""
 
@@ -28,16 +28,8 @@ class BackboneShape:
         return self.image_channels + self.classes
 
     @property
-    def features(self) -> int:
-        return self.features_per_latent * self.latent_channels
-
-    @property
     def decoder_in(self) -> int:
         return self.latent_channels + self.classes
-
-    @property
-    def params(self) -> int:
-        return self.params_per_channel * self.image_channels
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -65,4 +57,4 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Return parameters (b, p * c, h, w) from latents and labels (b, z + classes, h/f, w/f)."""
+        """Return parameters (b, params, h, w) from latents and labels (b, z + classes, h/f, w/f)."""

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from latent_codec.model.config import LinearConfig, LiteConfig
 from latent_codec.model.networks.backbone import Backbone, BackboneShape
-from latent_codec.model.networks.linear import LinearBackbone, PatchMoments
+from latent_codec.model.networks.linear import LinearBackbone
 
 _NEAR_ZERO = 1e-2
 
@@ -100,14 +100,6 @@ class LiteBackbone(Backbone):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return self.linear.decode(z[:, : self.latent_channels]) + self.decoder(z)  # (b, params * c, h, w)
-
-    def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
-        """Set the linear path's weights as `LinearBackbone.start_from_closed_form` does."""
-        self.linear.start_from_closed_form(moments, sigma)
-
-    def start_from_components(self, moments: PatchMoments) -> None:
-        """Set the linear path's weights as `LinearBackbone.start_from_components` does."""
-        self.linear.start_from_components(moments)
 
 
 def _check(config: LiteConfig) -> None:

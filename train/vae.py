@@ -111,7 +111,7 @@ def _build(run: Run, accelerator: Accelerator) -> _Parts:
     config, device = run.config, accelerator.device
     codec = Codec(config.codec)
     ema = copy.deepcopy(codec)
-    objective = _make_objective(run, codec).to(device)
+    objective = make_objective(run, codec).to(device)
     ema = ema.to(device).eval().requires_grad_(False)
     if config.channels_last:
         objective, ema = objective.to(memory_format=torch.channels_last), ema.to(memory_format=torch.channels_last)
@@ -143,7 +143,8 @@ def _build(run: Run, accelerator: Accelerator) -> _Parts:
     return _Parts(objective=objective, modules=modules, optimizer=optimizer, codec=codec, ema=ema, averages=averages)
 
 
-def _make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
+def make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
+    """Return the loss of a run's configuration for a codec; a joint run's prior comes from its first model."""
     config = run.config.objective
     if isinstance(config, IWAEConfig):
         return IWAE(config, codec)

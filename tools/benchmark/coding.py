@@ -3,14 +3,11 @@
 import contextlib
 import dataclasses
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from latent_codec.bitstream.refinement import USUAL_ROUNDS, Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec
@@ -26,7 +23,7 @@ from latent_codec.prior.passes import Prior, decode, quantize
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import Quantized, Scaled, dequantize, scale, step_code
 from latent_codec.prior.rans import Coder
-from tools.benchmark.record import machine, report
+from tools.benchmark.record import OnImages, now
 
 LARGEST_LOSS, LARGEST_OVERHEAD = 1.01, 64
 """A file may take so many times the ideal code length, and so many bytes more."""
@@ -106,14 +103,9 @@ class _Clock:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        started = self._now()
+        started = now()
         yield
-        self.seconds[name] += self._now() - started
-
-    def _now(self) -> float:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.seconds[name] += now() - started
 
 
 def measure_sizes(runner: Runner, where: str, steps: Sequence[float]) -> dict[str, Any]:
@@ -127,10 +119,8 @@ def measure_sizes(runner: Runner, where: str, steps: Sequence[float]) -> dict[st
     sizes, bpp = [], {}
     for i, point in enumerate(found.points):
         if not point.setting.dithered:
-            rows = [
-                (image.rows[i].bytes, (image.rows[i].point.ideal_bpp or 0) * image.pixels) for image in found.images
-            ]
-            worst = max(size - LARGEST_LOSS * ideal_bits / 8 for size, ideal_bits in rows)
+            rows = [(image.rows[i], image.pixels) for image in found.images]
+            worst = max(row.bytes - LARGEST_LOSS * (row.point.ideal_bpp or 0) * area / 8 for row, area in rows)
             key = {"prior": point.setting.codec, "step": point.setting.value}
             sizes.append(key | {"bpp": point.bpp, "ideal_bpp": point.ideal_bpp, "worst_excess": worst})
             bpp[point.setting.codec, point.setting.value] = point.bpp
@@ -144,10 +134,9 @@ def measure_sizes(runner: Runner, where: str, steps: Sequence[float]) -> dict[st
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Coding:
+class Coding(OnImages):
     """Time the entropy coding of images beside the networks, and compare files with the prior's code length."""
 
-    dir: tyro.conf.Positional[str]
     model: str = "photo"
     steps: tuple[float, ...] = (1.0, 1.4, 2.0)
     """Quantiser steps of files; times are taken at the first."""
@@ -155,9 +144,6 @@ class Coding:
     """Rounds, in each of which each part is timed once per image."""
     threads: int | None = None
     """Threads of the networks, by default torch's choice; the entropy coder itself has one."""
-    device: str = "cpu"
-    out: Path | None = None
-    """JSON file for the results."""
 
     def run(self) -> None:
         """Measure times and sizes, and report them."""
@@ -172,9 +158,8 @@ class Coding:
         results = {"seconds_per_image": seconds} | {kind: _coding_ratios(seconds, kind) for kind in kinds}
         results["refine"] = {"rounds": USUAL_ROUNDS, "times_as_long_to_encode": 1 + seconds["refine"] / plain}
         results["files"] = measure_sizes(runner, self.dir, self.steps)
-        about = {"model_id": runner.model_id, "set": Path(self.dir).name, "images": len(images)}
-        about |= {"rounds": self.rounds, "step_of_times": self.steps[0], "threads_of_the_coder": 1}
-        report(results, about | machine(self.device), self.out)
+        about = {"model_id": runner.model_id, "images": len(images), "rounds": self.rounds}
+        self.report(results, **about, step_of_times=self.steps[0], threads_of_the_coder=1)
 
 
 def _coding_ratios(seconds: dict[str, Any], kind: str) -> dict[str, float]:

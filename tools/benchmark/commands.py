@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
@@ -24,7 +23,7 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.prior.quantizer import STEP_ONE
 from tools.benchmark.other_models import sd_codec
-from tools.benchmark.record import machine, report
+from tools.benchmark.record import OnImages, now
 
 _SMALLEST = 0.05
 """Seconds that a command may report as 0.0."""
@@ -76,50 +75,32 @@ def gather(where: str, folder: Path, count: int) -> Path:
     return folder
 
 
-Contender = Callable[[int], CommandRun | None]
-"""Called with the number of the round; returns what a command took."""
+Contender = Callable[[int], Any]
+"""Called with the number of the round; a command returns its `CommandRun`."""
 
 
-class Timings(NamedTuple):
-    """Hold the timings of each contender, one per round."""
-
-    seconds: dict[str, list[float]]
-    commands: dict[str, list[CommandRun]]
-    """Runs of the contenders that are commands."""
-
-    def rates(self, count: int) -> dict[str, float]:
-        """Return images per second, from the median over rounds of the seconds for `count` images."""
-        return {name: count / statistics.median(seconds) for name, seconds in self.seconds.items()}
-
-
-def time_in_turn(contenders: Mapping[str, Contender], rounds: int) -> Timings:
-    """Time each contender once a round, in turn."""
-    timings = Timings({name: [] for name in contenders}, {})
+def time_in_turn(contenders: Mapping[str, Contender], rounds: int) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Time each contender once a round, in turn; return their median seconds, and what they returned."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, list[Any]] = {name: [] for name in contenders}
     for i in range(rounds):
         for name, call in contenders.items():
-            started = time.perf_counter()
-            ran = call(i)
-            timings.seconds[name].append(time.perf_counter() - started)
-            if ran is not None:
-                timings.commands.setdefault(name, []).append(ran)
-    return timings
+            started = now()
+            found[name].append(call(i))
+            seconds[name].append(now() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}, found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Folder:
-    dir: tyro.conf.Positional[str]
-    """Photographs of one size."""
+class _Folder(OnImages):
     model: str = "photo"
     count: int = 1000
     """Number of photographs; those in DIR are repeated if they are fewer."""
     rounds: int = 3
     """Rounds, in each of which everything is timed once."""
     batch_size: int = 8
-    device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
-    out: Path | None = None
-    """JSON file for the results."""
 
     def run(self) -> None:
         """Time everything once a round and report images per second, also as shares of the network's alone."""
@@ -130,19 +111,17 @@ class _Folder:
             images = [pad(source.read().pixels, runner.codec.factor) for source in find_images(src)]
             if len({image.shape for image in images}) > 1:
                 raise UserError(f"{self.dir}: has images of several sizes; give images of one size")
-            timings = time_in_turn(self.contenders(runner, src, images), self.rounds)
-        rates = timings.rates(self.count)
-        base = next(iter(rates))
-        share = f"share_of_{base.replace(' ', '_')}"
-        results: dict[str, dict[str, Any]] = {
-            name: {"images_per_second": rate, share: rate / rates[base]} for name, rate in rates.items()
-        }
-        for name, commands in timings.commands.items():
-            own = self.count / max(statistics.median(ran.own_seconds for ran in commands), _SMALLEST)
-            results[name] |= {f"{share}_after_start": own / rates[base], "seconds_in_stages": commands[-1].stages}
-        about = {"set": Path(self.dir).name, "images": self.count, "rounds": self.rounds, "batch_size": self.batch_size}
-        about |= {"model": self.model, "dtype": self.dtype, "compile": self.compile}
-        report(results, about | machine(self.device), self.out)
+            seconds, found = time_in_turn(self.contenders(runner, src, images), self.rounds)
+        base = next(iter(seconds))
+        share, results = f"share_of_{base.replace(' ', '_')}", {}
+        for name, taken in seconds.items():
+            results[name] = {"images_per_second": self.count / taken, share: seconds[base] / taken}
+            if found[name][0] is not None:
+                own = max(statistics.median(ran.own_seconds for ran in found[name]), _SMALLEST)
+                results[name] |= {f"{share}_after_start": seconds[base] / own}
+                results[name] |= {"seconds_in_stages": found[name][-1].stages}
+        names = ("rounds", "batch_size", "model", "dtype", "compile")
+        self.report(results, images=self.count, **{name: getattr(self, name) for name in names})
 
     def contenders(self, runner: Runner, src: Path, images: Sequence[torch.Tensor]) -> dict[str, Contender]:
         """Return what is timed, the network alone first; `images` are those in `src`, padded."""
@@ -213,16 +192,12 @@ class Decode(_Folder):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loop:
+class Loop(OnImages):
     """Time `encode` beside a plain loop (`diffusers_loop.py`), both with the SD shape and equal weights."""
 
-    dir: tyro.conf.Positional[str]
     count: int = 24
     rounds: int = 3
     batch_size: int = 4
-    device: str = "cpu"
-    out: Path | None = None
-    """JSON file for the results."""
 
     def run(self) -> None:
         """Time both and report images per second."""
@@ -240,22 +215,20 @@ class Loop:
                 return run("tools.benchmark.diffusers_loop", src, dst, "--weights", model, *flags)
 
             base = "loop over diffusers' AutoencoderKL"
-            rates = time_in_turn({"encode --format safetensors": ours, base: theirs}, self.rounds).rates(self.count)
-        results = {name: {"images_per_second": r, "times_as_fast": r / rates[base]} for name, r in rates.items()}
-        about = {"set": Path(self.dir).name, "images": self.count, "rounds": self.rounds, "batch_size": self.batch_size}
-        report(results, about | machine(self.device), self.out)
+            seconds, _ = time_in_turn({"encode --format safetensors": ours, base: theirs}, self.rounds)
+        results = {
+            name: {"images_per_second": self.count / s, "times_as_fast": seconds[base] / s}
+            for name, s in seconds.items()
+        }
+        self.report(results, images=self.count, rounds=self.rounds, batch_size=self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class Memory(OnImages):
     """Measure the peak memory of `encode` and `decode` by the number of images."""
 
-    dir: tyro.conf.Positional[str]
     counts: tuple[int, ...] = (1000, 5000)
     model: str = "photo"
-    device: str = "cpu"
-    out: Path | None = None
-    """JSON file for the results."""
 
     def run(self) -> None:
         """Run the commands and report their peaks."""
@@ -272,4 +245,4 @@ class Memory:
                     }
                     for way, ran in ways.items():
                         results.setdefault(f"{way} {form}", {})[f"peak_mb of {count}"] = ran.peak_bytes / 1e6
-        report(results, {"set": Path(self.dir).name, "model": self.model} | machine(self.device), self.out)
+        self.report(results, model=self.model)

@@ -1,16 +1,13 @@
 """Time the encoder networks beside diffusers' AutoencoderKL."""
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from latent_codec.model.codec import Codec
 from latent_codec.model.describe import count_flops
+from tools.benchmark.commands import Contender, time_in_turn
 from tools.benchmark.other_models import diffusers_autoencoder, sd_codec
 from tools.benchmark.record import machine, report
 
@@ -37,22 +34,17 @@ class Encoders:
         other = diffusers_autoencoder(conv).to(self.device)
         x = torch.rand(self.batch, 3, self.size, self.size, device=self.device) * 2 - 1
         difference = (conv.encode(x).mean - other.encode(x).latent_dist.mean).abs().max().item()
-        contenders: dict[str, Callable[[], Any]] = {
-            "lite": lambda: lite.encode(x),
-            "conv (SD shape)": lambda: conv.encode(x),
-            "diffusers AutoencoderKL": lambda: other.encode(x),
+        contenders: dict[str, Contender] = {
+            "lite": lambda _: lite.encode(x),
+            "conv (SD shape)": lambda _: conv.encode(x),
+            "diffusers AutoencoderKL": lambda _: other.encode(x),
         }
-        taken: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(self.rounds + 1):
-            for name, call in contenders.items():
-                started = time.perf_counter()
-                call()
-                if self.device.startswith("cuda"):
-                    torch.cuda.synchronize()
-                taken[name].append((time.perf_counter() - started) / self.batch)
-        seconds = {name: statistics.median(values[1:]) for name, values in taken.items()}
+        time_in_turn(contenders, 1)
+        seconds, _ = time_in_turn(contenders, self.rounds)
         base = seconds["diffusers AutoencoderKL"]
-        results = {name: {"seconds": s, "times_as_fast_as_diffusers": base / s} for name, s in seconds.items()}
+        results = {
+            name: {"seconds": s / self.batch, "times_as_fast_as_diffusers": base / s} for name, s in seconds.items()
+        }
         about = {"size": self.size, "batch": self.batch, "rounds": self.rounds, "difference": difference}
         about |= {"gflop_lite": count_flops(lite.config, self.size).encoder / 1e9}
         about |= {"gflop_conv": count_flops(conv.config, self.size).encoder / 1e9}

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +18,11 @@ from torch.utils.flop_counter import flop_registry
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from tools.benchmark.record import machine, report
+from tools.benchmark.record import machine, now, report
 from train import vae
-from train.config.vae import ELBOConfig, JointConfig, TrainConfig
-from train.context_prior.trained import prior_of
+from train.config.vae import JointConfig
 from train.loop.accelerate_state import accelerate_as
 from train.loop.run_setup import Run
-from train.objectives.elbo import ELBO
-from train.objectives.joint import Joint
 from train.recipe.config import Objective, preset_of
 
 _IN_A_ROW = 10
@@ -124,14 +120,16 @@ class TrainingSpeed:
             preset = dataclasses.replace(preset, objective=dataclasses.replace(preset.objective, **own))
         own = {"steps": self.steps, "batch_size": self.batch, "crop": self.crop, "compile": self.compile}
         own |= {"log_every": self.steps // 2, "eval_every": self.steps, "save_every": self.steps, "closed_form": False}
-        config = dataclasses.replace(preset, **own)
-        step = self._step_seconds(config)
-        recorder = self._record(config)
+        config = dataclasses.replace(preset, eval_crop=self.crop, **own)
+        with tempfile.TemporaryDirectory() as name:
+            images, out = Path(name, "images"), Path(name, "run")
+            run = Run(data=(images,), out=out, val_images=2, start_from=self.model, config=config)
+            step, recorder = self._step_seconds(run), self._record(run)
         rows = self._time(recorder)
         flops = sum(recorder.counts[key] * product.flops for key, product in recorder.products.items())
         alone = sum(row["seconds_in_all"] for row in rows)
         peak = self._peak()
-        results: dict[str, dict[str, Any]] = {
+        results = {
             "step": {"seconds": step, "tflop": flops / 1e12, "tflops": flops / step / 1e12},
             "products_alone": {"seconds": alone, "tflops": flops / alone / 1e12},
             "matmul": {"tflops": peak / 1e12},
@@ -146,34 +144,23 @@ class TrainingSpeed:
         about = {"model": self.model} | {name: getattr(self, name) for name in fields}
         report(results, about | machine(self.device), self.out, products=rows)
 
-    def _step_seconds(self, config: TrainConfig) -> float:
+    def _step_seconds(self, run: Run) -> float:
         """Return the seconds of a step of `train.vae` on images of noise, from its log."""
-        with tempfile.TemporaryDirectory() as name, accelerate_as(self.precision, cpu=self.device == "cpu"):
-            folder = Path(name)
-            random, side = np.random.default_rng(0), max(256, config.crop)
-            (folder / "images").mkdir()
-            for i in range(16):
-                pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / "images" / f"{i:02d}.png")
-            config = dataclasses.replace(config, eval_crop=config.crop)
-            code = vae.train(
-                Run(data=(folder / "images",), out=folder / "run", val_images=2, start_from=self.model, config=config)
-            )
-            if code:
+        random, side = np.random.default_rng(0), max(256, self.crop)
+        run.data[0].mkdir()
+        for i in range(16):
+            pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(run.data[0] / f"{i:02d}.png")
+        with accelerate_as(self.precision, cpu=self.device == "cpu"):
+            if vae.train(run):
                 raise UserError("the run was interrupted before its speed was known")
-            lines = map(json.loads, (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines())
-            speeds = [line["images_per_s"] for line in lines if line["kind"] == "train"]
-        return config.batch_size / speeds[-1]
+        lines = map(json.loads, (run.out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        return self.batch / [line["images_per_s"] for line in lines if line["kind"] == "train"][-1]
 
-    def _record(self, config: TrainConfig) -> Recorder:
+    def _record(self, run: Run) -> Recorder:
         """Record the products of forward and backward of one batch, not compiled."""
-        codec = Codec(config.codec)
-        if isinstance(config.objective, JointConfig):
-            objective = Joint(config.objective, codec, prior_of(config.objective, self.model))
-        else:
-            assert isinstance(config.objective, ELBOConfig)  # the preset's
-            objective = ELBO(config.objective, codec, None)
-        objective = objective.to(self.device).to(memory_format=torch.channels_last)
+        codec = Codec(run.config.codec)
+        objective = vae.make_objective(run, codec).to(self.device).to(memory_format=torch.channels_last)
         pixels = torch.randint(0, 256, (self.batch, codec.config.image_channels, self.crop, self.crop))
         labels = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         keys, beta = torch.arange(self.batch, device=self.device), torch.ones((), device=self.device)
@@ -213,9 +200,9 @@ class TrainingSpeed:
     def _seconds(self, call: Callable[[], Any]) -> float:
         """Return the seconds of one call; on a GPU ten calls in a row hide the time of launching them."""
         if self.device == "cpu":
-            started = time.perf_counter()
+            started = now()
             call()
-            return time.perf_counter() - started
+            return now() - started
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         call()
         begin.record()

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from latent_codec.errors import UserError
 from latent_codec.precision import float32_island
-from latent_codec.storage.tensors import check_state
+from latent_codec.storage.tensors import read_state
 
 Net = Literal["alex", "squeeze", "vgg"]
 
@@ -150,21 +148,8 @@ def _quiet() -> Iterator[None]:
 
 def _load_backbone(features: nn.Module, net: str, path: Path) -> None:
     """Load a backbone file strictly; the package's `slice<n>.<i>.x` is torchvision's `features.<i>.x`."""
-    name = BACKBONES[net].torchvision
-    remedy = f"--lpips-backbone takes a safetensors file of torchvision's {name} features"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {remedy}")
-    try:
-        found = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); {remedy}") from error
+    remedy = f"--lpips-backbone takes a safetensors file of torchvision's {BACKBONES[net].torchvision} features"
     own = features.state_dict()
     theirs = {key: "features." + key.split(".", 1)[1] for key in own}
-    try:
-        check_state({theirs[key]: tensor for key, tensor in own.items()}, found, str(path))
-    except UserError as error:
-        raise UserError(f"{error}; {remedy}, LPIPS net '{net}'") from error
-    for key, tensor in found.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path}: tensor {key} holds values that are not finite; get the file again")
+    found = read_state(path, {theirs[key]: tensor for key, tensor in own.items()}, f"{remedy}, LPIPS net '{net}'")
     features.load_state_dict({key: found[theirs[key]] for key in own})

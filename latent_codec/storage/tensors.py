@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from latent_codec.errors import UserError
 from latent_codec.storage.files import put, temporary_folder, temporary_path
@@ -84,3 +84,18 @@ def check_state(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor
                 f"{where}: tensor {name} has shape {tuple(found[name].shape)}, the config asks for "
                 f"{tuple(tensor.shape)}"
             )
+
+
+def read_state(path: Path, expected: dict[str, torch.Tensor], remedy: str) -> dict[str, torch.Tensor]:
+    """Read a file of tensors like the expected ones; raises `UserError` with the remedy if it is not one."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {remedy}")
+    try:
+        found = load_file(path)
+        check_state(expected, found, str(path))
+        check_finite(found, path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); {remedy}") from error
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from error
+    return found

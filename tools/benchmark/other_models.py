@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
-from latent_codec.storage.tensors import check_state
+from latent_codec.storage.tensors import read_state
 
 _WIDTH = 64
 _LATENT_CHANNELS = 32
@@ -40,15 +38,8 @@ class Taef2(nn.Module):
         """Read `encoder.safetensors` and `decoder.safetensors` in `folder`; `UserError` if a tensor does not fit."""
         model = cls()
         for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
-            path = folder / f"{name}.safetensors"
-            if not path.is_file():
-                raise UserError(f"{path}: no such file; TAEF2's weights are {name}.safetensors from its own repository")
-            try:
-                tensors = load_file(path)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a safetensors file ({error}); get TAEF2's weights again") from error
-            check_state(network.state_dict(), tensors, str(path))
-            network.load_state_dict(tensors)
+            remedy = f"TAEF2's weights are {name}.safetensors from its own repository"
+            network.load_state_dict(read_state(folder / f"{name}.safetensors", network.state_dict(), remedy))
         return model
 
     @torch.no_grad()
@@ -93,21 +84,18 @@ def _conv(inputs: int = _WIDTH, outputs: int = _WIDTH, *, stride: int = 1, bias:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=bias)
 
 
-def _residuals(*, pooled: bool) -> list[nn.Module]:
-    return [_Residual(pooled=pooled) for _ in range(3)]
-
-
 def _encoder() -> nn.Sequential:
     layers: list[nn.Module] = [_conv(3), _Residual()]  # (b, 64, h, w)
     for coarsest in (False, False, True):
-        layers += [_conv(stride=2, bias=False), *_residuals(pooled=coarsest)]
+        layers += [_conv(stride=2, bias=False), *(_Residual(pooled=coarsest) for _ in range(3))]
     return nn.Sequential(*layers, _conv(outputs=_LATENT_CHANNELS))  # (b, 32, h/8, w/8)
 
 
 def _decoder() -> nn.Sequential:
     layers: list[nn.Module] = [_SoftClamp(), _conv(_LATENT_CHANNELS), nn.ReLU()]
     for coarsest in (True, False, False):
-        layers += [*_residuals(pooled=coarsest), nn.Upsample(scale_factor=2, mode="nearest"), _conv(bias=False)]
+        layers += [_Residual(pooled=coarsest) for _ in range(3)]
+        layers += [nn.Upsample(scale_factor=2, mode="nearest"), _conv(bias=False)]
     return nn.Sequential(*layers, _Residual(), _conv(outputs=3))  # (b, 3, h, w)
 
 

@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.noise import fold, permutation
 from latent_codec.storage.files import atomic_path, make_folder
-from latent_codec.storage.tensors import check_state, save_tensors
+from latent_codec.storage.tensors import read_state, save_tensors
 from tools.program import main
 
 Split = Literal["train", "test"]
@@ -148,9 +147,7 @@ class Score:
 
     def run(self) -> None:
         net = Classifier()
-        tensors = load_file(self.classifier)
-        check_state(net.state_dict(), tensors, str(self.classifier))
-        net.load_state_dict(tensors)
+        net.load_state_dict(read_state(self.classifier, net.state_dict(), "give the file that `classify` wrote"))
         right: list[torch.Tensor] = []
         for label in [str(digit) for digit in range(10) if (self.samples / str(digit)).is_dir()]:
             sources = find_images(self.samples / label)

@@ -13,7 +13,7 @@ from PIL import ImageDraw, ImageFont
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
-from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
+from latent_codec.evaluation.rate_distortion.anchors import ANCHORS
 from latent_codec.evaluation.report.jpeg import code_image
 from latent_codec.images.geometry import Image
 from latent_codec.images.read import read_image
@@ -26,7 +26,7 @@ from tools.benchmark.record import machine
 from train.loop.provenance import git_commit
 
 QUALITIES = range(1, 101)
-"""Anchors' qualities, among which the nearest size is looked for."""
+"""Anchors' qualities, among which the largest file that fits is looked for."""
 
 ZOOM, MARGIN, CAPTION = 2, 4, 16  # pixels, but for the zoom; even, so that 4:2:0 loses no colour of doubled pixels
 
@@ -118,29 +118,11 @@ def _tiles(runner: Runner, sheet: Sheet, detail: Detail, image: Image, step: flo
     size, pixels = code_image(runner, coder, image, step_code(step))
     tiles = [tile("original", "", None, original)]
     for anchor in anchors.available():
-        quality, file = nearest(anchor, original, size)
+        lowest = QUALITIES[0], anchors.encode(anchor, original, QUALITIES[0])
+        quality, file = anchors.largest_within(anchor, original, size, QUALITIES) or lowest
         decoded = anchors.decode(anchor, file, original.mode)
         tiles.append(tile(anchor.name, f"quality {quality}", len(file), decoded))
     return [*tiles, tile("photo", f"step {step:g}", size, to_pil(pixels, image.geometry))]
-
-
-def nearest(anchor: Anchor, image: PilImage.Image, limit: int) -> tuple[int, bytes]:
-    """Return the quality, found by bisection, and the bytes of the largest file of at most `limit` bytes.
-
-    If even the lowest quality's file is larger, return that one.
-    """
-    low = QUALITIES[0]
-    best = low, anchors.encode(anchor, image, low)
-    high = QUALITIES[-1] + 1
-    while high - low > 1 and len(best[1]) <= limit:
-        middle = (low + high) // 2
-        data = anchors.encode(anchor, image, middle)
-        if len(data) > limit:
-            high = middle
-        else:
-            low = middle
-            best = max(best, (middle, data), key=lambda found: len(found[1]))
-    return best
 
 
 def _draw(rows: Sequence[Sequence[_Tile]], side: int) -> bytes:

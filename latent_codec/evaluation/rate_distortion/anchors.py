@@ -1,7 +1,7 @@
 """Encode and decode with the anchors JPEG, WebP and AVIF by Pillow; each saves a grey image as grey."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image, features
@@ -72,6 +72,23 @@ def encode(anchor: Anchor, image: Image.Image, quality: int) -> bytes:
     except (OSError, ValueError) as error:
         raise UserError(f"{image.width}x{image.height} pixels cannot be saved as {anchor.name}: {error}") from error
     return file.getvalue()
+
+
+def largest_within(
+    anchor: Anchor, image: Image.Image, limit: int, qualities: Iterable[int]
+) -> tuple[int, bytes] | None:
+    """Return the quality and the bytes of the largest file of at most `limit` bytes; None if there is none.
+
+    Qualities, in ascending order, are tried until files have twice the bytes: sizes are not quite monotone.
+    """
+    best: tuple[int, bytes] | None = None
+    for quality in qualities:
+        data = encode(anchor, image, quality)
+        if len(data) > 2 * limit:
+            break
+        if len(data) <= limit and (best is None or len(data) >= len(best[1])):
+            best = quality, data
+    return best
 
 
 def decode(anchor: Anchor, data: bytes, mode: str) -> Image.Image:

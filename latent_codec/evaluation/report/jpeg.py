@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image as PilImage
 from tqdm import tqdm
 
 from latent_codec.bitstream.stream_codec import StreamCodec
@@ -83,28 +82,6 @@ def jpeg_at_equal_bytes(
     return Section(NAME, TITLE, view, records={"means": means, "protocol": protocol, "images": records})
 
 
-class JPEGFile(NamedTuple):
-    """Hold a JPEG file and its quality."""
-
-    quality: int
-    data: bytes
-
-
-def closest_below(image: PilImage.Image, limit: int) -> JPEGFile | None:
-    """Return the largest JPEG of up to `limit` bytes; None if there is none.
-
-    Every quality is tried until files have twice the bytes, because sizes are not quite monotone.
-    """
-    best: JPEGFile | None = None
-    for quality in QUALITIES:
-        data = anchors.encode(JPEG, image, quality)
-        if len(data) > 2 * limit:
-            break
-        if len(data) <= limit and (best is None or len(data) >= len(best.data)):
-            best = JPEGFile(quality, data)
-    return best
-
-
 def code_image(runner: Runner, coder: StreamCodec, image: Image, step: int) -> tuple[int, torch.Tensor]:
     """Return the bytes of our file at a step (see `step_code`), and the pixels (3, h, w) uint8 that it decodes to."""
     latents = runner.encode([pad(image.pixels, coder.codec.factor)]).coded[0]
@@ -123,11 +100,12 @@ def _code(
         return CodedImage(codec, setting, size, pixels, distortion)
 
     ours = coded("this model", "step 1", *code_image(runner, coder, image, STEP_ONE))
-    found = closest_below(to_pil(image.pixels, image.geometry), ours.bytes)
+    found = anchors.largest_within(JPEG, to_pil(image.pixels, image.geometry), ours.bytes, QUALITIES)
     if found is None:
         return ours, None
-    pixels = rgb_pixels(anchors.decode(JPEG, found.data, image.geometry.mode))
-    return ours, coded("JPEG", f"quality {found.quality}", len(found.data), pixels)
+    quality, data = found
+    pixels = rgb_pixels(anchors.decode(JPEG, data, image.geometry.mode))
+    return ours, coded("JPEG", f"quality {quality}", len(data), pixels)
 
 
 def _strip(name: str, original: torch.Tensor, files: Sequence[CodedImage]) -> list[EmbeddedImage]:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from latent_codec.evaluation.bounds import bounds
@@ -45,17 +45,17 @@ def likelihood_bounds(runner: Runner, images: Sequence[Shown], seed: int, sample
         "iwae": "log of the average importance weight (Burda et al. 2016, eq. 8)",
     }
     numbers = [
-        Number(name, label, _mean([getattr(b, name) for b in found]), "nats per image", f"{how[name]}; {over}")
+        Number(name, label, fmean(getattr(b, name) for b in found), "nats per image", f"{how[name]}; {over}")
         for name, label in labels.items()
     ]
     effective = (
         "(sum of weights)^2 / sum of their squares (Kong et al. 1994); near 1, more samples would raise the bound"
     )
-    mean = _mean([b.effective_samples for b in found])
+    mean = fmean(b.effective_samples for b in found)
     numbers.append(Number("effective_samples", "effective samples", mean, f"of {samples}", effective))
     if not isinstance(runner.codec.config.likelihood, GaussianConfig):
         for name, label in labels.items():
-            rate = -_mean([getattr(b, name) / b.dimensions for b in found]) / math.log(2)
+            rate = -fmean(getattr(b, name) / b.dimensions for b in found) / math.log(2)
             protocol = f"-({label}) over an image's height x width x channels as the network sees it; {over}"
             numbers.append(Number(f"{name}_bits_per_dim", f"bits per dimension by the {label}", rate, "", protocol))
     records = {"images": [bound._asdict() for bound in found]}
@@ -87,7 +87,3 @@ def _meaning(codec: Codec) -> str:
             return f"Bits per dimension are of pixels that are 0 or 1 (an 8-bit value v is {how}), not of 8-bit pixels."
         case _:
             return "Bits per dimension are of 8-bit pixels: comparable between all models of them."
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).mean())

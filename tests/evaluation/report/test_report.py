@@ -352,10 +352,9 @@ def test_the_jpeg_is_the_largest_that_is_no_larger() -> None:
     image = Image.fromarray(values).resize((64, 64), Image.Resampling.BICUBIC)
     sizes = [len(anchors.encode(anchors.JPEG, image, quality)) for quality in jpeg.QUALITIES]
     for limit in (min(sizes), min(sizes) + 1, sizes[40], sizes[60] - 1):
-        found = jpeg.closest_below(image, limit)
-        assert found is not None and len(found.data) == max(size for size in sizes if size <= limit)
-        assert len(found.data) == sizes[found.quality - 1]
-    assert jpeg.closest_below(image, min(sizes) - 1) is None
+        quality, data = anchors.largest_within(anchors.JPEG, image, limit, jpeg.QUALITIES) or (0, b"")
+        assert len(data) == sizes[quality - 1] == max(size for size in sizes if size <= limit)
+    assert anchors.largest_within(anchors.JPEG, image, min(sizes) - 1, jpeg.QUALITIES) is None
 
 
 def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tmp_path: Path) -> None:

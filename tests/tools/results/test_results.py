@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from latent_codec.errors import UserError
-from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import JPEG
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions
 from latent_codec.evaluation.rate_distortion.report import RatePoint, curve_points
@@ -17,7 +15,7 @@ from latent_codec.inference.options import ComputeOptions
 from tests.conftest import Draw
 from tests.support.data import ROOT
 from tools.benchmark.other_models import Taef2
-from tools.results import costs, crops
+from tools.results import costs
 from tools.results.__main__ import Results
 from tools.results.crops import Detail
 from tools.results.measured import Measured
@@ -96,13 +94,3 @@ def test_results_of_another_model_are_not_taken(small: dict[str, Any]) -> None:
     small["rd_json"].write_text("[]")
     with pytest.raises(UserError, match="no results of this kind"):
         run(small)
-
-
-def test_the_nearest_size_is_the_largest_that_fits(tmp_path: Path, draw: Draw) -> None:
-    with Image.open(draw(tmp_path / "a.png", 64, 48)) as opened:
-        image = opened.convert("RGB")
-    sizes = {q: len(anchors.encode(JPEG, image, q)) for q in crops.QUALITIES}
-    limit = sizes[50]
-    quality, data = crops.nearest(JPEG, image, limit)
-    assert len(data) == sizes[quality] == max(size for size in sizes.values() if size <= limit)
-    assert crops.nearest(JPEG, image, 1)[0] == crops.QUALITIES[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 import subprocess
 import sys
 import typing
@@ -24,12 +23,11 @@ from latent_codec.model.config import (
 )
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from tests.support.data import ROOT
-from tests.support.networks import LITE, config_of
+from tests.support.networks import CONV, LITE, config_of
 
-floats = st.floats(allow_nan=False, allow_infinity=False)
 PLAIN = {
     int: st.integers(-(2**40), 2**40),
-    float: floats,
+    float: st.floats(allow_nan=False, allow_infinity=False),
     bool: st.booleans(),
     str: st.text(max_size=3),
     type(None): st.none(),
@@ -64,15 +62,13 @@ class Statistics:
 
 def changed(path: str, value: Any) -> Any:
     """Return EXAMPLE as JSON with the value at a dotted path replaced; `...` deletes it."""
-    document = json.loads(dumps(to_json(EXAMPLE)))
+    document = place = json.loads(dumps(to_json(EXAMPLE)))
     *parents, last = path.split(".")
-    place = document
     for parent in parents:
         place = place[parent]
+    place[last] = value
     if value is ...:
         del place[last]
-    else:
-        place[last] = value
     return document
 
 
@@ -142,10 +138,8 @@ def test_anything_else_is_an_error_that_names_the_field(path: str, value: Any, m
 
 
 def test_a_boolean_field_takes_no_integer() -> None:
-    flags = dict.fromkeys(("mid_attention", "quant_conv", "post_quant_conv"), True)
-    conv = ConvConfig(widths=(32,), layers_per_block=1, groups=8, **flags)
     with pytest.raises(ValueError, match="quant_conv"):
-        from_json(ConvConfig, to_json(conv) | {"quant_conv": 1})
+        from_json(ConvConfig, to_json(CONV) | {"quant_conv": 1})
 
 
 json_values = st.recursive(
@@ -166,16 +160,7 @@ def test_whatever_a_file_holds_the_result_is_a_config_or_a_value_error(path: str
     assert from_json(CodecConfig, to_json(config)) == config
 
 
-@given(st.dictionaries(st.text(max_size=8), st.integers() | floats | st.text(max_size=8)), st.randoms())
-def test_dumps_does_not_depend_on_the_order_of_keys(value: dict[str, Any], order: random.Random) -> None:
-    items = list(value.items())
-    order.shuffle(items)
-    text = dumps(value)
-    assert dumps(dict(items)) == text
-    assert json.loads(text) == value
-
-
-def test_dumps_spends_no_spaces_and_refuses_what_is_not_json() -> None:
+def test_dumps_sorts_keys_spends_no_spaces_and_refuses_what_is_not_json() -> None:
     assert dumps({"b": [1, 2], "a": {"y": 1.5, "x": None}}) == '{"a":{"x":null,"y":1.5},"b":[1,2]}'
     with pytest.raises(ValueError, match="JSON"):
         dumps({"a": float("nan")})

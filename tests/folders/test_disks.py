@@ -11,9 +11,7 @@ from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.latents.format import INDEX
 from latent_codec.storage.files import DiskError
 from tests.conftest import Draw, files_of
-from tests.support.folder import Kind, Task, temporary_files
-
-KINDS: tuple[Kind, ...] = ("streams", "latents", "tars of streams", "images of streams", "tars of images")
+from tests.support.folder import WRITERS, Task, temporary_files
 
 
 def mount(*args: str) -> bool:
@@ -37,17 +35,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def task(request: pytest.FixtureRequest, tmp_path: Path, model_file: Path, draw: Draw) -> Task:
-    kind: Kind = request.param
     for i in range(40):
         draw(tmp_path / "photos" / f"{i:02d}.png", 96, 80, seed=i)
-    photos = Task("streams", model_file, tmp_path / "photos")
-    if kind.endswith(("images", "images of streams")):
-        photos.do(tmp_path / "z", step=8.0)
-        return Task(kind, model_file, tmp_path / "z")
-    return photos._replace(kind=kind)
+    return Task(request.param, model_file, tmp_path / "photos")
 
 
-@pytest.mark.parametrize("task", KINDS, indirect=True)
+@pytest.mark.parametrize("task", WRITERS, indirect=True)
 def test_a_full_disk_is_one_clear_error_and_once_there_is_room_the_command_goes_on(
     task: Task, disk: Path, tmp_path: Path
 ) -> None:
@@ -64,7 +57,7 @@ def test_a_full_disk_is_one_clear_error_and_once_there_is_room_the_command_goes_
     assert files_of(disk) == expected
 
 
-@pytest.mark.parametrize("task", KINDS[:2], indirect=True)
+@pytest.mark.parametrize("task", WRITERS[:2], indirect=True)
 def test_a_read_only_disk_is_one_clear_error(task: Task, disk: Path) -> None:
     assert mount("-o", "remount,size=8m", str(disk))
     task.do(disk)

@@ -1,6 +1,5 @@
 """Test latents of mirrored images: encoding the mirrored file gives them, and they are half of the draws."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.folders.test_latents import PAIRS, decode, encode
-from tests.test_cli import Run, run  # noqa: F401 (a fixture)
+from tests.folders.test_latents import decode, encode
 
 SIZES = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
 
@@ -38,51 +36,52 @@ def mirror(src: Path, dst: Path) -> Path:
     return dst
 
 
-def test_a_mirrored_posterior_is_that_of_the_mirrored_file(codec: Codec, tmp_path: Path, photos: Path) -> None:
-    encode(codec, photos, tmp_path / "z", flips=True)
-    encode(codec, mirror(photos, tmp_path / "mirrored"), tmp_path / "expected")
-    found, expected = Latents(tmp_path / "z"), Latents(tmp_path / "expected")
+def test_mirrored_posteriors_are_those_of_the_mirrored_files_and_the_images_own_stay(
+    codec: Codec, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest: list[int] = []
+    real = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda x, labels: largest.append(len(x)) or real(x, labels))
+    compute = ComputeOptions(batch_size=2, workers=1)
+    encode(codec, photos, tmp_path / "both", compute, flips=True)
+    assert max(largest) == 2 and sum(largest) == 2 * len(SIZES)  # memory for one batch is enough
+    encode(codec, photos, tmp_path / "plain", compute)
+    encode(codec, mirror(photos, tmp_path / "mirrored"), tmp_path / "expected", compute)
+    found, expected = Latents(tmp_path / "both"), Latents(tmp_path / "expected")
     assert [e.path for e in found.entries] == sorted(SIZES) == [e.path for e in expected.entries]
     for i, entry in enumerate(found.entries):
         one, other, plain = found.posterior(i, flip=True), expected.posterior(i), found.posterior(i)
         assert torch.equal(one.mean, other.mean) and torch.equal(one.logvar, other.logvar)
         assert torch.equal(one.mean, plain.mean) == (entry.geometry.width == 1)
-
-
-def test_the_images_themselves_are_stored_as_without_flips(codec: Codec, tmp_path: Path, photos: Path) -> None:
-    for flips in (False, True):
-        encode(codec, photos, tmp_path / f"{flips}", flips=flips)
-        decode(codec, tmp_path / f"{flips}", tmp_path / f"{flips} decoded", sample=3)
-    assert files_of(tmp_path / "False decoded") == files_of(tmp_path / "True decoded")
-    plain, both = (load_file(stored_shards(tmp_path / f"{flips}")[0]) for flips in (False, True))
+    plain, both = (load_file(stored_shards(tmp_path / name)[0]) for name in ("plain", "both"))
     assert set(both) == set(plain) | {name.replace(".", "_flip.") for name in plain}
     assert all(torch.equal(both[name], tensor) for name, tensor in plain.items())
+    for name in ("plain", "both"):
+        decode(codec, tmp_path / name, tmp_path / f"{name} decoded", sample=3)
+    assert files_of(tmp_path / "plain decoded") == files_of(tmp_path / "both decoded")
+    with pytest.raises(UserError, match="no latents of mirrored images; encode with --flips"):
+        Latents(tmp_path / "plain", flip=True)
+    with pytest.raises(UserError, match="holds no tensor mean_flip"):
+        Latents(tmp_path / "plain").posterior(0, flip=True)
 
 
-def test_flips_are_another_setting(codec: Codec, tmp_path: Path, photos: Path) -> None:
-    encode(codec, photos, tmp_path / "whole", resume=PAIRS, flips=True)
-    assert encode(codec, photos, tmp_path / "whole", resume=PAIRS, flips=True).skipped == len(SIZES)
-    assert encode(codec, photos, tmp_path / "z", resume=PAIRS).done == len(SIZES)
-    assert encode(codec, photos, tmp_path / "z", resume=PAIRS, flips=True).done == len(SIZES)
-    assert files_of(tmp_path / "z") == files_of(tmp_path / "whole")
-
-
-def many(codec: Codec, folder: Path) -> Path:
-    """Make latents with flips of 400 images of one size, which differ in their names alone."""
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
+    """Return latents with flips of 400 images of one size, which differ in their names alone."""
+    folder = tmp_path_factory.mktemp("many")
     values = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
-    (folder / "src").mkdir(parents=True)
+    (folder / "src").mkdir()
     Image.fromarray(values).save(folder / "src" / "0.png")
     for i in range(1, 400):
-        shutil.copy(folder / "src" / "0.png", folder / "src" / f"{i}.png")
-    encode(codec, folder / "src", folder / "z", flips=True, store="float32")
+        (folder / "src" / f"{i}.png").hardlink_to(folder / "src" / "0.png")
+    encode(Codec.load(model_file), folder / "src", folder / "z", flips=True, store="float32")
     return folder / "z"
 
 
-def test_half_of_the_draws_are_mirrored_by_seed_epoch_and_path_alone(codec: Codec, tmp_path: Path) -> None:
-    folder = many(codec, tmp_path)
+def test_half_of_the_draws_are_mirrored_by_seed_epoch_and_path_alone(many: Path) -> None:
     chosen: dict[tuple[int, int], torch.Tensor] = {}
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        plain, latents = Latents(folder, seed=seed), Latents(folder, seed=seed, flip=True)
+        plain, latents = Latents(many, seed=seed), Latents(many, seed=seed, flip=True)
         flipped = torch.zeros(len(latents), dtype=torch.bool)
         for rows in ShapeBatches(latents.shapes, 50, seed=epoch):
             rows = rows._replace(epoch=epoch)
@@ -103,34 +102,11 @@ def test_half_of_the_draws_are_mirrored_by_seed_epoch_and_path_alone(codec: Code
     assert all(abs(int((first ^ other).sum()) - 200) < 40 for other in others)
 
 
-def test_which_are_mirrored_does_not_depend_on_the_noise(codec: Codec, tmp_path: Path) -> None:
-    latents = Latents(many(codec, tmp_path), flip=True)
+def test_which_are_mirrored_does_not_depend_on_the_noise(many: Path) -> None:
+    latents = Latents(many, flip=True)
     rows = BatchIndices(tuple(range(400)), 0)
     moments = latents.moments(rows)
     flipped = (moments.mean == latents.posterior(0, flip=True).mean).flatten(1).all(1)
     noise = (latents.draw(moments) - moments.mean) / torch.exp(0.5 * moments.logvar)  # (400, z, h, w)
     means = torch.stack([noise[flipped].mean(0), noise[~flipped].mean(0)])
     assert means.abs().max() < 4.5 / 150**0.5
-
-
-def test_latents_without_flips_are_refused_with_the_remedy(codec: Codec, tmp_path: Path, photos: Path) -> None:
-    encode(codec, photos, tmp_path / "z")
-    with pytest.raises(UserError, match="no latents of mirrored images; encode with --flips"):
-        Latents(tmp_path / "z", flip=True)
-    with pytest.raises(UserError, match="holds no tensor mean_flip"):
-        Latents(tmp_path / "z").posterior(0, flip=True)
-
-
-def test_memory_for_one_batch_is_enough(
-    codec: Codec, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    largest: list[int] = []
-    real = codec.encode
-
-    def count(pixels: torch.Tensor, labels: torch.Tensor) -> object:
-        largest.append(len(pixels))
-        return real(pixels, labels)
-
-    monkeypatch.setattr(codec, "encode", count)
-    encode(codec, photos, tmp_path / "z", ComputeOptions(batch_size=2, workers=1), flips=True)
-    assert max(largest) == 2 and sum(largest) == 2 * len(SIZES)

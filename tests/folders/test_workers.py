@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,12 @@ from hypothesis import strategies as st
 
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders import read_images
-from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.encode_lc import encode_lc
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
-from latent_codec.images.read import read_image
 from latent_codec.inference.options import ComputeOptions
-from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.support.folder import finish, small_units, start, wait_for
+from tests.support.folder import Kind, finish, make, small_units, start, wait_for
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))
@@ -79,31 +74,24 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_processes_do_what_they_are_called_for() -> None:
+def test_processes_do_what_they_are_called_for_and_a_killed_one_is_one_clear_error_for_all() -> None:
     with Processes(1) as processes:
         pid = processes.call(os.getpid)
         assert pid != os.getpid() == Processes(0).call(os.getpid)
         with pytest.raises(UserError, match="a reason"):
             processes.call(fail, "a reason")
         assert processes.call(os.getpid) == pid
-
-
-def test_a_killed_process_is_one_clear_error_for_all() -> None:
-    with Processes(1) as processes:
         for work in (killed, os.getpid):
             with pytest.raises(FatalError, match=r"was killed, .* fewer --workers"):
                 processes.call(work)
 
 
-def test_processes_end_with_their_context_and_with_their_parent() -> None:
+def test_processes_end_with_their_context_and_with_their_parent(tmp_path: Path) -> None:
     with Processes(1) as processes:
         pid = processes.call(os.getpid)
-    wait_for(lambda: not is_alive(pid))
-    with tempfile.TemporaryDirectory() as temporary:
-        told = Path(temporary, "pid")
-        parent = start(tell_and_die, told)
-        assert finish(parent) == -signal.SIGKILL
-        wait_for(lambda: not is_alive(int(told.read_text())))
+    assert finish(start(tell_and_die, tmp_path / "pid")) == -signal.SIGKILL
+    for number in (pid, int((tmp_path / "pid").read_text())):
+        wait_for(lambda number=number: not is_alive(number))
 
 
 def tell_and_die(told: Path) -> None:
@@ -119,38 +107,33 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def read_or_die(data: bytes, options: Any, *, name: str) -> Any:
+def padded_or_die(name: str, *args: Any) -> Any:
     if name == "5.png":
         killed()
-    return read_image(data, options, name=name)
+    return read_images.padded(name, *args)
 
 
-def padded_or_die(name: str, data: bytes, factor: int, options: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_images, "read_image", read_or_die)
-        return read_images.padded(name, data, factor, options)
-
-
-@pytest.mark.parametrize("make", [encode_latents, encode_lc])
+@pytest.mark.parametrize("kind", ["latents", "streams"])
 def test_images_are_decoded_in_processes_and_one_that_is_killed_costs_nothing_before_it(
-    codec: Codec, tmp_path: Path, draw: Draw, make: Any
+    codec: Codec, tmp_path: Path, draw: Draw, kind: Kind
 ) -> None:
     for i in range(8):
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     (tmp_path / "photos" / "bad.png").write_text("no image")
+    threads, processes = tmp_path / "in threads", tmp_path / "in processes"
 
-    def run(folder: str, decode_in: Any) -> Summary:
-        runner = Runner(codec, ComputeOptions(batch_size=2, workers=1, decode_in=decode_in))
-        return make(runner, tmp_path / "photos", tmp_path / folder, resume=small_units(2), quiet=True)
+    def run(folder: Path, decode_in: Any) -> Summary:
+        compute = ComputeOptions(batch_size=2, workers=1, decode_in=decode_in)
+        return make(kind, codec, tmp_path / "photos", folder, compute, small_units(2))
 
-    expected = run("in threads", "threads")
+    expected = run(threads, "threads")
     call = Processes.call
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Processes, "call", lambda self, _, *args: call(self, padded_or_die, *args))
         with pytest.raises(FatalError, match="was killed"):
-            run("in processes", "processes")
-    before = {name: data for name, data in files_of(tmp_path / "in processes").items() if name.endswith(("lc", "rs"))}
-    assert before and before.items() < files_of(tmp_path / "in threads").items()
-    summary = run("in processes", "processes")
+            run(processes, "processes")
+    before = {name: data for name, data in files_of(processes).items() if name.endswith(("lc", "rs"))}
+    assert before and before.items() < files_of(threads).items()
+    summary = run(processes, "processes")
     assert summary.skipped and summary.failures == expected.failures and summary.failures.keys() == {"bad.png"}
-    assert files_of(tmp_path / "in processes") == files_of(tmp_path / "in threads")
+    assert files_of(processes) == files_of(threads)

@@ -1,6 +1,7 @@
 """Test that networks run in batches that fit into memory, and compiled."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,14 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import BackendCompilerFailed
 
 from latent_codec.errors import FatalError, UserError
-from latent_codec.folders.decode_latents import decode_latents
-from latent_codec.folders.decode_lc import decode_lc
-from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.encode_lc import encode_lc
-from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from latent_codec.model.config import LinearConfig
 from latent_codec.model.posteriors import DiagonalGaussian
 from tests.conftest import Draw, files_of
-
-CPU = ComputeOptions(batch_size=4, workers=2)
+from tests.support.folder import CPU, Kind, make
+from tests.support.networks import config_of, make_codec
 
 OUT_OF_MEMORY: list[type[Exception] | Exception] = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -67,62 +63,39 @@ def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_h
         list(OutOfMemoryBackoff().map(fail, [1, 2], 1))
 
 
-@pytest.fixture
-def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let networks take two images at once, and none of 40x40 pixels or more."""
-
-    def limited(owner: Any, name: str, pixels: int) -> None:
-        real = getattr(owner, name)
-
-        def call(self: Any, images: Any, labels: Any = None) -> Any:
-            if len(images) > 2 or images[0][0].numel() * pixels >= 1600:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(self, images, labels)
-
-        monkeypatch.setattr(owner, name, call)
-
-    limited(Runner, "encode", 1)
-    limited(Runner, "decode_uint8", 64)
-
-
-@pytest.mark.parametrize("kind", ["streams", "latents"])
+@pytest.mark.parametrize(("kind", "decoded"), [("streams", "images of streams"), ("latents", "images of latents")])
 def test_a_folder_goes_on_where_memory_runs_out(
-    codec: Codec,
-    tmp_path: Path,
-    draw: Draw,
-    small_memory: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
+    codec: Codec, tmp_path: Path, draw: Draw, capsys: pytest.CaptureFixture[str], kind: Kind, decoded: Kind
 ) -> None:
-    for i in range(7):
+    def limited(method: Callable[..., Any], scale: int) -> Callable[..., Any]:
+        """Let networks take two images at once, and none of 40x40 pixels or more."""
+
+        def call(self: Runner, images: Any, labels: Any = None) -> Any:
+            if len(images) > 2 or images[0][0].numel() * scale >= 1600:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return method(self, images, labels)
+
+        return call
+
+    for i in range(5):
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     draw(tmp_path / "photos" / "large.png", 48, 40)
-    if kind == "streams":
-        summary = encode_lc(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", quiet=True)
-    else:
-        summary = encode_latents(Runner(codec, CPU), tmp_path / "photos", tmp_path / "z", quiet=True)
-    assert (summary.done, summary.failures.keys()) == (7, {"large.png"})
-    assert "--tile" in summary.failures["large.png"]
-    assert capsys.readouterr().err.count("memory ran out for 4 images at once; going on with 2") == 1
-    decode = decode_lc if kind == "streams" else decode_latents
-    assert decode(Runner(codec, CPU), tmp_path / "z", tmp_path / "y", quiet=True).done == 7
-    assert "going on with 2" in capsys.readouterr().err
-    monkeypatch.undo()
-    decode(Runner(codec, CPU), tmp_path / "z", tmp_path / "whole", quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "encode", limited(Runner.encode, 1))
+        patch.setattr(Runner, "decode_uint8", limited(Runner.decode_uint8, 64))
+        summary = make(kind, codec, tmp_path / "photos", tmp_path / "z")
+        assert (summary.done, summary.failures.keys()) == (5, {"large.png"})
+        assert "--tile" in summary.failures["large.png"]
+        assert capsys.readouterr().err.count("memory ran out for 4 images at once; going on with 2") == 1
+        assert make(decoded, codec, tmp_path / "z", tmp_path / "y").done == 5
+        assert "going on with 2" in capsys.readouterr().err
+    make(decoded, codec, tmp_path / "z", tmp_path / "whole")
     assert files_of(tmp_path / "y") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_compiled_networks_give_the_same_but_for_rounding() -> None:
-    linear = CodecConfig(
-        image_channels=3,
-        latent_channels=2,
-        backbone=LinearConfig(patch=4),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-    )
-    codec = Codec(linear).eval()
+    codec = make_codec(config_of(LinearConfig(patch=4), z=2))
     images = [torch.randint(256, (3, 16, 24), dtype=torch.uint8) for _ in range(3)]
     plain = Runner(codec, CPU).encode(images)
     z = plain.mean.unbind()
@@ -141,8 +114,7 @@ def test_a_compiler_that_fails_is_one_clear_error(
     def fail(*_: Any) -> DiagonalGaussian:
         raise BackendCompilerFailed(fail, RuntimeError("no C++ compiler"), None)  # pyright: ignore
 
-    draw(tmp_path / "photos" / "a.png", 24, 16)
+    draw(tmp_path / "a.png", 24, 16)
     monkeypatch.setattr(codec, "encode", fail)
     with pytest.raises(FatalError, match=r"torch\.compile does not work here .*--compile"):
-        runner = Runner(codec, dataclasses.replace(CPU, compile=True))
-        encode_latents(runner, tmp_path / "photos", tmp_path / "z", quiet=True)
+        make("latents", codec, tmp_path / "a.png", tmp_path / "z", dataclasses.replace(CPU, compile=True))

@@ -94,6 +94,8 @@ SOURCES: dict[Kind, Kind] = {
 """What is decoded; other kinds are made of image files."""
 FILES: tuple[Kind, ...] = ("streams", "images of streams", "images of latents")
 """Kinds whose outputs have names that are known before any work."""
+WRITERS: tuple[Kind, ...] = ("streams", "latents", "tars of streams")
+"""Kinds that differ in how files are written."""
 
 
 class Task(NamedTuple):
@@ -202,7 +204,7 @@ class _Watched:
 
 def start(target: Callable[..., None], *args: Any) -> Any:
     """Start a process that calls a function of a module."""
-    process = fork_server().Process(target=_child, args=(target, *args))
+    process = fork_server().Process(target=target, args=args)
     process.start()
     return process
 
@@ -212,11 +214,6 @@ def finish(process: Any) -> int:
     process.join(PATIENCE)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode
-
-
-def _child(target: Callable[..., None], *args: Any) -> None:
-    torch.set_num_threads(1)
-    target(*args)
 
 
 def work(task: Task, folder: Path, environment: dict[str, str] | None = None, resume: Resume | None = None) -> None:

@@ -33,6 +33,7 @@ from tests.support.folder import (
     KINDS,
     OVERWRITE,
     RESUME,
+    WRITERS,
     Kind,
     Task,
     die,
@@ -46,8 +47,6 @@ from tests.support.folder import (
 )
 
 ENCODED: tuple[Kind, ...] = ("streams", "latents")
-WRITERS: tuple[Kind, ...] = (*ENCODED, "tars of streams")
-"""Kinds that differ in how files are written."""
 FIRST_UNIT = {"a.png.lc", "b.png.lc", "c.jpg.lc"}
 SECOND_UNIT = {"sub/d.png.lc", "sub/é.png.lc"}
 

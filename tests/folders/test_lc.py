@@ -78,24 +78,20 @@ WAYS: list[dict[str, Any]] = [{"sample": 3}, {"psnr": 6.0, "sample": 3}, {"max_b
 def test_files_and_latents_depend_on_no_batch_worker_or_thread(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    forward, latents = codec.decode_uint8, []
-    monkeypatch.setattr(
-        codec, "decode_uint8", lambda z, _: latents.extend(v.numpy().tobytes() for v in z) or forward(z)
-    )
+    forward, seen = codec.decode_uint8, []
+    monkeypatch.setattr(codec, "decode_uint8", lambda z, _: seen.extend(v.numpy().tobytes() for v in z) or forward(z))
     files, found, threads_before = [], [], torch.get_num_threads()
     for batch, workers, threads in ((1, 1, 1), (3, 2, 2)):
         out, compute = tmp_path / f"{batch}", ComputeOptions(batch_size=batch, workers=workers)
         torch.set_num_threads(threads)
         try:
             assert not encode(codec, photos, out, compute, **options).failures
-            latents.clear()
             decode(codec, tmp_path / "1", tmp_path / f"out {batch}", compute)
         finally:
             torch.set_num_threads(threads_before)
         files.append(files_of(out))
-        found.append(sorted(latents))
-    assert files[0] == files[1] and len(files[0]) == 6
-    assert found[0] == found[1] and len(found[0]) == 6
+        found.append(sorted(seen[-6:]))
+    assert files[0] == files[1] and found[0] == found[1] and len(files[0]) == len(set(found[0])) == 6
     encode(codec, photos / "4.png", tmp_path / "alone", **options)
     assert files_of(tmp_path / "alone") == {"4.png.lc": files[0]["4.png.lc"]}
 
@@ -235,12 +231,6 @@ def test_files_that_cannot_be_decoded_fail_by_name_and_reason_and_the_others_go_
         assert reason in failures[f"{name}.png.lc"]
         assert sum(line.startswith(f"{name}.png.lc: ") and reason in line for line in printed) == 1
     assert images(tmp_path / "out").keys() == {"0.png.png", "2.png.png"}
-
-
-def test_larger_images_than_allowed_are_refused(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    failures = encode(codec, photos, tmp_path / "z", max_pixels=400).failures
-    assert failures.keys() == {"1.png", "4.png"}
-    assert all("17x33 = 561 pixels exceed the limit of 400" in reason for reason in failures.values())
 
 
 def test_a_prior_that_the_model_has_not_is_refused(codec: Codec, photos: Path, tmp_path: Path) -> None:

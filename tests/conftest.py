@@ -14,12 +14,12 @@ from PIL import Image
 
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior import factorized
 from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors
 from tests.support.data import WEIGHTS
+from tests.support.networks import TINY_LITE, config_of, make_codec
 from train.context_prior.network import ContextNet, logistic_tables
 
 # Tests run side by side, one process a core (pytest-xdist), so each computes on one thread, and so do its children.
@@ -43,23 +43,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def _tiny_codec() -> Codec:
-    config = CodecConfig(
-        image_channels=3,
-        latent_channels=4,
-        backbone=LiteConfig(
-            patch=8,
-            stem=4,
-            encoder_widths=(8, 8),
-            encoder_depths=(1, 1),
-            decoder_widths=(8, 8),
-            decoder_depths=(1, 1),
-        ),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        codec = Codec(config).eval()
+    codec = make_codec(config_of(TINY_LITE))
     codec.statistics = LatentStatistics(
         source="made up",
         images=3,

@@ -7,24 +7,16 @@ import torch
 
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import BernoulliConfig, CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from latent_codec.model.config import BernoulliConfig, GaussianConfig, LinearConfig
 from latent_codec.model.networks.linear import PatchMoments
+from tests.support.networks import config_of, make_codec
 
 PATCH, Z, SIGMA, B = 2, 3, 0.2, 4
 D = 3 * PATCH**2
 
 
 def linear(likelihood: GaussianConfig | BernoulliConfig) -> Codec:
-    config = CodecConfig(
-        image_channels=3,
-        latent_channels=Z,
-        backbone=LinearConfig(patch=PATCH),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=likelihood,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Codec(config).eval()
+    return make_codec(config_of(LinearConfig(patch=PATCH), z=Z, likelihood=likelihood))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from PIL import Image
 
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig, LiteConfig
+from latent_codec.model.config import CodecConfig, GaussianConfig, LinearConfig, LiteConfig
+from tests.support.networks import config_of, make_codec
 from train.data.crops import Batches, ImageSet, MemoryImages, SamplePlan
 from train.init.closed_form import patch_moments, start_from_closed_form
 
@@ -19,13 +20,7 @@ PATCH, Z, SIGMA = 4, 6, 0.05
 D = 3 * PATCH**2
 PLAN = SamplePlan(seed=0, crop=16, flip=True, batch_size=8, micro_batches=1, rank=0, world=1)
 STEPS = 6
-LINEAR = CodecConfig(
-    image_channels=3,
-    latent_channels=Z,
-    backbone=LinearConfig(patch=PATCH),
-    bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-    likelihood=GaussianConfig(scale="fixed", sigma=SIGMA),
-)
+LINEAR = config_of(LinearConfig(patch=PATCH), z=Z, likelihood=GaussianConfig(scale="fixed", sigma=SIGMA))
 LITE = dataclasses.replace(
     LINEAR,
     backbone=LiteConfig(
@@ -48,14 +43,8 @@ def smooth_images(folder: Path) -> Batches:
     return MemoryImages(images, PLAN.crop, torch.device("cpu"), quiet=True)
 
 
-def make(config: CodecConfig) -> Codec:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Codec(config)
-
-
 def started(config: CodecConfig, images: Batches) -> Codec:
-    codec = make(config)
+    codec = make_codec(config)
     start_from_closed_form(codec, patch_moments(images, PLAN, codec, STEPS, quiet=True))
     return codec
 

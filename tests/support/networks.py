@@ -21,6 +21,9 @@ from latent_codec.model.networks.linear import PatchMoments
 LITE = LiteConfig(
     patch=8, stem=4, encoder_widths=(64, 128), encoder_depths=(1, 2), decoder_widths=(64, 128), decoder_depths=(3, 2)
 )
+TINY_LITE = LiteConfig(
+    patch=8, stem=4, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
+)
 SMALL_LITE = LiteConfig(
     patch=8,
     stem=2,
@@ -65,10 +68,10 @@ def config_of(
     )
 
 
-def make_codec(config: CodecConfig) -> Codec:
+def make_codec(config: CodecConfig, seed: int = 0) -> Codec:
     """Return the codec with weights that are always the same."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return Codec(config).eval()
 
 

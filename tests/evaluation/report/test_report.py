@@ -40,6 +40,7 @@ from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig,
 from latent_codec.noise import normal
 from latent_codec.prior.quantizer import STEP_ONE
 from tests.conftest import Draw, files_of
+from tests.support.networks import make_codec
 from train.config.presets import mnist_cvae
 
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}
@@ -58,9 +59,7 @@ def write(codec: Codec, where: Path, out: Path, **changes: Any) -> tuple[str, An
 
 def changed(codec: Codec, **changes: Any) -> Codec:
     """Return an untrained codec of a changed configuration."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Codec(dataclasses.replace(codec.config, **changes)).eval()
+    return make_codec(dataclasses.replace(codec.config, **changes))
 
 
 @pytest.fixture
@@ -236,9 +235,7 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
 
 
 def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Draw) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        conditional = Codec(mnist_cvae().codec).eval()
+    conditional = make_codec(mnist_cvae().codec)
     classes = conditional.config.classes
     for i in (3, 7):
         draw(tmp_path / "photos" / classes[i] / "a.png", 28, 28, mode="L", seed=i)

@@ -24,10 +24,10 @@ from tests.support.closed_form import (
     Z,
     crops,
     elbo,
-    make,
     smooth_images,
     started,
 )
+from tests.support.networks import make_codec
 from train.data.crops import Batches
 from train.init.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
 
@@ -66,7 +66,7 @@ def assert_moments(found: PatchMoments, rows: np.ndarray) -> None:
 
 
 def test_patch_moments_are_those_of_numpy(images: Batches) -> None:
-    assert_moments(patch_moments(images, PLAN, make(LINEAR), STEPS, quiet=True), patches(crops(images).numpy()))
+    assert_moments(patch_moments(images, PLAN, make_codec(LINEAR), STEPS, quiet=True), patches(crops(images).numpy()))
 
 
 def test_moments_of_all_images_cover_every_whole_patch_of_readable_ones(
@@ -78,14 +78,14 @@ def test_moments_of_all_images_cover_every_whole_patch_of_readable_ones(
         Image.fromarray(image).save(tmp_path / f"{i}.png")
         parts.append(patches(image.transpose(2, 0, 1)[None]))
     (tmp_path / "broken.png").write_bytes(b"no image")
-    assert_moments(all_patch_moments(find_images(tmp_path), make(LINEAR), quiet=True), np.concatenate(parts))
+    assert_moments(all_patch_moments(find_images(tmp_path), make_codec(LINEAR), quiet=True), np.concatenate(parts))
     assert "skipping broken.png" in caplog.text
 
 
 def test_images_without_a_whole_patch_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (PATCH - 1, 50)).save(tmp_path / "thin.png")
     with pytest.raises(UserError, match="no image holds a whole patch"):
-        all_patch_moments(find_images(tmp_path), make(LINEAR), quiet=True)
+        all_patch_moments(find_images(tmp_path), make_codec(LINEAR), quiet=True)
 
 
 def test_a_linear_codec_starts_at_the_optimum_of_probabilistic_pca(images: Batches, linear: Codec) -> None:
@@ -99,7 +99,7 @@ def test_a_linear_codec_starts_at_the_optimum_of_probabilistic_pca(images: Batch
 
 
 def test_lite_starts_near_the_same_optimum_and_far_above_a_random_start(images: Batches, linear: Codec) -> None:
-    best, lite, chance = (elbo(c, images) for c in (linear, started(LITE, images), make(LITE)))
+    best, lite, chance = (elbo(c, images) for c in (linear, started(LITE, images), make_codec(LITE)))
     assert lite == pytest.approx(best, abs=0.02 * (best - chance))
 
 
@@ -118,8 +118,8 @@ def test_other_scales_start_with_the_configured_sigma(images: Batches, linear: C
     ],
 )
 def test_models_without_a_closed_form_are_refused(images: Batches, change: dict, message: str) -> None:
-    codec = make(dataclasses.replace(LINEAR, **change))
-    moments = patch_moments(images, PLAN, make(LINEAR), 1, quiet=True)
+    codec = make_codec(dataclasses.replace(LINEAR, **change))
+    moments = patch_moments(images, PLAN, make_codec(LINEAR), 1, quiet=True)
     for refuse in (lambda: check_closed_form(codec), lambda: start_from_closed_form(codec, moments)):
         with pytest.raises(UserError, match=f"closed_form needs {message}: set --no-closed-form"):
             refuse()

@@ -10,7 +10,8 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, GaussianConfig, IdentityConfig
-from tests.support.closed_form import LITE, PLAN, SIGMA, STEPS, Z, elbo, make, smooth_images, started
+from tests.support.closed_form import LITE, PLAN, SIGMA, STEPS, Z, elbo, smooth_images, started
+from tests.support.networks import make_codec
 from train.data.crops import Batches
 from train.init.from_model import start_from_model
 
@@ -28,7 +29,7 @@ def lite(channels: int = Z, base: CodecConfig = LITE, **fields: Any) -> CodecCon
 def grow(model: Codec, config: CodecConfig, images: Batches, tmp_path: Path) -> Codec:
     """Save a model, and start one of another configuration from it."""
     model.save(tmp_path / "model.safetensors")
-    grown = make(config)
+    grown = make_codec(config)
     start_from_model(grown, str(tmp_path / "model.safetensors"), images.batches(PLAN, 0, STEPS))
     return grown
 
@@ -133,4 +134,4 @@ def test_models_that_do_not_fit_are_refused(
     images: Batches, tmp_path: Path, source: CodecConfig, config: CodecConfig
 ) -> None:
     with pytest.raises(UserError, match="--start-from"):
-        grow(make(source), config, images, tmp_path)
+        grow(make_codec(source), config, images, tmp_path)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from latent_codec.model.config import GaussianConfig, LinearConfig
 from tests.support.folder import finish
 from tests.support.folder import start as start_process
+from tests.support.networks import config_of
 from tests.support.run import assert_same_tensors
 from train.loop import checkpoints
 from train.loop.checkpoints import Progress
@@ -28,13 +29,7 @@ class Training:
     """Train a small codec (one parameter is a scalar); weights, averages and moments change with every step."""
 
     def __init__(self, steps: int = 0, *, device: str = "cpu") -> None:
-        config = CodecConfig(
-            image_channels=3,
-            latent_channels=2,
-            backbone=LinearConfig(patch=2),
-            bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-            likelihood=GaussianConfig(scale="learned", sigma=0.1),
-        )
+        config = config_of(LinearConfig(patch=2), z=2, likelihood=GaussianConfig(scale="learned", sigma=0.1))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.codec, self.ema = Codec(config).to(device), Codec(config).to(device)

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from latent_codec.export import export
 from latent_codec.model.codebooks import VectorQuantizer
-from latent_codec.model.codec import Codec
 from latent_codec.model.config import VectorQuantizerConfig
+from tests.support.networks import make_codec
 from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors, write_images
 from train.config.presets import vqvae
 from train.data.crops import Batch, SamplePlan
@@ -109,9 +109,7 @@ def make(**fields: Any) -> tuple[CodebookTraining, list[torch.Tensor]]:
     config = dataclasses.replace(
         preset.codec, latent_channels=3, backbone=backbone, bottleneck=VectorQuantizerConfig(codes=8)
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        codec = Codec(config)
+    codec = make_codec(config)
     assert preset.objective.codebook is not None
     training = dataclasses.replace(preset.objective.codebook, **fields)
     averages = averages_of(codec, training)

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import (
-    CodecConfig,
-    DiagonalGaussianConfig,
     DiscretizedLogisticConfig,
     GaussianConfig,
+    LikelihoodConfig,
     LinearConfig,
 )
 from latent_codec.noise import normal
 from latent_codec.prior.quantizer import dequantize, step_code
+from tests.support.networks import config_of, make_codec
 from tests.support.plain_integers import quantize
 from train.config.presets import photo
 from train.config.vae import ELBOConfig
@@ -32,25 +32,17 @@ PIXELS = torch.randint(0, 256, (B, 3, SIDE, SIDE), generator=torch.Generator().m
 LARGE = PIXELS.repeat_interleave(2, 2).repeat_interleave(2, 3)  # LPIPS needs 17 pixels
 KEYS = torch.tensor([5, -7, 2**40])
 X = PIXELS.double() / 127.5 - 1
+FIXED = GaussianConfig(scale="fixed", sigma=SIGMA)
 
 
-def make_codec(likelihood: Any = None) -> Codec:
-    config = CodecConfig(
-        image_channels=3,
-        latent_channels=Z,
-        backbone=LinearConfig(patch=PATCH),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=likelihood or GaussianConfig(scale="fixed", sigma=SIGMA),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return Codec(config)
+def linear(likelihood: LikelihoodConfig = FIXED) -> Codec:
+    return make_codec(config_of(LinearConfig(patch=PATCH), z=Z, likelihood=likelihood), seed=1)
 
 
 def make(lpips: LPIPS | None = None, codec: Codec | None = None, **fields: Any) -> ELBO:
     """Return the plain ELBO unless `fields` say otherwise."""
     config: ELBOConfig = dataclasses.replace(photo().objective, **{"mode_weight": 0.0, "mode_steps": None, **fields})
-    return ELBO(config, codec or make_codec(), lpips)
+    return ELBO(config, codec or linear(), lpips)
 
 
 def call(
@@ -204,9 +196,9 @@ def test_only_the_loss_has_a_gradient() -> None:
     assert not any(value.requires_grad for value in tree_leaves(losses._replace(loss=None)) if value is not None)
 
 
-@pytest.mark.parametrize("likelihood", [None, DiscretizedLogisticConfig(components=1)])
-def test_the_mse_is_that_of_the_expected_pixels_where_it_is_measured(likelihood: Any) -> None:
-    objective = make(codec=make_codec(likelihood))
+@pytest.mark.parametrize("likelihood", [FIXED, DiscretizedLogisticConfig(components=1)])
+def test_the_mse_is_that_of_the_expected_pixels_where_it_is_measured(likelihood: LikelihoodConfig) -> None:
+    objective = make(codec=linear(likelihood))
     codec = objective.codec
     z = codec.encode(PIXELS).sample(normal(KEYS, (Z, SIDE // PATCH, SIDE // PATCH)))
     error = (codec.decode(z).double() + 1) / 2 - PIXELS.double() / 255
@@ -236,7 +228,7 @@ def test_under_autocast_the_loss_stays_float32_and_near() -> None:
 
 
 def test_lpips_adds_its_weight_per_pixel_and_real_gradients_to_the_decoder_alone(lpips: LPIPS) -> None:
-    codec = make_codec()
+    codec = linear()
     with_lpips = make(lpips, codec, lpips_weight=2.0)
     one, other = call(with_lpips, LARGE), call(make(codec=codec), LARGE)
     posterior = codec.encode(LARGE)
@@ -258,7 +250,7 @@ def test_lpips_adds_its_weight_per_pixel_and_real_gradients_to_the_decoder_alone
     assert change == pytest.approx(-float(step * gradient.square().sum()), rel=0.1)
     trained = {id(p) for p in with_lpips.parameters() if p.requires_grad}
     assert trained == {id(p) for p in codec.parameters()}
-    assert codec.state_dict().keys() == make_codec().state_dict().keys()
+    assert codec.state_dict().keys() == linear().state_dict().keys()
 
 
 def test_an_lpips_module_is_there_exactly_when_its_weight_is_positive() -> None:

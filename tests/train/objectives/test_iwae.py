@@ -7,8 +7,9 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LinearConfig
+from latent_codec.model.config import GaussianConfig, LinearConfig
 from latent_codec.noise import normal
+from tests.support.networks import config_of, make_codec
 from train.config.presets import mnist_vae
 from train.config.vae import IWAEConfig
 from train.objectives.elbo import ELBO
@@ -21,16 +22,8 @@ PIXELS = torch.randint(0, 256, (4, 1, SIDE, SIDE), generator=torch.Generator().m
 
 def linear() -> Codec:
     """Return a codec with p(x given z) = N(W z + b, sigma^2), so that p(x) is a Gaussian."""
-    config = CodecConfig(
-        image_channels=1,
-        latent_channels=Z,
-        backbone=LinearConfig(patch=SIDE),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=GaussianConfig(scale="fixed", sigma=SIGMA),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return Codec(config)
+    likelihood = GaussianConfig(scale="fixed", sigma=SIGMA)
+    return make_codec(config_of(LinearConfig(patch=SIDE), c=1, z=Z, likelihood=likelihood), seed=1)
 
 
 def exact_nll(codec: Codec) -> torch.Tensor:

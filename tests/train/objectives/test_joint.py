@@ -13,7 +13,6 @@ from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import LiteConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.prior import factorized
@@ -21,6 +20,7 @@ from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD
 from tests.conftest import SQUEEZE
+from tests.support.networks import TINY_LITE, make_codec
 from tests.support.prior import context_tables, feedback
 from tests.support.run import (
     ONE_STEP,
@@ -63,13 +63,7 @@ SMALL = flags(
 
 
 def tiny_codec() -> Codec:
-    config = photo().codec
-    backbone = LiteConfig(
-        patch=8, stem=4, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        codec = Codec(dataclasses.replace(config, backbone=backbone, latent_channels=Z))
+    codec = make_codec(dataclasses.replace(photo().codec, backbone=TINY_LITE, latent_channels=Z))
     means = torch.randn(Z, 500, generator=torch.Generator().manual_seed(1))
     base = torch.tensor(STATISTICS.posterior_std).numpy() * STEP_OF_STD
     base = base.astype("float32")

@@ -99,8 +99,7 @@ def train(run: DiffusionRun) -> int:
     )
     crops = PosteriorCrops(data.latents, data.rows, plan.crop, plan)
     batches = crops.batches(trainer.progress.step, config.steps, run.workers, accelerator.device)
-    with interrupts:
-        code = trainer.loop(task, batches, interrupts)
+    code = trainer.loop(task, batches, interrupts)
     accelerator.end_training()
     return code
 

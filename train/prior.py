@@ -32,7 +32,7 @@ from train.config.common import LoopConfig, check_interval, check_least, flat
 from train.config.prior import PriorConfig, context_layout, context_spacing
 from train.context_prior.error_feedback import PLACES, measure
 from train.context_prior.network import ContextNet, counted_tables, logistic_tables
-from train.context_prior.trained import TrainedPrior, prior_from
+from train.context_prior.trained import prior_from
 from train.data.latents import LatentCrops, MeanBatch
 from train.loop.claim import check_processes, claim
 from train.loop.logs import RunLog
@@ -98,8 +98,7 @@ def train(run: Run) -> int:
         f"{accelerator.mixed_precision}; {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; from step "
         f"{trainer.progress.step} to {config.steps}"
     )
-    with interrupts:
-        code = trainer.loop(PriorTask(), _batches(crops, trainer), interrupts)
+    code = trainer.loop(PriorTask(), _batches(crops, trainer), interrupts)
     if trainer.progress.step == config.steps and accelerator.is_main_process:
         codec.priors = codec.priors._replace(feedback=feedback)
         _finish(run, codec, net, crops, trainer.log)
@@ -169,7 +168,7 @@ def _batches(crops: LatentCrops, trainer: Trainer) -> Iterator[MeanBatch]:
 
 
 @torch.no_grad()
-def _finish(run: Run, codec: Codec, net: TrainedPrior, crops: LatentCrops, log: RunLog) -> None:
+def _finish(run: Run, codec: Codec, net: ContextNet, crops: LatentCrops, log: RunLog) -> None:
     """Freeze the prior, count its tables on training latents, measure it, and write the model."""
     config, device = run.config, crops.packed.device
     net.eval()

@@ -22,7 +22,8 @@ from latent_codec.model.codec import Codec
 from train.collapse import signs_of_collapse
 from train.config.presets import PRESETS
 from train.config.vae import ELBOConfig, IWAEConfig, JointConfig
-from train.context_prior.trained import TrainedPrior, prior_of
+from train.context_prior.network import ContextNet
+from train.context_prior.trained import prior_of
 from train.data.crops import Batches, CentreCrops, MemoryImages, StreamedImages, centre_crops
 from train.init.closed_form import (
     all_patch_moments,
@@ -38,9 +39,10 @@ from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import Run, check_run, describe_data, labelled, split
 from train.loop.trainer import RATE, Task, TrainedModules, Trainer, begin
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
-from train.objectives.elbo import ELBO, ELBOLosses
-from train.objectives.iwae import IWAE, IWAELosses
-from train.objectives.joint import Joint, JointLosses, measure
+from train.objectives.elbo import ELBO
+from train.objectives.iwae import IWAE
+from train.objectives.joint import Joint, measure
+from train.objectives.losses import VAELosses
 from train.objectives.schedules import beta_at
 from train.validation import Validation
 
@@ -91,8 +93,7 @@ def train(run: Run) -> int:
         f"from step {trainer.progress.step} to {config.steps}"
     )
     batches = images.batches(plan, trainer.progress.step, config.steps)
-    with interrupts:
-        code = trainer.loop(task, batches, interrupts, None if codebook is None else codebook.after_step)
+    code = trainer.loop(task, batches, interrupts, None if codebook is None else codebook.after_step)
     accelerator.end_training()
     return code
 
@@ -122,7 +123,7 @@ def _build(run: Run, accelerator: Accelerator) -> _Parts:
     modules: dict[str, torch.nn.Module] = {"codec": codec, "ema": ema}
     if isinstance(objective, Joint):
         prior = objective.prior
-        assert isinstance(prior, TrainedPrior)
+        assert isinstance(prior, ContextNet)
         modules |= {"prior": prior, "prior_ema": copy.deepcopy(prior).eval().requires_grad_(False)}
         if objective.config.decoder_alone:
             assert run.start_from is not None
@@ -205,9 +206,7 @@ class VAETask(Task):
             return beta, measure, step >= objective.adversarial.adversarial_start
         return beta, measure
 
-    def values(
-        self, losses: ELBOLosses | IWAELosses | JointLosses, step: int, loop: dict[str, float]
-    ) -> dict[str, float]:
+    def values(self, losses: VAELosses, step: int, loop: dict[str, float]) -> dict[str, float]:
         return losses.values(beta_at(self.config.objective, step - 1), self.config.crop) | loop
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -217,7 +216,7 @@ class VAETask(Task):
         values = self.validation.measure(ema)
         if isinstance(objective, Joint):
             prior = self.parts.modules["prior_ema"]
-            assert isinstance(prior, TrainedPrior)
+            assert isinstance(prior, ContextNet)
             values |= measure(prior, ema, self.crops, objective.lpips)
         for sign in signs_of_collapse(values, self.config, step):
             self.log.warn(sign.name, step, sign.text)

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from latent_codec.model.codec import Codec
 from train.loop import checkpoints, interrupts, trainer
 from train.loop.interrupts import Interrupts
-from train.objectives.elbo import ELBO, ELBOLosses
+from train.objectives.elbo import ELBO
+from train.objectives.losses import VAELosses
 
 
 def _die(*_: Any, **__: Any) -> None:
@@ -89,7 +90,7 @@ def nan_loss(*steps: int, rank: int = 0) -> None:
     """
     real, calls = ELBO.forward, itertools.count(1)
 
-    def forward(self: ELBO, *args: Any) -> ELBOLosses:
+    def forward(self: ELBO, *args: Any) -> VAELosses:
         losses, step = real(self, *args), next(calls)
         if not _is_rank(rank) or step not in (steps or (step,)):
             return losses

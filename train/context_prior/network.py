@@ -63,8 +63,8 @@ class ContextNet(nn.Module):
 
     channel_steps: torch.Tensor
     gain: torch.Tensor
-    permutation: torch.Tensor  # `order` on the device
-    inverse: torch.Tensor  # of the permutation
+    channels: torch.Tensor  # `order` on the device; checkpoints hold it, for runs that start from the weights
+    inverse: torch.Tensor  # of `channels`
     feedback: torch.Tensor | None  # weights (z, z, 3, 3) of errors in steps, in the prior's order
 
     def __init__(
@@ -90,7 +90,7 @@ class ContextNet(nn.Module):
         # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step if that is coarser.
         gain = np.minimum(np.round(channel_steps * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
         self.register_buffer("channel_steps", torch.from_numpy(channel_steps[self.order]), persistent=False)
-        self.register_buffer("permutation", torch.from_numpy(self.order), persistent=False)
+        self.register_buffer("channels", torch.from_numpy(self.order))
         self.register_buffer("inverse", torch.from_numpy(np.argsort(self.order)), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
         self.register_buffer("feedback", None, persistent=False)
@@ -111,13 +111,12 @@ class ContextNet(nn.Module):
         step = (STEP_ONE * torch.exp(low + (high - low) * uniform(fold(keys, _STEP)))).round()  # (b,)
         with_dither = uniform(fold(keys, _DITHERED)) < dithered
         seeds = fold(keys, _NOISE)
-        order = self.permutation
-        bits = hashes(fold(seeds), means[0].numel()).view(means.shape)[:, order]  # as `quantizer.dither` has them
+        bits = self.reorder(hashes(fold(seeds), means[0].numel()).view(means.shape))  # as `quantizer.dither` has them
         offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
         offset = offset * with_dither[:, None, None, None]
         steps_of = self.channel_steps.double()[:, None, None]  # float64, as in a bitstream
         size = steps_of * step[:, None, None, None] / STEP_ONE
-        return Drawn(means[:, order].double() / size, offset, step.long(), with_dither, seeds)
+        return Drawn(self.reorder(means).double() / size, offset, step.long(), with_dither, seeds)
 
     def code(self, drawn: Drawn) -> Coded:
         """Quantise latents pass by pass as a bitstream does, and return their bits and values.
@@ -211,7 +210,7 @@ class ContextNet(nn.Module):
 
     def reorder(self, z: torch.Tensor) -> torch.Tensor:
         """Bring channels from the model's to the prior's order."""
-        return z[:, self.permutation]
+        return z[:, self.channels]
 
     def unquantized(self, drawn: Drawn) -> list[Scaled]:
         """Return each image's latents as the entropy coder takes them, with channels in the model's order."""

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
@@ -17,22 +16,7 @@ from train.config.vae import JointConfig
 from train.context_prior.network import ContextNet
 
 
-class TrainedPrior(ContextNet):
-    """Keep the order of channels in the state, for checkpoints: `prior.safetensors` and `prior_ema.safetensors`."""
-
-    def __init__(
-        self,
-        config: ContextConfig,
-        channel_steps: np.ndarray,
-        statistics: LatentStatistics,
-        order: np.ndarray | None = None,
-    ) -> None:
-        """Draw random weights; the arguments are those of `ContextNet`."""
-        super().__init__(config, channel_steps, statistics, order)
-        self.register_buffer("channels", torch.from_numpy(self.order))  # for runs that start from the weights
-
-
-def prior_of(config: JointConfig, source: str) -> TrainedPrior:
+def prior_of(config: JointConfig, source: str) -> ContextNet:
     """Return a model's context prior for a joint phase, or random weights for its quantiser if the shape differs.
 
     Raises `UserError` if the model has no quantiser, or if only the decoder is trained and the prior does not fit.
@@ -50,9 +34,9 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
             "model's --prior-groups, --prior-levels and --prior-width, or train one by train.prior first"
         )
     if context is None or dataclasses.replace(context.config, centred=True) != wanted:
-        net = TrainedPrior(wanted, model.priors.channel_steps, model.statistics)
+        net = ContextNet(wanted, model.priors.channel_steps, model.statistics)
     else:
-        net = TrainedPrior(wanted, model.priors.channel_steps, model.statistics, context.order)
+        net = ContextNet(wanted, model.priors.channel_steps, model.statistics, context.order)
         net.thaw(context)
     net.round_by(model.priors.feedback)
     return net
@@ -60,26 +44,26 @@ def prior_of(config: JointConfig, source: str) -> TrainedPrior:
 
 def prior_from(
     source: Path | None, context: ContextConfig, channel_steps: np.ndarray, statistics: LatentStatistics
-) -> TrainedPrior:
+) -> ContextNet:
     """Return a context prior with the weights of a model or of a joint run, or random ones without a source.
 
     Raises `UserError` if the source has no prior that fits.
     """
     if source is None:
-        return TrainedPrior(context, channel_steps, statistics)
+        return ContextNet(context, channel_steps, statistics)
     try:
         if not source.is_dir():
             priors = Codec.load(source).priors
             if priors is None or priors.context is None:
                 raise UserError(f"--start-from {source}: the model has no context prior")
-            net = TrainedPrior(context, channel_steps, statistics, priors.context.order)
+            net = ContextNet(context, channel_steps, statistics, priors.context.order)
             net.thaw(priors.context)
             return net
         files = sorted(source.glob("checkpoints/step-*/prior_ema.safetensors"))
         if not files:
             raise UserError(f"--start-from {source}: no checkpoint with a prior, as runs of a joint objective have")
         tensors = load_file(files[-1])
-        net = TrainedPrior(context, channel_steps, statistics, tensors["channels"].numpy())
+        net = ContextNet(context, channel_steps, statistics, tensors["channels"].numpy())
         check_state(net.state_dict(), tensors, str(files[-1]))
         net.load_state_dict(tensors)
     except ValueError as error:

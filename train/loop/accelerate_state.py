@@ -1,11 +1,11 @@
 """Run training programs one after another in a process, each with its own Accelerate."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Literal
 
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 
 
 @contextlib.contextmanager
@@ -14,16 +14,9 @@ def accelerate_as(precision: Literal["no", "bf16"], *, cpu: bool = False) -> Ite
 
     Accelerate reads its settings once in a process, so its state is reset before and after.
     """
-    wanted = {"ACCELERATE_MIXED_PRECISION": precision} | ({"ACCELERATE_USE_CPU": "true"} if cpu else {})
-    before = {name: os.environ.get(name) for name in wanted}
     AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ.update(wanted)
     try:
-        yield
+        with patch_environment(accelerate_mixed_precision=precision, **({"accelerate_use_cpu": True} if cpu else {})):
+            yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,12 @@ def save(
     staged.mkdir(parents=True)
     files = {name: f"{name}.safetensors" for name in modules}
     for name, module in modules.items():
-        write = getattr(module, "save", partial(_save_state, module))  # models have a file format of their own
-        write(staged / files[name])
+        if hasattr(module, "save"):  # models have a file format of their own
+            module.save(staged / files[name])  # pyright: ignore[reportCallIssue]
+        else:
+            _write(staged / files[name], module.state_dict())
     moments = _moments(optimizer, modules)
-    save_tensors(staged / _OPTIMIZER, moments, {"format": "pt"})
+    _write(staged / _OPTIMIZER, moments)
     hashes = {name: sha256_of(staged / name) for name in (*files.values(), _OPTIMIZER)}
     state = dataclasses.asdict(progress) | {"sha256": hashes}
     write_text(staged / "state.json", dumps(state | {"state_sha256": sha256(dumps(state).encode())}))
@@ -111,8 +112,8 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.opt
     return Progress()
 
 
-def _save_state(module: nn.Module, path: Path) -> None:
-    save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in module.state_dict().items()}, {"format": "pt"})
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_tensors(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
 
 
 def _finished(folder: Path) -> list[Path]:
@@ -149,11 +150,7 @@ def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 def _moments(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Return Adam's moments by parameter name, such as `backbone.x.weight/exp_avg`."""
     names = {id(parameter): name for name, parameter in _parameters(modules).items()}
-    return {
-        f"{names[id(p)]}/{key}": value.detach().cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    return {f"{names[id(p)]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
 def _load_moments(

@@ -3,7 +3,7 @@
 import signal
 import time
 from types import FrameType, TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from accelerate import Accelerator
@@ -51,23 +51,16 @@ class Interrupts:
         return self._deadline is not None and time.monotonic() > self._deadline
 
 
-class Agreement(NamedTuple):
-    """Hold the reasons to end that all processes know of; it is true if there is one."""
+def agree(accelerator: Accelerator, interrupts: Interrupts) -> int | None:
+    """Return the code with which all processes end now, or None to go on; they share it by one small reduction.
 
-    signal: int
-    out_of_time: bool
-
-    def __bool__(self) -> bool:
-        return bool(self.signal) or self.out_of_time
-
-
-def agree(accelerator: Accelerator, interrupts: Interrupts) -> Agreement:
-    """Share the reasons to end among all processes by one small reduction."""
+    It is 128 + the number of a signal that one of them got, or 0 at the time limit.
+    """
     mine = torch.tensor([float(interrupts.signal), float(interrupts.out_of_time)], device=accelerator.device)
     if accelerator.num_processes > 1:
         mine = torch.as_tensor(accelerator.gather(mine[None])).amax(0)
     number, late = mine.tolist()
-    return Agreement(signal=int(number), out_of_time=late > 0)
+    return 128 + int(number) if number else 0 if late else None
 
 
 def is_heard(device: torch.device, step: int) -> bool:

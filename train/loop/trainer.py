@@ -5,8 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +17,8 @@ from train.config.common import LoopConfig, flat
 from train.data.crops import SamplePlan
 from train.loop import checkpoints
 from train.loop.claim import check_same_step
-from train.loop.guarded_steps import GuardedSteps, Skipped
-from train.loop.interrupts import Agreement, Interrupts, agree, is_heard
+from train.loop.guarded_steps import GuardedSteps
+from train.loop.interrupts import Interrupts, agree, is_heard
 from train.loop.logs import RunLog
 from train.loop.program import RunOptions
 from train.objectives.losses import map_losses
@@ -68,13 +67,6 @@ class TrainedModules:
     """A fused Adam of the first module's parameters and of others, whose gradients are not clipped."""
 
 
-class Step(NamedTuple):
-    """Hold the outcome of one step."""
-
-    losses: Any
-    norm: torch.Tensor  # of the gradient before clipping
-
-
 class Trainer:
     """Train the modules of one run, from its newest checkpoint to the end."""
 
@@ -93,12 +85,9 @@ class Trainer:
         own = {id(p) for p in self.trained.parameters()}
         # The gradients of a context prior or a discriminator are not clipped, but must be finite, too.
         self._beside = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]
+        self._checkpoints = run.out / "checkpoints"
         self.progress = checkpoints.restore(self._checkpoints, self.modules, self.optimizer)
         check_same_step(accelerator, self.progress)
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.run.out / "checkpoints"
 
     def plan(self, crop: int, *, flip: bool = False) -> SamplePlan:
         """Return this process' share of the samples."""
@@ -127,8 +116,9 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self.progress.scaler)
         if self.run.log_with:
             self.accelerator.init_trackers(self.run.out.name, flat(to_json(self.config) | dict(described)))
-        skipped = Skipped(self.progress.skipped, self.progress.skipped_in_a_row)
-        self.steps = GuardedSteps(self.accelerator, self.optimizer, skipped)
+        self.steps = GuardedSteps(
+            self.accelerator, self.optimizer, (self.progress.skipped, self.progress.skipped_in_a_row)
+        )
         self.log = RunLog(self.run.out / "log.jsonl", self.accelerator, self.progress.step)
 
     def loop(
@@ -146,19 +136,19 @@ class Trainer:
         config, progress = self.config, self.progress
         quiet = not self.accelerator.is_main_process or None  # with None, tqdm looks for a terminal
         bar = tqdm(total=config.steps, initial=progress.step, disable=quiet, unit="step", dynamic_ncols=True)
-        started, begun, seen = progress.minutes, time.monotonic(), 0
-        window = time.monotonic()
-        if config.steps == 0:  # only the start is evaluated and saved
-            self._evaluate(task)
-            self._save()
+        started, seen = progress.minutes, 0
+        begun = window = time.monotonic()
         with interrupts:
+            if config.steps == 0:  # only the start is evaluated and saved
+                self._evaluate(task)
+                self._save()
             while progress.step < config.steps:
                 measure = (progress.step + 1) % config.log_every == 0
                 losses, norm = self.step(task, batches, measure, after_step)
                 progress.step += 1
                 last, saving = progress.step == config.steps, progress.step % config.save_every == 0
                 heard = measure or last or saving or is_heard(self.accelerator.device, progress.step)
-                agreed = self._hear(interrupts) if heard else None
+                code = self._hear(interrupts) if heard else None
                 progress.minutes = started + (time.monotonic() - begun) / 60
                 seen += config.batch_size
                 bar.update()
@@ -168,10 +158,14 @@ class Trainer:
                 if progress.step % config.eval_every == 0 or last:
                     self._evaluate(task)
                     window, seen = time.monotonic(), 0
-                if saving or last or agreed:
+                if saving or last or code is not None:
                     self._save()
-                if agreed and not last:
-                    return self._stopped(agreed)
+                if code is not None and not last:
+                    self.accelerator.print(
+                        f"{'interrupted' if code else 'stopped by --max-minutes'} at step {progress.step} of "
+                        f"{config.steps}; a checkpoint is saved, the same command goes on from here"
+                    )
+                    return code
         return 0
 
     def step(
@@ -180,8 +174,11 @@ class Trainer:
         batches: Iterator[tuple[Any, ...]],
         measure: bool,
         after_step: Callable[[Any, int], None] | None,
-    ) -> Step:
-        """Take one optimizer step, or skip it on all processes together; a GPU may still be at work afterwards."""
+    ) -> tuple[Any, torch.Tensor]:
+        """Take one optimizer step, or skip it on all processes together; a GPU may still be at work afterwards.
+
+        Returns this process' losses and the norm of the gradient before clipping.
+        """
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, self.progress.step) * group.get(RATE, 1.0)
@@ -200,15 +197,12 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.trained.parameters(), limit)
         assert norm is not None
         taken = self.progress.step - self.steps.skipped  # before this one
-        finite = self.steps.take(losses.loss, norm, *self._norm_beside())
+        beside = [p.grad for p in self._beside if p.grad is not None]
+        finite = self.steps.take(losses.loss, norm, *([torch.nn.utils.get_total_norm(beside)] if beside else []))
         if after_step is not None and bool(finite):
             after_step(losses, self.progress.step + 1)
         self._update_averages(finite, taken)
-        return Step(losses, norm)
-
-    def _norm_beside(self) -> list[torch.Tensor]:
-        gradients = [p.grad for p in self._beside if p.grad is not None]
-        return [torch.nn.utils.get_total_norm(gradients)] if gradients else []
+        return losses, norm
 
     @torch.no_grad()
     def _update_averages(self, finite: torch.Tensor, taken: torch.Tensor) -> None:
@@ -221,13 +215,12 @@ class Trainer:
         torch._foreach_mul_(change, weight)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(self._averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _hear(self, interrupts: Interrupts) -> Agreement:
+    def _hear(self, interrupts: Interrupts) -> int | None:
         """Wait for the device to learn which steps were skipped and whether the run ends here."""
-        skipped = self.steps.counts()
-        self.progress.skipped, self.progress.skipped_in_a_row = skipped
-        if skipped.in_a_row >= self.config.max_skipped:
+        self.progress.skipped, self.progress.skipped_in_a_row = self.steps.counts()
+        if self.progress.skipped_in_a_row >= self.config.max_skipped:
             raise UserError(
-                f"loss or gradient was not finite {skipped.in_a_row} steps in a row (limit max_skipped "
+                f"loss or gradient was not finite {self.progress.skipped_in_a_row} steps in a row (limit max_skipped "
                 f"{self.config.max_skipped}) at step {self.progress.step}; lower --learning-rate, or train in bf16 or "
                 "without mixed precision; the last checkpoint is intact"
             )
@@ -256,14 +249,5 @@ class Trainer:
                 self.progress.scaler = self.accelerator.scaler.state_dict()
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             self.log.flush()
-            keep = self.config.keep_checkpoints
-            checkpoints.save(self._checkpoints, self.modules, inner, self.progress, keep=keep)
+            checkpoints.save(self._checkpoints, self.modules, inner, self.progress, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
-
-    def _stopped(self, agreed: Agreement) -> int:
-        reason = "interrupted" if agreed.signal else "stopped by --max-minutes"
-        self.accelerator.print(
-            f"{reason} at step {self.progress.step} of {self.config.steps}; a checkpoint is saved, the same command "
-            "goes on from here"
-        )
-        return 128 + agreed.signal if agreed.signal else 0

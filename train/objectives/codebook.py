@@ -14,7 +14,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, permutation
 from train.config.vae import CodebookConfig
 from train.data.crops import Batches, SamplePlan
-from train.objectives.elbo import ELBOLosses
+from train.objectives.losses import VAELosses
 
 _EPSILON = 1e-5  # of an even share, added to each code's share
 _CHOICE = 3  # a run's seed is folded with it to choose encoder outputs
@@ -90,7 +90,7 @@ class CodebookTraining:
             self._move(codes, 0)
 
     @torch.no_grad()
-    def after_step(self, losses: ELBOLosses, step: int) -> None:
+    def after_step(self, losses: VAELosses, step: int) -> None:
         """Update averages and codebook.
 
         `losses` are this process' averages over the micro-batches of step number `step`, counted from 1.

@@ -4,55 +4,19 @@ An objective owns the codec and is what Accelerate wraps, so that only its `forw
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from latent_codec.metrics.lpips import LPIPS
-from latent_codec.model.codebooks import Codes, perplexity
+from latent_codec.model.codebooks import Codes
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian, Posterior
 from latent_codec.noise import fold, normal, uniform
 from latent_codec.prior.quantizer import STEP_OF_STD, round_with_dead_zone
 from train.config.vae import ELBOConfig
-from train.objectives.adversarial import AdversarialLosses, Adversary, last_weight
-from train.objectives.losses import PIXELS, STEP, Bound, bound_of, map_losses, mse_of, signed
-
-
-class CodeLosses(NamedTuple):
-    """Hold what a bottleneck with a codebook adds to the losses, without gradients."""
-
-    penalty: torch.Tensor  # commitment and codebook loss; 0 where the codes are not trained
-    use: torch.Tensor  # (K, 1 + z) as `Codes.use` returns it
-
-    def values(self) -> dict[str, float]:
-        """Return the logged values."""
-        return {"perplexity": perplexity(self.use[:, 0]), "penalty": self.penalty.item()}
-
-
-class ELBOLosses(NamedTuple):
-    """Hold the losses of a batch; only `loss` has a gradient, and terms that are off are None."""
-
-    loss: torch.Tensor
-    bound: Bound
-    nll_mode: torch.Tensor | None  # NLL of the decoded mode, weighted by its step, in nats per image
-    codes: CodeLosses | None
-    lpips: torch.Tensor | None
-    adversarial: AdversarialLosses | None
-
-    def values(self, beta: float, crop: int) -> dict[str, float]:
-        """Return the logged values; the arguments are those of `Bound.values`."""
-        values = {"loss": self.loss.item()} | self.bound.values(beta, crop)
-        if self.nll_mode is not None:
-            values["nll_mode"] = self.nll_mode.item()
-        if self.codes is not None:
-            values |= self.codes.values()
-        if self.lpips is not None:
-            values["lpips"] = self.lpips.item()
-        if self.adversarial is not None:
-            values |= self.adversarial.values()
-        return values
+from train.objectives.adversarial import Adversary, last_weight
+from train.objectives.losses import PIXELS, STEP, CodeLosses, VAELosses, bound_of, map_losses, mse_of, signed
 
 
 class ELBO(nn.Module):
@@ -92,7 +56,7 @@ class ELBO(nn.Module):
         beta: torch.Tensor,
         measure: bool,
         adversarial: bool = False,
-    ) -> ELBOLosses:
+    ) -> VAELosses:
         """Return the losses of pixels (b, c, h, w) uint8.
 
         `keys` (b,) int64 determine all noise, `labels` (b,) int64 are the classes and `beta` () weighs the KL.
@@ -126,7 +90,7 @@ class ELBO(nn.Module):
             codes = CodeLosses(penalty, posterior.use())
         mse = mse_of(codec, params, x) if measure else None
         bound = bound_of(posterior, nll, kl_map.flatten(1).sum(1).mean(), mse)
-        detached = map_losses(torch.Tensor.detach, ELBOLosses(loss, bound, nll_mode, codes, lpips, adversary_losses))
+        detached = map_losses(torch.Tensor.detach, VAELosses(loss, bound, nll_mode, codes, lpips, adversary_losses))
         return detached._replace(loss=loss)
 
     def _penalty(self, posterior: Posterior) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Compute the importance-weighted bound (IWAE)."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,18 +9,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
 from train.config.vae import IWAEConfig
-from train.objectives.losses import CHOSEN, PIXELS, Bound, bound_of, mse_of
-
-
-class IWAELosses(NamedTuple):
-    """Hold the losses of a batch; only `loss` has a gradient."""
-
-    loss: torch.Tensor
-    bound: Bound  # of the same model's ELBO
-
-    def values(self, beta: float, crop: int) -> dict[str, float]:
-        """Return the logged values; the arguments are those of `Bound.values`."""
-        return {"loss": self.loss.item()} | self.bound.values(beta, crop)
+from train.objectives.losses import CHOSEN, PIXELS, VAELosses, bound_of, mse_of
 
 
 class IWAE(nn.Module):
@@ -39,7 +27,7 @@ class IWAE(nn.Module):
 
     def forward(
         self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
-    ) -> IWAELosses:
+    ) -> VAELosses:
         """Return the losses; the arguments are those of `ELBO.forward`, and `beta`, which must be 1, is not used."""
         codec, k, few = self.codec, self.config.samples, self.config.gradient_samples
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
@@ -63,7 +51,7 @@ class IWAE(nn.Module):
         if measure:
             with torch.no_grad():
                 mse = mse_of(codec, codec.likelihood_params(posterior.mean + posterior.std * noise[0], labels), x)
-        return IWAELosses(loss, bound_of(posterior, -log_prob.mean(), posterior.kl().mean(), mse))
+        return VAELosses(loss, bound_of(posterior, -log_prob.mean(), posterior.kl().mean(), mse))
 
     def _weigh(
         self, x: torch.Tensor, posterior: DiagonalGaussian, noise: torch.Tensor, labels: torch.Tensor

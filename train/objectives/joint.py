@@ -13,31 +13,13 @@ from latent_codec.noise import fold, normal, uniform
 from train.config.vae import JointConfig
 from train.context_prior.network import Coded, ContextNet
 from train.data.crops import CentreCrops
-from train.objectives.losses import CHOSEN, PIXELS, STEP, Bound, bound_of, mse_of, signed
+from train.objectives.losses import CHOSEN, PIXELS, STEP, VAELosses, bound_of, mse_of, signed
 
 _ENCODES = {"encoder", "quant_conv"}
 """Parts of a backbone that make latents."""
 
 MEASURED_STEPS = (0.5, 1.0, 2.0)
 """Quantiser steps at which an evaluation measures rate and distortion."""
-
-
-class JointLosses(NamedTuple):
-    """Hold the losses of a batch; only `loss` has a gradient, and terms that are off are None."""
-
-    loss: torch.Tensor
-    bound: Bound  # at the steps drawn
-    nll_mode: torch.Tensor | None  # NLL of the quantised mode, weighted by its step, in nats per image
-    lpips: torch.Tensor | None
-
-    def values(self, beta: float, crop: int) -> dict[str, float]:
-        """Return the logged values; the arguments are those of `Bound.values`."""
-        values = {"loss": self.loss.item()} | self.bound.values(beta, crop)
-        if self.nll_mode is not None:
-            values["nll_mode"] = self.nll_mode.item()
-        if self.lpips is not None:
-            values["lpips"] = self.lpips.item()
-        return values
 
 
 class _Latents(NamedTuple):
@@ -98,7 +80,7 @@ class Joint(nn.Module):
 
     def forward(
         self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
-    ) -> JointLosses:
+    ) -> VAELosses:
         """Return the losses; the arguments are those of `ELBO.forward`."""
         codec = self.codec
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
@@ -120,7 +102,8 @@ class Joint(nn.Module):
             mse = mse_of(codec, terms.params, x) if measure else None
             nll_mode = (latents.coarse * terms.nll_mode).mean() if self.config.mode_weight > 0 else None
             lpips = None if self.lpips is None else terms.lpips.mean()
-            return JointLosses(terms.loss, bound_of(posterior, terms.nll.mean(), terms.kl.mean(), mse), nll_mode, lpips)
+            bound = bound_of(posterior, terms.nll.mean(), terms.kl.mean(), mse)
+            return VAELosses(terms.loss, bound, nll_mode, lpips=lpips)
 
     def _decoder_terms(self, latents: _Latents, keys: torch.Tensor, labels: torch.Tensor, x: torch.Tensor) -> _Terms:
         """Decode the quantised mode of some images and the draw of the others, in proportion to the NLLs' weights."""

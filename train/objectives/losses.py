@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from latent_codec.model.codebooks import perplexity
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import Posterior
+from train.objectives.adversarial import AdversarialLosses
 
 STEP, PIXELS, CHOSEN = 1, 2, 3
 """Numbers that a sample's key is folded with to draw the quantiser step, the binary pixels, and the samples that a
@@ -46,6 +48,36 @@ class Bound(NamedTuple):
             "active_channels": active_channels(self.latent_mean, self.latent_square),
             "clamped": self.clamped.item(),
         }
+
+
+class CodeLosses(NamedTuple):
+    """Hold what a bottleneck with a codebook adds to the losses, without gradients."""
+
+    penalty: torch.Tensor  # commitment and codebook loss; 0 where the codes are not trained
+    use: torch.Tensor  # (K, 1 + z) as `Codes.use` returns it
+
+    def values(self) -> dict[str, float]:
+        """Return the logged values."""
+        return {"perplexity": perplexity(self.use[:, 0]), "penalty": self.penalty.item()}
+
+
+class VAELosses(NamedTuple):
+    """Hold the losses of a batch; only `loss` has a gradient, and terms that are off are None."""
+
+    loss: torch.Tensor
+    bound: Bound  # of the ELBO, at the posterior noise that is drawn
+    nll_mode: torch.Tensor | None = None  # NLL of the decoded mode, weighted by its step, in nats per image
+    codes: CodeLosses | None = None
+    lpips: torch.Tensor | None = None
+    adversarial: AdversarialLosses | None = None
+
+    def values(self, beta: float, crop: int) -> dict[str, float]:
+        """Return the logged values; the arguments are those of `Bound.values`."""
+        values = {"loss": self.loss.item()} | self.bound.values(beta, crop)
+        for name, term in list(self._asdict().items())[2:]:
+            if term is not None:
+                values |= {name: term.item()} if isinstance(term, torch.Tensor) else term.values()
+        return values
 
 
 @torch.no_grad()

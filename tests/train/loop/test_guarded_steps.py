@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from train.loop.accelerate_state import accelerate_as
-from train.loop.guarded_steps import GuardedSteps, Skipped
+from train.loop.guarded_steps import GuardedSteps
 from train.loop.interrupts import HEAR_EVERY, is_heard
 
 
@@ -20,7 +20,7 @@ def test_steps_that_are_not_finite_count_and_change_nothing(kind: type[torch.opt
             accelerator = Accelerator()
             weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
             optimizer = kind([weight], lr=0.1, fused=True)
-            steps = GuardedSteps(accelerator, accelerator.prepare(optimizer), Skipped(5, 2))
+            steps = GuardedSteps(accelerator, accelerator.prepare(optimizer), (5, 2))
             counts = []
             for is_bad in numbers:
                 loss = weight.square().sum() * (math.nan if is_bad else 1.0)

@@ -19,7 +19,8 @@ from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ra
 from train.config.presets import vqvae
 from train.data.crops import Batch, SamplePlan
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
-from train.objectives.elbo import ELBO, CodeLosses
+from train.objectives.elbo import ELBO
+from train.objectives.losses import CodeLosses
 
 SMALL = flags(
     "--encoder-widths 8 --decoder-widths 8 --encoder-depths 1 --decoder-depths 1 --batch-size 4 --crop 32 "

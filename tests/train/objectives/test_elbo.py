@@ -25,7 +25,8 @@ from tests.support.networks import config_of, make_codec
 from tests.support.plain_integers import quantize
 from train.config.presets import photo
 from train.config.vae import ELBOConfig
-from train.objectives.elbo import ELBO, ELBOLosses
+from train.objectives.elbo import ELBO
+from train.objectives.losses import VAELosses
 
 SIDE, PATCH, Z, B, SIGMA = 16, 4, 5, 3, 0.3
 PIXELS = torch.randint(0, 256, (B, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -51,7 +52,7 @@ def call(
     keys: torch.Tensor = KEYS,
     beta: float = 1.0,
     measure: bool = False,
-) -> ELBOLosses:
+) -> VAELosses:
     return objective(pixels, keys, torch.zeros_like(keys), torch.tensor(beta), measure)
 
 

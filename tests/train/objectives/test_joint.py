@@ -38,7 +38,7 @@ from tests.support.run import (
 from train.config.presets import photo
 from train.config.vae import JointConfig
 from train.context_prior.network import Coded, ContextNet, Drawn
-from train.context_prior.trained import TrainedPrior, prior_from, prior_of
+from train.context_prior.trained import prior_from, prior_of
 from train.objectives.joint import Joint
 
 Z = 4
@@ -71,11 +71,11 @@ def tiny_codec() -> Codec:
     return codec
 
 
-def net_of(codec: Codec, seed: int = 0) -> TrainedPrior:
+def net_of(codec: Codec, seed: int = 0) -> ContextNet:
     assert codec.priors is not None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return TrainedPrior(SHAPE, codec.priors.channel_steps, STATISTICS)
+        return ContextNet(SHAPE, codec.priors.channel_steps, STATISTICS)
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_it_compiles_to_one_graph_and_computes_the_same(alone: bool, lpips: LPIP
     """On a GPU a break in the graph would wait for the host."""
     codec = tiny_codec()
     assert codec.priors is not None
-    net = TrainedPrior(ContextConfig(groups=(Z,), width=8, centred=True), codec.priors.channel_steps, STATISTICS)
+    net = ContextNet(ContextConfig(groups=(Z,), width=8, centred=True), codec.priors.channel_steps, STATISTICS)
     net.round_by(feedback(Z))
     config = dataclasses.replace(CONFIG, decoder_alone=alone, lpips_weight=0.0 if alone else 2.0)
     objective = Joint(config, codec, net, None if alone else lpips)

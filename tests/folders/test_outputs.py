@@ -16,7 +16,9 @@ PAIRS: list[tuple[Kind, Kind]] = [("streams", "tars of streams"), ("images of st
 
 
 @pytest.mark.parametrize(("single", "tars"), PAIRS)
-def test_members_are_the_files_of_a_folder(places: Places, single: Kind, tars: Kind) -> None:
+def test_members_are_the_files_of_a_folder_which_are_not_mixed_with_tars(
+    places: Places, single: Kind, tars: Kind
+) -> None:
     shards = places[tars].files.keys() - {FAILURES}
     assert len(shards) == 2 and all(name.endswith(".tar") and "/" not in name for name in shards)
     found: dict[str, bytes] = {}
@@ -26,27 +28,20 @@ def test_members_are_the_files_of_a_folder(places: Places, single: Kind, tars: K
         assert own and len(own) <= UNIT and not own.keys() & found.keys()
         found |= own
     assert found == {name: data for name, data in places[single].files.items() if name != FAILURES}
-
-
-@pytest.mark.parametrize(("single", "tars"), PAIRS)
-def test_tars_and_single_files_are_not_mixed(places: Places, single: Kind, tars: Kind) -> None:
     for kind, there in ((single, tars), (tars, single)):
         with pytest.raises(UserError, match=r"holds (streams|images) in .* give another folder"):
             places[kind].task.do(places[there].folder)
         assert files_of(places[there].folder) == places[there].files
 
 
-def test_one_tar_file_is_decoded_alone(places: Places, tmp_path: Path) -> None:
-    task = places["images of streams"].task._replace(src=min(places["tars of streams"].folder.glob("*.tar")))
-    summary = task.do(tmp_path / "one")
+def test_one_tar_file_is_decoded_alone_and_one_name_in_two_is_refused(places: Places, tmp_path: Path) -> None:
+    tar = min(places["tars of streams"].folder.glob("*.tar"))
+    summary = places["images of streams"].task._replace(src=tar).do(tmp_path / "one")
     assert 2 <= summary.done == summary.found <= UNIT
     assert files_of(tmp_path / "one").items() <= places["images of streams"].files.items()
-
-
-def test_one_name_in_two_tar_files_is_refused(places: Places, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
     for name in ("one.tar", "copy.tar"):
-        (tmp_path / "src").mkdir(exist_ok=True)
-        shutil.copy(min(places["tars of streams"].folder.glob("*.tar")), tmp_path / "src" / name)
+        shutil.copy(tar, tmp_path / "src" / name)
     with pytest.raises(UserError, match="both hold"):
         places["tars of images"].task._replace(src=tmp_path / "src").do(tmp_path / "z")
 

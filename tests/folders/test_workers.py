@@ -22,22 +22,17 @@ from tests.support.folder import Kind, finish, make, small_units, start, wait_fo
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))
-def test_results_come_in_order_with_their_items_errors_too(items: list[int], workers: int, ahead: int | None) -> None:
-    with Threads(workers) as threads:
-        found = list(threads.map(lambda x: 60 // x, items, ahead))
-    assert [item for item, _ in found] == items
-    for item, future in found:
-        assert future.exception() is None if item else isinstance(future.exception(), ZeroDivisionError)
-        assert not item or future.result() == 60 // item
-
-
-@given(st.integers(0, 20), st.integers(1, 3), st.integers(1, 9))
-def test_no_more_than_a_few_are_begun_ahead(count: int, workers: int, ahead: int) -> None:
+def test_results_come_in_order_with_their_items_errors_too_and_few_are_begun_ahead(
+    items: list[int], workers: int, ahead: int | None
+) -> None:
     begun: list[int] = []
-    items = (begun.append(i) for i in range(count))
     with Threads(workers) as threads:
-        for done, _ in enumerate(threads.map(str, items, ahead)):
-            assert len(begun) <= done + ahead
+        found = threads.map(lambda x: 60 // x, (begun.append(i) or i for i in items), ahead)
+        for done, (item, future) in enumerate(found):
+            assert item == items[done] and len(begun) <= done + (ahead or 2 * workers)
+            assert future.exception() is None if item else isinstance(future.exception(), ZeroDivisionError)
+            assert not item or future.result() == 60 // item
+    assert begun == items
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -61,6 +56,19 @@ def test_threads_end_with_their_context_though_a_generator_lives_on() -> None:
         raise KeyboardInterrupt
     assert not set(threading.enumerate()) - before
     alive.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_stages_are_timed_in_all_threads_and_when_they_fail() -> None:
+    summary, meet = Summary("encoded"), threading.Barrier(3)
+
+    def wait(stage: Any) -> None:
+        with summary.timing(stage):
+            meet.wait(10)
+            raise ValueError
+
+    with Threads(3) as threads:
+        assert all(future.exception() for _, future in threads.map(wait, ["coding", "coding", "network"]))
+    assert summary.stages.keys() == {"coding", "network"} and all(s > 0 for s in summary.stages.values())
 
 
 # Processes.

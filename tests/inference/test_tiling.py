@@ -13,18 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.bitstream.container import unpack
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
-from latent_codec.folders.decode_latents import decode_latents
-from latent_codec.folders.decode_lc import decode_lc
-from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
-from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.images.read import read_image
 from latent_codec.inference import tiling
-from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.inference.tiling import blended, tile_spans
 from latent_codec.latents.dataset import Latents
@@ -33,7 +27,6 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import (
     BernoulliConfig,
     ConvConfig,
-    DiagonalGaussianConfig,
     DiscretizedLogisticConfig,
     GaussianConfig,
     LinearConfig,
@@ -41,6 +34,7 @@ from latent_codec.model.config import (
 )
 from latent_codec.model.networks import BACKBONES
 from tests.conftest import Draw
+from tests.support.folder import CPU, Kind, greatest_difference, make
 from tests.support.networks import FIXED, config_of, make_codec, randomise, seeded, shape, support
 
 
@@ -70,10 +64,11 @@ FINITE = {
 DEEPER = [lite(2, d, d) for d in ((2,), (1, 2), (2, 1), (2, 2), (0, 1, 0), (1, 0, 1))] + [lite(4, (1, 2), (2, 3))]
 
 
-def make(backbone: Any, likelihood: Any = FIXED, z: int = 2) -> Codec:
-    """Return a codec in which whatever is connected has an effect."""
-    clamp = DiagonalGaussianConfig(logvar_min=-1.0, logvar_max=2.0)
-    codec = make_codec(dataclasses.replace(config_of(backbone, z=z, likelihood=likelihood), bottleneck=clamp))
+def tiny(backbone: Any, likelihood: Any = FIXED, z: int = 2) -> Codec:
+    """Return a codec in which whatever is connected has an effect, log-variances' clamp included."""
+    config = config_of(backbone, z=z, likelihood=likelihood)
+    clamp = dataclasses.replace(config.bottleneck, logvar_min=-1.0, logvar_max=2.0)
+    codec = make_codec(dataclasses.replace(config, bottleneck=clamp))
     randomise(codec.backbone)
     return codec
 
@@ -140,7 +135,7 @@ def test_a_margin_is_all_that_a_tile_needs_and_no_more(config: Any) -> None:
 @pytest.mark.parametrize("kind", FINITE)
 @torch.inference_mode()
 def test_tiles_give_the_untiled_result_for_every_size(kind: str, cut_always: None) -> None:
-    codec = make(FINITE[kind]).double()  # so that a wrong border cannot hide in rounding
+    codec = tiny(FINITE[kind]).double()  # so that a wrong border cannot hide in rounding
     f, least = codec.factor, tiling.least_tile(codec)
     assert tiling.is_exact(codec)
     longest = least // f + 4
@@ -171,7 +166,7 @@ LIKELIHOODS = [
 def test_in_float32_finite_tiles_differ_by_rounding_alone_under_every_likelihood(
     backbone: Any, likelihood: Any, cut_always: None
 ) -> None:
-    codec = make(backbone, likelihood, z=4).to(memory_format=torch.channels_last)
+    codec = tiny(backbone, likelihood, z=4).to(memory_format=torch.channels_last)
     pixels, z, tile = photo(codec, 9, 14, 2), noise(codec, 9, 14, 2), tiling.least_tile(codec) + codec.factor
     decoded, tiled, pixel_means = codec.decode_uint8(z), tiling.decode_uint8(codec, z, tile), codec.decode(z)
     assert tiled.shape == decoded.shape and tiled.dtype == torch.uint8
@@ -188,7 +183,7 @@ def test_in_float32_finite_tiles_differ_by_rounding_alone_under_every_likelihood
 def test_networks_never_see_more_than_a_tile_and_small_images_go_whole(
     backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codec = make(backbone)
+    codec = tiny(backbone)
     f, tile = codec.factor, 10 * codec.factor
     seen: list[torch.Tensor] = []
     features, params = codec.features, codec.likelihood_params
@@ -207,7 +202,7 @@ def test_networks_never_see_more_than_a_tile_and_small_images_go_whole(
 
 
 def test_sides_that_cannot_be_are_refused_with_the_remedy() -> None:
-    codec = make(lite(4, (1, 2), (2, 3)))
+    codec = tiny(lite(4, (1, 2), (2, 3)))
     assert tiling.least_tile(codec) == 8 * 21
     tiling.check_tile(codec, 168)
     for tile, reason in (
@@ -252,7 +247,7 @@ def test_parts_that_disagree_go_over_into_each_other_along_a_line() -> None:
 
 @torch.inference_mode()
 def test_blended_latents_and_pixels_are_each_tiles_own_away_from_joins() -> None:
-    codec = make(CONV)
+    codec = tiny(CONV)
     pixels, z, f = photo(codec, 10, 30), noise(codec, 10, 30), codec.factor
     left, _, right = tile_spans(30, 16, 2)  # of which neighbours share 4
     tiled, decoded = tiling.encode(codec, pixels, 16 * f), tiling.decode_uint8(codec, z, 16 * f)
@@ -268,7 +263,7 @@ def test_blended_latents_and_pixels_are_each_tiles_own_away_from_joins() -> None
 
 @torch.inference_mode()
 def test_what_is_measured_is_the_difference_to_the_untiled_result() -> None:
-    codec = make(CONV)
+    codec = tiny(CONV)
     pixels, z, tile = photo(codec, 11, 30), noise(codec, 11, 30), 16 * codec.factor
     whole, tiled = codec.encode(pixels), tiling.encode(codec, pixels, tile)
     error = tiling.encode_difference(codec, pixels, tile)
@@ -285,7 +280,7 @@ def test_what_is_measured_is_the_difference_to_the_untiled_result() -> None:
     assert tiling.decode_difference(codec, z, fits) == (0, math.inf)
 
 
-_CONV = make(CONV)
+_CONV = tiny(CONV)
 
 
 @given(h=st.integers(1, 200), w=st.integers(1, 200), side=st.integers(8, 30))
@@ -305,7 +300,6 @@ def test_what_is_measured_on_has_a_join_and_fits_into_one_tile(h: int, w: int, s
 
 
 SMALL, LARGE = 88, 104
-CPU = ComputeOptions(batch_size=4, workers=2)
 TILES = dataclasses.replace(CPU, tile=SMALL)  # the least of the tiny codec
 
 
@@ -315,10 +309,6 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
         draw(tmp_path / "photos" / f"large{i}.png", LARGE, 101, seed=i)
         draw(tmp_path / "photos" / f"small{i}.png", SMALL, SMALL - 1, seed=i)
     return tmp_path / "photos"
-
-
-def read(path: Path) -> torch.Tensor:
-    return read_image(path).pixels
 
 
 def test_files_made_in_tiles_are_those_made_whole_and_large_images_go_alone(
@@ -331,38 +321,38 @@ def test_files_made_in_tiles_are_those_made_whole_and_large_images_go_alone(
 
     for method in (Runner.encode, Runner.decode_uint8):
         monkeypatch.setattr(Runner, method.__name__, count(method))
+    sources: dict[Kind, Path] = {
+        "latents": photos,
+        "streams": photos,
+        "images of latents": tmp_path / "whole" / "latents",
+        "images of streams": tmp_path / "whole" / "streams",
+    }
     for name, compute, expected in (("whole", CPU, [2, 2]), ("tiles", TILES, [1, 1, 2])):
-        runner, out = Runner(codec, compute), tmp_path / name
-        for work, where, folder, *options in (
-            (encode_latents, photos, "latents", LatentsOptions(store="float32")),
-            (encode_lc, photos, "lc", EncodeOptions(rate=Rate(step=1.0))),
-            (decode_latents, tmp_path / "whole" / "latents", "a"),
-            (decode_lc, tmp_path / "whole" / "lc", "b"),
-        ):
+        for kind, where in sources.items():
             batches.clear()
-            work(runner, where, out / folder, *options, quiet=True)  # pyright: ignore
+            options = {"store": "float32"} if kind == "latents" else {}
+            make(kind, codec, where, tmp_path / name / kind, compute, **options)
             assert sorted(batches) == expected
     whole, tiles = (Latents(tmp_path / name / "latents") for name in ("whole", "tiles"))
     reader, steps = StreamReader(codec, "cpu"), torch.as_tensor(StreamCodec(codec, "cpu").channel_steps)
     for i, entry in enumerate(whole.entries):
         assert_same_to_rounding(tiles.posterior(i), whole.posterior(i))
-        files = [unpack((tmp_path / name / "lc" / f"{entry.path}.lc").read_bytes()) for name in ("whole", "tiles")]
+        files = [unpack((tmp_path / name / "streams" / f"{entry.path}.lc").read_bytes()) for name in ("whole", "tiles")]
         reader.check(files[0])
         z, other = (torch.as_tensor(reader.decompress([f])[0]) for f in files)
         moved = (z - other) / steps[:, None, None]
         assert (moved != 0).float().mean() < 0.01 and moved.abs().amax() < 1.01  # a value at a rounding's edge may move
-        for folder in ("a", "b"):
-            assert largest(*(read(tmp_path / n / folder / f"{entry.path}.png") for n in ("whole", "tiles"))) <= 1
+        for kind in list(sources)[2:]:
+            paths = [tmp_path / name / kind / f"{entry.path}.png" for name in ("whole", "tiles")]
+            assert greatest_difference(*paths) <= 1
 
 
-def test_a_quality_is_kept_to_in_tiles(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    source, runner = photos / "large0.png", Runner(codec, TILES)
-    assert not encode_lc(runner, source, tmp_path / "lc", EncodeOptions(rate=Rate(psnr=5.0)), quiet=True).failures
-    decode_lc(runner, tmp_path / "lc", tmp_path / "out", quiet=True)
-    assert distortion.psnr(read(source)[None], read(tmp_path / "out" / "large0.png.png")[None]).item() >= 5.0
-
-
-def test_models_are_measured_in_tiles_too(codec: Codec, photos: Path) -> None:
+def test_a_quality_is_kept_to_and_models_are_measured_in_tiles_too(codec: Codec, photos: Path, tmp_path: Path) -> None:
+    source = photos / "large0.png"
+    assert not make("streams", codec, source, tmp_path / "lc", TILES, psnr=5.0).failures
+    make("images of streams", codec, tmp_path / "lc", tmp_path / "out", TILES)
+    x, y = (read_image(path).pixels[None] for path in (source, tmp_path / "out" / "large0.png.png"))
+    assert distortion.psnr(x, y).item() >= 5.0
     whole, tiles = Runner(codec, CPU), Runner(codec, TILES)
     found = [evaluate(runner, photos, quiet=True) for runner in (whole, tiles)]
     assert [report.about["tile"] for report in found] == [1536, SMALL]
@@ -371,23 +361,21 @@ def test_models_are_measured_in_tiles_too(codec: Codec, photos: Path) -> None:
     assert codec.priors is not None
     codec.priors = codec.priors._replace(context=None)
     options = RateDistortionOptions(steps=(1.0,), anchors=())
-    reports = [rate_distortion(r, photos / "large0.png", options, quiet=True) for r in (whole, tiles)]
+    reports = [rate_distortion(r, source, options, quiet=True) for r in (whole, tiles)]
     one, other = ([point.distortion["psnr"] for point in report.points] for report in reports)
     assert other == pytest.approx(one, rel=1e-3)
 
 
 def test_what_tiles_change_is_said_once_and_only_where_they_do(tmp_path: Path, draw: Draw, capsys: Any) -> None:
-    codec = make(CONV)
+    codec, photos = tiny(CONV), tmp_path / "photos"
     for i in range(2):
-        draw(tmp_path / "photos" / f"{i}.png", 60, 41, seed=i)
-    runner = Runner(codec, dataclasses.replace(CPU, tile=32, batch_size=1))
-    encode_latents(runner, tmp_path / "photos", tmp_path / "latents", quiet=True)
+        draw(photos / f"{i}.png", 60, 41, seed=i)
+    compute = dataclasses.replace(CPU, tile=32, batch_size=1)
+    make("latents", codec, photos, tmp_path / "latents", compute)
     told = capsys.readouterr().err
     assert all(told.count(what) == 1 for what in ("tiles of 32 pixels", "means differ by up to", "dB PSNR"))
-    decode_latents(runner, tmp_path / "latents", tmp_path / "out", quiet=True)
+    make("images of latents", codec, tmp_path / "latents", tmp_path / "out", compute)
     assert capsys.readouterr().err.count("decoded pixels differ by up to") == 1
-    for other, tile in ((codec, None), (codec, 64), (make(FINITE["lite"]), 32)):
-        runner = Runner(other, dataclasses.replace(CPU, tile=tile))
-        folder = tmp_path / f"{tile} {other.factor}"
-        encode_latents(runner, tmp_path / "photos", folder, quiet=True)
+    for name, other, tile in (("whole", codec, None), ("fits", codec, 64), ("exact", tiny(FINITE["lite"]), 32)):
+        make("latents", other, photos, tmp_path / name, dataclasses.replace(CPU, tile=tile))
     assert capsys.readouterr().err == ""

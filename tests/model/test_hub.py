@@ -8,13 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import ANY, MagicMock
+from unittest.mock import ANY, MagicMock, call
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
-from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
 from latent_codec.model import hub
@@ -189,32 +188,25 @@ def api(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return api
 
 
-def test_a_model_is_pushed_with_its_card(codec: Codec, api: MagicMock, tmp_path: Path) -> None:
-    assert codec.push_to_hub("mine", private=True, token="secret") == "https://hub/commit/1"
+@pytest.mark.parametrize("own_card", [False, True])
+def test_a_model_is_pushed_and_a_repositorys_own_card_stays(
+    codec: Codec, api: MagicMock, tmp_path: Path, own_card: bool
+) -> None:
+    api.file_exists.return_value = own_card
+    options: dict[str, Any] = {"revision": "next", "commit_message": "Better"} if own_card else {}
+    url = codec.push_to_hub("mine", private=True, token="secret", half=own_card, **options)
+    assert url == "https://hub/commit/1"
     api.assert_called_once_with(endpoint=None, token="secret")
     api.create_repo.assert_called_once_with("mine", private=True, exist_ok=True)
-    api.create_branch.assert_not_called()
-    api.file_exists.assert_called_once_with("me/mine", CARD, revision=None)
-    options = {"repo_id": "me/mine", "revision": None, "commit_message": "Upload model", "create_pr": False}
-    api.upload_folder.assert_called_once_with(folder_path=ANY, **options)
-    assert set(api.uploaded) == {MODEL, CARD}
-    (tmp_path / MODEL).write_bytes(api.uploaded[MODEL])
-    assert Codec.from_pretrained(tmp_path).model_id == codec.model_id
-    assert b'Codec.from_pretrained("mine")' in api.uploaded[CARD] or b'"me/mine"' in api.uploaded[CARD]
-
-
-def test_a_repositorys_own_card_stays_and_half_is_stored_as_float16(
-    codec: Codec, api: MagicMock, tmp_path: Path
-) -> None:
-    api.file_exists.return_value = True
-    codec.push_to_hub("me/mine", revision="next", commit_message="Better", half=True)
-    assert set(api.uploaded) == {MODEL}
-    codec.save_pretrained(tmp_path, half=True)
+    branches = [call("me/mine", branch="next", exist_ok=True)] if own_card else []
+    assert api.create_branch.call_args_list == branches
+    options = {"revision": None, "commit_message": "Upload model", "create_pr": False} | options
+    api.file_exists.assert_called_once_with("me/mine", CARD, revision=options["revision"])
+    api.upload_folder.assert_called_once_with(folder_path=ANY, repo_id="me/mine", **options)
+    assert set(api.uploaded) == ({MODEL} if own_card else {MODEL, CARD})
+    assert own_card or b'Codec.from_pretrained("mine")' in api.uploaded[CARD]
+    codec.save_pretrained(tmp_path, half=own_card)
     assert api.uploaded[MODEL] == (tmp_path / MODEL).read_bytes()
-    assert {t.dtype for n, t in load_file(tmp_path / MODEL).items() if n in codec.state_dict()} == {torch.float16}
-    api.create_branch.assert_called_once_with("me/mine", branch="next", exist_ok=True)
-    options = {"repo_id": "me/mine", "revision": "next", "commit_message": "Better", "create_pr": False}
-    api.upload_folder.assert_called_once_with(folder_path=ANY, **options)
 
 
 @pytest.mark.parametrize(

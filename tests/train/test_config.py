@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from latent_codec.errors import UserError
-from train.config.presets import autoencoder, fsq, kl_f8c4, photo, photo_joint, vqvae
+from train.config.presets import PRESETS, autoencoder, fsq, kl_f8c4, mnist_iwae, photo, photo_joint, vqvae
 from train.config.vae import TrainConfig, check
 
 
@@ -29,6 +29,10 @@ def adversarial(**fields: Any) -> TrainConfig:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (
+            dataclasses.replace(mnist_iwae(), codec=autoencoder().codec),
+            "samples of a gaussian posterior, not of identity",
+        ),
         (joint(noise_steps=(2.0, 1.0)), "noise_steps"),
         (joint(mode_weight=-1.0), "mode_weight"),
         (joint(prior_groups=(4, 28)), "leave some of the 32 channels"),
@@ -59,6 +63,6 @@ def test_contradictory_settings_are_refused(config: TrainConfig, message: str) -
         check(config)
 
 
-@pytest.mark.parametrize("preset", [autoencoder, fsq, kl_f8c4, photo, photo_joint, vqvae])
+@pytest.mark.parametrize("preset", PRESETS.values())
 def test_presets_are_sound(preset: Any) -> None:
     check(preset())

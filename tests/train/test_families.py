@@ -18,7 +18,6 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import IdentityConfig
 from tests.support.run import (
     assert_same_tensors,
     checkpoint,
@@ -31,8 +30,7 @@ from tests.support.run import (
     write_digits,
     write_labels,
 )
-from train.config.presets import mnist_cvae, mnist_iwae
-from train.config.vae import check
+from train.config.presets import mnist_cvae
 
 SMALL = flags(
     "--encoder-widths 12 --decoder-widths 12 --latent-channels 4 --batch-size 8 --steps 12 --save-every 6 "
@@ -110,13 +108,6 @@ def test_a_conditional_model_takes_an_images_class_from_its_folder(tmp_path: Pat
     assert decode_latents(runner, tmp_path / "z", tmp_path / "back", quiet=True).done == 35
     with pytest.raises(UserError, match=r"each image's class, one of 2, which a \.lc file does not hold"):
         encode_lc(runner, digits, tmp_path / "lc", quiet=True)
-
-
-def test_the_importance_weighted_bound_needs_a_gaussian_posterior() -> None:
-    config = mnist_iwae()
-    check(config)
-    with pytest.raises(UserError, match="samples of a gaussian posterior, not of identity"):
-        check(dataclasses.replace(config, codec=dataclasses.replace(config.codec, bottleneck=IdentityConfig())))
 
 
 @pytest.mark.parametrize(

@@ -111,17 +111,19 @@ def test_moments_that_give_no_closed_form_are_an_error(patch: int, c: int, z: in
         LinearBackbone(LinearConfig(patch=patch), shape(c, z)).start_from_closed_form(photograph_moments(1, 2), 0.1)
 
 
-def test_the_closed_form_fits_every_count_of_features_and_parameters() -> None:
-    moments, sigma = photograph_moments(3, 4), 0.1
-    plain, deterministic, per_pixel = (
-        LinearBackbone(LinearConfig(patch=4), shape(z=6, features=f, params=p)) for f, p in [(2, 1), (1, 1), (2, 2)]
+def test_the_closed_form_fits_every_count_of_features_and_parameters_and_gives_the_overlap_no_weight() -> None:
+    plain, deterministic, per_pixel, overlapping = (
+        LinearBackbone(LinearConfig(patch=4, overlap=overlap), shape(z=6, features=features, params=params))
+        for features, params, overlap in [(2, 1, 0), (1, 1, 0), (2, 2, 0), (2, 1, 3)]
     )
-    for network in (plain, deterministic, per_pixel):
-        network.start_from_closed_form(moments, sigma)
-    x, z = torch.randn((1, 3, 8, 8), generator=seeded(0)), torch.randn((1, 6, 2, 2), generator=seeded(1))
+    for network in (plain, deterministic, per_pixel, overlapping):
+        network.start_from_closed_form(photograph_moments(3, 4), 0.1)
+    x, z = torch.randn((1, 3, 8, 12), generator=seeded(0)), torch.randn((1, 6, 2, 3), generator=seeded(1))
     torch.testing.assert_close(deterministic.encode(x), plain.encode(x)[:, :6])
+    torch.testing.assert_close(overlapping.encode(x), plain.encode(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(overlapping.decode(z), plain.decode(z), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(per_pixel.decode(z)[:, :3], plain.decode(z))
-    assert torch.equal(per_pixel.decode(z)[:, 3:], torch.zeros(1, 3, 8, 8))  # sigma stays at its starting point
+    assert torch.equal(per_pixel.decode(z)[:, 3:], torch.zeros(1, 3, 8, 12))  # sigma stays at its starting point
 
 
 @pytest.mark.parametrize(
@@ -139,17 +141,6 @@ def test_a_latent_sees_and_makes_its_patch_and_the_overlap_around_it(
     (gradient,) = torch.autograd.grad(network.decode(z)[0, :, 8:12, 12:16].sum(), z)
     assert support(gradient) == made
     assert network.encoder_margin == network.decoder_margin == bool(overlap)
-
-
-def test_the_overlap_weighs_nothing_in_the_closed_form() -> None:
-    moments = photograph_moments(3, 4)
-    plain, overlapping = (LinearBackbone(LinearConfig(patch=4, overlap=overlap), shape(z=6)) for overlap in (0, 3))
-    for network in (plain, overlapping):
-        network.start_from_closed_form(moments, 0.1)
-    x = torch.rand((2, 3, 12, 16), generator=seeded(2))
-    torch.testing.assert_close(overlapping.encode(x), plain.encode(x), rtol=1e-4, atol=1e-4)
-    z = plain.encode(x).chunk(2, 1)[0]
-    torch.testing.assert_close(overlapping.decode(z), plain.decode(z), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("overlap", [-1, 5])

@@ -12,16 +12,17 @@ from PIL import Image
 
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import EvaluationReport, evaluate
+from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPSOptions
 from latent_codec.model.codec import Codec
-from tests.conftest import Draw, files_of
+from tests.conftest import files_of
+from tests.evaluation.conftest import SIZES
 from tests.support.data import WEIGHTS
 
 ALEXNET = WEIGHTS / "alexnet_features.safetensors"
-SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7)}
 
 
 def run(codec: Codec, where: Path, out: Path | None = None, **options: Any) -> EvaluationReport:
@@ -40,29 +41,29 @@ def grey_codec(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> Codec:
     return codec
 
 
-@pytest.fixture
-def photos(tmp_path: Path, draw: Draw) -> Path:
-    for i, (name, size) in enumerate(SIZES.items()):
-        draw(tmp_path / "photos" / name, *size, seed=i)
-    return tmp_path / "photos"
-
-
-def test_distortion_equals_a_direct_computation_or_is_none(grey_codec: Codec, photos: Path) -> None:
-    report = run(grey_codec, photos)
-    assert [record["path"] for record in report.images] == list(SIZES)
-    expected = []
+def test_distortion_equals_a_direct_computation_or_is_none(grey_codec: Codec, photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), (100, 100, 100)).save(photos / "exact.png")  # comes back without any error
+    report = run(grey_codec, photos, tmp_path / "out")
+    assert [record["path"] for record in report.images] == [*SIZES, "exact.png"]
     for record in report.images:
-        pixels = np.asarray(Image.open(photos / record["path"]), np.float64)  # (h, w, 3)
-        expected.append(10 * math.log10(255**2 / np.square(pixels - 100).mean()))
-        assert record["psnr"] == pytest.approx(expected[-1])
-        assert record["pixels"] == math.prod(SIZES[record["path"]])
-        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(torch.uint8)
+        x = read_image(photos / record["path"]).pixels[None]
+        mse = (x.double() - 100).square().mean().item()
+        assert record["psnr"] == (None if mse == 0 else pytest.approx(10 * math.log10(255**2 / mse)))
+        assert record["pixels"] == x[0, 0].numel()
         ssim = distortion.ssim(x, torch.full_like(x, 100)).item()
         assert record["ssim"] == (None if record["path"] == "d.png" else pytest.approx(ssim))  # smaller than a window
         assert record["ms_ssim"] is None
-    assert report.summary["psnr"] == pytest.approx(np.mean(expected))
-    assert report.summary["ssim"] == pytest.approx(np.mean([record["ssim"] for record in report.images[:2]]))
+    for name in ("psnr", "ssim"):
+        assert report.summary[name] == pytest.approx(np.mean([r[name] for r in report.images if r[name] is not None]))
     assert report.summary["ms_ssim"] is None and "lpips" not in report.summary | report.protocol
+
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found == json.loads(json.dumps(report.json(), allow_nan=False))
+    about = found["about"]
+    assert (about["model_id"], about["set"], about["images"]) == (grey_codec.model_id, "photos", len(SIZES) + 1)
+    for line, (name, value) in zip(report.table().splitlines()[1:], report.summary.items(), strict=True):
+        assert name in line and report.protocol[name] in line
+        assert ("-" if value is None else f"{value:.4f}") in line
 
 
 def test_rates_and_reconstructions_are_those_of_what_was_stored(codec: Codec, photos: Path, tmp_path: Path) -> None:
@@ -73,8 +74,8 @@ def test_rates_and_reconstructions_are_those_of_what_was_stored(codec: Codec, ph
         with torch.inference_mode():
             decoded = codec.decode_uint8(posterior.mode())[0]
         width, height = SIZES[record["path"]]
-        kept = np.asarray(Image.open(tmp_path / "out" / "decoded" / f"{record['path']}.png"))
-        assert np.array_equal(kept, decoded[:, :height, :width].permute(1, 2, 0).numpy())
+        kept = read_image(tmp_path / "out" / "decoded" / f"{record['path']}.png").pixels
+        assert torch.equal(kept, decoded[:, :height, :width])
         variance = posterior.logvar.double().exp()
         nats = 0.5 * (posterior.mean.double().square() + variance - 1 - posterior.logvar.double()).sum().item()
         assert record["kl_bpp"] == pytest.approx(nats / math.log(2) / record["pixels"], rel=1e-5)
@@ -83,55 +84,33 @@ def test_rates_and_reconstructions_are_those_of_what_was_stored(codec: Codec, ph
     assert report.summary["disk_bpp"] == pytest.approx(8 * size / sum(math.prod(s) for s in SIZES.values()))
 
 
-def test_results_are_strict_json_and_a_table_with_their_protocol(
-    grey_codec: Codec, photos: Path, tmp_path: Path
-) -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    Image.new("RGB", (20, 20), (100, 100, 100)).save(photos / "exact.png")  # comes back without any error
-    report = run(grey_codec, photos, tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=refuse)
-    assert found == json.loads(json.dumps(report.json()))
-    assert found["about"]["model_id"] == grey_codec.model_id
-    assert (found["about"]["set"], found["about"]["images"]) == ("photos", 4)
-    (exact,) = (record for record in found["images"] if record["path"] == "exact.png")
-    assert exact["psnr"] is None and exact["ssim"] == pytest.approx(1)
-    for line, (name, value) in zip(report.table().splitlines()[1:], report.summary.items(), strict=True):
-        assert name in line and report.protocol[name] in line
-        assert ("-" if value is None else f"{value:.4f}") in line
-
-
 @pytest.mark.skipif(not ALEXNET.exists(), reason=f"no {ALEXNET} here")
-def test_lpips_is_that_of_the_decoded_image_or_none_where_it_is_too_small(
-    grey_codec: Codec, photos: Path, draw: Draw
-) -> None:
-    draw(photos / "large.png", 40, 33)
+def test_lpips_is_that_of_the_decoded_image_or_none_where_it_is_too_small(grey_codec: Codec, photos: Path) -> None:
     options = LPIPSOptions(net="alex", backbone=ALEXNET)
     report = run(grey_codec, photos, lpips=options)
-    found = {record["path"]: record["lpips"] for record in report.images}
-    x = torch.from_numpy(np.asarray(Image.open(photos / "large.png")).copy()).permute(2, 0, 1)[None]
+    x = read_image(photos / "e.png").pixels[None]
     with torch.inference_mode():
         expected = options.load()(x / 127.5 - 1, torch.full(x.shape, 100 / 127.5 - 1)).item()
-    assert found == {"a.png": None, "b/c.png": None, "d.png": None, "large.png": pytest.approx(expected, rel=1e-4)}
-    assert report.summary["lpips"] == found["large.png"]
-    assert "alex" in report.protocol["lpips"]
+    found = {record["path"]: record["lpips"] for record in report.images}
+    assert found == {**dict.fromkeys(SIZES), "e.png": pytest.approx(expected, rel=1e-4)}
+    assert report.summary["lpips"] == found["e.png"] and "alex" in report.protocol["lpips"]
 
 
 def test_unreadable_images_are_reported_and_left_out(grey_codec: Codec, photos: Path) -> None:
     expected = run(grey_codec, photos).summary["psnr"]
     (photos / "bad.png").write_text("no picture")
     report = run(grey_codec, photos)
-    assert report.failures.keys() == {"bad.png"}
-    assert report.about["images"] == len(report.images) == 3
-    assert report.summary["psnr"] == expected
+    assert report.failures.keys() == {"bad.png"} and report.summary["psnr"] == expected
+    assert report.about["images"] == len(report.images) == len(SIZES)
     for name in SIZES:
         (photos / name).unlink()
     with pytest.raises(UserError, match="none of the 1 images could be read"):
         run(grey_codec, photos)
 
 
-def test_only_folders_of_evaluations_are_written_into(codec: Codec, photos: Path, tmp_path: Path) -> None:
+def test_only_folders_of_evaluations_are_written_into(
+    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     run(codec, photos, out)
     run(codec, photos, out)  # replaces its own
@@ -143,12 +122,7 @@ def test_only_folders_of_evaluations_are_written_into(codec: Codec, photos: Path
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be written into"):
         run(codec, photos, tmp_path / "file")
-
-
-def test_evaluating_without_out_leaves_nothing_behind(
-    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    run(codec, photos)
+    run(codec, photos)  # without a folder it leaves nothing behind
     assert list((tmp_path / "tmp").iterdir()) == []

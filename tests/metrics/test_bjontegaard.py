@@ -28,13 +28,10 @@ def test_a_curve_of_k_times_the_rate_needs_k_times_as_much(k: float) -> None:
 
 
 def test_curves_that_hardly_overlap_have_no_delta_rate_but_a_reason() -> None:
-    above = psnr_curve(RATES, [p + 8 for p in PSNR])
-    delta = delta_rate(psnr_curve(RATES, [*PSNR]), above)
-    assert delta.percent is None and delta.reason is not None and "11%" in delta.reason
-    delta = delta_rate(psnr_curve(RATES, [*PSNR]), psnr_curve(RATES, [p + 20 for p in PSNR]))
-    assert delta.percent is None and delta.share == 0
-    delta = delta_rate(psnr_curve(RATES[:3], [*PSNR[:3]]), above)
-    assert delta.percent is None and delta.reason is not None and "3 points" in delta.reason
+    for count, higher, reason in ((5, 8, "11%"), (5, 20, "share 0%"), (3, 8, "3 points")):
+        above = psnr_curve(RATES, [p + higher for p in PSNR])
+        delta = delta_rate(psnr_curve(RATES[:count], [*PSNR[:count]]), above)
+        assert delta.percent is None and reason in (delta.reason or "")
     halves = psnr_curve([0.05, 0.1, 0.2, 0.4], [20.0, 24.0, 28.0, 32.0])
     anchor = psnr_curve([0.2, 0.4, 0.8, 1.6, 3.2], [24.0, 28.0, 32.0, 36.0, 40.0])
     assert delta_rate(anchor, halves, 0.9).percent is None

@@ -40,33 +40,29 @@ from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig,
 from latent_codec.noise import normal
 from latent_codec.prior.quantizer import STEP_ONE
 from tests.conftest import Draw, files_of
+from tests.evaluation.conftest import SIZES
 from tests.support.networks import make_codec
 from train.config.presets import mnist_cvae
 
-SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 40)}
 HOSTILE = "x<script>alert(1)<!--\"'&amp;\u202egnp.png"
 HIDDEN = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 OPTIONS = ReportOptions(report_images=3, bound_images=2, bound_samples=3, seed=5)
 
 
-def write(codec: Codec, where: Path, out: Path, **changes: Any) -> tuple[str, Any]:
-    """Write a report, and return its page and its results."""
+def evaluated(codec: Codec, where: Path) -> EvaluatedModel:
     runner = Runner(codec)
-    evaluated = EvaluatedModel(runner, "tiny", str(where), evaluate(runner, where, quiet=True), None, "it")
-    write_report(evaluated, out, dataclasses.replace(OPTIONS, **changes), quiet=True)
+    return EvaluatedModel(runner, "tiny", str(where), evaluate(runner, where, quiet=True), None, "it")
+
+
+def write(codec: Codec, where: Path, out: Path) -> tuple[str, Any]:
+    """Write a report, and return its page and its results."""
+    write_report(evaluated(codec, where), out, OPTIONS, quiet=True)
     return (out / "report.html").read_text(encoding="utf-8"), json.loads((out / "report.json").read_text())
 
 
 def changed(codec: Codec, **changes: Any) -> Codec:
     """Return an untrained codec of a changed configuration."""
     return make_codec(dataclasses.replace(codec.config, **changes))
-
-
-@pytest.fixture
-def photos(tmp_path: Path, draw: Draw) -> Path:
-    for i, (name, size) in enumerate(SIZES.items()):
-        draw(tmp_path / "photos" / name, *size, seed=i)
-    return tmp_path / "photos"
 
 
 class Parsed(HTMLParser):
@@ -125,12 +121,8 @@ def test_the_page_loads_and_runs_nothing_whatever_names_say(codec: Codec, photos
     page = Parsed(text)
     assert {name for name, _ in page.tags} & {"script", "iframe", "object", "embed", "form", "base"} == set()
     for name, attributes in page.tags:
-        assert not any(key.startswith("on") for key in attributes)
-        if name in ("img", "link", "a"):
-            target = attributes.get("src") or attributes.get("href") or ""
-            assert target.startswith(("data:", "#"))
-        if name == "img":
-            assert attributes["alt"]
+        assert not any(key.startswith("on") for key in attributes) and (name != "img" or attributes["alt"])
+        assert (attributes.get("src") or attributes.get("href") or "#").startswith(("data:", "#"))
     policy = next(a for n, a in page.tags if n == "meta" and a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in (policy["content"] or "")
     assert "url(" not in text and "@import" not in text
@@ -194,12 +186,10 @@ def test_moments_are_those_of_all_posteriors_together(codec: Codec, photos: Path
             draws.append(posterior.sample(noise)[0].flatten(1).double())
     mean, variance, z = (torch.cat(v, 1).numpy() for v in (means, variances, draws))
     assert (found.images, found.elements) == (len(SIZES), mean.shape[1])
-    close = {"rtol": 1e-5, "atol": 1e-7}
-    np.testing.assert_allclose(found.variance, mean.var(1), **close)
-    np.testing.assert_allclose(found.posterior_variance, variance.mean(1), **close)
-    np.testing.assert_allclose(found.std, np.sqrt(mean.var(1) + variance.mean(1)), **close)
     kl = 0.5 * (mean**2 + variance - 1 - np.log(variance)).mean(1)
-    np.testing.assert_allclose(found.kl, kl, **close)
+    expected = [mean.var(1), variance.mean(1), np.sqrt(mean.var(1) + variance.mean(1)), kl]
+    measured = [found.variance, found.posterior_variance, found.std, found.kl]
+    np.testing.assert_allclose(np.stack(measured), expected, rtol=1e-5, atol=1e-7)
     assert found.by_activity == sorted(range(4), key=lambda i: -mean.var(1)[i])
     z = z.ravel()
     standard = (z - z.mean()) / z.std()
@@ -313,29 +303,29 @@ def test_pca_is_the_singular_value_decomposition() -> None:
 def test_pca_is_never_fitted_to_what_it_is_measured_on(
     codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fitted: dict[int, list[torch.Tensor]] = {}
-    measured: list[tuple[int, torch.Tensor]] = []
-    fit, reconstruct = pca.fit, pca.PatchPCA.reconstruct
+    fitted: list[list[torch.Tensor]] = []
+    measured: list[torch.Tensor] = []
+    fit = pca.fit
 
-    def recorded(images: Any, patch: int, components: int) -> pca.PatchPCA:
+    def recorded(images: Any, patch: int, components: int) -> Any:
         kept = list(images)
         model = fit(kept, patch, components)
-        fitted[id(model.basis)] = kept
-        return model
+        fitted.append(kept)
 
-    def watched(self: pca.PatchPCA, pixels: torch.Tensor) -> torch.Tensor:
-        measured.append((id(self.basis), pixels))
-        return reconstruct(self, pixels)
+        class Watched:
+            def reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
+                assert not any(torch.equal(pixels, other) for other in kept)
+                measured.append(pixels)
+                return model.reconstruct(pixels)
+
+        return Watched()
 
     monkeypatch.setattr(pca, "fit", recorded)
-    monkeypatch.setattr(pca.PatchPCA, "reconstruct", watched)
     sources, runner = find_images(photos), Runner(codec)
     comparison = BaselineComparison(runner, sources, evaluate(runner, photos, quiet=True), quiet=True)
     smaller = Runner(changed(codec, latent_channels=2))
     section = comparison.section([("again", runner), ("small<b>", smaller)], None)
-    assert len(measured) == len(SIZES) and sum(map(len, fitted.values())) == len(SIZES)
-    for model, pixels in measured:
-        assert not any(torch.equal(pixels, other) for other in fitted[model])
+    assert len(measured) == len(SIZES) == sum(map(len, fitted))
     own, principal, again, _ = section.records["methods"]
     assert own["psnr"] == pytest.approx(again["psnr"], abs=0.01)  # as stored in float16
     assert own["numbers_per_pixel"] == principal["numbers_per_pixel"] == 4 / 64
@@ -389,9 +379,8 @@ def test_the_command_writes_a_report_with_the_rate_distortion_curves(
     with pytest.raises(SystemExit) as stopped:
         cli.main(["evaluate", str(model_file), str(photos), *map(str, args)])
     assert stopped.value.code == 0 and "kl_bpp" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob("r*")) == [
-        *("rd.json", "rd.png", "report.html", "report.json", "results.json")
-    ]
+    made = sorted(path.name for path in tmp_path.glob("r*"))
+    assert made == ["rd.json", "rd.png", "report.html", "report.json", "results.json"]
     measured, page = json.loads((tmp_path / "rd.json").read_text()), Parsed((tmp_path / "report.html").read_text())
     section = json.loads((tmp_path / "report.json").read_text())["rate_distortion"]
     assert section["points"] == measured["summary"]["points"] and "evaluate" in measured["about"]["command"]
@@ -410,17 +399,10 @@ def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, dr
     assert "no prior" in results["jpeg"]["left_out"]
     assert "--rd" in results["rate_distortion"]["left_out"]
     assert "one image" in results["baselines"]["pca_left_out"]
-    evaluated = EvaluatedModel(
-        Runner(codec),
-        "tiny",
-        str(tmp_path / "photos"),
-        evaluate(Runner(codec), tmp_path / "photos", quiet=True),
-        None,
-        "",
-    )
+    model = evaluated(codec, tmp_path / "photos")
     (tmp_path / "photos" / "one.png").rename(tmp_path / "photos" / "other.png")
     with pytest.raises(UserError, match=r"one\.png.*gone"):
-        write_report(evaluated, tmp_path, OPTIONS, quiet=True)
+        write_report(model, tmp_path, OPTIONS, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -434,15 +416,10 @@ def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, dr
     ],
 )
 def test_wrong_options_are_refused_before_any_work(
-    model_file: Path,
-    photos: Path,
-    tmp_path: Path,
-    flags: tuple[str, ...],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
+    model_file: Path, tmp_path: Path, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(tmp_path / "out") if flag == "OUT" else flag for flag in flags]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["evaluate", str(model_file), str(photos), "--lpips-net", "none", "--device", "cpu", *given])
+        cli.main(["evaluate", str(model_file), "photos", "--lpips-net", "none", "--device", "cpu", *given])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

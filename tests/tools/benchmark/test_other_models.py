@@ -42,12 +42,9 @@ def test_published_weights_reconstruct_a_photograph_and_no_part_can_be_left_out(
 def test_latents_are_float32_an_eighth_as_large_and_decode_to_the_images_size(model: Taef2) -> None:
     x = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8)
     z = model.encode(x)
-    assert (z.shape, z.dtype) == ((2, 32, 3, 5), torch.float32)
     y = model.decode(z)
-    assert (y.shape, y.dtype) == (x.shape, torch.uint8)
-    saturated = z.sign()
-    assert torch.equal(model.decode(saturated * 1e3), model.decode(saturated * 1e6))
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert (z.shape, z.dtype) == ((2, 32, 3, 5), torch.float32) and (y.shape, y.dtype) == (x.shape, torch.uint8)
+    assert torch.equal(model.decode(z.sign() * 1e3), model.decode(z.sign() * 1e6))
     with pytest.raises(UserError, match="divisible by 8, not 20x16"):
         model.encode(torch.zeros(1, 3, 16, 20, dtype=torch.uint8))
 
@@ -56,35 +53,26 @@ def test_distant_pixels_reach_a_latent_only_through_the_pooling(model: Taef2) ->
     x = torch.full((1, 3, 16, 512), 128, dtype=torch.uint8)
     changed = x.clone()
     changed[..., 504:] = 255
-    assert not torch.equal(model.encode(x)[..., 0], model.encode(changed)[..., 0])
     blind = Taef2()
     silence_pooling(blind)
-    assert torch.equal(blind.encode(x)[..., 0], blind.encode(changed)[..., 0])
+    for net in (model, blind):
+        assert torch.equal(net.encode(x)[..., 0], net.encode(changed)[..., 0]) == (net is blind)
 
 
 def test_pixels_are_rounded_to_the_nearest_and_clamped() -> None:
     model = Taef2()
     last = model.decoder[-1]
-    assert isinstance(last, nn.Conv2d)
-    assert last.bias is not None
+    assert isinstance(last, nn.Conv2d) and last.bias is not None
     last.weight.zero_()
     last.bias.copy_(torch.tensor([-0.5, 100.6 / 255, 1.5]))
     assert model.decode(torch.zeros(1, 32, 1, 1))[0, :, 0, 0].tolist() == [0, 101, 255]
 
 
-def test_weights_load_strictly_and_errors_name_file_and_tensor(model: Taef2, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"encoder\.safetensors: no such file"):
-        Taef2.load(tmp_path)
-    (tmp_path / "encoder.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"encoder\.safetensors: not a safetensors file"):
-        Taef2.load(tmp_path)
+def test_float16_weights_are_computed_with_in_float32(model: Taef2, tmp_path: Path) -> None:
     for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
+        with pytest.raises(UserError, match=rf"{name}\.safetensors: no such file.*TAEF2"):
+            Taef2.load(tmp_path)
         save_file({k: v.half() for k, v in network.state_dict().items()}, tmp_path / f"{name}.safetensors")
     x = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     z = Taef2.load(tmp_path).encode(x)
     assert z.dtype == torch.float32 and torch.allclose(z, model.encode(x), atol=1e-2)
-    state = model.encoder.state_dict()
-    del state["11.pool.3.weight"]
-    save_file(state, tmp_path / "encoder.safetensors")
-    with pytest.raises(UserError, match=r"11\.pool\.3\.weight"):
-        Taef2.load(tmp_path)

@@ -20,7 +20,6 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.commands.decode import Decode
 from latent_codec.commands.encode import Encode
-from latent_codec.folders import encode_lc
 from latent_codec.folders.resume.units import units
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.images.sources import Source
@@ -31,7 +30,7 @@ from tests.conftest import Draw, files_of
 from tests.support.data import ROOT
 from tests.support.folder import images
 
-LATENTS = ("--format", "safetensors")
+LATENTS = "--format safetensors"
 
 
 class Result(NamedTuple):
@@ -58,17 +57,24 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
+Do = Callable[..., Result]
+
+
 @pytest.fixture
-def photos(tmp_path: Path, draw: Draw) -> Path:
+def do(run: Run, tmp_path: Path, draw: Draw, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> Do:
+    """do("encode photos out"): run a command line in a folder of photos, for the tiny codec unless it names a model."""
     for name, size in (("a.jpg", (24, 16)), ("a.png", (9, 7)), ("sub/b.png", (17, 33))):
         draw(tmp_path / "photos" / name, *size)
-    return tmp_path / "photos"
+    (tmp_path / "tiny").symlink_to(model_file)
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str) -> Result:
+        return run(*line.split(), *(["--model", "tiny"] if line.startswith(MODEL) and "--model" not in line else []))
+
+    return call
 
 
-@pytest.fixture
-def latents(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> Path:
-    assert run("encode", photos, tmp_path / "latents", "--model", model_file, *LATENTS).code == 0
-    return tmp_path / "latents"
+MODEL = ("encode", "decode")
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:
@@ -118,70 +124,56 @@ def test_the_pixel_limit_is_the_readers() -> None:
     assert Decode(src=Path("a"), dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
 
 
-@pytest.fixture
-def streams(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> Path:
-    assert run("encode", photos, tmp_path / "streams", "--model", model_file).code == 0
-    return tmp_path / "streams"
-
-
-def test_options_of_streams_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
-    model, out, z = ("--model", model_file), tmp_path / "out", tmp_path / "z"
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(photos / "clear.png")
-    options = ("--step", 0.5, "--sample", 7, "--prior", "factorized", "--background", "#102030", "--batch-size", 1)
-    result = run("encode", photos, z, *model, *options)
+def test_options_of_streams_reach_the_work(do: Do) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save("photos/clear.png")
+    result = do("encode photos z --step 0.5 --sample 7 --prior factorized --background #102030 --batch-size 1")
     assert result.code == 0 and "bits per pixel" in result.out
-    header = container.read(z / "clear.png.lc").header
+    header = container.read(Path("z/clear.png.lc")).header
     assert (header.step, header.prior, header.seed) == (512, "factorized", dither_seed(7, "clear.png"))
     assert header.geometry.background == "#102030"
-    assert run("encode", photos, z, *model).code == 0
-    assert container.read(z / "clear.png.lc").header.prior == "context"
-    assert run("encode", photos, z, *model, "--max-bytes", 200, "--step", 0.02).code == 0
-    assert max(f.stat().st_size for f in z.rglob("*.lc")) <= 200
-    assert run("encode", photos, z, *model, "--bpp", 20).code == 0
-    assert run("encode", photos / "a.png", tmp_path / "psnr", *model, "--psnr", 99).code == 1
-    assert run("encode", photos, tmp_path / "tars", *model, "--tar").code == 0
-    assert all(name.endswith(".tar") for name in files_of(tmp_path / "tars"))
-    result = run("decode", z, out, *model, "--image-format", "webp")
+    assert do("encode photos z").code == 0
+    assert container.read(Path("z/clear.png.lc")).header.prior == "context"
+    assert do("encode photos z --max-bytes 200 --step 0.02").code == 0
+    assert max(map(len, files_of(Path("z")).values())) <= 200
+    assert do("encode photos z --bpp 20").code == 0
+    assert do("encode photos/a.png psnr --psnr 99").code == 1
+    assert do("encode photos tars --tar").code == 0
+    assert all(name.endswith(".tar") for name in files_of(Path("tars")))
+    result = do("decode z out --image-format webp")
     assert (result.code, result.err) == (0, "") and result.out.startswith("decoded 4 of 4 images in ")
-    assert {name: image.size for name, image in images(out).items()} == {
-        "a.jpg.webp": (24, 16),
-        "a.png.webp": (9, 7),
-        "clear.png.webp": (8, 8),
-        "sub/b.png.webp": (17, 33),
-    }
-    assert run("decode", z / "a.png.lc", tmp_path / "one", *model).code == 0
-    assert files_of(tmp_path / "one").keys() == {"a.png.png"}
-    assert run("decode", z, tmp_path / "few", *model, "--max-pixels", 100).code == 1
-    assert files_of(tmp_path / "few").keys() == {"a.png.png", "clear.png.png", "failures.jsonl"}
+    sizes = {"a.jpg.webp": (24, 16), "a.png.webp": (9, 7), "clear.png.webp": (8, 8), "sub/b.png.webp": (17, 33)}
+    assert {name: image.size for name, image in images(Path("out")).items()} == sizes
+    assert do("decode z/a.png.lc one").code == 0
+    assert files_of(Path("one")).keys() == {"a.png.png"}
+    assert do("decode z few --max-pixels 100").code == 1
+    assert files_of(Path("few")).keys() == {"a.png.png", "clear.png.png", "failures.jsonl"}
 
 
-def test_options_of_latents_reach_the_work(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
-    model, z = ("--model", model_file), tmp_path / "z"
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(photos / "clear.png")
-    options = ("--store", "float32", "--background", "#102030", "--workers", 1, "--device", "cpu", "--flips")
-    assert run("encode", photos, z, *model, *LATENTS, *options).code == 0
-    found = Latents(z)
+def test_options_of_latents_reach_the_work(do: Do) -> None:
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save("photos/clear.png")
+    flags = "--store float32 --background #102030 --workers 1 --device cpu --flips"
+    assert do(f"encode photos z {LATENTS} {flags}").code == 0
+    found = Latents(Path("z"))
     assert found.header.dtype == "float32" and found.header.flips
     assert {e.path: e.geometry.background for e in found.entries}["clear.png"] == "#102030"
-    assert run("encode", photos, z, *model, *LATENTS).code == 0
-    assert Latents(z).header.dtype == "float16"
-    for name, options in (("mode", ()), ("draw", ("--sample", 3))):
-        assert run("decode", z, tmp_path / name, *model, "--image-format", "webp", *options).code == 0
-    assert files_of(tmp_path / "mode").keys() == files_of(tmp_path / "draw").keys()
-    assert files_of(tmp_path / "mode") != files_of(tmp_path / "draw")
+    assert do(f"encode photos z {LATENTS}").code == 0
+    assert Latents(Path("z")).header.dtype == "float16"
+    assert do("decode z mode --image-format webp").code == do("decode z draw --image-format webp --sample 3").code == 0
+    mode, drawn = files_of(Path("mode")), files_of(Path("draw"))
+    assert mode.keys() == drawn.keys() and mode != drawn
 
 
-def test_the_same_command_again_does_what_is_left(run: Run, photos: Path, streams: Path, model_file: Path) -> None:
-    before = files_of(streams)
-    command = ("encode", photos, streams, "--model", model_file)
-    (streams / "a.png.lc").unlink()
-    assert run(*command).out.startswith("encoded 3 of 3 images in ")
-    os.utime(photos / "a.png", ns=(0, 0))
-    assert run(*command, "--check", "hash").out.startswith("encoded 0 of 3 images, 3 skipped in ")
-    os.utime(photos / "a.png", ns=(1, 1))
-    assert run(*command, "--check", "mtime").out.startswith("encoded 3 of 3 images in ")
-    assert run(*command, "--overwrite").out.startswith("encoded 3 of 3 images in ")
-    assert files_of(streams) == before
+def test_the_same_command_again_does_what_is_left(do: Do) -> None:
+    assert do("encode photos z").code == 0
+    before = files_of(Path("z"))
+    Path("z/a.png.lc").unlink()
+    assert do("encode photos z").out.startswith("encoded 3 of 3 images in ")
+    os.utime("photos/a.png", ns=(0, 0))
+    assert do("encode photos z --check hash").out.startswith("encoded 0 of 3 images, 3 skipped in ")
+    os.utime("photos/a.png", ns=(1, 1))
+    assert do("encode photos z --check mtime").out.startswith("encoded 3 of 3 images in ")
+    assert do("encode photos z --overwrite").out.startswith("encoded 3 of 3 images in ")
+    assert files_of(Path("z")) == before
 
 
 @pytest.fixture
@@ -197,47 +189,42 @@ def three_units(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "units"
 
 
-def test_shares_together_are_the_whole(
-    run: Run, three_units: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shares_together_are_the_whole(do: Do, three_units: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(2):
-        result = run("encode", three_units, tmp_path / "z", "--model", model_file, "--shard", f"{i}/2")
+        result = do(f"encode {three_units} z --shard {i}/2")
         assert result.out.startswith(f"encoded {2 - i} of {2 - i} images in ")
-    assert run("encode", three_units, tmp_path / "z", "--model", model_file).out.startswith("encoded 0 of 3")
-    refuse(run("encode", three_units, tmp_path / "z", "--model", model_file, "--shard", "2/2"), "--shard 2/2: give i/n")
+    assert do(f"encode {three_units} z").out.startswith("encoded 0 of 3")
+    refuse(do(f"encode {three_units} z --shard 2/2"), "--shard 2/2: give i/n")
     monkeypatch.setenv("RANK", "3")
-    refuse(run("encode", three_units, tmp_path / "z", "--model", model_file), "RANK 3 of WORLD_SIZE 1")
+    refuse(do(f"encode {three_units} z"), "RANK 3 of WORLD_SIZE 1")
 
 
 def test_devices_that_cannot_be_used_are_named_and_processes_of_a_launcher_take_a_gpu_each(
-    run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    do: Do, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("encode", photos, tmp_path / "z", "--model", model_file)
     for device in ("abacus", "meta", "cpu:x", *([] if torch.cuda.is_available() else ["cuda"])):
-        refuse(run(*command, "--device", device), f"--device {device} is not usable")
+        refuse(do(f"encode photos z --device {device}"), f"--device {device} is not usable")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for rank, device in (("0", "cuda:0"), ("1", "cuda:1"), ("3", "cuda:1")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setattr(torch, "zeros", lambda *_, device: (_ for _ in ()).throw(RuntimeError(device)))
-        refuse(run(*command), f"--device {device} is not usable")
+        refuse(do("encode photos z"), f"--device {device} is not usable")
 
 
-def test_images_that_fail_are_1_whether_some_or_all(run: Run, photos: Path, model_file: Path, tmp_path: Path) -> None:
-    model = ("--model", model_file)
-    (photos / "bad.png").write_text("no picture")
-    result = run("encode", photos, tmp_path / "z", *model, *LATENTS)
-    assert result.code == 1
-    assert result.out.startswith("encoded 3 of 4 images, 1 failed in ")
+def test_images_that_fail_are_1_whether_some_or_all(do: Do) -> None:
+    Path("photos/bad.png").write_text("no picture")
+    result = do(f"encode photos z {LATENTS}")
+    assert result.code == 1 and result.out.startswith("encoded 3 of 4 images, 1 failed in ")
     assert result.err.startswith("bad.png: not a readable image") and len(result.err.splitlines()) == 1
-    assert run("encode", photos, tmp_path / "limit", *model, *LATENTS, "--max-pixels", 100).code == 1
-    assert [e.path for e in Latents(tmp_path / "limit").entries] == ["a.png"]
-    result = run("encode", photos / "bad.png", tmp_path / "none", *model)
+    assert do(f"encode photos limit {LATENTS} --max-pixels 100").code == 1
+    assert [e.path for e in Latents(Path("limit")).entries] == ["a.png"]
+    result = do("encode photos/bad.png none")
     assert result.code == 1 and result.out.startswith("encoded 0 of 1 images, 1 failed in ")
-    assert run("evaluate", model_file, photos, "--lpips-net", "none").code == 1
-    assert run("evaluate", model_file, photos / "bad.png", "--lpips-net", "none").code == 2
-    next((tmp_path / "z").glob("*.safetensors")).unlink()
-    assert run("decode", tmp_path / "z", tmp_path / "out", *model).code == 1
+    assert do("evaluate tiny photos --lpips-net none").code == 1
+    assert do("evaluate tiny photos/bad.png --lpips-net none").code == 2
+    next(Path("z").glob("*.safetensors")).unlink()
+    assert do("decode z out").code == 1
 
 
 def refuse(result: Result, reason: str) -> None:
@@ -247,69 +234,68 @@ def refuse(result: Result, reason: str) -> None:
     assert reason in result.err
 
 
-def test_a_users_mistake_is_2_and_one_line_without_a_traceback(
-    run: Run, photos: Path, streams: Path, latents: Path, model_file: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    out, model = tmp_path / "out", ("--model", model_file)
-    refuse(run("encode", tmp_path / "none", out, *model), "no such image, folder or tar file")
-    refuse(run("encode", f"{photos}/*.tif", out, *model), "no images there")
-    refuse(run("encode", photos, out, "--model", "no-such-model"), "neither a file nor a shipped model")
-    refuse(run("encode", photos, out, "--model", tmp_path / "file"), "not a safetensors file")
-    refuse(run("encode", photos, tmp_path / "file", *model), "cannot be written into as a folder")
-    refuse(run("encode", photos, out, *model, "--background", "white"), "'white' is not a colour")
-    refuse(run("encode", photos, out, *model, "--batch-size", 0), "--batch-size 0")
-    refuse(run("encode", photos, out, *model, "--workers", 0), "--workers 0")
-    refuse(run("encode", photos, out, *model, "--tile", 90), "give 88 or 96")
-    refuse(run("decode", photos, out, *model), "no latents there")
-    refuse(run("info", tmp_path / "file"), "not a safetensors file")
-    refuse(run("evaluate", model_file, tmp_path / "none", "--lpips-net", "none"), "no such image")
-    refuse(run("evaluate", model_file, photos, "--lpips-backbone", tmp_path / "none"), "no such file")
-    refuse(run("export", tmp_path / "none", out), "neither a file nor a shipped model")
-    refuse(run("export", model_file, photos), "is a folder")
-    refuse(run("export", model_file, out, "--images", 0), "at least 1")
-    refuse(run("encode", photos, out, *model, "--store", "float32"), "--store is for --format safetensors")
-    refuse(run("encode", photos, out, *model, "--flips"), "--flips is for --format safetensors")
-    for flag in ("--step", "--bpp", "--psnr", "--max-bytes", "--sample"):
-        refuse(run("encode", photos, out, *model, *LATENTS, flag, 1), f"{flag} is for --format lc")
-    refuse(run("encode", photos, out, *model, *LATENTS, "--refine", 2), "--refine is for --format lc")
-    refuse(run("encode", photos, out, *model, "--refine", -1), "--refine -1 must not be negative")
-    refuse(run("encode", photos, out, *model, "--refine", 2, "--sample", 1), "leave out one of them")
-    refuse(run("evaluate", model_file, photos, "--refine", 2), "give --rd as well")
-    flags = ("--prior", "context", "--max-bytes", 9)
-    refuse(run("encode", photos, out, *model, *LATENTS, *flags), "--max-bytes and --prior are for --format lc")
-    refuse(run("encode", photos, out, *model, "--step", 1, "--bpp", 1), "--step 1 and --bpp 1 each decide")
-    refuse(run("encode", photos, out, *model, "--sample", 2**64), "no seed of 64 bits")
-    refuse(run("encode", photos, latents, *model, "--overwrite"), "holds latents for training on")
-    refuse(run("decode", streams, out, *model, "--sample", 1), "give --sample to encode, not to decode")
-    refuse(run("decode", streams, out, *model, "--max-pixels", 0), "refuses every image")
-    refuse(run("decode", tmp_path / "none.lc", out, *model), "no .lc files there")
-    refuse(run("info", latents, "--model", model_file), "only .lc files are compared")
-    shutil.copytree(latents, streams, dirs_exist_ok=True)
-    refuse(run("decode", streams, out, *model), "holds both latents")
-    assert not out.exists() and (tmp_path / "file").read_text() == "mine"
+MISTAKES = {
+    "encode none out": "no such image, folder or tar file",
+    "encode photos/*.tif out": "no images there",
+    "encode photos out --model no-such-model": "neither a file nor a shipped model",
+    "encode photos out --model file": "not a safetensors file",
+    "encode photos file": "cannot be written into as a folder",
+    "encode photos out --background white": "'white' is not a colour",
+    "encode photos out --batch-size 0": "--batch-size 0",
+    "encode photos out --workers 0": "--workers 0",
+    "encode photos out --tile 90": "give 88 or 96",
+    "encode photos out --store float32": "--store is for --format safetensors",
+    "encode photos out --flips": "--flips is for --format safetensors",
+    "encode photos out --refine -1": "--refine -1 must not be negative",
+    "encode photos out --refine 2 --sample 1": "leave out one of them",
+    "encode photos out --step 1 --bpp 1": "--step 1 and --bpp 1 each decide",
+    f"encode photos out --sample {2**64}": "no seed of 64 bits",
+    "encode photos latents --overwrite": "holds latents for training on",
+    "decode photos out": "no latents there",
+    "decode none.lc out": "no .lc files there",
+    "decode streams out --sample 1": "give --sample to encode, not to decode",
+    "decode streams out --max-pixels 0": "refuses every image",
+    "decode both out": "holds both latents",
+    "info file": "not a safetensors file",
+    "info latents --model tiny": "only .lc files are compared",
+    "evaluate tiny photos --refine 2": "give --rd as well",
+    "evaluate tiny none --lpips-net none": "no such image",
+    "evaluate tiny photos --lpips-backbone none": "no such file",
+    "export none out": "neither a file nor a shipped model",
+    "export tiny photos": "is a folder",
+    "export tiny out --images 0": "at least 1",
+    f"encode photos out {LATENTS} --tar": "--tar is for --format lc",
+    f"encode photos out {LATENTS} --prior context --max-bytes 9": "--max-bytes and --prior are for --format lc",
+} | {
+    f"encode photos out {LATENTS} {flag} 1": f"{flag} is for --format lc"
+    for flag in ("--step", "--bpp", "--psnr", "--max-bytes", "--sample", "--refine")
+}
 
 
-def test_trouble_with_the_disk_is_2_and_one_line(
-    run: Run, photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_users_mistake_is_2_and_one_line_without_a_traceback(do: Do) -> None:
+    Path("file").write_text("mine")
+    assert do("encode photos streams").code == do(f"encode photos latents {LATENTS}").code == 0
+    shutil.copytree("streams", "both")
+    shutil.copytree("latents", "both", dirs_exist_ok=True)
+    for line, reason in MISTAKES.items():
+        refuse(do(line), reason)
+    assert not Path("out").exists() and Path("file").read_text() == "mine"
+
+
+def test_trouble_with_the_disk_is_2_and_one_line(do: Do, monkeypatch: pytest.MonkeyPatch) -> None:
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr("latent_codec.storage.tensors.save_file", full)
-    refuse(run("encode", photos, tmp_path / "out", "--model", model_file, *LATENTS), "No space left on device")
-    refuse(run("export", model_file, tmp_path / "m.safetensors"), "No space left on device")
+    refuse(do(f"encode photos out {LATENTS}"), "No space left on device")
+    refuse(do("export tiny m.safetensors"), "No space left on device")
 
 
-def test_a_bug_is_not_hidden_as_a_users_mistake(
-    photos: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encode_lc, "find_images", mock.Mock(side_effect=ZeroDivisionError))
+def test_a_bug_is_not_hidden_as_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Codec, "load", mock.Mock(side_effect=ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
-        cli.main(["encode", str(photos), str(tmp_path / "out"), "--model", str(model_file)])
+        cli.main(["encode", "photos", "out"])
 
 
-def test_ctrl_c_is_130_and_what_was_made_before_stays(
-    run: Run, three_units: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_is_130_and_what_was_made_before_stays(do: Do, three_units: Path) -> None:
     read, last = Source.read_bytes, max(path.name for path in three_units.iterdir())
 
     def interrupt(source: Source) -> bytes:
@@ -317,27 +303,26 @@ def test_ctrl_c_is_130_and_what_was_made_before_stays(
             raise KeyboardInterrupt
         return read(source)
 
-    monkeypatch.setattr(Source, "read_bytes", interrupt)
-    options = ("--model", model_file, *LATENTS, "--batch-size", 1, "--workers", 1)
-    assert run("encode", three_units, tmp_path / "z", *options) == (130, "", "latent-codec: interrupted\n")
-    assert {Path(name).suffix for name in files_of(tmp_path / "z")} == {".json", ".safetensors"}
-    done = len(Latents(tmp_path / "z").entries)
+    line = f"encode {three_units} z {LATENTS} --batch-size 1 --workers 1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "read_bytes", interrupt)
+        assert do(line) == (130, "", "latent-codec: interrupted\n")
+    assert {Path(name).suffix for name in files_of(Path("z"))} == {".json", ".safetensors"}
+    done = len(Latents(Path("z")).entries)
     assert 1 <= done < 3
-    monkeypatch.undo()
-    assert run("encode", three_units, tmp_path / "z", *options).out.startswith(f"encoded {3 - done} of 3 images, ")
+    assert do(line).out.startswith(f"encoded {3 - done} of 3 images, ")
 
 
-def test_models_are_described_measured_and_exported(
-    run: Run, photos: Path, latents: Path, model_file: Path, codec: Codec, tmp_path: Path
-) -> None:
-    model, folder = run("info", model_file), run("info", latents)
+def test_models_are_described_measured_and_exported(do: Do, codec: Codec) -> None:
+    assert do(f"encode photos latents {LATENTS}").code == 0
+    model, folder = do("info tiny"), do("info latents")
     assert (model.code, folder.code) == (0, 0)
     assert codec.model_id in model.out and codec.model_id in folder.out and "3 images" in folder.out
-    result = run("evaluate", model_file, photos, "--out", tmp_path / "out", "--lpips-net", "none")
+    result = do("evaluate tiny photos --out out --lpips-net none")
     assert result.code == 0 and "psnr" in result.out and "disk_bpp" in result.out
-    assert (tmp_path / "out" / "results.json").is_file()
-    result = run("export", model_file, tmp_path / "m.safetensors", "--data", photos, "--images", 2, "--half")
-    exported = Codec.load(tmp_path / "m.safetensors")
+    assert Path("out/results.json").is_file()
+    result = do("export tiny m.safetensors --data photos --images 2 --half")
+    exported = Codec.load(Path("m.safetensors"))
     assert result.code == 0 and exported.model_id in result.out
     assert exported.statistics is not None and exported.statistics.images == 2
 

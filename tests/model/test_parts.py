@@ -1,6 +1,7 @@
-"""Add a backbone, a bottleneck and a likelihood as their registries say: a config, a class and a line each."""
+"""Build a codec of its parts: of new ones, added as their registries say, and of none where a config makes no part."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import pytest
@@ -9,11 +10,21 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from latent_codec.model.bottlenecks import BOTTLENECKS
-from latent_codec.model.config import CodecConfig
+from latent_codec.model.codebooks import MOST_CODES
+from latent_codec.model.config import (
+    CodecConfig,
+    DiagonalGaussianConfig,
+    DiscretizedLogisticConfig,
+    FiniteScalarConfig,
+    GaussianConfig,
+    LinearConfig,
+    VectorQuantizerConfig,
+)
 from latent_codec.model.likelihoods import LIKELIHOODS, Likelihood
 from latent_codec.model.networks import BACKBONES, Backbone, BackboneShape
+from latent_codec.model.parts import build
 from latent_codec.model.posteriors import Identity
-from tests.support.networks import make_codec
+from tests.support.networks import CONV, LITE, MLP, config_of, make_codec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,3 +87,43 @@ def test_a_codec_is_made_of_registered_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert codec.likelihood.log_prob(
         codec.likelihood_params(posterior.mode()), codec.likelihood.from_uint8(x)
     ).shape == (2,)
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("backbone", LinearConfig(patch=4, overlap=-1), "overlap -1 must be from 0 to the patch of 4 pixels"),
+    ("backbone", LinearConfig(patch=4, overlap=5), "overlap 5 must be from 0 to the patch of 4 pixels"),
+    ("classes", ("a", "b"), "linear: principal components have no place for 2 classes"),
+    *(
+        ("backbone", dataclasses.replace(LITE, **change), message)
+        for change, message in (
+            ({"stem": 1, "patch": 2}, r"stem 1 .*at least 2"),
+            ({"encoder_widths": (), "encoder_depths": ()}, "encoder_widths"),
+            ({"encoder_depths": (1,)}, r"encoder_widths.*encoder_depths"),
+            ({"decoder_depths": (1, 1, 1)}, r"decoder_widths.*decoder_depths"),
+            ({"patch": 16}, r"patch of 16.*encoder_widths"),
+            ({"patch": 12}, "patch of 12"),  # no power of two times the stem
+            ({"decoder_widths": (8, 8, 8), "decoder_depths": (1, 1, 1)}, "decoder_widths"),
+        )
+    ),
+    ("backbone", dataclasses.replace(CONV, widths=(8, 12), groups=8), "groups 8"),
+    ("backbone", dataclasses.replace(CONV, widths=(12, 8), groups=12), "groups 12"),
+    ("backbone", dataclasses.replace(MLP, side=0), "side 0"),
+    ("backbone", dataclasses.replace(MLP, decoder_widths=(8, 0)), "decoder_widths"),
+    *(
+        ("bottleneck", DiagonalGaussianConfig(logvar_min=low, logvar_max=high), r"logvar_min.*logvar_max")
+        for low, high in ((1.0, 1.0), (2.0, -2.0), (math.nan, 1.0), (0.0, math.nan))
+    ),
+    *(("bottleneck", VectorQuantizerConfig(codes=n), f"codes {n}") for n in (-1, 1, MOST_CODES + 1)),
+    *(
+        ("bottleneck", FiniteScalarConfig(levels=levels), "fsq: levels")
+        for levels in ((), (4, 4, 4), (1, 4, 4, 4), (-2, -2, 2, 2), (16, 16, 16, 8))
+    ),
+    *(("likelihood", GaussianConfig(scale="fixed", sigma=sigma), "sigma") for sigma in (0.0, -0.1, math.nan)),
+    *(("likelihood", DiscretizedLogisticConfig(components=n), "components") for n in (0, -1)),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG)
+def test_a_config_that_makes_no_model_is_an_error_that_names_the_field(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(dataclasses.replace(config_of(LinearConfig(patch=4)), **{field: value}))

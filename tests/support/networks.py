@@ -14,6 +14,7 @@ from latent_codec.model.config import (
     GaussianConfig,
     LikelihoodConfig,
     LiteConfig,
+    MLPConfig,
 )
 from latent_codec.model.networks import BackboneShape
 from latent_codec.model.networks.linear import PatchMoments
@@ -38,6 +39,7 @@ ONE_RESOLUTION = LiteConfig(
 CONV = ConvConfig(
     widths=(8, 16, 16), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
 )
+MLP = MLPConfig(side=4, encoder_widths=(12, 8), decoder_widths=(10,), activation="tanh")
 FIXED = GaussianConfig(scale="fixed", sigma=0.1)
 
 

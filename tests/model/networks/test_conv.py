@@ -86,9 +86,3 @@ def test_conv_has_the_248_tensors_of_the_true_sd_shape() -> None:
     assert shapes(ours) == shapes(theirs)
     assert ours.factor == 8
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863  # the published size
-
-
-@pytest.mark.parametrize(("widths", "groups"), [((8, 12), 8), ((12, 8), 12)])
-def test_groups_that_do_not_divide_every_width_are_an_error(widths: tuple[int, ...], groups: int) -> None:
-    with pytest.raises(ValueError, match=rf"groups {groups}"):
-        ConvBackbone(conv_config(widths, groups), shape())

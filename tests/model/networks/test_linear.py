@@ -143,12 +143,6 @@ def test_a_latent_sees_and_makes_its_patch_and_the_overlap_around_it(
     assert network.encoder_margin == network.decoder_margin == bool(overlap)
 
 
-@pytest.mark.parametrize("overlap", [-1, 5])
-def test_an_overlap_beyond_the_next_patch_is_refused(overlap: int) -> None:
-    with pytest.raises(ValueError, match=f"overlap {overlap} must be from 0 to the patch of 4 pixels"):
-        LinearBackbone(LinearConfig(patch=4, overlap=overlap), shape(z=2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_leaves_a_linear_path_in_float32(dtype: torch.dtype) -> None:
     network = LinearBackbone(LinearConfig(patch=4), shape(z=6))

@@ -1,7 +1,5 @@
 """The lite backbone sees a finite neighbourhood, stays cheap, and starts as nearly its linear path."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -100,20 +98,3 @@ def test_it_takes_the_closed_form_into_its_linear_path() -> None:
         backbone.start_from_closed_form(photograph_moments(3, 8), 0.1)
     for name, tensor in linear.state_dict().items():
         assert torch.equal(network.linear.state_dict()[name], tensor)
-
-
-WRONG = {
-    "full resolution": ({"stem": 1, "patch": 2}, r"stem 1 .*at least 2"),
-    "no resolution": ({"encoder_widths": (), "encoder_depths": ()}, "encoder_widths"),
-    "encoder depths too few": ({"encoder_depths": (1,)}, r"encoder_widths.*encoder_depths"),
-    "decoder depths too many": ({"decoder_depths": (1, 1, 1)}, r"decoder_widths.*decoder_depths"),
-    "patch too large for the encoder": ({"patch": 16}, r"patch of 16.*encoder_widths"),
-    "patch no power of two times stem": ({"patch": 12}, "patch of 12"),
-    "decoder of other factor": ({"decoder_widths": (8, 8, 8), "decoder_depths": (1, 1, 1)}, "decoder_widths"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_a_config_that_does_not_fit_is_an_error_that_names_the_field(change: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LiteBackbone(dataclasses.replace(LITE, **change), shape())

@@ -7,10 +7,10 @@ import torch
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import LinearConfig, MLPConfig
+from latent_codec.model.config import LinearConfig
 from latent_codec.model.networks import BACKBONES
 from latent_codec.storage.json_config import to_json
-from tests.support.networks import CONV, LITE, ONE_RESOLUTION, SMALL_LITE, config_of, make_codec, shape
+from tests.support.networks import CONV, LITE, MLP, ONE_RESOLUTION, SMALL_LITE, config_of, make_codec, shape
 
 EVERY_KIND = {
     "linear": LinearConfig(patch=4),
@@ -19,7 +19,7 @@ EVERY_KIND = {
     "small lite": SMALL_LITE,
     "one resolution": ONE_RESOLUTION,
     "conv": CONV,
-    "mlp": MLPConfig(side=4, encoder_widths=(12, 8), decoder_widths=(10,), activation="tanh"),
+    "mlp": MLP,
 }
 every_kind = pytest.mark.parametrize("config", EVERY_KIND.values(), ids=EVERY_KIND)
 conditional = pytest.mark.parametrize(
@@ -77,11 +77,6 @@ def test_without_classes_labels_change_nothing_and_the_config_names_none(config:
     assert torch.equal(codec.encode(x).mean, codec.encode(x, torch.tensor([5, -1])).mean)
     assert "classes" not in to_json(codec.config)
     assert codec.class_numbers([None, "a"]).tolist() == [0, 0]
-
-
-def test_the_linear_backbone_takes_no_classes() -> None:
-    with pytest.raises(ValueError, match="linear: principal components have no place for 2 classes"):
-        make(LinearConfig(patch=4), "a", "b")
 
 
 def test_classes_are_numbered_by_name_and_strangers_refused() -> None:

@@ -169,9 +169,7 @@ def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, mo
         export(Path("no such model"), photos.parent / "m.safetensors", data=(photos,), images=1, half=False)
 
 
-def test_the_quantiser_follows_the_posterior_and_the_prior_covers_what_it_was_measured_on(
-    codec: Codec, photos: Path
-) -> None:
+def test_the_quantiser_follows_the_posterior_and_the_prior_covers_its_data(codec: Codec, photos: Path) -> None:
     two = Codec(dataclasses.replace(codec.config, image_channels=2))
     with pytest.raises(UserError, match="images of 2 channels"):
         calibrate(two, find_images(photos), "five", quiet=True)
@@ -193,9 +191,7 @@ def test_a_model_with_hardly_any_noise_gets_steps_that_its_latents_fit() -> None
     assert np.allclose(channel_steps_from_std(std, posterior_std), np.sqrt(12) * np.array([5 / 1024, 1.0]))
 
 
-def test_measuring_anew_drops_a_context_prior_and_says_so(
-    photos: Path, model_file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_new_statistics_drop_a_context_prior(photos: Path, model_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = photos.parent / "out.safetensors"
     kept = export(model_file, out, data=(), images=1, half=False).priors
     assert kept is not None and kept.context is not None and not caplog.text

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from latent_codec.bitstream import container
-from latent_codec.bitstream import stream_codec as streams_module
 from latent_codec.bitstream.container import OVERHEAD, unpack
 from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
@@ -62,6 +61,12 @@ def test_counting_leaves_no_trace_and_needs_no_memory(codec: Codec) -> None:
     assert torch.zeros(1).device.type == "cpu"
 
 
+def described(codec: Codec, folder: Path) -> str:
+    """Describe a codec's model file."""
+    codec.save(folder / "m.safetensors")
+    return describe(str(folder / "m.safetensors"))
+
+
 def test_a_models_id_size_and_parts_are_said(codec: Codec, model_file: Path) -> None:
     text = describe(str(model_file))
     assert codec.model_id in text
@@ -73,21 +78,21 @@ def test_a_models_id_size_and_parts_are_said(codec: Codec, model_file: Path) -> 
 
 
 def test_a_factor_that_does_not_divide_256_is_no_obstacle(codec: Codec, tmp_path: Path) -> None:
-    config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=6))
-    Codec(config).save(tmp_path / "m.safetensors")
-    text = describe(str(tmp_path / "m.safetensors"))
+    text = described(Codec(dataclasses.replace(codec.config, backbone=LinearConfig(patch=6))), tmp_path)
     assert "258x258 image" in text and "statistics  none" in text
 
 
 def test_training_is_described_from_an_exports_provenance(codec: Codec, tmp_path: Path) -> None:
     training = {"data_images": 12, "data": ["a.tar", "b.tar"], "git_commit": "abc"}
     codec.provenance = {"progress": {"step": 7, "skipped": 0, "minutes": 3.2}, "training": training}
-    codec.save(tmp_path / "m.safetensors")
-    assert "7 steps, 3 minutes, 12 images of a.tar, b.tar, commit abc" in describe(str(tmp_path / "m.safetensors"))
+    assert "7 steps, 3 minutes, 12 images of a.tar, b.tar, commit abc" in described(codec, tmp_path)
     for provenance in ({"progress": 5}, {"progress": {"step": 1}}, {"imported_from": "elsewhere"}):
         codec.provenance = provenance
-        codec.save(tmp_path / "m.safetensors")
-        assert str(next(iter(provenance))) in describe(str(tmp_path / "m.safetensors"))
+        assert str(next(iter(provenance))) in described(codec, tmp_path)
+
+
+def change(codec: Codec) -> None:
+    codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
 
 
 @pytest.fixture
@@ -98,9 +103,7 @@ def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "latents"
 
 
-def test_latents_are_counted_with_their_real_bytes_and_a_shard_by_itself(
-    codec: Codec, latents: Path, tmp_path: Path
-) -> None:
+def test_latents_are_counted_with_their_real_bytes(codec: Codec, latents: Path, tmp_path: Path) -> None:
     text = describe(str(latents))
     (shard,) = latents.glob("*.safetensors")
     size = shard.stat().st_size
@@ -115,25 +118,26 @@ def test_latents_are_counted_with_their_real_bytes_and_a_shard_by_itself(
 
 
 def test_priors_are_described(codec: Codec, tmp_path: Path) -> None:
-    def text() -> str:
-        codec.save(tmp_path / "m.safetensors")
-        return describe(str(tmp_path / "m.safetensors"))
-
     assert codec.priors is not None and codec.priors.context is not None
-    assert f"factorized: {len(codec.priors.factorized.tables)} tables" in text()
-    assert "context: groups of 1, 3 channels, levels 2, width 8, 481 tables; streams of format 3" in text()
-    assert "steps of 0.1 to 0.25" in text()
+    text = described(codec, tmp_path)
+    assert f"factorized: {len(codec.priors.factorized.tables)} tables" in text and "steps of 0.1 to 0.25" in text
+    assert "context: groups of 1, 3 channels, levels 2, width 8, 481 tables; streams of format 3" in text
     codec.priors = codec.priors._replace(context=context_prior((1, 3), 8, 0, centred=True))
-    assert "groups of 1, 3 channels, width 8, 481 tables; streams of format 2" in text()
+    assert "groups of 1, 3 channels, width 8, 481 tables; streams of format 2" in described(codec, tmp_path)
     codec.priors = codec.priors._replace(context=None)
-    assert "context" not in text()
+    assert "context" not in described(codec, tmp_path)
     codec.priors = None
-    assert "priors      none" in text()
+    assert "priors      none" in described(codec, tmp_path)
 
 
 @pytest.fixture
 def streams(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
-    """Make plain.png.lc with the context prior, and special.jpg.lc: grey, rotated, dithered, factorised, step 1/2."""
+    """Make plain.png.lc with the context prior, and special.jpg.lc: grey, rotated, dithered, factorised, step 1/2.
+
+    Their model, ../maker.safetensors, makes streams in no other module.
+    """
+    change(codec)
+    codec.save(tmp_path / "maker.safetensors")
     exif = Image.Exif()
     exif[0x0112] = 6
     plain = draw(tmp_path / "src" / "plain.png", 16, 16)
@@ -159,44 +163,40 @@ def test_a_stream_is_described_without_its_model(streams: Path) -> None:
     assert "factorized" in text and header.stream_id.hex() in text
 
 
-def test_a_streams_model_is_recognised(streams: Path, codec: Codec, model_file: Path, tmp_path: Path) -> None:
+def test_a_streams_model_is_recognised(streams: Path, codec: Codec, tmp_path: Path) -> None:
+    maker, other = str(tmp_path / "maker.safetensors"), tmp_path / "other.safetensors"
     for name in ("plain.png.lc", "special.jpg.lc"):
-        assert f"model       {model_file} (" in describe(str(streams / name), str(model_file))
-    codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
-    codec.save(tmp_path / "other.safetensors")
-    assert "model       not " in describe(str(streams / "plain.png.lc"), str(tmp_path / "other.safetensors"))
-    codec.priors = None
-    codec.save(tmp_path / "none.safetensors")
-    assert "model       not " in describe(str(streams / "plain.png.lc"), str(tmp_path / "none.safetensors"))
+        assert f"model       {maker} (" in describe(str(streams / name), maker)
+    change(codec)
+    for priors in (codec.priors, None):
+        codec.priors = priors
+        codec.save(other)
+        assert "model       not " in describe(str(streams / "plain.png.lc"), str(other))
     with pytest.raises(UserError, match="neither a file nor a shipped model"):
         describe(str(streams / "plain.png.lc"), "no-such-model")
 
 
-def test_a_stream_of_a_shipped_model_names_it_unasked(
-    streams: Path, codec: Codec, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stream_of_a_shipped_model_names_it_and_so_does_the_error_of_decoding_it_with_another(
+    streams: Path, codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And so does the error of decoding it with another one."""
     monkeypatch.setattr("latent_codec.model.shipped.FOLDERS", (tmp_path / "shipped",))
     assert "model       stream id " in describe(str(streams / "plain.png.lc"))  # no model is there
     (tmp_path / "shipped").mkdir()
-    (tmp_path / "shipped" / "maker.safetensors").write_bytes(model_file.read_bytes())
-    codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
+    (tmp_path / "maker.safetensors").rename(tmp_path / "shipped" / "maker.safetensors")
+    change(codec)
     codec.save(tmp_path / "shipped" / "another.safetensors")
     for name in ("plain.png.lc", "special.jpg.lc"):
         assert "model       maker (" in describe(str(streams / name))
-    streams_module.remedy.cache_clear()
-    stream = unpack((streams / "plain.png.lc").read_bytes())
     with pytest.raises(UserError, match="give --model maker, which made it"):
-        StreamReader(codec, "cpu").check(stream)
-    streams_module.remedy.cache_clear()
+        StreamReader(codec, "cpu").check(unpack((streams / "plain.png.lc").read_bytes()))
 
 
-def test_a_folder_of_streams_is_counted_with_its_real_bytes(streams: Path, model_file: Path) -> None:
-    text = describe(str(streams), str(model_file))
+def test_a_folder_of_streams_is_counted_with_its_real_bytes(streams: Path, tmp_path: Path) -> None:
+    text = describe(str(streams), str(tmp_path / "maker.safetensors"))
     size = sum(f.stat().st_size for f in streams.glob("*.lc"))
     assert "2 images" in text and f"{8 * size / (256 + 600):.3f} bits per pixel" in text
     assert "1 rounded, 1 dithered, step 0.5 to 1" in text
-    assert text.count(f"model       {model_file} (") == 2  # a stream id for each prior
+    assert text.count(f"model       {tmp_path / 'maker.safetensors'} (") == 2  # a stream id for each prior
 
 
 def test_damaged_streams_are_refused_by_name(streams: Path) -> None:

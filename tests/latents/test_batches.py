@@ -27,9 +27,7 @@ def epoch_of(
 @given(
     st.lists(st.sampled_from([(1, 1), (2, 1), (2, 2)]), min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 5)
 )
-def test_ranks_share_out_every_item_in_batches_of_one_shape(
-    shapes: list[tuple[int, int]], size: int, world: int
-) -> None:
+def test_ranks_share_every_item_in_batches_of_one_shape(shapes: list[tuple[int, int]], size: int, world: int) -> None:
     ranks = epoch_of(shapes, size, world)
     assert len({len(rank) for rank in ranks}) == 1
     taken = [rank[i] for i in range(len(ranks[0])) for rank in ranks]  # as they come in time

@@ -130,14 +130,8 @@ def test_persistent_workers_draw_each_epochs_own_noise(latents: Latents) -> None
     expected = {epoch: drawn(latents, epoch) for epoch in (0, 1)}
     latents.set_epoch(9)  # plays no part
     batches = ShapeBatches(latents.shapes, 4)
-    loader = DataLoader(
-        latents,
-        sampler=batches,
-        batch_size=None,
-        num_workers=1,
-        persistent_workers=True,
-        multiprocessing_context="spawn",
-    )
+    options: Any = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    loader = DataLoader(latents, sampler=batches, batch_size=None, **options)
     for epoch in (0, 1):
         batches.set_epoch(epoch)
         found = dict(found_in(loader))
@@ -198,9 +192,7 @@ SHARDS: dict[str, dict[str, torch.Tensor] | bytes | None] = {
 
 
 @pytest.mark.parametrize("content", SHARDS.values(), ids=SHARDS)
-def test_a_shard_without_the_latent_is_refused_by_the_images_name(
-    codec: Codec, tmp_path: Path, content: dict[str, torch.Tensor] | bytes | None
-) -> None:
+def test_a_shard_without_the_latent_is_refused_by_the_images_name(codec: Codec, tmp_path: Path, content: Any) -> None:
     latents = write(tmp_path, codec, [row_of("a.png", side=16)])
     shard = tmp_path / latents.entries[0].shard
     shard.unlink()

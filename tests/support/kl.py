@@ -1,6 +1,7 @@
 """Make small autoencoders with the shapes of known ones: random codecs, diffusers' own, and the original layout."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,7 @@ from latent_codec.model.file import LatentStatistics
 from latent_codec.model.networks.conv import ConvBackbone
 
 SD = ConvConfig(
-    widths=(32, 32, 64),
-    layers_per_block=2,
-    groups=32,
-    mid_attention=True,
-    quant_conv=True,
-    post_quant_conv=True,
+    widths=(32, 32, 64), layers_per_block=2, groups=32, mid_attention=True, quant_conv=True, post_quant_conv=True
 )
 NO_QUANT = dataclasses.replace(SD, quant_conv=False, post_quant_conv=False)
 SMALL = dataclasses.replace(SD, widths=(32, 32), layers_per_block=1, mid_attention=False)
@@ -52,13 +48,8 @@ def codec(
     randomize(made)
     generator = torch.Generator().manual_seed(channels)
     mean, std = torch.randn(channels, generator=generator), 0.2 + 4 * torch.rand(channels, generator=generator)
-    made.statistics = LatentStatistics(
-        source="made up",
-        images=3,
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
-        posterior_std=(0.5,) * channels,
-    )
+    moments: Any = {"mean": tuple(mean.tolist()), "std": tuple(std.tolist()), "posterior_std": (0.5,) * channels}
+    made.statistics = LatentStatistics(source="made up", images=3, **moments)
     made.provenance = {"note": "random weights"}
     return made
 
@@ -92,51 +83,33 @@ def autoencoder(backbone: ConvConfig = SMALL, channels: int = 4, **settings: Any
     return made.eval()
 
 
+_LDM_NAMES = {
+    "down_blocks.": "down.",
+    "up_blocks.": "up.",
+    ".resnets.": ".block.",
+    "samplers.0.": "sample.",
+    "mid_block.block.0": "mid.block_1",
+    "mid_block.block.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_out.0": "proj_out",
+    "to_": "",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+}
+"""The original code's words for AutoencoderKL's, replaced one after the other."""
+
+
 def to_ldm(tensors: dict[str, torch.Tensor], *, linear_attention: bool = False) -> dict[str, torch.Tensor]:
-    """Name and shape AutoencoderKL's tensors as the original code of latent diffusion does, by walking its modules."""
-    left, found = dict(tensors), {}
-
-    def move(theirs: str, ours: str, square: bool = False) -> None:
-        for kind in ("weight", "bias"):
-            tensor = left.pop(f"{ours}.{kind}")
-            found[f"{theirs}.{kind}"] = tensor[:, :, None, None] if square and tensor.ndim == 2 else tensor
-
-    def move_block(theirs: str, ours: str) -> None:
-        for name in ("norm1", "conv1", "norm2", "conv2"):
-            move(f"{theirs}.{name}", f"{ours}.{name}")
-        if f"{ours}.conv_shortcut.weight" in left:
-            move(f"{theirs}.nin_shortcut", f"{ours}.conv_shortcut")
-
-    def move_middle(side: str) -> None:
-        move_block(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0")
-        move_block(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1")
-        attention = f"{side}.mid_block.attentions.0"
-        if f"{attention}.to_q.weight" in left:
-            move(f"{side}.mid.attn_1.norm", f"{attention}.group_norm")
-            for theirs, ours in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
-                move(f"{side}.mid.attn_1.{theirs}", f"{attention}.{ours}", square=not linear_attention)
-
-    stages = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down_blocks."))
-    blocks = len({name.split(".")[4] for name in tensors if name.startswith("encoder.down_blocks.0.resnets.")})
-    for level in range(stages):
-        ours = f"decoder.up_blocks.{stages - 1 - level}"  # theirs are numbered by resolution, the finest first
-        for j in range(blocks):
-            move_block(f"encoder.down.{level}.block.{j}", f"encoder.down_blocks.{level}.resnets.{j}")
-        for j in range(blocks + 1):
-            move_block(f"decoder.up.{level}.block.{j}", f"{ours}.resnets.{j}")
-        if level != stages - 1:
-            move(f"encoder.down.{level}.downsample.conv", f"encoder.down_blocks.{level}.downsamplers.0.conv")
-        if level != 0:
-            move(f"decoder.up.{level}.upsample.conv", f"{ours}.upsamplers.0.conv")
-    for side in ("encoder", "decoder"):
-        move_middle(side)
-        move(f"{side}.conv_in", f"{side}.conv_in")
-        move(f"{side}.norm_out", f"{side}.conv_norm_out")
-        move(f"{side}.conv_out", f"{side}.conv_out")
-    for name in ("quant_conv", "post_quant_conv"):
-        if f"{name}.weight" in left:
-            move(name, name)
-    assert not left, sorted(left)
+    """Name and shape AutoencoderKL's tensors as the original code of latent diffusion does."""
+    stages, found = 1 + max(int(n.split(".")[2]) for n in tensors if n.startswith("encoder.down_blocks.")), {}
+    for name, tensor in tensors.items():
+        for ours, theirs in _LDM_NAMES.items():
+            name = name.replace(ours, theirs)
+        # Theirs are numbered by resolution, the finest first.
+        name = re.sub(r"(?<=decoder\.up\.)\d+", lambda m: str(stages - 1 - int(m[0])), name)
+        is_matrix = ".attn_1." in name and tensor.ndim == 2 and not linear_attention
+        found[name] = tensor[:, :, None, None] if is_matrix else tensor
     return found
 
 
@@ -167,3 +140,14 @@ def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 2e-5
     """Compare to float32's rounding error on values of about 1 after some twenty layers."""
     assert one.shape == other.shape
     assert (one.float() - other.float()).abs().max().item() <= tolerance * max(other.abs().max().item(), 1)
+
+
+def assert_same_model(made: Codec, model: Any, mean: Any = 0.0, std: Any = 1.0, tolerance: float = 2e-5) -> None:
+    """Check that diffusers' model has the codec's posterior and pixels, in latents (z - mean) / std."""
+    x, mean, std = pixels(), torch.as_tensor(mean), torch.as_tensor(std)
+    with torch.inference_mode():
+        ours, theirs = made.encode(x), model.encode(x).latent_dist
+        assert_close(theirs.mean * std + mean, ours.mean, tolerance)
+        assert_close(theirs.std * std, ours.std, tolerance)
+        assert_close(theirs.logvar + 2 * std.log(), ours.logvar, tolerance)
+        assert_close(model.decode((ours.mean - mean) / std).sample, made.decode(ours.mean), tolerance)

@@ -55,7 +55,7 @@ def test_mar_gives_back_every_number(shared_codec: Codec, mixed: Latents, tmp_pa
     assert files_of(tmp_path / "again") == files_of(tmp_path / "cache")
 
 
-def test_edm2_gives_back_means_exactly_and_variances_to_rounding(
+def test_edm2_gives_back_exact_means_and_rounded_variances(
     shared_codec: Codec, latents: Latents, tmp_path: Path
 ) -> None:
     made(latents, "edm2", tmp_path / "cache")
@@ -141,9 +141,7 @@ OTHERS: dict[CacheName, tuple[str, tuple[int, int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("source", OTHERS)
-def test_files_of_the_program_itself_are_read(
-    shared_codec: Codec, others: Path, tmp_path: Path, source: CacheName
-) -> None:
+def test_files_of_other_programs_are_read(shared_codec: Codec, others: Path, tmp_path: Path, source: CacheName) -> None:
     path, size, given = OTHERS[source]
     given = given | {"store": "float32"}
     assert not back(shared_codec, source, others / source, tmp_path / "out", **given).summary.failures
@@ -159,9 +157,7 @@ def test_files_of_the_program_itself_are_read(
 
 
 @pytest.mark.parametrize("source", EVERY)
-def test_a_damaged_file_is_named_and_costs_no_other(
-    shared_codec: Codec, latents: Latents, tmp_path: Path, source: CacheName
-) -> None:
+def test_a_damaged_file_fails_alone(shared_codec: Codec, latents: Latents, tmp_path: Path, source: CacheName) -> None:
     """Shards are refused, because their images are not known."""
     made(latents, source, tmp_path / "cache", **EVERY[source])
     bad, *others = sorted(path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".pt")

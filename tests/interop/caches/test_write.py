@@ -78,7 +78,7 @@ def test_seed_and_epoch_choose_the_draw(latents: Latents, tmp_path: Path, to: Ca
 
 
 @pytest.mark.parametrize("to", EVERY)
-def test_a_damaged_image_is_named_and_costs_no_other_where_files_are_not_shared(
+def test_a_damaged_image_fails_alone_unless_files_are_shared(
     shared_codec: Codec, tmp_path: Path, to: CacheName
 ) -> None:
     latents = store(tmp_path / "z", shared_codec)
@@ -175,9 +175,7 @@ REFUSED: list[tuple[CacheName, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("to", "given", "reason"), REFUSED)
-def test_options_that_make_no_difference_are_refused(
-    latents: Latents, tmp_path: Path, to: CacheName, given: dict[str, Any], reason: str
-) -> None:
+def test_useless_options_are_refused(latents: Latents, tmp_path: Path, to: CacheName, given: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         made(latents, to, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()

@@ -65,10 +65,8 @@ class ContextConfig:
 
     def __post_init__(self) -> None:
         """Drop zeros at the end of `levels`, so that a prior has one configuration only."""
-        levels = list(self.levels)
-        while levels and levels[-1] == 0:
-            levels.pop()
-        object.__setattr__(self, "levels", tuple(levels))
+        used = max((i for i, n in enumerate(self.levels, 1) if n), default=0)
+        object.__setattr__(self, "levels", tuple(self.levels[:used]))
 
 
 class Layer(NamedTuple):
@@ -79,10 +77,8 @@ class Layer(NamedTuple):
     shift: torch.Tensor  # (out,) int32, 1 to 20
 
 
-class PassNetwork(NamedTuple):
-    """Predict one pass by layers of 3x3, 3x3 and 1x1 with activations clipped to 0 .. 127, then 1x1."""
-
-    layers: tuple[Layer, Layer, Layer, Layer]
+PassNetwork = tuple[Layer, ...]
+"""Predicts one pass by layers of 3x3, 3x3 and 1x1 with activations clipped to 0 .. 127, then 1x1."""
 
 
 def pass_layouts(config: ContextConfig) -> list[PassLayout]:
@@ -184,7 +180,7 @@ class ContextPrior:
         dtype = self.dtype or (torch.float32 if device.split(":")[0] == "cpu" else torch.float64)
         layers = [
             _to_floats(layer, taps, device, dtype)
-            for layer, taps in zip(self.networks[number].layers, (9, 9, 1, 1), strict=True)
+            for layer, taps in zip(self.networks[number], (9, 9, 1, 1), strict=True)
         ]
         (b, h, w), outputs = x.shape[:3], []
         x = pad(x.to(device, dtype), (0, 0, 1, 1, 1, 1))  # (b, h + 2, w + 2, c)
@@ -234,7 +230,7 @@ def _check(prior: ContextPrior) -> None:
     for layout, network in zip(prior.layouts, prior.networks, strict=True):
         inputs = (layout.inputs + SIGNALS) * 9, width * 9, width, width
         outputs = width, width, width, 2 * (layout.stop - layout.start)
-        for layer, *shape in zip(network.layers, outputs, inputs, strict=True):
+        for layer, *shape in zip(network, outputs, inputs, strict=True):
             _check_layer(layer, tuple(shape))
 
 

@@ -62,8 +62,3 @@ class Feedback(NamedTuple):
             for top, bottom in strips((b, h, w), self.max_positions)
         ]
         return torch.cat(parts, 1).mT.numpy() * -(2.0**-WEIGHT_BITS / FINE)  # (b, g, n)
-
-
-def exact_errors(fine: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """Return the rounding errors of latents given in steps, as whole fine units in float64."""
-    return fine - np.rint(latents * FINE)

@@ -51,7 +51,7 @@ class FactorizedPrior:
         offset = batch.dithers.reshape(*batch.dithers.shape[:2], -1)  # (b, z, h * w)
         first = [0 if self.codes is not None else quarter_octave(int(step)) * self.channels for step in batch.steps]
         tables = np.array(first)[:, None, None] + np.arange(self.channels)[:, None]
-        return Prediction(offset, np.zeros_like(offset), np.broadcast_to(tables, offset.shape))
+        return Prediction(offset, np.zeros((1, 1, 1), np.int64), np.broadcast_to(tables, offset.shape))
 
 
 _OUTSIDE = 1e-5  # share of the values, at either end, that a table may leave to its escape

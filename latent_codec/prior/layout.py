@@ -18,16 +18,11 @@ class Sites(enum.Enum):
 
     def mask(self, size: Sequence[int]) -> np.ndarray:
         """Return these sites of a grid of `size` (h, w) as (h, w) bool."""
+        if self is Sites.ALL:
+            return np.ones(tuple(size), bool)
         row, column = np.arange(size[0])[:, None] % 2, np.arange(size[1]) % 2
-        match self:
-            case Sites.EVEN:
-                return row == column
-            case Sites.ODD:
-                return row != column
-            case Sites.CENTRES:
-                return (row & column).astype(bool)
-            case Sites.ALL:
-                return np.ones(tuple(size), bool)
+        masks = {Sites.EVEN: row == column, Sites.ODD: row != column, Sites.CENTRES: (row & column) == 1}
+        return masks[self]
 
 
 class PassLayout(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from latent_codec.errors import UserError
 from latent_codec.prior.context import ContextPrior
-from latent_codec.prior.error_feedback import Feedback, exact_errors
+from latent_codec.prior.error_feedback import Feedback
 from latent_codec.prior.factorized import FactorizedPrior
 from latent_codec.prior.quantizer import FINE, Quantized, QuantizerSettings, Scaled, stack, to_integers
 from latent_codec.prior.rans import Coder, Decoder, PassSymbols
@@ -47,12 +47,14 @@ def quantize(
             shift = feedback.shift(errors[:, seen], seen, channels, layout.mask(latents.shape[2:]))
             target = mean + np.where(dithered, 0, shift)
         values = to_integers(target, prediction.offset, dithered)
-        for passes, rest, table in zip(coded, values - prediction.centre, prediction.table, strict=True):
-            passes.append((rest.reshape(-1), table.reshape(-1)))
-        decoded = values * FINE + prediction.offset
+        decoded = values * FINE
+        decoded += prediction.offset
         layout.put(fine, prior.order, decoded)
+        values -= prediction.centre
+        for passes, rest, table in zip(coded, values, prediction.table, strict=True):
+            passes.append((rest.reshape(-1), table.reshape(-1)))
         if feedback is not None:
-            layout.put(errors, prior.order, exact_errors(decoded, mean))
+            layout.put(errors, prior.order, decoded - np.rint(mean * FINE))
     return [
         QuantizedPasses(Quantized(own, image.step, image.seed), passes)
         for image, own, passes in zip(images, fine, coded, strict=True)
@@ -80,7 +82,7 @@ def decode(
     prior: Prior, coder: Coder, payloads: Sequence[bytes], settings: Sequence[QuantizerSettings], device: str
 ) -> list[Quantized | UserError]:
     """Decode the payloads of images of one shape; for a damaged one, return the error instead of its latents."""
-    batch, decoders = stack(settings), [_attempt(coder.decoder, payload) for payload in payloads]
+    batch, decoders = stack(settings), [_attempt(Decoder, coder, payload) for payload in payloads]
     fine = np.zeros(batch.dithers.shape, np.int64)
     for number, layout in enumerate(prior.layouts):
         if all(isinstance(decoder, UserError) for decoder in decoders):

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, PassNetwork, pass_layouts
+from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, pass_layouts
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.factorized import FactorizedPrior
 from latent_codec.prior.tables import Tables
@@ -68,7 +68,7 @@ def to_tensors(priors: Priors) -> dict[str, torch.Tensor]:
         arrays |= {f"context.{name}": getattr(context.tables, name) for name in _TABLES}
         arrays |= {f"context.{name}": getattr(context, name).astype(np.int32) for name in _CONTEXT}
         for p, network in enumerate(context.networks):
-            for i, layer in enumerate(network.layers):
+            for i, layer in enumerate(network):
                 tensors |= {f"context.passes.{p}.layers.{i}.{k}": t for k, t in layer._asdict().items()}
     tensors |= {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -126,15 +126,14 @@ class _Tensors:
 
     def take_context(self, config: ContextConfig) -> ContextPrior:
         order, gain, width_offset = (self.take(f"context.{name}", torch.int32) for name in _CONTEXT)
-        networks = []
-        for p in range(len(pass_layouts(config))):
-            names = [f"context.passes.{p}.layers.{i}" for i in range(4)]
-            layers = [
-                Layer(*(torch.from_numpy(self.take(f"{name}.{k}", dtype)) for k, dtype in _LAYER.items()))
-                for name in names
-            ]
-            networks.append(PassNetwork(tuple(layers)))  # pyright: ignore[reportArgumentType]
+        networks = [
+            tuple(self.take_layer(f"context.passes.{p}.layers.{i}") for i in range(4))
+            for p in range(len(pass_layouts(config)))
+        ]
         return ContextPrior(config, order, gain, width_offset, networks, self.take_tables("context"))
+
+    def take_layer(self, name: str) -> Layer:
+        return Layer(*(torch.from_numpy(self.take(f"{name}.{k}", dtype)) for k, dtype in _LAYER.items()))
 
     def take_feedback(self, channels: int) -> Feedback:
         weights = self.take("feedback", torch.int16)

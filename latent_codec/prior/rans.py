@@ -44,25 +44,18 @@ class Coder:
         """Return the payload for passes given in the order in which they will be decoded."""
         coder = _ANS(_START)
         for values, tables in reversed(passes):
-            self._push(coder, values, tables)
+            symbols, escaped = self.tables.symbols(values, tables)
+            if escaped.any():
+                coder.encode_reverse((values[escaped] + _RAW_OFFSET).astype(np.int32), _UNIFORM)
+            order, runs = _by_table(tables)
+            symbols = symbols[order]
+            for table, start, stop in reversed(runs):
+                coder.encode_reverse(symbols[start:stop], self.model(table))
         return coder.get_compressed().astype("<u4").tobytes()
-
-    def _push(self, coder: Any, values: np.ndarray, tables: np.ndarray) -> None:
-        symbols, escaped = self.tables.symbols(values, tables)
-        if escaped.any():
-            coder.encode_reverse((values[escaped] + _RAW_OFFSET).astype(np.int32), _UNIFORM)
-        order, runs = _by_table(tables)
-        symbols = symbols[order]
-        for table, start, stop in reversed(runs):
-            coder.encode_reverse(symbols[start:stop], self.model(table))
-
-    def decoder(self, payload: bytes) -> "Decoder":
-        """Return a decoder of a payload; raise `UserError` if its length or last word cannot be a payload's."""
-        return Decoder(self, payload)
 
 
 class Decoder:
-    """Decode one payload, pass by pass."""
+    """Decode one payload, pass by pass; raise `UserError` if its length or last word cannot be a payload's."""
 
     def __init__(self, coder: Coder, payload: bytes) -> None:
         words = np.frombuffer(payload, "<u4").astype(np.uint32) if len(payload) % 4 == 0 else np.zeros(0, np.uint32)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, PassNetwork, pass_layouts
+from latent_codec.prior.context import ContextConfig, ContextPrior, Layer, pass_layouts
 from latent_codec.prior.layout import Prediction
 from latent_codec.prior.passes import decode, quantize
 from latent_codec.prior.quantizer import FINE, LIMIT, Quantized, Scaled, stack
@@ -103,9 +103,7 @@ def test_sums_at_the_limit_of_float32_are_exact() -> None:
     nets = []
     for layout in pass_layouts(config):
         sizes = ((layout.inputs + 4) * 9, 104), (104 * 9, 104), (104, 104), (104, 2 * (layout.stop - layout.start))
-        nets.append(
-            PassNetwork(*[tuple(layer(*size, shift) for size, shift in zip(sizes, (17, 16, 1, 1), strict=True))])
-        )
+        nets.append(tuple(layer(*size, shift) for size, shift in zip(sizes, (17, 16, 1, 1), strict=True)))
     gain, zeros = np.full(101, 2**15), np.zeros(101, np.int64)
     extreme = ContextPrior(config, np.arange(101), gain, zeros, nets, tables())
     values = rng.choice([-LIMIT, LIMIT], (101, 3, 4)).astype(np.float64)
@@ -219,9 +217,9 @@ def config(groups: tuple[int, ...], width: int = 8, **fields: Any) -> Change:
 
 def changed_layer(number: int, i: int, **fields: Any) -> Change:
     def change(arguments: dict[str, Any]) -> None:
-        layers = list(arguments["networks"][number].layers)
+        layers = list(arguments["networks"][number])
         layers[i] = layers[i]._replace(**{name: f(getattr(layers[i], name)) for name, f in fields.items()})
-        arguments["networks"][number] = PassNetwork(tuple(layers))  # pyright: ignore[reportArgumentType]
+        arguments["networks"][number] = tuple(layers)
 
     return change
 

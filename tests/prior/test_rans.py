@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
-from latent_codec.prior.rans import Coder, PassSymbols
+from latent_codec.prior.rans import Coder, Decoder, PassSymbols
 from latent_codec.prior.tables import MIN_SYMBOL_BITS, Tables, join, normalize
 from tests.support import reference_decoder
 
@@ -46,7 +46,7 @@ def test_payloads_are_lossless_near_the_ideal_length_and_the_formats_to_the_bit(
         tables.write(writer, values.tolist(), chosen.tolist())
     payload = coder().encode(passes)
     assert writer.payload() == payload
-    ans, decoder = reference_decoder.Ans(payload), coder().decoder(payload)
+    ans, decoder = reference_decoder.Ans(payload), Decoder(coder(), payload)
     for values, chosen in passes:
         assert tables.read(ans, chosen.tolist()) == values.tolist()
         np.testing.assert_array_equal(decoder.read(chosen), values)
@@ -62,7 +62,7 @@ def test_a_long_run_of_the_cheapest_symbol_costs_the_least_bits() -> None:
     payload = coder().encode([(np.zeros(n, np.int64), np.zeros(n, np.int64))])
     assert 0.001 < MIN_SYMBOL_BITS < 0.0015
     assert n * MIN_SYMBOL_BITS <= 8 * len(payload) <= 1.001 * n * MIN_SYMBOL_BITS + 65
-    decoder = coder().decoder(payload)
+    decoder = Decoder(coder(), payload)
     assert not decoder.read(np.zeros(n, np.int64)).any()
     decoder.finish()
 
@@ -73,7 +73,7 @@ def test_any_bytes_decode_or_are_refused_and_both_decoders_agree(data: bytes, le
     tables = independent(coder().tables)
 
     def read() -> list[list[int]]:
-        decoder = coder().decoder(data)
+        decoder = Decoder(coder(), data)
         found = [decoder.read(c).tolist() for c in chosen]
         decoder.finish()
         return found
@@ -99,11 +99,11 @@ def test_a_payload_that_is_cut_or_has_more_before_it_is_refused() -> None:
     for length in range(len(payload)):
         for part in (payload[:length], payload[len(payload) - length :]):
             with pytest.raises(UserError, match="damaged"):
-                decoder = coder().decoder(part)
+                decoder = Decoder(coder(), part)
                 for _, tables in passes:
                     decoder.read(tables)
                 decoder.finish()
-    decoder = coder().decoder(bytes(4) + payload)
+    decoder = Decoder(coder(), bytes(4) + payload)
     for _, tables in passes:
         decoder.read(tables)
     with pytest.raises(UserError, match="do not begin"):
@@ -118,7 +118,7 @@ def test_an_escape_for_a_value_with_a_symbol_is_refused() -> None:
         writer = reference_decoder.Writer()
         writer.symbol(reference_decoder.UNIFORM, value + 2**15)
         writer.symbol(cumulative, len(cumulative) - 2)
-        decoder = coder().decoder(writer.payload())
+        decoder = Decoder(coder(), writer.payload())
         if needed:
             assert decoder.read(np.array([9])).tolist() == [value]
             continue
@@ -129,4 +129,4 @@ def test_an_escape_for_a_value_with_a_symbol_is_refused() -> None:
 def test_an_endless_read_of_a_short_payload_ends_in_an_error() -> None:
     payload = coder().encode(draw_passes(5, [4], 0.0))
     with pytest.raises(UserError, match="ran out"):
-        coder().decoder(payload).read(np.full(1_000_000, 3))
+        Decoder(coder(), payload).read(np.full(1_000_000, 3))

@@ -13,7 +13,6 @@ from latent_codec.prior.context import (
     ContextConfig,
     ContextPrior,
     Layer,
-    PassNetwork,
     pass_layouts,
     table_scale,
 )
@@ -55,7 +54,7 @@ def context_prior(
         first = _layer(rng, (span.inputs + SIGNALS) * 9, width, 60, 32)
         second, third = _layer(rng, width * 9, width, 40, 32), _layer(rng, width, width, 40, 32)
         bias = np.r_[np.zeros(outputs), np.full(outputs, 50)]  # i = 40 is one step
-        networks.append(PassNetwork((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias))))
+        networks.append((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias)))
     return ContextPrior(
         config,
         order=rng.permutation(channels),

@@ -120,7 +120,7 @@ def test_error_feedback_changes_the_tables_alone(tmp_path: Path, places: tuple[P
     one, other = (model.priors for model in models)
     assert one is not None and other is not None and one.context is not None and other.context is not None
     assert one.feedback is not None and other.feedback is None
-    for layer, same in zip(one.context.networks[0].layers, other.context.networks[0].layers, strict=True):
+    for layer, same in zip(one.context.networks[0], other.context.networks[0], strict=True):
         assert torch.equal(layer.weight, same.weight)
     assert not np.array_equal(one.context.tables.counts, other.context.tables.counts)
 
@@ -286,7 +286,7 @@ def test_thawing_a_prior_of_other_levels_takes_the_passes_in_common(places: tupl
     for number, span in enumerate(net.layouts):
         if span in before.layouts:
             taken = frozen.networks[before.layouts.index(span)]
-            for one, other in zip(after.networks[number].layers, taken.layers, strict=True):
+            for one, other in zip(after.networks[number], taken, strict=True):
                 assert torch.equal(one.weight * 2.0 ** -one.shift[:, None], other.weight * 2.0 ** -other.shift[:, None])
         else:
             own = {k: t for k, t in net.state_dict().items() if k.startswith(f"nets.{number}.")}

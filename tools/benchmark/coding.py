@@ -22,7 +22,7 @@ from latent_codec.prior.error_feedback import Feedback
 from latent_codec.prior.passes import Prior, decode, quantize
 from latent_codec.prior.priors import Priors
 from latent_codec.prior.quantizer import Quantized, Scaled, dequantize, scale, step_code
-from latent_codec.prior.rans import Coder
+from latent_codec.prior.rans import Coder, Decoder
 from tools.benchmark.record import OnImages, now
 
 LARGEST_LOSS, LARGEST_OVERHEAD = 1.01, 64
@@ -85,7 +85,7 @@ def _time_prior(prior: Prior, coder: Coder, scaled: Scaled, clock: "_Clock", fee
     with clock(f"{prior.kind} decode"):
         (found,) = decode(prior, coder, [payload], [scaled.settings], clock.device)
     with clock(f"{prior.kind} decode_coder"):
-        decoder = coder.decoder(payload)
+        decoder = Decoder(coder, payload)
         for _, tables in coding.passes:
             decoder.read(tables)
         decoder.finish()

@@ -19,7 +19,6 @@ from latent_codec.prior.context import (
     ContextConfig,
     ContextPrior,
     Layer,
-    PassNetwork,
     pass_layouts,
     table_scale,
 )
@@ -240,7 +239,7 @@ class ContextNet(nn.Module):
                 f"a prior of {prior.config} does not fit one of {self.config}, or orders channels otherwise"
             )
         for layout, net, frozen in common:
-            for layer, numbers, (inputs, outputs) in zip(net, frozen.layers, _units(layout), strict=True):  # pyright: ignore[reportArgumentType]
+            for layer, numbers, (inputs, outputs) in zip(net, frozen, _units(layout), strict=True):  # pyright: ignore[reportArgumentType]
                 power = torch.exp2(numbers.shift.double())
                 units = torch.as_tensor(outputs, dtype=torch.float64).expand(len(power))
                 weight = numbers.weight.double() * (inputs / (units * power))[:, None]
@@ -260,7 +259,7 @@ class ContextNet(nn.Module):
                 _frozen(layer, inputs, outputs)
                 for layer, (inputs, outputs) in zip(net, _units(layout), strict=True)  # pyright: ignore[reportArgumentType]
             ]
-            passes.append(PassNetwork(tuple(layers)))  # pyright: ignore[reportArgumentType]
+            passes.append(tuple(layers))
         return ContextPrior(self.config, self.order, by_channel, offset, passes, tables)
 
 

@@ -11,20 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_codec.bitstream.container import unpack
-from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
+from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.evaluation.rate_distortion.report import RateDistortionReport, RatePoint, RateRow
-from latent_codec.images.geometry import pad
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics import bjontegaard, distortion
 from latent_codec.model.codec import Codec
-from latent_codec.prior.quantizer import step_code
 from tests.conftest import Draw
+from tests.evaluation.conftest import compressed, decoded, encoded
+from tests.support.subject import decompress
 
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "grey.png": (9, 7), "large.png": (165, 170)}
 ALONE = RateDistortionOptions(steps=(0.7, 2.0), anchors=(), command="it")
@@ -71,25 +70,19 @@ def test_rows_are_real_files_decoded_from_their_bytes_and_points_are_means(codec
     report = measure(codec, photos)
     reader = StreamReader(codec, "cpu")
     for kind in ("context", "factorized"):
-        coder, found = StreamCodec(codec, "cpu", kind), rows(report, kind)
+        found = rows(report, kind)
         assert found.keys() == {(name, step) for name in SIZES for step in ALONE.steps}
         for (name, step), row in found.items():
-            pixels, geometry = read_image(photos / name)
-            with torch.inference_mode():
-                mean = codec.encode(pad(pixels, 8)[None]).mean[0]
-                (coded,) = coder.compress([(coder.scale(mean, step_code(step), None), geometry)])
-                (latents,) = reader.decompress([unpack(coded.data)])
-                assert isinstance(latents, torch.Tensor)
-                decoded = codec.decode_uint8(latents[None])[..., : geometry.height, : geometry.width]
+            image, area = read_image(photos / name), math.prod(SIZES[name])
+            file = compressed(codec, image, step, kind)
+            back = decoded(codec, decompress(reader, file.data)[None], image.pixels)
             if name == "grey.png":
-                decoded = ((decoded.int().sum(1, keepdim=True) + 1) // 3).to(torch.uint8).expand(-1, 3, -1, -1)
-            area = math.prod(SIZES[name])
-            assert (row.bytes, row.point.bpp) == (len(coded.data), 8 * len(coded.data) / area)
-            assert row.point.ideal_bpp == pytest.approx(coded.ideal_bits / area)
-            assert row.point.distortion["psnr"] == distortion.psnr(pixels[None], decoded).item()
+                back = ((back.int().sum(0, keepdim=True) + 1) // 3).to(torch.uint8).expand(3, -1, -1)
+            assert (row.bytes, row.point.bpp) == (len(file.data), 8 * len(file.data) / area)
+            assert row.point.ideal_bpp == pytest.approx(file.ideal_bits / area)
+            assert row.point.distortion["psnr"] == distortion.psnr(image.pixels[None], back[None]).item()
     for image in report.images:
-        with torch.inference_mode():
-            kl = codec.encode(pad(read_image(photos / image.path).pixels, 8)[None]).kl().item()
+        kl = encoded(codec, read_image(photos / image.path).pixels).kl().item()
         assert image.kl_bpp == pytest.approx(kl / math.log(2) / math.prod(SIZES[image.path]))
     assert report.kl_bpp == pytest.approx(np.mean([image.kl_bpp for image in report.images]))
     for i, point in enumerate(report.points):
@@ -108,8 +101,8 @@ def test_distortion_is_of_what_was_read_from_the_file(
     plain: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = rows(measure(plain, photos), "factorized")
-    decompress = StreamReader.decompress
-    monkeypatch.setattr(StreamReader, "decompress", lambda self, s: [z + 1 for z in decompress(self, s)])
+    read = StreamReader.decompress
+    monkeypatch.setattr(StreamReader, "decompress", lambda self, s: [z + 1 for z in read(self, s)])
     assert differ(expected, rows(measure(plain, photos), "factorized"))
     monkeypatch.setattr(StreamReader, "decompress", lambda self, s: [UserError("damaged")])
     with pytest.raises(RuntimeError, match="just written cannot be read"):

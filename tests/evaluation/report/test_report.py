@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_codec import cli
-from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
@@ -38,9 +37,8 @@ from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig, VectorQuantizerConfig
 from latent_codec.noise import normal
-from latent_codec.prior.quantizer import STEP_ONE
 from tests.conftest import Draw, files_of
-from tests.evaluation.conftest import SIZES
+from tests.evaluation.conftest import SIZES, compressed, decoded, encoded
 from tests.support.networks import make_codec
 from train.config.presets import mnist_cvae
 
@@ -147,12 +145,10 @@ def test_the_page_has_every_number_and_pictures_are_what_they_are_called(
     assert [a["id"] for n, a in page.tags if n == "section" and a.get("id")] == list(results)
 
     shown = [read_image(photos / name).pixels for name in list(SIZES)[:3]]
-    with torch.inference_mode():
-        modes = [codec.encode(pad(x, 8)[None]).mode() for x in shown]
-        decoded = [codec.decode_uint8(z)[0, :, : x.shape[1], : x.shape[2]] for x, z in zip(shown, modes, strict=True)]
+    modes = [decoded(codec, encoded(codec, x).mode(), x) for x in shown]
     found = page.pixels("reconstructions")
     assert len(found) == 4 * 3
-    for i, (x, y) in enumerate(zip(shown, decoded, strict=True)):
+    for i, (x, y) in enumerate(zip(shown, modes, strict=True)):
         assert torch.equal(found[4 * i], x) and torch.equal(found[4 * i + 1], y)
         assert torch.equal(found[4 * i + 3].int(), (128 + 4 * (y.int() - x.int())).clamp(0, 255))
         record = results["reconstructions"]["images"][i]
@@ -162,29 +158,25 @@ def test_the_page_has_every_number_and_pictures_are_what_they_are_called(
     assert len(moved) == 4 * 7  # every channel
     for channel in range(4):
         row = moved[7 * channel : 7 * channel + 7]
-        assert torch.equal(row[3], decoded[0]) and not torch.equal(row[0], decoded[0])
+        assert torch.equal(row[3], modes[0]) and not torch.equal(row[0], modes[0])
     mixed = page.pixels("interpolations")
     assert len(mixed) == 2 * 7
     for first in (0, 7):  # latents, then pixels
         for end, image in ((first, shown[0]), (first + 6, shown[1])):
             part = pictures.middle(image, 16, 17)
-            with torch.inference_mode():
-                y = codec.decode_uint8(codec.encode(pad(part, 8)[None]).mode())[0, :, :16, :17]
-            assert torch.equal(mixed[end], y)
+            assert torch.equal(mixed[end], decoded(codec, encoded(codec, part).mode(), part))
     assert not torch.equal(mixed[3], mixed[10])
 
 
 def test_moments_are_those_of_all_posteriors_together(codec: Codec, photos: Path) -> None:
     found = survey(Runner(codec), find_images(photos), 5, quiet=True)
-    means, variances, draws = [], [], []
-    with torch.inference_mode():
-        for source in find_images(photos):
-            posterior = codec.encode(pad(source.read().pixels, 8)[None])
-            means.append(posterior.mean[0].flatten(1).double())
-            variances.append(posterior.logvar[0].flatten(1).double().exp())
-            noise = normal(image_key(5, source.name)[None], tuple(posterior.mean.shape[1:]))
-            draws.append(posterior.sample(noise)[0].flatten(1).double())
-    mean, variance, z = (torch.cat(v, 1).numpy() for v in (means, variances, draws))
+    parts = []
+    for source in find_images(photos):
+        posterior = encoded(codec, source.read().pixels)
+        noise = normal(image_key(5, source.name)[None], tuple(posterior.mean.shape[1:]))
+        three = (posterior.mean, posterior.logvar.double().exp(), posterior.sample(noise))
+        parts.append(torch.stack([t[0].flatten(1).double() for t in three]))
+    mean, variance, z = torch.cat(parts, 2).numpy()
     assert (found.images, found.elements) == (len(SIZES), mean.shape[1])
     kl = 0.5 * (mean**2 + variance - 1 - np.log(variance)).mean(1)
     expected = [mean.var(1), variance.mean(1), np.sqrt(mean.var(1) + variance.mean(1)), kl]
@@ -255,9 +247,8 @@ def test_models_without_a_gaussian_have_the_parts_that_make_sense(
     assert out == (never if bottleneck.kind == "identity" else never | {"interpolations", "traversals"})
     if bottleneck.kind == "vq":
         taken = torch.zeros(8, dtype=torch.int64)
-        with torch.inference_mode():
-            for source in find_images(photos):
-                taken += torch.bincount(other.encode(pad(source.read().pixels, 8)[None]).coded.flatten(), minlength=8)
+        for source in find_images(photos):
+            taken += torch.bincount(encoded(other, source.read().pixels).coded.flatten(), minlength=8)
         share = taken[taken > 0] / taken.sum()
         section = results["active_units"]
         assert section["codes"] == taken.tolist() and section["codes_used"]["value"] == len(share)
@@ -353,13 +344,8 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
     Image.new("RGB", (3, 3)).save(tmp_path / "photos" / "tiny.png")  # whose smallest JPEG is larger than a .lc file
     sources = find_images(tmp_path / "photos")
     section = jpeg.jpeg_at_equal_bytes(Runner(codec), sources, None, ["grey.png", "tiny.png"], quiet=True)
-    coder = StreamCodec(codec, "cpu")
     for source, record in zip(sources, section.records["images"], strict=True):
-        image = source.read()
-        with torch.inference_mode():
-            mean = codec.encode(pad(image.pixels, 8)[None]).mean[0]
-        (coded,) = coder.compress([(coder.scale(mean, STEP_ONE, None), image.geometry)])
-        assert record["ours"]["bytes"] == len(coded.data)
+        assert record["ours"]["bytes"] == len(compressed(codec, source.read(), 1.0).data)
         assert record["jpeg"] is None or record["jpeg"]["bytes"] <= record["ours"]["bytes"]
     assert [r["jpeg"] is None for r in section.records["images"]] == [False, False, True]
     pairs, page = [(r["ours"], r["jpeg"]) for r in section.records["images"][:2]], parsed(section)

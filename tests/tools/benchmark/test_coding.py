@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
-from latent_codec.images.geometry import pad
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
-from latent_codec.prior.quantizer import step_code
 from tests.conftest import Draw
+from tests.evaluation.conftest import compressed
 from tools.benchmark.coding import LARGEST_OVERHEAD, Coding, measure_sizes, time_coding
 
 SIZES = {"a.png": (24, 16), "b.png": (65, 130)}
@@ -32,13 +30,8 @@ def test_sizes_are_close_to_the_ideal(codec: Codec, photos: Path) -> None:
     bpp = {(sizes["prior"], sizes["step"]): sizes["bpp"] for sizes in found["sizes"]}
     assert bpp.keys() == {(prior, step) for prior in ("context", "factorized") for step in (1.0, 2.0)}
     for sizes in found["sizes"]:
-        coder, excess = StreamCodec(codec, "cpu", sizes["prior"]), []
-        for name in SIZES:
-            image = read_image(photos / name)
-            with torch.inference_mode():
-                mean = codec.encode(pad(image.pixels, codec.factor)[None]).mean[0]
-            (coded,) = coder.compress([(coder.scale(mean, step_code(sizes["step"]), None), image.geometry)])
-            excess.append(len(coded.data) - 1.01 * coded.ideal_bits / 8)
+        files = [compressed(codec, read_image(photos / name), sizes["step"], sizes["prior"]) for name in SIZES]
+        excess = [len(file.data) - 1.01 * file.ideal_bits / 8 for file in files]
         assert sizes["worst_excess"] == pytest.approx(max(excess)) and max(excess) <= LARGEST_OVERHEAD
         assert sizes["ideal_bpp"] < sizes["bpp"]
     for step in (1.0, 2.0):

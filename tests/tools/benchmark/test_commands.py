@@ -8,9 +8,9 @@ import torch
 
 from latent_codec.errors import UserError
 from latent_codec.images.read import read_image
-from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from tests.conftest import Draw
+from tests.evaluation.conftest import encoded
+from tests.support.networks import CONV, config_of, make_codec
 from tools.benchmark import commands
 from tools.benchmark.diffusers_loop import Loop
 
@@ -53,25 +53,12 @@ def test_a_folder_is_filled_up_with_other_names(photos: Path, tmp_path: Path) ->
 
 
 def test_the_plain_loop_draws_from_the_same_posterior(photos: Path, tmp_path: Path) -> None:
-    config = CodecConfig(
-        image_channels=3,
-        latent_channels=4,
-        backbone=ConvConfig(
-            widths=(8, 8), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
-        ),
-        bottleneck=DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0),
-        likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        codec = Codec(config).eval()
-        with torch.no_grad():
-            codec.backbone.state_dict()["quant_conv.bias"][4:] = -29.0  # next to no variance: what is drawn is the mean
+    codec = make_codec(config_of(CONV))
+    codec.backbone.state_dict()["quant_conv.bias"][4:] = -29.0  # next to no variance: what is drawn is the mean
     codec.save(tmp_path / "conv.safetensors")
     with torch.random.fork_rng():
         Loop(src=photos, dst=tmp_path / "z", weights=tmp_path / "conv.safetensors", batch_size=2, workers=0).run()
     for name in ("0.png", "2.png"):
         z = torch.load(tmp_path / "z" / f"{name}.pt", weights_only=True)
-        with torch.inference_mode():
-            expected = codec.encode(read_image(photos / name).pixels[None]).mean[0]
+        expected = encoded(codec, read_image(photos / name).pixels).mean[0]
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-3)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from latent_codec.errors import UserError
-from latent_codec.model.codec import Codec
+from tests.support.networks import make_codec
 from tests.support.run import write_digits
 from tools.mnist import nll
 from tools.mnist.digits import Classify, Score, Write, read_digits
@@ -35,9 +34,8 @@ def test_a_classifier_scores_the_written_digits_by_their_folders(
     for image, label, name in zip(digits.images.numpy(), digits.labels.tolist(), digits.names, strict=True):
         assert name.startswith(f"{label}/train-")
         with Image.open(tmp_path / "out" / f"{name}.png") as file:
-            assert (
-                np.array_equal(np.asarray(file), image) and image.shape == (32, 32) and not image[[0, 1, -2, -1]].any()
-            )
+            assert np.array_equal(np.asarray(file), image)
+            assert image.shape == (32, 32) and not image[[0, 1, -2, -1]].any()
     Classify(raw=raw, dst=tmp_path / "net.safetensors", epochs=15).run()
     assert "recognises 100.00% of 36 test digits" in capsys.readouterr().out
     (tmp_path / "out" / "1" / "train-00001.png").rename(tmp_path / "out" / "0" / "wrong.png")
@@ -54,8 +52,7 @@ def test_missing_files_are_refused(raw: Path, tmp_path: Path) -> None:
 
 
 def test_the_nll_does_not_depend_on_batches(raw: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    Codec(mnist_vae().codec).save(tmp_path / "m.safetensors")
+    make_codec(mnist_vae().codec).save(tmp_path / "m.safetensors")
     images = raw / "train-images-idx3-ubyte.gz"
     options = nll.NLLOptions(
         model=str(tmp_path / "m.safetensors"), images=images, samples=20, first=10, batch_size=4, at_once=100
@@ -66,8 +63,7 @@ def test_the_nll_does_not_depend_on_batches(raw: Path, tmp_path: Path) -> None:
 
 
 def test_prior_samples_lie_in_folders_of_their_classes(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    Codec(mnist_cvae().codec).save(tmp_path / "m.safetensors")
+    make_codec(mnist_cvae().codec).save(tmp_path / "m.safetensors")
     PriorSamples(model=str(tmp_path / "m.safetensors"), dst=tmp_path / "out", count=2, border=2).run()
     paths = list((tmp_path / "out").glob("*/*.png"))
     assert len(paths) == 20

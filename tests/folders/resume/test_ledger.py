@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import signal
@@ -65,16 +66,14 @@ def record(folder: Path, claim: Claim, source: Source) -> Record:
 
 
 def claims(ledger: Ledger, everything: list[Unit]) -> Iterator[Claim]:
-    for some in ledger.rounds(everything):
-        yield from some
+    return itertools.chain.from_iterable(ledger.rounds(everything))
 
 
 def make(folder: Path, src: Path, settings: dict[str, Any] = SETTINGS, bad: str = "") -> list[str]:
     """Do what is left, and return the names of what had to be made."""
     made: list[str] = []
-    everything = plans(src)
     with Ledger(folder, "streams", settings) as ledger:
-        for claim in claims(ledger, everything):
+        for claim in claims(ledger, plans(src)):
             for source in claim.unit.sources:
                 if source.name == bad:
                     claim.fail(source.name, "it is bad")
@@ -82,20 +81,11 @@ def make(folder: Path, src: Path, settings: dict[str, Any] = SETTINGS, bad: str 
                     claim.add(record(folder, claim, source))
                     made.append(source.name)
                 claim.settle()
-        ledger.write_failures(everything)
+        ledger.write_failures(plans(src))
     return made
 
 
 ALL = [f"{name}.png" for name in "abcde"]
-
-
-def test_other_settings_and_other_kinds_have_no_part_in_it(folder: Path, src: Path) -> None:
-    make(folder, src)
-    for kind, settings in (("streams", {"step": 2.0}), ("images", SETTINGS), ("latents", SETTINGS)):
-        with Ledger(folder, kind, settings) as ledger:  # pyright: ignore[reportArgumentType]
-            assert [ledger.records(unit) for unit in plans(src)] == [[], [], []]
-    assert make(folder, src, {"step": 2.0}) == ALL
-    assert make(folder, src) == ALL  # what lies there is of other settings now
 
 
 @hypothesis_settings(max_examples=30)
@@ -196,14 +186,6 @@ def test_a_claim_keeps_other_processes_out_until_its_unit_is_done(folder: Path, 
             (late,) = next(rounds)
             assert late.unit == everything[0] and late.settled
             assert list(rounds) == []
-
-
-def test_what_is_not_settled_is_let_go_when_the_ledger_is_left(folder: Path, src: Path) -> None:
-    for _ in range(2):
-        with contextlib.suppress(KeyboardInterrupt), Ledger(folder, "streams", SETTINGS) as ledger:
-            assert len(list(next(ledger.rounds(plans(src))))) == 3
-            raise KeyboardInterrupt
-    assert make(folder, src) == ALL
 
 
 def test_a_live_process_keeps_its_files_and_a_killed_one_loses_both(folder: Path, src: Path) -> None:

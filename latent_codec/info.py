@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from latent_codec.bitstream import container
-from latent_codec.bitstream.container import SUFFIX, Stream, StreamHeader
+from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.errors import UserError
 from latent_codec.folders.decode_lc import find_lc
@@ -78,26 +78,26 @@ def _read_stream(path: Path) -> Stream:
 
 
 def _describe_stream(path: Path, model: str | None) -> str:
-    header, payload = _read_stream(path)
-    geometry, size = header.geometry, container.OVERHEAD + len(payload)
+    stream = _read_stream(path)
+    geometry, size = stream.geometry, container.OVERHEAD + len(stream.payload)
     image = [f"{geometry.width}x{geometry.height}", {"L": "grey", "RGB": "colour"}[geometry.mode]]
     if geometry.orientation != 1:
         image.append(f"turned upright from EXIF orientation {geometry.orientation}")
     if geometry.background is not None:
         image.append(f"transparency laid on {geometry.background}")
-    codec, called = _model_of(header, model)
-    drawn = "the mean, rounded" if header.seed is None else f"a draw, dithered with seed {header.seed}"
-    latents = f"{drawn}, step {header.step / STEP_ONE:.4g}"
+    codec, called = _model_of(stream, model)
+    drawn = "the mean, rounded" if stream.seed is None else f"a draw, dithered with seed {stream.seed}"
+    latents = f"{drawn}, step {stream.step / STEP_ONE:.4g}"
     if codec is not None and codec.config.codes is not None:
         latents = f"indices of a codebook of {codec.config.codes}"
     return "\n".join(
         [
-            f"stream      {path.name}, {size} bytes, format {header.version}",
+            f"stream      {path.name}, {size} bytes, format {stream.version}",
             f"image       {', '.join(image)}",
             f"model       {called}",
-            f"prior       {header.prior}",
+            f"prior       {stream.prior}",
             f"latents     {latents}",
-            f"payload     {len(payload)} bytes, {container.OVERHEAD} more of header and checksums",
+            f"payload     {len(stream.payload)} bytes, {container.OVERHEAD} more of header and checksums",
             f"on disk     {8 * size / (geometry.width * geometry.height):.3f} bits per pixel",
         ]
     )
@@ -105,28 +105,27 @@ def _describe_stream(path: Path, model: str | None) -> str:
 
 def _describe_streams(folder: Path, sources: list[Source], model: str | None) -> str:
     found = [_read_stream(source.path) for source in sources]
-    size = sum(container.OVERHEAD + len(payload) for _, payload in found)
-    found = [header for header, _ in found]
-    pixels = sum(h.geometry.width * h.geometry.height for h in found)
-    kinds = {h.stream_id: h for h in found}
-    steps = sorted({h.step / STEP_ONE for h in found})
-    dithered = sum(h.seed is not None for h in found)
+    size = sum(container.OVERHEAD + len(s.payload) for s in found)
+    pixels = sum(s.geometry.width * s.geometry.height for s in found)
+    kinds = {s.stream_id: s for s in found}
+    steps = sorted({s.step / STEP_ONE for s in found})
+    dithered = sum(s.seed is not None for s in found)
     return "\n".join(
         [
             f"streams     {len(found)} images, {size / 1e6:.2f} MB",
-            *(f"model       {_model_of(h, model)[1]}, {h.prior} prior" for h in kinds.values()),
+            *(f"model       {_model_of(s, model)[1]}, {s.prior} prior" for s in kinds.values()),
             f"latents     {len(found) - dithered} rounded, {dithered} dithered, step {steps[0]:.4g} to {steps[-1]:.4g}",
             f"on disk     {8 * size / pixels:.3f} bits per pixel",
         ]
     )
 
 
-def _model_of(header: StreamHeader, model: str | None) -> tuple[Codec | None, str]:
+def _model_of(stream: Stream, model: str | None) -> tuple[Codec | None, str]:
     """Return the given model, or a shipped one, if it made the stream, and what to print about it."""
-    text, names = f"stream id {header.stream_id.hex()}", shipped_names() if model is None else [model]
+    text, names = f"stream id {stream.stream_id.hex()}", shipped_names() if model is None else [model]
     for name in names:
         codec = Codec.load(name)
-        if is_maker(codec, header.prior, header.stream_id):
+        if is_maker(codec, stream.prior, stream.stream_id):
             return codec, f"{name} ({text})"
     return None, f"not {' or '.join(names)} ({text})" if names else text
 

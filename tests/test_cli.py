@@ -128,11 +128,11 @@ def test_options_of_streams_reach_the_work(do: Do) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save("photos/clear.png")
     result = do("encode photos z --step 0.5 --sample 7 --prior factorized --background #102030 --batch-size 1")
     assert result.code == 0 and "bits per pixel" in result.out
-    header = container.read(Path("z/clear.png.lc")).header
+    header = container.read(Path("z/clear.png.lc"))
     assert (header.step, header.prior, header.seed) == (512, "factorized", dither_seed(7, "clear.png"))
     assert header.geometry.background == "#102030"
     assert do("encode photos z").code == 0
-    assert container.read(Path("z/clear.png.lc")).header.prior == "context"
+    assert container.read(Path("z/clear.png.lc")).prior == "context"
     assert do("encode photos z --max-bytes 200 --step 0.02").code == 0
     assert max(map(len, files_of(Path("z")).values())) <= 200
     assert do("encode photos z --bpp 20").code == 0

@@ -156,7 +156,7 @@ def test_a_stream_is_described_without_its_model(streams: Path) -> None:
     assert f"plain.png.lc, {size} bytes" in text and f"{8 * size / 256:.3f} bits per pixel" in text
     assert f"{size - OVERHEAD} bytes, {OVERHEAD} more" in text
     assert "16x16, colour\n" in text and "context" in text and "the mean, rounded, step 1\n" in text
-    header = container.read(special).header
+    header = container.read(special)
     text = describe(str(special))
     assert "20x30, grey, turned upright from EXIF orientation 6\n" in text
     assert f"a draw, dithered with seed {header.seed}, step 0.5" in text

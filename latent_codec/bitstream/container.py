@@ -4,10 +4,10 @@ docs/bitstream.md describes the format.
 """
 
 import dataclasses
+import math
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
@@ -32,8 +32,8 @@ _GREY, _BACKGROUND, _DITHER, _CONTEXT = 1, 2, 4, 8  # flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamHeader:
-    """Hold what the header of a `.lc` stream says."""
+class Stream:
+    """Hold what the header of a `.lc` file says, and the coded latents."""
 
     version: int
     """Format version, which is the prior's."""
@@ -45,32 +45,25 @@ class StreamHeader:
     """Quantiser step in 1 / 1024."""
     seed: int | None
     """64-bit seed of the dither; None: the mean was rounded."""
-
-
-class Stream(NamedTuple):
-    """Hold a `.lc` file's header and coded latents."""
-
-    header: StreamHeader
     payload: bytes
 
 
 def pack(stream: Stream) -> bytes:
     """Return the bytes of a file."""
-    header, geometry = stream.header, stream.header.geometry
-    background = geometry.background
+    geometry, background = stream.geometry, stream.geometry.background
     flags = _GREY * (geometry.mode == "L") | _BACKGROUND * (background is not None)
-    flags |= _DITHER * (header.seed is not None) | _CONTEXT * (header.prior == "context")
+    flags |= _DITHER * (stream.seed is not None) | _CONTEXT * (stream.prior == "context")
     fields = _FIELDS.pack(
         _MAGIC,
-        header.version,
-        header.stream_id,
+        stream.version,
+        stream.stream_id,
         geometry.width,
         geometry.height,
         geometry.orientation,
         flags,
         bytes.fromhex(background[1:]) if background is not None else bytes(3),
-        header.step,
-        header.seed or 0,
+        stream.step,
+        stream.seed or 0,
         len(stream.payload),
     )
     return b"".join((fields, _checksum(fields), stream.payload, _checksum(stream.payload)))
@@ -104,11 +97,11 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
         raise UserError(f"damaged: its header promises {length} bytes of coded data, the file has {max(found, 0)}")
     if data[-_CHECKSUM.size :] != _checksum(payload):
         raise UserError("damaged: its coded data do not match their checksum")
-    return Stream(_parse(fields), payload)
+    return _parse(fields, payload)
 
 
-def _parse(fields: bytes) -> StreamHeader:
-    """Return the header that intact fields hold; raise `UserError` for values that no encoder writes."""
+def _parse(fields: bytes, payload: bytes) -> Stream:
+    """Return the stream of intact fields; raise `UserError` for values that no encoder writes."""
     _, version, stream_id, width, height, orientation, flags, background, step, seed, _ = _FIELDS.unpack(fields)
     with_seed, with_background = bool(flags & _DITHER), bool(flags & _BACKGROUND)
     unused = flags >> 4 or (seed and not with_seed) or (any(background) and not with_background)
@@ -124,13 +117,14 @@ def _parse(fields: bytes) -> StreamHeader:
         )
     except ValueError as error:
         raise UserError(f"damaged: {error}") from error
-    return StreamHeader(
+    return Stream(
         version=version,
         stream_id=stream_id,
         geometry=geometry,
         prior="context" if flags & _CONTEXT else "factorized",
         step=step,
         seed=seed if with_seed else None,
+        payload=payload,
     )
 
 
@@ -160,12 +154,12 @@ def quantizer_settings(stream: Stream, config: CodecConfig, factor: int) -> Quan
     Raises `UserError` if the payload is too short for that many latents, each of which costs `MIN_SYMBOL_BITS` or more,
     or if a codebook's indices have a step or dither.
     """
-    header, geometry = stream.header, stream.header.geometry
-    if config.codes is not None and (header.step, header.seed) != (STEP_ONE, None):
+    geometry = stream.geometry
+    if config.codes is not None and (stream.step, stream.seed) != (STEP_ONE, None):
         raise UserError("damaged: its header gives a codebook's indices a step or dither")
     shape = (config.coded_channels, -(-geometry.height // factor), -(-geometry.width // factor))
-    if shape[0] * shape[1] * shape[2] * MIN_SYMBOL_BITS > 8 * len(stream.payload):
+    if math.prod(shape) * MIN_SYMBOL_BITS > 8 * len(stream.payload):
         raise UserError(
             f"damaged: {len(stream.payload)} bytes of coded data cannot hold {geometry.width}x{geometry.height} pixels"
         )
-    return QuantizerSettings(shape, header.step, header.seed)
+    return QuantizerSettings(shape, stream.step, stream.seed)

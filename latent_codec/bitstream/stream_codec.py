@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from latent_codec.bitstream.container import Stream, StreamHeader, pack, quantizer_settings
+from latent_codec.bitstream.container import Stream, pack, quantizer_settings
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.model.codebooks import FiniteScalarQuantizer, VectorQuantizer
@@ -77,16 +77,16 @@ class StreamCodec:
 
     def _file(self, coding: QuantizedPasses, geometry: Geometry) -> CompressedImage:
         quantized, passes = coding
-        header = StreamHeader(
+        stream = Stream(
             version=self.prior.version,
             stream_id=self.stream_id,
             geometry=geometry,
             prior=self.prior.kind,
             step=quantized.step,
             seed=quantized.seed,
+            payload=self._coder.encode(passes),
         )
-        data = pack(Stream(header, self._coder.encode(passes)))
-        return CompressedImage(data, ideal_bits(self.prior, passes), quantized)
+        return CompressedImage(pack(stream), ideal_bits(self.prior, passes), quantized)
 
     def read(self, streams: Sequence[Stream]) -> list[Quantized | UserError]:
         """Return the integers of streams of one latent shape, or the error of each damaged one."""
@@ -114,20 +114,20 @@ class StreamReader:
 
         Raises `UserError` if the stream is another model's or its payload is too short for its size.
         """
-        kind, found = stream.header.prior, stream.header.stream_id
+        kind, found = stream.prior, stream.stream_id
         if kind not in self.coders:
             raise UserError(f"coded under a {kind} prior, which the model has not; {remedy(kind, found)}")
         if found != (wanted := self.coders[kind].stream_id):
             raise UserError(
                 f"made by another model (stream id {found.hex()}, of this one {wanted.hex()}); {remedy(kind, found)}"
             )
-        if (version := stream.header.version) != (own := self.coders[kind].prior.version):
+        if (version := stream.version) != (own := self.coders[kind].prior.version):
             raise UserError(f"damaged: it says format version {version}, and this model's streams are of {own}")
         return kind, quantizer_settings(stream, self.codec.config, self.codec.factor).shape
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Return the latents of streams for which `check` returned the same, or the error of each damaged one."""
-        return self.coders[streams[0].header.prior].decompress(streams)
+        return self.coders[streams[0].prior].decompress(streams)
 
 
 def is_maker(codec: Codec, kind: PriorKind, stream_id: bytes) -> bool:

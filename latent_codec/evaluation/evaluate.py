@@ -155,9 +155,7 @@ def _store_streams(runner: Runner, where: str | Path, folder: Path, quiet: bool)
         (latents,) = reader.decompress([stream])
         if isinstance(latents, UserError):
             raise latents
-        return _StoredImage(
-            file.relative_to(folder).as_posix().removesuffix(SUFFIX), stream.header.geometry, latents, None
-        )
+        return _StoredImage(file.relative_to(folder).as_posix().removesuffix(SUFFIX), stream.geometry, latents, None)
 
     return encoded, files, [partial(read, file) for file in files]
 

@@ -88,9 +88,7 @@ class _LcDecoder(ImageDecoder):
                 continue
             with work.summary.timing("network"):
                 decoded = list(self.backoff.map(self._decode, sound, math.prod(sound[0].z.shape)))
-            yield from self.images(
-                ((item, item.content.header.geometry, pixels) for (item, _), pixels in decoded), work
-            )
+            yield from self.images(((item, item.content.geometry, pixels) for (item, _), pixels in decoded), work)
 
     def _decompress(
         self, batch: list[Input[Stream]], work: Work

@@ -4,7 +4,6 @@ import functools
 import struct
 import tracemalloc
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_codec.bitstream.container import OVERHEAD, Stream, StreamHeader, pack, unpack
+from latent_codec.bitstream.container import OVERHEAD, Stream, pack, unpack
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
@@ -23,9 +22,7 @@ from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
 from tests.support import reference_decoder
 from tests.support.subject import decompress
-from tools.stress import fuzz
-from tools.stress.fuzz import FuzzOptions
-from tools.stress.mutants import Mutant, mutate, sealed
+from tools.stress.mutants import mutate, sealed
 
 GOLDEN = Path(__file__).parent / "golden" / "2"
 MODEL = GOLDEN / "tiny.safetensors"
@@ -79,8 +76,8 @@ def assert_refused(data: bytes, message: str | None = None) -> None:
         unpack(data)
 
 
-headers = st.builds(
-    StreamHeader,
+containers = st.builds(
+    Stream,
     version=st.sampled_from([1, 2, 3]),
     stream_id=st.binary(min_size=8, max_size=8),
     geometry=st.builds(
@@ -94,21 +91,20 @@ headers = st.builds(
     prior=st.sampled_from(PRIORS),
     step=st.integers(16, 65535),
     seed=st.none() | st.integers(0, 2**64 - 1),
+    payload=st.binary(max_size=50),
 )
 
 
-@given(headers, st.binary(max_size=50))
-def test_a_container_gives_back_what_it_holds(header: StreamHeader, payload: bytes) -> None:
-    data = pack(Stream(header, payload))
-    assert len(data) == OVERHEAD + len(payload) == 51 + len(payload)
-    assert unpack(data) == Stream(header, payload)
-    found, its_payload = reference_decoder.read_stream(data)
-    g = header.geometry
-    assert its_payload == payload
-    assert (found.version, found.stream_id) == (header.version, header.stream_id)
-    assert (found.step, found.seed) == (header.step, header.seed)
-    assert (found.width, found.height, found.orientation) == (g.width, g.height, g.orientation)
-    assert (bool(found.flags & 1), bool(found.flags & 8)) == (g.mode == "L", header.prior == "context")
+@given(containers)
+def test_a_container_gives_back_what_it_holds(stream: Stream) -> None:
+    data, g = pack(stream), stream.geometry
+    assert len(data) == OVERHEAD + len(stream.payload) == 51 + len(stream.payload)
+    assert unpack(data) == stream
+    found, payload = reference_decoder.read_stream(data)
+    for name in ("version", "stream_id", "step", "seed"):
+        assert getattr(found, name) == getattr(stream, name)
+    assert (found.width, found.height, found.orientation, payload) == (g.width, g.height, g.orientation, stream.payload)
+    assert (bool(found.flags & 1), bool(found.flags & 8)) == (g.mode == "L", stream.prior == "context")
     assert g.background == ("#" + found.background.hex() if found.flags & 2 else None)
 
 
@@ -145,27 +141,19 @@ def test_streams_do_not_depend_on_their_batch(prior: PriorKind) -> None:
         assert isinstance(latents, torch.Tensor) and torch.equal(latents, read(data))
 
 
-@pytest.mark.parametrize("prior", PRIORS)
-def test_every_flipped_bit_is_refused(prior: PriorKind) -> None:
-    data = bytearray(example(prior))
+def test_flipped_bits_cuts_added_bytes_and_text_mode_are_refused() -> None:
+    data = bytearray(example())
     assert len(data) > 1500
     for bit in range(8 * len(data)):
         data[bit // 8] ^= 1 << bit % 8
         assert_refused(bytes(data))
         data[bit // 8] ^= 1 << bit % 8
-    assert read(bytes(data)) is not None
-
-
-def test_cuts_and_bytes_before_or_after_a_stream_are_refused() -> None:
     for length in range(len(example())):
         assert_refused(example()[:length], r"not a \.lc stream|damaged")
     for length in range(1, 65):
         for extra in (bytes(64), b"\xff" * 64, bytes(range(64)), b"\x89LC\r\n\x1a\n" * 8):
             assert_refused(example() + extra[:length], "promises")
         assert_refused(bytes(length) + example())
-
-
-def test_a_file_changed_by_text_mode_is_refused() -> None:
     for old, new in ((b"\r\n", b"\n"), (b"\n", b"\r\n"), (b"\r\n", b"\r")):
         assert_refused(example().replace(old, new))
     assert_refused(example().decode("latin-1").encode("utf-8"), r"not a \.lc stream")
@@ -265,38 +253,13 @@ def test_false_sizes_are_refused_before_anything_is_allocated() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
-
-
-def test_the_pixel_limit_is_the_readers() -> None:
     with pytest.raises(UserError, match="raise --max-pixels"):
         unpack(example(), max_pixels=240 * 232 - 1)
     assert unpack(example(), max_pixels=240 * 232)
 
 
-# Mutants; `python -m tools.stress.fuzz` tries more of them
-
-
-def golden() -> Sequence[Path]:
-    return sorted(GOLDEN.glob("*.lc"))
-
-
-def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes() -> None:
-    """With checksums left alone nothing decodes but the streams themselves.
-
-    With new checksums a mutant may be sound: another step, orientation, colour or size within the same latents; other
-    latents, where a changed bit of the payload is a bit of an escaped value. Encoding what it decodes to must then
-    give the mutant's own bytes. All within a limit on memory, and without standing still.
-    """
-    report = fuzz.run(FuzzOptions(count=2500, megabytes=256, patience=300))
-    assert report.wrong == []
-    assert sum(report.outcomes.values()) == 2500
-    for kind in ("bytes", "payload", "header", "both"):
-        assert report.outcomes[kind, "refused"] > 100
-    assert report.outcomes["header", "decoded"] > 50  # new checksums do let them through to the decoder
-
-
 def test_both_decoders_agree_on_mutants() -> None:
-    originals = [path.read_bytes() for path in golden()]
+    originals = [path.read_bytes() for path in sorted(GOLDEN.glob("*.lc"))]
     decoded = 0
     for number in range(300):
         data = mutate(originals, 1, number).data
@@ -309,27 +272,3 @@ def test_both_decoders_agree_on_mutants() -> None:
             np.testing.assert_array_equal(read(data).numpy(), expected)
             decoded += 1
     assert decoded > 10
-
-
-def test_a_judge_notices_what_decodes_and_should_not() -> None:
-    """Show the tool a stream it was not told of, as if its checksums had not noticed a change."""
-    judge = fuzz.Judge(codec(), [example()])
-    (other,) = streams("factorized").compress([(image(16, 16), geometry(16, 16))])
-    escape = crafted(other.data, step=1025)
-    verdicts = judge.judge([Mutant("bytes", d) for d in (example(), other.data)] + [Mutant("header", escape)])
-    assert [verdict.outcome for verdict in verdicts] == ["decoded", "WRONG", "decoded"]
-
-
-def test_a_process_that_dies_or_stands_still_is_reported(tmp_path: Path) -> None:
-    report = fuzz.run(FuzzOptions(count=10, megabytes=256, patience=0))
-    assert "stands still" in report.wrong[0][2]
-    report = fuzz.run(FuzzOptions(count=10, model=tmp_path / "none", megabytes=256, patience=300))
-    assert "died with code 1" in report.wrong[0][2]
-
-
-def test_mutants_are_a_function_of_their_number() -> None:
-    originals = [path.read_bytes() for path in golden()]
-    first = [mutate(originals, 3, n) for n in range(50)]
-    assert first == [mutate(originals, 3, n) for n in range(50)]
-    assert len({m.data for m in first}) > 45
-    assert first != [mutate(originals, 4, n) for n in range(50)]

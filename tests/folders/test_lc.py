@@ -66,7 +66,7 @@ def test_an_image_comes_back_in_its_exact_size(
         assert not decode(sound, work / "z", work / "out").failures
         (image,) = images(work / "out").values()
         assert (image.size, image.mode) == ((width, height), "L" if mode == "L" else "RGB")
-        header = container.read(work / "z" / "a.png.lc").header
+        header = container.read(work / "z" / "a.png.lc")
         assert header.prior == prior and (header.seed is None) == (sample is None)
         assert header.geometry.background == ("#ffffff" if mode == "RGBA" else None)
 
@@ -106,7 +106,7 @@ def test_a_draw_depends_on_seed_and_name_alone(codec: Codec, tmp_path: Path, dra
     assert mean["a.png.lc"] == mean["b.png.lc"]
     assert one == again
     assert len({*one.values(), *two.values()}) == 4
-    seeds = [container.unpack(data).header.seed for data in (*one.values(), *two.values())]
+    seeds = [container.unpack(data).seed for data in (*one.values(), *two.values())]
     assert seeds == [dither_seed(s, name) for s in (1, 2) for name in ("a.png", "b.png")]
     assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds) and len(set(seeds)) == 4
 
@@ -200,9 +200,10 @@ def test_files_that_cannot_be_decoded_fail_by_name_and_reason_and_the_others_go_
 ) -> None:
     encode(codec, photos, tmp_path / "z", prior=prior)
     paths = {name: tmp_path / "z" / f"{name}.png.lc" for name in "012345678"}
-    header, payload = container.read(paths["3"])
-    changed = container.Stream(header, payload[:4] + bytes([payload[4] ^ 1]) + payload[5:])
-    other = container.Stream(dataclasses.replace(header, stream_id=bytes(8)), payload)
+    stream = container.read(paths["3"])
+    payload = stream.payload
+    changed = dataclasses.replace(stream, payload=payload[:4] + bytes([payload[4] ^ 1]) + payload[5:])
+    other = dataclasses.replace(stream, stream_id=bytes(8))
     for name, data in {
         "3": container.pack(changed),  # no encoder wrote that, in a batch with the sound "0"
         "5": paths["5"].read_bytes()[:-1],

@@ -86,7 +86,7 @@ class Judge:
             return Verdict("decoded", "nothing was changed")
         if mutant.kind == "bytes":
             return Verdict("WRONG", "decoded, although its checksums are those of something else")
-        streams, geometry = self._codecs[stream.header.prior], stream.header.geometry
+        streams, geometry = self._codecs[stream.prior], stream.geometry
         try:
             again = streams.compress([(result.scaled(), geometry)])[0].data
             pixels = crop(self._codec.decode_uint8(streams.dequantize(result)[None])[0], geometry)

@@ -235,12 +235,11 @@ def test_files_that_cannot_be_decoded_fail_by_name_and_reason_and_the_others_go_
 
 
 def test_a_prior_that_the_model_has_not_is_refused(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    encode(codec, photos, tmp_path / "streams")
+    encode(codec, photos / "0.png", tmp_path / "streams")
     assert codec.priors is not None
     codec.priors = codec.priors._replace(context=None)
-    summary = decode(codec, tmp_path / "streams", tmp_path / "out")
-    assert all("coded under a context prior" in reason for reason in summary.failures.values())
-    assert summary.done == 0
+    (reason,) = decode(codec, tmp_path / "streams", tmp_path / "out").failures.values()
+    assert "coded under a context prior" in reason
     with pytest.raises(UserError, match="the model has no context prior"):
         encode(codec, photos, tmp_path / "z", prior="context")
     codec.priors = None

@@ -27,7 +27,7 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.folders.conftest import Copy, Places
+from tests.folders.conftest import Copy, Place, Places
 from tests.support.folder import (
     BY_TIME,
     COMPUTE,
@@ -341,35 +341,38 @@ def test_killed_anywhere_while_sources_changed_it_leaves_an_index_of_the_old_or_
     assert at > 20
 
 
-def stop(task: Task, folder: Path, expected: dict[str, bytes], event: Callable[[str], None]) -> Any:
-    """Return what a run raised that `event` stopped, which left no half files, and after which the rest was made."""
-    raised, before = None, set(threading.enumerate())
+def stop(place: Place, folder: Path, error: BaseException, numbers: range, what: str = "") -> tuple[int, object]:
+    """Raise an error at events of these numbers, and require no half files, and that the same task makes the rest.
+
+    Returns the number of events, and the summary of the task that was to be stopped, or what it raised.
+    """
+    count, threads = itertools.count(1), set(threading.enumerate())
+
+    def event(name: str) -> None:
+        if what in ("", name) and next(count) in numbers:
+            raise error
+
+    found: object
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, event)
         try:
-            summary = task.do(folder)
-        except (KeyboardInterrupt, UserError) as error:
-            raised = error
-    assert not set(threading.enumerate()) - before
+            found = place.task.do(folder)
+        except (KeyboardInterrupt, UserError) as raised:
+            found = raised
+    assert not set(threading.enumerate()) - threads
     assert temporary_files(folder) == []
-    assert all(data == expected[name] for name, data in files_of(folder).items() if name not in (INDEX, FAILURES))
-    task.do(folder)
-    assert files_of(folder) == expected
-    return raised or summary
+    made = {name: data for name, data in files_of(folder).items() if name not in (INDEX, FAILURES)}
+    assert made.items() <= place.files.items()
+    place.task.do(folder)
+    assert files_of(folder) == place.files
+    return next(count) - 1, found
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(places: Places, tmp_path: Path, kind: Kind) -> None:
-    task, _, expected = places[kind]
     for at in itertools.count(1 + WRITERS.index(kind), 5):
-        numbers = itertools.count(1)
-
-        def event(_: str) -> None:
-            if next(numbers) == at:  # noqa: B023 (used in this round only)
-                raise KeyboardInterrupt
-
-        found = stop(task, tmp_path / f"{at}", expected, event)
-        if isinstance(found, Summary) and next(numbers) <= at:
+        number, found = stop(places[kind], tmp_path / f"{at}", KeyboardInterrupt(), range(at, at + 1))
+        if isinstance(found, Summary) and number < at:
             break
     assert at > 20
 
@@ -379,19 +382,13 @@ def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(places: Places
 def test_trouble_with_the_disk_is_one_clear_error_and_costs_nothing_before_it(
     places: Places, tmp_path: Path, kind: Kind, what: str
 ) -> None:
-    task, _, expected = places[kind]
-    for number, first in ((errno.ENOSPC, 5), (errno.EACCES, 1)):
-        numbers = itertools.count(1)
-
-        def event(name: str) -> None:
-            if name == what and next(numbers) >= first:  # noqa: B023 (used in this round only)
-                raise OSError(number, os.strerror(number))  # noqa: B023
-
-        found = stop(task, tmp_path / f"{number}", expected, event)
+    for error, first in ((errno.ENOSPC, 5 if kind == "streams" else 2), (errno.EACCES, 1)):
+        trouble = OSError(error, os.strerror(error))
+        number, found = stop(places[kind], tmp_path / f"{error}", trouble, range(first, 999), what)
         if isinstance(found, Summary):
-            assert (len(found.failures) > 1 and number == errno.EACCES) or next(numbers) <= first
+            assert (len(found.failures) > 1 and error == errno.EACCES) or number < first
         else:
-            assert re.search(rf"cannot be written.*{os.strerror(number)}", str(found))
+            assert re.search(rf"cannot be written.*{os.strerror(error)}", str(found))
 
 
 @pytest.mark.parametrize("kind", WRITERS)

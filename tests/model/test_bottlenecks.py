@@ -13,16 +13,15 @@ from latent_codec.model.config import (
     IdentityConfig,
     VectorQuantizerConfig,
 )
-from tests.support.networks import seeded
+from tests.support.networks import CLAMP, seeded
 
-TRAINED_HERE = DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0)
 IMPORTED = DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
 FSQ = FiniteScalarConfig(levels=(3, 2, 5, 2, 4))
-EVERY_KIND = [TRAINED_HERE, IdentityConfig(), VectorQuantizerConfig(codes=7), FSQ]
+EVERY_KIND = [CLAMP, IdentityConfig(), VectorQuantizerConfig(codes=7), FSQ]
 
 autocast_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 every_kind = pytest.mark.parametrize("config", EVERY_KIND, ids=lambda config: config.kind)
-gaussians = pytest.mark.parametrize("config", [TRAINED_HERE, IMPORTED], ids=["trained here", "imported"])
+gaussians = pytest.mark.parametrize("config", [CLAMP, IMPORTED], ids=["trained here", "imported"])
 
 
 def make(config: BottleneckConfig, z: int = 5) -> torch.nn.Module:
@@ -83,7 +82,7 @@ def test_under_autocast_extremes_have_finite_float32_results_and_gradients(
 def test_under_autocast_kl_does_not_overflow_or_lose_digits_on_a_large_latent(dtype: torch.dtype) -> None:
     features = (3 * torch.randn((1, 32, 128, 128), generator=seeded(0))).to(dtype)
     with torch.autocast("cpu", dtype=dtype):
-        kl = DiagonalGaussianBottleneck(TRAINED_HERE, 4)(features).kl()
+        kl = DiagonalGaussianBottleneck(CLAMP, 4)(features).kl()
     mean, logvar = features.double().chunk(2, dim=1)
     logvar = logvar.clamp(-16, 11)
     expected = -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum()  # Kingma & Welling (2014), appendix B
@@ -108,7 +107,7 @@ def test_the_clamp_is_hard_and_of_the_log_variance_alone(config: DiagonalGaussia
 @given(st.lists(st.floats(-40, 30, width=32), min_size=1, max_size=12))
 def test_clamped_is_the_share_of_changed_log_variances(raw: list[float]) -> None:
     logvar = torch.tensor(raw).reshape(1, -1, 1, 1)
-    posterior = DiagonalGaussianBottleneck(TRAINED_HERE, 4)(torch.cat([torch.full_like(logvar, 1e3), logvar], 1))
+    posterior = DiagonalGaussianBottleneck(CLAMP, 4)(torch.cat([torch.full_like(logvar, 1e3), logvar], 1))
     assert posterior.clamped.shape == ()
     assert posterior.clamped.item() == pytest.approx(sum(not -16 <= v <= 11 for v in raw) / len(raw), abs=1e-6)
 

@@ -10,9 +10,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from latent_codec.interop.autoencoder_kl.exporting import Float16Check, export_folder
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, ConvConfig, DiagonalGaussianConfig, GaussianConfig, LikelihoodConfig
+from latent_codec.model.config import ConvConfig, DiagonalGaussianConfig, LikelihoodConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.networks.conv import ConvBackbone
+from tests.support.networks import CLAMP, FIXED, config_of, make_codec, randomise
 
 SD = ConvConfig(
     widths=(32, 32, 64), layers_per_block=2, groups=32, mid_attention=True, quant_conv=True, post_quant_conv=True
@@ -30,9 +31,6 @@ SHAPES: dict[str, tuple[ConvConfig, int]] = {
 }
 """Backbone and latent channels of known models, but with smaller widths and fewer resolutions."""
 
-CLAMP = DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0)
-FIXED = GaussianConfig(scale="fixed", sigma=0.1)
-
 
 def codec(
     backbone: ConvConfig = SMALL,
@@ -41,27 +39,15 @@ def codec(
     bottleneck: DiagonalGaussianConfig = CLAMP,
 ) -> Codec:
     """Make a codec with random weights, also of norms, and made-up statistics far from 0 and 1."""
-    config = CodecConfig(
-        image_channels=3, latent_channels=channels, backbone=backbone, bottleneck=bottleneck, likelihood=likelihood
-    )
-    made = Codec(config).eval()
-    randomize(made)
+    config = dataclasses.replace(config_of(backbone, z=channels, likelihood=likelihood), bottleneck=bottleneck)
+    made = make_codec(config)
+    randomise(made)
     generator = torch.Generator().manual_seed(channels)
     mean, std = torch.randn(channels, generator=generator), 0.2 + 4 * torch.rand(channels, generator=generator)
     moments: Any = {"mean": tuple(mean.tolist()), "std": tuple(std.tolist()), "posterior_std": (0.5,) * channels}
     made.statistics = LatentStatistics(source="made up", images=3, **moments)
     made.provenance = {"note": "random weights"}
     return made
-
-
-def randomize(module: torch.nn.Module) -> None:
-    """Draw weights as large as at the start of training, but also norms and biases, which would be 1 and 0."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 10
-            parameter.copy_(noise / fan_in**0.5 + (1.0 if parameter.ndim == 1 else 0.0))
 
 
 def autoencoder(backbone: ConvConfig = SMALL, channels: int = 4, **settings: Any) -> AutoencoderKL:
@@ -79,7 +65,7 @@ def autoencoder(backbone: ConvConfig = SMALL, channels: int = 4, **settings: Any
         use_post_quant_conv=backbone.post_quant_conv,
         **settings,
     )
-    randomize(made)
+    randomise(made)
     return made.eval()
 
 

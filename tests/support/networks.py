@@ -40,6 +40,7 @@ CONV = ConvConfig(
     widths=(8, 16, 16), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
 )
 MLP = MLPConfig(side=4, encoder_widths=(12, 8), decoder_widths=(10,), activation="tanh")
+CLAMP = DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0)
 FIXED = GaussianConfig(scale="fixed", sigma=0.1)
 
 
@@ -64,7 +65,7 @@ def config_of(
         image_channels=c,
         latent_channels=z,
         backbone=backbone,
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+        bottleneck=CLAMP,
         likelihood=likelihood,
         classes=classes,
     )

@@ -9,7 +9,7 @@ from latent_codec.evaluation.rate_distortion.report import RateDistortionReport,
 from latent_codec.images.sources import Source
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
-from latent_codec.metrics.bjontegaard import Delta, delta_rate
+from latent_codec.metrics.bjontegaard import delta_rate
 
 _STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
@@ -39,12 +39,8 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
     first, *others = reports
     for other in others:
         for metric in ("psnr", "ms_ssim"):
-            delta = delta_of_models(reports[first], reports[other], metric)
+            # Each with the best of its priors.
+            tested, anchor = (rate_curve(r.points, r.codecs[0], metric) for r in (reports[first], reports[other]))
+            delta = delta_rate(anchor, tested)
             value = f"none ({delta.reason})" if delta.percent is None else f"{delta.percent:+.1f}%"
             print(f"delta rate of {first} against {other}, {metric}: {value}", flush=True)
-
-
-def delta_of_models(tested: RateDistortionReport, anchor: RateDistortionReport, metric: str) -> Delta:
-    """Return Bjontegaard's delta rate of one model against another, each with the best of its priors."""
-    ours, theirs = (rate_curve(report.points, report.codecs[0], metric) for report in (tested, anchor))
-    return delta_rate(theirs, ours)

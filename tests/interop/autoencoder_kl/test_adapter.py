@@ -20,11 +20,12 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
 from tests.support import kl
 from tests.support.data import ROOT
+from tests.support.networks import randomise
 
 
 @pytest.fixture
 def vae(codec: Codec) -> Any:
-    kl.randomize(codec)
+    randomise(codec)
     return CodecAutoencoder.from_codec(codec)
 
 

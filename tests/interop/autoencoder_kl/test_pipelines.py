@@ -14,6 +14,7 @@ from latent_codec.interop.autoencoder_kl.adapter import CodecAutoencoder
 from latent_codec.model.codec import Codec
 from tests.support import kl, pipelines
 from tests.support.data import ROOT
+from tests.support.networks import randomise
 
 EXAMPLE = ROOT / "examples" / "diffusers_pipeline.py"
 
@@ -46,7 +47,7 @@ def test_an_export_is_right_in_every_family(tmp_path: Path, family: str, shape: 
 def test_a_codec_in_the_adapter_is_right_in_every_family(codec: Codec, family: str, kind: str) -> None:
     codec = codec if kind == "lite" else kl.codec(kl.NO_QUANT, 16)
     if kind == "lite":  # as trained: its random weights make no contrast
-        kl.randomize(codec)
+        randomise(codec)
     assert_normalized(family, CodecAutoencoder.from_codec(codec), codec, *kl.moments(codec))
 
 

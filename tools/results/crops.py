@@ -94,15 +94,11 @@ def make_sheet(runner: Runner, sheet: Sheet, record: Path) -> None:
         "missing": [anchor.name for anchor in ANCHORS if anchor not in anchors.available()],
         "commit": git_commit(),
     }
-    found = {"about": about | machine(runner.options.device), "rows": [_json(*row) for row in rows]}
+    found = {"about": about | machine(runner.options.device), "rows": []}
+    for detail, step, tiles in rows:
+        files = [{"codec": t.codec, "setting": t.setting, "bytes": t.size, "psnr": t.psnr} for t in tiles[1:]]
+        found["rows"].append(detail._asdict() | {"step": step, "files": files})
     write_text(record, json.dumps(found, indent=1, allow_nan=False) + "\n")
-
-
-def _json(detail: Detail, step: float, tiles: Sequence[_Tile]) -> dict[str, Any]:
-    files = [
-        {"codec": t.codec, "setting": t.setting, "bytes": t.size, "psnr": t.psnr} for t in tiles if t.size is not None
-    ]
-    return detail._asdict() | {"step": step, "files": files}
 
 
 def _tiles(runner: Runner, sheet: Sheet, detail: Detail, image: Image, step: float) -> list[_Tile]:

@@ -1,7 +1,7 @@
 """Render the page of results from its templates."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -10,7 +10,6 @@ from latent_codec.evaluation.rate_distortion.report import REFINED, RatePoint, c
 from latent_codec.model.codec import Codec
 from tools.results import costs
 from tools.results.costs import Costs
-from tools.results.measured import Measured
 from tools.results.published import STAGES, against, published_curves
 
 PAGE, PLOT, SHEET = "results.md", "results.svg", "results.jpg"
@@ -23,6 +22,14 @@ _PCA = {
     "pca16": ("PCA of 8x8 patches", 16),
 }
 """Words and channels of the models of the quality file that are not networks."""
+
+
+class Measured(NamedTuple):
+    """Hold the contents of the JSON files of a model's measurements."""
+
+    rd: dict[str, Any]
+    quality: dict[str, Any]
+    crops: dict[str, Any]
 
 
 def _points(measured: Measured) -> list[RatePoint]:

@@ -18,8 +18,7 @@ from tools.benchmark.other_models import Taef2
 from tools.results import costs
 from tools.results.__main__ import Results
 from tools.results.crops import Detail
-from tools.results.measured import Measured
-from tools.results.page import PAGE, PLOT, SHEET, plot
+from tools.results.page import PAGE, PLOT, SHEET, Measured, plot
 from tools.results.published import CURVES, STAGES, against
 
 RATES = RateDistortionOptions(steps=(0.5, 1.0, 2.0, 4.0), anchors=[JPEG._replace(qualities=(5, 30, 60, 90))])

@@ -15,12 +15,13 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import ConvConfig, LinearConfig
+from latent_codec.model.config import LinearConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.context import ContextConfig, ContextPrior
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.passes import quantize
 from latent_codec.prior.quantizer import FINE, STEP_ONE, Scaled
+from tests.support.networks import CONV, config_of, make_codec
 from tests.support.prior import context_prior, feedback
 from train.context_prior.error_feedback import measure
 from train.context_prior.network import ContextNet, logistic_tables
@@ -210,8 +211,4 @@ def test_without_neighbours_or_a_margin_there_is_no_feedback(codec: Codec) -> No
     found = measure(codec, [torch.zeros(4, 3, 7)], steps)  # the smallest that has some
     assert found is not None and found.weights.shape == (4, 4, WIDE, WIDE)
     assert (found.weights[range(4), range(4), REACH, REACH] == 2**14).all()
-    conv = ConvConfig(
-        widths=(8, 8, 8, 8), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
-    )
-    config = dataclasses.replace(codec.config, backbone=conv)
-    assert measure(Codec(config), torch.zeros(1, 4, 16, 16), steps) is None
+    assert measure(make_codec(config_of(CONV)), torch.zeros(1, 4, 16, 16), steps) is None

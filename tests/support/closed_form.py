@@ -11,8 +11,8 @@ from PIL import Image
 
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, GaussianConfig, LinearConfig, LiteConfig
-from tests.support.networks import config_of, make_codec
+from latent_codec.model.config import CodecConfig, GaussianConfig, LinearConfig
+from tests.support.networks import TINY_LITE, config_of, make_codec
 from train.data.crops import Batches, ImageSet, MemoryImages, SamplePlan
 from train.init.closed_form import patch_moments, start_from_closed_form
 
@@ -21,12 +21,7 @@ D = 3 * PATCH**2
 PLAN = SamplePlan(seed=0, crop=16, flip=True, batch_size=8, micro_batches=1, rank=0, world=1)
 STEPS = 6
 LINEAR = config_of(LinearConfig(patch=PATCH), z=Z, likelihood=GaussianConfig(scale="fixed", sigma=SIGMA))
-LITE = dataclasses.replace(
-    LINEAR,
-    backbone=LiteConfig(
-        patch=PATCH, stem=2, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
-    ),
-)
+LITE = dataclasses.replace(LINEAR, backbone=dataclasses.replace(TINY_LITE, patch=PATCH, stem=2))
 
 
 def smooth_images(folder: Path) -> Batches:

@@ -99,9 +99,6 @@ def test_sample_i_is_a_crop_of_image_i_of_the_epochs_order(sources: list[Source]
     assert crops.shape == (48, 3, 32, 32) and crops.dtype == torch.uint8
     found = [next(places(crop, sources)) for crop in crops]
     assert [image for image, *_ in found] == draw(range(48), len(sources), PLAN.seed).image.tolist()
-    assert len({top for image, top, _, _ in found if image == 0}) > 3  # of 9 possible, over 8 crops
-    # An image of exactly the crop's size can only be told apart by its mirroring.
-    assert {flipped for image, _, _, flipped in found if image == 4} == {True, False}
 
 
 def test_crops_reach_every_place_and_half_are_flipped(sources: list[Source]) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from latent_codec.errors import UserError
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import ConvConfig, DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.model.config import DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.model.networks.linear import PatchMoments
 from tests.support.closed_form import (
     LINEAR,
@@ -27,13 +27,9 @@ from tests.support.closed_form import (
     smooth_images,
     started,
 )
-from tests.support.networks import make_codec
+from tests.support.networks import CONV, make_codec
 from train.data.crops import Batches
 from train.init.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
-
-CONV = ConvConfig(
-    widths=(8, 8, 8), layers_per_block=1, groups=4, mid_attention=False, quant_conv=True, post_quant_conv=True
-)
 
 
 @pytest.fixture(scope="module")

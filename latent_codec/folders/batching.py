@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future
 from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
@@ -24,7 +23,8 @@ def in_batches(jobs: Iterable[list[Job]], maker: Maker[T, Any], resume: Resume, 
     unit all inputs come, so that batches are the same however often the work was interrupted.
     """
     read = partial(_read, maker=maker, work=work)
-    found = _successes(work.readers.map(read, _jobs_to_make(jobs, maker, resume, work)), work)
+    read_ahead = work.readers.map(read, _jobs_to_make(jobs, maker, resume, work))
+    found = (item for _, item in work.results(read_ahead, lambda job: [job]))
     for _, unit in groupby(found, lambda item: item.job.claim):
         yield from batches(
             unit,
@@ -42,18 +42,6 @@ def _read(job: Job, maker: Maker[T, Any], work: Work) -> Input[T]:
         raise UserError(f"{job.name}: cannot be read: {error.strerror or error}") from error
     with work.summary.timing("decode"):
         return Input(job, changed, sha256(data), *maker.parse(job.source, data, work.decoders))
-
-
-def _successes(outcomes: Iterable[tuple[Job, "Future[Input[T]]"]], work: Work) -> Iterator[Input[T]]:
-    for job, future in outcomes:
-        try:
-            found = future.result()
-        except FatalError:
-            raise
-        except Exception as error:  # whatever a stranger's file sets off, the others go on
-            work.fail(job, error)
-        else:
-            yield found
 
 
 def _jobs_to_make(units: Iterable[list[Job]], maker: Maker[Any, Any], resume: Resume, work: Work) -> Iterator[Job]:

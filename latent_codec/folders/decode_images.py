@@ -1,13 +1,13 @@
 """Share what the decoders of `.lc` files and of latents have in common."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from latent_codec.errors import UserError
 from latent_codec.folders.jobs import Input, Work
 from latent_codec.folders.outputs import Output
 from latent_codec.folders.resume.ledger import Kind
@@ -37,8 +37,16 @@ class DecodeOptions:
 DECODE_DEFAULTS = DecodeOptions()
 
 
+class Latent(NamedTuple):
+    """Hold what is decoded to one image."""
+
+    geometry: Geometry
+    z: torch.Tensor
+    """(z, h, w) float32, on the CPU."""
+
+
 class ImageDecoder:
-    """Make image files of decoded pixels: half of a `Maker`."""
+    """Decode latents to image files: half of a `Maker`."""
 
     verb: Literal["encode", "decode"] = "decode"
     kind: Kind = "images"
@@ -56,13 +64,15 @@ class ImageDecoder:
         """Return the name of a source's image."""
         return f"{source}.{self.options.image_format}"
 
-    def images(
-        self, decoded: Iterable[tuple[Input[Any], Geometry, torch.Tensor | UserError]], work: Work
-    ) -> Iterator[Output]:
-        """Yield the files of decoded pixels (3, h', w') uint8, which are still padded; the others fail."""
-        for item, geometry, pixels in decoded:
-            if isinstance(pixels, UserError):
-                work.fail(item.job, pixels)
-            else:
-                data = partial(image_bytes, crop(pixels, geometry), geometry, self.options.image_format)
-                yield Output(item, self.name(item.job.name), data)
+    def images(self, batch: list[Input[Latent]], work: Work) -> Iterator[Output]:
+        """Yield the files of a batch; inputs that memory does not suffice for fail."""
+        with work.summary.timing("network"):
+            decoded = list(self.backoff.map(self._decode, batch, math.prod(batch[0].content.z.shape)))
+        for item, pixels in work.sound(decoded):
+            geometry = item.content.geometry
+            data = partial(image_bytes, crop(pixels, geometry), geometry, self.options.image_format)
+            yield Output(item, self.name(item.job.name), data)
+
+    def _decode(self, batch: list[Input[Latent]]) -> Sequence[torch.Tensor]:
+        labels = self.runner.codec.class_numbers([item.job.source.label for item in batch])
+        return self.runner.decode_uint8([item.content.z for item in batch], labels).unbind()

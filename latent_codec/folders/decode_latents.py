@@ -1,15 +1,15 @@
 """Decode folders of latents to images."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder
-from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
+from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder, Latent
+from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
@@ -37,7 +37,7 @@ def decode_latents(
     """
     check_channels(runner.codec)
     decoder = _LatentsDecoder(runner, where, options)
-    return make_outputs(Task(decoder.sources(), folder, resume, quiet), decoder, tar=options.tar)
+    return make_outputs(decoder.sources(), folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
 
 
 class _LatentsDecoder(ImageDecoder):
@@ -65,34 +65,23 @@ class _LatentsDecoder(ImageDecoder):
         posterior = self._latents.posterior(self._rows[source.name])
         return torch.stack([posterior.mean, posterior.logvar]).numpy().tobytes()
 
-    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, DiagonalGaussian]:
-        self._codec.class_numbers([source.label])
-        h, w = _size(self._entry(source.name), self._codec.factor)
-        z = self._codec.config.latent_channels
-        both = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(2, 1, -1, h, w)
-        if both.shape[2] != z:
-            raise UserError(f"{source.name}: {source.path.name} holds {both.shape[2]} latent channels, not {z}")
-        return tuple(both.shape[2:]), DiagonalGaussian(both[0], both[1])
-
-    def make(self, batches: Iterable[list[Input[DiagonalGaussian]]], work: Work) -> Iterator[Output]:
-        for batch in batches:
-            with work.summary.timing("network"):
-                decoded = list(self.backoff.map(self._decode, batch, math.prod(batch[0].shape)))
-            yield from self.images(((i, self._entry(i.job.name).geometry, pixels) for i, pixels in decoded), work)
-
-    def _decode(self, batch: list[Input[DiagonalGaussian]]) -> Sequence[torch.Tensor]:
-        labels = self._codec.class_numbers([item.job.source.label for item in batch])
-        return self.runner.decode_uint8([self._latent(item)[0] for item in batch], labels).unbind()
-
-    def _latent(self, item: Input[DiagonalGaussian]) -> torch.Tensor:
-        posterior, sample = item.content, self.options.sample
+    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Latent]:
+        self._codec.class_numbers([source.label])  # here it fails for this image alone
+        entry = self._latents.entries[self._rows[source.name]]
+        both = torch.frombuffer(bytearray(data), dtype=torch.float32)
+        both = both.reshape(2, 1, -1, *_size(entry, self._codec.factor))
+        shape, z = tuple(both.shape[2:]), self._codec.config.latent_channels
+        if shape[0] != z:
+            raise UserError(f"{source.name}: {source.path.name} holds {shape[0]} latent channels, not {z}")
+        posterior, sample = DiagonalGaussian(*both), self.options.sample
         if sample is None:
-            return posterior.mode()  # (1, z, h, w)
-        key = fold(sample, text_key(item.job.name))
-        return posterior.sample(normal(key[None], tuple(posterior.mean.shape[1:])))
+            return shape, Latent(entry.geometry, posterior.mode()[0])
+        key = fold(sample, text_key(source.name))
+        return shape, Latent(entry.geometry, posterior.sample(normal(key[None], shape))[0])
 
-    def _entry(self, path: str) -> LatentsEntry:
-        return self._latents.entries[self._rows[path]]
+    def make(self, batches: Iterable[list[Input[Latent]]], work: Work) -> Iterator[Output]:
+        for batch in batches:
+            yield from self.images(batch, work)
 
 
 def _size(entry: LatentsEntry, factor: int) -> tuple[int, int]:

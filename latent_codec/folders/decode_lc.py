@@ -1,10 +1,10 @@
 """Decode folders of `.lc` files to images. One bad file never ends the work of the others."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 
@@ -12,8 +12,8 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder
-from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
+from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder, Latent
+from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
@@ -50,12 +50,8 @@ def decode_lc(
     sources = find_lc(where)
     if not sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
-    return make_outputs(Task(sources, folder, resume, quiet), _LcDecoder(runner, options), tar=options.tar)
-
-
-class _Decompressed(NamedTuple):
-    item: Input[Stream]
-    z: torch.Tensor  # (z, h, w)
+    decoder = _LcDecoder(runner, options)
+    return make_outputs(sources, folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
 
 
 class _LcDecoder(ImageDecoder):
@@ -78,17 +74,9 @@ class _LcDecoder(ImageDecoder):
 
     def make(self, batches: Iterable[list[Input[Stream]]], work: Work) -> Iterator[Output]:
         for _, future in work.coder.map(partial(self._decompress, work=work), batches, ahead=2):
-            sound: list[_Decompressed] = []
-            for item, z in future.result():
-                if isinstance(z, UserError):
-                    work.fail(item.job, z)
-                else:
-                    sound.append(_Decompressed(item, z))
-            if not sound:
-                continue
-            with work.summary.timing("network"):
-                decoded = list(self.backoff.map(self._decode, sound, math.prod(sound[0].z.shape)))
-            yield from self.images(((item, item.content.geometry, pixels) for (item, _), pixels in decoded), work)
+            sound = work.sound(future.result())
+            if latents := [item.holding(Latent(item.content.geometry, z)) for item, z in sound]:
+                yield from self.images(latents, work)
 
     def _decompress(
         self, batch: list[Input[Stream]], work: Work
@@ -98,9 +86,6 @@ class _LcDecoder(ImageDecoder):
 
         with work.summary.timing("coding"):
             return list(self._coder_backoff.map(decompress, batch, math.prod(batch[0].shape[1:])))
-
-    def _decode(self, batch: list[_Decompressed]) -> Sequence[torch.Tensor]:
-        return self.runner.decode_uint8([z for _, z in batch]).unbind()
 
 
 def is_lc(where: Path) -> bool:

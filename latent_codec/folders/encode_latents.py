@@ -4,16 +4,17 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from latent_codec.errors import FatalError, UserError
-from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Task, Work
+from latent_codec.errors import UserError
+from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Work
 from latent_codec.folders.read_images import ImageReader
-from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record
+from latent_codec.folders.resume.ledger import Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
@@ -79,12 +80,7 @@ def encode_latents(
     sources = find_images(where)
     if not resume.overwrite:
         _check_folder(folder, sources)
-    return run(Task(sources, folder, resume, quiet), encoder, _ShardWriter(folder, encoder.header))
-
-
-class _InputRow(NamedTuple):
-    input: Input[None]
-    row: LatentsRow
+    return run(sources, encoder, _ShardWriter(folder, encoder.header), resume=resume, quiet=quiet)
 
 
 class _EncodedImage(NamedTuple):
@@ -117,13 +113,15 @@ class _LatentsEncoder(ImageReader):
         self._codec.class_numbers([source.label])  # here it fails for this image alone
         return super().parse(source, data, decoders)
 
-    def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[_InputRow]:
+    def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Input[LatentsRow]]:
         for batch in batches:
-            rows: list[_InputRow] = []
+            rows: list[Input[LatentsRow]] = []
             with work.summary.timing("network"):
-                for item, found in self._backoff.map(self._encode, batch, math.prod(batch[0].shape)):
+                encoded = self._backoff.map(self._encode, batch, math.prod(batch[0].shape))
+                for item, (found, flipped, place) in work.sound(encoded):
+                    entry = unplaced_entry(item.job.name, item.content.geometry, item.sha256)
                     try:
-                        rows.append(self._row(item, found))
+                        rows.append(item.holding(latents_row(entry, found, place, self._options.store, flipped)))
                     except UserError as error:
                         work.fail(item.job, error)
             yield from rows
@@ -141,18 +139,6 @@ class _LatentsEncoder(ImageReader):
         assert isinstance(found, DiagonalGaussian)
         return found
 
-    def _row(self, item: Input[Image], found: _EncodedImage | UserError) -> _InputRow:
-        if isinstance(found, UserError):
-            raise found
-        entry = unplaced_entry(item.job.name, item.content.geometry, item.sha256)
-        row = latents_row(entry, found.posterior, found.place, self._options.store, found.mirrored)
-        return _InputRow(item.emptied(), row)
-
-
-class _UnitRows(NamedTuple):
-    claim: Claim
-    rows: list[_InputRow]
-
 
 class _ShardWriter:
     """Write a shard for each unit, and an index over all shards."""
@@ -161,35 +147,24 @@ class _ShardWriter:
     is_shared = True
 
     def __init__(self, folder: Path, header: LatentsHeader) -> None:
-        self._folder, self._header = folder, header
+        self.folder, self._header = folder, header
 
-    def write(self, products: Iterable[_InputRow], work: Work) -> None:
-        def write(unit: _UnitRows) -> list[Record]:
-            with work.summary.timing("writing"):
-                return self._write(unit)
-
-        units = (_UnitRows(claim, list(rows)) for claim, rows in groupby(products, lambda one: one.input.job.claim))
-        for unit, future in work.writers.map(write, units, ahead=2):
-            try:
-                records = future.result()
-            except FatalError:
-                raise
-            except UserError as error:
-                for one in unit.rows:
-                    work.fail(one.input.job, error)
-                continue
+    def write(self, products: Iterable[Input[LatentsRow]], work: Work) -> None:
+        units = (list(rows) for _, rows in groupby(products, lambda row: row.job.claim))
+        written = work.writers.map(partial(self._write, work=work), units, ahead=2)
+        for rows, records in work.results(written, lambda rows: [row.job for row in rows]):
             work.summary.bytes_out += records[0].bytes_out
-            for one, record in zip(unit.rows, records, strict=True):
-                work.done(one.input.job, record)
+            for row, record in zip(rows, records, strict=True):
+                work.done(row.job, record)
 
-    def _write(self, unit: _UnitRows) -> list[Record]:
-        ordered = sorted((one.row for one in unit.rows), key=lambda row: row.entry.path)
-        images = [(row.entry.path, row.entry.sha256) for row in ordered]
-        name = shard_name(unit.claim.unit.name, unit.claim.settings, images)
-        with disk_errors(self._folder, "latents"):
-            shard = write_shard(self._folder, self._header, name, ordered)[0].shard
-            size, digest = (self._folder / shard).stat().st_size, sha256_of(self._folder / shard)
-        return [one.input.record(shard, size, digest) for one in unit.rows]
+    def _write(self, rows: list[Input[LatentsRow]], work: Work) -> list[Record]:
+        ordered = sorted((row.content for row in rows), key=lambda row: row.entry.path)
+        claim, images = rows[0].job.claim, [(row.entry.path, row.entry.sha256) for row in ordered]
+        name = shard_name(claim.unit.name, claim.settings, images)
+        with work.summary.timing("writing"), disk_errors(self.folder, "latents"):
+            shard = write_shard(self.folder, self._header, name, ordered)[0].shard
+            size, digest = (self.folder / shard).stat().st_size, sha256_of(self.folder / shard)
+        return [row.record(shard, size, digest) for row in rows]
 
     def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
         """Write the index over all that is done so far, by any process; then remove shards that nobody needs."""
@@ -197,14 +172,14 @@ class _ShardWriter:
         entries: list[LatentsEntry] = []
         for unit in units:
             wanted = {(record.output, record.path) for record in ledger.records(unit)}
-            there = {shard for shard, _ in wanted if (self._folder / shard).is_file()}
-            found = ((shard, entry) for shard in there for entry in read_index(self._folder / shard).entries)
+            there = {shard for shard, _ in wanted if (self.folder / shard).is_file()}
+            found = ((shard, entry) for shard in there for entry in read_index(self.folder / shard).entries)
             entries += [entry for shard, entry in found if (shard, entry.path) in wanted]
             shards |= there
-        with disk_errors(self._folder / INDEX):
-            write_index(self._folder, self._header, entries)
-        with disk_errors(self._folder):
-            needless = [path for path in stored_shards(self._folder) if path.name not in shards]
+        with disk_errors(self.folder / INDEX):
+            write_index(self.folder, self._header, entries)
+        with disk_errors(self.folder):
+            needless = [path for path in stored_shards(self.folder) if path.name not in shards]
             remove_needless(needless, ledger, units)
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from latent_codec.bitstream.rate_control import Rate, compress_at_rate
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, dither_seed
 from latent_codec.errors import UserError
-from latent_codec.folders.jobs import RESUME, Input, Resume, Task, Work
+from latent_codec.folders.jobs import RESUME, Input, Resume, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.read_images import ImageReader
 from latent_codec.folders.resume.ledger import Kind
@@ -80,7 +80,7 @@ def encode_lc(
     sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
-    return make_outputs(Task(sources, folder, resume, quiet), encoder, tar=options.tar)
+    return make_outputs(sources, folder, encoder, tar=options.tar, resume=resume, quiet=quiet)
 
 
 def _check_choices(codec: Codec, options: EncodeOptions) -> None:
@@ -93,10 +93,8 @@ def _check_choices(codec: Codec, options: EncodeOptions) -> None:
         )
 
 
-class _EncodedImage(NamedTuple):
-    item: Input[Image]
-    coded: torch.Tensor | UserError
-    """The posterior's mean (z, h, w) or a codebook's indices (1, h, w); or why there is none."""
+_EncodedImage = tuple[Input[Image], torch.Tensor | UserError]
+"""An image and its posterior's mean (z, h, w) or a codebook's indices (1, h, w); or why it has none."""
 
 
 class _LcEncoder(ImageReader):
@@ -130,19 +128,15 @@ class _LcEncoder(ImageReader):
     def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Output]:
         code = partial(self._code, work=work)
         for _, future in work.coder.map(code, self._encode_all(batches, work), ahead=2):
-            for item, coded in future.result():
-                if isinstance(coded, UserError):
-                    work.fail(item.job, coded)
-                else:
-                    geometry = item.content.geometry
-                    data = partial(bytes, coded.data)
-                    yield Output(item, self.name(item.job.name), data, geometry.width * geometry.height)
+            for item, coded in work.sound(future.result()):
+                geometry = item.content.geometry
+                data = partial(bytes, coded.data)
+                yield Output(item, self.name(item.job.name), data, geometry.width * geometry.height)
 
     def _encode_all(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[list[_EncodedImage]]:
         for batch in batches:
             with work.summary.timing("network"):
-                found = self._network_backoff.map(self._encode, batch, math.prod(batch[0].shape))
-                images = [_EncodedImage(*one) for one in found]
+                images = list(self._network_backoff.map(self._encode, batch, math.prod(batch[0].shape)))
             yield images
 
     def _encode(self, batch: list[Input[Image]]) -> Sequence[torch.Tensor]:
@@ -153,24 +147,22 @@ class _LcEncoder(ImageReader):
         results: list[tuple[Input[Image], CompressedImage | UserError]] = []
         scaled: list[tuple[Input[Image], Scaled]] = []
         with work.summary.timing("coding"):
-            for image in batch:
+            for item, latents in batch:
                 try:
-                    found = self._scale_or_compress(image)
+                    found = self._scale_or_compress(item, latents)
                 except UserError as error:
-                    results.append((image.item, error))
-                    continue
+                    found = error
                 if isinstance(found, Scaled):
-                    scaled.append((image.item, found))
+                    scaled.append((item, found))
                 else:
-                    results.append((image.item, found))
-            elements = math.prod(batch[0].item.shape)
-            for (item, _), coded in self._coder_backoff.map(self._compress, scaled, elements):
-                results.append((item, coded))
+                    results.append((item, found))
+            elements = math.prod(batch[0][0].shape)
+            compressed = self._coder_backoff.map(self._compress, scaled, elements)
+            results += [(item, coded) for (item, _), coded in compressed]
         return results
 
-    def _scale_or_compress(self, image: _EncodedImage) -> Scaled | CompressedImage:
+    def _scale_or_compress(self, item: Input[Image], coded: torch.Tensor | UserError) -> Scaled | CompressedImage:
         """Return what is coded at the step that all images take, or the file that the rate asks for."""
-        item, coded = image
         if isinstance(coded, UserError):
             raise coded
         if not bool(torch.isfinite(coded).all()):

@@ -1,10 +1,12 @@
-"""Define what a run consists of: its task, its jobs and their ends, and who makes and writes outputs."""
+"""Define what a run consists of: its jobs and their ends, and who makes and writes outputs."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record, SourceCheck
 from latent_codec.folders.resume.units import DEFAULT_SIZES, WHOLE, Share, Unit, UnitSizes
 from latent_codec.folders.summary import Summary
@@ -13,6 +15,7 @@ from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Runner
 
 T = TypeVar("T")
+R = TypeVar("R")
 P_co = TypeVar("P_co", covariant=True)
 P_contra = TypeVar("P_contra", contravariant=True)
 Shape = tuple[int, ...]
@@ -32,15 +35,6 @@ class Resume:
 
 RESUME = Resume()
 OVERWRITE = Resume(overwrite=True)
-
-
-class Task(NamedTuple):
-    """Name the sources of a run and the folder for its outputs, and say what is done again."""
-
-    sources: Sequence[Source]
-    folder: Path
-    resume: Resume
-    quiet: bool
 
 
 class Job(NamedTuple):
@@ -65,9 +59,9 @@ class Input(NamedTuple, Generic[T]):
     shape: Shape
     content: T
 
-    def emptied(self) -> "Input[None]":
-        """Drop the content: what waits for the rest of its unit must not keep an image in memory."""
-        return Input(self.job, self.mtime_ns, self.sha256, self.shape, None)
+    def holding(self, content: R) -> "Input[R]":
+        """Return it with other content: what waits for the rest of its unit must not keep an image in memory."""
+        return Input(self.job, self.mtime_ns, self.sha256, self.shape, content)
 
     def record(self, output: str, bytes_out: int, sha256_out: str) -> Record:
         """Return the ledger's line for an output made of this input."""
@@ -120,6 +114,29 @@ class Work(NamedTuple):
         job.claim.fail(job.name, self.summary.failures[job.name])
         self._settle(job)
 
+    def sound(self, outcomes: Iterable[tuple[Input[T], R | UserError]]) -> Iterator[tuple[Input[T], R]]:
+        """Yield the inputs that have a result; the others fail."""
+        for item, result in outcomes:
+            if isinstance(result, UserError):
+                self.fail(item.job, result)
+            else:
+                yield item, result
+
+    def results(
+        self, outcomes: Iterable[tuple[T, "Future[R]"]], jobs: Callable[[T], Iterable[Job]]
+    ) -> Iterator[tuple[T, R]]:
+        """Yield the items that have a result; the jobs of the others fail. Raises what is a `FatalError`."""
+        for item, future in outcomes:
+            try:
+                result = future.result()
+            except FatalError:
+                raise
+            except Exception as error:  # whatever a stranger's file sets off, the others go on
+                for job in jobs(item):
+                    self.fail(job, error)
+            else:
+                yield item, result
+
     def _settle(self, job: Job) -> None:
         job.claim.settle()
         self.bar.update()
@@ -161,6 +178,7 @@ class Maker(Protocol[T, P_co]):
 class Writer(Protocol[P_contra]):
     """Write products into a folder."""
 
+    folder: Path
     kind: Kind
     is_shared: bool
     """Whether the products of a unit share files, whose names depend on them."""

@@ -4,19 +4,19 @@ import contextlib
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from latent_codec.errors import FatalError, UserError
-from latent_codec.folders.jobs import Input, Maker, Task, Work
+from latent_codec.errors import UserError
+from latent_codec.folders.jobs import Input, Maker, Resume, Work
 from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
+from latent_codec.images.sources import Source
 from latent_codec.storage.files import atomic_path, disk_errors, put, sha256, sha256_of, temporary_path
 
 T = TypeVar("T")
@@ -34,16 +34,18 @@ class Output(NamedTuple):
     """Pixels to count once it is written."""
 
 
-def make_outputs(task: Task, maker: Maker[T, Output], *, tar: bool) -> Summary:
+def make_outputs(
+    sources: Sequence[Source], folder: Path, maker: Maker[T, Output], *, tar: bool, resume: Resume, quiet: bool
+) -> Summary:
     """Make streams or images, an `Output` for each source, in files of their own or with `tar` in tar shards.
 
     Raises `UserError` as `run` does, and for a folder that has the other of the two.
     """
-    files, tars = _FileWriter(task.folder, maker.kind), _TarWriter(task.folder, maker.kind)
-    if Ledger.exists(task.folder, files.kind if tar else tars.kind):
+    files, tars = _FileWriter(folder, maker.kind), _TarWriter(folder, maker.kind)
+    if Ledger.exists(folder, files.kind if tar else tars.kind):
         there, remedy = ("in files of their own", "for") if tar else ("in tar files", "without")
-        raise UserError(f"{task.folder}: holds {maker.kind} {there}; give another folder {remedy} --tar")
-    return run(task, maker, tars if tar else files)
+        raise UserError(f"{folder}: holds {maker.kind} {there}; give another folder {remedy} --tar")
+    return run(sources, maker, tars if tar else files, resume=resume, quiet=quiet)
 
 
 class _FileWriter:
@@ -52,23 +54,17 @@ class _FileWriter:
     is_shared = False
 
     def __init__(self, folder: Path, kind: Kind) -> None:
-        self._folder = folder
+        self.folder = folder
         self.kind: Kind = kind
 
     def write(self, products: Iterable[Output], work: Work) -> None:
-        for output, future in work.writers.map(partial(self._write, work=work), products):
-            try:
-                record = future.result()
-            except FatalError:
-                raise
-            except Exception as error:
-                work.fail(output.input.job, error)
-            else:
-                work.summary.bytes_out += record.bytes_out
-                work.done(output.input.job, record, output.pixels)
+        written = work.writers.map(partial(self._write, work=work), products)
+        for output, record in work.results(written, lambda output: [output.input.job]):
+            work.summary.bytes_out += record.bytes_out
+            work.done(output.input.job, record, output.pixels)
 
     def _write(self, output: Output, work: Work) -> Record:
-        path = self._folder / output.name
+        path = self.folder / output.name
         with work.summary.timing("writing"):
             data = output.data()
             with disk_errors(path, output.input.job.name), atomic_path(path) as temporary:
@@ -77,13 +73,6 @@ class _FileWriter:
 
     def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
         pass
-
-
-class _Member(NamedTuple):
-    """Name an output that is in a tar file which is not whole yet."""
-
-    input: Input[None]
-    pixels: int
 
 
 class _TarWriter:
@@ -95,7 +84,7 @@ class _TarWriter:
     is_shared = True
 
     def __init__(self, folder: Path, members: Kind) -> None:
-        self._folder, self._members = folder, members
+        self.folder, self._members = folder, members
         self.kind: Kind = "streams.tar" if members == "streams" else "images.tar"
 
     def write(self, products: Iterable[Output], work: Work) -> None:
@@ -103,48 +92,40 @@ class _TarWriter:
             with work.summary.timing("writing"):
                 return output.data()
 
-        made = work.writers.map(make, products)
+        made = work.results(work.writers.map(make, products), lambda output: [output.input.job])
         for claim, outputs in groupby(made, lambda one: one[0].input.job.claim):
             with contextlib.ExitStack() as stack:
-                with disk_errors(self._folder):  # not around what follows: other errors pass there
+                with disk_errors(self.folder):  # not around what follows: other errors pass there
                     name = f"{self._members}-{claim.unit.name}"
-                    temporary = stack.enter_context(temporary_path(self._folder, name))
-                if members := list(_add_members(outputs, temporary, work)):
-                    self._finish(members, claim, temporary, work)
+                    temporary = stack.enter_context(temporary_path(self.folder, name))
+                self._finish(list(_add_members(outputs, temporary, work)), claim, temporary, work)
 
-    def _finish(self, members: Sequence[_Member], claim: Claim, temporary: Path, work: Work) -> None:
-        images = [(one.input.job.name, one.input.sha256) for one in members]
-        path = self._folder / f"{self._members}-{shard_name(claim.unit.name, claim.settings, images)}.tar"
+    def _finish(self, members: Sequence[Input[int]], claim: Claim, temporary: Path, work: Work) -> None:
+        images = [(one.job.name, one.sha256) for one in members]
+        path = self.folder / f"{self._members}-{shard_name(claim.unit.name, claim.settings, images)}.tar"
         with disk_errors(path), work.summary.timing("writing"):
             size, digest = temporary.stat().st_size, sha256_of(temporary)
             put(temporary, path)
         work.summary.bytes_out += size
         for one in members:
-            work.done(one.input.job, one.input.record(path.name, size, digest), one.pixels)
+            work.done(one.job, one.record(path.name, size, digest), one.content)
 
     def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
-        with disk_errors(self._folder):
-            remove_needless(self._folder.glob(f"{self._members}-*.tar"), ledger, units)
+        with disk_errors(self.folder):
+            remove_needless(self.folder.glob(f"{self._members}-*.tar"), ledger, units)
 
 
-def _add_members(outputs: Iterable[tuple[Output, "Future[bytes]"]], path: Path, work: Work) -> Iterator[_Member]:
-    """Write a tar file of the outputs that could be made."""
+def _add_members(outputs: Iterable[tuple[Output, bytes]], path: Path, work: Work) -> Iterator[Input[int]]:
+    """Write a tar file of the outputs, and yield the input of each with its pixels to count."""
     with disk_errors(path):
         tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed below: other errors pass here)
     try:
-        for output, future in outputs:
-            try:
-                data = future.result()
-            except FatalError:
-                raise
-            except Exception as error:
-                work.fail(output.input.job, error)
-                continue
+        for output, data in outputs:
             member = tarfile.TarInfo(output.name)
             member.size = len(data)
             with disk_errors(path), work.summary.timing("writing"):
                 tar.addfile(member, io.BytesIO(data))
-            yield _Member(output.input.emptied(), output.pixels)
+            yield output.input.holding(output.pixels)
     except BaseException:
         with contextlib.suppress(OSError):  # what is not written yet will not be
             tar.close()

@@ -1,4 +1,4 @@
-"""Run a task over a folder of images: read ahead, batch, record failures, resume."""
+"""Run a command over a folder of images: read ahead, batch, record failures, resume."""
 
 import contextlib
 import time
@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
-from latent_codec.folders.jobs import Job, Maker, Task, Work, Writer
+from latent_codec.folders.jobs import Job, Maker, Resume, Work, Writer
 from latent_codec.folders.resume.ledger import FAILURES, Ledger
 from latent_codec.folders.resume.names import check_absent, check_names, check_outputs, folding
 from latent_codec.folders.resume.units import Unit, units
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
+from latent_codec.images.sources import Source
 from latent_codec.inference.runner import ResolvedOptions
 from latent_codec.storage.files import make_folder
 
@@ -22,14 +23,14 @@ T = TypeVar("T")
 P = TypeVar("P")
 
 
-def run(task: Task, maker: Maker[T, P], writer: Writer[P]) -> Summary:
-    """Make the outputs of a task that are not up to date, and return what became of each image.
+def run(sources: Sequence[Source], maker: Maker[T, P], writer: Writer[P], *, resume: Resume, quiet: bool) -> Summary:
+    """Make the outputs of sources that are not up to date, and return what became of each image.
 
     Raises `UserError` before any work if outputs collide, the folder cannot be written into, or it holds files of
     these names that this program did not make and may not overwrite; and later if the disk takes no more. What was
     written until then is whole, and the same call goes on from there.
     """
-    started, (sources, folder, resume, quiet) = time.monotonic(), task
+    started, folder = time.monotonic(), writer.folder
     make_folder(folder)
     outputs = None if writer.is_shared else {source.name: maker.name(source.name) for source in sources}
     own = [*(outputs or {}).values(), FAILURES]

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import shlex
 import sys
-from typing import Annotated, Union
 
 import tyro
 
@@ -18,16 +17,7 @@ from latent_codec.errors import UserError
 from latent_codec.program import FLAGS, exit_code
 from latent_codec.version import __version__
 
-Command = Union[
-    Annotated[Encode, tyro.conf.subcommand("encode")],
-    Annotated[Decode, tyro.conf.subcommand("decode")],
-    Annotated[Info, tyro.conf.subcommand("info")],
-    Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
-    Annotated[Export, tyro.conf.subcommand("export")],
-    Annotated[Import, tyro.conf.subcommand("import")],
-    Annotated[Sample, tyro.conf.subcommand("sample")],
-    Annotated[Convert, tyro.conf.subcommand("convert")],
-]
+Command = Encode | Decode | Info | Evaluate | Export | Import | Sample | Convert
 
 _PROGRAM = "latent-codec"
 _DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, measure and export models."

@@ -58,9 +58,7 @@ class Encode:
         return 1 if summary.failures else 0
 
     def _to_lc(self):
-        self._refuse(("store",), "for --format safetensors; a .lc file's numbers are integers")
-        if self.flips:
-            raise UserError("--flips is for --format safetensors; a .lc file holds one image")
+        self._refuse(("store", "flips"), "for --format safetensors; a .lc file holds integers of one image")
         from latent_codec.bitstream.rate_control import Rate
         from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
         from latent_codec.images.read import ReadOptions
@@ -76,12 +74,8 @@ class Encode:
         return encode_lc(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
 
     def _to_latents(self):
-        flags = ("step", "bpp", "psnr", "max_bytes", "sample", "prior")
-        self._refuse(flags, "for --format lc; latents in safetensors keep the whole posterior")
-        if self.refine:
-            raise UserError("--refine is for --format lc; latents in safetensors keep the whole posterior")
-        if self.tar:
-            raise UserError("--tar is for --format lc; latents in safetensors are in shards already")
+        flags = ("step", "bpp", "psnr", "max_bytes", "refine", "sample", "prior", "tar")
+        self._refuse(flags, "for --format lc; latents in safetensors keep the whole posterior, in shards")
         from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
         from latent_codec.images.read import ReadOptions
 
@@ -93,5 +87,5 @@ class Encode:
         return encode_latents(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
 
     def _refuse(self, fields: tuple[str, ...], reason: str) -> None:
-        if given := [f"--{name.replace('_', '-')}" for name in fields if getattr(self, name) is not None]:
+        if given := [f"--{name.replace('_', '-')}" for name in fields if getattr(self, name) != getattr(Encode, name)]:
             raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")

@@ -62,30 +62,30 @@ def _skip_if_up_to_date(jobs: list[Job], maker: Maker[Any, Any], resume: Resume,
     if not all(job.name in claim.records or job.name in claim.failures for job in jobs):
         return False
 
-    def check(job: Job) -> Record | None:
+    def end(job: Job) -> Record | Exception | None:
+        if job.name not in claim.records:
+            try:
+                _read(job, maker, work)
+            except Exception as error:
+                return error
         with contextlib.suppress(OSError):
             changed = mtime_ns(job.source)  # before it is read
             if claim.is_up_to_date(job.source, job.output, resume.check, maker.load):
                 return dataclasses.replace(claim.records[job.name], mtime_ns=changed)
         return None
 
-    found: list[tuple[Job, Record]] = []
-    for job, future in work.readers.map(check, [job for job in jobs if job.name in claim.records]):
-        if future.exception() is not None or (record := future.result()) is None:
-            return False
-        found.append((job, record))
-    if jobs[0].output is None and not are_whole([record for _, record in found]):
+    ends: list[tuple[Job, Record | Exception]] = []
+    for job, future in work.readers.map(end, jobs):
+        if future.exception() is not None or (found := future.result()) is None or isinstance(found, FatalError):
+            return False  # it is to be made, or reading it again raises what ends the run
+        ends.append((job, found))
+    if jobs[0].output is None and not are_whole([found for _, found in ends if isinstance(found, Record)]):
         return False
-    failed: list[tuple[Job, BaseException]] = []
-    others = [job for job in jobs if job.name not in claim.records]
-    for job, future in work.readers.map(partial(_read, maker=maker, work=work), others):
-        if not isinstance(error := future.exception(), Exception) or isinstance(error, FatalError):
-            return False  # it can be read now, or reading it again raises what ends the run
-        failed.append((job, error))
-    for job, error in failed:
-        work.fail(job, error)
-    for job, record in found:
-        work.skip(job, record)
+    for job, found in ends:
+        if isinstance(found, Record):
+            work.skip(job, found)
+        else:
+            work.fail(job, found)
     return True
 
 

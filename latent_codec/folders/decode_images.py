@@ -52,8 +52,8 @@ class ImageDecoder:
     kind: Kind = "images"
 
     def __init__(self, runner: Runner, options: DecodeOptions) -> None:
-        self.runner, self.options, self.is_large = runner, options, runner.cuts_latents
-        self.backoff = OutOfMemoryBackoff()
+        self.runner, self.options, self.backoff = runner, options, OutOfMemoryBackoff()
+        self.is_large = partial(runner.cuts, factor=runner.codec.factor)
 
     @property
     def settings(self) -> dict[str, Any]:

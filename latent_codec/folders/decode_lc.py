@@ -81,11 +81,11 @@ class _LcDecoder(ImageDecoder):
     def _decompress(
         self, batch: list[Input[Stream]], work: Work
     ) -> list[tuple[Input[Stream], torch.Tensor | UserError]]:
-        def decompress(items: list[Input[Stream]]) -> list[torch.Tensor | UserError]:
-            return self._reader.decompress([item.content for item in items])
-
         with work.summary.timing("coding"):
-            return list(self._coder_backoff.map(decompress, batch, math.prod(batch[0].shape[1:])))
+            return list(self._coder_backoff.map(self._z, batch, math.prod(batch[0].shape[1:])))
+
+    def _z(self, batch: list[Input[Stream]]) -> list[torch.Tensor | UserError]:
+        return self._reader.decompress([item.content for item in batch])
 
 
 def is_lc(where: Path) -> bool:

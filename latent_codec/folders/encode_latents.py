@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Work
+from latent_codec.folders.jobs import RESUME, Input, Resume, Work
 from latent_codec.folders.read_images import ImageReader
 from latent_codec.folders.resume.ledger import Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
-from latent_codec.folders.workers import Processes
 from latent_codec.images.geometry import Image, mirrored
 from latent_codec.images.read import READ_DEFAULTS, ReadOptions
 from latent_codec.images.sources import Source, find_images
@@ -108,10 +107,6 @@ class _LatentsEncoder(ImageReader):
 
     def name(self, source: str) -> str:
         return source
-
-    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Image]:
-        self._codec.class_numbers([source.label])  # here it fails for this image alone
-        return super().parse(source, data, decoders)
 
     def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Input[LatentsRow]]:
         for batch in batches:

@@ -30,14 +30,12 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, Scaled
 
-STEP_OF_ONE = Rate()
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
     """Choose how images become `.lc` files; raises `UserError` for values that make no sense."""
 
-    rate: Rate = STEP_OF_ONE
+    rate: Rate = dataclasses.field(default_factory=Rate)
     refine: int = 0
     """Rounds of `Refiner`, which moves latents before they are rounded."""
     sample: int | None = None

@@ -1,6 +1,6 @@
 """Read and decode the images of a run, in threads or in processes."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ class ImageReader:
     verb: Literal["encode", "decode"] = "encode"
 
     def __init__(self, runner: Runner, options: ReadOptions) -> None:
-        self.runner, self._read_options, self.is_large = runner, options, runner.cuts_pixels
+        self.runner, self._read_options, self.is_large = runner, options, runner.cuts
 
     def load(self, source: Source) -> bytes:
         """Return an image file's bytes; raises as `Source.read_bytes` does."""
@@ -27,18 +27,15 @@ class ImageReader:
 
     def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Image]:
         """Return an image padded to multiples of the factor; raises as `read_image` and `Processes.call` do."""
+        self.runner.codec.class_numbers([source.label])  # here an unknown class fails for this image alone
         array, geometry = decoders.call(padded, source.name, data, self.runner.codec.factor, self._read_options)
         return array.shape, Image(torch.from_numpy(array), geometry)
 
 
-class PaddedArray(NamedTuple):
-    """Hold pixels as an array: between processes a tensor would take a file handle and shared memory."""
+def padded(name: str, data: bytes, factor: int, options: ReadOptions) -> tuple[np.ndarray, Geometry]:
+    """Read an image file in this process; raises as `read_image` does.
 
-    pixels: np.ndarray
-    geometry: Geometry
-
-
-def padded(name: str, data: bytes, factor: int, options: ReadOptions) -> PaddedArray:
-    """Read an image file in this process; raises as `read_image` does."""
+    Pixels are an array, as between processes a tensor would take a file handle and shared memory.
+    """
     image = read_image(data, options, name=name)
-    return PaddedArray(pad(image.pixels, factor).numpy(), image.geometry)
+    return pad(image.pixels, factor).numpy(), image.geometry

@@ -103,11 +103,11 @@ class Runner:
 
     def _report(self, x: torch.Tensor, labels: torch.Tensor | None, scale: int, measure: Callable[..., object]) -> None:
         """Say on stderr, once, how tiles change x, which has `scale` elements along a side for each latent element."""
-        height, width = (size // scale for size in x.shape[2:])
-        tile = self.options.tile
-        if measure in self._silent or not self.cuts(height, width):
+        if measure in self._silent or not self.cuts(x.shape, self.codec.factor // scale):
             return
         self._silent.add(measure)
+        height, width = (size // scale for size in x.shape[2:])
+        tile = self.options.tile
         rows, columns = (
             slice(s.start * scale, s.stop * scale) for s in tiling.middle_part(self.codec, height, width, tile)
         )
@@ -118,17 +118,9 @@ class Runner:
             file=sys.stderr,
         )
 
-    def cuts_pixels(self, shape: tuple[int, ...]) -> bool:
-        """Return whether an image (..., h, w) is cut into tiles."""
-        return tiling.cuts(shape[-2] * shape[-1], self.options.tile)
-
-    def cuts_latents(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the image of latents (..., h/f, w/f) is cut into tiles."""
-        return self.cuts(*shape[-2:])
-
-    def cuts(self, height: int, width: int) -> bool:
-        """Return whether an image with latents (height, width) is cut into tiles."""
-        return tiling.cuts(height * width * self.codec.factor**2, self.options.tile)
+    def cuts(self, shape: tuple[int, ...], factor: int = 1) -> bool:
+        """Return whether an image (..., factor * h, factor * w) is cut into tiles, given `shape` (..., h, w)."""
+        return tiling.cuts(shape[-2] * shape[-1] * factor**2, self.options.tile)
 
     @property
     def settings(self) -> dict[str, Any]:

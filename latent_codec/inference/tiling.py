@@ -69,11 +69,7 @@ def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.T
     if pixels.dtype == torch.uint8 and codec.config.image_channels == 1:
         pixels = in_channels(pixels, 1)
     codec.check_pixels(pixels)
-    if tile is not None:
-        check_tile(codec, tile)
-    if tile is not None and cuts(pixels[0, 0].numel(), tile):
-        return _encode_tiles(codec, pixels, tile, labels)
-    return codec.encode(pixels.to(_device(codec)), _there(codec, labels)).cpu()
+    return _encode(codec, pixels, _tile_for(codec, pixels[0, 0].numel(), tile), labels)
 
 
 def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,27 +77,20 @@ def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.
 
     `tile` and `labels` are as for `encode`, which raises the same.
     """
-    return in_rgb(_decode(codec, z, tile, labels, codec.decode_uint8, codec.likelihood.to_uint8))
+    tile = _tile_for(codec, z[0, 0].numel() * codec.factor**2, tile)
+    return in_rgb(_decode(codec, z, tile, labels, codec.likelihood.to_uint8))
 
 
 def decode(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
     """Decode latents to expected pixels (b, c, h, w), float32 in the likelihood's range, not clipped."""
-    return _decode(codec, z, tile, labels, codec.decode, torch.Tensor.float)
+    return _decode(codec, z, _tile_for(codec, z[0, 0].numel() * codec.factor**2, tile), labels, torch.Tensor.float)
 
 
-def _decode(
-    codec: Codec,
-    z: torch.Tensor,
-    tile: int | None,
-    labels: torch.Tensor | None,
-    whole: Callable[..., torch.Tensor],
-    convert: _Map,
-) -> torch.Tensor:
+def _tile_for(codec: Codec, pixels: int, tile: int | None) -> int | None:
+    """Return the tile for an image of so many pixels, None if it stays whole."""
     if tile is not None:
         check_tile(codec, tile)
-    if tile is not None and cuts(z[0, 0].numel() * codec.factor**2, tile):
-        return _decode_tiles(codec, z, tile, labels, convert)
-    return whole(z.to(_device(codec)), _there(codec, labels)).cpu()
+    return tile if cuts(pixels, tile) else None
 
 
 def nll_gradient(codec: Codec, z: torch.Tensor, pixels: torch.Tensor, tile: int | None) -> tuple[float, torch.Tensor]:
@@ -112,7 +101,7 @@ def nll_gradient(codec: Codec, z: torch.Tensor, pixels: torch.Tensor, tile: int 
     """
     pixels = in_channels(pixels, codec.config.image_channels)
     factor, margin, device = codec.factor, codec.backbone.decoder_margin, _device(codec)
-    side = max(z.shape[1:]) if tile is None or not cuts(z[0].numel() * factor**2, tile) else tile // factor
+    side = tile // factor if tile is not None and cuts(z[0].numel() * factor**2, tile) else max(z.shape[1:])
     shared = side // 8 if margin is None else margin
     total, gradient = 0.0, torch.zeros_like(z)
     rows, columns = tile_spans(z.shape[1], side, shared), tile_spans(z.shape[2], side, shared)
@@ -128,10 +117,6 @@ def nll_gradient(codec: Codec, z: torch.Tensor, pixels: torch.Tensor, tile: int 
         total += nll.item()
         gradient[:, row.read(1), column.read(1)] += found[0].float().cpu()
     return total, gradient
-
-
-def _there(codec: Codec, labels: torch.Tensor | None) -> torch.Tensor | None:
-    return None if labels is None else labels.to(_device(codec))
 
 
 def _device(codec: Codec) -> torch.device:
@@ -182,21 +167,26 @@ class _Direction(NamedTuple):
     margin: int | None
 
 
-def _encode_tiles(codec: Codec, pixels: torch.Tensor, tile: int, labels: torch.Tensor | None) -> Posterior:
+def _encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.Tensor | None) -> Posterior:
+    if tile is None:
+        return codec.encode(pixels.to(_device(codec)), labels).cpu()
     # What is blended is the network's output, means and log-variances, and clamped once: the result estimates what the
     # network would say of the whole. Blending variances would differ by (difference of the log-variances)^2 / 8.
-    margin = codec.backbone.encoder_margin
-    network = partial(codec.features, labels=_there(codec, labels))
-    direction = _Direction(network, torch.Tensor.float, codec.factor, 1, margin)
+    network = partial(codec.features, labels=labels)
+    direction = _Direction(network, torch.Tensor.float, codec.factor, 1, codec.backbone.encoder_margin)
     features = _tiled(direction, pixels, tile // codec.factor, _device(codec))  # (b, features * z, h/f, w/f)
     return codec.bottleneck(features)  # works wherever its input is
 
 
-def _decode_tiles(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor | None, convert: _Map) -> torch.Tensor:
+def _decode(
+    codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None, convert: _Map
+) -> torch.Tensor:
     def finish(params: torch.Tensor) -> torch.Tensor:
         return convert(codec.likelihood.mean(params))
 
-    network = partial(codec.likelihood_params, labels=_there(codec, labels))
+    network = partial(codec.likelihood_params, labels=labels)
+    if tile is None:
+        return finish(network(z.to(_device(codec)))).cpu()
     direction = _Direction(network, finish, 1, codec.factor, codec.backbone.decoder_margin)
     return _tiled(direction, z, tile // codec.factor, _device(codec))
 
@@ -276,7 +266,7 @@ def encode_difference(
 ) -> EncodeDifference:
     """Compare tiles with the whole on pixels (b, c, h, w) uint8 that fit into memory, which are cut in any case."""
     pixels = in_channels(pixels, codec.config.image_channels)
-    whole, tiled = encode(codec, pixels, None, labels), _encode_tiles(codec, pixels, tile, labels)
+    whole, tiled = (_encode(codec, pixels, side, labels) for side in (None, tile))
     difference = tiled.mean - whole.mean
     if isinstance(whole, DiagonalGaussian):
         difference = difference / whole.std
@@ -284,16 +274,14 @@ def encode_difference(
     return EncodeDifference(
         difference.abs().amax().item(),
         difference.square().mean().sqrt().item(),
-        psnr(_decode(codec, whole.mean, None, labels, codec.decode_uint8, convert), pixels.cpu()).mean().item(),
-        psnr(_decode_tiles(codec, tiled.mean, tile, labels, convert), pixels.cpu()).mean().item(),
+        psnr(_decode(codec, whole.mean, None, labels, convert), pixels.cpu()).mean().item(),
+        psnr(_decode(codec, tiled.mean, tile, labels, convert), pixels.cpu()).mean().item(),
     )
 
 
 def decode_difference(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Tensor | None = None) -> DecodeDifference:
     """Compare tiles with the whole on latents (b, z, h, w) whose image fits into memory, which are cut in any case."""
-    convert = codec.likelihood.to_uint8
-    whole = _decode(codec, z, None, labels, codec.decode_uint8, convert)
-    tiled = _decode_tiles(codec, z, tile, labels, convert)
+    whole, tiled = (_decode(codec, z, side, labels, codec.likelihood.to_uint8) for side in (None, tile))
     return DecodeDifference(int((whole.int() - tiled.int()).abs().amax()), psnr(tiled, whole).mean().item())
 
 

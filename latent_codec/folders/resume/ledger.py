@@ -93,8 +93,9 @@ class Ledger:
         self.folder, self.settings = folder, digest(settings)
         self.root, self._units, self._processes = (folder / NAME / name for name in ("", kind, "processes"))
         self._alive = self._processes / process_name()
-        self._held: set[Claim] = set()
-        self._sizes: dict[str, int] = {}
+        self.held: set[Claim] = set()
+        self.sizes: dict[str, int] = {}
+        """Bytes that each journal had when this process entered the ledger."""
 
     @staticmethod
     def exists(folder: Path, kind: Kind | None = None) -> bool:
@@ -108,7 +109,7 @@ class Ledger:
             stack.enter_context(locked(self._alive))
             with disk_errors(self.folder):
                 self._remove_stale()
-                self._sizes = {file.name: file.stat().st_size for file in os.scandir(self._units)}
+                self.sizes = {file.name: file.stat().st_size for file in os.scandir(self._units)}
             self._on_exit = stack.pop_all()
         return self
 
@@ -119,7 +120,7 @@ class Ledger:
 
     def let_go(self) -> None:
         """Release all units that are still claimed, as after an interruption."""
-        for claim in list(self._held):
+        for claim in list(self.held):
             claim.release()
 
     def reserve(self, outputs: Sequence[str], *, overwrite: bool) -> None:
@@ -134,7 +135,7 @@ class Ledger:
             if not overwrite:
                 check_absent(self.folder / name for name in new)
             if new:
-                with Journal(path) as journal:
+                with contextlib.closing(Journal(path)) as journal:
                     journal.write(*new)
                     journal.sync()
 
@@ -200,20 +201,12 @@ class Ledger:
         except BaseException:
             held.release()
             raise
-        self._held.add(claim)
+        self.held.add(claim)
         return claim
 
     def journal(self, unit: Unit) -> Path:
         """Return the file of a unit's records."""
         return self._units / f"{unit.name}.jsonl"
-
-    def size_at_start(self, journal: Path) -> int:
-        """Return how many bytes a journal had when this process entered the ledger."""
-        return self._sizes.get(journal.name, 0)
-
-    def forget(self, claim: "Claim") -> None:
-        """Count a claim as released."""
-        self._held.discard(claim)
 
     def _remove_stale(self) -> None:
         """Remove temporary files of processes that were killed; those of programs that use no ledger stay."""
@@ -244,7 +237,7 @@ class Claim:
         """Paths that failed when they were last tried."""
         self.settled = (
             state.settled == self.settings
-            and state.settled_at >= ledger.size_at_start(journal)
+            and state.settled_at >= ledger.sizes.get(journal.name, 0)
             and all(s.name in state.failures or self._is_unchanged(s) for s in unit.sources)
         )
         """Whether another process has done all there is to do since this one started."""
@@ -299,7 +292,7 @@ class Claim:
         """Let go of the unit, finished or not."""
         self._journal.close()
         self._held.release()
-        self._ledger.forget(self)
+        self._ledger.held.discard(self)
 
 
 def mtime_ns(source: Source) -> int:

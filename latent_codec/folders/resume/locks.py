@@ -13,37 +13,31 @@ from latent_codec.storage.files import disk_errors
 _UNKNOWN_THERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
-def lock(path: Path) -> FileLock:
-    """Wait until no other process holds the lock, and return it held; raises `UserError` as `try_lock` does."""
-    held = _acquire(path, timeout=-1)
-    assert held is not None
-    return held
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock within a context; raises `UserError` as `lock` does."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(lock(path).release)
+        yield
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Return the lock held, or None if another process holds it.
+    """Return the lock held, or None if another process holds it; raises `UserError` as `lock` does."""
+    with contextlib.suppress(Timeout):
+        return lock(path, timeout=0)
+    return None
 
-    Raises `UserError` if files cannot be made or locked there.
+
+def lock(path: Path, timeout: float = -1) -> FileLock:
+    """Wait up to `timeout` seconds, -1 for ever, until no other process holds the lock, and return it held.
+
+    Raises `Timeout`, and `UserError` if files cannot be made or locked there.
     """
-    return _acquire(path, timeout=0)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock within a context; raises `UserError` as `try_lock` does."""
-    held = lock(path)
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def _acquire(path: Path, timeout: float) -> FileLock | None:
     found = FileLock(path)
     try:
         found.acquire(timeout=timeout)
     except Timeout:
-        return None
+        raise
     except (OSError, NotImplementedError) as error:
         if isinstance(error, NotImplementedError) or error.errno in _UNKNOWN_THERE:
             raise UserError(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from latent_codec.diffusion.config import DEFAULT_SAMPLING, SampleOptions
+from latent_codec.diffusion.config import SampleOptions
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 
@@ -27,7 +27,7 @@ class Sample:
     """Names of classes, by default all."""
     grid: Path | None = None
     """One PNG with all images, a row for each label."""
-    sampling: tyro.conf.OmitArgPrefixes[SampleOptions] = DEFAULT_SAMPLING
+    sampling: tyro.conf.OmitArgPrefixes[SampleOptions] = SampleOptions()
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:

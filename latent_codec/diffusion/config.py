@@ -80,6 +80,3 @@ class SampleOptions:
         """Raise `UserError` for values out of range."""
         if self.steps < 1 or not math.isfinite(self.guidance):
             raise UserError(f"--steps {self.steps} must be at least 1, and --guidance {self.guidance} a finite number")
-
-
-DEFAULT_SAMPLING = SampleOptions()

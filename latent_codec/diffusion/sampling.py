@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from latent_codec.diffusion.config import DEFAULT_SAMPLING, SampleOptions
+from latent_codec.diffusion.config import SampleOptions
 from latent_codec.diffusion.model import TIMES, Diffusion
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
@@ -113,7 +113,7 @@ def sample(
     runner: Runner,
     ids: Sequence[SampleId],
     folder: Path,
-    options: SampleOptions = DEFAULT_SAMPLING,
+    options: SampleOptions = SampleOptions(),
     *,
     quiet: bool = False,
 ) -> Sampled:

@@ -34,9 +34,6 @@ class DecodeOptions:
         ReadOptions(max_pixels=self.max_pixels)
 
 
-DECODE_DEFAULTS = DecodeOptions()
-
-
 class Latent(NamedTuple):
     """Hold what is decoded to one image."""
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder, Latent
-from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Work
+from latent_codec.folders.decode_images import DecodeOptions, ImageDecoder, Latent
+from latent_codec.folders.jobs import Input, Resume, Shape, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
@@ -26,9 +26,9 @@ def decode_latents(
     runner: Runner,
     where: Path,
     folder: Path,
-    options: DecodeOptions = DECODE_DEFAULTS,
+    options: DecodeOptions = DecodeOptions(),
     *,
-    resume: Resume = RESUME,
+    resume: Resume = Resume(),
     quiet: bool = False,
 ) -> Summary:
     """Decode a folder of latents; `a/b.jpg` becomes `folder/a/b.jpg.png`, or the member of a tar shard.

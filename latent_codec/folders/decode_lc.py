@@ -12,8 +12,8 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_images import DECODE_DEFAULTS, DecodeOptions, ImageDecoder, Latent
-from latent_codec.folders.jobs import RESUME, Input, Resume, Shape, Work
+from latent_codec.folders.decode_images import DecodeOptions, ImageDecoder, Latent
+from latent_codec.folders.jobs import Input, Resume, Shape, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
@@ -31,9 +31,9 @@ def decode_lc(
     runner: Runner,
     where: Path,
     folder: Path,
-    options: DecodeOptions = DECODE_DEFAULTS,
+    options: DecodeOptions = DecodeOptions(),
     *,
-    resume: Resume = RESUME,
+    resume: Resume = Resume(),
     quiet: bool = False,
 ) -> Summary:
     """Decode one `.lc` file, or those of a folder or tar file; `a/b.jpg.lc` becomes `folder/a/b.jpg.png`.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.folders.jobs import RESUME, Input, Resume, Work
+from latent_codec.folders.jobs import Input, Resume, Work
 from latent_codec.folders.read_images import ImageReader
 from latent_codec.folders.resume.ledger import Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
@@ -20,7 +20,7 @@ from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, mirrored
-from latent_codec.images.read import READ_DEFAULTS, ReadOptions
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
@@ -53,19 +53,16 @@ class LatentsOptions:
     """Number type on disk."""
     flips: bool = False
     """Store the posterior of the image mirrored left to right as well."""
-    read: ReadOptions = READ_DEFAULTS
-
-
-LATENTS_DEFAULTS = LatentsOptions()
+    read: ReadOptions = ReadOptions()
 
 
 def encode_latents(
     runner: Runner,
     where: str | Path,
     folder: Path,
-    options: LatentsOptions = LATENTS_DEFAULTS,
+    options: LatentsOptions = LatentsOptions(),
     *,
-    resume: Resume = RESUME,
+    resume: Resume = Resume(),
     quiet: bool = False,
 ) -> Summary:
     """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents.format`).

@@ -14,13 +14,13 @@ from latent_codec.bitstream.rate_control import Rate, compress_at_rate
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, dither_seed
 from latent_codec.errors import UserError
-from latent_codec.folders.jobs import RESUME, Input, Resume, Work
+from latent_codec.folders.jobs import Input, Resume, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.read_images import ImageReader
 from latent_codec.folders.resume.ledger import Kind
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop
-from latent_codec.images.read import READ_DEFAULTS, ReadOptions
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import find_images
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
@@ -43,7 +43,7 @@ class EncodeOptions:
     None rounds the mean."""
     prior: PriorKind | None = None
     """Kind of prior to code under, by default the best the model has."""
-    read: ReadOptions = READ_DEFAULTS
+    read: ReadOptions = ReadOptions()
     tar: bool = False
     """Put the files into tar shards."""
 
@@ -54,16 +54,13 @@ class EncodeOptions:
             raise UserError("--refine moves what is rounded, and --sample draws around the mean; leave out one of them")
 
 
-ENCODE_DEFAULTS = EncodeOptions()
-
-
 def encode_lc(
     runner: Runner,
     where: str | Path,
     folder: Path,
-    options: EncodeOptions = ENCODE_DEFAULTS,
+    options: EncodeOptions = EncodeOptions(),
     *,
-    resume: Resume = RESUME,
+    resume: Resume = Resume(),
     quiet: bool = False,
 ) -> Summary:
     """Compress every image found at `where`; `a/b.jpg` becomes `folder/a/b.jpg.lc`, or the member of a tar shard.

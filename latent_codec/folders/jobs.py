@@ -33,7 +33,6 @@ class Resume:
     unit_sizes: UnitSizes = DEFAULT_SIZES
 
 
-RESUME = Resume()
 OVERWRITE = Resume(overwrite=True)
 
 

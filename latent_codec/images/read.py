@@ -64,11 +64,8 @@ class ReadOptions:
             raise UserError(f"a limit of {self.max_pixels} pixels refuses every image; it must be at least 1")
 
 
-READ_DEFAULTS = ReadOptions()
-
-
 def read_image(
-    source: Path | str | BinaryIO | bytes, options: ReadOptions = READ_DEFAULTS, *, name: str | None = None
+    source: Path | str | BinaryIO | bytes, options: ReadOptions = ReadOptions(), *, name: str | None = None
 ) -> Image:
     """Read one still image as upright sRGB pixels, (3, h, w) uint8.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 from latent_codec.errors import UserError
 from latent_codec.images import idx
 from latent_codec.images.geometry import Image
-from latent_codec.images.read import EXTENSIONS, READ_DEFAULTS, ReadOptions, read_image
+from latent_codec.images.read import EXTENSIONS, ReadOptions, read_image
 
 
 class Source(NamedTuple):
@@ -41,7 +41,7 @@ class Source(NamedTuple):
             file.seek(self.offset)
             return file.read(self.size)
 
-    def read(self, options: ReadOptions = READ_DEFAULTS) -> Image:
+    def read(self, options: ReadOptions = ReadOptions()) -> Image:
         """Decode the image (`read_image`); raises `UserError` with the name and the reason."""
         try:
             data = self.read_bytes()

@@ -29,6 +29,3 @@ class ComputeOptions:
         """Raise `UserError` if a count is below 1."""
         if self.batch_size < 1 or (self.workers is not None and self.workers < 1):
             raise UserError(f"--batch-size {self.batch_size} and --workers {self.workers} must both be at least 1")
-
-
-DEFAULT_COMPUTE = ComputeOptions()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from latent_codec.errors import FatalError
 from latent_codec.inference import tiling
-from latent_codec.inference.options import DEFAULT_COMPUTE, ComputeOptions
+from latent_codec.inference.options import ComputeOptions
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import Posterior
 
@@ -37,7 +37,7 @@ class Runner:
     Where tiles change a model's results, the first image that is cut is used to say by how much, on stderr.
     """
 
-    def __init__(self, codec: Codec, options: ComputeOptions = DEFAULT_COMPUTE) -> None:
+    def __init__(self, codec: Codec, options: ComputeOptions = ComputeOptions()) -> None:
         """Move the codec to `options.device`, by default leave it where it is, and resolve the options.
 
         Raises `UserError` for counts below 1 and for a tile that the model cannot have.

@@ -78,8 +78,10 @@ WAYS: list[dict[str, Any]] = [{"sample": 3}, {"psnr": 6.0, "sample": 3}, {"max_b
 def test_files_and_latents_depend_on_no_batch_worker_or_thread(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    forward, seen = codec.decode_uint8, []
-    monkeypatch.setattr(codec, "decode_uint8", lambda z, _: seen.extend(v.numpy().tobytes() for v in z) or forward(z))
+    forward, seen = codec.likelihood_params, []
+    monkeypatch.setattr(
+        codec, "likelihood_params", lambda z, labels: seen.extend(v.numpy().tobytes() for v in z) or forward(z, labels)
+    )
     files, found, threads_before = [], [], torch.get_num_threads()
     for batch, workers, threads in ((1, 1, 1), (3, 2, 2)):
         out, compute = tmp_path / f"{batch}", ComputeOptions(batch_size=batch, workers=workers)

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from latent_codec.bitstream.rate_control import Rate
-from latent_codec.folders import jobs
 from latent_codec.folders.decode_images import DecodeOptions
 from latent_codec.folders.decode_latents import decode_latents
 from latent_codec.folders.decode_lc import decode_lc
@@ -69,7 +68,7 @@ def make(
     where: str | Path,
     folder: Path,
     compute: ComputeOptions = CPU,
-    resume: Resume = jobs.RESUME,
+    resume: Resume = Resume(),
     **options: Any,
 ) -> Summary:
     """Make outputs of a kind, with options by the names of their fields; every image is accounted for."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from latent_codec.folders.encode_latents import encode_latents
 from latent_codec.folders.encode_lc import encode_lc
-from latent_codec.folders.jobs import RESUME
+from latent_codec.folders.jobs import Resume
 from latent_codec.folders.resume.ledger import NAME
 from latent_codec.folders.resume.units import Share
 from latent_codec.inference.options import ComputeOptions
@@ -80,7 +80,7 @@ class Kill:
         if child := os.fork():
             return child
         try:
-            resume = dataclasses.replace(RESUME, share=Share(rank, self.processes, alone=False))
+            resume = Resume(share=Share(rank, self.processes, alone=False))
             compute = ComputeOptions(device="cpu", batch_size=4, workers=2)
             encode = encode_lc if self.format == "lc" else encode_latents
             summary = encode(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)

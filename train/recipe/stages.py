@@ -14,7 +14,6 @@ from accelerate.state import PartialState
 from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.jobs import RESUME
 from latent_codec.images.sources import find_images
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
@@ -203,7 +202,7 @@ class Stages:
         runner = load(str(self.quantized), options)
         folders = zip((*self.recipe.data, self.recipe.val), (*self.latents, self.val_latents), strict=True)
         for images, folder in folders:
-            print(encode_latents(runner, images, folder, resume=RESUME), flush=True)
+            print(encode_latents(runner, images, folder), flush=True)
 
     @property
     def lacks_latents(self) -> bool:

@@ -139,11 +139,9 @@ class Ledger:
                     journal.write(*new)
                     journal.sync()
 
-    @contextlib.contextmanager
-    def gathering(self) -> Iterator[None]:
+    def gathering(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock for what is made of all units' records: the last process to hold it has seen everything."""
-        with locked(self.root / "gathering.lock"):
-            yield
+        return locked(self.root / "gathering.lock")
 
     @contextlib.contextmanager
     def idle(self, unit: str) -> Iterator[bool]:
@@ -214,12 +212,11 @@ class Ledger:
         dead = {path: held for path in others if (held := try_lock(path)) is not None}
         names = {path.name for path in dead}
         for top, folders, files in os.walk(self.folder) if dead else ():
-            for name in files:
-                if temporary_of(name) in names:
-                    Path(top, name).unlink(missing_ok=True)
-            for name in folders:
-                if temporary_of(name) in names:
-                    shutil.rmtree(Path(top, name), ignore_errors=True)
+            for path in (Path(top, name) for name in folders + files if temporary_of(name) in names):
+                if path.name in folders:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
         for path, held in dead.items():
             path.unlink(missing_ok=True)
             held.release()

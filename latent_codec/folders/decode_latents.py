@@ -16,7 +16,7 @@ from latent_codec.folders.workers import Processes
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import LatentsEntry, latent_size
+from latent_codec.latents.format import latent_size
 from latent_codec.model.checks import check_channels
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
@@ -57,8 +57,8 @@ class _LatentsDecoder(ImageDecoder):
         """Return a source for each image's latents; `offset` is the row in its shard."""
         z, factor = self._codec.config.latent_channels, self._codec.factor
         return sorted(
-            Source(entry.path, self._where / entry.shard, entry.row, 2 * 4 * z * math.prod(_size(entry, factor)))
-            for entry in self._latents.entries
+            Source(e.path, self._where / e.shard, e.row, 2 * 4 * z * math.prod(latent_size(e.geometry, factor)))
+            for e in self._latents.entries
         )
 
     def load(self, source: Source) -> bytes:
@@ -69,7 +69,7 @@ class _LatentsDecoder(ImageDecoder):
         self._codec.class_numbers([source.label])  # here it fails for this image alone
         entry = self._latents.entries[self._rows[source.name]]
         both = torch.frombuffer(bytearray(data), dtype=torch.float32)
-        both = both.reshape(2, 1, -1, *_size(entry, self._codec.factor))
+        both = both.reshape(2, 1, -1, *latent_size(entry.geometry, self._codec.factor))
         shape, z = tuple(both.shape[2:]), self._codec.config.latent_channels
         if shape[0] != z:
             raise UserError(f"{source.name}: {source.path.name} holds {shape[0]} latent channels, not {z}")
@@ -82,7 +82,3 @@ class _LatentsDecoder(ImageDecoder):
     def make(self, batches: Iterable[list[Input[Latent]]], work: Work) -> Iterator[Output]:
         for batch in batches:
             yield from self.images(batch, work)
-
-
-def _size(entry: LatentsEntry, factor: int) -> tuple[int, int]:
-    return latent_size(entry.geometry, factor)

@@ -26,7 +26,6 @@ from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import stored_files
 from latent_codec.model.checks import check_channels, check_unconditional
-from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, Scaled
 
@@ -70,22 +69,18 @@ def encode_lc(
     """
     check_channels(runner.codec)
     check_unconditional(runner.codec, "a .lc file")
-    _check_choices(runner.codec, options)
+    given = [f"--{k.replace('_', '-')}" for k, v in dataclasses.asdict(options.rate).items() if v is not None]
+    given += ["--sample"] if options.sample is not None else []
+    if given and runner.codec.config.codes is not None:
+        raise UserError(
+            f"{' and '.join(given)}: this model's files hold the indices of its {runner.codec.config.codes} codes, "
+            "which are neither rounded nor drawn; leave it out"
+        )
     encoder = _LcEncoder(runner, options)
     sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
     return make_outputs(sources, folder, encoder, tar=options.tar, resume=resume, quiet=quiet)
-
-
-def _check_choices(codec: Codec, options: EncodeOptions) -> None:
-    given = [f"--{k.replace('_', '-')}" for k, v in dataclasses.asdict(options.rate).items() if v is not None]
-    given += ["--sample"] if options.sample is not None else []
-    if given and codec.config.codes is not None:
-        raise UserError(
-            f"{' and '.join(given)}: this model's files hold the indices of its {codec.config.codes} codes, which are "
-            "neither rounded nor drawn; leave it out"
-        )
 
 
 _EncodedImage = tuple[Input[Image], torch.Tensor | UserError]

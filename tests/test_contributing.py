@@ -6,7 +6,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Union, cast, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -84,9 +84,8 @@ class Greet:
 
 
 def test_a_command_is_a_class_and_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    extended: Any = Union[Command, Annotated[Greet, tyro.conf.subcommand("greet")]]
+    extended: Any = Command | Greet
     assert tyro.cli(extended, args=["greet", "you"]).run() == 0
     assert capsys.readouterr().out == "hello you\n"
-    for command in get_args(Command):
-        kind = get_args(command)[0]
+    for kind in get_args(Command):
         assert dataclasses.is_dataclass(kind) and callable(kind.run) and kind.__doc__

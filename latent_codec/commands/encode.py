@@ -1,6 +1,7 @@
 """Define the command `latent-codec encode`."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,15 @@ from latent_codec.commands.options import ResumeOptions
 from latent_codec.errors import UserError
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+
+_REFUSED = {
+    "lc": (("store", "flips"), "for --format safetensors; a .lc file holds integers of one image"),
+    "safetensors": (
+        ("step", "bpp", "psnr", "max_bytes", "refine", "sample", "prior", "tar"),
+        "for --format lc; latents in safetensors keep the whole posterior, in shards",
+    ),
+}
+"""Flags that a format takes no notice of, and why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,39 +63,24 @@ class Encode:
 
     def run(self) -> int:
         """Encode, print the summary and return the exit code."""
-        summary = self._to_lc() if self.format == "lc" else self._to_latents()
-        print(summary)
-        return 1 if summary.failures else 0
-
-    def _to_lc(self):
-        self._refuse(("store", "flips"), "for --format safetensors; a .lc file holds integers of one image")
+        flags, reason = _REFUSED[self.format]
+        if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name) != getattr(Encode, name)]:
+            raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")
         from latent_codec.bitstream.rate_control import Rate
+        from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
         from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
         from latent_codec.images.read import ReadOptions
 
-        options = EncodeOptions(
-            rate=Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes),
-            refine=self.refine,
-            sample=self.sample,
-            prior=self.prior,
-            read=ReadOptions(background=self.background, max_pixels=self.max_pixels),
-            tar=self.tar,
-        )
-        return encode_lc(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
-
-    def _to_latents(self):
-        flags = ("step", "bpp", "psnr", "max_bytes", "refine", "sample", "prior", "tar")
-        self._refuse(flags, "for --format lc; latents in safetensors keep the whole posterior, in shards")
-        from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
-        from latent_codec.images.read import ReadOptions
-
-        options = LatentsOptions(
-            store=self.store or "float16",
-            flips=self.flips,
-            read=ReadOptions(background=self.background, max_pixels=self.max_pixels),
-        )
-        return encode_latents(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
-
-    def _refuse(self, fields: tuple[str, ...], reason: str) -> None:
-        if given := [f"--{name.replace('_', '-')}" for name in fields if getattr(self, name) != getattr(Encode, name)]:
-            raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")
+        read = ReadOptions(background=self.background, max_pixels=self.max_pixels)
+        if self.format == "lc":
+            rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
+            options = EncodeOptions(
+                rate=rate, refine=self.refine, sample=self.sample, prior=self.prior, read=read, tar=self.tar
+            )
+            encode = partial(encode_lc, options=options)
+        else:
+            options = LatentsOptions(store=self.store or "float16", flips=self.flips, read=read)
+            encode = partial(encode_latents, options=options)
+        summary = encode(load(self.model, self.compute), self.src, self.dst, resume=self.resume.resume())
+        print(summary)
+        return 1 if summary.failures else 0

@@ -113,11 +113,7 @@ class Evaluate:
         from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 
         options = RateDistortionOptions(
-            steps=self.steps,
-            refine=self.refine,
-            sample=self.sample,
-            lpips=self._lpips,
-            command=self.command_line,
+            steps=self.steps, refine=self.refine, sample=self.sample, lpips=self._lpips, command=self.command_line
         )
         return rate_distortion(runner, self.dir, options, out=self.out)
 

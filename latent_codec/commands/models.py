@@ -93,11 +93,7 @@ class Import:
         from latent_codec.interop.autoencoder_kl.importing import import_model
 
         codec = import_model(
-            self.src,
-            self.dst,
-            scaling_factor=self.scaling_factor,
-            shift_factor=self.shift_factor,
-            half=self.half,
+            self.src, self.dst, scaling_factor=self.scaling_factor, shift_factor=self.shift_factor, half=self.half
         )
         print(f"wrote {self.dst} ({self.dst.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
         print(f"  {codec.config.backbone}, {codec.config.latent_channels} latent channels")

@@ -10,17 +10,11 @@ import numpy as np
 import torch
 
 from latent_codec.prior.layout import PassLayout, Prediction, Sites
-from latent_codec.prior.quantizer import LIMIT, BatchSettings, octave_eighths, scale, step_code, to_integers
+from latent_codec.prior.quantizer import LIMIT, BatchSettings, scale, step_code, to_integers
 from latent_codec.prior.tables import Tables, join, normalize
 
 _FIRST_EIGHTH, _LAST_EIGHTH = -16, 40  # steps of 1/4 to 32; the nearest tables serve those beyond
 QUARTER_OCTAVES = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
-
-
-def quarter_octave(step: int) -> int:
-    """Return the quarter octave of a stored step, 0 to `QUARTER_OCTAVES` - 1, which selects the tables."""
-    eighth = min(max(octave_eighths(step), _FIRST_EIGHTH), _LAST_EIGHTH)
-    return (eighth - _FIRST_EIGHTH) // 2
 
 
 class FactorizedPrior:
@@ -49,8 +43,9 @@ class FactorizedPrior:
     def predict(self, number: int, known: np.ndarray, batch: BatchSettings, device: str) -> Prediction:
         """Return the tables of all latents, as `ContextPrior.predict` does; nothing but the settings matters."""
         offset = batch.dithers.reshape(*batch.dithers.shape[:2], -1)  # (b, z, h * w)
-        first = [0 if self.codes is not None else quarter_octave(int(step)) * self.channels for step in batch.steps]
-        tables = np.array(first)[:, None, None] + np.arange(self.channels)[:, None]
+        quarter_octaves = (np.clip(batch.octaves, _FIRST_EIGHTH, _LAST_EIGHTH) - _FIRST_EIGHTH) // 2  # (b,)
+        first = quarter_octaves * self.channels if self.codes is None else np.zeros_like(quarter_octaves)
+        tables = first[:, None, None] + np.arange(self.channels)[:, None]
         return Prediction(offset, np.zeros((1, 1, 1), np.int64), np.broadcast_to(tables, offset.shape))
 
 

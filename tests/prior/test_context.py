@@ -28,6 +28,7 @@ LARGE = (1, 3), (2,)
 """A shape with passes of every kind."""
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 shapes, seeds = st.sampled_from(SHAPES), st.none() | st.integers(0, 2**64 - 1)
 
 
@@ -54,12 +55,6 @@ def predictions(context: ContextPrior, images: list[Scaled], device: str = "cpu"
     """Predict every pass from the whole images, which no decoder ever has; for arithmetic that does not matter."""
     known, batch = np.stack([fine(i) for i in images]), stack([i.settings for i in images])
     return [context.predict(n, known, batch, device) for n in range(len(context.layouts))]
-
-
-def assert_equal(found: list[Prediction], expected: list[Prediction]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        for array, expected_array in zip(one, other, strict=True):
-            np.testing.assert_array_equal(array, expected_array)
 
 
 def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
@@ -131,27 +126,25 @@ def torch_setting(name: str, value: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("around", "fields"),
+    ("around", "fields", "device"),
     [
-        *((contextlib.nullcontext(), {"max_positions": n}) for n in (1, 300, 1000)),
-        (contextlib.nullcontext(), {"dtype": torch.float64}),  # as on other devices
-        *((torch_setting("num_threads", n), {}) for n in (1, 2, 3)),
-        *((torch_setting("float32_matmul_precision", p), {}) for p in ("medium", "high")),
-        *((torch.autocast("cpu", dtype), {}) for dtype in (torch.bfloat16, torch.float16)),
+        *((contextlib.nullcontext(), {"max_positions": n}, "cpu") for n in (1, 300, 1000)),
+        (contextlib.nullcontext(), {"dtype": torch.float64}, "cpu"),  # as on other devices
+        *((torch_setting("num_threads", n), {}, "cpu") for n in (1, 2, 3)),
+        *((torch_setting("float32_matmul_precision", p), {}, "cpu") for p in ("medium", "high")),
+        *((torch.autocast("cpu", dtype), {}, "cpu") for dtype in (torch.bfloat16, torch.float16)),
+        pytest.param(contextlib.nullcontext(), {}, "cuda", marks=on_cuda),
     ],
 )
 def test_how_it_is_computed_does_not_matter(
-    around: Any, fields: dict[str, Any], several: list[Scaled], plain: list[Prediction]
+    around: Any, fields: dict[str, Any], device: str, several: list[Scaled], plain: list[Prediction]
 ) -> None:
     context = copy.copy(prior(*LARGE))
     vars(context).update(fields)
     with around:
-        assert_equal(predictions(context, several), plain)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_same(several: list[Scaled], plain: list[Prediction]) -> None:
-    assert_equal(predictions(prior(*LARGE), several, "cuda"), plain)
+        for found, expected in zip(predictions(context, several, device), plain, strict=True):
+            for array, expected_array in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(array, expected_array)
 
 
 @settings(max_examples=50)

@@ -33,6 +33,13 @@ def draw_passes(seed: int, lengths: list[int], far: float) -> list[PassSymbols]:
     return passes
 
 
+def decode(payload: bytes, tables: list[np.ndarray]) -> list[list[int]]:
+    decoder = Decoder(coder(), payload)
+    found = [decoder.read(chosen).tolist() for chosen in tables]
+    decoder.finish()
+    return found
+
+
 def independent(tables: Tables) -> reference_decoder.Tables:
     return reference_decoder.Tables(tables.counts, tables.sizes, tables.first)
 
@@ -46,12 +53,10 @@ def test_payloads_are_lossless_near_the_ideal_length_and_the_formats_to_the_bit(
         tables.write(writer, values.tolist(), chosen.tolist())
     payload = coder().encode(passes)
     assert writer.payload() == payload
-    ans, decoder = reference_decoder.Ans(payload), Decoder(coder(), payload)
-    for values, chosen in passes:
-        assert tables.read(ans, chosen.tolist()) == values.tolist()
-        np.testing.assert_array_equal(decoder.read(chosen), values)
+    ans, expected = reference_decoder.Ans(payload), [values.tolist() for values, _ in passes]
+    assert [tables.read(ans, chosen.tolist()) for _, chosen in passes] == expected
     ans.finish()
-    decoder.finish()
+    assert decode(payload, [chosen for _, chosen in passes]) == expected
     bits = sum(coder().tables.bits(values, chosen).sum() for values, chosen in passes)
     assert bits <= 8 * len(payload) <= 1.001 * bits + 65
     assert sum(lengths) * MIN_SYMBOL_BITS <= 8 * len(payload)
@@ -62,9 +67,7 @@ def test_a_long_run_of_the_cheapest_symbol_costs_the_least_bits() -> None:
     payload = coder().encode([(np.zeros(n, np.int64), np.zeros(n, np.int64))])
     assert 0.001 < MIN_SYMBOL_BITS < 0.0015
     assert n * MIN_SYMBOL_BITS <= 8 * len(payload) <= 1.001 * n * MIN_SYMBOL_BITS + 65
-    decoder = Decoder(coder(), payload)
-    assert not decoder.read(np.zeros(n, np.int64)).any()
-    decoder.finish()
+    assert decode(payload, [np.zeros(n, np.int64)]) == [[0] * n]
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 200), max_size=3), st.integers(0, 2**32))
@@ -72,42 +75,26 @@ def test_any_bytes_decode_or_are_refused_and_both_decoders_agree(data: bytes, le
     chosen = [np.random.default_rng(seed).integers(0, len(coder().tables), n) for n in lengths]
     tables = independent(coder().tables)
 
-    def read() -> list[list[int]]:
-        decoder = Decoder(coder(), data)
-        found = [decoder.read(c).tolist() for c in chosen]
-        decoder.finish()
-        return found
-
-    def read_independently() -> list[list[int]]:
-        ans = reference_decoder.Ans(data)
-        found = [tables.read(ans, c.tolist()) for c in chosen]
-        ans.finish()
-        return found
-
     try:
-        expected = read_independently()
+        ans = reference_decoder.Ans(data)
+        expected = [tables.read(ans, c.tolist()) for c in chosen]
+        ans.finish()
     except reference_decoder.RefusalError:
         with pytest.raises(UserError, match="damaged"):
-            read()
+            decode(data, chosen)
     else:
-        assert read() == expected
+        assert decode(data, chosen) == expected
 
 
 def test_a_payload_that_is_cut_or_has_more_before_it_is_refused() -> None:
     passes = draw_passes(3, [30, 0, 50], 0.1)
-    payload = coder().encode(passes)
+    payload, tables = coder().encode(passes), [chosen for _, chosen in passes]
     for length in range(len(payload)):
         for part in (payload[:length], payload[len(payload) - length :]):
             with pytest.raises(UserError, match="damaged"):
-                decoder = Decoder(coder(), part)
-                for _, tables in passes:
-                    decoder.read(tables)
-                decoder.finish()
-    decoder = Decoder(coder(), bytes(4) + payload)
-    for _, tables in passes:
-        decoder.read(tables)
+                decode(part, tables)
     with pytest.raises(UserError, match="do not begin"):
-        decoder.finish()
+        decode(bytes(4) + payload, tables)
 
 
 def test_an_escape_for_a_value_with_a_symbol_is_refused() -> None:

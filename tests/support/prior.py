@@ -1,4 +1,4 @@
-"""Make small priors with random integers that look like trained ones, in milliseconds."""
+"""Make small priors with random integers that look like trained ones, and quantise latents without a prior."""
 
 import dataclasses
 import functools
@@ -19,6 +19,7 @@ from latent_codec.prior.context import (
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.factorized import QUARTER_OCTAVES, FactorizedPrior
 from latent_codec.prior.priors import Priors, to_tensors
+from latent_codec.prior.quantizer import FINE, Quantized, scale, to_integers
 from latent_codec.prior.tables import Tables, join, normalize
 from tests.support import reference_decoder
 
@@ -79,6 +80,13 @@ def as_reference(context: ContextPrior) -> reference_decoder.Model:
     """Return a model for the reference decoder that has nothing but these priors."""
     tensors = {name: tensor.numpy() for name, tensor in to_tensors(as_priors(context)).items()}
     return reference_decoder.Model({}, {"context": dataclasses.asdict(context.config)}, tensors, "")
+
+
+def quantize_plainly(mean: torch.Tensor, channel_steps: np.ndarray, step: int, seed: int | None) -> Quantized:
+    """Quantise latents (z, h, w) around 0 or the dither; raise `UserError` as `quantizer.scale` does."""
+    scaled = scale(mean, channel_steps, step, seed)
+    dithers = scaled.settings.dither()
+    return Quantized(to_integers(scaled.latents, dithers, np.array(seed is not None)) * FINE + dithers, step, seed)
 
 
 def feedback(channels: int, seed: int = 0) -> Feedback:

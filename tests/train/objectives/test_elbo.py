@@ -22,7 +22,7 @@ from latent_codec.model.config import (
 from latent_codec.noise import normal
 from latent_codec.prior.quantizer import dequantize, step_code
 from tests.support.networks import config_of, make_codec
-from tests.support.plain_integers import quantize
+from tests.support.prior import quantize_plainly
 from train.config.presets import photo
 from train.config.vae import ELBOConfig
 from train.objectives.elbo import ELBO
@@ -112,7 +112,7 @@ def test_a_quantised_mode_is_that_of_the_bitstream_and_weighs_less_at_coarse_ste
         posterior = codec.encode(PIXELS[i : i + 1])
         std = posterior.logvar.double().exp().mean((0, 2, 3)).sqrt()  # of this image, per channel
         base = (math.sqrt(12) * std).detach().numpy().astype(np.float32)
-        quantized = quantize(posterior.mean[0], base, step_code(step), None)
+        quantized = quantize_plainly(posterior.mean[0], base, step_code(step), None)
         decoded = codec.decode(dequantize(quantized, base)[None])
         total -= Normal(decoded.double(), SIGMA).log_prob(X[i : i + 1]).sum().item()
     found = call(objective).nll_mode

@@ -32,7 +32,6 @@ def subject(request: pytest.FixtureRequest, model_file: Path) -> Subject:
     ("options", "reason"),
     [
         ({"step": 1.0, "bpp": 2.0}, "--step 1 and --bpp 2 each decide"),
-        ({"bpp": 1.0, "psnr": 30.0}, "--bpp 1 and --psnr 30 each decide"),
         ({"step": 1.0, "bpp": 2.0, "psnr": 3.0}, "give one of them"),
         ({"step": 0.0}, "outside 0.015625 to 63.999"),
         ({"step": float("nan")}, "outside"),

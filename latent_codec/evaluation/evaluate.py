@@ -63,10 +63,6 @@ class EvaluationReport(NamedTuple):
     failures: dict[str, str]
     """Reason for each image that could not be read."""
 
-    def json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return self._asdict()
-
     def table(self) -> str:
         """Return the means as lines of text, each with its definition."""
         rows = [f"{self.about['set']}: {self.about['images']} images, model {self.about['model_id'][:12]}"]
@@ -111,7 +107,7 @@ def evaluate(
     about = describe_evaluation(runner, where, len(records))
     report = EvaluationReport(summary, records, protocol, about, encoded.failures)
     if out is not None:
-        write_text(out / RESULTS, json.dumps(report.json(), indent=1, allow_nan=False))
+        write_text(out / RESULTS, json.dumps(report._asdict(), indent=1, allow_nan=False))
     return report
 
 

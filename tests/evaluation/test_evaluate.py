@@ -53,7 +53,7 @@ def test_distortion_equals_a_direct_computation_or_is_none(grey_codec: Codec, ph
     assert report.summary["ms_ssim"] is None and "lpips" not in report.summary | report.protocol
 
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found == json.loads(json.dumps(report.json(), allow_nan=False))
+    assert found == json.loads(json.dumps(report._asdict(), allow_nan=False))
     about = found["about"]
     assert (about["model_id"], about["set"], about["images"]) == (grey_codec.model_id, "photos", len(SIZES) + 1)
     for line, (name, value) in zip(report.table().splitlines()[1:], report.summary.items(), strict=True):

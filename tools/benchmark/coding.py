@@ -120,7 +120,7 @@ def measure_sizes(runner: Runner, where: str, steps: Sequence[float]) -> dict[st
     for i, point in enumerate(found.points):
         if not point.setting.dithered:
             rows = [(image.rows[i], image.pixels) for image in found.images]
-            worst = max(row.bytes - LARGEST_LOSS * (row.point.ideal_bpp or 0) * area / 8 for row, area in rows)
+            worst = max((row.bytes or 0) - LARGEST_LOSS * (row.ideal_bpp or 0) * area / 8 for row, area in rows)
             key = {"prior": point.setting.codec, "step": point.setting.value}
             sizes.append(key | {"bpp": point.bpp, "ideal_bpp": point.ideal_bpp, "worst_excess": worst})
             bpp[point.setting.codec, point.setting.value] = point.bpp

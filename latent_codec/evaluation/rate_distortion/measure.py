@@ -26,7 +26,6 @@ from latent_codec.evaluation.rate_distortion.report import (
     ImageRates,
     RateDistortionReport,
     RatePoint,
-    RateRow,
     codec_settings,
     package_versions,
 )
@@ -211,5 +210,5 @@ def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], l
         if pixels is not last:
             last, distortion = pixels, compare(image.pixels[None], pixels[None], lpips)
         ideal_bpp = None if ideal_bits is None else ideal_bits / area
-        rows.append(RateRow(size, RatePoint(setting, 8 * size / area, ideal_bpp, distortion)))
+        rows.append(RatePoint(setting, 8 * size / area, ideal_bpp, distortion, size))
     return ImageRates(source.name, area, kl_bits / area, rows)

@@ -52,17 +52,20 @@ class CodecSetting(NamedTuple):
 
 
 class RatePoint(NamedTuple):
-    """Hold rate and distortion of one setting, means over images."""
+    """Hold rate and distortion of one file at a setting, or their means over images."""
 
     setting: CodecSetting
     bpp: float
     ideal_bpp: float | None
     distortion: dict[str, float | None]
     """Values by metric; None where a metric is undefined."""
+    bytes: int | None = None
+    """Size of the file; None of means."""
 
     def json(self) -> dict[str, Any]:
         """Return the point as JSON values."""
-        return self.setting._asdict() | {"bpp": self.bpp, "ideal_bpp": self.ideal_bpp} | self.distortion
+        size = {} if self.bytes is None else {"bytes": self.bytes}
+        return self.setting._asdict() | size | {"bpp": self.bpp, "ideal_bpp": self.ideal_bpp} | self.distortion
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "RatePoint":
@@ -72,24 +75,13 @@ class RatePoint(NamedTuple):
         return cls(setting, rest.pop("bpp"), rest.pop("ideal_bpp"), rest)
 
 
-class RateRow(NamedTuple):
-    """Hold rate and distortion of one file of one image."""
-
-    bytes: int
-    point: RatePoint
-
-    def json(self) -> dict[str, Any]:
-        """Return the row as JSON values."""
-        return self.point.setting._asdict() | {"bytes": self.bytes} | self.point.json()
-
-
 class ImageRates(NamedTuple):
     """Hold all files of one image."""
 
     path: str
     pixels: int
     kl_bpp: float
-    rows: list[RateRow]
+    rows: list[RatePoint]
 
     def json(self) -> dict[str, Any]:
         """Return the rows as JSON values."""
@@ -200,11 +192,9 @@ def mean_points(images: Sequence[ImageRates]) -> list[RatePoint]:
     """Average rows over images, which hold the same settings in the same order; undefined values do not count."""
     means = []
     for rows in zip(*(image.rows for image in images), strict=True):
-        points = [row.point for row in rows]
-        ideal = mean_defined([point.ideal_bpp for point in points])
-        names = points[0].distortion
-        distortion = {name: mean_defined([point.distortion[name] for point in points]) for name in names}
-        means.append(RatePoint(points[0].setting, float(np.mean([p.bpp for p in points])), ideal, distortion))
+        ideal = mean_defined([row.ideal_bpp for row in rows])
+        distortion = {name: mean_defined([row.distortion[name] for row in rows]) for name in rows[0].distortion}
+        means.append(RatePoint(rows[0].setting, float(np.mean([row.bpp for row in rows])), ideal, distortion))
     return means
 
 

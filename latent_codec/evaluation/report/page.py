@@ -38,10 +38,6 @@ class Number(NamedTuple):
     unit: str
     protocol: str
 
-    def json(self) -> dict[str, Any]:
-        """Return the number as JSON values."""
-        return {"value": self.value, "unit": self.unit, "protocol": self.protocol}
-
 
 @dataclasses.dataclass(frozen=True)
 class Section:
@@ -58,7 +54,8 @@ class Section:
 
     def json(self) -> dict[str, Any]:
         """Return numbers and records as JSON values."""
-        return {number.name: number.json() for number in self.numbers} | self.records
+        numbers = {n.name: {"value": n.value, "unit": n.unit, "protocol": n.protocol} for n in self.numbers}
+        return numbers | self.records
 
 
 class EmbeddedImage(NamedTuple):

@@ -16,7 +16,7 @@ from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
-from latent_codec.evaluation.rate_distortion.report import RateDistortionReport, RatePoint, RateRow
+from latent_codec.evaluation.rate_distortion.report import RateDistortionReport, RatePoint
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics import bjontegaard, distortion
@@ -51,19 +51,19 @@ def measure(
     return rate_distortion(Runner(codec), where, options, out=out, quiet=True)
 
 
-def rows(report: RateDistortionReport, codec: str, *, dithered: bool = False) -> dict[tuple[str, float], RateRow]:
+def rows(report: RateDistortionReport, codec: str, *, dithered: bool = False) -> dict[tuple[str, float], RatePoint]:
     return {
-        (image.path, row.point.setting.value): row
+        (image.path, row.setting.value): row
         for image in report.images
         for row in image.rows
-        if row.point.setting.codec == codec and row.point.setting.dithered == dithered
+        if row.setting.codec == codec and row.setting.dithered == dithered
     }
 
 
-def differ(one: dict[tuple[str, float], RateRow], other: dict[tuple[str, float], RateRow]) -> bool:
+def differ(one: dict[tuple[str, float], RatePoint], other: dict[tuple[str, float], RatePoint]) -> bool:
     """Return whether all files decode to other pixels."""
     assert one.keys() == other.keys()
-    return all(one[key].point.distortion["psnr"] != other[key].point.distortion["psnr"] for key in one)
+    return all(one[key].distortion["psnr"] != other[key].distortion["psnr"] for key in one)
 
 
 def test_rows_are_real_files_decoded_from_their_bytes_and_points_are_means(codec: Codec, photos: Path) -> None:
@@ -78,15 +78,15 @@ def test_rows_are_real_files_decoded_from_their_bytes_and_points_are_means(codec
             back = decoded(codec, decompress(reader, file.data)[None], image.pixels)
             if name == "grey.png":
                 back = ((back.int().sum(0, keepdim=True) + 1) // 3).to(torch.uint8).expand(3, -1, -1)
-            assert (row.bytes, row.point.bpp) == (len(file.data), 8 * len(file.data) / area)
-            assert row.point.ideal_bpp == pytest.approx(file.ideal_bits / area)
-            assert row.point.distortion["psnr"] == distortion.psnr(image.pixels[None], back[None]).item()
+            assert (row.bytes, row.bpp) == (len(file.data), 8 * len(file.data) / area)
+            assert row.ideal_bpp == pytest.approx(file.ideal_bits / area)
+            assert row.distortion["psnr"] == distortion.psnr(image.pixels[None], back[None]).item()
     for image in report.images:
         kl = encoded(codec, read_image(photos / image.path).pixels).kl().item()
         assert image.kl_bpp == pytest.approx(kl / math.log(2) / math.prod(SIZES[image.path]))
     assert report.kl_bpp == pytest.approx(np.mean([image.kl_bpp for image in report.images]))
     for i, point in enumerate(report.points):
-        column = [image.rows[i].point for image in report.images]
+        column = [image.rows[i] for image in report.images]
         assert {each.setting for each in column} == {point.setting}
         assert point.bpp == pytest.approx(np.mean([each.bpp for each in column]))
         assert point.distortion["psnr"] == pytest.approx(np.mean([each.distortion["psnr"] for each in column]))
@@ -94,7 +94,7 @@ def test_rows_are_real_files_decoded_from_their_bytes_and_points_are_means(codec
     for dithered in (False, True):  # rounding depends on the prior's expectation, dither does not
         one, other = (rows(report, kind, dithered=dithered) for kind in ("context", "factorized"))
         assert one.keys() == other.keys()
-        assert all((one[key].point.distortion == other[key].point.distortion) == dithered for key in one)
+        assert all((one[key].distortion == other[key].distortion) == dithered for key in one)
 
 
 def test_distortion_is_of_what_was_read_from_the_file(
@@ -134,8 +134,8 @@ def test_rows_of_anchors_are_their_whole_files_with_grey_saved_as_grey(
         back = np.asarray(anchors.decode(anchor, file.getvalue(), image.mode).convert("RGB"))
         x, y = read_image(photos / name).pixels[None], torch.from_numpy(back.copy()).permute(2, 0, 1)[None]
         row = found[name, quality]
-        assert (row.bytes, row.point.ideal_bpp) == (len(file.getvalue()), None)
-        assert row.point.distortion["psnr"] == distortion.psnr(x, y).item()
+        assert (row.bytes, row.ideal_bpp) == (len(file.getvalue()), None)
+        assert row.distortion["psnr"] == distortion.psnr(x, y).item()
 
 
 def test_the_report_is_strict_json_a_plot_and_a_table(codec: Codec, photos: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from latent_codec.errors import UserError
-from train.config.presets import PRESETS, autoencoder, fsq, kl_f8c4, mnist_iwae, photo, photo_joint, vqvae
+from train.config.presets import PRESETS, autoencoder, fsq, kl_f8c4, mnist_iwae, mnist_vae, photo, photo_joint, vqvae
 from train.config.vae import TrainConfig, check
 
 
@@ -33,6 +33,10 @@ def adversarial(**fields: Any) -> TrainConfig:
             dataclasses.replace(mnist_iwae(), codec=autoencoder().codec),
             "samples of a gaussian posterior, not of identity",
         ),
+        (changed(mnist_iwae(), samples=0), "samples is 0; it must be at least 1"),
+        (changed(mnist_iwae(), gradient_samples=51), "gradient_samples is 51; it must be from 0 to the 50 samples"),
+        (dataclasses.replace(mnist_vae(), lr_warmup_steps=5), "lr_warmup_steps is 5; stages have no warm-up"),
+        (changed(mnist_vae(), lpips_weight=1.0), "LPIPS compares RGB images, and the model's have 1 channels"),
         (joint(noise_steps=(2.0, 1.0)), "noise_steps"),
         (joint(mode_weight=-1.0), "mode_weight"),
         (joint(prior_groups=(4, 28)), "leave some of the 32 channels"),

@@ -13,6 +13,7 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry
 from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.scaling import RAW, Scaling, chosen_scaling
 from latent_codec.latents.batches import BatchIndices
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
@@ -100,6 +101,8 @@ class CacheWriter(abc.ABC):
     """True if all latents must have one size."""
     pixel_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     """Range of the pixels that the program's autoencoder takes and gives."""
+    either_scale: ClassVar[str | None] = None
+    """Name in messages of files that hold raw or scaled latents, as --scale says; other files hold raw ones."""
 
     def __init__(self, latents: Latents, options: CacheOptions) -> None:
         self.latents, self.options = latents, options
@@ -119,6 +122,12 @@ class CacheWriter(abc.ABC):
                 f"the encoder saw pixels in {list(header.pixel_range)}, and {name} takes decoded pixels to be in "
                 f"{list(self.pixel_range)}: convert them after decoding"
             )
+        self.scaling = self.scaling_for(options, header.statistics)
+
+    @classmethod
+    def scaling_for(cls, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
+        """Return the scaling of latents in the files; raises `UserError` for options that contradict it."""
+        return chosen_scaling(options, statistics, cls.either_scale) if cls.either_scale else RAW
 
     def _check_labels(self) -> None:
         if without := [entry.path for entry in self.latents.entries if entry.label is None]:
@@ -213,8 +222,8 @@ class CacheFormat(NamedTuple):
     """Join the writer and the reader of a format."""
 
     writer: type[CacheWriter]
-    read: Callable[[Path, CacheOptions, LatentStatistics | None], Iterator[FoundImage]]
-    """Takes the cache's folder or file, the options, and the model's statistics to unscale by."""
+    read: Callable[[Path, CacheOptions, Scaling], Iterator[FoundImage]]
+    """Takes the cache's folder or file, the options, and the scaling of the latents in it."""
 
 
 def images_in_files(folder: Path, suffix: str, load: Callable[[Path], StoredImage]) -> Iterator[FoundImage]:

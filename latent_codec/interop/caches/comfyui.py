@@ -12,8 +12,8 @@ from safetensors import safe_open
 from latent_codec.interop.caches import cache
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in, origin_in
+from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.format import LatentsEntry
-from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
 _LATENT, _RAW = "latent_tensor", "latent_format_version_0"
@@ -33,7 +33,7 @@ class ComfyUi(cache.ImageCacheWriter):
         return file_bytes({_LATENT: item.z[None].contiguous(), _RAW: torch.zeros(0)}, {KEY: item.origin.text()})
 
 
-def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache.FoundImage]:
     """Find .latent files anywhere in a folder."""
 
     def load(path: Path) -> cache.StoredImage:

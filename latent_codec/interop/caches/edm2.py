@@ -14,8 +14,8 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.interop.caches import cache, numpy_files
 from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
-from latent_codec.model.file import LatentStatistics
 
 NAME = "latents.zip"
 _INDEX = "dataset.json"
@@ -66,7 +66,7 @@ def _add(file: zipfile.ZipFile, name: str, data: bytes) -> None:
     file.writestr(member, data)
 
 
-def read(where: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+def read(where: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache.FoundImage]:
     """Find images in a zip file, or in a folder with its members or with `latents.zip`; a label becomes a folder."""
     if (where / NAME).is_file():
         where = where / NAME

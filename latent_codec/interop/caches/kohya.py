@@ -34,46 +34,38 @@ class Kohya(cache.ImageCacheWriter):
 
     def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
-        self._arch = _arch(options)
-        self._scaling = _scaling(self._arch, options, latents.header.statistics)
         if latents.header.factor != _FACTOR:
             raise UserError(
                 f"kohya's trainers take latents at 1/{_FACTOR} of each side, these are at 1/{latents.header.factor}; "
                 "encode with another model"
             )
 
+    @classmethod
+    def scaling_for(cls, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
+        if (arch := options.arch) not in ARCHITECTURES:
+            raise UserError(f"kohya's files are for one architecture; give --arch {', '.join(ARCHITECTURES)}")
+        return prescribed_scaling(arch == "flux", options, statistics, f"kohya's {arch}")
+
     def name(self, entry: LatentsEntry) -> str:
         size = f"{entry.geometry.width:04d}x{entry.geometry.height:04d}"
-        return f"{posixpath.splitext(entry.path)[0]}_{size}_{self._arch}.npz"
+        return f"{posixpath.splitext(entry.path)[0]}_{size}_{self.options.arch}.npz"
 
     def data(self, item: cache.CacheEntry) -> bytes:
         geometry = item.entry.geometry
-        z = self._scaling.scale(item.z)
-        end = f"_{z.shape[1]}x{z.shape[2]}" if self._arch == "flux" else ""
+        z = self.scaling.scale(item.z)
+        end = f"_{z.shape[1]}x{z.shape[2]}" if self.options.arch == "flux" else ""
         found = {
             f"latents{end}": z.numpy(),
             f"original_size{end}": np.array([geometry.width, geometry.height]),
             f"crop_ltrb{end}": np.array([0, 0, geometry.width, geometry.height]),  # nothing is cut off
         }
         if (flipped := item.z_flip) is not None:
-            found[f"latents_flipped{end}"] = self._scaling.scale(flipped).numpy()
+            found[f"latents_flipped{end}"] = self.scaling.scale(flipped).numpy()
         return numpy_files.npz(found, item.origin)
 
 
-def _arch(options: CacheOptions) -> str:
-    if options.arch not in ARCHITECTURES:
-        raise UserError(f"kohya's files are for one architecture; give --arch {', '.join(ARCHITECTURES)}")
-    return options.arch
-
-
-def _scaling(arch: str, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
-    return prescribed_scaling(arch == "flux", options, statistics, f"kohya's {arch}")
-
-
-def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache.FoundImage]:
     """Find the files of one architecture anywhere in a folder."""
-    arch = _arch(options)
-    scaling = _scaling(arch, options, statistics)
 
     def load(path: Path) -> cache.StoredImage:
         with numpy_files.load(path) as file:
@@ -86,7 +78,7 @@ def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | Non
             width, height = (int(side) for side in file[f"original_size{end}"])
             return cache.StoredImage(mean, mean_flip=flip, origin=numpy_files.origin_in(file), size=(width, height))
 
-    for found in cache.images_in_files(folder, f"_{arch}.npz", load):
+    for found in cache.images_in_files(folder, f"_{options.arch}.npz", load):
         yield found._replace(path=found.path.rpartition("_")[0])  # without the size
 
 

@@ -18,8 +18,8 @@ from latent_codec.errors import UserError
 from latent_codec.interop.caches import cache
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import latents_in
+from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
-from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
 
 STATISTICS = "latents_stats.pt"
@@ -68,7 +68,7 @@ class LightningDit(cache.ShardCacheWriter):
         return [(STATISTICS, buffer.getvalue())]
 
 
-def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache.FoundImage]:
     """Find every image of every shard in a folder; a class number becomes the first folder of a path."""
 
     def load(path: Path, row: int) -> cache.StoredImage:

@@ -11,8 +11,8 @@ import torch
 
 from latent_codec.interop.caches import cache, numpy_files
 from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.format import LatentsEntry
-from latent_codec.model.file import LatentStatistics
 from latent_codec.model.posteriors import DiagonalGaussian
 
 
@@ -37,7 +37,7 @@ def _moments(posterior: DiagonalGaussian) -> np.ndarray:
     return torch.cat([posterior.mean, posterior.logvar], dim=1)[0].numpy()  # (2z, h, w)
 
 
-def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache.FoundImage]:
     """Find .npz files anywhere in a folder; the mirrored image's posterior may be missing."""
 
     def load(path: Path) -> cache.StoredImage:

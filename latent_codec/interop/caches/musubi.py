@@ -17,7 +17,6 @@ from latent_codec.interop.caches import cache
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in, origin_in
 from latent_codec.interop.caches.scaling import Scaling, prescribed_scaling
-from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY
@@ -57,26 +56,26 @@ class Musubi(cache.ImageCacheWriter):
     options_used = frozenset({"arch", "scaling_factor", "shift_factor", "seed", "epoch"})
     flips = "left out"
 
-    def __init__(self, latents: Latents, options: CacheOptions) -> None:
-        super().__init__(latents, options)
-        self._architecture = _architecture(options)
-        self._scaling = _scaling(self._architecture, options, latents.header.statistics)
+    @classmethod
+    def scaling_for(cls, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
+        scaled = _architecture(options).scaled
+        return prescribed_scaling(scaled, options, statistics, f"musubi-tuner's {options.arch}")
 
     def name(self, entry: LatentsEntry) -> str:
         stem = posixpath.splitext(posixpath.basename(entry.path))[0]
         return f"{stem}_{entry.geometry.width:04d}x{entry.geometry.height:04d}_{self.options.arch}.safetensors"
 
     def data(self, item: cache.CacheEntry) -> bytes:
-        z = self._scaling.scale(item.z)  # (z, h, w)
-        key = f"latents_{'1x' if self._architecture.frames_in_key else ''}{z.shape[1]}x{z.shape[2]}_float32"
+        z, architecture = self.scaling.scale(item.z), _architecture(self.options)  # (z, h, w)
+        key = f"latents_{'1x' if architecture.frames_in_key else ''}{z.shape[1]}x{z.shape[2]}_float32"
         metadata = {
-            "architecture": self._architecture.full_name,
+            "architecture": architecture.full_name,
             "width": str(item.entry.geometry.width),
             "height": str(item.entry.geometry.height),
             "format_version": "1.0.1",
             KEY: item.origin.text(),
         }
-        return file_bytes({key: (z[:, None] if self._architecture.frames else z).contiguous()}, metadata)
+        return file_bytes({key: (z[:, None] if architecture.frames else z).contiguous()}, metadata)
 
 
 def _architecture(options: CacheOptions) -> Architecture:
@@ -88,15 +87,9 @@ def _architecture(options: CacheOptions) -> Architecture:
     return ARCHITECTURES[options.arch]
 
 
-def _scaling(architecture: Architecture, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
-    return prescribed_scaling(architecture.scaled, options, statistics, f"musubi-tuner's {options.arch}")
-
-
-def read(folder: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache.FoundImage]:
     """Find the files of one architecture in a folder; a video's latents are refused one by one."""
-    architecture = _architecture(options)
-    scaling = _scaling(architecture, options, statistics)
-    suffix = f"_{options.arch}.safetensors"
+    architecture, suffix = _architecture(options), f"_{options.arch}.safetensors"
 
     def load(path: Path) -> cache.StoredImage:
         with safe_open(path, framework="pt") as file:

@@ -60,7 +60,7 @@ def read_cache(
     make_folder(folder)
     summary, started = Summary("converted"), time.monotonic()
     writer = _LatentsWriter(folder, codec, options)
-    found = cache.read(where, options, codec.statistics)
+    found = cache.read(where, options, cache.writer.scaling_for(options, codec.statistics))
     for image in tqdm(found, desc=f"convert from {name}", unit="image", disable=None):
         summary.found += 1
         try:

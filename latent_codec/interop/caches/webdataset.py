@@ -15,9 +15,8 @@ from latent_codec.errors import UserError
 from latent_codec.interop.caches import cache, numpy_files
 from latent_codec.interop.caches.numpy_files import ORIGIN_KEY
 from latent_codec.interop.caches.options import CacheOptions
-from latent_codec.interop.caches.scaling import chosen_scaling
+from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
-from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.json_config import to_json
 
 _SHARD_IMAGES = 1000
@@ -29,11 +28,11 @@ class WebDataset(cache.ShardCacheWriter):
     program = "WebDataset"
     options_used = frozenset({"scale", "scaling_factor", "shift_factor", "seed", "epoch"})
     flips = "kept"
+    either_scale = "WebDataset's shards"
     may_lack_images, shard_pattern = True, "latents-*.tar"
 
     def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
-        self._scaling = chosen_scaling(options, latents.header.statistics, "WebDataset's shards")
         paths: dict[str, str] = {}
         for entry in latents.entries:
             if (other := paths.setdefault(key := _key(entry.path), entry.path)) != entry.path:
@@ -46,9 +45,9 @@ class WebDataset(cache.ShardCacheWriter):
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for item in items:
                 key = _key(item.entry.path)
-                _add(tar, f"{key}.npy", numpy_files.npy(self._scaling.scale(item.z).numpy()))  # (z, h, w) float32
+                _add(tar, f"{key}.npy", numpy_files.npy(self.scaling.scale(item.z).numpy()))  # (z, h, w) float32
                 if (flipped := item.z_flip) is not None:
-                    _add(tar, f"{key}.flip.npy", numpy_files.npy(self._scaling.scale(flipped).numpy()))
+                    _add(tar, f"{key}.flip.npy", numpy_files.npy(self.scaling.scale(flipped).numpy()))
                 if item.label >= 0:
                     _add(tar, f"{key}.cls", str(item.label).encode())
                 _add(tar, f"{key}.json", self._facts(item))
@@ -77,9 +76,8 @@ def _key(path: str) -> str:
     return f"{folder}{slash}{PurePosixPath(name).stem.replace('.', '_')}"
 
 
-def read(where: Path, options: CacheOptions, statistics: LatentStatistics | None) -> Iterator[cache.FoundImage]:
+def read(where: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache.FoundImage]:
     """Find images in a tar file or a folder of them; consecutive members with one key are one image."""
-    scaling = chosen_scaling(options, statistics, "WebDataset's shards")
 
     def load(parts: dict[str, bytes]) -> cache.StoredImage:
         mean, flip = (

@@ -119,8 +119,7 @@ def test_a_run_with_damaged_settings_is_refused(run: Path, photos: Path) -> None
     for content in DAMAGE:
         damage(run / "config.json", content)
         with pytest.raises(UserError, match=r"config\.json or state\.json cannot be read"):
-            export(run, photos.parent / "m.safetensors", data=(photos,), images=1, half=False)
-    assert not (photos.parent / "m.safetensors").exists()
+            prepare(run, data=(photos,), images=1)
 
 
 @pytest.mark.parametrize("name", ["state.json", "ema.safetensors"])
@@ -145,14 +144,12 @@ def test_a_run_without_a_whole_checkpoint_is_refused(run: Path, tmp_path: Path) 
         prepare(tmp_path / "new", data=(), images=1)
 
 
-def test_an_image_that_cannot_be_read_is_refused_by_name(model_file: Path, photos: Path) -> None:
+def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = photos.parent / "m.safetensors"
     (photos / "2.png").write_text("no picture")
     with pytest.raises(UserError, match=r"^2\.png: not a readable image"):
-        export(model_file, photos.parent / "m.safetensors", data=(photos,), images=9, half=False)
-    assert not (photos.parent / "m.safetensors").exists()
+        export(model_file, out, data=(photos,), images=9, half=False)
 
-
-def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*_: Any, **__: Any) -> None:
         raise AssertionError("worked")
 
@@ -161,12 +158,13 @@ def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, mo
     for destination, images, reason in (
         (photos, 1, "is a folder"),
         (photos.parent / "file" / "m.safetensors", 1, "cannot be written into"),
-        (photos.parent / "m.safetensors", 0, "at least 1"),
+        (out, 0, "at least 1"),
     ):
         with pytest.raises(UserError, match=reason):
             export(model_file, destination, data=(photos,), images=images, half=False)
     with pytest.raises(UserError, match="neither a file nor a shipped model"):
-        export(Path("no such model"), photos.parent / "m.safetensors", data=(photos,), images=1, half=False)
+        export(Path("no such model"), out, data=(photos,), images=1, half=False)
+    assert not out.exists()
 
 
 def test_the_quantiser_follows_the_posterior_and_the_prior_covers_its_data(codec: Codec, photos: Path) -> None:

@@ -134,13 +134,7 @@ class Latents(Dataset[LatentSample]):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        seed: int = 0,
-        normalize: bool = False,
-        model_id: str | None = None,
-        flip: bool = False,
+        self, folder: Path, *, seed: int = 0, normalize: bool = False, model_id: str | None = None, flip: bool = False
     ) -> None:
         self.folder, self.seed, self.epoch, self.flip = Path(folder), seed, 0, flip
         self.header, self.entries = read_index(self.folder / INDEX)

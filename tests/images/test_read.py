@@ -268,11 +268,7 @@ INDEXED = [[200, 0, 0], [10, 20, 30], [0, 0, 200]]
 EXACT: dict[str, tuple[bytes, str, list[Any]]] = {  # file, background, and grey values or RGB triples of its row
     "palette with transparency, PNG": (encoded(PALETTE, "PNG", transparency=1), "#0a141e", INDEXED),
     "palette with transparency, GIF": (encoded(PALETTE, "GIF", transparency=1), "#0a141e", INDEXED),
-    "palette with alphas": (
-        encoded(PALETTE, "PNG", transparency=b"\xff\0\x80"),
-        "#0a141e",
-        [*INDEXED[:2], HALF],
-    ),
+    "palette with alphas": (encoded(PALETTE, "PNG", transparency=b"\xff\0\x80"), "#0a141e", [*INDEXED[:2], HALF]),
     "palette with an alpha channel": (encoded(PALETTE_ALPHA, "TIFF"), "#ff0000", [[204, 0, 40], [9, 8, 7]]),
     "grey with alpha on colour": (encoded(PilImage.new("LA", (1, 1), (90, 0)), "PNG"), "#010203", [[1, 2, 3]]),
     "transparent grey": (png(2, 1, 8, 0, b"\0\x09\x0a", (b"tRNS", b"\0\x09")), "#070707", [7, 10]),

@@ -138,9 +138,7 @@ def test_nothing_found_is_refused_with_the_place(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{tmp_path}/{where}: ")
 
 
-def test_a_link_to_an_image_is_an_image_and_one_to_a_folder_is_not_followed(
-    tmp_path: Path,
-) -> None:
+def test_a_link_to_an_image_is_an_image_and_one_to_a_folder_is_not_followed(tmp_path: Path) -> None:
     put(tmp_path / "tree" / "a.png", tmp_path / "other" / "b.png")
     (tmp_path / "tree" / "link.png").symlink_to("a.png")
     (tmp_path / "tree" / "folder.png").symlink_to(tmp_path / "other")

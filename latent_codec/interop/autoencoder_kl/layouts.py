@@ -1,7 +1,7 @@
 """Translate tensor names of AutoencoderKL, today's and earlier ones, and of the original latent diffusion code."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,9 @@ _PREFIXES = ("first_stage_model.", "vae.", "")
 """Prefixes in order of preference."""
 _TRAINING = ("loss.", "model_ema.")
 """Prefixes in training checkpoints of what is no part of the autoencoder: discriminator, LPIPS and counters."""
-_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_LDM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_ATTENTION = {"norm": "group_norm", "q(uery)?": "to_q", "k(ey)?": "to_k", "v(alue)?": "to_v"}
+_ATTENTION |= {"proj_(attn|out)": "to_out.0"}
+"""Names within attention, of the original layout and of diffusers until 2023, and today's."""
 _GROUPS = 32  # of all known AutoencoderKL; tensors do not tell
 
 _LACKED = (
@@ -78,35 +79,25 @@ def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
-_RULES: tuple[tuple[str, Callable[[re.Match[str], int], str]], ...] = (
-    (r"encoder\.down\.(\d+)\.block\.(\d+)\.(.+)", lambda m, _: f"encoder.down_blocks.{m[1]}.resnets.{m[2]}.{m[3]}"),
-    (r"encoder\.down\.(\d+)\.downsample\.(.+)", lambda m, _: f"encoder.down_blocks.{m[1]}.downsamplers.0.{m[2]}"),
-    # The original counts the decoder's resolutions from the finest, AutoencoderKL in the order of computation.
-    (
-        r"decoder\.up\.(\d+)\.block\.(\d+)\.(.+)",
-        lambda m, n: f"decoder.up_blocks.{n - 1 - int(m[1])}.resnets.{m[2]}.{m[3]}",
-    ),
-    (
-        r"decoder\.up\.(\d+)\.upsample\.(.+)",
-        lambda m, n: f"decoder.up_blocks.{n - 1 - int(m[1])}.upsamplers.0.{m[2]}",
-    ),
-    (r"(en|de)coder\.mid\.block_([12])\.(.+)", lambda m, _: f"{m[1]}coder.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"),
-    (
-        r"(en|de)coder\.mid\.attn_1\.(\w+)\.(.+)",
-        lambda m, _: f"{m[1]}coder.mid_block.attentions.0.{_LDM_ATTENTION.get(m[2], m[2])}.{m[3]}",
-    ),
-    (
-        r"(en|de)coder\.mid_block\.attentions\.0\.(\w+)\.(weight|bias)",
-        lambda m, _: f"{m[1]}coder.mid_block.attentions.0.{_ATTENTION.get(m[2], m[2])}.{m[3]}",
-    ),
-    (r"(en|de)coder\.norm_out\.(.+)", lambda m, _: f"{m[1]}coder.conv_norm_out.{m[2]}"),
+_RULES = (
+    (r"(en|de)coder\.(down|up)\.(\d+)\.block", r"\1coder.\2_blocks.\3.resnets"),
+    (r"(en|de)coder\.(down|up)\.(\d+)\.(down|up)sample", r"\1coder.\2_blocks.\3.\4samplers.0"),
+    (r"(en|de)coder\.mid\.block_1", r"\1coder.mid_block.resnets.0"),
+    (r"(en|de)coder\.mid\.block_2", r"\1coder.mid_block.resnets.1"),
+    (r"(en|de)coder\.mid\.attn_1", r"\1coder.mid_block.attentions.0"),
+    (r"(en|de)coder\.norm_out", r"\1coder.conv_norm_out"),
+    (r"(.*)\.nin_shortcut", r"\1.conv_shortcut"),
+    *((rf"(.*\.attentions\.0)\.{theirs}", rf"\1.{ours}") for theirs, ours in _ATTENTION.items()),
 )
+"""Beginnings of the original layout's names, up to a dot, and today's in their place; applied one after the other."""
 
 
 def _canonical_name(name: str, stages: int) -> str:
-    for pattern, rename in _RULES:
-        if match := re.fullmatch(pattern, name):
-            return rename(match, stages).replace(".nin_shortcut.", ".conv_shortcut.")
+    # The original counts the decoder's resolutions from the finest, AutoencoderKL in the order of computation.
+    if match := re.match(r"decoder\.up\.(\d+)", name):
+        name = f"decoder.up.{stages - 1 - int(match[1])}{name[match.end() :]}"
+    for pattern, today in _RULES:
+        name = re.sub(rf"^{pattern}\.", rf"{today}.", name)
     return name
 
 

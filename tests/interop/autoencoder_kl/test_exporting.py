@@ -63,6 +63,11 @@ def test_an_export_is_the_codec_in_normalised_units_or_unfolded_to_the_bit(tmp_p
     kl.assert_same_model(codec, model, *kl.moments(codec))
     scale = [model.config[key] for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
     assert scale == [1, 0, None, None]
+    with safe_open(tmp_path / "vae" / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata[KEY])
+    assert metadata["format"] == "pt" and header["model_id"] == codec.model_id
+    assert from_json(LatentStatistics, header["statistics"]) == codec.statistics
     assert_comes_back(codec, tmp_path)
     kl.export(codec, tmp_path / "vae", normalize=False)
     model = load(tmp_path / "vae")
@@ -95,16 +100,6 @@ def test_half_is_stored_as_float16_and_what_that_cannot_hold_is_refused_by_name(
         kl.export(codec, tmp_path / "vae", half=True)
     assert not (tmp_path / "vae").exists()
     assert kl.export(codec, tmp_path / "vae").force_upcast
-
-
-def test_the_metadata_holds_the_statistics_and_the_id(tmp_path: Path) -> None:
-    codec = kl.codec()
-    kl.export(codec, tmp_path / "vae")
-    with safe_open(tmp_path / "vae" / WEIGHTS, framework="pt") as file:
-        metadata = file.metadata()
-    header = json.loads(metadata[KEY])
-    assert metadata["format"] == "pt" and header["model_id"] == codec.model_id
-    assert from_json(LatentStatistics, header["statistics"]) == codec.statistics
 
 
 def test_clamps_that_differ_are_counted(tmp_path: Path) -> None:

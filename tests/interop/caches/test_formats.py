@@ -14,18 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.datasets import DatasetFolder
 
-from latent_codec.interop.caches.cache import CacheFormat, ImageCacheWriter, ShardCacheWriter
-from latent_codec.interop.caches.registry import CacheName, cache_format
+from latent_codec.interop.caches.registry import CacheName
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from tests.support.caches import EVERY, PATHS, close, draws, flipped_draws, made, samples, scaled, store
 
 
-def test_every_registered_format_has_a_writer_and_a_reader() -> None:
+def test_every_registered_format_is_tested() -> None:
     assert set(EVERY) == set(get_args(CacheName))
-    for name in EVERY:
-        found = cache_format(name)
-        assert isinstance(found, CacheFormat) and issubclass(found.writer, ImageCacheWriter | ShardCacheWriter)
 
 
 @pytest.mark.parametrize("arch", ["sd", "flux"])

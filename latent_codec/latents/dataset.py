@@ -142,14 +142,11 @@ class Latents(Dataset[LatentSample]):
             raise UserError(f"{folder}: holds no latents of mirrored images; encode with --flips")
         if model_id is not None:
             check_model(self.header, model_id, str(folder))
-        self._scale: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._scale: list[torch.Tensor] = []  # mean and standard deviation, (z, 1, 1)
         if normalize:
-            if self.header.statistics is None:
+            if (statistics := self.header.statistics) is None:
                 raise UserError(f"{folder}: the model had no latent statistics; export it with `latent-codec export`")
-            mean, std = (
-                torch.tensor(v)[:, None, None] for v in (self.header.statistics.mean, self.header.statistics.std)
-            )
-            self._scale = (mean, std)
+            self._scale = [torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std)]
         self.classes: tuple[str, ...] = tuple(sorted({e.label for e in self.entries if e.label is not None}))
         """Sorted names of the top-level folders; a label is an index into them."""
         numbers = {None: -1} | {name: number for number, name in enumerate(self.classes)}
@@ -205,7 +202,7 @@ class Latents(Dataset[LatentSample]):
         """Return mean + std * noise, normalised if chosen, (b, z, h, w) float32 on the moments' device."""
         posterior = DiagonalGaussian(moments.mean.float(), moments.logvar.float())
         z = posterior.sample(normal(moments.keys, tuple(posterior.mean.shape[1:])))
-        if self._scale is not None:
+        if self._scale:
             mean, std = (t.to(z.device) for t in self._scale)
             z = (z - mean) / std
         return z

@@ -19,6 +19,7 @@ from latent_codec.storage.files import (
     write_text,
 )
 from latent_codec.storage.tensors import save_tensors
+from tests.conftest import files_of
 
 
 def mode(path: Path) -> int:
@@ -41,14 +42,18 @@ def test_the_users_umask_is_respected_even_if_a_writer_replaces_the_file_by_its_
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_failure_leaves_the_old_content_and_no_temporary_file(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(error), atomic_path(path) as temporary:
-        temporary.write_text("half of the ne")
-        raise error
-    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
-    assert path.read_text() == "old"
+def test_a_failure_leaves_the_old_content_or_none(tmp_path: Path, error: type[BaseException]) -> None:
+    for before in ({}, {"a.txt": b"old"}, {"a.txt": b"old", "folder/a.txt": b"old"}):
+        for name, content in before.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(error), atomic_path(tmp_path / "a.txt") as temporary:
+            temporary.write_text("half of the ne")
+            raise error
+        with pytest.raises(error), atomic_folder(tmp_path / "folder") as temporary:
+            write_text(temporary / "a.txt", "half of the new")
+            raise error
+        assert files_of(tmp_path) == before and len([*tmp_path.iterdir()]) == len(before)
 
 
 def test_the_old_content_is_there_until_the_new_is_whole(tmp_path: Path) -> None:
@@ -123,18 +128,6 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None
             assert not path.exists() or (path / "a.txt").read_text() == "old"
     assert {f.name: f.read_text() for f in path.iterdir()} == {"a.txt": "new", "b.txt": "new"}
     assert [f.name for f in path.parent.iterdir()] == ["folder"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_leaves_the_old_folder_or_none(tmp_path: Path, error: type[BaseException]) -> None:
-    for expected in ([], ["folder"]):
-        with pytest.raises(error), atomic_folder(tmp_path / "folder") as temporary:
-            write_text(temporary / "a.txt", "half of the new")
-            raise error
-        assert [f.name for f in tmp_path.iterdir()] == expected
-        (tmp_path / "folder").mkdir(exist_ok=True)
-        fill(tmp_path / "folder", "old")
-    assert (tmp_path / "folder" / "a.txt").read_text() == "old"
 
 
 def test_a_failing_last_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ SIGMA = 0.1
 """Standard deviation of an imported model's likelihood for pixels in [-1, 1]; its files name none. A learned sigma
 settles there for a reconstruction of 26 dB (sigma = 2 * 10^(-PSNR / 20)); decoding does not depend on it."""
 
+_ADAPTER = "latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder"
 _WRITTEN_FOR = "0.35.0"  # the first diffusers whose AutoencoderKL has every setting written here
 _TILE = 512  # pixels: side of diffusers' tiles, where tiling is enabled
 _DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -104,10 +105,7 @@ def check_exportable(config: CodecConfig) -> ConvConfig:
     """Return the backbone's configuration; raises `UserError` for a codec that AutoencoderKL cannot represent."""
     backbone: BackboneConfig = config.backbone
     if not isinstance(backbone, ConvConfig):
-        raise UserError(
-            f"a {backbone.kind} backbone is no AutoencoderKL, only conv is; in a pipeline use "
-            "latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder"
-        )
+        raise UserError(f"a {backbone.kind} backbone is no AutoencoderKL, only conv is; in a pipeline use {_ADAPTER}")
     if config.classes:
         raise UserError(f"AutoencoderKL takes no class, and this model needs one of {len(config.classes)}")
     if config.bottleneck.kind != "gaussian":
@@ -115,8 +113,7 @@ def check_exportable(config: CodecConfig) -> ConvConfig:
     if config.likelihood.kind != "gaussian":
         raise UserError(
             f"the mean of a {config.likelihood.kind} likelihood is computed from the decoder's output, and "
-            "AutoencoderKL returns the output itself; in a pipeline use "
-            "latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder"
+            f"AutoencoderKL returns the output itself; in a pipeline use {_ADAPTER}"
         )
     return backbone
 

@@ -92,8 +92,9 @@ def train(run: Run) -> int:
         f"{sum(p.numel() for p in parts.codec.parameters()) / 1e6:.2f} M parameters; "
         f"from step {trainer.progress.step} to {config.steps}"
     )
-    batches = images.batches(plan, trainer.progress.step, config.steps)
-    code = trainer.loop(task, batches, interrupts, None if codebook is None else codebook.after_step)
+    if codebook is not None:
+        task.after_step = codebook.after_step
+    code = trainer.loop(task, images.batches(plan, trainer.progress.step, config.steps), interrupts)
     accelerator.end_training()
     return code
 
@@ -123,7 +124,6 @@ def _build(run: Run, accelerator: Accelerator) -> _Parts:
     modules: dict[str, torch.nn.Module] = {"codec": codec, "ema": ema}
     if isinstance(objective, Joint):
         prior = objective.prior
-        assert isinstance(prior, ContextNet)
         modules |= {"prior": prior, "prior_ema": copy.deepcopy(prior).eval().requires_grad_(False)}
         if objective.config.decoder_alone:
             assert run.start_from is not None

@@ -3,25 +3,16 @@
 import itertools
 import math
 import os
-import shutil
-import signal
 import time
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from latent_codec.model.codec import Codec
 from train.loop import checkpoints, interrupts, trainer
 from train.loop.interrupts import Interrupts
 from train.objectives.elbo import ELBO
 from train.objectives.losses import VAELosses
-
-
-def _die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
 
 _TRAINER: Any = trainer.Trainer  # patched, whatever the types say
 _INTERRUPTS: Any = Interrupts
@@ -60,26 +51,6 @@ def hang(step: int) -> None:
 
     _TRAINER.step = stuck
     interrupts.SAME_SIGNAL = 0.1
-
-
-def die_in_save(step: int, where: Literal["between files", "before rename", "before prune"]) -> None:
-    """Kill the process within the save of this step."""
-    real, remove = checkpoints.save, shutil.rmtree
-
-    def end(path: Any, *args: Any, **options: Any) -> None:
-        if where == "before prune" and not Path(path).name.startswith("step-"):
-            remove(path, *args, **options)  # temporary folders are removed earlier
-        else:
-            _die()
-
-    def save(folder: Any, modules: dict[str, Codec], optimizer: Any, progress: Any, *, keep: int) -> Any:
-        if progress.step == step and where == "between files":
-            modules["ema"].save = _die
-        elif progress.step == step:
-            setattr(*{"before rename": (os, "rename"), "before prune": (shutil, "rmtree")}[where], end)
-        return real(folder, modules, optimizer, progress, keep=keep)
-
-    checkpoints.save = save
 
 
 def nan_loss(*steps: int, rank: int = 0) -> None:

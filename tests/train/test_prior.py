@@ -224,7 +224,7 @@ def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path
     """A latent within half a step of its location is 0 wherever it lies, so integers do not tell."""
     net = net_of(places)
     means = crops_of(places).batch(range(4), 0).means
-    drawn = net.rounded(means, torch.full((4,), 60.0))
+    drawn = net.take(means, torch.full((4,), 60.0))
     coded = net.code(drawn)
     assert not torch.equal(coded.latents, torch.zeros_like(means))
     coded.bits.sum().backward()

@@ -44,17 +44,14 @@ class Drawn(NamedTuple):
     step: torch.Tensor  # (b,) as stored
     dithered: torch.Tensor  # (b,) bool
     seeds: torch.Tensor  # (b,) int64, of the dither
-    exact: bool = False
-    """Latents already hold noise and are not rounded."""
+    exact: bool = False  # latents already hold noise and are not rounded
 
 
 class Coded(NamedTuple):
     """Hold the cost and the values of coded latents."""
 
-    bits: torch.Tensor
-    """Bits per latent position of each image, (b,)."""
-    latents: torch.Tensor
-    """Latents that a decoder reads, (b, z, h, w) in the model's order of channels."""
+    bits: torch.Tensor  # (b,) bits per latent position of each image
+    latents: torch.Tensor  # (b, z, h, w) as a decoder reads them, in the model's order of channels
 
 
 class ContextNet(nn.Module):
@@ -189,15 +186,11 @@ class ContextNet(nn.Module):
         y = net[2](y).clamp(0, top)  # pyright: ignore[reportIndexIssue]
         return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
 
-    def noisy(self, z: torch.Tensor, step: torch.Tensor) -> Drawn:
-        """Take latents (b, z, h, w) that already hold noise as large as that of steps (b,), without rounding."""
-        return self._drawn(z, step, exact=True)
+    def take(self, z: torch.Tensor, step: torch.Tensor, *, exact: bool = False) -> Drawn:
+        """Take latents (b, z, h, w), to be rounded at steps (b,) without dither.
 
-    def rounded(self, means: torch.Tensor, step: torch.Tensor) -> Drawn:
-        """Take means (b, z, h, w), to be rounded at steps (b,) without dither."""
-        return self._drawn(means, step, exact=False)
-
-    def _drawn(self, z: torch.Tensor, step: torch.Tensor, exact: bool) -> Drawn:
+        With `exact` they already hold noise as large as that of the steps, and are not rounded.
+        """
         code = (STEP_ONE * step).round()
         scaled = self.reorder(z) / self.sizes(code)
         none = torch.zeros((), device=z.device).expand_as(scaled)

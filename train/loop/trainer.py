@@ -39,6 +39,10 @@ def begin(run: RunOptions) -> tuple[Accelerator, Interrupts]:
 class Task:
     """Do what differs between programs; this class takes no arguments and evaluates nothing."""
 
+    after_step: Callable[[Any, int], None] | None = None
+    """Gets this process' losses of each step that was not skipped, and the step's number from 1, before the averages
+    follow; the host waits for the device to learn whether it was."""
+
     def arguments(self, step: int, measure: bool) -> tuple[Any, ...]:
         """Return the objective's arguments after those of a batch; `measure` says that this step will be logged."""
         return ()
@@ -121,17 +125,10 @@ class Trainer:
         )
         self.log = RunLog(self.run.out / "log.jsonl", self.accelerator, self.progress.step)
 
-    def loop(
-        self,
-        task: Task,
-        batches: Iterator[tuple[Any, ...]],
-        interrupts: Interrupts,
-        after_step: Callable[[Any, int], None] | None = None,
-    ) -> int:
+    def loop(self, task: Task, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts) -> int:
         """Train to the end, a signal or the time limit; return 0, or 128 + the signal's number.
 
-        `batches` go on from the restored step. `after_step` gets this process' losses of each step that was not
-        skipped, and the step's number from 1, before the averages follow.
+        `batches` go on from the restored step.
         """
         config, progress = self.config, self.progress
         quiet = not self.accelerator.is_main_process or None  # with None, tqdm looks for a terminal
@@ -144,7 +141,7 @@ class Trainer:
                 self._save()
             while progress.step < config.steps:
                 measure = (progress.step + 1) % config.log_every == 0
-                losses, norm = self.step(task, batches, measure, after_step)
+                losses, norm = self.step(task, batches, measure)
                 progress.step += 1
                 last, saving = progress.step == config.steps, progress.step % config.save_every == 0
                 heard = measure or last or saving or is_heard(self.accelerator.device, progress.step)
@@ -168,13 +165,7 @@ class Trainer:
                     return code
         return 0
 
-    def step(
-        self,
-        task: Task,
-        batches: Iterator[tuple[Any, ...]],
-        measure: bool,
-        after_step: Callable[[Any, int], None] | None,
-    ) -> tuple[Any, torch.Tensor]:
+    def step(self, task: Task, batches: Iterator[tuple[Any, ...]], measure: bool) -> tuple[Any, torch.Tensor]:
         """Take one optimizer step, or skip it on all processes together; a GPU may still be at work afterwards.
 
         Returns this process' losses and the norm of the gradient before clipping.
@@ -199,8 +190,8 @@ class Trainer:
         taken = self.progress.step - self.steps.skipped  # before this one
         beside = [p.grad for p in self._beside if p.grad is not None]
         finite = self.steps.take(losses.loss, norm, *([torch.nn.utils.get_total_norm(beside)] if beside else []))
-        if after_step is not None and bool(finite):
-            after_step(losses, self.progress.step + 1)
+        if task.after_step is not None and bool(finite):
+            task.after_step(losses, self.progress.step + 1)
         self._update_averages(finite, taken)
         return losses, norm
 

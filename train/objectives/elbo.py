@@ -73,7 +73,9 @@ class ELBO(nn.Module):
         loss = beta * self.charged_kl(kl_map) + penalty
         nll_mode = lpips = codes = adversary_losses = None
         if self.config.mode_weight > 0:
-            nll_mode = self._nll_mode(posterior, keys, labels, x)
+            assert isinstance(posterior, DiagonalGaussian)
+            mode, weight = self.decoded_mode(posterior, keys)
+            nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)).mean()
             loss = loss + self.config.mode_weight * nll_mode
         reconstruction = nll
         if self.lpips is not None:
@@ -101,13 +103,6 @@ class ELBO(nn.Module):
         if config.codebook == "gradient":
             penalty = penalty + posterior.codebook_loss()
         return penalty.mean()
-
-    def _nll_mode(
-        self, posterior: Posterior, keys: torch.Tensor, labels: torch.Tensor, x: torch.Tensor
-    ) -> torch.Tensor:
-        assert isinstance(posterior, DiagonalGaussian)
-        mode, weight = self.decoded_mode(posterior, keys)
-        return -(weight * self.codec.likelihood.log_prob(self.codec.likelihood_params(mode, labels), x)).mean()
 
     @torch.no_grad()
     def decoded_mode(self, posterior: DiagonalGaussian, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Compute the loss of the joint phase, which trains encoder, decoder and context prior over a range of rates."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
 from train.config.vae import JointConfig
-from train.context_prior.network import Coded, ContextNet
+from train.context_prior.network import ContextNet
 from train.data.crops import CentreCrops
 from train.objectives.losses import CHOSEN, PIXELS, STEP, VAELosses, bound_of, mse_of, signed
 
@@ -20,27 +19,6 @@ _ENCODES = {"encoder", "quant_conv"}
 
 MEASURED_STEPS = (0.5, 1.0, 2.0)
 """Quantiser steps at which an evaluation measures rate and distortion."""
-
-
-class _Latents(NamedTuple):
-    """Hold the latents that are decoded."""
-
-    posterior: DiagonalGaussian
-    step: torch.Tensor  # (b,)
-    drawn: torch.Tensor  # (b, z, h/f, w/f)
-    coded: Coded  # the quantised mode
-    coarse: torch.Tensor  # (b,) weight of distortions, 1 / step^2 above 1
-
-
-class _Terms(NamedTuple):
-    """Hold the loss () and its terms (b,)."""
-
-    loss: torch.Tensor
-    params: torch.Tensor  # likelihood parameters of what was decoded
-    nll: torch.Tensor
-    nll_mode: torch.Tensor
-    kl: torch.Tensor
-    lpips: torch.Tensor
 
 
 class Joint(nn.Module):
@@ -82,54 +60,42 @@ class Joint(nn.Module):
         self, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, measure: bool
     ) -> VAELosses:
         """Return the losses; the arguments are those of `ELBO.forward`."""
-        codec = self.codec
+        codec, config = self.codec, self.config
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
         posterior = codec.encode(x, labels)
         assert isinstance(posterior, DiagonalGaussian)
-        low, high = (math.log(step) for step in self.config.noise_steps)
+        low, high = (math.log(step) for step in config.noise_steps)
         step = torch.exp(low + (high - low) * uniform(fold(keys, STEP))).float()  # (b,)
         noise = normal(keys, tuple(posterior.mean.shape[1:]))
         z = posterior.mean + step[:, None, None, None] * posterior.std * noise
         with torch.no_grad():
-            rounded = self.prior.rounded(posterior.mean, step)
-        coarse = step.clamp(min=1).square().reciprocal()
-        latents = _Latents(posterior, step, z, self.prior.code(rounded), coarse)  # integers have no gradient
-        if self.config.decoder_alone:
-            terms = self._decoder_terms(latents, keys, labels, x)
+            rounded = self.prior.take(posterior.mean, step)
+        coded = self.prior.code(rounded)  # the quantised mode: integers have no gradient
+        coarse = step.clamp(min=1).square().reciprocal()  # (b,) weight of distortions, 1 / step^2 above 1
+        weight, lpips_weight = config.mode_weight, config.lpips_weight * math.prod(x.shape[2:])
+        if config.decoder_alone:  # a mask chooses between mode and draw in proportion to the NLLs' weights
+            masked = uniform(fold(keys, CHOSEN)) * (1 + weight) < weight  # (b,)
+            params = codec.likelihood_params(torch.where(masked[:, None, None, None], coded.latents, z), labels)
+            either, lpips = self._errors(params, x)
+            either = either * (1 + weight)
+            loss = (coarse * (either + (1 + weight) * (lpips_weight * lpips))).mean()
+            nll, nll_mode = torch.where(masked, 0, either), torch.where(masked, either / max(weight, 1e-9), 0)
+            kl = torch.zeros_like(nll)
         else:
-            terms = self._all_terms(latents, labels, x, beta)
+            params = codec.likelihood_params(z, labels)
+            nll, lpips = self._errors(params, x)
+            kl = self.kl(posterior, z, step)
+            nll_mode, lpips_mode = self._errors(codec.likelihood_params(coded.latents, labels), x)
+            distortion = coarse * (nll + weight * nll_mode + lpips_weight * (lpips + weight * lpips_mode))
+            integers = coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
+            drift = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
+            fine = step.clamp(max=1).square()  # (b,) weight of rates
+            loss = (distortion + fine * (beta * kl + integers + drift)).mean()
         with torch.no_grad():
-            mse = mse_of(codec, terms.params, x) if measure else None
-            nll_mode = (latents.coarse * terms.nll_mode).mean() if self.config.mode_weight > 0 else None
-            lpips = None if self.lpips is None else terms.lpips.mean()
-            bound = bound_of(posterior, terms.nll.mean(), terms.kl.mean(), mse)
-            return VAELosses(terms.loss, bound, nll_mode, lpips=lpips)
-
-    def _decoder_terms(self, latents: _Latents, keys: torch.Tensor, labels: torch.Tensor, x: torch.Tensor) -> _Terms:
-        """Decode the quantised mode of some images and the draw of the others, in proportion to the NLLs' weights."""
-        weight = self.config.mode_weight
-        masked = uniform(fold(keys, CHOSEN)) * (1 + weight) < weight  # (b,)
-        z = torch.where(masked[:, None, None, None], latents.coded.latents, latents.drawn)
-        params = self.codec.likelihood_params(z, labels)
-        either, lpips = self._errors(params, x)  # (b,)
-        either = either * (1 + weight)
-        loss = (latents.coarse * (either + (1 + weight) * self._lpips_nats(lpips, x))).mean()
-        nll, nll_mode = torch.where(masked, 0, either), torch.where(masked, either / max(weight, 1e-9), 0)
-        return _Terms(loss, params, nll, nll_mode, torch.zeros_like(nll), lpips)
-
-    def _all_terms(self, latents: _Latents, labels: torch.Tensor, x: torch.Tensor, beta: torch.Tensor) -> _Terms:
-        posterior, z, weight = latents.posterior, latents.drawn, self.config.mode_weight
-        params = self.codec.likelihood_params(z, labels)
-        nll, lpips = self._errors(params, x)  # (b,)
-        kl = self.kl(posterior, z, latents.step)  # (b,)
-        nll_mode, lpips_mode = self._errors(self.codec.likelihood_params(latents.coded.latents, labels), x)  # (b,)
-        perceptual = self._lpips_nats(lpips + weight * lpips_mode, x)
-        integers = latents.coded.bits * z.shape[2:].numel() * math.log(2)  # (b,) nats
-        drift = 0.5 * posterior.mean.mean((2, 3)).square().sum(1) * z.shape[2:].numel()  # (b,) nats
-        distortion = latents.coarse * (nll + weight * nll_mode + perceptual)
-        fine = latents.step.clamp(max=1).square()  # (b,) weight of rates
-        loss = (distortion + fine * (beta * kl + integers + drift)).mean()
-        return _Terms(loss, params, nll, nll_mode, kl, lpips)
+            mse = mse_of(codec, params, x) if measure else None
+            bound = bound_of(posterior, nll.mean(), kl.mean(), mse)
+            mode = (coarse * nll_mode).mean() if weight > 0 else None
+            return VAELosses(loss, bound, mode, lpips=None if self.lpips is None else lpips.mean())
 
     def _errors(self, params: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the NLL (b,) of each image in nats and the LPIPS (b,) of its expected pixels, 0 if that is off."""
@@ -139,15 +105,12 @@ class Joint(nn.Module):
         mean = self.codec.likelihood.mean(params)
         return nll, self.lpips(signed(self.codec, mean), signed(self.codec, x))
 
-    def _lpips_nats(self, lpips: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.config.lpips_weight * math.prod(x.shape[2:]) * lpips
-
     def kl(self, posterior: DiagonalGaussian, z: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Estimate KL(q_s, p_s) of each image in nats, (b,), from one sample z; the entropy of q_s is exact.
 
         The prior gives the mass of a quantiser's cell around z; its density is that mass over the cell's size.
         """
-        mass = self.prior.code(self.prior.noisy(z, step)).bits * z.shape[2:].numel() * math.log(2)  # (b,)
+        mass = self.prior.code(self.prior.take(z, step, exact=True)).bits * z.shape[2:].numel() * math.log(2)  # (b,)
         cell = self.prior.channel_steps.log().sum() * z.shape[2:].numel()  # at step 1; the step itself cancels
         entropy = posterior.std.log().flatten(1).sum(1) + 0.5 * math.log(2 * math.pi * math.e) * z[0].numel()
         return mass + cell - entropy
@@ -168,7 +131,7 @@ def measure(
     for step in MEASURED_STEPS:
         bits, psnr, distances = [], [], []
         for mean, pixels in zip(means, crops.pixels.split(batch), strict=True):
-            coded = prior.code(prior.rounded(mean, torch.full((len(mean),), step, device=device)))
+            coded = prior.code(prior.take(mean, torch.full((len(mean),), step, device=device)))
             bits.append(coded.bits / codec.factor**2)
             decoded, original = codec.decode_uint8(coded.latents).float(), pixels.to(device).float()
             if lpips is not None:

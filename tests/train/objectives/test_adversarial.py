@@ -18,7 +18,6 @@ from tests.support.run import (
     run,
     run_ranks,
     tensors,
-    write_images,
 )
 from train.config.presets import kl_f8c4
 from train.config.vae import AdversarialConfig
@@ -136,15 +135,8 @@ def test_before_the_start_all_adversarial_losses_are_zero() -> None:
 
 
 @pytest.fixture(scope="module")
-def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*TINY, "--data", str(write_images(tmp_path_factory.mktemp("data") / "images"))]
-
-
-@pytest.fixture(scope="module")
-def straight(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("straight") / "run"
-    run(argv, out)
-    return out
+def argv(data: Path) -> list[str]:
+    return [*TINY, "--data", str(data)]
 
 
 def discriminator(out: Path, step: int) -> dict[str, torch.Tensor]:
@@ -197,6 +189,6 @@ def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tm
     assert_close_runs(tmp_path / "run", straight, 3, 1e-3, 1e-6, compared)
 
 
-def test_the_model_is_exported_without_its_adversary(argv: list[str], straight: Path, tmp_path: Path) -> None:
-    codec = export(straight, tmp_path / "m.safetensors", data=(Path(argv[-1]),), images=2, half=True)
+def test_the_model_is_exported_without_its_adversary(data: Path, straight: Path, tmp_path: Path) -> None:
+    codec = export(straight, tmp_path / "m.safetensors", data=(data,), images=2, half=True)
     assert not [name for name in codec.state_dict() if "discriminator" in name or "adversary" in name]

@@ -15,7 +15,7 @@ from latent_codec.export import export
 from latent_codec.model.codebooks import VectorQuantizer
 from latent_codec.model.config import VectorQuantizerConfig
 from tests.support.networks import make_codec
-from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors, write_images
+from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors
 from train.config.presets import vqvae
 from train.data.crops import Batch, SamplePlan
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
@@ -34,69 +34,56 @@ VQ = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return ["--data", str(write_images(tmp_path_factory.mktemp("data") / "images"))]
-
-
-@pytest.fixture(scope="module")
-def straight(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    argv, out = [*VQ, *data], tmp_path_factory.mktemp("straight") / "run"
-    run(argv, out)
-    return argv, out
+def argv(data: Path) -> list[str]:
+    return [*VQ, "--data", str(data)]
 
 
 def test_a_resumed_run_that_revives_codes_is_the_same_to_the_bit(
-    straight: tuple[list[str], Path], tmp_path: Path
+    argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
-    argv, out = straight
     for step in (2, 4):
-        revived = tensors(out, step)["codebook/use"][:, 0] == 1 / 16  # exactly an even share
+        revived = tensors(straight, step)["codebook/use"][:, 0] == 1 / 16  # exactly an even share
         assert revived.any() and not revived.all()
     for _ in range(2):
         run([*argv, "--max-minutes", "0.00001"], tmp_path / "run")  # one step
     run(argv, tmp_path / "run")
     for step in range(1, 5):
-        assert_same_tensors(tensors(tmp_path / "run", step), tensors(out, step))
+        assert_same_tensors(tensors(tmp_path / "run", step), tensors(straight, step))
 
 
-def test_two_processes_and_micro_batches_compute_what_one_does(
-    straight: tuple[list[str], Path], tmp_path: Path
-) -> None:
-    argv, out = straight
+def test_two_processes_and_micro_batches_compute_what_one_does(argv: list[str], straight: Path, tmp_path: Path) -> None:
     text = run_ranks([*argv, "--accumulation", "2"], tmp_path / "run", 2)
     assert "2 process(es) on cpu" in text
     for step in (1, 2, 3):
-        ours, theirs = tensors(tmp_path / "run", step), tensors(out, step)
+        ours, theirs = tensors(tmp_path / "run", step), tensors(straight, step)
         assert ours.keys() == theirs.keys()
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-4, msg=f"{step} {name}")
     for kind in ("train", "eval"):
-        for a, b in zip(log_lines(tmp_path / "run", kind), log_lines(out, kind), strict=True):
+        for a, b in zip(log_lines(tmp_path / "run", kind), log_lines(straight, kind), strict=True):
             assert a["perplexity"] == pytest.approx(b["perplexity"], rel=0.1)
 
 
-def test_averages_stay_out_of_models(straight: tuple[list[str], Path], tmp_path: Path) -> None:
-    argv, out = straight
-    data = (Path(argv[argv.index("--data") + 1]),)
-    codec = export(out, tmp_path / "model.safetensors", data=data, images=3, half=False)
+def test_averages_stay_out_of_models(data: Path, straight: Path, tmp_path: Path) -> None:
+    codec = export(straight, tmp_path / "model.safetensors", data=(data,), images=3, half=False)
     assert [name for name in codec.state_dict() if name.startswith("bottleneck")] == ["bottleneck.codebook"]
-    assert torch.equal(codec.state_dict()["bottleneck.codebook"], tensors(out, 4)["ema/bottleneck.codebook"])
+    assert torch.equal(codec.state_dict()["bottleneck.codebook"], tensors(straight, 4)["ema/bottleneck.codebook"])
 
 
-def test_the_log_says_how_many_codes_are_used(straight: tuple[list[str], Path]) -> None:
+def test_the_log_says_how_many_codes_are_used(straight: Path) -> None:
     for kind in ("train", "eval"):
-        lines = log_lines(straight[1], kind)
+        lines = log_lines(straight, kind)
         assert lines and all(1 <= line["perplexity"] <= 16 for line in lines)
-    assert all(line["penalty"] > 0 for line in log_lines(straight[1], "train"))
+    assert all(line["penalty"] > 0 for line in log_lines(straight, "train"))
 
 
 @pytest.mark.parametrize("preset", ["fsq --levels 3 3 2", "autoencoder"])
-def test_other_bottlenecks_train_and_export(preset: str, data: list[str], tmp_path: Path) -> None:
-    argv = [*flags(preset), *SMALL, *flags("--latent-channels 3 --steps 1"), *data]
+def test_other_bottlenecks_train_and_export(preset: str, data: Path, tmp_path: Path) -> None:
+    argv = [*flags(preset), *SMALL, *flags("--latent-channels 3 --steps 1"), "--data", str(data)]
     if preset == "autoencoder":
         argv += flags("--encoder-widths 8 8 --decoder-widths 8 8 --encoder-depths 1 1 --decoder-depths 1 1")
     run(argv, tmp_path / "run")
-    codec = export(tmp_path / "run", tmp_path / "m.safetensors", data=(Path(data[1]),), images=3, half=False)
+    codec = export(tmp_path / "run", tmp_path / "m.safetensors", data=(data,), images=3, half=False)
     assert codec.priors is not None
     assert all(math.isfinite(line["loss"]) for line in log_lines(tmp_path / "run", "train"))
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils._pytree import tree_leaves
 
@@ -252,10 +251,3 @@ def test_lpips_adds_its_weight_per_pixel_and_real_gradients_to_the_decoder_alone
     trained = {id(p) for p in with_lpips.parameters() if p.requires_grad}
     assert trained == {id(p) for p in codec.parameters()}
     assert codec.state_dict().keys() == linear().state_dict().keys()
-
-
-def test_an_lpips_module_is_there_exactly_when_its_weight_is_positive() -> None:
-    with pytest.raises(ValueError, match="lpips_weight"):
-        make(None, lpips_weight=1.0)
-    with pytest.raises(ValueError, match="lpips_weight"):
-        make(nn.Identity(), lpips_weight=0.0)  # pyright: ignore[reportArgumentType]

@@ -31,27 +31,23 @@ class Convert:
 
     def run(self) -> int:
         """Convert, print notes and the summary, and return the exit code."""
-        if (self.to is None) == (self.from_ is None):
+        if self.to is not None and self.from_ is None:
+            if self.model is not None or self.latents.store is not None:
+                raise UserError("--model and --store are for --from; --to writes latents as they were stored")
+            from latent_codec.interop.caches.write import write_cache
+
+            converted = write_cache(self.src, self.dst, self.to, self.latents, overwrite=self.overwrite)
+        elif self.from_ is not None and self.to is None:
+            if self.model is None:
+                raise UserError("no cache says for certain which model its latents are of; give --model")
+            from latent_codec.interop.caches.read import read_cache
+            from latent_codec.model.codec import Codec
+
+            codec = Codec.load(self.model)
+            converted = read_cache(self.src, self.dst, self.from_, codec, self.latents, overwrite=self.overwrite)
+        else:
             raise UserError("give either --to and the name of a program, or --from and one")
-        converted = self._to(self.to) if self.to is not None else self._from()
         for note in converted.notes:
             print(note)
         print(converted.summary)
         return 1 if converted.summary.failures else 0
-
-    def _to(self, name: CacheName):
-        if self.model is not None or self.latents.store is not None:
-            raise UserError("--model and --store are for --from; --to writes latents as they were stored")
-        from latent_codec.interop.caches.write import write_cache
-
-        return write_cache(self.src, self.dst, name, self.latents, overwrite=self.overwrite)
-
-    def _from(self):
-        assert self.from_ is not None
-        if self.model is None:
-            raise UserError("no cache says for certain which model its latents are of; give --model")
-        from latent_codec.interop.caches.read import read_cache
-        from latent_codec.model.codec import Codec
-
-        codec = Codec.load(self.model)
-        return read_cache(self.src, self.dst, self.from_, codec, self.latents, overwrite=self.overwrite)

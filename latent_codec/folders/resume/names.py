@@ -76,25 +76,22 @@ def folding(folder: Path) -> Callable[[str], str] | None:
     Files are made to find out whether case, and how Unicode spells a letter, count there.
     """
     stem = uuid.uuid4().hex
-    steps: list[Callable[[str], str]] = []
-    for suffix, variant, step in (
-        ("\u00e9", "e\u0301", lambda s: unicodedata.normalize("NFC", s)),
-        ("case", "CASE", str.casefold),
-    ):
-        probe = folder / f"{stem}{suffix}"
+
+    def are_one(name: str, variant: str) -> bool:
+        probe = folder / f"{stem}{name}"
         try:
             probe.touch()
-            if (folder / f"{stem}{variant}").exists():
-                steps.append(step)
+            return (folder / f"{stem}{variant}").exists()
         except (OSError, UnicodeError):  # a name that cannot be written cannot be mistaken either
-            continue
+            return False
         finally:
             with contextlib.suppress(OSError, UnicodeError):
                 probe.unlink()
 
-    def fold(name: str) -> str:
-        for step in steps:
-            name = step(name)
-        return name
+    normalizes, folds_case = are_one("\u00e9", "e\u0301"), are_one("case", "CASE")
 
-    return fold if steps else None
+    def fold(name: str) -> str:
+        name = unicodedata.normalize("NFC", name) if normalizes else name
+        return name.casefold() if folds_case else name
+
+    return fold if normalizes or folds_case else None

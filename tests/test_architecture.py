@@ -69,6 +69,7 @@ def modules(package: str) -> dict[str, Module]:
     return found
 
 
+@cache
 def everything() -> dict[str, Module]:
     return modules("latent_codec") | modules("train") | modules("tools")
 

@@ -103,11 +103,8 @@ class StreamReader:
 
     def __init__(self, codec: Codec, device: str) -> None:
         """Raise `UserError` if the codec has no prior."""
-        best = StreamCodec(codec, device)
-        self.codec = codec
-        self.coders: dict[PriorKind, StreamCodec] = {best.prior.kind: best}
-        if best.prior.kind != "factorized":
-            self.coders["factorized"] = StreamCodec(codec, device, "factorized")
+        coders = (StreamCodec(codec, device, kind) for kind in (None, "factorized"))
+        self.codec, self.coders = codec, {coder.prior.kind: coder for coder in coders}
 
     def check(self, stream: Stream) -> tuple[PriorKind, tuple[int, int, int]]:
         """Return the prior and the latents' shape, which streams that are decompressed together must share.

@@ -103,8 +103,7 @@ class ContextPrior:
     """
 
     kind: Literal["context"] = "context"
-    limits = (-LIMIT, LIMIT)
-    """The least and the largest integer that a stream may hold."""
+    limits = (-LIMIT, LIMIT)  # the least and the largest integer that a stream may hold
 
     def __init__(
         self,

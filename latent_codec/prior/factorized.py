@@ -34,11 +34,8 @@ class FactorizedPrior:
             raise ValueError(f"the indices of {codes} codes need one table that holds exactly them")
         self.channels, self.codes, self.tables = channels, codes, tables
         self.order, self.layouts = np.arange(channels), [PassLayout(0, channels, Sites.ALL)]
-
-    @property
-    def limits(self) -> tuple[int, int]:
-        """Return the least and the largest integer that a stream may hold."""
-        return (-LIMIT, LIMIT) if self.codes is None else (0, self.codes - 1)
+        self.limits = (-LIMIT, LIMIT) if codes is None else (0, codes - 1)
+        """The least and the largest integer that a stream may hold."""
 
     def predict(self, number: int, known: np.ndarray, batch: BatchSettings, device: str) -> Prediction:
         """Return the tables of all latents, as `ContextPrior.predict` does; nothing but the settings matters."""

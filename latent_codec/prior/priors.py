@@ -36,11 +36,9 @@ class Priors(NamedTuple):
 
     def choose(self, kind: PriorKind | None) -> FactorizedPrior | ContextPrior:
         """Return the prior of a kind, by default the best available; raise `KeyError` if the kind is missing."""
-        if kind == "factorized" or (kind is None and self.context is None):
-            return self.factorized
-        if self.context is None:
+        if kind == "context" and self.context is None:
             raise KeyError(kind)
-        return self.context
+        return self.factorized if kind == "factorized" or self.context is None else self.context
 
     def stream_id(self, model_id: str, kind: str) -> bytes:
         """Return 8 bytes that identify all that a stream's meaning depends on: the model, the quantiser and one prior.

@@ -30,18 +30,12 @@ PRIORS: list[PriorKind] = ["factorized", "context"]
 
 
 @functools.cache
-def codec() -> Codec:
-    return Codec.load(MODEL)
-
-
-@functools.cache
-def streams(prior: PriorKind) -> StreamCodec:
-    return StreamCodec(codec(), "cpu", prior)
-
-
-@functools.cache
 def reader() -> StreamReader:
-    return StreamReader(codec(), "cpu")
+    return StreamReader(Codec.load(MODEL), "cpu")
+
+
+def streams(prior: PriorKind) -> StreamCodec:
+    return reader().coders[prior]
 
 
 @functools.cache

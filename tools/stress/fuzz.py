@@ -19,7 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from latent_codec.bitstream.container import Stream, unpack
-from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
+from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import crop
 from latent_codec.model.codec import Codec
@@ -43,8 +43,6 @@ class Judge:
 
     def __init__(self, codec: Codec, streams: Sequence[bytes]) -> None:
         self._codec, self._streams, self._reader = codec, set(streams), StreamReader(codec, "cpu")
-        kinds: list[PriorKind] = ["factorized", "context"] if codec.priors and codec.priors.context else ["factorized"]
-        self._codecs = {kind: StreamCodec(codec, "cpu", kind) for kind in kinds}
 
     def judge(self, mutants: Sequence[Mutant]) -> list[Verdict]:
         """Return a verdict for each mutant."""
@@ -66,7 +64,7 @@ class Judge:
 
     def _decode(self, kind: PriorKind, streams: list[Stream]) -> Sequence[Quantized | Exception]:
         try:
-            return self._codecs[kind].read(streams)
+            return self._reader.coders[kind].read(streams)
         except Exception as error:
             if len(streams) == 1:
                 return [error]
@@ -86,7 +84,7 @@ class Judge:
             return Verdict("decoded", "nothing was changed")
         if mutant.kind == "bytes":
             return Verdict("WRONG", "decoded, although its checksums are those of something else")
-        streams, geometry = self._codecs[stream.prior], stream.geometry
+        streams, geometry = self._reader.coders[stream.prior], stream.geometry
         try:
             again = streams.compress([(result.scaled(), geometry)])[0].data
             pixels = crop(self._codec.decode_uint8(streams.dequantize(result)[None])[0], geometry)

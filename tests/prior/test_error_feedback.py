@@ -126,17 +126,12 @@ def test_each_shift_is_the_exact_sum_over_its_neighbours() -> None:
         assert found[b, g, n] == -total / 2**31
 
 
-def test_what_was_decoded_is_rounded_to_itself() -> None:
-    """Errors of 0 shift nothing."""
-    prior, use = context_prior((1, 3), 8, 0, centred=True, levels=(2,)), feedback(4)
-    (coding,) = quantize(prior, images(4, 1, (8, 8)), "cpu", use)
-    np.testing.assert_array_equal(rounded(prior, [coding.quantized.scaled()], use)[0], coding.quantized.fine)
-
-
-def test_a_draw_is_not_affected() -> None:
-    """Not beside a rounded image in one batch, either."""
+def test_decoded_values_and_draws_are_not_affected() -> None:
+    """Errors of 0 shift nothing; a draw is rounded as without feedback, also beside a rounded image in one batch."""
     prior, use = context_prior((1, 3), 8, 0, centred=True, levels=(2,)), feedback(4)
     plain, drawn = images(4, 2, (8, 8))
+    (coding,) = quantize(prior, [plain], "cpu", use)
+    np.testing.assert_array_equal(rounded(prior, [coding.quantized.scaled()], use)[0], coding.quantized.fine)
     drawn = drawn._replace(seed=7)
     found = rounded(prior, [plain, drawn], use)
     assert np.array_equal(found[1], rounded(prior, [drawn])[0])

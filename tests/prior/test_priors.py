@@ -67,8 +67,6 @@ def test_unsound_tensors_are_refused(priors: Priors, name: str, replace: Callabl
 
 
 def test_priors_of_other_channels_are_refused(priors: Priors) -> None:
-    with pytest.raises(ValueError, match="5 positive"):
-        from_tensors(to_header(priors), to_tensors(priors), 5, None)
-    wider = to_tensors(priors) | {"prior.base": torch.ones(5)}
-    with pytest.raises(ValueError, match="5 channels"):
-        from_tensors(to_header(priors), wider, 5, None)
+    for base, message in ((torch.ones(4), "5 positive"), (torch.ones(5), "5 channels")):
+        with pytest.raises(ValueError, match=message):
+            from_tensors(to_header(priors), to_tensors(priors) | {"prior.base": base}, 5, None)

@@ -68,7 +68,7 @@ def page(measured: Measured, codec: Codec) -> str:
         "deltas": deltas,
         "refined_deltas": against(curves, points, REFINED),
         "percents": percents | {curve.name: delta.percent for curve, delta in zip(curves, deltas, strict=True)},
-        "measured_stages": [_measured_stage(*item, codec) for item in measured.quality["results"].items()],
+        "measured_stages": [_measured_stage(n, found, codec) for n, found in measured.quality["results"].items()],
         "published_stages": [(s, costs.of_sd_shape(s.channels) if s.sd_shape else None) for s in STAGES],
         "side": costs.SIDE,
         "own_cost": costs.of_config(codec.config),

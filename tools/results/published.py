@@ -51,5 +51,5 @@ def against(curves: Sequence[PublishedCurve], points: Sequence[RatePoint], codec
     if not curve_points(points, codec):
         return []
     ours = rate_curve(points, codec, "psnr")
-    theirs = (Curve.of(*zip(*curve.points, strict=True), SCALES["psnr"]) for curve in curves)
+    theirs = (Curve.of([x for x, _ in c.points], [y for _, y in c.points], SCALES["psnr"]) for c in curves)
     return [delta_rate(curve, ours, PUBLISHED_OVERLAP) for curve in theirs]

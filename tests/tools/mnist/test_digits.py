@@ -14,6 +14,7 @@ from tests.support.run import write_digits
 from tools.mnist import nll
 from tools.mnist.digits import Classify, Score, Write, read_digits
 from tools.mnist.prior_samples import PriorSamples
+from tools.program import main
 from train.config.presets import mnist_cvae, mnist_vae
 
 
@@ -43,7 +44,10 @@ def test_a_classifier_scores_the_written_digits_by_their_folders(
     assert capsys.readouterr().out.splitlines() == ["0: 94.7% of 19", "1: 100.0% of 17", "all: 97.22% of 36"]
 
 
-def test_missing_files_are_refused(raw: Path, tmp_path: Path) -> None:
+def test_missing_files_are_refused(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["digits", "score", str(tmp_path / "no.safetensors"), str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^tools\.mnist\.digits: .*no\.safetensors: no such file; give .*classify"):
+        main("tools.mnist.digits", Write | Classify | Score, None)
     (raw / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(UserError, match="no labels beside it"):
         read_digits(raw, "test")

@@ -103,7 +103,7 @@ def _unet(channels: int, **settings: Any) -> UNet2DConditionModel:
 
 
 def _sd(vae: Any, channels: int) -> Any:
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     return StableDiffusionPipeline(
         vae=vae, unet=_unet(channels), scheduler=scheduler, requires_safety_checker=False, **parts
@@ -111,14 +111,16 @@ def _sd(vae: Any, channels: int) -> Any:
 
 
 def _sdxl(vae: Any, channels: int) -> Any:
-    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     unet = _unet(channels, **more, projection_class_embeddings_input_dim=_WIDTH + 6 * 4)
     return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=DDIMScheduler(), add_watermarker=False, **parts)
 
 
 def _sd3(vae: Any, channels: int) -> Any:
-    parts = dict.fromkeys(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+    parts: dict[str, Any] = dict.fromkeys(
+        f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")
+    )
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
@@ -136,7 +138,9 @@ def _sd3(vae: Any, channels: int) -> Any:
 
 
 def _flux(vae: Any, channels: int) -> Any:
-    parts = dict.fromkeys(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2"))
+    parts: dict[str, Any] = dict.fromkeys(
+        f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2")
+    )
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * channels,

@@ -95,6 +95,7 @@ def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
     yield from (n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
+@pytest.mark.slow
 def test_no_imports_run_in_a_circle() -> None:
     graph = {m.name: set(imports(m)) for m in everything().values() if not is_lazy_package(m)}
     while leaves := {name for name, targets in graph.items() if not targets & graph.keys()}:

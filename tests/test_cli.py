@@ -124,6 +124,7 @@ def test_the_pixel_limit_is_the_readers() -> None:
     assert Decode(src=Path("a"), dst=Path("b")).max_pixels == DEFAULT_MAX_PIXELS
 
 
+@pytest.mark.slow
 def test_options_of_streams_reach_the_work(do: Do) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save("photos/clear.png")
     result = do("encode photos z --step 0.5 --sample 7 --prior factorized --background #102030 --batch-size 1")
@@ -272,6 +273,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 def test_a_users_mistake_is_2_and_one_line_without_a_traceback(do: Do) -> None:
     Path("file").write_text("mine")
     assert do("encode photos streams").code == do(f"encode photos latents {LATENTS}").code == 0

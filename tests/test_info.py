@@ -176,6 +176,7 @@ def test_a_streams_model_is_recognised(streams: Path, codec: Codec, tmp_path: Pa
         describe(str(streams / "plain.png.lc"), "no-such-model")
 
 
+@pytest.mark.slow
 def test_a_stream_of_a_shipped_model_names_it_and_so_does_the_error_of_decoding_it_with_another(
     streams: Path, codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

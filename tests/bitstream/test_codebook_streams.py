@@ -164,6 +164,7 @@ def test_info_names_the_codebook(made: Made) -> None:
     assert "the mean, rounded, step 1" in describe(file, None)  # the file alone cannot tell
 
 
+@pytest.mark.slow
 @codebooks
 def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes(made: Made) -> None:
     originals = list(made.files.values())

@@ -89,6 +89,7 @@ containers = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(containers)
 def test_a_container_gives_back_what_it_holds(stream: Stream) -> None:
     data, g = pack(stream), stream.geometry
@@ -102,6 +103,7 @@ def test_a_container_gives_back_what_it_holds(stream: Stream) -> None:
     assert g.background == ("#" + found.background.hex() if found.flags & 2 else None)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     st.sampled_from(PRIORS),
@@ -252,6 +254,7 @@ def test_false_sizes_are_refused_before_anything_is_allocated() -> None:
     assert unpack(example(), max_pixels=240 * 232)
 
 
+@pytest.mark.slow
 def test_both_decoders_agree_on_mutants() -> None:
     originals = [path.read_bytes() for path in sorted(GOLDEN.glob("*.lc"))]
     decoded = 0

@@ -55,6 +55,7 @@ def test_a_step_alone_is_taken_as_it_is(subject: Subject) -> None:
         assert subject.compress(step=step).quantized.step == step_code(step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_the_file_fits_the_size_and_a_finer_one_does_not(subject: Subject, share: float) -> None:
     smallest, largest = subject.size(GRID[-1]), subject.size(GRID[0])
@@ -96,6 +97,7 @@ def test_what_is_out_of_reach_is_refused_with_the_best_that_is_possible(subject:
     assert len(subject.compress(max_bytes=smallest).data) <= smallest
 
 
+@pytest.mark.slow
 def test_the_limit_of_bytes_takes_precedence(subject: Subject) -> None:
     limit = (subject.size(GRID[-1]) + subject.size(STEP_ONE)) // 2
     for rate in ({"step": 0.1}, {"psnr": 18.0}, {"bpp": 20.0}):
@@ -127,6 +129,7 @@ def test_latents_that_are_not_finite_are_refused(subject: Subject, rate: dict[st
         broken.compress(**rate)
 
 
+@pytest.mark.slow
 def test_the_step_is_found_in_few_trials(subject: Subject) -> None:
     """Each costs a pass through the context networks."""
     trials: list[int] = []

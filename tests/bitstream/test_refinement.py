@@ -49,6 +49,7 @@ def cost(subject: Subject, scaled: Scaled) -> float:
     return nll * (STEP_ONE / scaled.step) ** 2 + math.log(2) * ideal_bits(subject.stream.prior, coding.passes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [STEP_ONE // 4, STEP_ONE, 3 * STEP_ONE])
 def test_rounds_lower_the_cost_and_none_changes_nothing(subject: Subject, step: int) -> None:
     plain = subject.scale(step)
@@ -120,6 +121,7 @@ def test_the_gradient_is_that_of_the_pixels_that_are_there(codec: Codec) -> None
     assert all(parameter.grad is None for parameter in codec.parameters())
 
 
+@pytest.mark.slow
 def test_tiles_give_the_gradient_of_the_whole(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     least = tiling.least_tile(codec)
     generator = torch.Generator().manual_seed(0)
@@ -150,6 +152,7 @@ def encode(codec: Codec, photos: Path, folder: Path, batch_size: int = 4, **opti
     return files_of(folder)
 
 
+@pytest.mark.slow
 def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, photos: Path, tmp_path: Path) -> None:
     plain, refined = (encode(codec, photos, tmp_path / str(n), refine=n) for n in (0, 2))
     assert plain.keys() == refined.keys() and plain != refined
@@ -175,6 +178,7 @@ def test_an_image_too_large_for_memory_fails_alone(
     assert summary.done == 3 and "memory ran out" in summary.failures["3.png"]
 
 
+@pytest.mark.slow
 def test_measured_files_are_refined(codec: Codec, photos: Path) -> None:
     options = (RateDistortionOptions(steps=(0.7, 1.0), refine=n, anchors=()) for n in (0, 4))
     plain, refined = (rate_distortion(Runner(codec, CPU), photos, chosen, quiet=True) for chosen in options)

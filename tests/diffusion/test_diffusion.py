@@ -183,6 +183,7 @@ def test_labels_are_dropped_as_often_as_configured_and_times_are_logistic_normal
     assert logit.mean().abs() < 0.05 and logit.std().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_two_labels_are_learned_and_drawn_apart() -> None:
     """Latents are +1 under one label and -1 under the other, with some noise."""
     config = TransformerConfig(size=2, patch=1, depth=1, heads=2, head_width=16)

@@ -77,6 +77,7 @@ def test_rates_and_reconstructions_are_those_of_what_was_stored(codec: Codec, ph
     assert report.summary["disk_bpp"] == pytest.approx(8 * size / sum(math.prod(s) for s in SIZES.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ALEXNET.exists(), reason=f"no {ALEXNET} here")
 def test_lpips_is_that_of_the_decoded_image_or_none_where_it_is_too_small(grey_codec: Codec, photos: Path) -> None:
     options = LPIPSOptions(net="alex", backbone=ALEXNET)

@@ -40,6 +40,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path, model_file: Path, draw:
     return Task(request.param, model_file, tmp_path / "photos")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", WRITERS, indirect=True)
 def test_a_full_disk_is_one_clear_error_and_once_there_is_room_the_command_goes_on(
     task: Task, disk: Path, tmp_path: Path
@@ -57,6 +58,7 @@ def test_a_full_disk_is_one_clear_error_and_once_there_is_room_the_command_goes_
     assert files_of(disk) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", WRITERS[:2], indirect=True)
 def test_a_read_only_disk_is_one_clear_error(task: Task, disk: Path) -> None:
     assert mount("-o", "remount,size=8m", str(disk))

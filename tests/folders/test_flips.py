@@ -78,6 +78,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
     return folder / "z"
 
 
+@pytest.mark.slow
 def test_half_of_the_draws_are_mirrored_by_seed_epoch_and_path_alone(many: Path) -> None:
     chosen: dict[tuple[int, int], torch.Tensor] = {}
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):

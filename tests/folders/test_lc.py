@@ -45,6 +45,7 @@ def sound(model_file: Path) -> Codec:
     return Codec.load(model_file)
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=20)
 @given(
     width=st.integers(1, 40),
@@ -74,6 +75,7 @@ def test_an_image_comes_back_in_its_exact_size(
 WAYS: list[dict[str, Any]] = [{"sample": 3}, {"psnr": 6.0, "sample": 3}, {"max_bytes": 400, "prior": "factorized"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", WAYS, ids=str)
 def test_files_and_latents_depend_on_no_batch_worker_or_thread(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -125,6 +127,7 @@ def test_draws_lie_around_the_mean(codec: Codec, tmp_path: Path, draw: Draw) -> 
     assert abs(error.mean()) < 0.02 and abs(error.std() - 12**-0.5) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "refused"),
     [({"bpp": 6.0}, "25"), ({"bpp": 20.0}, ""), ({"max_bytes": 72, "step": 0.1}, ""), ({"max_bytes": 58}, "012345")],

@@ -38,6 +38,7 @@ def test_batches_are_of_one_shape_and_hold_every_item_once_in_its_shapes_order(s
         assert own == sorted(own)
 
 
+@pytest.mark.slow
 def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
     codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_processes_do_what_they_are_called_for_and_a_killed_one_is_one_clear_err
                 processes.call(work)
 
 
+@pytest.mark.slow
 def test_processes_end_with_their_context_and_with_their_parent(tmp_path: Path) -> None:
     with Processes(1) as processes:
         pid = processes.call(os.getpid)
@@ -121,6 +122,7 @@ def padded_or_die(name: str, *args: Any) -> Any:
     return read_images.padded(name, *args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latents", "streams"])
 def test_images_are_decoded_in_processes_and_one_that_is_killed_costs_nothing_before_it(
     codec: Codec, tmp_path: Path, draw: Draw, kind: Kind

@@ -347,6 +347,7 @@ def test_files_made_in_tiles_are_those_made_whole_and_large_images_go_alone(
             assert greatest_difference(*paths) <= 1
 
 
+@pytest.mark.slow
 def test_a_quality_is_kept_to_and_models_are_measured_in_tiles_too(codec: Codec, photos: Path, tmp_path: Path) -> None:
     source = photos / "large0.png"
     assert not make("streams", codec, source, tmp_path / "lc", TILES, psnr=5.0).failures

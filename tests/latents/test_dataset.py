@@ -126,6 +126,7 @@ def found_in(batches: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(batch[1], batch[0], strict=True)
 
 
+@pytest.mark.slow
 def test_persistent_workers_draw_each_epochs_own_noise(latents: Latents) -> None:
     expected = {epoch: drawn(latents, epoch) for epoch in (0, 1)}
     latents.set_epoch(9)  # plays no part

@@ -67,6 +67,7 @@ def test_equal_images_have_infinite_psnr_and_similarity_one() -> None:
     assert torch.allclose(distortion.ms_ssim(x, x), torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "reference", "size"),
     [

@@ -104,6 +104,7 @@ def test_the_clamp_is_hard_and_of_the_log_variance_alone(config: DiagonalGaussia
     assert features.grad[0, 7:].flatten().tolist() == [0, 0, 1, 1, 1, 0, 0]
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-40, 30, width=32), min_size=1, max_size=12))
 def test_clamped_is_the_share_of_changed_log_variances(raw: list[float]) -> None:
     logvar = torch.tensor(raw).reshape(1, -1, 1, 1)

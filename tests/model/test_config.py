@@ -72,6 +72,7 @@ def changed(path: str, value: Any) -> Any:
     return document
 
 
+@pytest.mark.slow
 @given(st.one_of(map(values, (CodecConfig, BackboneConfig, BottleneckConfig, LikelihoodConfig, Statistics))))
 def test_json_text_round_trip_gives_the_equal_config_and_is_a_fixed_point(config: Any) -> None:
     text = dumps(to_json(config))

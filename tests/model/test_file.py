@@ -115,6 +115,7 @@ def test_the_id_depends_on_the_config_and_on_names_shapes_and_values_of_tensors_
     assert len(ids) == 1 + 2 * len(state) + len(zeros) + 1
 
 
+@pytest.mark.slow
 def test_a_missing_extra_or_misshaped_tensor_is_refused_by_name(rewrite: Rewrite) -> None:
     assert "unknown: stranger" in rewrite(tensors=rewrite.tensors | {"stranger": torch.zeros(1)})
     kinds = {re.sub(r"\d+", "", name): name for name in rewrite.tensors if name.startswith(PREFIX)}

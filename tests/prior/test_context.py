@@ -66,6 +66,7 @@ def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
         assert found.table.ravel().tolist() == expected.tables
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(
     shapes,
@@ -125,6 +126,7 @@ def torch_setting(name: str, value: Any) -> Iterator[None]:
     getattr(torch, f"set_{name}")(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("around", "fields", "device"),
     [
@@ -147,6 +149,7 @@ def test_how_it_is_computed_does_not_matter(
                 np.testing.assert_array_equal(array, expected_array)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(shapes, st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
 def test_a_pass_is_blind_to_what_is_not_decoded_yet(

@@ -52,6 +52,7 @@ def warned(out: Path) -> list[str]:
     return [line["name"] for line in log_lines(out, "warning")]
 
 
+@pytest.mark.slow
 def test_a_large_beta_collapses_and_is_reported_once_also_when_resumed(argv: list[str], tmp_path: Path) -> None:
     argv = [*argv, "--beta", "100"]
     text = run(argv, tmp_path / "run")
@@ -61,6 +62,7 @@ def test_a_large_beta_collapses_and_is_reported_once_also_when_resumed(argv: lis
     assert len(warned(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["--beta 1", "--beta 100 --free-bits 2"])
 def test_free_bits_prevent_it_and_a_sound_run_reports_nothing(argv: list[str], tmp_path: Path, change: str) -> None:
     text = run([*argv, *flags(change)], tmp_path / "run")

@@ -55,6 +55,7 @@ def straight(argv: list[str], model_file: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_log_pictures_and_models_that_can_be_drawn_from(
     straight: Path, model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_run_leaves_a_log_pictures_and_models_that_can_be_drawn_from(
     assert grid.is_file()
 
 
+@pytest.mark.slow
 def test_workers_accumulation_and_an_interruption_change_nothing_but_rounding(
     argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +99,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
             torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_and_resume_to_the_bit(
     argv: list[str], tmp_path: Path, straight: Path
 ) -> None:
@@ -150,6 +153,7 @@ def _holds(whole: torch.Tensor, crop: torch.Tensor) -> bool:
     return any(torch.equal(whole[..., left : left + 2], crop) for left in range(whole.shape[-1] - 1))
 
 
+@pytest.mark.slow
 def test_wrong_values_are_refused_in_one_sentence(
     argv: list[str], straight: Path, tmp_path: Path, codec: Codec
 ) -> None:

@@ -91,6 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, places: tuple[Path, Path]) -
     return out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
     tmp_path: Path, places: tuple[Path, Path]
 ) -> None:
@@ -111,6 +112,7 @@ def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
     assert_same_tensors(to_tensors(copied.priors), to_tensors(after.priors))
 
 
+@pytest.mark.slow
 def test_error_feedback_changes_the_tables_alone(tmp_path: Path, places: tuple[Path, Path]) -> None:
     """The latents that tables are counted on are rounded by it."""
     models = []
@@ -125,6 +127,7 @@ def test_error_feedback_changes_the_tables_alone(tmp_path: Path, places: tuple[P
     assert not np.array_equal(one.context.tables.counts, other.context.tables.counts)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, places: tuple[Path, Path], whole: Path) -> None:
     out = tmp_path / "run"
     for step in (1, 2):
@@ -140,6 +143,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, places: tupl
         assert_same_tensors(load_file(checkpoint(out, 6) / name), load_file(checkpoint(whole, 6) / name))
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path, places: tuple[Path, Path]) -> None:
     argv = flags("--groups 1 --levels 2 --width 8 --steps 1 --batch-size 4 --crop 8 --count-images 2")
     argv = [str(places[0]), "--latents", str(places[1]), *argv]

@@ -153,6 +153,7 @@ def test_without_ema_decay_the_averaged_weights_are_the_raw_ones(argv: list[str]
     assert_same_tensors(codec, ema)
 
 
+@pytest.mark.slow
 def test_the_closed_form_alone_is_a_run_that_can_be_exported(data: Path, tmp_path: Path) -> None:
     argv = [*flags("pca --crop 32 --eval-crop 32 --batch-size 64 --val-images 2"), "--data", str(data)]
     out = tmp_path / "run"
@@ -178,6 +179,7 @@ def test_broken_images_are_reported_and_left_out_of_training_and_validation(argv
     assert math.isfinite(log_lines(tmp_path / "run", "eval")[-1]["nll"])
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(straight: Path, two_ranks: Path) -> None:
     assert_close_runs(two_ranks, straight, 3, 2e-5)
     for kind in ("train", "eval"):
@@ -186,6 +188,7 @@ def test_two_processes_compute_what_one_does(straight: Path, two_ranks: Path) ->
                 assert a[key] == pytest.approx(b[key], rel=1e-3), key
 
 
+@pytest.mark.slow
 def test_torchrun_starts_two_processes_that_resume_a_run_of_one_with_micro_batches(
     argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +208,7 @@ def test_torchrun_starts_two_processes_that_resume_a_run_of_one_with_micro_batch
     assert_close_runs(out, straight, 3, 2e-5)
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -225,6 +229,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(
     assert_finished_like(out, straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_program_and_workers_ends_the_run_after_its_step_with_a_checkpoint(
     argv: list[str], straight: Path, tmp_path: Path, number: int, code: int
@@ -266,6 +271,7 @@ def test_handlers_are_restored_and_only_a_late_second_signal_kills() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint(argv: list[str], two_ranks: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     processes = start_ranks(argv, out, 2, patch=partial(faults.stall, 5, rank=1))
@@ -291,6 +297,7 @@ def assert_only_skipped_changed_nothing(out: Path, steps: list[int]) -> None:
         assert all(same.values()) if step in steps else not any(same.values()), step
 
 
+@pytest.mark.slow
 def test_steps_with_a_loss_that_is_not_finite_are_skipped_and_counted(argv: list[str], tmp_path: Path) -> None:
     """It makes no difference that a host hears of a GPU's bad steps later."""
     out, later = tmp_path / "run", tmp_path / "later"
@@ -305,12 +312,14 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_and_counted(argv: list
         assert (state(found, 8)["skipped"], state(found, 8)["skipped_in_a_row"]) == (3, 0)
 
 
+@pytest.mark.slow
 def test_all_processes_skip_what_is_not_finite_on_one(argv: list[str], tmp_path: Path) -> None:
     patch = partial(faults.nan_loss, 5, 12, rank=1)  # a first and a second micro-batch
     run_ranks([*argv, *EVERY_STEP, *flags("--accumulation 2")], tmp_path / "run", 2, patch=patch)
     assert_only_skipped_changed_nothing(tmp_path / "run", [3, 6])
 
 
+@pytest.mark.slow
 def test_a_run_that_stays_not_finite_stops_and_its_checkpoint_stays(argv: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = [*argv, *flags("--max-skipped 3 --save-every 1")]
@@ -322,6 +331,7 @@ def test_a_run_that_stays_not_finite_stops_and_its_checkpoint_stays(argv: list[s
     assert all("limit max_skipped 3" in process.text for process in processes)
 
 
+@pytest.mark.slow
 def test_a_scaled_run_lowers_its_scale_until_steps_are_finite_and_resumes_exactly(
     argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -387,6 +397,7 @@ def test_a_finished_run_is_left_as_it_is_until_steps_or_intervals_change(argv: l
     assert json.loads((finished / "config.json").read_text())["config"]["steps"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -425,6 +436,7 @@ def test_float16_without_a_gpu_and_a_file_as_folder_are_refused(argv: list[str],
     assert f"{tmp_path / 'file'}: cannot be written into as a folder" in refused(argv, tmp_path / "file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "patch", "message"),
     [

@@ -66,6 +66,7 @@ def differ(one: dict[tuple[str, float], RatePoint], other: dict[tuple[str, float
     return all(one[key].distortion["psnr"] != other[key].distortion["psnr"] for key in one)
 
 
+@pytest.mark.slow
 def test_rows_are_real_files_decoded_from_their_bytes_and_points_are_means(codec: Codec, photos: Path) -> None:
     report = measure(codec, photos)
     reader = StreamReader(codec, "cpu")
@@ -117,6 +118,7 @@ def test_dither_depends_on_the_seed_and_rounding_does_not(plain: Codec, photos: 
     assert {step for _, step in first} == {1.0} and differ(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor", anchors.available(), ids=lambda anchor: anchor.name)
 def test_rows_of_anchors_are_their_whole_files_with_grey_saved_as_grey(
     plain: Codec, photos: Path, anchor: Anchor
@@ -138,6 +140,7 @@ def test_rows_of_anchors_are_their_whole_files_with_grey_saved_as_grey(
         assert row.distortion["psnr"] == distortion.psnr(x, y).item()
 
 
+@pytest.mark.slow
 def test_the_report_is_strict_json_a_plot_and_a_table(codec: Codec, photos: Path, tmp_path: Path) -> None:
     report = measure(codec, photos, BESIDE, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["rd.json", "rd.png"]

@@ -27,6 +27,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_without_an_error_a_request_or_a_missing_picture(
     browser: Any, model_file: Path, tmp_path: Path, scheme: Any

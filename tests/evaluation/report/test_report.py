@@ -109,6 +109,7 @@ def test_text_comes_out_of_the_page_as_text_with_nothing_hidden(text: str) -> No
     assert page.text == plain.text.replace("plain", spelled) and not re.search(HIDDEN, page.text)
 
 
+@pytest.mark.slow
 def test_the_page_loads_and_runs_nothing_whatever_names_say(codec: Codec, photos: Path, tmp_path: Path) -> None:
     (photos / "a.png").rename(photos / HOSTILE)
     for name in ("d.png", "e.png"):
@@ -129,6 +130,7 @@ def test_the_page_loads_and_runs_nothing_whatever_names_say(codec: Codec, photos
     assert list(results["making"]["failures"]) == ["bad<img src=x>.png"]
 
 
+@pytest.mark.slow
 def test_the_page_has_every_number_and_pictures_are_what_they_are_called(
     codec: Codec, photos: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +218,7 @@ def test_samples_have_the_scale_that_is_written_above_them(codec: Codec, monkeyp
     assert len(drawn) == 3 and not torch.equal(drawn[2], drawn[0])  # of another seed
 
 
+@pytest.mark.slow
 def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Draw) -> None:
     conditional = make_codec(mnist_cvae().codec)
     classes = conditional.config.classes
@@ -235,6 +238,7 @@ def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Dra
     assert "class" in results["jpeg"]["left_out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bottleneck", [IdentityConfig(), VectorQuantizerConfig(codes=8)], ids=["identity", "vq"])
 def test_models_without_a_gaussian_have_the_parts_that_make_sense(
     codec: Codec, photos: Path, tmp_path: Path, bottleneck: IdentityConfig | VectorQuantizerConfig
@@ -356,6 +360,7 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
     assert "1 images are in no mean" in page.text and len(page.images["jpeg"]) == 3
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report_with_the_rate_distortion_curves(
     model_file: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,6 +382,7 @@ def test_the_command_writes_a_report_with_the_rate_distortion_curves(
             assert (delta["reason"] or f"{delta['percent']:+.1f} %") in page.text
 
 
+@pytest.mark.slow
 def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "photos" / "one.png", 16, 16)
     codec.priors = None

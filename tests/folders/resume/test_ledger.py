@@ -188,6 +188,7 @@ def test_a_claim_keeps_other_processes_out_until_its_unit_is_done(folder: Path, 
             assert list(rounds) == []
 
 
+@pytest.mark.slow
 def test_a_live_process_keeps_its_files_and_a_killed_one_loses_both(folder: Path, src: Path) -> None:
     others = [folder / name for name in ("deep/.x.0123456789abcdef-01234567.tmp", ".mine.tmp", "x.tmp", ".step-1.tmp")]
     child = start(hold, folder, plans(src), folder / "deep" / "a.out")

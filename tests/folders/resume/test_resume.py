@@ -68,6 +68,7 @@ def made_again(task: Task, folder: Path, resume: Resume = RESUME) -> set[str]:
 # What is made again: exactly the units that are not up to date.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_command_again_makes_nothing(made: Copy, kind: Kind) -> None:
     task, folder, expected = made(kind)
@@ -120,6 +121,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_unit_with_an_output_that_is_not_whole_is_made_again_and_no_other_and_so_is_the_index(
     made: Copy, kind: Kind
@@ -160,6 +162,7 @@ OTHER: dict[Kind, list[dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHER)
 def test_other_settings_make_all_again_and_the_old_ones_too(made: Copy, tmp_path: Path, kind: Kind) -> None:
     task, folder, expected = made(kind)
@@ -206,6 +209,7 @@ def test_new_sources_are_made_with_their_unit_and_all_other_streams_stay(own: Co
     assert before.items() - {(FAILURES, before[FAILURES])} < files_of(folder).items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["a.png", "sub/é.png"])
 @pytest.mark.parametrize("kind", ["latents", "tars of streams"])
 def test_shards_are_those_of_the_sources_that_are_there(
@@ -299,6 +303,7 @@ def test_names_of_one_place_are_refused_before_any_work(
 # Whatever stops the process.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_anywhere_it_ends_with_the_same_bytes_after_it_or_beside_it(
     places: Places, tmp_path: Path, kind: Kind
@@ -323,6 +328,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes_after_it_or_beside_it(
     assert at > 20
 
 
+@pytest.mark.slow
 def test_killed_anywhere_while_sources_changed_it_leaves_an_index_of_the_old_or_the_new(
     own: Copy, tmp_path: Path, draw: Draw
 ) -> None:
@@ -372,6 +378,7 @@ def stop(place: Place, folder: Path, error: BaseException, numbers: range, what:
     return next(count) - 1, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(places: Places, tmp_path: Path, kind: Kind) -> None:
     for at in itertools.count(1 + WRITERS.index(kind), 5):
@@ -381,6 +388,7 @@ def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(places: Places
     assert at > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("what", ["open", "write", "fsync", "rename", "journal"])
 def test_trouble_with_the_disk_is_one_clear_error_and_costs_nothing_before_it(
@@ -395,6 +403,7 @@ def test_trouble_with_the_disk_is_one_clear_error_and_costs_nothing_before_it(
             assert re.search(rf"cannot be written.*{os.strerror(error)}", str(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 def test_as_many_processes_as_you_like_make_the_same_files(places: Places, tmp_path: Path, kind: Kind) -> None:
     task, _, expected = places[kind]
@@ -407,6 +416,7 @@ def test_as_many_processes_as_you_like_make_the_same_files(places: Places, tmp_p
     assert task.do(tmp_path / "z").skipped == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_shares_of_the_work_are_disjoint_and_together_the_whole(places: Places, tmp_path: Path, kind: Kind) -> None:
     task, _, expected = places[kind]

@@ -46,6 +46,7 @@ def begins(name: str) -> bool:
     return len(units(sources({"": 1, name: 1}), SMALL)) == 2
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, st.integers(0, 1500)), NAMES, SIZES)
 def test_a_new_file_changes_no_unit_beyond_the_next_sure_beginning_on_either_side(
     sizes: dict[str, int], new: str, size: int

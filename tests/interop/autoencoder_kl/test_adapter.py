@@ -48,6 +48,7 @@ def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> No
     assert torch.equal(vae.decode(z, return_dict=False, generator=torch.Generator())[0], vae.decode(z).sample)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_an_export_and_the_adapter_agree(tmp_path: Path) -> None:
     codec = kl.codec(kl.SD)
@@ -152,6 +153,7 @@ def test_slices_are_single_images(vae: Any) -> None:
     assert seen == [1, 1, 1, -1, -1, -1, 3, -3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", [BernoulliConfig(), DiscretizedLogisticConfig(components=2)])
 @torch.inference_mode()
 def test_pixels_are_from_minus_1_to_1_whatever_the_likelihood(likelihood: Any) -> None:

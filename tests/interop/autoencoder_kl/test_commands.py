@@ -30,6 +30,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_an_export_is_imported_with_the_same_id(run: Run, model: Path, tmp_path: Path) -> None:
     result = run("export", model, tmp_path / "vae", "--to", "diffusers")
     assert (result.code, result.err) == (0, "")
@@ -42,6 +43,7 @@ def test_an_export_is_imported_with_the_same_id(run: Run, model: Path, tmp_path:
     assert Codec.load(tmp_path / "back.safetensors").model_id == codec.model_id
 
 
+@pytest.mark.slow
 def test_options_of_export_reach_the_work(run: Run, model: Path, photos: Path, tmp_path: Path) -> None:
     options = ("--to", "diffusers", "--data", photos, "--images", 2, "--half", "--no-fold")
     result = run("export", model, tmp_path / "vae", *options)
@@ -68,6 +70,7 @@ def test_options_of_import_reach_the_work(run: Run, tmp_path: Path) -> None:
     assert out.stat().st_size < 0.6 * size
 
 
+@pytest.mark.slow
 def test_every_command_works_on_an_imported_model(run: Run, photos: Path, tmp_path: Path) -> None:
     kl.autoencoder(scaling_factor=0.18215).save_pretrained(tmp_path / "vae")
     imported, measured = tmp_path / "imported.safetensors", tmp_path / "measured.safetensors"

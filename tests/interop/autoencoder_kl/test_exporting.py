@@ -54,6 +54,7 @@ def assert_comes_back(codec: Codec, tmp_path: Path) -> None:
     assert (back.config, back.statistics, back.provenance) == (codec.config, codec.statistics, codec.provenance)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("silence")
 @pytest.mark.parametrize("shape", kl.SHAPES)
 def test_an_export_is_the_codec_in_normalised_units_or_unfolded_to_the_bit(tmp_path: Path, shape: str) -> None:
@@ -77,6 +78,7 @@ def test_an_export_is_the_codec_in_normalised_units_or_unfolded_to_the_bit(tmp_p
     assert_comes_back(codec, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["per_pixel", "learned"])
 def test_a_likelihoods_scale_is_left_out_and_comes_back(tmp_path: Path, scale: Any) -> None:
     codec = kl.codec(likelihood=GaussianConfig(scale=scale, sigma=0.2))

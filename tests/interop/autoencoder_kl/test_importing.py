@@ -47,6 +47,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     return saved(tmp_path_factory.mktemp("small"), scaling_factor=0.13025)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", kl.SHAPES)
 def test_a_folder_becomes_the_same_codec_and_back_again_the_same_folder(tmp_path: Path, out: Path, shape: str) -> None:
     """Going back is exact without folding; with it the latents are scaled and all else is as before."""
@@ -71,6 +72,7 @@ def test_a_folder_becomes_the_same_codec_and_back_again_the_same_folder(tmp_path
     kl.assert_same_model(codec, folded, config["shift_factor"] or 0.0, 1 / config["scaling_factor"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "prefix"), [*zip(kl.SHAPES, ("", "first_stage_model.", "vae."), strict=True), ("FLUX and SD3", "")]
 )
@@ -111,6 +113,7 @@ def test_half_precision_is_read_to_the_bit(tmp_path: Path, out: Path, dtype: tor
     assert {t.dtype for t in load_file(out).values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_a_pipelines_folder_is_read_and_a_lone_file_goes_by_its_shapes(small: Small, tmp_path: Path, out: Path) -> None:
     model, folder = small
     kl.assert_same_model(import_model(folder.parent, out), model)
@@ -250,6 +253,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_changed_or_damaged_export_is_imported_as_it_stands(
     exported: Path, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -34,6 +34,7 @@ def assert_normalized(family: str, vae: Any, codec: Codec, shift: torch.Tensor, 
     kl.assert_close(pipelines.encode(family, vae, x, seed=5), (codec.encode(x).sample(noise) - shift) / scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "shape"),
     [("SD", "SD and SDXL"), ("SDXL", "SD and SDXL"), ("SD3", "FLUX and SD3"), ("FLUX", "FLUX and SD3")],
@@ -43,6 +44,7 @@ def test_an_export_is_right_in_every_family(tmp_path: Path, family: str, shape: 
     assert_normalized(family, exported(codec, tmp_path / "vae"), codec, *kl.moments(codec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), [*((family, "lite") for family in pipelines.FAMILIES), ("FLUX", "conv")])
 def test_a_codec_in_the_adapter_is_right_in_every_family(codec: Codec, family: str, kind: str) -> None:
     codec = codec if kind == "lite" else kl.codec(kl.NO_QUANT, 16)
@@ -51,6 +53,7 @@ def test_a_codec_in_the_adapter_is_right_in_every_family(codec: Codec, family: s
     assert_normalized(family, CodecAutoencoder.from_codec(codec), codec, *kl.moments(codec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", pipelines.FAMILIES)
 def test_raw_weights_are_right_by_each_familys_own_formula(tmp_path: Path, family: str) -> None:
     """SDXL normalises each channel; the others have one factor and one shift for all, and SD1.x has no shift."""
@@ -62,6 +65,7 @@ def test_raw_weights_are_right_by_each_familys_own_formula(tmp_path: Path, famil
     assert_normalized(family, exported(codec, tmp_path / "vae", normalize=False), codec, *moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["export", "adapter"])
 def test_a_pipeline_is_saved_and_loaded_with_its_autoencoder(codec: Codec, tmp_path: Path, kind: str) -> None:
     vae = CodecAutoencoder.from_codec(codec) if kind == "adapter" else exported(kl.codec(), tmp_path / "vae")

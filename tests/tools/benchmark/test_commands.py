@@ -22,6 +22,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.mark.slow
 def test_a_command_reports_its_seconds_and_its_memory(photos: Path, tmp_path: Path, model_file: Path) -> None:
     ran = commands.run("tools.encode", photos, tmp_path / "z", "--model", model_file)
     assert len(list((tmp_path / "z").glob("*.lc"))) == 3

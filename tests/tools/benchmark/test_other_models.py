@@ -29,6 +29,7 @@ def silence_pooling(model: Taef2) -> None:
             parameter.zero_()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (WEIGHTS.is_dir() and PHOTO.is_file()), reason=f"no {WEIGHTS} or {PHOTO} here")
 def test_published_weights_reconstruct_a_photograph_and_no_part_can_be_left_out() -> None:
     x = read_image(PHOTO).pixels[None, :, 192:320, 320:448]

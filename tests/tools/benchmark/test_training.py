@@ -14,6 +14,7 @@ from tools.benchmark.training import Recorder, TrainingSpeed
 SMALL = {"batch": 2, "crop": 32, "rounds": 1, "matmul": 32, "device": "cpu", "precision": "no", "compile": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["joint", "elbo"])
 def test_the_command_sets_a_step_beside_its_products(objective: str, model_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"

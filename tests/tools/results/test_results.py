@@ -30,6 +30,7 @@ def measured() -> Measured:
     return Measured(*(json.loads((ROOT / "checkpoints" / name).read_text()) for name in names))
 
 
+@pytest.mark.slow
 def test_the_plot_has_every_published_curve_and_equal_input_gives_equal_bytes(measured: Measured) -> None:
     assert plot(measured) == plot(measured)
     texts = [element.text for element in ElementTree.fromstring(plot(measured)).iter() if element.tag.endswith("text")]
@@ -46,6 +47,7 @@ def test_published_curves_ascend_and_are_compared_only_where_both_curves_are(mea
         assert delta.low == max(min(ours), min(theirs)) and delta.high == min(max(ours), max(theirs))
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_the_networks() -> None:
     assert costs.of_taef2().parameters == sum(p.numel() for p in Taef2().parameters())
     # A linear 8x8 patch transform to 2 x 32 parameters: one product per pixel value and output.
@@ -67,6 +69,7 @@ def run(settings: dict[str, Any], left: int = 8) -> None:
     Results(**settings).run(details=(Detail("a.png", left, 8),), rates=RATES)
 
 
+@pytest.mark.slow
 def test_the_command_measures_what_is_missing_and_no_more(small: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data"):
         run(small)

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
+
 from latent_codec.model.codec import Codec
 from tools.stress import fuzz
 from tools.stress.fuzz import GOLDEN, FuzzOptions
 from tools.stress.mutants import Mutant, mutate, sealed
 
 
+@pytest.mark.slow
 def test_mutants_are_refused_or_are_exactly_what_an_encoder_writes() -> None:
     """With checksums left alone nothing decodes but the streams themselves.
 
@@ -32,6 +35,7 @@ def test_a_judge_notices_what_decodes_and_should_not() -> None:
     assert [verdict.outcome for verdict in verdicts] == ["decoded", "WRONG", "decoded"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_stands_still_is_reported(tmp_path: Path) -> None:
     report = fuzz.run(FuzzOptions(count=10, megabytes=256, patience=0))
     assert "stands still" in report.wrong[0][2]

@@ -257,6 +257,7 @@ def die_at_every_operation(base: Path) -> None:
             os._exit(status)
 
 
+@pytest.mark.slow
 def test_a_kill_anywhere_within_a_save_leaves_a_usable_checkpoint(tmp_path: Path) -> None:
     start = saved(tmp_path / "start", 1, 2, 3)
     flip(start / "step-00000003" / "codec.safetensors", -1)  # what is saved replaces a damaged checkpoint

@@ -143,6 +143,7 @@ def discriminator(out: Path, step: int) -> dict[str, torch.Tensor]:
     return {k: t for k, t in tensors(out, step).items() if k.startswith("discriminator/")}
 
 
+@pytest.mark.slow
 def test_the_discriminator_rests_until_its_step(straight: Path) -> None:
     assert_same_tensors(discriminator(straight, 1), discriminator(straight, 2))
     after = discriminator(straight, 3)
@@ -151,12 +152,14 @@ def test_the_discriminator_rests_until_its_step(straight: Path) -> None:
     assert weights[:2] == [0.0, 0.0] and all(w > 0 for w in weights[2:])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(argv: list[str], straight: Path, tmp_path: Path) -> None:
     for limit in (ONE_STEP, ONE_STEP, ONE_STEP, []):
         run([*argv, *limit], tmp_path / "run")
     assert_same_tensors(tensors(tmp_path / "run", 5), tensors(straight, 5))
 
 
+@pytest.mark.slow
 def test_a_gradient_of_the_discriminator_that_is_not_finite_skips_the_step(
     argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +180,7 @@ def _spoil() -> None:
     Adversary.forward = forward
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tmp_path: Path) -> None:
     assert "2 process(es) on cpu" in run_ranks(argv, tmp_path / "run", 2)
     for a, b in zip(log_lines(tmp_path / "run", "train")[:3], log_lines(straight, "train")[:3], strict=True):

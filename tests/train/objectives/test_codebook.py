@@ -38,6 +38,7 @@ def argv(data: Path) -> list[str]:
     return [*VQ, "--data", str(data)]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_revives_codes_is_the_same_to_the_bit(
     argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_resumed_run_that_revives_codes_is_the_same_to_the_bit(
         assert_same_tensors(tensors(tmp_path / "run", step), tensors(straight, step))
 
 
+@pytest.mark.slow
 def test_two_processes_and_micro_batches_compute_what_one_does(argv: list[str], straight: Path, tmp_path: Path) -> None:
     text = run_ranks([*argv, "--accumulation", "2"], tmp_path / "run", 2)
     assert "2 process(es) on cpu" in text
@@ -77,6 +79,7 @@ def test_the_log_says_how_many_codes_are_used(straight: Path) -> None:
     assert all(line["penalty"] > 0 for line in log_lines(straight, "train"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fsq --levels 3 3 2", "autoencoder"])
 def test_other_bottlenecks_train_and_export(preset: str, data: Path, tmp_path: Path) -> None:
     argv = [*flags(preset), *SMALL, *flags("--latent-channels 3 --steps 1"), "--data", str(data)]

@@ -218,6 +218,7 @@ def test_an_objective_has_lpips_exactly_when_its_weight_is_positive(weight: floa
         ELBO(dataclasses.replace(photo().objective, lpips_weight=weight), codec, module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 def test_it_compiles_to_one_graph_and_computes_the_same(alone: bool, lpips: LPIPS) -> None:
     """On a GPU a break in the graph would wait for the host."""
@@ -307,6 +308,7 @@ def test_the_prior_of_another_shape_starts_anew_but_not_for_a_decoder_alone(mode
             prior_of(config, str(source))
 
 
+@pytest.mark.slow
 def test_evaluations_log_rate_and_distortion_of_the_latents(straight: Path) -> None:
     lines = log_lines(straight, "eval")
     assert len(lines) == 2
@@ -316,6 +318,7 @@ def test_evaluations_log_rate_and_distortion_of_the_latents(straight: Path) -> N
             assert values == sorted(values, reverse=True) and values[-1] > 0
 
 
+@pytest.mark.slow
 def test_a_run_with_lpips_logs_it(argv: list[str], lpips: LPIPS, tmp_path: Path) -> None:
     words = "--decoder-alone --steps 2 --eval-every 2 --lpips-weight 2 --lpips-net squeeze --lpips-backbone"
     run([*argv, *flags(words), str(SQUEEZE)], tmp_path / "run")
@@ -334,6 +337,7 @@ def test_all_three_parts_are_trained(straight: Path) -> None:
         assert changed and sum(changed) > len(changed) / 2, part
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(argv: list[str], straight: Path, tmp_path: Path) -> None:
     for limit in (ONE_STEP, ONE_STEP, []):
         run([*argv, *limit], tmp_path / "run")
@@ -341,11 +345,13 @@ def test_a_resumed_run_ends_with_the_same_bits(argv: list[str], straight: Path, 
     assert any(name.startswith("optimizer/prior.nets") for name in tensors(straight, 4))
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(argv: list[str], straight: Path, tmp_path: Path) -> None:
     assert "2 process(es) on cpu" in run_ranks(argv, tmp_path / "run", 2)
     assert_close_runs(tmp_path / "run", straight, 2, 1e-4, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_decoder_alone_leaves_what_files_hold_as_it_was(argv: list[str], model: Path, tmp_path: Path) -> None:
     """The decoder is deeper here by a block, and the run is interrupted once."""
     words = [*argv, *flags("--decoder-alone --decoder-depths 1 2 --lap 0 --steps 2")]
@@ -389,6 +395,7 @@ def test_sources_without_a_fitting_prior_are_refused(straight: Path, model: Path
             prior_from(source, dataclasses.replace(SHAPE, width=16), base, STATISTICS)
 
 
+@pytest.mark.slow
 def test_the_prior_has_a_learning_rate_of_its_own(argv: list[str], model: Path, tmp_path: Path) -> None:
     """The first step of Adam is as long as the learning rate."""
     start, codecs = prior_of(CONFIG, str(model)).state_dict(), []

@@ -92,6 +92,7 @@ def finished(tiny: Recipe, cut: TrainingPlan) -> Codec:
     return run(tiny)
 
 
+@pytest.mark.slow
 def test_a_call_out_of_time_is_continued_by_the_next(
     tiny: Recipe, cut: TrainingPlan, finished: Codec, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +134,7 @@ def test_missing_latents_are_encoded_again(
     assert codec.model_id == finished.model_id and codec.priors is not None and codec.priors.context is not None
 
 
+@pytest.mark.slow
 def test_the_joint_objectives_prior_is_trained_further(tiny: Recipe, finished: Codec, tmp_path: Path) -> None:
     start = str(tiny.out / "photo.safetensors")
     joint: dict[str, Any] = {"objective": "joint", "latent_channels": None, "start_from": start, "figure_images": 0}
@@ -152,6 +154,7 @@ def test_no_stage_starts_with_too_little_time(tiny: Recipe, tmp_path: Path, caps
     assert not (recipe.out / "codec").exists()
 
 
+@pytest.mark.slow
 def test_a_call_too_short_to_measure_the_speed_fails(
     tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,4 +201,18 @@ def test_docstrings_begin_with_a_sentence(package: str) -> None:
                 if first in FRAGMENTS or (first in ARTICLES and not VERBS.search(sentence)):
                     name = module.name if isinstance(node, ast.Module) else f"{module.name}.{node.name}"
                     wrong.append(f"{name}: begins with {first!r}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", ["latent_codec", "train", "tools"])
+def test_descriptions_of_fields_are_no_fragments(package: str) -> None:
+    wrong = []
+    for module in modules(package).values():
+        for node in ast.walk(module.tree):
+            body = getattr(node, "body", [])
+            for named, text in pairwise(body if isinstance(body, list) else []):
+                if isinstance(named, ast.Assign | ast.AnnAssign) and isinstance(text, ast.Expr):
+                    value = text.value.value if isinstance(text.value, ast.Constant) else None
+                    if isinstance(value, str) and value.split()[0].strip("`,.:;") in FRAGMENTS:
+                        wrong.append(f"{module.name}: {value[:60]}")
     assert not wrong

@@ -60,7 +60,7 @@ class Evaluate:
     """Local safetensors file with the LPIPS network's ImageNet weights; by default they are downloaded."""
     pages: tyro.conf.OmitArgPrefixes[_Report] = _Report()
     command_line: tyro.conf.Suppress[str] = ""
-    """What was typed, which results say they were made by."""
+    """The command line as it was typed, which results record."""
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self) -> int:

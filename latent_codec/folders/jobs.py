@@ -42,7 +42,7 @@ class Job(NamedTuple):
     claim: Claim
     source: Source
     output: str | None
-    """Its file, relative to the folder; None if it shares one with others."""
+    """Output file, relative to the folder; None if it shares one with others."""
 
     @property
     def name(self) -> str:
@@ -180,7 +180,7 @@ class Writer(Protocol[P_contra]):
     folder: Path
     kind: Kind
     is_shared: bool
-    """Whether the products of a unit share files, whose names depend on them."""
+    """True if the products of a unit share files, whose names depend on them."""
 
     def write(self, products: Iterable[P_contra], work: Work) -> None:
         """End every product's job as done or failed; raises `DiskError` if the disk takes no more."""

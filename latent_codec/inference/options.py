@@ -19,7 +19,7 @@ class ComputeOptions:
     workers: int | None = None
     """Images that are read, decoded and written at once; by default 4, on a GPU one per core, up to 16."""
     decode_in: Literal["threads", "processes"] | None = None
-    """Where image files are decoded: by default in threads, but with a GPU, which outruns threads, in processes."""
+    """Decode image files in threads, the default, or in processes, the default with a GPU, which outruns threads."""
     compile: bool = False
     """Compile the networks with torch.compile: slow to start, then faster; results differ in their last bits."""
     tile: int | None = None

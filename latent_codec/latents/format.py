@@ -81,7 +81,7 @@ class LatentsRow(NamedTuple):
     """Hold one image's posterior in the stored type, ready to be written. Tensors are (z, h, w)."""
 
     entry: LatentsEntry
-    """Its shard and row are set when the shard is written."""
+    """The entry, whose shard and row are set when the shard is written."""
     mean: torch.Tensor
     logvar: torch.Tensor
     mean_flip: torch.Tensor | None = None

@@ -135,8 +135,8 @@ class BernoulliConfig:
 
     kind: ClassVar[str] = "bernoulli"
     pixels: Literal["threshold", "drawn"] = "threshold"
-    """How uint8 pixels v become binary. `threshold`: 1 from 128 up. `drawn`: 1 with probability v / 255, drawn anew
-    each time that training sees an image, and once for all in evaluation (Burda et al. 2016). Encoding files always
+    """Makes uint8 pixels v binary. `threshold`: 1 from 128 up. `drawn`: 1 with probability v / 255, drawn anew each
+    time that training sees an image, and once for all in evaluation (Burda et al. 2016). Encoding files always
     uses the threshold."""
 
 

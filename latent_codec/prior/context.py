@@ -35,7 +35,7 @@ UNIT = 32
 """The input that was 1 in the trained network's floating point."""
 
 MAX_LEVELS = 6
-"""How often a group's grid can be coarsened."""
+"""Upper limit of how often a group's grid is coarsened."""
 
 _SCALES, _STEEP, _FRACTIONS = 89, 56, 8
 """Scales are 2^(i/8 - 5) steps for i < _SCALES. Below i = _STEEP each eighth of a step of the location has a table."""
@@ -61,7 +61,7 @@ class ContextConfig:
     centred: bool = False
     """Round latents to whole steps from the network's prediction instead of from 0."""
     levels: tuple[int, ...] = ()
-    """How often each group's grid is coarsened before its first pass, 0 to `MAX_LEVELS`; missing numbers are 0."""
+    """Times that each group's grid is coarsened before its first pass, 0 to `MAX_LEVELS`; missing numbers are 0."""
 
     def __post_init__(self) -> None:
         """Drop zeros at the end of `levels`, so that a prior has one configuration only."""

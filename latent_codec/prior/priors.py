@@ -32,7 +32,7 @@ class Priors(NamedTuple):
     factorized: FactorizedPrior
     context: ContextPrior | None
     feedback: Feedback | None = None
-    """How encoders round under the context prior; decoders do not need it."""
+    """Shifts by which encoders round under the context prior; decoders do not need them."""
 
     def choose(self, kind: PriorKind | None) -> FactorizedPrior | ContextPrior:
         """Return the prior of a kind, by default the best available; raise `KeyError` if the kind is missing."""

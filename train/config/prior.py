@@ -14,7 +14,7 @@ class PriorConfig:
     groups: tuple[int, ...] = (1, 3, 8)
     """Latent channels of all groups but the last, which takes the rest; channels with most bits come first."""
     levels: tuple[int, ...] = (3, 1, 1)
-    """How often each group's grid is halved before its first pass; 0 for groups without a number.
+    """Times that each group's grid is halved before its first pass; 0 for groups without a number.
     With 2, every fourth row and column comes first, and the positions in between follow in four passes."""
     width: int = 96
     """Features of the networks' layers, at most 112: integer sums would not be exact above."""

@@ -33,7 +33,7 @@ class AdversarialConfig:
     adversarial_start: int
     """First step with the adversarial loss; until then neither side trains on it."""
     adversarial_weight: float
-    """With `adaptive`, the adversarial gradient's norm at the decoder's last layer, relative to the reconstruction's.
+    """Norm of the adversarial gradient at the decoder's last layer, relative to the reconstruction's, with `adaptive`.
     Without it, nats per pixel for one unit of the mean score."""
     adaptive: bool
     """Adapt the weight so that the two gradient norms keep the ratio `adversarial_weight`."""
@@ -99,7 +99,7 @@ class JointConfig:
     prior_groups: tuple[int, ...]
     """Latent channels of all groups of the context prior but the last; channels with most bits come first."""
     prior_levels: tuple[int, ...]
-    """How often each group's grid is halved before its first pass, as `levels` of `train.prior`."""
+    """Times that each group's grid is halved before its first pass, as `levels` of `train.prior`."""
     prior_width: int
     """Features of the context prior's layers, at most 112."""
     prior_learning_rate: float

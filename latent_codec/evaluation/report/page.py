@@ -47,7 +47,7 @@ class Section:
     """Key in the JSON, place in the page and name of the macro in sections.html.jinja."""
     title: str
     view: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What the macro shows."""
+    """Values that the macro shows."""
     numbers: Sequence[Number] = ()
     records: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further JSON values: of single images, channels, settings."""

@@ -237,7 +237,7 @@ class Claim:
             and state.settled_at >= ledger.sizes.get(journal.name, 0)
             and all(s.name in state.failures or self._is_unchanged(s) for s in unit.sources)
         )
-        """Whether another process has done all there is to do since this one started."""
+        """True if another process has done all there is to do since this one started."""
         self._digest = functools.cache(lambda output: sha256_of(ledger.folder / output))
         self._left = len(unit.sources)
         self._journal = Journal(journal)

@@ -94,7 +94,7 @@ class CacheWriter(abc.ABC):
     options_used: ClassVar[frozenset[str]]
     """Fields of `CacheOptions` that make a difference."""
     flips: ClassVar[Literal["required", "kept", "left out"]]
-    """What becomes of the latents of mirrored images."""
+    """Says what becomes of the latents of mirrored images."""
     needs_labels: ClassVar[bool] = False
     """True if every image must have a class."""
     needs_one_size: ClassVar[bool] = False

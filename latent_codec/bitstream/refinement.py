@@ -21,8 +21,10 @@ USUAL_ROUNDS = 3
 """The recommended number of rounds: more gain little, and lose again at coarse steps."""
 
 LEARNING_RATE = 1 / 600
-"""Distance that a latent moves, in squared steps per nat. A uniform quantiser's cost curves by 12 nats per squared step,
-so this is a fiftieth of Newton's step. Twice as much gains sooner and loses again within five rounds."""
+"""Distance that a latent moves, in squared steps per nat.
+
+A uniform quantiser's cost curves by 12 nats per squared step, so this is a fiftieth of Newton's step. Twice as much
+gains sooner and loses again within five rounds."""
 
 
 class Refiner:

@@ -16,7 +16,7 @@ from latent_codec.latents.format import LatentsEntry
 class Npy(cache.ImageCacheWriter):
     """Write a .npy file for each image."""
 
-    program = "DC-AE"
+    program = "DC-AE's .npy format"
     options_used = frozenset({"scale", "scaling_factor", "shift_factor", "seed", "epoch"})
     flips = "left out"
     either_scale = "files of numpy"

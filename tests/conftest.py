@@ -37,7 +37,7 @@ Draw = Callable[..., Path]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What a command made in a folder, by name; not what it remembers of it in `.latent_codec`."""
+    """Read the files that a command made in a folder, by name, without its records in `.latent_codec`."""
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and ".latent_codec" not in f.parts]
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
 
@@ -58,7 +58,7 @@ def _tiny_codec() -> Codec:
 
 @functools.cache
 def _tiny_priors() -> Priors:
-    """Of latents with standard deviations of 1 to 10 steps; a context network with random weights."""
+    """Make priors of latents with standard deviations of 1 to 10 steps, and a context network of random weights."""
     channel_steps = np.array([0.25, 0.125, 0.1, 0.2], np.float32)
     spread = torch.tensor([2.0, 0.5, 0.1, 0.5])[:, None]
     statistics = LatentStatistics(

@@ -65,7 +65,7 @@ def linear(codec: Codec) -> Codec:
 
 
 def test_the_weights_are_the_gram_matrix_of_a_linear_decoder(linear: Codec) -> None:
-    """From its kernels: the overlap of every two of them, at every distance."""
+    """Compute from the kernels the overlap of every two of them, at every distance."""
     assert linear.priors is not None
     weight = linear.backbone.decoder.weight.detach().double()  # pyright: ignore  (z, 3, 16, 16)
     drawn = weight * torch.from_numpy(linear.priors.channel_steps).double()[:, None, None, None]

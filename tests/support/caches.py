@@ -20,7 +20,7 @@ from latent_codec.model.codec import Codec
 from tests.support.latents import row_of, write
 
 PATHS = ("cat/a.jpg", "cat/b.c.png", "dog/ü/e.png", "dog/f.png")
-"""Of two sizes where `side` is None."""
+"""Images of two sizes where `side` is None."""
 EVERY: dict[CacheName, dict[str, Any]] = {
     "kohya": {"arch": "flux"},
     "musubi": {"arch": "qi"},

@@ -90,7 +90,7 @@ SOURCES: dict[Kind, Kind] = {
     "images of latents": "latents",
     "tars of images": "tars of streams",
 }
-"""What is decoded; other kinds are made of image files."""
+"""Kinds that are decoded; the others are made of image files."""
 FILES: tuple[Kind, ...] = ("streams", "images of streams", "images of latents")
 """Kinds whose outputs have names that are known before any work."""
 WRITERS: tuple[Kind, ...] = ("streams", "latents", "tars of streams")

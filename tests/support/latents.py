@@ -21,7 +21,7 @@ from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import text_key
 
 PATHS = ("a.jpg", "a.png", "b/ü.png", "b/c/d.png")
-"""Of both sizes; two have no class."""
+"""Images of both sizes; two have no class."""
 
 
 def geometry(width: int, height: int) -> Geometry:

@@ -88,10 +88,8 @@ def test_normalisation_uses_the_models_statistics_and_another_models_are_refused
 
 def test_classes_are_sorted_and_labels_their_numbers(latents: Latents) -> None:
     assert latents.classes == ("a", "b", "c")
-    for i, entry in enumerate(latents.entries):
-        expected = -1 if entry.label is None else "abc".index(entry.label)
-        assert latents[i].label == latents.labels[i] == expected
-    assert -1 in latents.labels
+    expected = [-1 if entry.label is None else "abc".index(entry.label) for entry in latents.entries]
+    assert [sample.label for sample in latents] == latents.labels.tolist() == expected and -1 in expected
 
 
 def test_batches_of_any_kind_hold_what_single_items_are(latents: Latents) -> None:

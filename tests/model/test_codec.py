@@ -17,10 +17,8 @@ def pixels() -> torch.Tensor:
 @torch.inference_mode()
 def test_one_latent_element_stands_for_factor_squared_pixels(codec: Codec, pixels: torch.Tensor) -> None:
     posterior = codec.encode(pixels)
-    assert codec.factor == 8
-    assert posterior.mean.shape == posterior.logvar.shape == (2, 4, 2, 3)
-    assert codec.decode(posterior.mode()).shape == pixels.shape
-    assert codec.decode_uint8(posterior.mode()).shape == pixels.shape
+    assert codec.factor == 8 and posterior.mean.shape == posterior.logvar.shape == (2, 4, 2, 3)
+    assert codec.decode(posterior.mode()).shape == codec.decode_uint8(posterior.mode()).shape == pixels.shape
 
 
 @torch.inference_mode()
@@ -54,9 +52,8 @@ def test_pixels_that_do_not_fit_are_refused_with_the_remedy(codec: Codec, shape:
 def test_saving_and_loading_changes_nothing(codec: Codec, pixels: torch.Tensor, tmp_path: Path) -> None:
     codec.save(tmp_path / "m.safetensors")
     loaded = Codec.load(str(tmp_path / "m.safetensors"))
-    assert not loaded.training
+    assert not loaded.training and loaded.model_id == codec.model_id
     assert (loaded.config, loaded.statistics, loaded.provenance) == (codec.config, codec.statistics, codec.provenance)
-    assert loaded.model_id == codec.model_id
     a, b = codec.encode(pixels), loaded.encode(pixels)
     assert torch.equal(a.mean, b.mean) and torch.equal(a.logvar, b.logvar)
     assert torch.equal(codec.decode(a.mean), loaded.decode(a.mean))

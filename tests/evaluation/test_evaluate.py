@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import EvaluationReport, evaluate
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Runner
@@ -21,6 +20,7 @@ from latent_codec.model.codec import Codec
 from tests.conftest import files_of
 from tests.evaluation.conftest import SIZES, decoded
 from tests.support.data import WEIGHTS
+from tests.support.errors import refused
 
 ALEXNET = WEIGHTS / "alexnet_features.safetensors"
 
@@ -98,8 +98,7 @@ def test_unreadable_images_are_reported_and_left_out(grey_codec: Codec, photos: 
     assert report.about["images"] == len(report.images) == len(SIZES)
     for name in SIZES:
         (photos / name).unlink()
-    with pytest.raises(UserError, match="none of the 1 images could be read"):
-        run(grey_codec, photos)
+    refused("none of the 1 images could be read", run, grey_codec, photos)
 
 
 def test_only_folders_of_evaluations_are_written_into(
@@ -110,12 +109,10 @@ def test_only_folders_of_evaluations_are_written_into(
     run(codec, photos, out)  # replaces its own
     (out / "results.json").unlink()
     before = files_of(out / "latents")
-    with pytest.raises(UserError, match="give another --out"):
-        run(codec, photos, out)
+    refused("give another --out", run, codec, photos, out)
     assert files_of(out / "latents") == before
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="cannot be written into"):
-        run(codec, photos, tmp_path / "file")
+    refused("cannot be written into", run, codec, photos, tmp_path / "file")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     run(codec, photos)  # without a folder it leaves nothing behind

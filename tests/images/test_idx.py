@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from latent_codec.errors import UserError
 from latent_codec.images.sources import find_images
+from tests.support.errors import refused
 from train.data.crops import fingerprint
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)
@@ -67,18 +67,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path)
     for data in (idx(PIXELS)[:-1], idx(PIXELS) + b"\0", idx(PIXELS[:0])):
         path.write_bytes(data)
-        with pytest.raises(UserError, match="does not fit its"):
-            find_images(path)
+        refused("does not fit its", find_images, path)
     for data in (idx(PIXELS)[:9], idx(PIXELS[0]), b"\0\0\x0d" + idx(PIXELS)[3:]):
         path.write_bytes(data)
-        with pytest.raises(UserError, match="not an IDX file of uint8 values in 3 dimensions"):
-            find_images(path)
+        refused("not an IDX file of uint8 values in 3 dimensions", find_images, path)
 
 
 def test_a_cut_gzip_file_and_labels_of_other_images_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, ".gz")
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match="cannot be read"):
-        find_images(path)
-    with pytest.raises(UserError, match="2 labels for 3 images"):
-        find_images(write(tmp_path / "other", labels=LABELS[:2]))
+    refused("cannot be read", find_images, path)
+    refused("2 labels for 3 images", find_images, write(tmp_path / "other", labels=LABELS[:2]))

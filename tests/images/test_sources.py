@@ -13,6 +13,7 @@ from latent_codec.errors import UserError
 from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import find_all, find_images
 from tests.conftest import Draw
+from tests.support.errors import refused
 
 
 def png(level: int = 0) -> bytes:
@@ -69,8 +70,7 @@ def test_a_glob_names_matches_below_its_fixed_part(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     assert names("*/*/*.jpg") == ["sub/deep/a.jpg"]
     assert names("a.*") == ["a.JPEG", "a.jpg", "a.png"]
-    with pytest.raises(UserError, match="not a valid glob pattern"):
-        find_images("**a/*.png")
+    refused("not a valid glob pattern", find_images, "**a/*.png")
 
 
 MEMBERS = {"a.png": png(1), "class/b.png": png(2), "class/ü.png": png(3), "readme.txt": b"text"}
@@ -95,8 +95,7 @@ def test_names_in_different_folders_do_not_collide_and_two_images_of_one_name_ar
         tar(tmp_path / name, {"a.png": png(i)})
     assert levels(f"{tmp_path}/*/s.tar") == {"x/s/a.png": 0, "y/s/a.png": 1}
     put(tmp_path / "s" / "a.png")
-    with pytest.raises(UserError, match=r"both hold s/a\.png; rename"):
-        find_images(tmp_path)
+    refused(r"both hold s/a\.png; rename", find_images, tmp_path)
 
 
 def test_member_names_are_plain_relative_paths_and_of_equal_ones_the_last_counts(tmp_path: Path) -> None:
@@ -125,8 +124,7 @@ def test_a_tar_file_that_is_cut_off_damaged_or_none_is_refused_not_read_in_part(
     whole = r"s\.tar: not a whole, uncompressed tar file"
     for bad in (*(data[:size] for size in sizes), header, b"", b"text", b"\x1f\x8b" + bytes(600), packed):
         (tmp_path / "s.tar").write_bytes(bad)
-        with pytest.raises(UserError, match=whole + (f".*damaged at byte {member}" if bad is header else "")):
-            find_images(tmp_path / "s.tar")
+        refused(whole + (f".*damaged at byte {member}" if bad is header else ""), find_images, tmp_path / "s.tar")
 
 
 def test_nothing_found_is_refused_with_the_place(tmp_path: Path) -> None:
@@ -146,8 +144,7 @@ def test_a_link_to_an_image_is_an_image_and_one_to_a_folder_is_not_followed(tmp_
     (tmp_path / "tree" / "z.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "tree" / "pipe.png")  # opening it would wait for a writer for ever
     assert names(tmp_path / "tree") == names(f"{tmp_path}/tree/*.png") == ["a.png", "link.png", "z.png"]
-    with pytest.raises(UserError, match=r"^z\.png: cannot be read"):
-        find_images(tmp_path / "tree")[2].read()
+    refused(r"^z\.png: cannot be read", find_images(tmp_path / "tree")[2].read)
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +157,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match="locked: cannot be listed"):
-        find_images(tmp_path)
+    refused("locked: cannot be listed", find_images, tmp_path)
 
 
 def test_a_name_that_is_no_utf_8_is_found_and_read(tmp_path: Path) -> None:
@@ -175,11 +171,9 @@ def test_options_and_names_reach_the_reader(tmp_path: Path, draw: Draw) -> None:
     Image.new("RGBA", (1, 1), (0, 0, 0, 0)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"text")
     a, b, c = find_images(tmp_path)
-    with pytest.raises(UserError, match=r"^a\.png: .* exceed the limit of 11"):
-        a.read(ReadOptions(max_pixels=11))
+    refused(r"^a\.png: .* exceed the limit of 11", a.read, ReadOptions(max_pixels=11))
     assert b.read(ReadOptions(background="#102030")).pixels.flatten().tolist() == [16, 32, 48]
-    with pytest.raises(UserError, match=r"^c\.png: not a readable image"):
-        c.read()
+    refused(r"^c\.png: not a readable image", c.read)
 
 
 def test_several_places_keep_their_names_unless_they_collide(tmp_path: Path) -> None:

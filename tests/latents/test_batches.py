@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
 from latent_codec.latents.batches import BatchIndices, ShapeBatches
+from tests.support.errors import refused
 
 SHAPES = [(2, 3)] * 13 + [(4, 4)] * 7 + [(1, 9)]
 
@@ -73,7 +74,5 @@ def test_an_epoch_resumes_at_any_batch() -> None:
 
 def test_impossible_numbers_are_refused() -> None:
     for options in ({"batch_size": 0}, {"rank": 2, "world": 2}, {"rank": -1}):
-        with pytest.raises(UserError, match="must be at least 1, and rank"):
-            ShapeBatches(SHAPES, **({"batch_size": 4} | options))
-    with pytest.raises(UserError, match="0 items"):
-        ShapeBatches([], 4)
+        refused("must be at least 1, and rank", ShapeBatches, SHAPES, **{"batch_size": 4} | options)
+    refused("0 items", ShapeBatches, [], 4)

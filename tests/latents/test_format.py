@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latent_codec.errors import UserError
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import (
     INDEX,
@@ -26,6 +25,7 @@ from latent_codec.latents.format import (
 )
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
+from tests.support.errors import refused
 from tests.support.latents import PATHS, geometry, posterior, row_of, seed_of, size_of, store, stored
 
 
@@ -100,8 +100,7 @@ def test_values_out_of_range_are_refused_and_other_images_kept(value: float, dty
     getattr(bad, moment)[0, 1, 1, 1] = value
     both = DiagonalGaussian(*(torch.cat([getattr(p, k) for p in (posterior(1), bad)]) for k in ("mean", "logvar")))
     entry = unplaced_entry("bad.png", geometry(24, 16), "")
-    with pytest.raises(UserError, match=r"^bad\.png: .*float32"):
-        latents_row(entry, both, 1, dtype)
+    refused(r"^bad\.png: .*float32", latents_row, entry, both, 1, dtype)
     assert torch.equal(latents_row(entry, both, 0, dtype).mean, posterior(1).mean[0].to(getattr(torch, dtype)))
 
 
@@ -118,16 +117,14 @@ UNSAFE += ("b\\a.png", "a\0.png", "\ud800.png")
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_a_path_out_of_its_folder_is_neither_stored_nor_read(codec: Codec, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="unsafe name"):
-        unplaced_entry(name, geometry(24, 16), "")
+    refused("unsafe name", unplaced_entry, name, geometry(24, 16), "")
     store(tmp_path, codec)
     text = (tmp_path / INDEX).read_text()
     for field in ("path", "shard"):
         index = json.loads(text)
         index["entries"][0][field] = name
         (tmp_path / INDEX).write_text(json.dumps(index))
-        with pytest.raises(UserError, match="damaged latents index: unsafe name"):
-            read_index(tmp_path / INDEX)
+        refused("damaged latents index: unsafe name", read_index, tmp_path / INDEX)
 
 
 def entry_with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
@@ -159,8 +156,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_damaged_index_is_refused(codec: Codec, tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     store(tmp_path, codec)
     (tmp_path / INDEX).write_text(json.dumps(change(json.loads((tmp_path / INDEX).read_text()))))
-    with pytest.raises(UserError, match="damaged latents index"):
-        read_index(tmp_path / INDEX)
+    refused("damaged latents index", read_index, tmp_path / INDEX)
 
 
 def test_an_index_that_is_no_json_or_cut_off_anywhere_is_refused(codec: Codec, tmp_path: Path) -> None:
@@ -168,8 +164,7 @@ def test_an_index_that_is_no_json_or_cut_off_anywhere_is_refused(codec: Codec, t
     whole = (tmp_path / INDEX).read_bytes()
     for data in (b"\xff\xfe", b"[" * 100_000, *(whole[:size] for size in range(0, len(whole), 97))):
         (tmp_path / INDEX).write_bytes(data)
-        with pytest.raises(UserError, match="damaged latents index"):
-            read_index(tmp_path / INDEX)
+        refused("damaged latents index", read_index, tmp_path / INDEX)
 
 
 @pytest.mark.parametrize(("version", "remedy"), [(2, "encode the images again"), (4, "update"), (None, "update")])
@@ -177,21 +172,17 @@ def test_another_format_version_is_refused(codec: Codec, tmp_path: Path, version
     store(tmp_path, codec)
     index = json.loads((tmp_path / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps(index | {"format_version": version}))
-    with pytest.raises(UserError, match=f"format version {version}; this program reads 3: {remedy}"):
-        read_index(tmp_path / INDEX)
+    refused(f"format version {version}; this program reads 3: {remedy}", read_index, tmp_path / INDEX)
 
 
 def test_a_folder_without_latents_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path, tmp_path / "none", tmp_path / "file"):
-        with pytest.raises(UserError, match=r"no latents there .* make them with"):
-            read_index(folder / INDEX)
+        refused(r"no latents there .* make them with", read_index, folder / INDEX)
 
 
 def test_a_shard_of_another_program_is_refused(tmp_path: Path) -> None:
     save_file({"mean": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="not written by latent_codec"):
-        read_index(tmp_path / "a.safetensors")
+    refused("not written by latent_codec", read_index, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("text")
-    with pytest.raises(UserError, match="not a safetensors file"):
-        read_index(tmp_path / "b.safetensors")
+    refused("not a safetensors file", read_index, tmp_path / "b.safetensors")

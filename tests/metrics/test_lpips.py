@@ -14,6 +14,7 @@ from torchvision.models import squeezenet1_1
 from latent_codec.errors import UserError
 from latent_codec.metrics.lpips import BACKBONES, LPIPS, Net
 from tests.support.data import WEIGHTS
+from tests.support.errors import refused
 
 FILES: dict[Net, str] = {"alex": "alexnet_features.safetensors", "squeeze": "squeezenet1_1_features.safetensors"}
 
@@ -160,8 +161,7 @@ def test_files_that_are_no_such_backbone_are_refused_with_tensor_and_remedy(back
             path.write_bytes(content)
         elif content is not None:
             save_file(content, path)
-        with pytest.raises(UserError, match=rf"features\.safetensors: .*{words}.*--lpips-backbone.*squeezenet1_1"):
-            LPIPS("squeeze", path)
+        refused(rf"features\.safetensors: .*{words}.*--lpips-backbone.*squeezenet1_1", LPIPS, "squeeze", path)
     with pytest.raises(UserError, match="alex, squeeze, vgg"):
         LPIPS("resnet", None)  # pyright: ignore[reportArgumentType]
 
@@ -174,6 +174,5 @@ def test_without_a_network_the_error_says_which_file_to_give(
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"--lpips-backbone FILE.*torchvision\.models\.squeezenet1_1"):
-        LPIPS("squeeze", None)
+    refused(r"--lpips-backbone FILE.*torchvision\.models\.squeezenet1_1", LPIPS, "squeeze", None)
     assert capfd.readouterr().out == ""

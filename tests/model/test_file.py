@@ -21,6 +21,7 @@ from latent_codec.model.file import model_id
 from latent_codec.prior.priors import PREFIX, to_tensors
 from latent_codec.storage.json_config import dumps
 from latent_codec.storage.tensors import KEY
+from tests.support.errors import refused
 
 HALF_MAX = 65504
 
@@ -148,8 +149,7 @@ def test_values_that_cannot_be_stored_are_refused_by_name_and_leave_the_old_file
     before = path.read_bytes()
     for value, half, message in ((HALF_MAX + 16, True, r"exceeds .*65504.*--half"), (math.nan, False, "not finite")):
         bias[0] = value
-        with pytest.raises(UserError, match=rf"backbone\.linear\.encoder\.bias.*{message}"):
-            codec.save(path, half=half)
+        refused(rf"backbone\.linear\.encoder\.bias.*{message}", codec.save, path, half=half)
         assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == before
     bias[0] = HALF_MAX + 16
     codec.save(path)
@@ -202,8 +202,7 @@ def test_what_is_no_model_file_of_ours_is_refused(tmp_path: Path) -> None:
         save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors", metadata=metadata)
         assert "not written by latent_codec" in refusal(tmp_path / "m.safetensors")
     for path in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(UserError, match="no such model file"):
-            file.read(path)
+        refused("no such model file", file.read, path)
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "null", '"config"', "[" * 100_000, '{"format_version":1}', "{}"])

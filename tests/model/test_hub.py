@@ -19,6 +19,7 @@ from latent_codec.errors import UserError
 from latent_codec.model import hub
 from latent_codec.model.codec import Codec
 from latent_codec.model.hub import CARD, MODEL
+from tests.support.errors import refused
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 REFUSALS = {
@@ -121,8 +122,7 @@ def test_a_download_that_fails_is_one_sentence(
 
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"pip install 'latent-codec\[hub\]'"):
-        Codec.from_pretrained("someone/model")
+    refused(r"pip install 'latent-codec\[hub\]'", Codec.from_pretrained, "someone/model")
 
 
 def test_a_folder_that_was_saved_is_loaded(
@@ -149,10 +149,8 @@ def test_places_without_a_model_are_refused(tmp_path: Path, codec: Codec) -> Non
         ("nothing", "neither a file nor a shipped model"),
         (tmp_path / "file", "not a safetensors file"),
     ):
-        with pytest.raises(UserError, match=reason):
-            Codec.from_pretrained(source)
-    with pytest.raises(UserError, match="cannot be written into"):
-        codec.save_pretrained(tmp_path / "file")
+        refused(reason, Codec.from_pretrained, source)
+    refused("cannot be written into", codec.save_pretrained, tmp_path / "file")
 
 
 def test_the_card_says_what_the_model_is(codec: Codec, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from latent_codec.errors import UserError
 from latent_codec.model import shipped
 from latent_codec.model.codec import Codec
 from latent_codec.model.shipped import resolve
 from tests.support.data import ROOT
+from tests.support.errors import refused
 
 
 @pytest.fixture
@@ -36,8 +36,7 @@ def test_a_shipped_model_is_loaded_by_name_even_beside_a_folder_of_that_name(
 @pytest.mark.parametrize("name", ["photo2", "tiny.pt", "nowhere/tiny.safetensors", "tiny-1.5"])
 @pytest.mark.usefixtures("folder")
 def test_an_unknown_name_lists_what_there_is(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name}: neither a file nor a shipped model; shipped are: other, tiny$"):
-        Codec.load(name)
+    refused(f"{name}: neither a file nor a shipped model; shipped are: other, tiny$", Codec.load, name)
 
 
 def results(name: str) -> dict[str, Any]:

@@ -48,12 +48,12 @@ def draws(latents: Latents, seed: int = 0, epoch: int = 0) -> dict[str, torch.Te
     return {sample.path: sample.z for sample in (drawn[i] for i in range(len(drawn)))}
 
 
-def flipped_draws(latents: Latents, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Draw the mirrored images by the noise of the images themselves in epoch 0."""
+def flipped_draws(latents: Latents, seed: int = 0, epoch: int = 0) -> dict[str, torch.Tensor]:
+    """Draw the mirrored images by the noise of the images themselves."""
     found: dict[str, torch.Tensor] = {}
     drawn = Latents(latents.folder, seed=seed)
     for i, entry in enumerate(latents.entries):
-        moments, mirrored = drawn.moments(BatchIndices((i,), 0)), drawn.posterior(i, flip=True)
+        moments, mirrored = drawn.moments(BatchIndices((i,), epoch)), drawn.posterior(i, flip=True)
         found[entry.path] = drawn.draw(moments._replace(mean=mirrored.mean, logvar=mirrored.logvar))[0]
     return found
 

@@ -23,6 +23,7 @@ from latent_codec.metrics import bjontegaard, distortion
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw
 from tests.evaluation.conftest import compressed, decoded, encoded
+from tests.support.errors import refused
 from tests.support.subject import decompress
 
 SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "grey.png": (9, 7), "large.png": (165, 170)}
@@ -182,19 +183,16 @@ def test_unreadable_images_are_in_no_curve(plain: Codec, photos: Path) -> None:
     assert report.failures.keys() == {"bad.png"} and report.points == expected
     for name in SIZES:
         (photos / name).unlink()
-    with pytest.raises(UserError, match="none of the 1 images"):
-        measure(plain, photos)
+    refused("none of the 1 images", measure, plain, photos)
 
 
 def test_impossible_requests_are_refused_before_any_work(
     codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for steps in ((), (1.0, 1.0), (1.0, 1000.0)):
-        with pytest.raises(UserError, match="step"):
-            RateDistortionOptions(steps=steps)
+        refused("step", RateDistortionOptions, steps=steps)
     priors, codec.priors = codec.priors, None
-    with pytest.raises(UserError, match="no prior"):
-        measure(codec, tmp_path / "nowhere")
+    refused("no prior", measure, codec, tmp_path / "nowhere")
     codec.priors = priors
     monkeypatch.setattr(bjontegaard.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"bjontegaard and jinja2 and matplotlib, which are not installed.*\[rd\]"):

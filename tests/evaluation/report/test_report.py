@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_codec import cli
-from latent_codec.errors import UserError
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion import anchors
@@ -39,6 +38,7 @@ from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig,
 from latent_codec.noise import normal
 from tests.conftest import Draw, files_of
 from tests.evaluation.conftest import SIZES, compressed, decoded, encoded
+from tests.support.errors import refused
 from tests.support.networks import make_codec
 from train.config.presets import mnist_cvae
 
@@ -393,8 +393,7 @@ def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, dr
     assert "one image" in results["baselines"]["pca_left_out"]
     model = evaluated(codec, tmp_path / "photos")
     (tmp_path / "photos" / "one.png").rename(tmp_path / "photos" / "other.png")
-    with pytest.raises(UserError, match=r"one\.png.*gone"):
-        write_report(model, tmp_path, OPTIONS, quiet=True)
+    refused(r"one\.png.*gone", write_report, model, tmp_path, OPTIONS, quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import GaussianConfig
 from tests.conftest import Draw, files_of
 from tests.support import kl
+from tests.support.errors import refused
 from tests.test_cli import Run, refuse
 from tests.test_cli import run as run  # the fixture
 from train.init.from_model import start_from_model
@@ -98,8 +98,7 @@ def test_training_can_start_from_an_imported_model(run: Run, tmp_path: Path) -> 
     start_from_model(codec, str(imported), ())
     state = Codec.load(imported).state_dict()
     assert all(torch.equal(codec.state_dict()[name], state[name]) for name in state)
-    with pytest.raises(UserError, match="its backbone or channels"):
-        start_from_model(kl.codec(kl.NO_QUANT), str(imported), ())
+    refused("its backbone or channels", start_from_model, kl.codec(kl.NO_QUANT), str(imported), ())
 
 
 def test_mistakes_are_one_line(run: Run, model: Path, model_file: Path, photos: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from latent_codec.interop.autoencoder_kl.importing import import_model
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import ConvConfig, DiagonalGaussianConfig, GaussianConfig
 from tests.support import kl
+from tests.support.errors import refused
 
 SCALES = {
     "SD and SDXL": {"scaling_factor": 0.13025},
@@ -26,23 +27,23 @@ SCALES = {
 }
 
 
+Saved = tuple[AutoencoderKL, Path]
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out.safetensors"
 
 
-def saved(tmp_path: Path, shape: tuple[ConvConfig, int] = (kl.SMALL, 4), **scale: Any) -> tuple[AutoencoderKL, Path]:
+def saved(tmp_path: Path, shape: tuple[ConvConfig, int] = (kl.SMALL, 4), **scale: Any) -> Saved:
     """Save one of diffusers' own."""
     model = kl.autoencoder(*shape, **scale)
     model.save_pretrained(tmp_path / "vae")
     return model, tmp_path / "vae"
 
 
-Small = tuple[AutoencoderKL, Path]
-
-
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Save a small model; it is not to be changed."""
     return saved(tmp_path_factory.mktemp("small"), scaling_factor=0.13025)
 
@@ -76,9 +77,7 @@ def test_a_folder_becomes_the_same_codec_and_back_again_the_same_folder(tmp_path
 @pytest.mark.parametrize(
     ("shape", "prefix"), [*zip(kl.SHAPES, ("", "first_stage_model.", "vae."), strict=True), ("FLUX and SD3", "")]
 )
-def test_the_original_layout_is_read_alone_or_in_a_checkpoint(
-    tmp_path: Path, out: Path, shape: str, prefix: str
-) -> None:
+def test_the_original_layout_is_read_alone_or_in_a_file(tmp_path: Path, out: Path, shape: str, prefix: str) -> None:
     model = kl.autoencoder(*kl.SHAPES[shape])
     tensors = {prefix + name: tensor.contiguous() for name, tensor in kl.to_ldm(model.state_dict()).items()}
     others = ["loss.discriminator.main.0.weight", "model_ema.decay"] if not prefix else ["model.diffusion_model.weight"]
@@ -114,7 +113,7 @@ def test_half_precision_is_read_to_the_bit(tmp_path: Path, out: Path, dtype: tor
 
 
 @pytest.mark.slow
-def test_a_pipelines_folder_is_read_and_a_lone_file_goes_by_its_shapes(small: Small, tmp_path: Path, out: Path) -> None:
+def test_a_pipelines_folder_is_read_and_a_lone_file_goes_by_its_shapes(small: Saved, tmp_path: Path, out: Path) -> None:
     model, folder = small
     kl.assert_same_model(import_model(folder.parent, out), model)
     shutil.copy(folder / WEIGHTS, tmp_path / "alone.safetensors")
@@ -124,31 +123,25 @@ def test_a_pipelines_folder_is_read_and_a_lone_file_goes_by_its_shapes(small: Sm
 
 
 @pytest.mark.parametrize(
-    ("scale", "mean", "std"),
+    ("factor", "others", "mean", "std"),
     [
-        ({"scaling_factor": 0.18215}, [0] * 4, [1 / 0.18215] * 4),
-        ({"scaling_factor": 0.5, "shift_factor": 0.25}, [0.25] * 4, [2] * 4),
-        ({"scaling_factor": 1.0}, [0] * 4, [1] * 4),
-        (
-            {"scaling_factor": 0.5, "latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 1, 4]},
-            [1, 2, 3, 4],
-            [2, 4, 2, 8],
-        ),
+        (0.18215, {}, [0] * 4, [1 / 0.18215] * 4),
+        (0.5, {"shift_factor": 0.25}, [0.25] * 4, [2] * 4),
+        (1.0, {}, [0] * 4, [1] * 4),
+        (0.5, {"latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 1, 4]}, [1, 2, 3, 4], [2, 4, 2, 8]),
     ],
 )
-def test_the_scale_becomes_statistics(tmp_path: Path, out: Path, scale: Any, mean: Any, std: Any) -> None:
-    statistics = import_model(saved(tmp_path, **{"scaling_factor": None} | scale)[1], out).statistics
-    assert statistics is not None
-    assert (statistics.source, statistics.images, statistics.posterior_std) == ("the scale of vae", 0, None)
-    assert statistics.mean == pytest.approx(mean) and statistics.std == pytest.approx(std)
+def test_the_scale_becomes_statistics(tmp_path: Path, factor: float, others: Any, mean: Any, std: Any) -> None:
+    folder = saved(tmp_path, scaling_factor=factor, **others)[1]
+    found = import_model(folder, tmp_path / "out.safetensors").statistics
+    assert found and (found.source, found.images, found.posterior_std) == ("the scale of vae", 0, None)
+    assert found.mean == pytest.approx(mean) and found.std == pytest.approx(std)
 
 
-def test_factors_given_replace_those_of_the_source(small: Small, out: Path) -> None:
+def test_factors_given_replace_those_of_the_source(small: Saved, out: Path) -> None:
     _, folder = small
-    statistics = import_model(folder, out, scaling_factor=0.25, shift_factor=2.0).statistics
-    assert statistics is not None
-    assert statistics.source == "the scale of the command line"
-    assert (statistics.mean, statistics.std) == ((2.0,) * 4, (4.0,) * 4)
+    found = import_model(folder, out, scaling_factor=0.25, shift_factor=2.0).statistics
+    assert found and (found.source, found.mean, found.std) == ("the scale of the command line", (2.0,) * 4, (4.0,) * 4)
     with pytest.raises(UserError, match=r"--scaling-factor -1\.0 --shift-factor None: both must be finite"):
         import_model(folder, out, scaling_factor=-1.0)
 
@@ -156,13 +149,11 @@ def test_factors_given_replace_those_of_the_source(small: Small, out: Path) -> N
 @pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pt", "a.pth", "a.safetensors"])
 def test_pickles_are_refused_whatever_their_name(tmp_path: Path, out: Path, name: str) -> None:
     torch.save({"encoder.conv_in.weight": torch.zeros(1)}, tmp_path / name)
-    with pytest.raises(UserError, match="a pickle, which can run anything when it is loaded, is never read"):
-        import_model(tmp_path / name, out)
+    refused("a pickle, which can run anything when it is loaded, is never read", import_model, tmp_path / name, out)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / CONFIG).write_text("{}")
     (tmp_path / name).rename(tmp_path / "vae" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin: a pickle"):
-        import_model(tmp_path / "vae", out)
+    refused(r"diffusion_pytorch_model\.bin: a pickle", import_model, tmp_path / "vae", out)
     assert not out.exists()
 
 
@@ -211,12 +202,10 @@ def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, out: P
         ({"block_out_channels": [2**40, 2**40]}, "no model can be made|has shape"),
     ):
         (folder / CONFIG).write_text(json.dumps(good | change))
-        with pytest.raises(UserError, match=reason):
-            import_model(folder, out)
+        refused(reason, import_model, folder, out)
     for text in ("{", "[]", "null", '"x"'):
         (folder / CONFIG).write_text(text)
-        with pytest.raises(UserError, match=r"config\.json: (cannot be read as JSON|not the configuration)"):
-            import_model(folder, out)
+        refused(r"config\.json: (cannot be read as JSON|not the configuration)", import_model, folder, out)
     assert not out.exists()
 
 
@@ -234,15 +223,12 @@ def test_impossible_sources_and_destinations_are_refused(codec: Codec, tmp_path:
         (folder, folder / WEIGHTS, "is the file to import"),
         (folder, tmp_path / "text.safetensors" / "x.safetensors", "cannot be written into"),
     ):
-        with pytest.raises(UserError, match=reason):
-            import_model(source, destination)
+        refused(reason, import_model, source, destination)
     (folder / WEIGHTS).rename(folder / "a.safetensors")
     save_file({"x": torch.zeros(1)}, folder / "b.safetensors")
-    with pytest.raises(UserError, match=r"but a\.safetensors, b\.safetensors; name the file"):
-        import_model(folder, out)
+    refused(r"but a\.safetensors, b\.safetensors; name the file", import_model, folder, out)
     (folder / f"{WEIGHTS}.index.json").write_text("{}")
-    with pytest.raises(UserError, match="in several shards"):
-        import_model(folder, out)
+    refused("in several shards", import_model, folder, out)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from latent_codec.errors import UserError
 from latent_codec.interop.autoencoder_kl import layouts
 from tests.support import kl
+from tests.support.errors import refused
 
 LATER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -55,8 +56,7 @@ def test_the_autoencoder_is_found_in_a_checkpoint(prefixes: list[str], found: st
 
 
 def test_none_or_several_autoencoders_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^x: no tensor encoder\.conv_in\.weight"):
-        layouts.prefix_of(["myencoder.conv_in.weight"], "x")
+    refused(r"^x: no tensor encoder\.conv_in\.weight", layouts.prefix_of, ["myencoder.conv_in.weight"], "x")
     with pytest.raises(UserError, match=r"^x: holds several autoencoders, a\., b\."):
         layouts.prefix_of(["a.encoder.conv_in.weight", "b.encoder.conv_in.weight"], "x")
 
@@ -78,8 +78,7 @@ def test_features_that_codecs_lack_are_named(name: str, feature: str) -> None:
 
 def test_one_tensor_under_two_names_is_refused() -> None:
     names = ("encoder.norm_out.weight", "encoder.conv_norm_out.weight")
-    with pytest.raises(UserError, match="there under two names"):
-        layouts.canonical({name: torch.zeros(1) for name in names}, "x")
+    refused("there under two names", layouts.canonical, {name: torch.zeros(1) for name in names}, "x")
 
 
 def test_tensors_that_tell_the_configuration_are_required() -> None:

@@ -1,0 +1,15 @@
+"""Check that a call is refused with the reason."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from latent_codec.errors import UserError
+
+
+def refused(reason: str, call: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Check that the call raises a UserError whose sentence matches the pattern, and return the sentence."""
+    with pytest.raises(UserError, match=reason) as caught:
+        call(*args, **options)
+    return str(caught.value)

@@ -62,12 +62,7 @@ def config_of(
 ) -> CodecConfig:
     """Return the config of a VAE of the backbone."""
     return CodecConfig(
-        image_channels=c,
-        latent_channels=z,
-        backbone=backbone,
-        bottleneck=CLAMP,
-        likelihood=likelihood,
-        classes=classes,
+        image_channels=c, latent_channels=z, backbone=backbone, bottleneck=CLAMP, likelihood=likelihood, classes=classes
     )
 
 

@@ -7,15 +7,7 @@ import math
 import numpy as np
 import torch
 
-from latent_codec.prior.context import (
-    SIGNALS,
-    TABLES,
-    ContextConfig,
-    ContextPrior,
-    Layer,
-    pass_layouts,
-    table_scale,
-)
+from latent_codec.prior.context import SIGNALS, TABLES, ContextConfig, ContextPrior, Layer, pass_layouts, table_scale
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.factorized import QUARTER_OCTAVES, FactorizedPrior
 from latent_codec.prior.priors import Priors, to_tensors

@@ -42,15 +42,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
 
 
+def _statistics(images: int, **moments: tuple[float, ...]) -> LatentStatistics:
+    return LatentStatistics(source="made up", images=images, **moments)
+
+
 def _tiny_codec() -> Codec:
     codec = make_codec(config_of(TINY_LITE))
-    codec.statistics = LatentStatistics(
-        source="made up",
-        images=3,
-        mean=(0.5, -1.0, 0.0, 2.0),
-        std=(1.0, 2.0, 0.5, 4.0),
-        posterior_std=(0.5, 0.5, 0.25, 1.0),
-    )
+    mean, std = (0.5, -1.0, 0.0, 2.0), (1.0, 2.0, 0.5, 4.0)
+    codec.statistics = _statistics(3, mean=mean, std=std, posterior_std=(0.5, 0.5, 0.25, 1.0))
     codec.provenance = {"note": "random weights"}
     codec.priors = _tiny_priors()
     return codec
@@ -61,15 +60,12 @@ def _tiny_priors() -> Priors:
     """Make priors of latents with standard deviations of 1 to 10 steps, and a context network of random weights."""
     channel_steps = np.array([0.25, 0.125, 0.1, 0.2], np.float32)
     spread = torch.tensor([2.0, 0.5, 0.1, 0.5])[:, None]
-    statistics = LatentStatistics(
-        source="made up", images=1, mean=(0.0,) * 4, std=(2.0, 0.5, 0.1, 0.5), posterior_std=(1.0,) * 4
-    )
+    statistics = _statistics(1, mean=(0.0,) * 4, std=(2.0, 0.5, 0.1, 0.5), posterior_std=(1.0,) * 4)
     means = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)) * spread
+    config = ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        context = ContextNet(
-            ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,)), channel_steps, statistics
-        ).freeze(logistic_tables())
+        context = ContextNet(config, channel_steps, statistics).freeze(logistic_tables())
     return Priors(channel_steps, factorized.fit(means, channel_steps), context)
 
 

@@ -34,6 +34,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def assert_uncorrelated(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Require a correlation within 4 standard deviations of none, of the values and of their squares."""
     limit = 4 / math.sqrt(a.numel())
     assert correlation(a, b) < limit and correlation(a.square(), b.square()) < limit
 
@@ -77,18 +78,12 @@ def test_integers_modulo_two_to_the_64_and_tensors_fold_alike_and_order_and_leng
         assert not torch.equal(folded, noise.fold(*keys[::-1]))
 
 
-def test_fold_broadcasts_and_has_no_collisions_on_a_grid_of_small_keys() -> None:
+def test_fold_broadcasts_on_its_tensors_device_and_has_no_collisions_on_a_grid_of_small_keys() -> None:
     grid = noise.fold(0, torch.arange(300)[:, None], torch.arange(300))
-    assert grid.shape == (300, 300)
-    assert len(grid.unique()) == 300 * 300
+    assert grid.shape == (300, 300) and len(grid.unique()) == 300 * 300
     assert torch.equal(grid[17, 4], noise.fold(0, 17, 4))
-
-
-@pytest.mark.parametrize("after", [[], [3], [3, torch.tensor(1)]])
-def test_fold_stays_on_the_device_of_its_tensors(after: list[int | torch.Tensor]) -> None:
     keys = torch.zeros(4, dtype=torch.int64, device="meta")
-    after = [k.to("meta") if isinstance(k, torch.Tensor) else k for k in after]
-    assert noise.fold(5, keys, *after).device.type == "meta"
+    assert {noise.fold(5, keys, *after).device.type for after in ([], [3], [3, keys[0]])} == {"meta"}
 
 
 @given(st.binary(max_size=20))
@@ -97,19 +92,14 @@ def test_text_keys_are_the_same_for_ever_and_fit_int64_for_any_file_name(name: b
     assert -(2**63) <= noise.text_key(name.decode("utf-8", "surrogateescape")) < 2**63
 
 
-@given(st.lists(int64, min_size=1, max_size=6), st.data(), shapes | st.sampled_from([(16, 33, 37), (3,)]))
+@given(st.lists(int64, max_size=6), st.data(), shapes | st.sampled_from([(16, 33, 37), (3,), (0, 3)]))
 def test_normal_does_not_depend_on_the_batch(keys: list[int], data: st.DataObject, shape: tuple[int, ...]) -> None:
     order = data.draw(st.permutations(range(len(keys))))
-    batch = torch.tensor(keys)
+    batch = torch.tensor(keys, dtype=torch.int64)
     whole = noise.normal(batch, shape)
     assert whole.shape == (len(keys), *shape) and whole.dtype == torch.float32
-    assert torch.equal(whole, torch.cat([noise.normal(batch[i : i + 1], shape) for i in range(len(keys))]))
+    assert all(torch.equal(whole[i], noise.normal(batch[i : i + 1], shape)[0]) for i in range(len(keys)))
     assert torch.equal(whole[order], noise.normal(batch[order], shape))
-
-
-def test_normal_of_no_keys_or_no_positions_is_empty() -> None:
-    assert noise.normal(torch.zeros(0, dtype=torch.int64), (3, 2)).shape == (0, 3, 2)
-    assert noise.normal(torch.arange(2), (0, 3)).shape == (2, 0, 3)
 
 
 def test_normal_does_not_depend_on_the_number_of_threads() -> None:
@@ -141,7 +131,7 @@ def test_normals_of_neighbouring_keys_and_positions_are_uncorrelated(keys: str) 
 
 
 def test_normals_of_keys_an_increment_apart_do_not_overlap() -> None:
-    """Were keys not mixed first, one SplitMix64 sequence would be the other's shifted by one."""
+    # Were keys not mixed first, one SplitMix64 sequence would be the other's shifted by one.
     rows = noise.normal(torch.arange(200) * GOLDEN, (1000,))
     for shift in (-1, 0, 1):
         assert correlation(rows[:-1].roll(shift, dims=1)[:, 1:-1], rows[1:, 1:-1]) < 4 / math.sqrt(199 * 998)
@@ -160,8 +150,7 @@ def test_the_two_normals_of_one_hash_have_independent_radius_and_angle(zoom: int
 @every_key_set
 def test_uniform_is_uniform_in_the_half_open_interval(keys: str) -> None:
     u = noise.uniform(key_set(keys, N))
-    assert u.dtype == torch.float64
-    assert u.amin().item() >= 0 and u.amax().item() < 1
+    assert u.dtype == torch.float64 and u.amin().item() >= 0 and u.amax().item() < 1
     assert kolmogorov_smirnov(u) < KS_LIMIT
     assert correlation(u[1:], u[:-1]) < 4 / math.sqrt(N)
 
@@ -170,8 +159,7 @@ def test_uniform_is_uniform_in_the_half_open_interval(keys: str) -> None:
 def test_below_is_in_range_even_at_the_largest_hash(pairs: list[tuple[int, int]]) -> None:
     limit, keys = torch.tensor(pairs).unbind(1)
     found = noise.below(limit, keys)
-    assert found.dtype == torch.int64
-    assert ((found >= 0) & (found < limit)).all()
+    assert found.dtype == torch.int64 and ((found >= 0) & (found < limit)).all()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise, "mix", lambda keys: torch.full_like(keys, -1))  # all bits set
         assert torch.equal(noise.below(limit, keys), limit - 1)
@@ -184,21 +172,23 @@ def test_below_is_uniform(limit: int) -> None:
     assert limit == 1 or chi_square_excess(counts) < 4
 
 
+def shuffled(n: int, key: int) -> torch.Tensor:
+    return noise.permutation(n, torch.tensor(key))
+
+
 @given(st.integers(0, 200), int64)
 def test_permutation_holds_each_index_once(n: int, key: int) -> None:
-    assert torch.equal(noise.permutation(n, torch.tensor(key)).sort().values, torch.arange(n))
+    assert torch.equal(shuffled(n, key).sort().values, torch.arange(n))
 
 
 @pytest.mark.parametrize("flip", [1, 2, 3, 1 << 20, 1 << 62])
 def test_permutations_of_neighbouring_keys_are_unrelated(flip: int) -> None:
-    n = 5000
-    a, b = (noise.permutation(n, torch.tensor(key)) for key in (5, 5 ^ flip))
-    assert correlation(a, b) < 4 / math.sqrt(n)
-    assert torch.bincount(a ^ b).amax().item() < 12  # a mirrored order would show as one frequent value
-    assert torch.bincount((a - b) % n).amax().item() < 12
+    a, b = shuffled(5000, 5), shuffled(5000, 5 ^ flip)
+    assert correlation(a, b) < 4 / math.sqrt(5000)
+    for difference in (a ^ b, (a - b) % 5000):  # a mirrored order would show as one frequent value
+        assert torch.bincount(difference).amax().item() < 12
 
 
 def test_permutation_places_each_index_uniformly() -> None:
-    n = 12
-    places = torch.stack([noise.permutation(n, torch.tensor(key)) for key in range(3000)])  # (3000, n)
-    assert chi_square_excess(torch.stack([torch.bincount(column, minlength=n) for column in places.T])) < 4
+    places = torch.stack([shuffled(12, key) for key in range(3000)])  # (3000, 12)
+    assert chi_square_excess(torch.stack([torch.bincount(column, minlength=12) for column in places.T])) < 4

@@ -35,6 +35,7 @@ class Painted(NamedTuple):
 
 
 def pipeline(family: str, vae: Any) -> Any:
+    """Make the pipeline of a family, always with the same random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = _MAKERS[family](vae, vae.config.latent_channels)
@@ -44,17 +45,11 @@ def pipeline(family: str, vae: Any) -> Any:
 
 def paint(family: str, vae: Any) -> Painted:
     """Paint the same picture twice: as latents, and decoded by the pipeline."""
-    made = pipeline(family, vae)
+    made, size = pipeline(family, vae), {"height": SIDE, "width": SIDE, "num_inference_steps": 2}
 
     def run(kind: str) -> torch.Tensor:
-        return made(
-            **_prompts(family),
-            height=SIDE,
-            width=SIDE,
-            num_inference_steps=2,
-            generator=torch.Generator().manual_seed(0),
-            output_type=kind,
-        ).images
+        generator = torch.Generator().manual_seed(0)
+        return made(**_prompts(family), **size, generator=generator, output_type=kind).images
 
     latents = run("latent")
     if family == "FLUX":
@@ -87,90 +82,52 @@ def _prompts(family: str) -> dict[str, torch.Tensor]:
 
 
 def _unet(channels: int, **settings: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        in_channels=channels,
-        out_channels=channels,
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=_WIDTH,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        **settings,
-    )
+    settings |= {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": _WIDTH}
+    settings |= {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    settings |= {"sample_size": 8, "norm_num_groups": 4, "attention_head_dim": 4}
+    return UNet2DConditionModel(in_channels=channels, out_channels=channels, **settings)
+
+
+def _absent(*parts: str) -> dict[str, Any]:
+    return dict.fromkeys(parts)
 
 
 def _sd(vae: Any, channels: int) -> Any:
-    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
-    return StableDiffusionPipeline(
-        vae=vae, unet=_unet(channels), scheduler=scheduler, requires_safety_checker=False, **parts
-    )
+    parts = _absent("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    unet = _unet(channels)
+    return StableDiffusionPipeline(vae=vae, unet=unet, scheduler=scheduler, requires_safety_checker=False, **parts)
 
 
 def _sdxl(vae: Any, channels: int) -> Any:
-    parts: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    parts = _absent("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
     unet = _unet(channels, **more, projection_class_embeddings_input_dim=_WIDTH + 6 * 4)
     return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=DDIMScheduler(), add_watermarker=False, **parts)
 
 
 def _sd3(vae: Any, channels: int) -> Any:
-    parts: dict[str, Any] = dict.fromkeys(
-        f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")
-    )
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=channels,
-        out_channels=channels,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=_WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=_WIDTH,
-    )
+    parts = _absent(*(f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")))
+    size: Any = {"sample_size": 8, "patch_size": 1, "in_channels": channels, "out_channels": channels}
+    transformer = SD3Transformer2DModel(**size, **_BLOCK, **_TEXT, attention_head_dim=8, caption_projection_dim=16)
     scheduler = FlowMatchEulerDiscreteScheduler()
     return StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **parts)
 
 
 def _flux(vae: Any, channels: int) -> Any:
-    parts: dict[str, Any] = dict.fromkeys(
-        f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2")
-    )
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4 * channels,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=_WIDTH,
-        pooled_projection_dim=_WIDTH,
-        axes_dims_rope=(4, 4, 8),
-    )
+    parts = _absent("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    size: Any = {"patch_size": 1, "in_channels": 4 * channels, "num_single_layers": 1, "axes_dims_rope": (4, 4, 8)}
+    transformer = FluxTransformer2DModel(**size, **_BLOCK, **_TEXT, attention_head_dim=16)
     return FluxPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, **parts)
 
 
-def dit(vae: Any) -> DiTPipeline:
+def _dit(vae: Any, channels: int) -> Any:
     """Make a pipeline that takes classes instead of prompts."""
-    channels = vae.config.latent_channels
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = DiTTransformer2DModel(
-            in_channels=channels,
-            out_channels=channels,
-            sample_size=4,
-            num_layers=1,
-            num_attention_heads=2,
-            attention_head_dim=8,
-        )
-    made = DiTPipeline(transformer.eval(), vae, DDIMScheduler())
-    made.set_progress_bar_config(disable=True)
-    return made
+    size: Any = {"sample_size": 4, "in_channels": channels, "out_channels": channels}
+    transformer = DiTTransformer2DModel(**size, **_BLOCK, attention_head_dim=8)
+    return DiTPipeline(transformer.eval(), vae, DDIMScheduler())
 
 
-_MAKERS = {"SD": _sd, "SDXL": _sdxl, "SD3": _sd3, "FLUX": _flux}
+_BLOCK: Any = {"num_layers": 1, "num_attention_heads": 2}
+_TEXT: Any = {"joint_attention_dim": _WIDTH, "pooled_projection_dim": _WIDTH}
+_MAKERS = {"SD": _sd, "SDXL": _sdxl, "SD3": _sd3, "FLUX": _flux, "DiT": _dit}

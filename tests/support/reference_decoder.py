@@ -26,6 +26,11 @@ class RefusalError(Exception):
     """Refuses what is not a sound stream of this model."""
 
 
+def refuse_if(wrong: object, reason: str) -> None:
+    if wrong:
+        raise RefusalError(reason)
+
+
 class Header(NamedTuple):
     version: int
     stream_id: bytes
@@ -71,6 +76,9 @@ class Model(NamedTuple):
         """Return the format version of streams under the context prior."""
         return 3 if any(self.levels) else 2 if self.centred else 1
 
+    def tables(self, kind: str) -> "Tables":
+        return Tables(*(self.tensors[f"prior.{kind}.{name}"] for name in ("counts", "sizes", "first")))
+
     def stream_id(self, kind: str) -> bytes:
         digest = hashlib.sha256(self.model_id.encode())
         for name in sorted(self.tensors):
@@ -99,27 +107,18 @@ def read_model(path: Path) -> Model:
 
 def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
     magic = b"\x89LC\r\n\x1a\n"
-    if not data or data[:7] != magic[: len(data)]:
-        raise RefusalError("magic")
-    if len(data) < 47:
-        raise RefusalError("cut header")
+    refuse_if(not data or data[:7] != magic[: len(data)], "magic")
+    refuse_if(len(data) < 47, "cut header")
     fields = struct.unpack("<7sB8sIIBB3sHQI", data[:43])
     _, version, stream_id, width, height, orientation, flags, background, step, seed, length = fields
     payload, crcs = data[47 : 47 + length], (data[43:47], data[47 + length :])
-    if crcs[0] != struct.pack("<I", zlib.crc32(data[:43])):
-        raise RefusalError("header checksum")
-    if version not in (1, 2, 3):
-        raise RefusalError("version")
-    if width * height > max_pixels:
-        raise RefusalError("pixels")
-    if len(data) != 51 + length:
-        raise RefusalError("length")
-    if crcs[1] != struct.pack("<I", zlib.crc32(payload)):
-        raise RefusalError("payload checksum")
-    if flags > 15 or (seed and not flags & 4) or (any(background) and not flags & 2) or step < 16:
-        raise RefusalError("values")
-    if not width or not height or not 1 <= orientation <= 8:
-        raise RefusalError("geometry")
+    refuse_if(crcs[0] != struct.pack("<I", zlib.crc32(data[:43])), "header checksum")
+    refuse_if(version not in (1, 2, 3), "version")
+    refuse_if(width * height > max_pixels, "pixels")
+    refuse_if(len(data) != 51 + length, "length")
+    refuse_if(crcs[1] != struct.pack("<I", zlib.crc32(payload)), "payload checksum")
+    refuse_if(flags > 15 or (seed and not flags & 4) or (any(background) and not flags & 2) or step < 16, "values")
+    refuse_if(not width or not height or not 1 <= orientation <= 8, "geometry")
     seed = seed if flags & 4 else None
     return Header(version, stream_id, width, height, orientation, flags, background, step, seed), payload
 
@@ -128,13 +127,10 @@ class Ans:
     """The state of the entropy decoder."""
 
     def __init__(self, payload: bytes) -> None:
-        if len(payload) % 4 or len(payload) < 8:
-            raise RefusalError("words")
+        refuse_if(len(payload) % 4 or len(payload) < 8, "words")
         self.words = list(struct.unpack(f"<{len(payload) // 4}I", payload))
-        if not self.words[-1]:
-            raise RefusalError("last word")
-        self.x = self.words.pop() << 32
-        self.x |= self.words.pop()
+        refuse_if(not self.words[-1], "last word")
+        self.x = self.words.pop() << 32 | self.words.pop()
 
     def symbol(self, cumulative: list[int]) -> int:
         """Return the next symbol under a table given by the sums of its frequencies, from 0 to 2^24."""
@@ -142,14 +138,12 @@ class Ans:
         s = bisect_right(cumulative, q) - 1
         self.x = (self.x >> 24) * (cumulative[s + 1] - cumulative[s]) + q - cumulative[s]
         if self.x < 2**32:
-            if not self.words:
-                raise RefusalError("ran out")
+            refuse_if(not self.words, "ran out")
             self.x = self.x << 32 | self.words.pop()
         return s
 
     def finish(self) -> None:
-        if self.words or self.x != START:
-            raise RefusalError("end state")
+        refuse_if(self.words or self.x != START, "end state")
 
 
 class Writer:
@@ -191,8 +185,7 @@ class Tables:
 
     def _escaped(self, ans: Ans, table: int) -> int:
         value = ans.symbol(UNIFORM) - 2**15
-        if 0 <= value - self.first[table] < len(self.cumulative[table]) - 2:
-            raise RefusalError("escape")
+        refuse_if(0 <= value - self.first[table] < len(self.cumulative[table]) - 2, "escape")
         return value
 
     def write(self, writer: Writer, values: list[int], tables: list[int]) -> None:
@@ -236,40 +229,28 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
     """Decode a stream; raise `RefusalError` for what no decoder may accept."""
     header, payload = read_stream(data, max_pixels)
     kind = "context" if header.flags & 8 else "factorized"
-    if kind == "context" and model.priors["context"] is None:
-        raise RefusalError("no such prior")
-    if header.stream_id != model.stream_id(kind):
-        raise RefusalError("stream id")
-    if header.version != (model.version if kind == "context" else 1):
-        raise RefusalError("another version")
-    if model.codes is not None and (header.step != 1024 or header.seed is not None):
-        raise RefusalError("no step")
-    shape = (
-        model.config["latent_channels"] if model.codes is None else 1,
-        -(-header.height // model.factor),
-        -(-header.width // model.factor),
-    )
-    if math.prod(shape) * -math.log2(1 - 2**-10) > 8 * len(payload):
-        raise RefusalError("too short")
-    ans = Ans(payload)
+    refuse_if(kind == "context" and model.priors["context"] is None, "no such prior")
+    refuse_if(header.stream_id != model.stream_id(kind), "stream id")
+    refuse_if(header.version != (model.version if kind == "context" else 1), "another version")
+    refuse_if(model.codes is not None and (header.step != 1024 or header.seed is not None), "no step")
+    channels = model.config["latent_channels"] if model.codes is None else 1
+    shape = channels, -(-header.height // model.factor), -(-header.width // model.factor)
+    refuse_if(math.prod(shape) * -math.log2(1 - 2**-10) > 8 * len(payload), "too short")
+    ans, tables = Ans(payload), model.tables(kind)
     if model.codes is not None:
-        return _indices(ans, model, shape)
-    tables = Tables(*(model.tensors[f"prior.{kind}.{name}"] for name in ("counts", "sizes", "first")))
+        return _indices(ans, tables, model, shape)
     fine = _context(ans, tables, model, header, shape) if kind == "context" else _factorized(ans, tables, header, shape)
     ans.finish()
     values = (fine + 2**16) // 2**17
-    if np.abs(values).max() > 16383:
-        raise RefusalError("magnitude")
+    refuse_if(np.abs(values).max() > 16383, "magnitude")
     size = model.tensors["prior.base"].astype(np.float64) * header.step
     return Decoded(values, (fine.astype(np.float64) * size[:, None, None] * 2.0**-27).astype(np.float32))
 
 
-def _indices(ans: Ans, model: Model, shape: tuple[int, int, int]) -> Decoded:
-    tables = Tables(*(model.tensors[f"prior.factorized.{name}"] for name in ("counts", "sizes", "first")))
+def _indices(ans: Ans, tables: Tables, model: Model, shape: tuple[int, int, int]) -> Decoded:
     values = np.array(tables.read(ans, [0] * math.prod(shape)), np.int64).reshape(shape)
     ans.finish()
-    if values.min() < 0 or values.max() >= model.codes:
-        raise RefusalError("no such code")
+    refuse_if(values.min() < 0 or values.max() >= model.codes, "no such code")
     if model.config["bottleneck"]["kind"] == "vq":
         return Decoded(values, model.tensors["bottleneck.codebook"][values[0]].transpose(2, 0, 1).astype(np.float32))
     latents, rest = [], values[0]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,9 +23,9 @@ from latent_codec.images.sources import find_images
 from latent_codec.images.write import write_image
 from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, GaussianConfig, LiteConfig
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import step_code
+from tests.support.networks import TINY_LITE, config_of, make_codec
 from tests.support.prior import context_prior
 from train.init.closed_form import all_patch_moments, start_from_closed_form
 
@@ -36,43 +36,32 @@ SOURCES = find_images(Path(__file__).parents[3] / "examples" / "photos")
 
 class Case(NamedTuple):
     prior: PriorKind
-    width: int
-    height: int
+    geometry: Geometry
     step: float = 1.0
     seed: int | None = None
-    orientation: int = 1
-    grey: bool = False
-    background: str | None = None
+
+
+def size(width: int, height: int, orientation: int = 1, mode: Any = "RGB", background: str | None = None) -> Geometry:
+    return Geometry(width=width, height=height, orientation=orientation, mode=mode, background=background)
 
 
 CASES = {
-    "factorized-mode": Case("factorized", 72, 48),
-    "factorized-dither": Case("factorized", 40, 33, step=0.7, seed=2**64 - 1),
-    "context-mode": Case("context", 72, 48),
-    "context-dither": Case("context", 56, 64, step=0.5, seed=0x0123456789ABCDEF),
-    "grey": Case("context", 64, 40, step=2.0, grey=True),
-    "one-pixel": Case("context", 1, 1, seed=7),
-    "odd-turned": Case("context", 67, 45, step=1.37, orientation=6, background="#204060"),
-    "one-column": Case("context", 5, 77, step=0.9),
-    "coarsest": Case("context", 48, 48, step=63.0, seed=0),
-    "escapes": Case("factorized", 24, 24, step=1 / 64),
+    "factorized-mode": Case("factorized", size(72, 48)),
+    "factorized-dither": Case("factorized", size(40, 33), step=0.7, seed=2**64 - 1),
+    "context-mode": Case("context", size(72, 48)),
+    "context-dither": Case("context", size(56, 64), step=0.5, seed=0x0123456789ABCDEF),
+    "grey": Case("context", size(64, 40, mode="L"), step=2.0),
+    "one-pixel": Case("context", size(1, 1), seed=7),
+    "odd-turned": Case("context", size(67, 45, orientation=6, background="#204060"), step=1.37),
+    "one-column": Case("context", size(5, 77), step=0.9),
+    "coarsest": Case("context", size(48, 48), step=63.0, seed=0),
+    "escapes": Case("factorized", size(24, 24), step=1 / 64),
 }
 
 
 def tiny_codec() -> Codec:
     """Return a codec that sees real pictures well enough that a wrong latent shows."""
-    backbone = LiteConfig(
-        patch=8, stem=4, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
-    )
-    config = CodecConfig(
-        image_channels=3,
-        latent_channels=4,
-        backbone=backbone,
-        bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-        likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-    )
-    torch.manual_seed(0)
-    codec = Codec(config).eval()
+    codec = make_codec(config_of(TINY_LITE))
     start_from_closed_form(codec, all_patch_moments(SOURCES, codec, quiet=True))
     calibrate(codec, SOURCES, "the example photographs", quiet=True)
     assert codec.priors is not None
@@ -84,16 +73,10 @@ def tiny_codec() -> Codec:
 
 def make(codec: Codec, name: str, case: Case) -> dict[str, str]:
     """Write the stream and the picture of a case; return their digests."""
-    detail = SOURCES[len(name) % 4].read().pixels[:, 100 : 100 + case.height, 60 : 60 + case.width]
-    if case.grey:
+    geometry = case.geometry
+    detail = SOURCES[len(name) % 4].read().pixels[:, 100 : 100 + geometry.height, 60 : 60 + geometry.width]
+    if geometry.mode == "L":
         detail = detail.float().mean(0, keepdim=True).round().to(torch.uint8).expand(3, -1, -1)
-    geometry = Geometry(
-        width=case.width,
-        height=case.height,
-        orientation=case.orientation,
-        mode="L" if case.grey else "RGB",
-        background=case.background,
-    )
     streams = StreamCodec(codec, "cpu", case.prior)
     mean = codec.encode(pad(detail, codec.factor)[None]).mean[0]
     coded = streams.compress([(streams.scale(mean, step_code(case.step), case.seed), geometry)])[0]

@@ -69,7 +69,7 @@ def test_raw_weights_are_right_by_each_familys_own_formula(tmp_path: Path, famil
 @pytest.mark.parametrize("kind", ["export", "adapter"])
 def test_a_pipeline_is_saved_and_loaded_with_its_autoencoder(codec: Codec, tmp_path: Path, kind: str) -> None:
     vae = CodecAutoencoder.from_codec(codec) if kind == "adapter" else exported(kl.codec(), tmp_path / "vae")
-    made = pipelines.dit(vae)
+    made = pipelines.pipeline("DiT", vae)
     made.save_pretrained(tmp_path / "pipeline")
     loaded: Any = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     assert type(loaded.vae) is type(vae)

@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,17 +45,16 @@ def test_statistics_are_moments_over_images_and_positions(codec: Codec, photos: 
     mean = torch.cat([p.mean[0].flatten(1) for p in posteriors], 1).double()  # (z, positions)
     variance = torch.cat([p.logvar[0].flatten(1) for p in posteriors], 1).double().exp()
     assert (found.source, found.images) == ("five", 5)
-    assert torch.allclose(torch.tensor(found.mean).double(), mean.mean(1))
-    assert torch.allclose(torch.tensor(found.posterior_std).double(), variance.mean(1).sqrt())
-    expected = (mean.var(1, correction=0) + variance.mean(1)).sqrt()
-    assert torch.allclose(torch.tensor(found.std).double(), expected)
+    std = (mean.var(1, correction=0) + variance.mean(1)).sqrt()
+    moments = {"mean": mean.mean(1), "posterior_std": variance.mean(1).sqrt(), "std": std}
+    for name, expected in moments.items():
+        assert torch.allclose(torch.tensor(getattr(found, name)).double(), expected)
 
 
 def test_statistics_are_of_the_first_images_asked_for(codec: Codec, model_file: Path, photos: Path) -> None:
     out = photos.parent / "out.safetensors"
     found = export(model_file, out, data=(photos,), images=2, half=False).statistics
-    assert found is not None
-    assert found == measured(codec, find_images(photos)[:2], "first 2 images of photos")
+    assert found is not None and found == measured(codec, find_images(photos)[:2], "first 2 images of photos")
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -110,35 +110,31 @@ def test_a_runs_newest_averaged_weights_are_exported_with_their_provenance(run: 
 DAMAGE = ["{", "[]", "{}", "3", None]
 
 
-def damage(file: Path, content: str | None) -> None:
-    """Replace a file's content, or delete it."""
-    file.unlink() if content is None else file.write_text(content)
+def damaged(file: Path) -> Iterator[None]:
+    """Replace a file's content by each of `DAMAGE` in turn; the last time delete it."""
+    for content in DAMAGE:
+        file.unlink() if content is None else file.write_text(content)
+        yield
 
 
 def test_a_run_with_damaged_settings_is_refused(run: Path, photos: Path) -> None:
-    for content in DAMAGE:
-        damage(run / "config.json", content)
+    for _ in damaged(run / "config.json"):
         with pytest.raises(UserError, match=r"config\.json or state\.json cannot be read"):
             prepare(run, data=(photos,), images=1)
 
 
 @pytest.mark.parametrize("name", ["state.json", "ema.safetensors"])
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
-    run: Path, photos: Path, name: str, caplog: pytest.LogCaptureFixture
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one_and_without_any_other_the_run_is_refused(
+    run: Path, tmp_path: Path, photos: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for content in DAMAGE:
-        damage(run / "checkpoints" / "step-00000100" / name, content)
+    for _ in damaged(run / "checkpoints" / "step-00000100" / name):
         exported = prepare(run, data=(photos,), images=1)
         assert exported.state_dict()["backbone.linear.encoder.bias"][0] == 20
         assert "step-00000100" in caplog.text
         caplog.clear()
-
-
-def test_a_run_without_a_whole_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
-    for step in ("step-00000020", "step-00000100"):
-        damage(run / "checkpoints" / step / "ema.safetensors", "x")
-    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
-        prepare(run, data=(), images=1)
+    for _ in damaged(run / "checkpoints" / "step-00000020" / name):
+        with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
+            prepare(run, data=(), images=1)
     (tmp_path / "new").mkdir()
     with pytest.raises(UserError, match="no finished checkpoint"):
         prepare(tmp_path / "new", data=(), images=1)
@@ -149,21 +145,16 @@ def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, mo
     (photos / "2.png").write_text("no picture")
     with pytest.raises(UserError, match=r"^2\.png: not a readable image"):
         export(model_file, out, data=(photos,), images=9, half=False)
-
-    def work(*_: Any, **__: Any) -> None:
-        raise AssertionError("worked")
-
-    monkeypatch.setattr(export_module, "calibrate", work)
+    monkeypatch.setattr(export_module, "calibrate", mock.Mock(side_effect=AssertionError("worked")))
     (photos.parent / "file").write_text("mine")
-    for destination, images, reason in (
-        (photos, 1, "is a folder"),
-        (photos.parent / "file" / "m.safetensors", 1, "cannot be written into"),
-        (out, 0, "at least 1"),
+    for model, destination, images, reason in (
+        (model_file, photos, 1, "is a folder"),
+        (model_file, photos.parent / "file" / "m.safetensors", 1, "cannot be written into"),
+        (model_file, out, 0, "at least 1"),
+        (Path("no such model"), out, 1, "neither a file nor a shipped model"),
     ):
         with pytest.raises(UserError, match=reason):
-            export(model_file, destination, data=(photos,), images=images, half=False)
-    with pytest.raises(UserError, match="neither a file nor a shipped model"):
-        export(Path("no such model"), out, data=(photos,), images=1, half=False)
+            export(model, destination, data=(photos,), images=images, half=False)
     assert not out.exists()
 
 

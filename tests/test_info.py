@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,18 +10,16 @@ from PIL import Image
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import OVERHEAD, unpack
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
-from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
-from latent_codec.inference.runner import Runner
 from latent_codec.info import describe
 from latent_codec.latents.format import INDEX
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import ConvConfig, LinearConfig
+from latent_codec.model.config import LinearConfig
 from latent_codec.model.describe import count_flops
 from tests.conftest import Draw
+from tests.support.folder import make
+from tests.support.networks import CONV
 from tests.support.prior import context_prior
 from train.config.presets import photo
 
@@ -36,17 +33,13 @@ def test_the_photo_preset_keeps_to_its_budget() -> None:
 
 def test_flops_are_two_for_each_multiply_accumulate(codec: Codec) -> None:
     config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=8))
-    flops = count_flops(config, 64)  # 8x8 patches of 192 values
-    assert flops.encoder == 2 * 64 * 192 * 8  # mean and logvar of 4 channels
-    assert flops.decoder == 2 * 64 * 192 * 4
+    encoder, decoder = 2 * 64 * 192 * 8, 2 * 64 * 192 * 4  # 8x8 patches of 192 values; mean and logvar of 4 channels
+    assert count_flops(config, 64)[:2] == (encoder, decoder)
 
 
 def test_flops_of_every_convolution_and_of_attention_are_counted(codec: Codec) -> None:
-    options = {"widths": (8, 16), "layers_per_block": 1, "groups": 4, "quant_conv": True, "post_quant_conv": True}
-    with_attention, without = (
-        count_flops(dataclasses.replace(codec.config, backbone=ConvConfig(**options, mid_attention=attention)), 32)
-        for attention in (True, False)
-    )
+    backbones = (dataclasses.replace(CONV, widths=(8, 16), mid_attention=attention) for attention in (True, False))
+    with_attention, without = (count_flops(dataclasses.replace(codec.config, backbone=b), 32) for b in backbones)
     n, d = 16 * 16, 16  # tokens, width
     expected = 4 * 2 * n * d * d + 2 * 2 * n * n * d  # four projections, two products
     assert with_attention.encoder - without.encoder == expected
@@ -61,34 +54,33 @@ def test_counting_leaves_no_trace_and_needs_no_memory(codec: Codec) -> None:
     assert torch.zeros(1).device.type == "cpu"
 
 
-def described(codec: Codec, folder: Path) -> str:
-    """Describe a codec's model file."""
+def assert_says(where: Path, *parts: object, model: Path | None = None) -> str:
+    """Describe what is there, with each of these parts; return the whole text."""
+    text = describe(str(where), model and str(model))
+    assert [part for part in map(str, parts) if part not in text] == []
+    return text
+
+
+def assert_described(codec: Codec, folder: Path, *parts: object) -> str:
     codec.save(folder / "m.safetensors")
-    return describe(str(folder / "m.safetensors"))
+    return assert_says(folder / "m.safetensors", *parts)
 
 
-def test_a_models_id_size_and_parts_are_said(codec: Codec, model_file: Path) -> None:
-    text = describe(str(model_file))
-    assert codec.model_id in text
-    assert str(codec.config.backbone) in text and str(codec.config.likelihood) in text
-    assert "4 channels, 1/8 of each side" in text
-    assert "over made up (3 images)" in text
-    flops = count_flops(codec.config)
-    assert f"encoder {flops.encoder / 1e9:.2f} GFLOP, decoder {flops.decoder / 1e9:.2f} GFLOP per 256x256" in text
-
-
-def test_a_factor_that_does_not_divide_256_is_no_obstacle(codec: Codec, tmp_path: Path) -> None:
-    text = described(Codec(dataclasses.replace(codec.config, backbone=LinearConfig(patch=6))), tmp_path)
-    assert "258x258 image" in text and "statistics  none" in text
+def test_a_models_id_size_and_parts_are_said(codec: Codec, tmp_path: Path) -> None:
+    flops, parts = count_flops(codec.config), (codec.model_id, codec.config.backbone, codec.config.likelihood)
+    size = f"encoder {flops.encoder / 1e9:.2f} GFLOP, decoder {flops.decoder / 1e9:.2f} GFLOP per 256x256"
+    assert_described(codec, tmp_path, *parts, size, "4 channels, 1/8 of each side", "over made up (3 images)")
+    other = Codec(dataclasses.replace(codec.config, backbone=LinearConfig(patch=6)))  # 6 does not divide 256
+    assert_described(other, tmp_path, "258x258 image", "statistics  none")
 
 
 def test_training_is_described_from_an_exports_provenance(codec: Codec, tmp_path: Path) -> None:
     training = {"data_images": 12, "data": ["a.tar", "b.tar"], "git_commit": "abc"}
     codec.provenance = {"progress": {"step": 7, "skipped": 0, "minutes": 3.2}, "training": training}
-    assert "7 steps, 3 minutes, 12 images of a.tar, b.tar, commit abc" in described(codec, tmp_path)
+    assert_described(codec, tmp_path, "7 steps, 3 minutes, 12 images of a.tar, b.tar, commit abc")
     for provenance in ({"progress": 5}, {"progress": {"step": 1}}, {"imported_from": "elsewhere"}):
         codec.provenance = provenance
-        assert str(next(iter(provenance))) in described(codec, tmp_path)
+        assert_described(codec, tmp_path, *provenance)
 
 
 def change(codec: Codec) -> None:
@@ -99,35 +91,36 @@ def change(codec: Codec) -> None:
 def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     for name, width in (("a", 16), ("b", 17), ("c", 16)):
         draw(tmp_path / "src" / f"{name}.png", width, 16)
-    encode_latents(Runner(codec), tmp_path / "src", tmp_path / "latents", quiet=True)
+    make("latents", codec, tmp_path / "src", tmp_path / "latents")
     return tmp_path / "latents"
 
 
 def test_latents_are_counted_with_their_real_bytes(codec: Codec, latents: Path, tmp_path: Path) -> None:
-    text = describe(str(latents))
     (shard,) = latents.glob("*.safetensors")
     size = shard.stat().st_size
-    assert "3 images in 1 shards" in text and codec.model_id in text
-    assert f"{8 * size / (16 * 16 + 17 * 16 + 16 * 16):.3f} bits per pixel" in text
-    assert "float16, raw, 1/8" in text and "over made up" in text
+    rate = f"{8 * size / (16 * 16 + 17 * 16 + 16 * 16):.3f} bits per pixel"
+    about = (codec.model_id, rate, "3 images in 1 shards", "float16, raw, 1/8", "over made up")
+    text = assert_says(latents, *about)
     assert describe(str(latents / INDEX)) == describe(str(shard)) == text
-    moved = shard.rename(tmp_path / "moved.safetensors")
-    assert f"3 images in 1 shards, {size / 1e6:.2f} MB" in describe(str(moved))
+    assert_says(shard.rename(tmp_path / "moved.safetensors"), f"3 images in 1 shards, {size / 1e6:.2f} MB")
     with pytest.raises(UserError, match=f"1 of its 1 shards are missing: {re.escape(shard.name)}"):
         describe(str(latents))
 
 
 def test_priors_are_described(codec: Codec, tmp_path: Path) -> None:
     assert codec.priors is not None and codec.priors.context is not None
-    text = described(codec, tmp_path)
-    assert f"factorized: {len(codec.priors.factorized.tables)} tables" in text and "steps of 0.1 to 0.25" in text
-    assert "context: groups of 1, 3 channels, levels 2, width 8, 481 tables; streams of format 3" in text
+    factorized = f"factorized: {len(codec.priors.factorized.tables)} tables", "steps of 0.1 to 0.25"
+    context = "context: groups of 1, 3 channels, levels 2, width 8, 481 tables; streams of format 3"
+    assert_described(codec, tmp_path, *factorized, context)
     codec.priors = codec.priors._replace(context=context_prior((1, 3), 8, 0, centred=True))
-    assert "groups of 1, 3 channels, width 8, 481 tables; streams of format 2" in described(codec, tmp_path)
+    assert_described(codec, tmp_path, "groups of 1, 3 channels, width 8, 481 tables; streams of format 2")
     codec.priors = codec.priors._replace(context=None)
-    assert "context" not in described(codec, tmp_path)
+    assert "context" not in assert_described(codec, tmp_path)
     codec.priors = None
-    assert "priors      none" in described(codec, tmp_path)
+    assert_described(codec, tmp_path, "priors      none")
+
+
+NAMES = ("plain.png.lc", "special.jpg.lc")
 
 
 @pytest.fixture
@@ -142,36 +135,29 @@ def streams(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     exif[0x0112] = 6
     plain = draw(tmp_path / "src" / "plain.png", 16, 16)
     special = draw(tmp_path / "src" / "special.jpg", 30, 20, "L", exif=exif)
-    options: dict[str, Any] = {"plain": {}, "special": {"sample": 1, "prior": "factorized"}}
-    for path, step in ((plain, 1.0), (special, 0.5)):
-        chosen = EncodeOptions(rate=Rate(step=step), **options[path.stem])
-        encode_lc(Runner(codec), path, tmp_path / "streams", chosen, quiet=True)
+    assert make("streams", codec, plain, tmp_path / "streams", step=1.0).done == 1
+    assert make("streams", codec, special, tmp_path / "streams", step=0.5, sample=1, prior="factorized").done == 1
     return tmp_path / "streams"
 
 
 def test_a_stream_is_described_without_its_model(streams: Path) -> None:
-    plain, special = (streams / name for name in ("plain.png.lc", "special.jpg.lc"))
-    size = plain.stat().st_size
-    text = describe(str(plain))
-    assert f"plain.png.lc, {size} bytes" in text and f"{8 * size / 256:.3f} bits per pixel" in text
-    assert f"{size - OVERHEAD} bytes, {OVERHEAD} more" in text
-    assert "16x16, colour\n" in text and "context" in text and "the mean, rounded, step 1\n" in text
-    header = container.read(special)
-    text = describe(str(special))
-    assert "20x30, grey, turned upright from EXIF orientation 6\n" in text
-    assert f"a draw, dithered with seed {header.seed}, step 0.5" in text
-    assert "factorized" in text and header.stream_id.hex() in text
+    plain, special = (streams / name for name in NAMES)
+    size, header = plain.stat().st_size, container.read(special)
+    sizes = f"plain.png.lc, {size} bytes", f"{8 * size / 256:.3f} bits", f"{size - OVERHEAD} bytes, {OVERHEAD} more"
+    assert_says(plain, *sizes, "16x16, colour\n", "context", "the mean, rounded, step 1\n")
+    origin = "20x30, grey, turned upright from EXIF orientation 6\n", "factorized", header.stream_id.hex()
+    assert_says(special, *origin, f"a draw, dithered with seed {header.seed}, step 0.5")
 
 
 def test_a_streams_model_is_recognised(streams: Path, codec: Codec, tmp_path: Path) -> None:
-    maker, other = str(tmp_path / "maker.safetensors"), tmp_path / "other.safetensors"
-    for name in ("plain.png.lc", "special.jpg.lc"):
-        assert f"model       {maker} (" in describe(str(streams / name), maker)
+    maker, other = tmp_path / "maker.safetensors", tmp_path / "other.safetensors"
+    for name in NAMES:
+        assert_says(streams / name, f"model       {maker} (", model=maker)
     change(codec)
     for priors in (codec.priors, None):
         codec.priors = priors
         codec.save(other)
-        assert "model       not " in describe(str(streams / "plain.png.lc"), str(other))
+        assert_says(streams / "plain.png.lc", "model       not ", model=other)
     with pytest.raises(UserError, match="neither a file nor a shipped model"):
         describe(str(streams / "plain.png.lc"), "no-such-model")
 
@@ -181,23 +167,21 @@ def test_a_stream_of_a_shipped_model_names_it_and_so_does_the_error_of_decoding_
     streams: Path, codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latent_codec.model.shipped.FOLDERS", (tmp_path / "shipped",))
-    assert "model       stream id " in describe(str(streams / "plain.png.lc"))  # no model is there
+    assert_says(streams / "plain.png.lc", "model       stream id ")  # no model is there
     (tmp_path / "shipped").mkdir()
     (tmp_path / "maker.safetensors").rename(tmp_path / "shipped" / "maker.safetensors")
     change(codec)
     codec.save(tmp_path / "shipped" / "another.safetensors")
-    for name in ("plain.png.lc", "special.jpg.lc"):
-        assert "model       maker (" in describe(str(streams / name))
+    for name in NAMES:
+        assert_says(streams / name, "model       maker (")
     with pytest.raises(UserError, match="give --model maker, which made it"):
         StreamReader(codec, "cpu").check(unpack((streams / "plain.png.lc").read_bytes()))
 
 
 def test_a_folder_of_streams_is_counted_with_its_real_bytes(streams: Path, tmp_path: Path) -> None:
-    text = describe(str(streams), str(tmp_path / "maker.safetensors"))
-    size = sum(f.stat().st_size for f in streams.glob("*.lc"))
-    assert "2 images" in text and f"{8 * size / (256 + 600):.3f} bits per pixel" in text
-    assert "1 rounded, 1 dithered, step 0.5 to 1" in text
-    assert text.count(f"model       {tmp_path / 'maker.safetensors'} (") == 2  # a stream id for each prior
+    maker, size = tmp_path / "maker.safetensors", sum(f.stat().st_size for f in streams.glob("*.lc"))
+    about = "2 images", f"{8 * size / (256 + 600):.3f} bits per pixel", "1 rounded, 1 dithered, step 0.5 to 1"
+    assert assert_says(streams, *about, model=maker).count(f"model       {maker} (") == 2  # an id for each prior
 
 
 def test_damaged_streams_are_refused_by_name(streams: Path) -> None:
@@ -213,12 +197,8 @@ def test_damaged_streams_are_refused_by_name(streams: Path) -> None:
 def test_files_of_no_known_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"\x00" * 100)
     (tmp_path / "junk.safetensors").write_text("text")
-    for name, reason in (
-        ("junk", "not a safetensors file"),
-        ("junk.safetensors", "not a safetensors file"),
-        ("none", "neither a file nor a shipped model"),
-        (".", "no latents there"),
-        (INDEX, "no latents there"),
-    ):
+    reasons = {name: "not a safetensors file" for name in ("junk", "junk.safetensors")}
+    reasons |= {"none": "neither a file nor a shipped model", ".": "no latents there", INDEX: "no latents there"}
+    for name, reason in reasons.items():
         with pytest.raises(UserError, match=reason):
             describe(str(tmp_path / name))

@@ -62,9 +62,7 @@ def test_rounds_lower_the_cost_and_none_changes_nothing(subject: Subject, step: 
     np.testing.assert_array_equal(refined(subject, 16, step).latents, found[-1].latents)
 
 
-def test_moves_that_only_harm_and_gradients_that_are_not_finite_change_nothing(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_harmful_moves_and_infinite_gradients_change_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, real = subject.scale(STEP_ONE).latents, Runner.nll_gradient
     np.testing.assert_array_equal(refined(subject, 3, rate=-1.0).latents, plain)
     monkeypatch.setattr(Runner, "nll_gradient", lambda *args: (1.0, real(*args)[1] / 0))
@@ -163,7 +161,7 @@ def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, phot
     assert plain != refined
 
 
-def test_an_image_too_large_for_memory_fails_alone(
+def test_an_image_beyond_memory_fails_alone(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Runner.nll_gradient

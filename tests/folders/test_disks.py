@@ -42,7 +42,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path, model_file: Path, draw:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", WRITERS, indirect=True)
-def test_a_full_disk_is_one_clear_error_and_once_there_is_room_the_command_goes_on(
+def test_a_full_disk_is_one_clear_error_and_with_room_the_command_goes_on(
     task: Task, disk: Path, tmp_path: Path
 ) -> None:
     task.do(tmp_path / "expected")

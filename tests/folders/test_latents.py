@@ -58,7 +58,7 @@ def test_images_come_back_upright_in_their_exact_size_and_grey_or_rgb(codec: Cod
         assert image.getexif().get(ORIENTATION, 1) == 1  # not turned a second time
 
 
-def test_what_is_stored_is_the_codecs_posterior_of_images_laid_on_the_background(
+def test_what_is_stored_is_the_posterior_of_images_laid_on_the_background(
     codec: Codec, tmp_path: Path, draw: Draw
 ) -> None:
     a = draw(tmp_path / "src" / "a.png", 16, 8)
@@ -201,7 +201,7 @@ def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "latents"
 
 
-def test_images_that_a_shard_does_not_hold_as_the_index_says_fail_and_no_others(
+def test_images_that_a_shard_does_not_hold_as_the_index_says_fail_alone(
     codec: Codec, tmp_path: Path, latents: Path
 ) -> None:
     shard = latents / next(e.shard for e in Latents(latents).entries if e.path == "a.png")
@@ -223,7 +223,7 @@ def test_images_that_a_shard_does_not_hold_as_the_index_says_fail_and_no_others(
         }
 
 
-def test_tampered_latents_and_those_of_another_model_are_refused_before_any_work(
+def test_tampered_latents_and_those_of_another_model_are_refused_at_once(
     codec: Codec, tmp_path: Path, latents: Path
 ) -> None:
     text = (latents / INDEX).read_text()
@@ -241,9 +241,7 @@ def test_tampered_latents_and_those_of_another_model_are_refused_before_any_work
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_existing_latents_are_refused_before_any_work_unless_to_be_overwritten(
-    codec: Codec, tmp_path: Path, latents: Path
-) -> None:
+def test_existing_latents_are_refused_unless_to_be_overwritten(codec: Codec, tmp_path: Path, latents: Path) -> None:
     (tmp_path / "src" / "c.png").unlink()
     shutil.rmtree(latents / ".latent_codec")
     before = files_of(latents)

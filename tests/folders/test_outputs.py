@@ -16,9 +16,7 @@ PAIRS: list[tuple[Kind, Kind]] = [("streams", "tars of streams"), ("images of st
 
 
 @pytest.mark.parametrize(("single", "tars"), PAIRS)
-def test_members_are_the_files_of_a_folder_which_are_not_mixed_with_tars(
-    places: Places, single: Kind, tars: Kind
-) -> None:
+def test_members_are_a_folders_files_which_are_not_mixed_with_tars(places: Places, single: Kind, tars: Kind) -> None:
     shards = places[tars].files.keys() - {FAILURES}
     assert len(shards) == 2 and all(name.endswith(".tar") and "/" not in name for name in shards)
     found: dict[str, bytes] = {}

@@ -22,7 +22,7 @@ from tests.support.folder import Kind, finish, make, small_units, start, wait_fo
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))
-def test_results_come_in_order_with_their_items_errors_too_and_few_are_begun_ahead(
+def test_results_come_in_order_errors_too_and_few_are_begun_ahead(
     items: list[int], workers: int, ahead: int | None
 ) -> None:
     begun: list[int] = []
@@ -124,7 +124,7 @@ def padded_or_die(name: str, *args: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latents", "streams"])
-def test_images_are_decoded_in_processes_and_one_that_is_killed_costs_nothing_before_it(
+def test_a_killed_process_that_decodes_images_costs_nothing(
     codec: Codec, tmp_path: Path, draw: Draw, kind: Kind
 ) -> None:
     for i in range(8):

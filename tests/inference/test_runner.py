@@ -29,7 +29,7 @@ OUT_OF_MEMORY: list[type[Exception] | Exception] = [
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(1, 50), st.sampled_from(OUT_OF_MEMORY))
-def test_lists_are_halved_until_they_fit_and_results_come_in_order(
+def test_lists_are_halved_until_they_fit_and_results_are_in_order(
     items: list[int], most: int, error: Exception
 ) -> None:
     calls: list[int] = []
@@ -108,7 +108,7 @@ def test_compiled_networks_give_the_same_but_for_rounding() -> None:
     assert (runner.decode_uint8(z).int() - pixels.int()).abs().max() <= 1
 
 
-def test_a_compiler_that_fails_is_one_clear_error(
+def test_a_failing_compiler_is_one_error(
     codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> DiagonalGaussian:

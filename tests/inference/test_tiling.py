@@ -163,9 +163,7 @@ LIKELIHOODS = [
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)
 @pytest.mark.parametrize("backbone", [FINITE["lite, deeper when fine"], CONV], ids=["lite", "conv"])
 @torch.inference_mode()
-def test_in_float32_finite_tiles_differ_by_rounding_alone_under_every_likelihood(
-    backbone: Any, likelihood: Any, cut_always: None
-) -> None:
+def test_finite_tiles_in_float32_differ_by_rounding_alone(backbone: Any, likelihood: Any, cut_always: None) -> None:
     codec = tiny(backbone, likelihood, z=4).to(memory_format=torch.channels_last)
     pixels, z, tile = photo(codec, 9, 14, 2), noise(codec, 9, 14, 2), tiling.least_tile(codec) + codec.factor
     decoded, tiled, pixel_means = codec.decode_uint8(z), tiling.decode_uint8(codec, z, tile), codec.decode(z)
@@ -180,7 +178,7 @@ def test_in_float32_finite_tiles_differ_by_rounding_alone_under_every_likelihood
 
 @pytest.mark.parametrize("backbone", [FINITE["lite"], CONV], ids=["lite", "conv"])
 @torch.inference_mode()
-def test_networks_never_see_more_than_a_tile_and_small_images_go_whole(
+def test_networks_see_no_more_than_a_tile_and_small_images_whole(
     backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = tiny(backbone)

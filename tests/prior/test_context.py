@@ -152,7 +152,7 @@ def test_how_it_is_computed_does_not_matter(
 @pytest.mark.slow
 @settings(max_examples=50)
 @given(shapes, st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
-def test_a_pass_is_blind_to_what_is_not_decoded_yet(
+def test_a_pass_is_blind_to_what_is_not_decoded(
     shape: Shape, h: int, w: int, dithered: bool, data: st.DataObject
 ) -> None:
     model, q = prior(*shape), image(sum(shape[0]), h, w, 1024, 3 if dithered else None)

@@ -38,9 +38,7 @@ def latents(seed: int, *shape: int) -> torch.Tensor:
 
 
 @given(codes, st.none() | seeds, st.integers(0, 99))
-def test_errors_are_at_most_half_a_step_and_the_dead_zone_and_are_made_once(
-    code: int, seed: int | None, data: int
-) -> None:
+def test_errors_are_at_most_half_a_step_and_the_dead_zone_and_made_once(code: int, seed: int | None, data: int) -> None:
     mean = latents(data, 3, 4, 5)
     quantized = quantize_plainly(mean, STEPS, code, seed)
     found = dequantize(quantized, STEPS)

@@ -45,9 +45,7 @@ def independent(tables: Tables) -> reference_decoder.Tables:
 
 
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 50), min_size=1, max_size=5), st.sampled_from([0, 0.01, 0.5, 1]))
-def test_payloads_are_lossless_near_the_ideal_length_and_the_formats_to_the_bit(
-    seed: int, lengths: list[int], far: float
-) -> None:
+def test_payloads_are_lossless_near_the_ideal_length_and_to_the_bit(seed: int, lengths: list[int], far: float) -> None:
     passes, tables, writer = draw_passes(seed, lengths, far), independent(coder().tables), reference_decoder.Writer()
     for values, chosen in reversed(passes):
         tables.write(writer, values.tolist(), chosen.tolist())

@@ -90,7 +90,7 @@ ALL = [f"{name}.png" for name in "abcde"]
 
 @hypothesis_settings(max_examples=30)
 @given(data=st.data())
-def test_a_journal_cut_off_anywhere_keeps_its_whole_lines_and_takes_more(
+def test_a_journal_cut_off_anywhere_keeps_whole_lines(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     values = data.draw(st.lists(st.dictionaries(st.text(), st.integers() | st.text()), min_size=1, max_size=5))
@@ -147,7 +147,7 @@ def other_process() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("change", ["none", "new source", "edited source", "other settings"])
-def test_a_unit_that_another_process_finished_meanwhile_is_settled_as_long_as_nothing_changes(
+def test_a_unit_that_another_process_finished_is_settled_unless_something_changes(
     folder: Path, src: Path, change: str
 ) -> None:
     def settled(ledger: Ledger) -> list[bool]:
@@ -247,9 +247,7 @@ def test_a_folder_where_nothing_can_be_locked_is_refused(folder: Path, monkeypat
             Ledger(folder, "streams", {}).__enter__()
 
 
-def test_a_disk_that_takes_half_a_line_says_why_it_takes_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_takes_half_a_line_says_why_not_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = mock.Mock(**{"tell.return_value": 0, "write.side_effect": [9, OSError(errno.ENOSPC, "No space left")]})
     monkeypatch.setattr(Path, "open", lambda *_, **__: full)
     journal = Journal(tmp_path / "j.jsonl")

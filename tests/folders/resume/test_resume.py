@@ -123,9 +123,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_unit_with_an_output_that_is_not_whole_is_made_again_and_no_other_and_so_is_the_index(
-    made: Copy, kind: Kind
-) -> None:
+def test_only_units_with_an_output_that_is_not_whole_are_made_again_and_so_is_the_index(made: Copy, kind: Kind) -> None:
     task, folder, expected = made(kind)
     outputs = [name for name in expected if name not in (FAILURES, INDEX)]  # shards, or files
     damaged = next((name for name in outputs if name.startswith("sub/d.png")), outputs[0])
@@ -142,9 +140,7 @@ def test_a_unit_with_an_output_that_is_not_whole_is_made_again_and_no_other_and_
             assert files_of(folder) == expected
 
 
-def test_a_unit_with_an_image_that_cannot_be_coded_is_made_again_to_the_same_bytes(
-    places: Places, tmp_path: Path
-) -> None:
+def test_a_unit_with_an_image_that_cannot_be_coded_is_made_to_the_same_bytes(places: Places, tmp_path: Path) -> None:
     task, folder = places["streams"].task, tmp_path / "z"
     first = task.do(folder, bpp=2.0)  # less than the header of the smallest image's file
     expected = files_of(folder)
@@ -212,7 +208,7 @@ def test_new_sources_are_made_with_their_unit_and_all_other_streams_stay(own: Co
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", ["a.png", "sub/é.png"])
 @pytest.mark.parametrize("kind", ["latents", "tars of streams"])
-def test_shards_are_those_of_the_sources_that_are_there(
+def test_shards_are_those_of_the_sources_there_are(
     own: Copy, tmp_path: Path, draw: Draw, kind: Kind, gone: str
 ) -> None:
     task, folder, _ = own(kind)
@@ -289,7 +285,7 @@ def test_a_unit_of_bad_images_alone_is_no_obstacle(own: Copy, kind: Kind) -> Non
     assert kind == "streams" or (Latents(folder).entries == [] and stored_shards(folder) == [])
 
 
-def test_names_of_one_place_are_refused_before_any_work(
+def test_names_of_one_place_are_refused(
     places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Draw
 ) -> None:
     for name in ("a.png", "A.png"):
@@ -305,7 +301,7 @@ def test_names_of_one_place_are_refused_before_any_work(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_anywhere_it_ends_with_the_same_bytes_after_it_or_beside_it(
+def test_killed_anywhere_it_ends_with_the_same_bytes_after_or_beside_it(
     places: Places, tmp_path: Path, kind: Kind
 ) -> None:
     task, _, expected = places[kind]
@@ -329,9 +325,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes_after_it_or_beside_it(
 
 
 @pytest.mark.slow
-def test_killed_anywhere_while_sources_changed_it_leaves_an_index_of_the_old_or_the_new(
-    own: Copy, tmp_path: Path, draw: Draw
-) -> None:
+def test_killed_while_sources_changed_it_leaves_an_old_or_a_new_index(own: Copy, tmp_path: Path, draw: Draw) -> None:
     task, old, _ = own("latents")
     draw(task.src / "b.png", 24, 16, seed=77)
     draw(task.src / "aa.png", 24, 16, seed=78)
@@ -391,7 +385,7 @@ def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(places: Places
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("what", ["open", "write", "fsync", "rename", "journal"])
-def test_trouble_with_the_disk_is_one_clear_error_and_costs_nothing_before_it(
+def test_trouble_with_the_disk_is_one_clear_error_and_costs_no_more(
     places: Places, tmp_path: Path, kind: Kind, what: str
 ) -> None:
     for error, first in ((errno.ENOSPC, 5 if kind == "streams" else 2), (errno.EACCES, 1)):

@@ -48,9 +48,7 @@ def begins(name: str) -> bool:
 
 @pytest.mark.slow
 @given(st.dictionaries(NAMES, st.integers(0, 1500)), NAMES, SIZES)
-def test_a_new_file_changes_no_unit_beyond_the_next_sure_beginning_on_either_side(
-    sizes: dict[str, int], new: str, size: int
-) -> None:
+def test_a_new_file_changes_no_unit_beyond_the_next_sure_beginnings(sizes: dict[str, int], new: str, size: int) -> None:
     sizes.pop(new, None)
     before, after = units(sources(sizes), SMALL), units(sources(sizes | {new: size}), SMALL)
     lower = max((name for name in sizes if name < new and begins(name)), default="")
@@ -152,9 +150,7 @@ PAIRS = [
 ]
 
 
-def test_names_that_the_file_system_takes_for_one_are_refused_there_and_only_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_that_the_file_system_takes_for_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clash = ["a.png", "A.PNG/b.png"]
     for names in (*PAIRS, clash):
         check_outputs(names, tmp_path)

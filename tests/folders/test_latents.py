@@ -1,8 +1,7 @@
-"""Test folders of latents: exact sizes, no image lost, noise from (seed, path) alone."""
+"""Test folders of latents: exact sizes, no image lost, noise from (seed, path) alone, half of the draws mirrored."""
 
 import json
 import shutil
-import tarfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,16 @@ from latent_codec.errors import UserError
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.images.sources import Source
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.latents.batches import BatchIndices, ShapeBatches
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import INDEX, stored_files
+from latent_codec.latents.format import INDEX, stored_files, stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.support.folder import greatest_difference, images, make, small_units
+from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, small_units
 
 encode, decode = partial(make, "latents"), partial(make, "images of latents")
 
 ORIENTATION = 0x0112
-PAIRS = small_units(2)
 
 
 # Every width and every height from 1 to 18, and long thin images.
@@ -70,18 +69,6 @@ def test_what_is_stored_is_the_posterior_of_images_laid_on_the_background(
         found = Latents(tmp_path / "latents").posterior(i)
         assert torch.allclose(found.mean, expected.mean, atol=1e-6)
         assert torch.allclose(found.logvar, expected.logvar, atol=1e-6)
-
-
-def test_members_of_tar_files_are_encoded(codec: Codec, tmp_path: Path, draw: Draw) -> None:
-    names = ("a.png", "b/c.png", "b/d.jpg")
-    for name in names:
-        draw(tmp_path / "src" / name, 9, 7)
-    (tmp_path / "shards").mkdir()
-    for shard in ("x", "y"):
-        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as archive:
-            archive.add(tmp_path / "src", ".")
-    assert encode(codec, tmp_path / "shards", tmp_path / "latents").done == 6
-    assert [e.path for e in Latents(tmp_path / "latents").entries] == [f"{s}/{name}" for s in "xy" for name in names]
 
 
 def test_noise_depends_on_seed_and_path_alone(codec: Codec, tmp_path: Path, draw: Draw) -> None:
@@ -140,46 +127,16 @@ def test_bad_images_are_reported_by_name_and_reason_and_the_rest_goes_on(
     monkeypatch.setattr(Source, "read_bytes", surprise)
     summary = encode(codec, src, tmp_path / "latents", max_pixels=10**6)
     assert (summary.found, summary.done) == (8, 3)
-    assert summary.failures.keys() == REASONS.keys()
-    printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == len(REASONS)
-    for name, reason in REASONS.items():
-        assert reason in summary.failures[name]
-        assert sum(line.startswith(f"{name}: ") and reason in line for line in printed) == 1
+    assert_told(summary, REASONS, capsys.readouterr().err)
     decode(codec, tmp_path / "latents", tmp_path / "out")
     assert images(tmp_path / "out").keys() == {"a.png.png", "m.png.png", "z.png.png"}
 
 
 def test_latents_that_do_not_fit_the_stored_type_fail_alone(codec: Codec, tmp_path: Path) -> None:
     codec.state_dict()["backbone.linear.encoder.weight"].fill_(1e3)  # black becomes -192,000, middle grey 753
-    (tmp_path / "src").mkdir()
-    for name, level in (("black", 0), ("grey", 128)):
-        Image.new("L", (8, 8), level).save(tmp_path / "src" / f"{name}.png")
-    summary = encode(codec, tmp_path / "src", tmp_path / "latents")
+    summary = encode(codec, black_and_grey(tmp_path / "src"), tmp_path / "latents")
     assert summary.failures.keys() == {"black.png"} and "--store float32" in summary.failures["black.png"]
     assert encode(codec, tmp_path / "src", tmp_path / "wide", store="float32").done == 2
-
-
-def test_few_images_wait_in_memory_even_if_no_two_have_the_same_shape(
-    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for i in range(40):
-        draw(tmp_path / "src" / f"{i:02d}.png", 8 * (i + 1), 8)
-    read, forward = Source.read_bytes, codec.encode
-    started: list[str] = []
-    encoded: list[int] = []
-    waiting: list[int] = []
-
-    def count_encoding(x: torch.Tensor, labels: torch.Tensor) -> Any:
-        waiting.append(len(started) - sum(encoded))
-        encoded.append(len(x))
-        return forward(x, labels)
-
-    monkeypatch.setattr(Source, "read_bytes", lambda source: started.append(source.name) or read(source))
-    monkeypatch.setattr(codec, "encode", count_encoding)
-    encode(codec, tmp_path / "src", tmp_path / "latents", ComputeOptions(batch_size=2, workers=2))
-    assert sum(encoded) == 40
-    assert max(waiting) <= 4 * 2 + 2 * 2 + 1  # for companions, and read ahead by the threads
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -197,7 +154,7 @@ def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     """Return latents of a.png and b.png (16x16) in one shard and c.png (24x16) in another."""
     for name, width in (("a", 16), ("b", 16), ("c", 24)):
         draw(tmp_path / "src" / f"{name}.png", width, 16)
-    encode(codec, tmp_path / "src", tmp_path / "latents", resume=PAIRS)
+    encode(codec, tmp_path / "src", tmp_path / "latents", resume=small_units(2))
     return tmp_path / "latents"
 
 
@@ -206,21 +163,17 @@ def test_images_that_a_shard_does_not_hold_as_the_index_says_fail_alone(
 ) -> None:
     shard = latents / next(e.shard for e in Latents(latents).entries if e.path == "a.png")
     first_row = {name: tensor[:1].clone() for name, tensor in load_file(shard).items()}
+    more_channels, both = {name: torch.cat([t, t, t], 1) for name, t in first_row.items()}, {"a.png", "b.png"}
     changes = {
-        "missing": (lambda: shard.unlink(), {"a.png", "b.png"}),
-        "text": (lambda: shard.write_bytes(b"text"), {"a.png", "b.png"}),
+        "missing": (lambda: shard.unlink(), both),
+        "text": (lambda: shard.write_bytes(b"text"), both),
         "a row less": (lambda: save_file(first_row, shard), {"b.png"}),
-        "other channels": (
-            lambda: save_file({name: torch.cat([t, t, t], 1) for name, t in first_row.items()}, shard),
-            {"a.png", "b.png"},
-        ),
+        "other channels": (lambda: save_file(more_channels, shard), both),
     }
     for name, (change, failures) in changes.items():
         change()
         assert decode(codec, latents, tmp_path / name).failures.keys() == failures
-        assert images(tmp_path / name).keys() == {"a.png.png", "b.png.png", "c.png.png"} - {
-            f"{f}.png" for f in failures
-        }
+        assert images(tmp_path / name).keys() == {f"{name}.png" for name in {*both, "c.png"} - failures}
 
 
 def test_tampered_latents_and_those_of_another_model_are_refused_at_once(
@@ -256,3 +209,100 @@ def test_existing_latents_are_refused_unless_to_be_overwritten(codec: Codec, tmp
     encode(codec, tmp_path / "src", latents, resume=OVERWRITE)
     assert [e.path for e in Latents(latents).entries] == ["a.png", "b.png"]
     assert len(stored_files(latents)) == 2
+
+
+# Latents of mirrored images: encoding the mirrored file gives them.
+
+
+TO_MIRROR = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, draw: Draw) -> Path:
+    for seed, (name, size) in enumerate(TO_MIRROR.items()):
+        draw(tmp_path / "photos" / name, *size, seed=seed)
+    return tmp_path / "photos"
+
+
+def mirror(src: Path, dst: Path) -> Path:
+    """Write a folder's images mirrored."""
+    for path in src.rglob("*.png"):
+        target = dst / path.relative_to(src)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(np.asarray(Image.open(path))[:, ::-1])).save(target)
+    return dst
+
+
+def test_mirrored_posteriors_are_those_of_the_mirrored_files_and_the_images_own_stay(
+    codec: Codec, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest: list[int] = []
+    real = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda x, labels: largest.append(len(x)) or real(x, labels))
+    compute = ComputeOptions(batch_size=2, workers=1)
+    encode(codec, photos, tmp_path / "both", compute, flips=True)
+    assert max(largest) == 2 and sum(largest) == 2 * len(TO_MIRROR)  # memory for one batch is enough
+    encode(codec, photos, tmp_path / "plain", compute)
+    encode(codec, mirror(photos, tmp_path / "mirrored"), tmp_path / "expected", compute)
+    found, expected = Latents(tmp_path / "both"), Latents(tmp_path / "expected")
+    assert [e.path for e in found.entries] == sorted(TO_MIRROR) == [e.path for e in expected.entries]
+    for i, entry in enumerate(found.entries):
+        one, other, plain = found.posterior(i, flip=True), expected.posterior(i), found.posterior(i)
+        assert torch.equal(one.mean, other.mean) and torch.equal(one.logvar, other.logvar)
+        assert torch.equal(one.mean, plain.mean) == (entry.geometry.width == 1)
+    plain, both = (load_file(stored_shards(tmp_path / name)[0]) for name in ("plain", "both"))
+    assert set(both) == set(plain) | {name.replace(".", "_flip.") for name in plain}
+    assert all(torch.equal(both[name], tensor) for name, tensor in plain.items())
+    for name in ("plain", "both"):
+        decode(codec, tmp_path / name, tmp_path / f"{name} decoded", sample=3)
+    assert files_of(tmp_path / "plain decoded") == files_of(tmp_path / "both decoded")
+    with pytest.raises(UserError, match="no latents of mirrored images; encode with --flips"):
+        Latents(tmp_path / "plain", flip=True)
+    with pytest.raises(UserError, match="holds no tensor mean_flip"):
+        Latents(tmp_path / "plain").posterior(0, flip=True)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -> Path:
+    """Return latents with flips of 400 images of one size, which differ in their names alone."""
+    folder = tmp_path_factory.mktemp("many")
+    values = np.random.default_rng(0).integers(0, 256, (8, 16, 3), np.uint8)
+    (folder / "src").mkdir()
+    Image.fromarray(values).save(folder / "src" / "0.png")
+    for i in range(1, 400):
+        (folder / "src" / f"{i}.png").hardlink_to(folder / "src" / "0.png")
+    encode(Codec.load(model_file), folder / "src", folder / "z", flips=True, store="float32")
+    return folder / "z"
+
+
+@pytest.mark.slow
+def test_half_of_the_draws_are_mirrored_by_seed_epoch_and_path_alone(many: Path) -> None:
+    chosen: dict[tuple[int, int], torch.Tensor] = {}
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        plain, latents = Latents(many, seed=seed), Latents(many, seed=seed, flip=True)
+        flipped = torch.zeros(len(latents), dtype=torch.bool)
+        for rows in ShapeBatches(latents.shapes, 50, seed=epoch):
+            rows = rows._replace(epoch=epoch)
+            batch, moments, unflipped = latents[rows], latents.moments(rows), plain[rows]
+            for place, index in enumerate(rows.indices):
+                flipped[index] = bool((moments.mean[place] == latents.posterior(index, flip=True).mean[0]).all())
+                assert torch.equal(batch.z[place], unflipped.z[place]) != bool(flipped[index])
+        latents.set_epoch(epoch)
+        for i in range(0, 400, 80):
+            alone = latents.moments(BatchIndices((i,), epoch))
+            assert torch.equal(alone.mean, latents.posterior(i, flip=bool(flipped[i])).mean)
+        chosen[seed, epoch] = flipped
+    for flipped in chosen.values():
+        assert abs(int(flipped.sum()) - 200) < 40  # four standard deviations
+    first, *others = chosen.values()
+    assert all(abs(int((first ^ other).sum()) - 200) < 40 for other in others)
+
+
+def test_which_are_mirrored_does_not_depend_on_the_noise(many: Path) -> None:
+    latents = Latents(many, flip=True)
+    rows = BatchIndices(tuple(range(400)), 0)
+    moments = latents.moments(rows)
+    flipped = (moments.mean == latents.posterior(0, flip=True).mean).flatten(1).all(1)
+    noise = (latents.draw(moments) - moments.mean) / torch.exp(0.5 * moments.logvar)  # (400, z, h, w)
+    means = torch.stack([noise[flipped].mean(0), noise[~flipped].mean(0)])
+    assert means.abs().max() < 4.5 / 150**0.5

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_codec.bitstream import container
-from latent_codec.bitstream.stream_codec import StreamReader, dither_seed
+from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.errors import UserError
 from latent_codec.images.read import read_image
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
-from tests.support.folder import greatest_difference, images, make, temporary_files
+from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, temporary_files
 
 encode, decode = partial(make, "streams"), partial(make, "images of streams")
 
@@ -53,18 +53,19 @@ def sound(model_file: Path) -> Codec:
     mode=st.sampled_from(["L", "RGB", "RGBA"]),
     prior=st.sampled_from(["context", "factorized"]),
     sample=st.none() | st.integers(0, 2**64 - 1),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     rate=st.sampled_from([{}, {"step": 0.1}, {"step": 50.0}, {"max_bytes": 3000, "step": 0.1}]),
 )
 def test_an_image_comes_back_in_its_exact_size(
-    sound: Codec, width: int, height: int, mode: str, prior: Any, sample: int | None, rate: dict[str, Any]
+    sound: Codec, width: int, height: int, mode: str, prior: Any, sample: int | None, dtype: Any, rate: dict[str, Any]
 ) -> None:
-    bands = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
+    bands, compute = {"L": 1, "RGB": 3, "RGBA": 4}[mode], ComputeOptions(dtype=dtype)
     pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, bands), np.uint8)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         Image.fromarray(pixels.squeeze(2) if bands == 1 else pixels).save(work / "a.png")
-        assert not encode(sound, work / "a.png", work / "z", sample=sample, prior=prior, **rate).failures
-        assert not decode(sound, work / "z", work / "out").failures
+        assert not encode(sound, work / "a.png", work / "z", compute, sample=sample, prior=prior, **rate).failures
+        assert not decode(sound, work / "z", work / "out", compute).failures
         (image,) = images(work / "out").values()
         assert (image.size, image.mode) == ((width, height), "L" if mode == "L" else "RGB")
         header = container.read(work / "z" / "a.png.lc")
@@ -107,24 +108,11 @@ def test_a_draw_depends_on_seed_and_name_alone(codec: Codec, tmp_path: Path, dra
         torch.manual_seed(len(name))  # the global state plays no part
         encode(codec, tmp_path / "src", tmp_path / name, sample=sample)
     mean, one, again, two = (files_of(tmp_path / name) for name in ("mean", "one", "again", "two"))
-    assert mean["a.png.lc"] == mean["b.png.lc"]
-    assert one == again
+    assert mean["a.png.lc"] == mean["b.png.lc"] and one == again
     assert len({*one.values(), *two.values()}) == 4
     seeds = [container.unpack(data).seed for data in (*one.values(), *two.values())]
     assert seeds == [dither_seed(s, name) for s in (1, 2) for name in ("a.png", "b.png")]
     assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds) and len(set(seeds)) == 4
-
-
-def test_draws_lie_around_the_mean(codec: Codec, tmp_path: Path, draw: Draw) -> None:
-    draw(tmp_path / "a.png", 200, 200)
-    reader = StreamReader(codec, "cpu")
-    for name, options in (("fine", {"step": 1 / 64}), ("draw", {"sample": 0, "step": 2.0})):
-        encode(codec, tmp_path / "a.png", tmp_path / name, **options)
-    fine, drawn = (reader.decompress([container.read(tmp_path / n / "a.png.lc")])[0] for n in ("fine", "draw"))
-    assert isinstance(fine, torch.Tensor) and isinstance(drawn, torch.Tensor) and codec.priors is not None
-    error = (drawn - fine) / torch.from_numpy(2 * codec.priors.channel_steps)[:, None, None]  # in steps
-    assert error.abs().max() < 0.52
-    assert abs(error.mean()) < 0.02 and abs(error.std() - 12**-0.5) < 0.02
 
 
 @pytest.mark.slow
@@ -168,14 +156,17 @@ TREE = ("a.jpg", "a.png", "a.webp", "a.jpg.png", "sub/deep er/ünï/日本語.pn
 def test_trees_and_whole_names_are_kept_and_never_collide(codec: Codec, tmp_path: Path, draw: Draw) -> None:
     for i, name in enumerate(TREE):
         draw(tmp_path / "src" / name, 8 + i, 5)
-    encode(codec, tmp_path / "src", tmp_path / "z")
+    with tarfile.open(tmp_path / "src.tar", "w") as archive:
+        archive.add(tmp_path / "src", ".")
+    for where, folder in (("src", "z"), ("src.tar", "of tar")):
+        encode(codec, tmp_path / where, tmp_path / folder)
     assert files_of(tmp_path / "z").keys() == {f"{name}.lc" for name in TREE}
+    assert files_of(tmp_path / "of tar") == {f"src/{name}": data for name, data in files_of(tmp_path / "z").items()}
     for suffix, image_format in (("png", "PNG"), ("webp", "WEBP"), ("jpg", "JPEG")):
         decode(codec, tmp_path / "z", tmp_path / suffix, image_format=suffix)
         found = images(tmp_path / suffix)
-        assert {name: image.size for name, image in found.items()} == {
-            f"{name}.{suffix}": (8 + i, 5) for i, name in enumerate(TREE)
-        }
+        sizes = {f"{name}.{suffix}": (8 + i, 5) for i, name in enumerate(TREE)}
+        assert {name: image.size for name, image in found.items()} == sizes
         assert {image.format for image in found.values()} == {image_format}
 
 
@@ -218,22 +209,15 @@ def test_files_that_cannot_be_decoded_fail_by_name_and_reason_and_the_others_go_
     for name in "78":
         with paths[name].open("r+b") as file:
             file.truncate(2**40)  # takes no room on the disk, and would in memory
-    reasons = {
-        "1": "17x33 = 561 pixels exceed the limit of 400",
+    reasons = dict.fromkeys("14", "17x33 = 561 pixels exceed the limit of 400") | {
         "3": "damaged: ",
-        "4": "17x33 = 561 pixels exceed the limit of 400",
         "5": "damaged: ",
         "6": "made by another model",
         "7": "not a .lc stream: ",
         "8": "header promises",
     }
-    failures = decode(codec, tmp_path / "z", tmp_path / "out", max_pixels=400).failures
-    assert failures.keys() == {f"{name}.png.lc" for name in reasons}
-    printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == len(reasons)
-    for name, reason in reasons.items():
-        assert reason in failures[f"{name}.png.lc"]
-        assert sum(line.startswith(f"{name}.png.lc: ") and reason in line for line in printed) == 1
+    summary = decode(codec, tmp_path / "z", tmp_path / "out", max_pixels=400)
+    assert_told(summary, {f"{name}.png.lc": why for name, why in reasons.items()}, capsys.readouterr().err)
     assert images(tmp_path / "out").keys() == {"0.png.png", "2.png.png"}
 
 
@@ -265,17 +249,7 @@ def test_files_of_both_priors_are_decoded_together(codec: Codec, photos: Path, t
 def test_latents_that_no_stream_holds_fail_alone(codec: Codec, tmp_path: Path, rate: dict[str, Any]) -> None:
     codec.state_dict()["backbone.linear.encoder.weight"].fill_(1e37)  # black becomes infinite, middle grey 7.5e36
     codec.state_dict()["backbone.linear.encoder.bias"].zero_()
-    (tmp_path / "src").mkdir()
-    for name, level in (("black", 0), ("grey", 128)):
-        Image.new("L", (8, 8), level).save(tmp_path / "src" / f"{name}.png")
-    failures = encode(codec, tmp_path / "src", tmp_path / "z", **rate).failures
+    failures = encode(codec, black_and_grey(tmp_path / "src"), tmp_path / "z", **rate).failures
     assert "not finite; try --dtype float32" in failures["black.png"]
     assert "larger --step" in failures["grey.png"]
     assert temporary_files(tmp_path / "z") == []
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_coarse_networks_still_make_sound_files(codec: Codec, photos: Path, tmp_path: Path, dtype: Any) -> None:
-    compute = ComputeOptions(dtype=dtype)
-    assert not encode(codec, photos / "0.png", tmp_path / "z", compute, psnr=6.0).failures
-    assert not decode(codec, tmp_path / "z", tmp_path / "out", compute).failures

@@ -27,9 +27,14 @@ from tests.support.folder import FILES, KINDS, OVERWRITE, SOURCES, Kind, make, t
 
 
 @given(st.lists(st.integers(0, 6)), st.integers(1, 4))
-def test_batches_are_of_one_shape_and_hold_every_item_once_in_its_shapes_order(shapes: list[int], size: int) -> None:
-    items = list(enumerate(shapes))
-    found = list(batches(items, size, lambda item: item[1], alone=lambda item: item[1] == 6))
+def test_batches_are_of_one_shape_hold_every_item_once_in_its_shapes_order_and_let_few_wait(
+    shapes: list[int], size: int
+) -> None:
+    items, taken, found = list(enumerate(shapes)), [], []
+    read = (taken.append(item) or item for item in items)
+    for batch in batches(read, size, lambda item: item[1], alone=lambda item: item[1] == 6):
+        assert len(taken) - sum(map(len, found)) <= 4 * size
+        found.append(batch)
     assert sorted(item for batch in found for item in batch) == items
     assert all(len({shape for _, shape in batch}) == 1 and len(batch) <= size for batch in found)
     assert all(len(batch) == 1 for batch in found if batch[0][1] == 6)

@@ -4,6 +4,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -73,17 +74,12 @@ def test_the_old_content_is_there_until_the_new_is_whole(tmp_path: Path) -> None
 def test_content_reaches_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, replace = os.fsync, os.replace
-
-    def record_fsync(handle: int) -> None:
-        events.append("sync folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "sync file")
-        fsync(handle)
-
-    def record_replace(a: Path, b: Path) -> None:
-        events.append("rename")
-        replace(a, b)
-
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda f: events.append(f"sync {'folder' if stat.S_ISDIR(os.fstat(f).st_mode) else 'file'}") or fsync(f),
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append("rename") or replace(a, b))
     write_text(tmp_path / "a.txt", "new")
     assert events == ["sync file", "rename", "sync folder"]
 
@@ -98,53 +94,43 @@ def test_every_name_that_the_file_system_takes_can_be_written_in_a_new_folder(tm
 
 
 def test_make_folder_makes_parents_or_says_why_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_folder(tmp_path / "a" / "b")
-    make_folder(tmp_path / "a" / "b")
+    for _ in range(2):
+        make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("content")
     for name in ("file", "file/below"):
         with pytest.raises(UserError, match=r"cannot be written into as a folder \(.+\); give another"):
             make_folder(tmp_path / name)
     assert (tmp_path / "file").read_text() == "content"
-
-    def refuse(**_: object) -> None:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", mock.Mock(side_effect=OSError(30, "Read-only file system")))
     with pytest.raises(UserError, match="Read-only file system"):
         make_folder(tmp_path)
 
 
-def fill(folder: Path, text: str) -> None:
-    for name in ("a.txt", "b.txt"):
-        write_text(folder / name, text)
+def test_a_folder_appears_whole_and_replaces_the_old_one_which_a_failing_last_rename_restores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename = tmp_path / "new" / "folder", Path.rename
 
-
-def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder"
-    for text in ("old", "new"):
+    def put(text: str) -> None:
         with atomic_folder(path) as temporary:
-            fill(temporary, text)
+            for name in ("a.txt", "b.txt"):
+                write_text(temporary / name, text)
             assert not path.exists() or (path / "a.txt").read_text() == "old"
-    assert {f.name: f.read_text() for f in path.iterdir()} == {"a.txt": "new", "b.txt": "new"}
-    assert [f.name for f in path.parent.iterdir()] == ["folder"]
-
-
-def test_a_failing_last_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "folder").mkdir()
-    fill(tmp_path / "folder", "old")
-    rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if target == tmp_path / "folder" and (self / "a.txt").read_text() == "new":
+        if target == path and (self / "a.txt").read_text() == "new":
             raise OSError("no")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "folder") as temporary:
-        fill(temporary, "new")
-    assert [f.name for f in tmp_path.iterdir()] == ["folder"]
-    assert (tmp_path / "folder" / "b.txt").read_text() == "old"
+    put("old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
+        patch.setattr(Path, "rename", failing)
+        put("new")
+    assert files_of(path.parent) == {"folder/a.txt": b"old", "folder/b.txt": b"old"}
+    put("new")
+    assert files_of(path.parent) == {"folder/a.txt": b"new", "folder/b.txt": b"new"}
+    assert [f.name for f in path.parent.iterdir()] == ["folder"]
 
 
 def test_a_librarys_own_files_lie_in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +141,7 @@ def test_a_librarys_own_files_lie_in_a_temporary_folder(tmp_path: Path, monkeypa
     assert list((tmp_path / "sub").iterdir()) == []
     seen: list[list[Path]] = []
     fsync = os.fsync
-
-    def spy(handle: int) -> None:
-        seen.append(list((tmp_path / "sub").iterdir()))
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(os, "fsync", lambda f: seen.append(list((tmp_path / "sub").iterdir())) or fsync(f))
     save_tensors(tmp_path / "sub" / "a.safetensors", {"x": torch.zeros(2)}, {})
     assert [temporary_of(path.name) for path in seen[0]] == [process_name()] and seen[0][0].parent == tmp_path / "sub"
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.safetensors"]

@@ -120,6 +120,23 @@ def greatest_difference(a: Path, b: Path) -> int:
     return int(np.abs(np.asarray(Image.open(a), int) - np.asarray(Image.open(b), int)).max())
 
 
+def assert_told(summary: Summary, reasons: dict[str, str], printed: str) -> None:
+    """Require these failures and no others, each told in a line of its own."""
+    lines = printed.splitlines()
+    assert summary.failures.keys() == reasons.keys() and len(lines) == len(reasons)
+    for name, reason in reasons.items():
+        assert reason in summary.failures[name]
+        assert sum(line.startswith(f"{name}: ") and reason in line for line in lines) == 1
+
+
+def black_and_grey(folder: Path) -> Path:
+    """Write an image of black and one of middle grey."""
+    folder.mkdir()
+    for name, level in (("black", 0), ("grey", 128)):
+        Image.new("L", (8, 8), level).save(folder / f"{name}.png")
+    return folder
+
+
 def temporary_files(folder: Path) -> list[str]:
     return [path.name for path in folder.rglob("*.tmp")]
 

@@ -13,9 +13,8 @@ from typing import Any
 from unittest import mock
 
 import filelock
+import hypothesis
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
@@ -50,19 +49,11 @@ def plans(src: Path) -> list[Unit]:
 
 def record(folder: Path, claim: Claim, source: Source) -> Record:
     """Put an output in place that is the source's bytes, and return its record."""
-    data = source.read_bytes()
-    (folder / f"{source.name}.out").write_bytes(data)
-    return Record(
-        path=source.name,
-        output=f"{source.name}.out",
-        settings=claim.settings,
-        size=source.size,
-        mtime_ns=mtime_ns(source),
-        sha256=sha256(data),
-        shape=(1,),
-        bytes_out=len(data),
-        sha256_out=sha256(data),
-    )
+    data, output = source.read_bytes(), f"{source.name}.out"
+    (folder / output).write_bytes(data)
+    of_source = {"path": source.name, "size": source.size, "mtime_ns": mtime_ns(source), "sha256": sha256(data)}
+    of_output: Any = {"output": output, "bytes_out": len(data), "sha256_out": sha256(data), "shape": (1,)}
+    return Record(settings=claim.settings, **of_source, **of_output)
 
 
 def claims(ledger: Ledger, everything: list[Unit]) -> Iterator[Claim]:
@@ -85,11 +76,8 @@ def make(folder: Path, src: Path, settings: dict[str, Any] = SETTINGS, bad: str 
     return made
 
 
-ALL = [f"{name}.png" for name in "abcde"]
-
-
-@hypothesis_settings(max_examples=30)
-@given(data=st.data())
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(data=st.data())
 def test_a_journal_cut_off_anywhere_keeps_whole_lines(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -112,7 +100,7 @@ def test_a_journal_cut_off_anywhere_keeps_whole_lines(
 
 
 def test_lines_of_others_are_passed_over(folder: Path, src: Path) -> None:
-    assert make(folder, src) == ALL
+    assert make(folder, src) == [f"{name}.png" for name in "abcde"]
     strange = b'[]\n7\nnull\n{}\n{"path": 7}\n{"reason": []}\n{"settled": 1}\n'
     for path in (folder / ".latent_codec" / "streams").glob("*.jsonl"):
         path.write_bytes(strange + path.read_bytes() + strange)
@@ -121,10 +109,8 @@ def test_lines_of_others_are_passed_over(folder: Path, src: Path) -> None:
 
 def test_the_last_word_on_an_image_counts(folder: Path, src: Path) -> None:
     make(folder, src, bad="b.png")
-    (failure,) = map(json.loads, (folder / FAILURES).read_text().splitlines())
-    assert failure == {"path": "b.png", "reason": "it is bad"}
-    assert make(folder, src) == ["b.png"]
-    assert not (folder / FAILURES).exists()
+    assert json.loads((folder / FAILURES).read_text()) == {"path": "b.png", "reason": "it is bad"}
+    assert make(folder, src) == ["b.png"] and not (folder / FAILURES).exists()
     make(folder, src, bad="b.png")
     with Ledger(folder, "streams", SETTINGS) as ledger:
         assert [r.path for r in ledger.records(plans(src)[0])] == ["a.png"]
@@ -138,12 +124,9 @@ def test_names_that_are_no_utf_8_are_remembered(folder: Path, src: Path) -> None
     assert json.loads((folder / FAILURES).read_text())["path"] == name
 
 
-@contextlib.contextmanager
-def other_process() -> Iterator[None]:
+def other_process() -> Any:
     """Name this process as another; its locks are its own all the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "process_name", lambda: "0123456789abcdef")
-        yield
+    return mock.patch.object(ledger, "process_name", lambda: "0123456789abcdef")
 
 
 @pytest.mark.parametrize("change", ["none", "new source", "edited source", "other settings"])
@@ -162,7 +145,7 @@ def test_a_unit_that_another_process_finished_is_settled_unless_something_change
             make(folder, src, {"step": 3.0} if change == "other settings" else SETTINGS, bad="c.png")
         if change == "new source":
             (src / "aa.png").write_text("x")
-        elif change == "edited source":
+        if change == "edited source":
             os.utime(src / "a.png", ns=(7, 7))
         assert settled(early)[0] == (change == "none")
     with Ledger(folder, "streams", SETTINGS) as late:
@@ -223,8 +206,8 @@ def test_a_name_is_checked_to_be_free_once(folder: Path) -> None:
         with pytest.raises(UserError, match=r"exists already: .*mine; "):
             ledger.reserve(["a", "mine", "b"], overwrite=False)
         ledger.reserve(["a", "b"], overwrite=False)
-        (folder / "a").write_text("x")
-        (folder / "c").write_text("x")
+        for name in "ac":
+            (folder / name).write_text("x")
         ledger.reserve(["a", "b"], overwrite=False)
         with pytest.raises(UserError, match=r"exists already: .*c; "):
             ledger.reserve(["a", "b", "c"], overwrite=False)
@@ -233,15 +216,11 @@ def test_a_name_is_checked_to_be_free_once(folder: Path) -> None:
         ledger.reserve(["a", "b", "c", "mine"], overwrite=False)
 
 
-LOCK_ERRORS = {
-    NotImplementedError("no flock here"): "files there cannot be locked .*; give a folder on another file system",
-    OSError(errno.ENOLCK, "no locks"): "files there cannot be locked .*; give a folder on another file system",
-    OSError(errno.EROFS, "read-only"): "cannot be written: read-only; solve that",
-}
-
-
 def test_a_folder_where_nothing_can_be_locked_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for error, told in LOCK_ERRORS.items():
+    unlocked = NotImplementedError("no flock here"), OSError(errno.ENOLCK, "no locks")
+    reasons: dict[Exception, str] = dict.fromkeys(unlocked, "cannot be locked .*; give a folder on another file system")
+    reasons[OSError(errno.EROFS, "read-only")] = "cannot be written: read-only; solve that"
+    for error, told in reasons.items():
         monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=error))
         with pytest.raises(UserError, match=told):
             Ledger(folder, "streams", {}).__enter__()

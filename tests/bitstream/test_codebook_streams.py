@@ -29,6 +29,7 @@ from latent_codec.model.config import FiniteScalarConfig, IdentityConfig, Vector
 from latent_codec.prior.rans import Coder
 from tests.conftest import files_of
 from tests.support import reference_decoder
+from tests.support.networks import make_codec
 from tests.support.subject import decompress
 from tools.stress import fuzz
 from tools.stress.mutants import mutate
@@ -47,21 +48,15 @@ class Made(NamedTuple):
     reference: reference_decoder.Model
     folder: Path
 
+    photos: Path
+    files: dict[str, bytes]
+
     @property
     def model(self) -> Codec:
         return self.runner.codec
 
-    @property
-    def reader(self) -> StreamReader:
-        return StreamReader(self.model, "cpu")
-
-    @property
-    def photos(self) -> Path:
-        return self.folder / "photos"
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        return files_of(self.folder / "lc")
+    def read(self, data: bytes) -> torch.Tensor:
+        return decompress(StreamReader(self.model, "cpu"), data)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +66,13 @@ def made(request: pytest.FixtureRequest, model_file: Path, tmp_path_factory: pyt
     for i, (width, height) in enumerate(SIZES):
         pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Codec(dataclasses.replace(Codec.load(model_file).config, bottleneck=request.param)).eval()
+    model = make_codec(dataclasses.replace(Codec.load(model_file).config, bottleneck=request.param))
     calibrate(model, find_images(folder / "photos"), "the photos", quiet=True)
     model.save(folder / "model.safetensors")
     runner = Runner(Codec.load(folder / "model.safetensors"), CPU)
-    encode(runner, folder / "photos", folder / "lc")
-    return Made(runner, reference_decoder.read_model(folder / "model.safetensors"), folder)
+    files = encode(runner, folder / "photos", folder / "lc")
+    reference = reference_decoder.read_model(folder / "model.safetensors")
+    return Made(runner, reference, folder, folder / "photos", files)
 
 
 def encode(runner: Runner, photos: Path, folder: Path, **options: Any) -> dict[str, bytes]:
@@ -93,7 +87,7 @@ def test_a_file_holds_the_codes_of_its_image(made: Made) -> None:
         data = made.files[f"{source.name}.lc"]
         with torch.no_grad():
             posterior = made.model.encode(pad(source.read().pixels, made.model.factor)[None])
-        assert torch.equal(decompress(made.reader, data), posterior.mode()[0])
+        assert torch.equal(made.read(data), posterior.mode()[0])
         again = reference_decoder.decode(data, made.reference)
         np.testing.assert_array_equal(again.values, posterior.coded[0].numpy())
         np.testing.assert_array_equal(again.latents, posterior.mode()[0].numpy())
@@ -124,11 +118,10 @@ def test_the_table_prices_codes_by_how_often_they_were_seen(made: Made) -> None:
 
 @codebooks
 def test_options_that_cannot_matter_are_refused(made: Made, tmp_path: Path) -> None:
-    rates = [Rate(step=1.0), Rate(bpp=1.0), Rate(psnr=20.0), Rate(max_bytes=100), Rate()]
-    flags = ["--step", "--bpp", "--psnr", "--max-bytes", "--sample"]
-    for rate, flag in zip(rates, flags, strict=True):
+    rates = {"--step": Rate(step=1), "--bpp": Rate(bpp=1), "--psnr": Rate(psnr=20), "--max-bytes": Rate(max_bytes=100)}
+    for flag, options in {"--sample": {"sample": 3}, **{flag: {"rate": rate} for flag, rate in rates.items()}}.items():
         with pytest.raises(UserError, match=f"^{flag}: this model's files hold the indices"):
-            encode(made.runner, made.photos, tmp_path / "lc", rate=rate, sample=3 if flag == "--sample" else None)
+            encode(made.runner, made.photos, tmp_path / "lc", **options)
     assert not (tmp_path / "lc").exists()
 
 
@@ -184,7 +177,7 @@ def test_indices_beyond_the_codebook_and_steps_are_refused(made: Made) -> None:
     def assert_refused(message: str, reason: str, **change: Any) -> None:
         stream = dataclasses.replace(sound, **change)
         with pytest.raises(UserError, match=message):
-            decompress(made.reader, pack(stream))
+            made.read(pack(stream))
         with pytest.raises(reference_decoder.RefusalError, match=reason):
             reference_decoder.decode(pack(stream), made.reference)
 

@@ -12,18 +12,14 @@ import torch
 from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from latent_codec.prior.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, Scaled, step_code
+from latent_codec.prior.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, step_code
 from tests.support.subject import HEIGHT, WIDTH, Subject
 
 GRID = sorted({round(STEP_ONE * 2 ** (e / 12)) for e in range(-72, 72)})
 """Stored steps over the whole range, a twelfth of an octave apart."""
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("factorized", None), ("context", None), ("context", 77)],
-    ids=["factorized", "context", "draw"],
-)
+@pytest.fixture(scope="module", params=[("factorized", None), ("context", None), ("context", 77)], ids=str)
 def subject(request: pytest.FixtureRequest, model_file: Path) -> Subject:
     return Subject(Codec.load(model_file), *request.param)
 
@@ -107,17 +103,14 @@ def test_the_limit_of_bytes_takes_precedence(subject: Subject) -> None:
 
 
 def test_steps_too_fine_for_a_stream_are_passed_over(subject: Subject) -> None:
-    mean = subject.mean * 1000
-
-    def scale(step: int) -> Scaled:
-        return subject.stream.scale(mean, step, subject.seed)
-
-    in_steps = mean.abs() / torch.from_numpy(subject.stream.channel_steps)[:, None, None]
+    large = copy.copy(subject)
+    large.mean = subject.mean * 1000
+    in_steps = large.mean.abs() / torch.from_numpy(subject.stream.channel_steps)[:, None, None]
     finest = int(in_steps.max() / LIMIT * STEP_ONE)
     assert finest > step_code(MIN_STEP)
-    assert finest <= subject.compress(scale, bpp=1e6).quantized.step <= finest * (1 + 1 / 256) + 2
+    assert finest <= large.compress(bpp=1e6).quantized.step <= finest * (1 + 1 / 256) + 2
     with pytest.raises(UserError, match="larger --step"):
-        scale(round(finest * 0.99))
+        large.scale(round(finest * 0.99))
 
 
 @pytest.mark.parametrize("rate", [{}, {"bpp": 5.0}, {"psnr": 16.0}, {"max_bytes": 1000}])
@@ -133,12 +126,7 @@ def test_latents_that_are_not_finite_are_refused(subject: Subject, rate: dict[st
 def test_the_step_is_found_in_few_trials(subject: Subject) -> None:
     """Each costs a pass through the context networks."""
     trials: list[int] = []
-
-    def scale(step: int) -> Scaled:
-        trials.append(step)
-        return subject.scale(step)
-
     for rate in ({"bpp": 0.5}, {"bpp": 1.0}, {"psnr": 14.0}, {"psnr": 18.0}, {"max_bytes": 100}):
         trials.clear()
-        subject.compress(scale, **rate)
+        subject.compress(lambda step: trials.append(step) or subject.scale(step), **rate)
         assert len(trials) <= 24

@@ -9,25 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from latent_codec.bitstream.rate_control import Rate
 from latent_codec.bitstream.refinement import LEARNING_RATE, Refiner, cost_slope
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
-from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.images.geometry import crop, pad
 from latent_codec.images.sources import find_images
 from latent_codec.inference import tiling
 from latent_codec.inference.calibration import calibrate
-from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import FiniteScalarConfig
 from latent_codec.prior.passes import ideal_bits, neighbour_bits
 from latent_codec.prior.quantizer import STEP_ONE, Scaled
 from tests.conftest import Draw, files_of
+from tests.support.folder import CPU, make
+from tests.support.networks import seeded
 from tests.support.subject import Subject
-
-CPU = ComputeOptions(batch_size=4, workers=2)
 
 
 @pytest.fixture(scope="module", params=["factorized", "context"])
@@ -104,15 +101,18 @@ def test_the_rates_kink_is_overcome_or_nothing_moves() -> None:
     np.testing.assert_array_equal(found, [-1.0, 0.0, 0.0, 0.0, 1.0, 4.5, -1.5])
 
 
+def image_and_latents(codec: Codec, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = torch.randint(0, 256, (3, height, width), generator=seeded(0), dtype=torch.uint8)
+    with torch.inference_mode():
+        return pixels, codec.encode(pad(pixels, 8)[None]).mean[0]
+
+
 def test_the_gradient_is_that_of_the_pixels_that_are_there(codec: Codec) -> None:
     """Compare it with finite differences, for an image that fills its last patches in part."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, 21, 30), generator=generator, dtype=torch.uint8)
-    with torch.inference_mode():
-        z = codec.encode(pad(pixels, 8)[None]).mean[0]
+    pixels, z = image_and_latents(codec, 21, 30)
     networks = Runner(codec.double(), CPU)
     nll, gradient = networks.nll_gradient(z.double(), pixels)
-    direction = torch.randn(z.shape, generator=generator).double()
+    direction = torch.randn(z.shape, generator=seeded(1)).double()
     ahead, behind = (networks.nll_gradient(z + e * direction, pixels)[0] for e in (1e-3, -1e-3))
     # log_prob is float32, so that differences of 1e7 nats are good to about one.
     assert (ahead - behind) / 2e-3 == pytest.approx((gradient * direction).sum().item(), rel=1e-2, abs=1e-4 * nll)
@@ -122,10 +122,7 @@ def test_the_gradient_is_that_of_the_pixels_that_are_there(codec: Codec) -> None
 @pytest.mark.slow
 def test_tiles_give_the_gradient_of_the_whole(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     least = tiling.least_tile(codec)
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, 3 * least + 5, 2 * least + 3), generator=generator, dtype=torch.uint8)
-    with torch.inference_mode():
-        z = codec.encode(pad(pixels, 8)[None]).mean[0]
+    pixels, z = image_and_latents(codec, 3 * least + 5, 2 * least + 3)
     whole, expected = tiling.nll_gradient(codec, z.clone(), pixels, None)
     calls: list[torch.Size] = []
     real = codec.likelihood_params
@@ -144,9 +141,9 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 
 def encode(codec: Codec, photos: Path, folder: Path, batch_size: int = 4, **options: Any) -> dict[str, bytes]:
-    compute = dataclasses.replace(CPU, batch_size=batch_size)
-    summary = encode_lc(Runner(codec, compute), photos, folder, EncodeOptions(**options), quiet=True)
-    assert not summary.failures
+    assert not make(
+        "streams", codec, photos, folder, dataclasses.replace(CPU, batch_size=batch_size), **options
+    ).failures
     return files_of(folder)
 
 
@@ -156,8 +153,7 @@ def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, phot
     assert plain.keys() == refined.keys() and plain != refined
     assert encode(codec, photos, tmp_path / "0", refine=2) == refined
     assert encode(codec, photos, tmp_path / "1", batch_size=1, refine=2) == refined
-    one, rate = photos / "0.png", Rate(bpp=9.0)
-    plain, refined = (encode(codec, one, tmp_path / f"rate {n}", refine=n, rate=rate) for n in (0, 1))
+    plain, refined = (encode(codec, photos / "0.png", tmp_path / f"rate {n}", refine=n, bpp=9.0) for n in (0, 1))
     assert plain != refined
 
 
@@ -172,7 +168,7 @@ def test_an_image_beyond_memory_fails_alone(
         return real(self, z, pixels)
 
     monkeypatch.setattr(Runner, "nll_gradient", scarce)
-    summary = encode_lc(Runner(codec, CPU), photos, tmp_path / "out", EncodeOptions(refine=1), quiet=True)
+    summary = make("streams", codec, photos, tmp_path / "out", refine=1)
     assert summary.done == 3 and "memory ran out" in summary.failures["3.png"]
 
 

@@ -141,9 +141,8 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
 
 
 def encode(codec: Codec, photos: Path, folder: Path, batch_size: int = 4, **options: Any) -> dict[str, bytes]:
-    assert not make(
-        "streams", codec, photos, folder, dataclasses.replace(CPU, batch_size=batch_size), **options
-    ).failures
+    compute = dataclasses.replace(CPU, batch_size=batch_size)
+    assert not make("streams", codec, photos, folder, compute, **options).failures
     return files_of(folder)
 
 

@@ -24,10 +24,7 @@ _DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, 
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command and exit with 0, 1 (some images failed), 2 (usage or a user's mistake), 130 (Ctrl-C) or 141.
-
-    141 says that the reader of the output went away, as `head` does.
-    """
+    """Run a command and exit with 0, 1 (some images failed), 2 (user's mistake), 130 (Ctrl-C) or 141 (closed pipe)."""
     sys.exit(exit_code(lambda: _run(sys.argv[1:] if args is None else args)))
 
 

@@ -21,10 +21,7 @@ _FLIPS = ", and the same of the images mirrored left to right"
 
 
 def describe(where: str, model: str | None = None) -> str:
-    """Return a description for people; `.lc` files are compared with `model`, or with the shipped ones.
-
-    Raises `UserError` if the file is of none of these kinds, or damaged.
-    """
+    """Describe a file; `.lc` files are compared with `model`, by default with the shipped ones. Raises `UserError`."""
     path = Path(where)
     streams = find_lc(path) if path.is_dir() else []
     if streams or path.suffix == SUFFIX:

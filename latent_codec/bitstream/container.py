@@ -1,7 +1,4 @@
-"""Pack one image's payload into the bytes of a `.lc` file and check them: header, payload, checksums.
-
-docs/bitstream.md describes the format.
-"""
+"""Pack one image's payload into a checked `.lc` file, and read it; docs/bitstream.md describes the format."""
 
 import dataclasses
 import math
@@ -74,10 +71,7 @@ def _checksum(data: bytes) -> bytes:
 
 
 def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
-    """Read the bytes of a file; raise `UserError` for anything but exactly one sound stream.
-
-    Nothing larger than the file is allocated.
-    """
+    """Read exactly one sound stream, or raise `UserError`; nothing larger than the file is allocated."""
     if data[: len(_MAGIC)] != _MAGIC[: len(data)] or not data:
         raise UserError("not a .lc stream: it does not start like one")
     if len(data) < _HEADER_SIZE:
@@ -134,10 +128,7 @@ def read(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
 
 
 def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
-    """Return the bytes of a file, or of `size` bytes at `offset` within it, such as a member of a tar file.
-
-    At most one byte is read beyond what the stream's header promises, which shows that there are more.
-    """
+    """Return up to `size` bytes at `offset` of a file: at most one more than the stream's header promises."""
     with path.open("rb") as file:
         file.seek(offset)
         whole = path.stat().st_size - offset if size is None else size
@@ -151,8 +142,7 @@ def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
 def quantizer_settings(stream: Stream, config: CodecConfig, factor: int) -> QuantizerSettings:
     """Return what decoding the payload needs, for a model with latents at 1 / `factor` of each side.
 
-    Raises `UserError` if the payload is too short for that many latents, each of which costs `MIN_SYMBOL_BITS` or more,
-    or if a codebook's indices have a step or dither.
+    Raises `UserError` for a payload too short for so many latents, and for a codebook's indices with a step or dither.
     """
     geometry = stream.geometry
     if config.codes is not None and (stream.step, stream.seed) != (STEP_ONE, None):

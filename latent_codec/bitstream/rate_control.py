@@ -62,10 +62,9 @@ def compress_at_rate(
 ) -> CompressedImage:
     """Compress one image, (3, height, width) uint8 pixels and the latents that `scale` returns, as `rate` asks.
 
-    Sizes are those of the whole file, and no file exceeds them. PSNR is that of the image which `decode` would write
-    with the same `tile`. The step is found to within 1/512. As size is not strictly monotone in the step, the result is
-    the file with the finest step that fits among those tried. Raises `UserError`, with the best that is possible, if
-    the image cannot be coded so.
+    Sizes are of the whole file, and PSNR of the image that `decode` writes with the same `tile`. The step is found to
+    within 1/512; as size is not strictly monotone in it, it is the finest that fits among those tried. Raises
+    `UserError`, with the best that is possible, if the image cannot be coded so.
     """
     scale(_COARSEST)  # raises if no step can hold the latents
 
@@ -121,10 +120,7 @@ def _coarsest_of_quality(quality: Callable[[int], float], target: float) -> int:
 def _finest_of_size(
     compress: Callable[[int], CompressedImage], limit: int, first: int, finest: int
 ) -> tuple[CompressedImage | None, int]:
-    """Return the file of the finest step, `finest` or coarser, with up to `limit` bytes, and the smallest size seen.
-
-    The search begins at `first`.
-    """
+    """Return the file of the finest step that has up to `limit` bytes, searched from `first`, and the smallest size."""
     best: CompressedImage | None = None
     sizes: list[int] = []
 

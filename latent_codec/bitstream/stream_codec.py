@@ -107,10 +107,7 @@ class StreamReader:
         self.codec, self.coders = codec, {coder.prior.kind: coder for coder in coders}
 
     def check(self, stream: Stream) -> tuple[PriorKind, tuple[int, int, int]]:
-        """Return the prior and the latents' shape, which streams that are decompressed together must share.
-
-        Raises `UserError` if the stream is another model's or its payload is too short for its size.
-        """
+        """Return the prior and shape that a batch shares; raise `UserError` for another model's or a short payload."""
         kind, found = stream.prior, stream.stream_id
         if kind not in self.coders:
             raise UserError(f"coded under a {kind} prior, which the model has not; {remedy(kind, found)}")

@@ -1,4 +1,1 @@
-"""Define the commands of `latent-codec`: a dataclass each, whose fields are the flags and whose `run` does the work.
-
-Nothing here imports torch until a command runs, so that --help answers at once.
-"""
+"""Define the commands: dataclasses whose fields are flags. None imports torch before its `run`, so --help is fast."""

@@ -44,12 +44,10 @@ def bounds(
 ) -> Bounds:
     """Bound log p(x) by k draws from each image's Gaussian posterior.
 
-    x: (b, c, h, w), uint8 or float in the likelihood's range, as for `Codec.encode`; uint8 pixels that the likelihood
-    draws are drawn once, by the key. keys: (b,) int64 on the CPU; labels as for `Codec.encode`. Sample i of an image
-    depends on its key and i alone, so that more samples continue fewer. `at_once` samples go through the decoder
-    together: it bounds the memory and changes nothing but rounding. Sums over an image's pixels are float32, exact to
-    about 1e-7 of their size. Raises `ValueError` if k or `at_once` is below 1 or the posterior is not Gaussian, and
-    as `Codec.encode` does.
+    x: (b, c, h, w), as for `Codec.encode`; uint8 pixels that the likelihood draws are drawn once, by the key. keys:
+    (b,) int64 on the CPU. Sample i of an image depends on its key and i alone. `at_once` samples go through the decoder
+    together, which bounds the memory. Sums over pixels are float32, exact to about 1e-7 of their size. Raises
+    `ValueError` if k or `at_once` is below 1 or the posterior is not Gaussian, and as `Codec.encode` does.
     """
     if k < 1 or at_once < 1:
         raise ValueError(f"{k} samples, {at_once} at once: both must be at least 1")
@@ -77,9 +75,6 @@ def _repeated(posterior: DiagonalGaussian, n: int) -> DiagonalGaussian:
 
 
 def _log_ratio(posterior: DiagonalGaussian, noise: torch.Tensor) -> torch.Tensor:
-    """Return log q(z given x) - log p(z) of z = mean + std * noise, (b,) float64 in nats.
-
-    It is computed from the noise: (z - mean) / std would lose digits where the std is small.
-    """
+    """Return log q(z given x) - log p(z), (b,) float64 in nats, from z's noise: (z - mean) / std would lose digits."""
     z = posterior.sample(noise)
     return 0.5 * (z.square() - noise.square() - posterior.logvar).flatten(1).sum(1, dtype=torch.float64)

@@ -82,10 +82,9 @@ def evaluate(
 ) -> EvaluationReport:
     """Encode the images at `where` to disk, decode what was stored, and compare.
 
-    The posterior is stored or, where it is not Gaussian, the `.lc` files. `out` keeps results.json, what was stored
-    and the reconstructions (PNG); without it they go to a temporary folder. Images that cannot be read are reported
-    and left out. Raises `UserError` if no image can be read, if LPIPS' weights cannot be had, if `out` holds latents
-    that no evaluation put there, or if the model has neither a Gaussian posterior nor a prior.
+    The posterior is stored or, where it is not Gaussian, the `.lc` files. `out` keeps results.json, what was stored and
+    the reconstructions (PNG). Images that cannot be read are reported and left out. Raises `UserError` if none can be,
+    if LPIPS' weights or a prior is missing, or if `out` holds latents that no evaluation put there.
     """
     if out is not None:
         _check_out(out)

@@ -54,10 +54,7 @@ def _jobs_to_make(units: Iterable[list[Job]], maker: Maker[Any, Any], resume: Re
 
 
 def _skip_if_up_to_date(jobs: list[Job], maker: Maker[Any, Any], resume: Resume, work: Work) -> bool:
-    """Return whether nothing of a unit is to be made; then its jobs have come to their ends.
-
-    Its outputs have to be up to date, and what failed before has to fail again.
-    """
+    """End a unit's jobs, and return True, if its outputs are up to date and what failed before fails again."""
     claim = jobs[0].claim
     if not all(job.name in claim.records or job.name in claim.failures for job in jobs):
         return False

@@ -38,8 +38,7 @@ def decode_lc(
 ) -> Summary:
     """Decode one `.lc` file, or those of a folder or tar file; `a/b.jpg.lc` becomes `folder/a/b.jpg.png`.
 
-    Damaged files and those of another model fail, the others go on. Raises `UserError` before any work if there are
-    none or the model has no prior, and as `make_outputs` does.
+    Raises `UserError` before any work if there are none or the model has no prior, and as `make_outputs` does.
     """
     check_channels(runner.codec)
     check_unconditional(runner.codec, "a .lc file")

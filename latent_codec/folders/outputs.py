@@ -37,10 +37,7 @@ class Output(NamedTuple):
 def make_outputs(
     sources: Sequence[Source], folder: Path, maker: Maker[T, Output], *, tar: bool, resume: Resume, quiet: bool
 ) -> Summary:
-    """Make streams or images, an `Output` for each source, in files of their own or with `tar` in tar shards.
-
-    Raises `UserError` as `run` does, and for a folder that has the other of the two.
-    """
+    """Make an `Output` of each source, perhaps in tar shards; raises as `run`, and for a folder of the other kind."""
     files, tars = _FileWriter(folder, maker.kind), _TarWriter(folder, maker.kind)
     if Ledger.exists(folder, files.kind if tar else tars.kind):
         there, remedy = ("in files of their own", "for") if tar else ("in tar files", "without")
@@ -76,10 +73,7 @@ class _FileWriter:
 
 
 class _TarWriter:
-    """Write a tar shard `KIND-UNIT-DIGEST.tar` for each unit, as WebDataset reads it.
-
-    The key of a member `a/b.jpg.lc` is `a/b`. Members are in the order of batches; equal members give equal files.
-    """
+    """Write a tar shard `KIND-UNIT-DIGEST.tar` for each unit, as WebDataset reads it; members are in order."""
 
     is_shared = True
 

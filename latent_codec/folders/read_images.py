@@ -33,9 +33,6 @@ class ImageReader:
 
 
 def padded(name: str, data: bytes, factor: int, options: ReadOptions) -> tuple[np.ndarray, Geometry]:
-    """Read an image file in this process; raises as `read_image` does.
-
-    Pixels are an array, as between processes a tensor would take a file handle and shared memory.
-    """
+    """Read an image as an array, which takes no shared memory between processes; raises as `read_image` does."""
     image = read_image(data, options, name=name)
     return pad(image.pixels, factor).numpy(), image.geometry

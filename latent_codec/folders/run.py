@@ -26,9 +26,8 @@ P = TypeVar("P")
 def run(sources: Sequence[Source], maker: Maker[T, P], writer: Writer[P], *, resume: Resume, quiet: bool) -> Summary:
     """Make the outputs of sources that are not up to date, and return what became of each image.
 
-    Raises `UserError` before any work if outputs collide, the folder cannot be written into, or it holds files of
-    these names that this program did not make and may not overwrite; and later if the disk takes no more. What was
-    written until then is whole, and the same call goes on from there.
+    Raises `UserError` before any work if outputs collide, the folder cannot be written into, or it holds files of these
+    names that this program did not make and may not overwrite; later if the disk takes no more: run it again to go on.
     """
     started, folder = time.monotonic(), writer.folder
     make_folder(folder)

@@ -1,7 +1,6 @@
 """Name shards, files that the images of a unit share, and remove those that no record names.
 
-A shard's name tells its unit, its images and the settings. So a shard is never changed: other contents have another
-name, and what names a shard stays true until it is written anew.
+The name tells unit, images and settings: a shard is never changed, and what names it stays true.
 """
 
 import re
@@ -29,10 +28,7 @@ def are_whole(records: Sequence[Record]) -> bool:
 
 
 def remove_needless(shards: Iterable[Path], ledger: Ledger, units: Sequence[Unit]) -> None:
-    """Remove the shards that no record names.
-
-    A shard of a unit that another process works on may be about to be recorded, and stays, as strangers' files do.
-    """
+    """Remove the shards that no record names, but neither strangers' files nor those of units that others work on."""
     of_name = {unit.name: unit for unit in units}
     for path in shards:
         if not (found := _NAME.fullmatch(path.name)):

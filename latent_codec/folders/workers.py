@@ -73,10 +73,7 @@ class Processes:
             self._pool.shutdown(cancel_futures=True)
 
     def call(self, work: Callable[..., R], *args: object) -> R:
-        """Return `work(*args)` from a process; functions and classes of arguments and results are found by name.
-
-        Raises what `work` raises, and `FatalError` if a process was killed.
-        """
+        """Return or raise what `work(*args)` does in a process, found by name; raise `FatalError` if it is killed."""
         if self._pool is None:
             return work(*args)
         try:

@@ -26,8 +26,7 @@ _KEPT_POSITIONS = 2**12  # per image, to count how often each quantised value oc
 def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> None:
     """Set the codec's latent statistics, quantiser and factorised prior from images, whose set `description` names.
 
-    Moments are per channel over images and positions, accumulated in float64. Raises `UserError` for an image that
-    cannot be read.
+    Moments are per channel, float64, over images and positions. Raises `UserError` for an image that cannot be read.
     """
     check_channels(codec)
     measured = _Moments(codec)

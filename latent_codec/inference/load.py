@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 
 
 def load(model: str, options: ComputeOptions) -> "Runner":
-    """Load a model file or a shipped model and return its `Runner`, without importing torch before it is called.
+    """Load a model file or a shipped model and return its `Runner`, on a GPU by default: under a launcher on its own.
 
-    By default it runs on a GPU if there is one; of several processes that a launcher started each takes its own.
     Raises `UserError` for a model that cannot be loaded, a device that does not work, and options that make no sense.
     """
     import torch

@@ -32,16 +32,10 @@ class ResolvedOptions:
 
 
 class Runner:
-    """Run a codec's networks as `options` say.
-
-    Where tiles change a model's results, the first image that is cut is used to say by how much, on stderr.
-    """
+    """Run a codec's networks as `options` say; of the first image that tiles change, say on stderr by how much."""
 
     def __init__(self, codec: Codec, options: ComputeOptions = ComputeOptions()) -> None:
-        """Move the codec to `options.device`, by default leave it where it is, and resolve the options.
-
-        Raises `UserError` for counts below 1 and for a tile that the model cannot have.
-        """
+        """Move the codec to `options.device` and resolve the options; raise `UserError` for those that cannot be."""
         options.check()
         if options.device is not None:
             codec.to(options.device)
@@ -74,10 +68,7 @@ class Runner:
         return torch.autocast(self.options.device.split(":")[0], dtype=dtype, enabled=dtype != torch.float32)
 
     def encode(self, images: Sequence[torch.Tensor], labels: torch.Tensor | None = None) -> Posterior:
-        """Return the posterior, on the CPU, of images (3, h, w) uint8 of one shape; `labels` are `Codec.encode`'s.
-
-        Raises `FatalError` if the networks cannot be compiled.
-        """
+        """Return the posterior, on the CPU, of images (3, h, w) uint8 of one shape; `FatalError` if compiling fails."""
         pixels = torch.stack(list(images)) if len(images) > 1 else images[0][None]
         with torch.inference_mode(), self.autocast(), _compiling(self.options.compile):
             posterior = tiling.encode(self.codec, pixels, self.options.tile, labels)

@@ -1,9 +1,8 @@
 """Run large images through networks in tiles, so that memory beside input and output is that of one tile.
 
 Where a backbone's receptive field is finite, a tile is read with the margin that it needs and cropped to its own part:
-the result is the untiled one, to the rounding of the networks' arithmetic. It is not bitwise that one: convolutions are
-summed in an order that libraries choose by shape. Where the receptive field is the whole image, tiles overlap and are
-blended with linear ramps, and the change can be measured.
+the result is the untiled one, but for rounding, as libraries choose the order of sums by shape. Where the receptive
+field is the whole image, tiles overlap and are blended with linear ramps, and the change can be measured.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -61,10 +60,9 @@ def check_tile(codec: Codec, tile: int) -> None:
 def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> Posterior:
     """Return the posterior, on the CPU, of pixels (b, c, h, w) on any device; pixels and labels are `Codec.encode`'s.
 
-    A model of grey images also takes uint8 RGB, whose luma it sees. `tile` is the side, in pixels, of what the network
-    sees at once of a larger image, margins included; None is no limit. Only a tile is moved to the network's device.
-    The caller enters autocast. Raises `UserError` for a tile that the model cannot have, `ValueError` as
-    `Codec.encode` does.
+    A model of grey images also takes uint8 RGB. `tile` is the side, in pixels, of what the network sees at once of a
+    larger image, margins included; None is no limit. Only a tile is moved to the network's device. The caller enters
+    autocast. Raises `UserError` for a tile that the model cannot have, `ValueError` as `Codec.encode` does.
     """
     if pixels.dtype == torch.uint8 and codec.config.image_channels == 1:
         pixels = in_channels(pixels, 1)
@@ -73,10 +71,7 @@ def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.T
 
 
 def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Decode latents (b, z, h/f, w/f) to expected pixels (b, 3, h, w), rounded and clipped to uint8, on the CPU.
-
-    `tile` and `labels` are as for `encode`, which raises the same.
-    """
+    """Decode latents (b, z, h/f, w/f) to uint8 pixels (b, 3, h, w) on the CPU; the rest is as for `encode`."""
     tile = _tile_for(codec, z[0, 0].numel() * codec.factor**2, tile)
     return in_rgb(_decode(codec, z, tile, labels, codec.likelihood.to_uint8))
 
@@ -217,8 +212,7 @@ def _tiled(direction: _Direction, x: torch.Tensor, side: int, device: torch.devi
 def blended(parts: Iterable[torch.Tensor], overlap: int, dim: int) -> Iterator[torch.Tensor]:
     """Blend parts of which each shares `overlap` elements along `dim` with the next, and yield them without overlap.
 
-    Weights of shared elements go over from one part to the next along a line. A part with neighbours is at least twice
-    as long as the overlap.
+    Weights go over along a line. A part with neighbours is at least twice as long as the overlap.
     """
     ramp = ((torch.arange(overlap) + 0.5) / overlap).view(-1, *[1] * (3 - dim))
     tail: torch.Tensor | None = None

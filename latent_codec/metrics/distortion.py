@@ -1,7 +1,6 @@
-"""Compute PSNR, SSIM and MS-SSIM between uint8 images, one value per image.
+"""Compute PSNR, SSIM and MS-SSIM between uint8 images, one value per image; `PROTOCOL` defines them in words.
 
-Every function takes x, y: (b, 3, h, w) uint8 RGB on one device and returns (b,) float64 on the CPU. `PROTOCOL` defines
-each number in the words to print beside it.
+Every function takes x, y: (b, 3, h, w) uint8 RGB on one device and returns (b,) float64 on the CPU.
 """
 
 import importlib.metadata
@@ -40,10 +39,7 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the structural similarity (Wang et al. 2004, eq. 13), (b,) float64, at most 1.
-
-    It is NaN for images with a side below 11 pixels, into which the window does not fit.
-    """
+    """Return the SSIM (Wang et al. 2004, eq. 13), (b,) float64, at most 1; NaN for sides below 11 pixels."""
     _check(x, y)
     if min(x.shape[2:]) < _WINDOW:
         return torch.full((len(x),), torch.nan, dtype=torch.float64)
@@ -51,10 +47,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def ms_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return the multi-scale structural similarity (Wang et al. 2003, eq. 7), (b,) float64 in [0, 1].
-
-    It is NaN for images with a side of 160 pixels or less, on which it is not defined.
-    """
+    """Return the MS-SSIM (Wang et al. 2003, eq. 7), (b,) float64 in [0, 1]; NaN for sides of up to 160 pixels."""
     _check(x, y)
     if min(x.shape[2:]) < _MS_SSIM_SIDE:
         return torch.full((len(x),), torch.nan, dtype=torch.float64)

@@ -51,10 +51,9 @@ class LPIPSOptions:
 class LPIPS(nn.Module):
     """Compute learned perceptual image patch similarity v0.1 (Zhang et al. 2018, eq. 1); 0 for equal images.
 
-    The linear heads come with the `lpips` package. `backbone` is a safetensors file of ImageNet features, keys
-    `features.<i>.weight` and `.bias` in torchvision's numbering; None lets torchvision download them. Weights are
-    frozen, float32 and always in evaluation mode, so the module can be part of a loss. Raises `UserError` if the
-    backbone cannot be had or does not match `net`.
+    `backbone` is a safetensors file of ImageNet features, keys `features.<i>.weight` and `.bias` in torchvision's
+    numbering; None lets torchvision download them. Weights are frozen, float32 and always in evaluation mode, so the
+    module can be part of a loss. Raises `UserError` if the backbone cannot be had or does not match `net`.
     """
 
     def __init__(self, net: Net, backbone: Path | None) -> None:
@@ -108,8 +107,7 @@ class LPIPS(nn.Module):
 def _unit(features: torch.Tensor) -> torch.Tensor:
     """Scale each position's feature vector to length 1, (b, c, h, w).
 
-    The clamp, which the package lacks, changes no value. Without it backward gives NaN where every feature is 0, since
-    the square root's slope at 0 is infinite.
+    The clamp changes no value: without it backward gives NaN where every feature is 0, as the root's slope is infinite.
     """
     norm = features.square().sum(1, keepdim=True).clamp_min(1e-24).sqrt()
     return features / (norm + 1e-10)

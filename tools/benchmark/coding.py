@@ -42,9 +42,8 @@ def priors_of(runner: Runner) -> tuple[Priors, list[Prior]]:
 def time_coding(runner: Runner, images: Sequence[Image], step: float, rounds: int) -> dict[str, Any]:
     """Return the seconds per image of each part of coding, medians over rounds of means over images.
 
-    One image follows another, so that noise affects all parts alike. Reading and writing files is not included, and a
-    first round is not counted. `refine` takes `USUAL_ROUNDS` under the best prior, in one round; `symbols` is the mean
-    number of an image's latents; a prior's kind has the seconds of its `PARTS`.
+    Reading and writing files and a first round do not count. `refine` takes `USUAL_ROUNDS` under the best prior, in one
+    round; `symbols` is the mean number of an image's latents; a prior's kind has the seconds of its `PARTS`.
     """
     priors, kinds = priors_of(runner)
     codec, device = runner.codec, runner.options.device
@@ -109,11 +108,9 @@ class _Clock:
 
 
 def measure_sizes(runner: Runner, where: str, steps: Sequence[float]) -> dict[str, Any]:
-    """Compare files of every step and prior with the prior's code length.
+    """Compare files of every step and prior with the prior's code length, and the priors' bits per pixel.
 
-    `worst_excess` is the largest, over images, of bytes - `LARGEST_LOSS` * ideal bits / 8, and must not exceed
-    `LARGEST_OVERHEAD`; `context_saves` is the share of the factorised prior's bits per pixel that the context prior
-    saves, by step.
+    `worst_excess`, over images the largest bytes - `LARGEST_LOSS` * ideal bits / 8, must be at most `LARGEST_OVERHEAD`.
     """
     found = rate_distortion(runner, where, RateDistortionOptions(steps=steps, anchors=()))
     sizes, bpp = [], {}

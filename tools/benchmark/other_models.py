@@ -18,8 +18,7 @@ _LATENT_CHANNELS = 32
 class Taef2(nn.Module):
     """Implement TAEF2, the tiny deterministic autoencoder for FLUX.2's latents: 8x8 pixels to 32 channels.
 
-    Source: github.com/madebyollin/taesd (weights and code MIT). Tensors have the names of the published files,
-    `<layer>.conv.<i>` and `<layer>.pool.<i>`; the files are float16, and computation is float32.
+    Source: github.com/madebyollin/taesd (weights and code MIT). Tensors have the names of its float16 files.
     """
 
     factor = 8

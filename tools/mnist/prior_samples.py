@@ -34,10 +34,7 @@ class PriorSamples:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """Write expected pixels as DST/CLASS/00000.png.
-
-        A sample depends on the seed, its class and its number alone.
-        """
+        """Write expected pixels as DST/CLASS/00000.png, each drawn by the seed, its class and its number alone."""
         codec = Codec.load(self.model)
         classes = codec.config.classes or ("",)
         for label, name in enumerate(classes):

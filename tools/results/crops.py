@@ -67,9 +67,8 @@ class _Tile(NamedTuple):
 def make_sheet(runner: Runner, sheet: Sheet, record: Path) -> None:
     """Write the picture, a row for each detail and step, and its contents as JSON at `record`.
 
-    Each row shows the original, the anchors that Pillow has, each with its largest file that is no larger than ours
-    (its smallest, where all are larger), and ours. Raises `UserError` if an image cannot be read or is smaller than a
-    detail, or the model has no prior.
+    A row shows the original, the anchors that Pillow has, by the largest file within our size or else the smallest, and
+    ours. Raises `UserError` if an image cannot be read or is smaller than a detail, or the model has no prior.
     """
     rows: list[tuple[Detail, float, list[_Tile]]] = []
     for detail in sheet.details:

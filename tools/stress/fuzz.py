@@ -73,8 +73,7 @@ class Judge:
     def _verdict(self, mutant: Mutant, stream: Stream, result: Quantized | Exception) -> Verdict:
         """Allow what decodes only if it is one of the streams or, with new checksums, if it encodes back to itself.
 
-        A mutant with new checksums may be a sound stream of another step, of another size within the same latents, or
-        of latents that differ where a bit of the payload is a bit of a value.
+        With new checksums it may be a sound stream of another step or size, or of other latents.
         """
         if isinstance(result, UserError):
             return Verdict("refused", str(result))

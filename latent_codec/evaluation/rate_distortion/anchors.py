@@ -77,10 +77,7 @@ def encode(anchor: Anchor, image: Image.Image, quality: int) -> bytes:
 def largest_within(
     anchor: Anchor, image: Image.Image, limit: int, qualities: Iterable[int]
 ) -> tuple[int, bytes] | None:
-    """Return the quality and the bytes of the largest file of at most `limit` bytes; None if there is none.
-
-    Qualities, in ascending order, are tried until files have twice the bytes: sizes are not quite monotone.
-    """
+    """Return quality and bytes of the largest file within `limit`, if any, trying ascending qualities up to twice it."""
     best: tuple[int, bytes] | None = None
     for quality in qualities:
         data = encode(anchor, image, quality)

@@ -31,10 +31,9 @@ class PatchPCA(NamedTuple):
 
 
 def fit(images: Iterable[torch.Tensor], patch: int, components: int) -> PatchPCA:
-    """Fit components in closed form to the moments of all non-overlapping patches of images (c, h, w) uint8.
+    """Fit components in closed form to the moments, exact in float64, of all patches of images (c, h, w) uint8.
 
-    Sums of integers are exact in float64; memory holds one image and one covariance. Raises `ValueError` without
-    images, or for more components than a patch has values.
+    Raises `ValueError` without images, or for more components than a patch has values.
     """
     total, outer, count = torch.zeros(()), torch.zeros(()), 0
     for pixels in images:

@@ -58,10 +58,7 @@ def shown_side(codec: Codec, side: int = SIDE) -> int:
 
 
 def select_images(codec: Codec, sources: Sequence[Source], count: int) -> list[Shown]:
-    """Return up to `count` images spread evenly over the set, so that folders of classes come in turn.
-
-    Raises `UserError` for an image that cannot be read.
-    """
+    """Return up to `count` images spread evenly over the set; raises `UserError` for one that cannot be read."""
     side, count = shown_side(codec), min(count, len(sources))
     chosen = (sources[i * len(sources) // count] for i in range(count))
     return [Shown(s.name, middle(s.read().pixels, side, side).clone(), s.label) for s in chosen]

@@ -1,9 +1,8 @@
 """Record what a folder's files were made from, so that the same command run again does what is left, and only that.
 
-FOLDER/.latent_codec/KIND/UNIT.jsonl has one line for each image that came to an end: what its source was, the digest
-of the settings, what was written. A line follows its output's rename, so whatever kills the process, an output without
-a line is at most made once more. UNIT.lock beside it is held by the process that works on the unit; the system lets go
-of it when the process dies.
+FOLDER/.latent_codec/KIND/UNIT.jsonl has a line for each image that came to an end: its source, the digest of the
+settings, what was written. A line follows its output's rename, so an output without a line is at most made once more.
+UNIT.lock beside it is held by the process that works on the unit; the system lets go of it when the process dies.
 """
 
 import contextlib
@@ -124,10 +123,7 @@ class Ledger:
             claim.release()
 
     def reserve(self, outputs: Sequence[str], *, overwrite: bool) -> None:
-        """Take names for this folder's own; raises `UserError` if a new one is that of a file, unless `overwrite`.
-
-        This tells an output whose line was never written from a file that was there before.
-        """
+        """Take names for this folder's own; raises `UserError` if a new one is that of a file, unless `overwrite`."""
         path = self.root / "names.jsonl"
         with self.gathering():
             known = {line.value for line in lines(path) if isinstance(line.value, str)}
@@ -245,10 +241,7 @@ class Claim:
     def is_up_to_date(
         self, source: Source, output: str | None, check: SourceCheck, load: Callable[[Source], bytes]
     ) -> bool:
-        """Return whether the output of a source is there, in the file `output` unless that is None.
-
-        It is judged by the bytes of both, or by their sizes and the source file's time of change alone.
-        """
+        """Return whether a source's output is there, in the file `output` if given, by bytes or by size and time."""
         record = self.records.get(source.name)
         if record is None or record.size != source.size or output not in (None, record.output):
             return False

@@ -29,10 +29,7 @@ def try_lock(path: Path) -> FileLock | None:
 
 
 def lock(path: Path, timeout: float = -1) -> FileLock:
-    """Wait up to `timeout` seconds, -1 for ever, until no other process holds the lock, and return it held.
-
-    Raises `Timeout`, and `UserError` if files cannot be made or locked there.
-    """
+    """Return the lock held within `timeout` seconds, -1 for ever; raise `Timeout`, or `UserError` if none can be."""
     found = FileLock(path)
     try:
         found.acquire(timeout=timeout)

@@ -11,11 +11,10 @@ from latent_codec.storage.files import check_name
 
 
 def check_outputs(outputs: Sequence[str], folder: Path, fold: Callable[[str], str] = str) -> None:
-    """Raise `UserError` unless every output has a place of its own inside `folder`.
+    """Raise `UserError` unless every output, a relative path with "/", has a place of its own inside `folder`.
 
-    outputs: relative paths, with "/" between their parts. Refused are names that are not plain relative paths, a file
-    where another output needs a folder, links that lead out of `folder`, and two names for one place, which differ only
-    in what `fold` leaves out or which a link leads there.
+    Refused are other names, a file where another output needs a folder, links that lead out of `folder`, and two names
+    for one place, to which a link leads or which differ only in what `fold` leaves out.
     """
     check_names(outputs)
     root = folder.resolve()
@@ -71,10 +70,7 @@ def _exists(path: Path) -> bool:
 
 
 def folding(folder: Path) -> Callable[[str], str] | None:
-    """Return a map from names to what a file system tells apart; None if it tells all names apart.
-
-    Files are made to find out whether case, and how Unicode spells a letter, count there.
-    """
+    """Return a map from names to what a file system tells apart, found by making files; None if it tells all apart."""
     stem = uuid.uuid4().hex
 
     def are_one(name: str, variant: str) -> bool:

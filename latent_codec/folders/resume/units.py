@@ -1,8 +1,7 @@
 """Cut the work of a command into units, and share them among processes.
 
-A unit is the atom of the work: neighbours in the sorted list of sources, which one process makes together, and which
-are up to date together or made again together. Batches are formed within a unit, so an image's result depends, to the
-last bit, on the sources alone: not on the number of processes, nor on interruptions.
+A unit is the atom of the work: neighbours in the sorted list of sources, which are up to date together or made again
+together, by one process. As batches are formed within a unit, an image's result depends on the sources alone.
 """
 
 import dataclasses
@@ -38,11 +37,7 @@ class Unit(NamedTuple):
 
 
 def units(sources: Sequence[Source], sizes: UnitSizes = DEFAULT_SIZES) -> list[Unit]:
-    """Cut sorted sources into units.
-
-    A unit begins where a name's hash says so, or where the one before has become large: a new file among many changes
-    the unit that it falls into and leaves the others as they are.
-    """
+    """Cut sorted sources into units where a name's hash says so or one has become large: a new file changes just one."""
     found: list[list[Source]] = []
     size = 0
     for source in sources:
@@ -78,10 +73,7 @@ class Share:
 
     @classmethod
     def of_launcher(cls) -> "Share":
-        """Return the share of the rank that `accelerate launch` or torchrun set; without a launcher, the whole.
-
-        Raises `UserError` if RANK and WORLD_SIZE contradict each other.
-        """
+        """Return the share of the launcher's rank, or the whole; raises `UserError` if RANK contradicts WORLD_SIZE."""
         rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
             raise UserError(f"RANK {rank} of WORLD_SIZE {size} in the environment makes no sense; unset both")

@@ -43,7 +43,7 @@ class Refiner:
     def scale(self, coded: torch.Tensor, pixels: torch.Tensor, step: int, *, seed: int | None) -> Scaled:
         """Return an image's latents in steps, from the round with the least cost, the unrefined ones included.
 
-        pixels: (3, height, width) uint8, not padded. Raises as `StreamCodec.scale`, and `ValueError` for rounds of a draw.
+        pixels: (3, height, width) uint8, not padded. Raises as `StreamCodec.scale`; `ValueError` for rounds of a draw.
         """
         found = self.coder.scale(coded, step, seed)
         if self.rounds and seed is not None:

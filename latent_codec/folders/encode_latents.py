@@ -24,21 +24,7 @@ from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import Source, find_images
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
-from latent_codec.latents.format import (
-    INDEX,
-    LatentsEntry,
-    LatentsHeader,
-    LatentsRow,
-    StoredDtype,
-    latents_header,
-    latents_row,
-    read_index,
-    stored_files,
-    stored_shards,
-    unplaced_entry,
-    write_index,
-    write_shard,
-)
+from latent_codec.latents import format as stored
 from latent_codec.model.checks import check_channels, check_gaussian
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import disk_errors, sha256_of
@@ -49,7 +35,7 @@ from latent_codec.storage.json_config import to_json
 class LatentsOptions:
     """Choose how images become latents."""
 
-    store: StoredDtype = "float16"
+    store: stored.StoredDtype = "float16"
     """Number type on disk."""
     flips: bool = False
     """Store the posterior of the image mirrored left to right as well."""
@@ -94,7 +80,7 @@ class _LatentsEncoder(ImageReader):
     def __init__(self, runner: Runner, options: LatentsOptions) -> None:
         super().__init__(runner, options.read)
         self._codec, self._options, self._backoff = runner.codec, options, OutOfMemoryBackoff()
-        self.header = latents_header(runner.codec, options.store, options.flips)
+        self.header = stored.latents_header(runner.codec, options.store, options.flips)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,15 +91,15 @@ class _LatentsEncoder(ImageReader):
     def name(self, source: str) -> str:
         return source
 
-    def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Input[LatentsRow]]:
+    def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Input[stored.LatentsRow]]:
         for batch in batches:
-            rows: list[Input[LatentsRow]] = []
+            rows: list[Input[stored.LatentsRow]] = []
             with work.summary.timing("network"):
                 encoded = self._backoff.map(self._encode, batch, math.prod(batch[0].shape))
                 for item, (found, flipped, place) in work.sound(encoded):
-                    entry = unplaced_entry(item.job.name, item.content.geometry, item.sha256)
+                    entry = stored.unplaced_entry(item.job.name, item.content.geometry, item.sha256)
                     try:
-                        rows.append(item.holding(latents_row(entry, found, place, self._options.store, flipped)))
+                        rows.append(item.holding(stored.latents_row(entry, found, place, self._options.store, flipped)))
                     except UserError as error:
                         work.fail(item.job, error)
             yield from rows
@@ -138,10 +124,10 @@ class _ShardWriter:
     kind: Kind = "latents"
     is_shared = True
 
-    def __init__(self, folder: Path, header: LatentsHeader) -> None:
+    def __init__(self, folder: Path, header: stored.LatentsHeader) -> None:
         self.folder, self._header = folder, header
 
-    def write(self, products: Iterable[Input[LatentsRow]], work: Work) -> None:
+    def write(self, products: Iterable[Input[stored.LatentsRow]], work: Work) -> None:
         units = (list(rows) for _, rows in groupby(products, lambda row: row.job.claim))
         written = work.writers.map(partial(self._write, work=work), units, ahead=2)
         for rows, records in work.results(written, lambda rows: [row.job for row in rows]):
@@ -149,42 +135,42 @@ class _ShardWriter:
             for row, record in zip(rows, records, strict=True):
                 work.done(row.job, record)
 
-    def _write(self, rows: list[Input[LatentsRow]], work: Work) -> list[Record]:
+    def _write(self, rows: list[Input[stored.LatentsRow]], work: Work) -> list[Record]:
         ordered = sorted((row.content for row in rows), key=lambda row: row.entry.path)
         claim, images = rows[0].job.claim, [(row.entry.path, row.entry.sha256) for row in ordered]
         name = shard_name(claim.unit.name, claim.settings, images)
         with work.summary.timing("writing"), disk_errors(self.folder, "latents"):
-            shard = write_shard(self.folder, self._header, name, ordered)[0].shard
+            shard = stored.write_shard(self.folder, self._header, name, ordered)[0].shard
             size, digest = (self.folder / shard).stat().st_size, sha256_of(self.folder / shard)
         return [row.record(shard, size, digest) for row in rows]
 
     def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
         """Write the index over all that is done so far, by any process; then remove shards that nobody needs."""
         shards: set[str] = set()
-        entries: list[LatentsEntry] = []
+        entries: list[stored.LatentsEntry] = []
         for unit in units:
             wanted = {(record.output, record.path) for record in ledger.records(unit)}
             there = {shard for shard, _ in wanted if (self.folder / shard).is_file()}
-            found = ((shard, entry) for shard in there for entry in read_index(self.folder / shard).entries)
+            found = ((shard, entry) for shard in there for entry in stored.read_index(self.folder / shard).entries)
             entries += [entry for shard, entry in found if (shard, entry.path) in wanted]
             shards |= there
-        with disk_errors(self.folder / INDEX):
-            write_index(self.folder, self._header, entries)
+        with disk_errors(self.folder / stored.INDEX):
+            stored.write_index(self.folder, self._header, entries)
         with disk_errors(self.folder):
-            needless = [path for path in stored_shards(self.folder) if path.name not in shards]
+            needless = [path for path in stored.stored_shards(self.folder) if path.name not in shards]
             remove_needless(needless, ledger, units)
 
 
 def _check_folder(folder: Path, sources: Sequence[Source]) -> None:
     """Raise `UserError` if a folder holds latents, except those that this program made of some of these sources."""
-    if not stored_files(folder):
+    if not stored.stored_files(folder):
         return
     if not Ledger.exists(folder, "latents"):
         raise UserError(f"{folder}: holds latents already; give another folder, or --overwrite to replace them")
     there: set[str] = set()
-    for path in [folder / INDEX] if (folder / INDEX).is_file() else stored_shards(folder):
+    for path in [folder / stored.INDEX] if (folder / stored.INDEX).is_file() else stored.stored_shards(folder):
         with contextlib.suppress(UserError):  # a damaged one is made again
-            there |= {entry.path for entry in read_index(path).entries}
+            there |= {entry.path for entry in stored.read_index(path).entries}
     if there and not there & {source.name for source in sources}:
         raise UserError(
             f"{folder}: holds latents of other images, such as {min(there)}; give another folder, or --overwrite "

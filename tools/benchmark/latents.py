@@ -13,17 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from latent_codec.images.geometry import Geometry
+from latent_codec.latents import format as stored
 from latent_codec.latents.batches import ShapeBatches
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import (
-    FORMAT_VERSION,
-    LatentsEntry,
-    LatentsHeader,
-    LatentsRow,
-    unplaced_entry,
-    write_index,
-    write_shard,
-)
 from tools.benchmark.record import machine, report
 
 _UNIT = 128
@@ -97,8 +89,8 @@ class LatentsSpeed:
 
     def _write(self, folder: Path) -> None:
         generator = torch.Generator().manual_seed(0)
-        header = LatentsHeader(
-            format_version=FORMAT_VERSION,
+        header = stored.LatentsHeader(
+            format_version=stored.FORMAT_VERSION,
             model_id="0" * 64,
             factor=8,
             pixel_range=(-1.0, 1.0),
@@ -110,17 +102,17 @@ class LatentsSpeed:
         )
         height, width = (header.factor * side for side in self.shape[1:])
         geometry = Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
-        entries: list[LatentsEntry] = []
+        entries: list[stored.LatentsEntry] = []
         for first in range(0, self.images, _UNIT):
-            rows: list[LatentsRow] = []
+            rows: list[stored.LatentsRow] = []
             for i in range(first, min(first + _UNIT, self.images)):
                 both = torch.randn(2, *self.shape, generator=generator).half()
                 torch.save(both, folder / f"{i:06d}.pt")
                 np.savez(folder / f"{i:06d}.npz", latents=both.numpy())
-                entry = unplaced_entry(f"{i:06d}.png", geometry, "")
-                rows.append(LatentsRow(entry, *both))
-            entries += write_shard(folder, header, f"{first:06d}", rows)
-        write_index(folder, header, entries)
+                entry = stored.unplaced_entry(f"{i:06d}.png", geometry, "")
+                rows.append(stored.LatentsRow(entry, *both))
+            entries += stored.write_shard(folder, header, f"{first:06d}", rows)
+        stored.write_index(folder, header, entries)
 
 
 def _seconds(loader: Any, epochs: int) -> float:

@@ -77,7 +77,7 @@ def encode(anchor: Anchor, image: Image.Image, quality: int) -> bytes:
 def largest_within(
     anchor: Anchor, image: Image.Image, limit: int, qualities: Iterable[int]
 ) -> tuple[int, bytes] | None:
-    """Return quality and bytes of the largest file within `limit`, if any, trying ascending qualities up to twice it."""
+    """Return quality and bytes of the largest file within `limit`, if any, trying ascending qualities to twice it."""
     best: tuple[int, bytes] | None = None
     for quality in qualities:
         data = encode(anchor, image, quality)

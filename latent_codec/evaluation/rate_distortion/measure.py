@@ -18,17 +18,8 @@ from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dithe
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import compare, describe_evaluation
 from latent_codec.evaluation.rate_distortion import anchors as anchor_codecs
+from latent_codec.evaluation.rate_distortion import report as rd
 from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
-from latent_codec.evaluation.rate_distortion.report import (
-    RD_PROTOCOL,
-    REFINED,
-    CodecSetting,
-    ImageRates,
-    RateDistortionReport,
-    RatePoint,
-    codec_settings,
-    package_versions,
-)
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop, pad
 from latent_codec.images.sources import Source, find_images
@@ -71,7 +62,7 @@ class RateDistortionOptions:
 
 def rate_distortion(
     runner: Runner, where: str | Path, options: RateDistortionOptions, *, out: Path | None = None, quiet: bool = False
-) -> RateDistortionReport:
+) -> rd.RateDistortionReport:
     """Measure the codec at every step, and the anchors at their qualities, on the images at `where`.
 
     `out` keeps rd.json and rd.png; nothing else is written. Images that cannot be read, or that an anchor refuses, are
@@ -86,7 +77,7 @@ def rate_distortion(
     anchors = anchor_codecs.available(options.anchors)
     sources = find_images(where)
     summary = Summary("evaluated", found=len(sources))
-    images: list[ImageRates] = []
+    images: list[rd.ImageRates] = []
     for source in tqdm(sources, "evaluate", unit="image", disable=quiet or None):
         try:
             images.append(_measure_image(source, ours, anchors, lpips))
@@ -95,12 +86,12 @@ def rate_distortion(
     if not images:
         raise UserError(f"{where}: none of the {summary.found} images could be used")
     about = describe_evaluation(runner, where, len(images))
-    about["versions"] |= package_versions()
+    about["versions"] |= rd.package_versions()
     missing = sorted({anchor.name for anchor in options.anchors} - {anchor.name for anchor in anchors})
-    report = RateDistortionReport(
+    report = rd.RateDistortionReport(
         about=about | {"stream_ids": ours.stream_ids, "command": options.command},
-        protocol=RD_PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
-        settings=codec_settings(ours.stream_ids, options.refine, anchors),
+        protocol=rd.RD_PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
+        settings=rd.codec_settings(ours.stream_ids, options.refine, anchors),
         notes=[f"{name} left out: this Pillow was built without it" for name in missing],
         images=images,
         failures=summary.failures,
@@ -110,7 +101,7 @@ def rate_distortion(
     return report
 
 
-def _write(report: RateDistortionReport, folder: Path) -> None:
+def _write(report: rd.RateDistortionReport, folder: Path) -> None:
     from latent_codec.evaluation.rate_distortion.plot import png  # matplotlib is optional
 
     write_text(folder / RESULTS, json.dumps(report.json(), indent=1, allow_nan=False) + "\n")
@@ -119,7 +110,7 @@ def _write(report: RateDistortionReport, folder: Path) -> None:
 
 
 class _DecodedFile(NamedTuple):
-    setting: CodecSetting
+    setting: rd.CodecSetting
     size: int  # bytes
     ideal_bits: float | None
     pixels: torch.Tensor  # (3, h, w) uint8; one object for all files that decode to the same latents
@@ -167,17 +158,17 @@ class _OwnFiles:
 
     def _scaled(
         self, image: Image, mean: torch.Tensor, name: str
-    ) -> Iterator[tuple[CodecSetting, Scaled, StreamCodec]]:
+    ) -> Iterator[tuple[rd.CodecSetting, Scaled, StreamCodec]]:
         for step, dithered in self._settings:
             seed = dither_seed(self._sample, name) if dithered else None
             for coder in self._coders:
-                setting = CodecSetting(coder.prior.kind, "step", step, dithered)
+                setting = rd.CodecSetting(coder.prior.kind, "step", step, dithered)
                 yield setting, coder.scale(mean, step_code(step), seed), coder
         pixels = crop(image.pixels, image.geometry)
         for step, dithered in self._settings if self._refiner.rounds else ():
             if not dithered:
                 scaled = self._refiner.scale(mean, pixels, step_code(step), seed=None)
-                yield CodecSetting(REFINED, "step", step, False), scaled, self._refiner.coder
+                yield rd.CodecSetting(rd.REFINED, "step", step, False), scaled, self._refiner.coder
 
     def _read(self, data: bytes) -> torch.Tensor:
         """Return the latents (z, h, w) of a file's bytes with all checks of a reader."""
@@ -194,10 +185,10 @@ def _anchor_files(original: PilImage.Image, anchors: Sequence[Anchor]) -> Iterat
         for quality in anchor.qualities:
             data = anchor_codecs.encode(anchor, original, quality)
             pixels = rgb_pixels(anchor_codecs.decode(anchor, data, original.mode))
-            yield _DecodedFile(CodecSetting(anchor.name, "quality", quality, False), len(data), None, pixels)
+            yield _DecodedFile(rd.CodecSetting(anchor.name, "quality", quality, False), len(data), None, pixels)
 
 
-def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], lpips: LPIPS | None) -> ImageRates:
+def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], lpips: LPIPS | None) -> rd.ImageRates:
     """Measure all files of one image; raises `UserError` if it cannot be read or a codec refuses it."""
     image = source.read()
     area = image.geometry.width * image.geometry.height
@@ -210,5 +201,5 @@ def _measure_image(source: Source, ours: _OwnFiles, anchors: Sequence[Anchor], l
         if pixels is not last:
             last, distortion = pixels, compare(image.pixels[None], pixels[None], lpips)
         ideal_bpp = None if ideal_bits is None else ideal_bits / area
-        rows.append(RatePoint(setting, 8 * size / area, ideal_bpp, distortion, size))
-    return ImageRates(source.name, area, kl_bits / area, rows)
+        rows.append(rd.RatePoint(setting, 8 * size / area, ideal_bpp, distortion, size))
+    return rd.ImageRates(source.name, area, kl_bits / area, rows)

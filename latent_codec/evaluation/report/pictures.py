@@ -5,18 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from latent_codec.evaluation.report.page import (
-    NOT_CONTINUOUS,
-    NOT_GAUSSIAN,
-    Section,
-    finite,
-    is_continuous,
-    is_gaussian,
-    left_out,
-    picture,
-    pictures,
-    written,
-)
+from latent_codec.evaluation.report import page
 from latent_codec.evaluation.report.survey import Survey, image_key
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
@@ -64,7 +53,7 @@ def select_images(codec: Codec, sources: Sequence[Source], count: int) -> list[S
     return [Shown(s.name, middle(s.read().pixels, side, side).clone(), s.label) for s in chosen]
 
 
-def reconstructions(runner: Runner, images: Sequence[Shown], seed: int) -> Section:
+def reconstructions(runner: Runner, images: Sequence[Shown], seed: int) -> page.Section:
     """Show each image beside its decoded mode, a decoded draw and the error of the mode."""
     codec, strips, records = runner.codec, [], []
     for name, pixels, label in images:
@@ -76,22 +65,22 @@ def reconstructions(runner: Runner, images: Sequence[Shown], seed: int) -> Secti
         psnrs = [distortion.psnr(pixels[None], x[None]).item() for x in (mode, sample)]
         difference = (128 + _GAIN * (mode.int() - pixels.int())).clamp(0, 255).to(torch.uint8)
         decoded = [
-            picture(x, f"Decoded {kind} of {name}, PSNR {psnr:.2f} dB", f"{kind}, {psnr:.2f} dB")
+            page.picture(x, f"Decoded {kind} of {name}, PSNR {psnr:.2f} dB", f"{kind}, {psnr:.2f} dB")
             for kind, x, psnr in zip(("mode", "sample"), (mode, sample), psnrs, strict=True)
         ]
         alt = f"Mode less original of {name}, times {_GAIN}, grey is none"
-        error = picture(difference, alt, f"difference, times {_GAIN}")
-        strips.append((name, [picture(pixels, f"Original of {name}", "original"), *decoded, error]))
-        records.append({"image": name, "psnr_mode": finite(psnrs[0]), "psnr_sample": finite(psnrs[1])})
-    view = {"strips": strips, "side": shown_side(codec), "gain": _GAIN, "gaussian": is_gaussian(codec)}
-    return Section("reconstructions", "Reconstructions", view, records={"images": records})
+        error = page.picture(difference, alt, f"difference, times {_GAIN}")
+        strips.append((name, [page.picture(pixels, f"Original of {name}", "original"), *decoded, error]))
+        records.append({"image": name, "psnr_mode": page.finite(psnrs[0]), "psnr_sample": page.finite(psnrs[1])})
+    view = {"strips": strips, "side": shown_side(codec), "gain": _GAIN, "gaussian": page.is_gaussian(codec)}
+    return page.Section("reconstructions", "Reconstructions", view, records={"images": records})
 
 
-def prior_samples(runner: Runner, like: Shown, seed: int) -> Section:
+def prior_samples(runner: Runner, like: Shown, seed: int) -> page.Section:
     """Show decoded samples of N(0, I) and of each channel's Gaussian, of the size of `like` or of its middle."""
     name, title, codec = "prior_samples", "Samples of the prior", runner.codec
-    if not is_gaussian(codec):
-        return left_out(name, title, NOT_GAUSSIAN)
+    if not page.is_gaussian(codec):
+        return page.left_out(name, title, page.NOT_GAUSSIAN)
     side = shown_side(codec, _SMALL_SIDE)
     height, width = (-(-min(side, size) // codec.factor) for size in like.pixels.shape[1:])
     shape = (codec.config.latent_channels, height, width)
@@ -100,24 +89,24 @@ def prior_samples(runner: Runner, like: Shown, seed: int) -> Section:
     labels = codec.class_numbers([classes[i % len(classes)] if classes else None for i in range(_SAMPLES)])
     captions = [f"class {classes[i]}" for i in labels.tolist()] if classes else []
     decoded = runner.decode_uint8(list(normal(fold(seed, _PRIOR, numbers), shape)), labels)
-    strips = [("z ~ N(0, I)", pictures(decoded, "Sample of N(0, I), decoded", captions))]
+    strips = [("z ~ N(0, I)", page.pictures(decoded, "Sample of N(0, I), decoded", captions))]
     if (statistics := codec.statistics) is not None:
         shift, scale = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
         z = shift + scale * normal(fold(seed, _AGGREGATE, numbers), shape)
         decoded = runner.decode_uint8(list(z), labels)
         heading = f"z ~ each channel's Gaussian over {statistics.source}"
-        strips.append((heading, pictures(decoded, "Sample of the channels' Gaussians, decoded", captions)))
-    return Section(name, title, {"strips": strips, "size": f"{width}x{height}", "seed": seed})
+        strips.append((heading, page.pictures(decoded, "Sample of the channels' Gaussians, decoded", captions)))
+    return page.Section(name, title, {"strips": strips, "size": f"{width}x{height}", "seed": seed})
 
 
-def interpolations(runner: Runner, images: Sequence[Shown]) -> Section:
+def interpolations(runner: Runner, images: Sequence[Shown]) -> page.Section:
     """Show latents, and pixels, along the straight line between two images."""
     name, title, codec = "interpolations", "Interpolations", runner.codec
-    if not is_continuous(codec):
-        return left_out(name, title, NOT_CONTINUOUS)
+    if not page.is_continuous(codec):
+        return page.left_out(name, title, page.NOT_CONTINUOUS)
     pairs = list(zip(images[::2], images[1::2], strict=False))[:2]
     if not pairs:
-        return left_out(name, title, "they need two images")
+        return page.left_out(name, title, "they need two images")
     side, rows = shown_side(codec, _SMALL_SIDE), []
     for a, b in pairs:
         height, width = (min(side, *(image.pixels.shape[i] for image in (a, b))) for i in (1, 2))
@@ -129,15 +118,15 @@ def interpolations(runner: Runner, images: Sequence[Shown]) -> Section:
         decoded = runner.decode_uint8(list(z), labels[:1].repeat(_STEPS))[..., :height, :width]
         mixed = torch.lerp(decoded[:1].float(), decoded[-1:].float(), weights).round().to(torch.uint8)
         both = f"of {a.name} and {b.name} mixed"
-        rows.append((a.name, b.name, pictures(decoded, f"Latents {both}"), pictures(mixed, f"Pixels {both}")))
-    return Section(name, title, {"pairs": rows, "conditional": bool(codec.config.classes)})
+        rows.append((a.name, b.name, page.pictures(decoded, f"Latents {both}"), page.pictures(mixed, f"Pixels {both}")))
+    return page.Section(name, title, {"pairs": rows, "conditional": bool(codec.config.classes)})
 
 
-def traversals(runner: Runner, image: Shown, found: Survey) -> Section:
+def traversals(runner: Runner, image: Shown, found: Survey) -> page.Section:
     """Show one image with one channel moved at a time, for the most active channels."""
     name, title, codec = "traversals", "Latent traversals", runner.codec
-    if not is_continuous(codec):
-        return left_out(name, title, NOT_CONTINUOUS)
+    if not page.is_continuous(codec):
+        return page.left_out(name, title, page.NOT_CONTINUOUS)
     side = shown_side(codec, _SMALL_SIDE)
     part = middle(image.pixels, side, side)
     labels = codec.class_numbers([image.label])
@@ -149,8 +138,8 @@ def traversals(runner: Runner, image: Shown, found: Survey) -> Section:
         z = mode.repeat(_STEPS, 1, 1, 1)
         z[:, channel] += (moves * found.std[channel])[:, None, None]
         decoded = runner.decode_uint8(list(z), labels.repeat(_STEPS))[..., : part.shape[1], : part.shape[2]]
-        heading = f"channel {channel}: std {written(float(found.std[channel]))}"
-        if is_gaussian(codec):
-            heading += f", KL {written(float(found.kl[channel]))} nats per element"
-        strips.append((heading, pictures(decoded, f"Channel {channel} moved", captions)))
-    return Section(name, title, {"strips": strips, "image": image.name, "reach": f"{_REACH:g}"})
+        heading = f"channel {channel}: std {page.written(float(found.std[channel]))}"
+        if page.is_gaussian(codec):
+            heading += f", KL {page.written(float(found.kl[channel]))} nats per element"
+        strips.append((heading, page.pictures(decoded, f"Channel {channel} moved", captions)))
+    return page.Section(name, title, {"strips": strips, "image": image.name, "reach": f"{_REACH:g}"})

@@ -24,15 +24,7 @@ from latent_codec.folders.resume.locks import lock, locked, try_lock
 from latent_codec.folders.resume.names import check_absent
 from latent_codec.folders.resume.units import Unit
 from latent_codec.images.sources import Source
-from latent_codec.storage.files import (
-    disk_errors,
-    make_folder,
-    process_name,
-    sha256,
-    sha256_of,
-    temporary_of,
-    write_text,
-)
+from latent_codec.storage import files
 from latent_codec.storage.json_config import from_json, to_json
 
 NAME = ".latent_codec"
@@ -91,7 +83,7 @@ class Ledger:
     def __init__(self, folder: Path, kind: Kind, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, digest(settings)
         self.root, self._units, self._processes = (folder / NAME / name for name in ("", kind, "processes"))
-        self._alive = self._processes / process_name()
+        self._alive = self._processes / files.process_name()
         self.held: set[Claim] = set()
         self.sizes: dict[str, int] = {}
         """Bytes that each journal had when this process entered the ledger."""
@@ -103,10 +95,10 @@ class Ledger:
 
     def __enter__(self) -> Self:
         for folder in (self.folder, self._units, self._processes):
-            make_folder(folder)
+            files.make_folder(folder)
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._alive))
-            with disk_errors(self.folder):
+            with files.disk_errors(self.folder):
                 self._remove_stale()
                 self.sizes = {file.name: file.stat().st_size for file in os.scandir(self._units)}
             self._on_exit = stack.pop_all()
@@ -163,10 +155,10 @@ class Ledger:
             found = _read(self.journal(unit), only=b'"reason"').failures.values()
             failures += [f for f in found if f.path in names]
         path = self.folder / FAILURES
-        with disk_errors(path):
+        with files.disk_errors(path):
             if failures:
                 text = (json.dumps(to_json(f), sort_keys=True) for f in sorted(failures, key=lambda f: f.path))
-                write_text(path, "".join(f"{line}\n" for line in text))
+                files.write_text(path, "".join(f"{line}\n" for line in text))
             else:
                 path.unlink(missing_ok=True)
 
@@ -204,11 +196,11 @@ class Ledger:
 
     def _remove_stale(self) -> None:
         """Remove temporary files of processes that were killed; those of programs that use no ledger stay."""
-        others = [path for path in self._processes.iterdir() if path != self._alive]
-        dead = {path: held for path in others if (held := try_lock(path)) is not None}
+        processes = [path for path in self._processes.iterdir() if path != self._alive]
+        dead = {path: held for path in processes if (held := try_lock(path)) is not None}
         names = {path.name for path in dead}
-        for top, folders, files in os.walk(self.folder) if dead else ():
-            for path in (Path(top, name) for name in folders + files if temporary_of(name) in names):
+        for top, folders, others in os.walk(self.folder) if dead else ():
+            for path in (Path(top, name) for name in folders + others if files.temporary_of(name) in names):
                 if path.name in folders:
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -234,7 +226,7 @@ class Claim:
             and all(s.name in state.failures or self._is_unchanged(s) for s in unit.sources)
         )
         """True if another process has done all there is to do since this one started."""
-        self._digest = functools.cache(lambda output: sha256_of(ledger.folder / output))
+        self._digest = functools.cache(lambda output: files.sha256_of(ledger.folder / output))
         self._left = len(unit.sources)
         self._journal = Journal(journal)
 
@@ -250,7 +242,7 @@ class Claim:
                 return False
             if check == "mtime":
                 return self._is_unchanged(source)
-            return sha256(load(source)) == record.sha256 and self._digest(record.output) == record.sha256_out
+            return files.sha256(load(source)) == record.sha256 and self._digest(record.output) == record.sha256_out
         except (OSError, UserError):
             return False
 

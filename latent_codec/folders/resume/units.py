@@ -37,7 +37,7 @@ class Unit(NamedTuple):
 
 
 def units(sources: Sequence[Source], sizes: UnitSizes = DEFAULT_SIZES) -> list[Unit]:
-    """Cut sorted sources into units where a name's hash says so or one has become large: a new file changes just one."""
+    """Cut sorted sources into units where a name's hash says so or one has become large: a new file changes one."""
     found: list[list[Source]] = []
     size = 0
     for source in sources:

@@ -1,8 +1,6 @@
 """`python -m tools.evaluate ...` from a checkout: the same as `latent-codec evaluate ...`."""
 
-import sys
-
-from latent_codec.cli import main
+from latent_codec.cli import main_of
 
 if __name__ == "__main__":
-    main(["evaluate", *sys.argv[1:]])
+    main_of("evaluate")

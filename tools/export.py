@@ -1,8 +1,6 @@
 """`python -m tools.export ...` from a checkout: the same as `latent-codec export ...`."""
 
-import sys
-
-from latent_codec.cli import main
+from latent_codec.cli import main_of
 
 if __name__ == "__main__":
-    main(["export", *sys.argv[1:]])
+    main_of("export")

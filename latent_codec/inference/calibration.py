@@ -29,23 +29,26 @@ def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quie
     Moments are per channel, float64, over images and positions. Raises `UserError` for an image that cannot be read.
     """
     check_channels(codec)
-    measured = _Moments(codec)
+    measured, kept = Moments(codec), list[torch.Tensor]()
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
         pixels = source.read().pixels
         labels = codec.class_numbers([source.label])
-        measured.add(tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec), labels))
+        posterior = tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec), labels)
+        measured.add(posterior)
+        if measured.codes is None:
+            mean = posterior.mean[0].flatten(1)  # (z, h * w)
+            kept.append(mean[:, :: -(-mean.shape[1] // _KEPT_POSITIONS)].float())
     codec.statistics = measured.statistics(description)
-    codec.priors = measured.priors(codec.statistics)
+    codec.priors = measured.priors(codec.statistics, kept)
 
 
-class _Moments:
+class Moments:
     """Sum moments per channel over images and positions in float64, and count the codes of a codebook."""
 
     def __init__(self, codec: Codec) -> None:
         self.positions, self.images, self.codes = 0, 0, codec.config.codes
         self.total, self.square, self.variance = torch.zeros(3, codec.config.latent_channels, dtype=torch.float64)
         self.taken = torch.zeros(self.codes or 0, dtype=torch.int64)
-        self.kept: list[torch.Tensor] = []
         self.gaussian = True
 
     def add(self, posterior: Posterior) -> None:
@@ -57,13 +60,17 @@ class _Moments:
             self.variance = self.variance + posterior.logvar[0].flatten(1).double().exp().sum(1)
         if isinstance(posterior, Codes):
             self.taken += torch.bincount(posterior.indices.flatten(), minlength=posterior.codes)
-        else:
-            self.kept.append(mean[:, :: -(-mean.shape[1] // _KEPT_POSITIONS)].float())
         self.positions, self.images = self.positions + mean.shape[1], self.images + 1
 
-    def statistics(self, description: str) -> LatentStatistics:
-        mean, variance = self.total / self.positions, self.variance / self.positions
+    def averages(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return mean and variance of the posterior means, and the mean of the posterior variances, (z,) float64."""
+        mean = self.total / self.positions
         spread = (self.square / self.positions - mean.square()).clamp(min=0)  # rounding may go below 0
+        return mean, spread, self.variance / self.positions
+
+    def statistics(self, description: str) -> LatentStatistics:
+        """Return the statistics of latents, drawn from the posteriors of the images that `description` names."""
+        mean, spread, variance = self.averages()
         std = torch.sqrt(spread + variance)
         if not self.gaussian:
             std = std.clamp(min=1e-6)  # a channel that never changes can be scaled all the same
@@ -75,12 +82,13 @@ class _Moments:
             posterior_std=tuple(variance.sqrt().tolist()) if self.gaussian else None,
         )
 
-    def priors(self, statistics: LatentStatistics) -> Priors:
+    def priors(self, statistics: LatentStatistics, kept: list[torch.Tensor]) -> Priors:
+        """Return the quantiser and the factorised prior of the codes, or else of the posterior means (z, n) kept."""
         if self.codes is not None:
             return Priors(np.ones(1, np.float32), factorized.fit_codes(self.taken.numpy()), None)
         of_posterior = None if statistics.posterior_std is None else np.array(statistics.posterior_std)
         channel_steps = channel_steps_from_std(np.array(statistics.std), of_posterior)
-        return Priors(channel_steps, factorized.fit(torch.cat(self.kept, 1), channel_steps), None)
+        return Priors(channel_steps, factorized.fit(torch.cat(kept, 1), channel_steps), None)
 
 
 _ACTIVATION_IMAGES = 8

@@ -113,13 +113,6 @@ def delta_rate(anchor: Curve, tested: Curve, least_overlap: float = LEAST_OVERLA
         return Delta(None, reason, None, None, share, left_out)
     import bjontegaard  # optional
 
-    percent = bjontegaard.bd_rate(
-        anchor.rates,
-        anchor.qualities,
-        tested.rates,
-        tested.qualities,
-        method=METHOD,
-        require_matching_points=False,
-        min_overlap=0,
-    )
+    curves = anchor.rates, anchor.qualities, tested.rates, tested.qualities
+    percent = bjontegaard.bd_rate(*curves, method=METHOD, require_matching_points=False, min_overlap=0)
     return Delta(float(percent), None, low, high, share, left_out)  # pyright: ignore[reportArgumentType]

@@ -1,9 +1,8 @@
 """Time how fast a training loop reads stored latents, beside the usual file for each image."""
 
 import dataclasses
-import statistics
 import tempfile
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from latent_codec.images.geometry import Geometry
 from latent_codec.latents import format as stored
 from latent_codec.latents.batches import ShapeBatches
 from latent_codec.latents.dataset import Latents
+from tools.benchmark.commands import time_in_turn
 from tools.benchmark.record import machine, report
 
 _UNIT = 128
@@ -77,7 +77,9 @@ class LatentsSpeed:
                 found: dict[str, float] = {}
                 for name, (dataset, options) in loaders.items():  # one at a time: workers stay until theirs is gone
                     loader = DataLoader(dataset, num_workers=n, persistent_workers=n > 0, **options)
-                    found[name] = self.images / _seconds(loader, self.epochs)
+                    epoch = {name: lambda _, loader=loader: deque(loader, maxlen=0)}
+                    time_in_turn(epoch, 1)
+                    found[name] = self.images / time_in_turn(epoch, self.epochs)[0][name]
                 ratios = {
                     f"{one} over {other}": found[one] / found[other]
                     for one in list(found)[:2]
@@ -113,14 +115,3 @@ class LatentsSpeed:
                 rows.append(stored.LatentsRow(entry, *both))
             entries += stored.write_shard(folder, header, f"{first:06d}", rows)
         stored.write_index(folder, header, entries)
-
-
-def _seconds(loader: Any, epochs: int) -> float:
-    """Return the seconds of the median epoch; all files are in the system's cache."""
-    found: list[float] = []
-    for _ in range(epochs + 1):
-        started = time.perf_counter()
-        for _ in loader:
-            pass
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])

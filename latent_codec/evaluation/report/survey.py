@@ -1,6 +1,5 @@
 """Encode all images once, and summarise the posteriors by channel and together."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,8 +8,9 @@ from tqdm import tqdm
 
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source
+from latent_codec.inference.calibration import Moments
 from latent_codec.inference.runner import Runner
-from latent_codec.model.posteriors import DiagonalGaussian, Posterior
+from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 
 EDGES = torch.linspace(-6, 6, 97, dtype=torch.float64)
@@ -56,44 +56,34 @@ class Survey(NamedTuple):
 def survey(runner: Runner, sources: Sequence[Source], seed: int, *, quiet: bool) -> Survey:
     """Encode every image; `seed` and the image's name decide its draw. Raises `UserError` for an unreadable image."""
     codec = runner.codec
-    moments, draws, scaled = _Moments(codec.config.latent_channels), _Pooled(), _Pooled()
-    statistics, count = codec.statistics, codec.config.codes
-    codes = None if count is None else torch.zeros(count, dtype=torch.int64)
+    moments, draws, scaled, statistics = Moments(codec), _Pooled(), _Pooled(), codec.statistics
+    kl = torch.zeros(codec.config.latent_channels, dtype=torch.float64)
     for source in tqdm(sources, "posteriors", unit="image", disable=quiet or None):
         posterior = runner.encode([pad(source.read().pixels, codec.factor)], codec.class_numbers([source.label]))
         moments.add(posterior)
         z = posterior.sample(normal(image_key(seed, source.name)[None], tuple(posterior.mean.shape[1:])))
         draws.add(z)
-        if codes is not None:
-            codes += torch.bincount(posterior.coded.flatten(), minlength=len(codes))
+        if isinstance(posterior, DiagonalGaussian):
+            kl += posterior.kl_map()[0].double().sum((1, 2))
         if statistics is not None:
             shift, scale = (torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std))
             scaled.add((z - shift) / scale)
     normalized = None if statistics is None else scaled.result()
-    return Survey(len(sources), *moments.result(), draws.result(), normalized, codes)
+    codes = None if codec.config.codes is None else moments.taken
+    return Survey(
+        moments.images,
+        moments.positions,
+        *moments.averages(),
+        kl / moments.positions,
+        draws.result(),
+        normalized,
+        codes,
+    )
 
 
 def image_key(seed: int, name: str) -> torch.Tensor:
     """Return the key of an image's noise, int64 of shape ()."""
     return fold(seed, text_key(name))
-
-
-class _Moments:
-    def __init__(self, channels: int) -> None:
-        self._count = 0
-        self._sums = torch.zeros(4, channels, dtype=torch.float64)
-
-    def add(self, posterior: Posterior) -> None:
-        mean = posterior.mean[0].double()  # (z, h, w)
-        terms = [mean, mean.square()]
-        if isinstance(posterior, DiagonalGaussian):
-            terms += [posterior.logvar[0].double().exp(), posterior.kl_map()[0].double()]
-        self._sums[: len(terms)] += torch.stack(terms).flatten(2).sum(2)
-        self._count += math.prod(mean.shape[1:])
-
-    def result(self) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, square, variance, kl = self._sums / self._count
-        return self._count, mean, (square - mean.square()).clamp(min=0), variance, kl  # rounding may go below 0
 
 
 class _Pooled:

@@ -70,15 +70,8 @@ def survey(runner: Runner, sources: Sequence[Source], seed: int, *, quiet: bool)
             scaled.add((z - shift) / scale)
     normalized = None if statistics is None else scaled.result()
     codes = None if codec.config.codes is None else moments.taken
-    return Survey(
-        moments.images,
-        moments.positions,
-        *moments.averages(),
-        kl / moments.positions,
-        draws.result(),
-        normalized,
-        codes,
-    )
+    kl /= moments.positions
+    return Survey(len(sources), moments.positions, *moments.averages(), kl, draws.result(), normalized, codes)
 
 
 def image_key(seed: int, name: str) -> torch.Tensor:

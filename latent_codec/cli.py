@@ -28,7 +28,7 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(exit_code(lambda: _run(sys.argv[1:] if args is None else args)))
 
 
-def main_of(command: str) -> None:
+def run_command(command: str) -> None:
     """Run one command with this process' arguments, as `python -m tools.COMMAND` does."""
     main([command, *sys.argv[1:]])
 

@@ -1,6 +1,6 @@
 """`python -m tools.encode ...` from a checkout: the same as `latent-codec encode ...`."""
 
-from latent_codec.cli import main_of
+from latent_codec.cli import run_command
 
 if __name__ == "__main__":
-    main_of("encode")
+    run_command("encode")

@@ -1,6 +1,6 @@
 """`python -m tools.export ...` from a checkout: the same as `latent-codec export ...`."""
 
-from latent_codec.cli import main_of
+from latent_codec.cli import run_command
 
 if __name__ == "__main__":
-    main_of("export")
+    run_command("export")

@@ -1,6 +1,6 @@
 """`python -m tools.info ...` from a checkout: the same as `latent-codec info ...`."""
 
-from latent_codec.cli import main_of
+from latent_codec.cli import run_command
 
 if __name__ == "__main__":
-    main_of("info")
+    run_command("info")

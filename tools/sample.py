@@ -1,6 +1,6 @@
 """`python -m tools.sample ...` from a checkout: the same as `latent-codec sample ...`."""
 
-from latent_codec.cli import main_of
+from latent_codec.cli import run_command
 
 if __name__ == "__main__":
-    main_of("sample")
+    run_command("sample")

@@ -1,5 +1,6 @@
 """Run work in threads, and in processes what keeps Python's interpreter busy."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.context
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from latent_codec.errors import FatalError
 
@@ -18,15 +19,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Threads:
+class Threads(contextlib.AbstractContextManager["Threads"]):
     """Hold worker threads that end with a context, not with a generator, which may end in any thread at any time."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._pool = ThreadPoolExecutor(workers)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -56,7 +54,7 @@ class Threads:
             raise raised
 
 
-class Processes:
+class Processes(contextlib.AbstractContextManager["Processes"]):
     """Hold worker processes that end with a context; with 0 workers the calling thread does the work itself.
 
     Processes start when first called, import what they need, and end with this process, however it ends.
@@ -64,9 +62,6 @@ class Processes:
 
     def __init__(self, workers: int) -> None:
         self._pool = ProcessPoolExecutor(workers, _context(), initializer=_end_with_parent) if workers else None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:

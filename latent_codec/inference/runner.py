@@ -41,15 +41,13 @@ class Runner:
             tiling.check_tile(codec, options.tile)
         on_cpu = device.startswith("cpu")
         self.codec = codec
-        self.options = ResolvedOptions(
-            device=device,
-            dtype=options.dtype,
-            batch_size=options.batch_size,
-            workers=options.workers or (4 if on_cpu else max(1, min(16, _own_cores()))),
-            decode_in=options.decode_in or ("threads" if on_cpu else "processes"),
-            compile=options.compile,
-            tile=options.tile or tiling.default_tile(codec),
-        )
+        resolved: dict[str, Any] = {
+            "device": device,
+            "workers": options.workers or (4 if on_cpu else max(1, min(16, _own_cores()))),
+            "decode_in": options.decode_in or ("threads" if on_cpu else "processes"),
+            "tile": options.tile or tiling.default_tile(codec),
+        }
+        self.options = ResolvedOptions(**vars(options) | resolved)
         if options.compile:
             codec.compile_networks()
         self._silent = {tiling.encode_difference, tiling.decode_difference} if tiling.is_exact(codec) else set()

@@ -7,14 +7,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from latent_codec.evaluation.rate_distortion.plot import svg
 from latent_codec.evaluation.rate_distortion.report import REFINED, RatePoint, curve_points
+from latent_codec.evaluation.report.page import METRICS
 from latent_codec.model.codec import Codec
 from tools.results import costs
 from tools.results.costs import Costs
 from tools.results.published import STAGES, against, published_curves
 
 PAGE, PLOT, SHEET = "results.md", "results.svg", "results.jpg"
-
-_METRICS = {"psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 
 _PCA = {
     "ppca32": ("probabilistic PCA at photo's first sigma", 32),
@@ -48,9 +47,6 @@ def page(measured: Measured, codec: Codec) -> str:
     rd, points = measured.rd, _points(measured)
     best = points[0].setting.codec
     curves, ours = published_curves(rd["about"]), curve_points(points, best)
-    deltas = against(curves, points, best)
-    percents = {name: found["delta_rates"].get("psnr", {}).get("percent") for name, found in rd["against"].items()}
-    training = codec.provenance.get("training", {})
     fields = {
         "rd": rd,
         "quality": measured.quality,
@@ -58,23 +54,17 @@ def page(measured: Measured, codec: Codec) -> str:
         "codec": codec,
         "plot": PLOT,
         "sheet": SHEET,
-        "metrics": {n: words for n, words in _METRICS.items() if any(p.distortion.get(n) is not None for p in points)},
+        "metrics": {n: words for n, words in METRICS.items() if any(p.distortion.get(n) is not None for p in points)},
         "points": points,
         "ours": ours,
-        "one": min(ours, key=lambda point: abs(point.setting.value - 1)),
         "refined": {point.setting.value: point for point in curve_points(points, REFINED)},
         "factorized": {point.setting.value: point for point in curve_points(points, "factorized")},
         "curves": curves,
-        "deltas": deltas,
+        "deltas": against(curves, points, best),
         "refined_deltas": against(curves, points, REFINED),
-        "percents": percents | {curve.name: delta.percent for curve, delta in zip(curves, deltas, strict=True)},
         "measured_stages": [_measured_stage(n, found, codec) for n, found in measured.quality["results"].items()],
         "published_stages": [(s, costs.of_sd_shape(s.channels) if s.sd_shape else None) for s in STAGES],
         "side": costs.SIDE,
-        "own_cost": costs.of_config(codec.config),
-        "sd_cost": costs.of_sd_shape(4),
-        "training": training,
-        "objective": training.get("config", {}).get("objective", {}),
     }
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

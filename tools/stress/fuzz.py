@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from latent_codec.bitstream.container import Stream, unpack
@@ -25,7 +24,7 @@ from latent_codec.images.geometry import crop
 from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import Quantized
-from latent_codec.program import FLAGS
+from tools.program import main
 from tools.stress.mutants import Kind, Mutant, mutate
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "bitstream" / "golden" / "2"
@@ -129,6 +128,18 @@ class FuzzOptions:
     patience: float = 120.0
     """Seconds that a thousand mutants may take."""
 
+    def run(self) -> int:
+        """Print outcomes, reasons and findings, and return 1 if there is a finding."""
+        report = run(self)
+        for (kind, outcome), n in sorted(report.outcomes.items()):
+            print(f"{kind:8} {outcome:8} {n:9}")
+        print()
+        for reason, n in report.reasons.most_common():
+            print(f"{n:9} {reason}")
+        for number, kind, reason in report.wrong:
+            print(f"WRONG: mutant {number} of seed {self.seed} ({kind}): {reason}")
+        return 1 if report.wrong else 0
+
 
 def run(options: FuzzOptions) -> FuzzReport:
     """Judge mutants in a separate process; if it dies, or exceeds a limit of the options, that is reported as wrong."""
@@ -191,19 +202,5 @@ def _limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def main() -> None:
-    """Run the command line; exit with 1 if there is a finding."""
-    options = tyro.cli(FuzzOptions, prog="tools.stress.fuzz", description=__doc__, registry=FLAGS)
-    report = run(options)
-    for (kind, outcome), n in sorted(report.outcomes.items()):
-        print(f"{kind:8} {outcome:8} {n:9}")
-    print()
-    for reason, n in report.reasons.most_common():
-        print(f"{n:9} {reason}")
-    for number, kind, reason in report.wrong:
-        print(f"WRONG: mutant {number} of seed {options.seed} ({kind}): {reason}")
-    raise SystemExit(1 if report.wrong else 0)
-
-
 if __name__ == "__main__":
-    main()
+    main("tools.stress.fuzz", FuzzOptions, __doc__)

@@ -126,7 +126,7 @@ def test_names_that_are_no_utf_8_are_remembered(folder: Path, src: Path) -> None
 
 def other_process() -> Any:
     """Name this process as another; its locks are its own all the same."""
-    return mock.patch.object(ledger, "process_name", lambda: "0123456789abcdef")
+    return mock.patch.object(ledger.files, "process_name", lambda: "0123456789abcdef")
 
 
 @pytest.mark.parametrize("change", ["none", "new source", "edited source", "other settings"])

@@ -47,10 +47,7 @@ class StreamCodec:
         self._coder = Coder(self.prior.tables)
 
     def scale(self, coded: torch.Tensor, step: int, seed: int | None) -> Scaled:
-        """Return a posterior's coded latents (channels, h, w) in steps; raise `UserError` as `quantizer.scale` does.
-
-        The indices of a codebook stay as they are: `step` must be `STEP_ONE` and `seed` None.
-        """
+        """Return coded latents (channels, h, w) in steps, as `quantizer.scale`, or a codebook's indices as they are."""
         if self.codec.config.codes is None:
             return scale(coded, self.channel_steps, step, seed)
         assert step == STEP_ONE and seed is None

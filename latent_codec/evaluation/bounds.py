@@ -61,17 +61,14 @@ def bounds(
         samples = torch.arange(start, min(start + each, k))
         n = len(samples)
         noise = normal(fold(keys, samples[:, None]).flatten().to(x.device), tuple(posterior.mean.shape[1:]))
-        many = _repeated(posterior, n)  # (n * b, z, h/f, w/f)
+        repeated = (moment.repeat(n, 1, 1, 1) for moment in (posterior.mean, posterior.logvar))
+        many = DiagonalGaussian(*repeated)  # (n * b, z, h/f, w/f)
         params = codec.likelihood_params(many.sample(noise), None if labels is None else labels.repeat(n))
         found = codec.likelihood.log_prob(params, x)
         log_likelihoods.append(found.double().cpu().view(n, b).t())
         log_ratios.append(_log_ratio(many, noise).cpu().view(n, b).t())
     log_likelihood = torch.cat(log_likelihoods, 1)
     return Bounds(log_likelihood, log_likelihood - torch.cat(log_ratios, 1), posterior.kl().double().cpu())
-
-
-def _repeated(posterior: DiagonalGaussian, n: int) -> DiagonalGaussian:
-    return DiagonalGaussian(posterior.mean.repeat(n, 1, 1, 1), posterior.logvar.repeat(n, 1, 1, 1))
 
 
 def _log_ratio(posterior: DiagonalGaussian, noise: torch.Tensor) -> torch.Tensor:

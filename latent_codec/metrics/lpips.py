@@ -83,10 +83,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the distance of each pair, (b,) float32 under any autocast, differentiable in x and y.
-
-        x, y: (b, 3, h, w) float in [-1, 1]. Raises `UserError` for sides below `smallest_side`.
-        """
+        """Return distances (b,) float32 of x, y: (b, 3, h, w) in [-1, 1]; raises `UserError` below `smallest_side`."""
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"LPIPS compares two (b, 3, h, w) tensors, not {tuple(x.shape)} and {tuple(y.shape)}")
         if min(x.shape[2:]) < self.smallest_side:

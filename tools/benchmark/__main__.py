@@ -6,9 +6,8 @@ from tyro.conf import subcommand
 
 from tools.benchmark.coding import Coding
 from tools.benchmark.commands import Decode, Encode, Loop, Memory
-from tools.benchmark.encoders import Encoders
 from tools.benchmark.latents import LatentsSpeed
-from tools.benchmark.quality import Quality
+from tools.benchmark.models import Encoders, Quality
 from tools.benchmark.training import TrainingSpeed
 from tools.program import main
 

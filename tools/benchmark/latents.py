@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,6 @@ class _Loaded(Dataset[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.load(self.items[index] if self.items else index)
-
-
-def _load_pt(path: Path) -> torch.Tensor:
-    return torch.load(path, weights_only=True)
 
 
 def _load_npz(path: Path) -> torch.Tensor:
@@ -71,7 +68,7 @@ class LatentsSpeed:
                     "latents, read": (_Loaded(latents.moments), ours),
                     "latents, read and drawn": (latents, ours),
                 }
-                for name, load in ((".pt", _load_pt), (".npz", _load_npz)):
+                for name, load in ((".pt", partial(torch.load, weights_only=True)), (".npz", _load_npz)):
                     files = _Loaded(load, sorted(Path(folder).glob(f"*{name}")))
                     loaders[f"a {name} each, read"] = files, {"batch_sampler": lists}
                 found: dict[str, float] = {}

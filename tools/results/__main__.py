@@ -19,7 +19,7 @@ from latent_codec.inference.runner import Runner
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPSOptions
 from latent_codec.storage.files import make_folder, write_text
-from tools.benchmark.quality import Quality
+from tools.benchmark.models import Quality
 from tools.benchmark.record import command_line, machine
 from tools.program import main
 from tools.results.crops import Detail, Sheet, make_sheet

@@ -14,7 +14,7 @@ from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion import anchors
 from latent_codec.evaluation.rate_distortion.anchors import ANCHORS
-from latent_codec.evaluation.report.jpeg import code_image
+from latent_codec.evaluation.report.rate import code_image
 from latent_codec.images.geometry import Image
 from latent_codec.images.read import read_image
 from latent_codec.images.write import rgb_pixels, to_pil

@@ -47,6 +47,9 @@ def page(measured: Measured, codec: Codec) -> str:
     rd, points = measured.rd, _points(measured)
     best = points[0].setting.codec
     curves, ours = published_curves(rd["about"]), curve_points(points, best)
+    deltas = against(curves, points, best)
+    percents = {name: found["delta_rates"].get("psnr", {}).get("percent") for name, found in rd["against"].items()}
+    training = codec.provenance.get("training", {})
     fields = {
         "rd": rd,
         "quality": measured.quality,
@@ -57,14 +60,20 @@ def page(measured: Measured, codec: Codec) -> str:
         "metrics": {n: words for n, words in METRICS.items() if any(p.distortion.get(n) is not None for p in points)},
         "points": points,
         "ours": ours,
+        "one": min(ours, key=lambda point: abs(point.setting.value - 1)),
         "refined": {point.setting.value: point for point in curve_points(points, REFINED)},
         "factorized": {point.setting.value: point for point in curve_points(points, "factorized")},
         "curves": curves,
-        "deltas": against(curves, points, best),
+        "deltas": deltas,
         "refined_deltas": against(curves, points, REFINED),
+        "percents": percents | {curve.name: delta.percent for curve, delta in zip(curves, deltas, strict=True)},
         "measured_stages": [_measured_stage(n, found, codec) for n, found in measured.quality["results"].items()],
         "published_stages": [(s, costs.of_sd_shape(s.channels) if s.sd_shape else None) for s in STAGES],
         "side": costs.SIDE,
+        "own_cost": costs.of_config(codec.config),
+        "sd_cost": costs.of_sd_shape(4),
+        "training": training,
+        "objective": training.get("config", {}).get("objective", {}),
     }
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -70,10 +70,7 @@ class Judge:
             return [one for stream in streams for one in self._decode(kind, [stream])]  # find the one that fails
 
     def _verdict(self, mutant: Mutant, stream: Stream, result: Quantized | Exception) -> Verdict:
-        """Allow what decodes only if it is one of the streams or, with new checksums, if it encodes back to itself.
-
-        With new checksums it may be a sound stream of another step or size, or of other latents.
-        """
+        """Allow what decodes only if it is one of the streams or, with new checksums, if it encodes back to itself."""
         if isinstance(result, UserError):
             return Verdict("refused", str(result))
         if isinstance(result, Exception):

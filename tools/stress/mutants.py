@@ -37,15 +37,11 @@ def mutate(streams: Sequence[bytes], seed: int, number: int) -> Mutant:
 def sealed(header: bytes, payload: bytes) -> bytes:
     """Return a file with the right length and checksums from the header's other 39 bytes or more."""
     header = header[: _HEADER - 4] + len(payload).to_bytes(4, "little")
-    return b"".join((header, _checksum(header), payload, _checksum(payload)))
+    return b"".join(part + crc32(part).to_bytes(4, "little") for part in (header, payload))
 
 
 def _parts(data: bytes) -> tuple[bytes, bytes]:
     return data[:_HEADER], data[_HEADER + _CRC : -_CRC]
-
-
-def _checksum(data: bytes) -> bytes:
-    return crc32(data).to_bytes(4, "little")
 
 
 def _flip_bit(rng: random.Random, data: bytearray, others: Sequence[bytes]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from latent_codec.errors import UserError
 from latent_codec.evaluation.evaluate import EvaluationReport
 from latent_codec.evaluation.rate_distortion.report import RateDistortionReport
-from latent_codec.evaluation.report import about, jpeg, latent_space, likelihood, page, pictures, rate
+from latent_codec.evaluation.report import about, latent_space, likelihood, page, pictures, rate
 from latent_codec.evaluation.report.baselines import BaselineComparison
 from latent_codec.evaluation.report.page import Section, left_out
 from latent_codec.evaluation.report.survey import survey
@@ -102,7 +102,7 @@ def _sections(evaluated: EvaluatedModel, sources: list[Source], options: ReportO
         likelihood.likelihood_bounds(runner, bounded, seed, options.bound_samples, quiet=quiet),
         rate.rate_distortion_section(evaluated.rates),
         baselines.section(options.baselines, options.baseline_data),
-        jpeg.jpeg_at_equal_bytes(runner, sources, lpips, [image.name for image in few], quiet=quiet),
+        rate.jpeg_at_equal_bytes(runner, sources, lpips, [image.name for image in few], quiet=quiet),
         left_out("rfid", "rFID", _NO_FID),
         about.making_section(evaluation, evaluated.command, seed),
     ]

@@ -59,10 +59,7 @@ class BaselineComparison:
         self.names = [name for name in _COLUMNS if name in evaluation.summary]
 
     def section(self, others: Sequence[tuple[str, Runner]], data: str | None) -> Section:
-        """Show all baselines; `others` are models by name, and PCA is fitted to `data`, by default to half the images.
-
-        Raises `UserError` if `data` holds no images that can be read.
-        """
+        """Show models by name and PCA, fitted to `data` or half the images; raises `UserError` for bad `data`."""
         codec = self.runner.codec
         methods, reason = [self._this_model()], why_no_pca(codec, self.sources, data)
         if reason is None:

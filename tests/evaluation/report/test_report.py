@@ -22,7 +22,7 @@ from latent_codec import cli
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion import anchors
-from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, jpeg, pca, pictures, write_report
+from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, pca, pictures, rate, write_report
 from latent_codec.evaluation.report.baselines import BaselineComparison, why_no_pca
 from latent_codec.evaluation.report.likelihood import likelihood_bounds
 from latent_codec.evaluation.report.page import Section, left_out, render
@@ -332,11 +332,11 @@ def test_pca_is_never_fitted_to_what_it_is_measured_on(
 def test_the_jpeg_is_the_largest_that_is_no_larger() -> None:
     values = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     image = Image.fromarray(values).resize((64, 64), Image.Resampling.BICUBIC)
-    sizes = [len(anchors.encode(anchors.JPEG, image, quality)) for quality in jpeg.QUALITIES]
+    sizes = [len(anchors.encode(anchors.JPEG, image, quality)) for quality in rate.QUALITIES]
     for limit in (min(sizes), min(sizes) + 1, sizes[40], sizes[60] - 1):
-        quality, data = anchors.largest_within(anchors.JPEG, image, limit, jpeg.QUALITIES) or (0, b"")
+        quality, data = anchors.largest_within(anchors.JPEG, image, limit, rate.QUALITIES) or (0, b"")
         assert len(data) == sizes[quality - 1] == max(size for size in sizes if size <= limit)
-    assert anchors.largest_within(anchors.JPEG, image, min(sizes) - 1, jpeg.QUALITIES) is None
+    assert anchors.largest_within(anchors.JPEG, image, min(sizes) - 1, rate.QUALITIES) is None
 
 
 def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
         large.convert(mode).save(tmp_path / "photos" / name)
     Image.new("RGB", (3, 3)).save(tmp_path / "photos" / "tiny.png")  # whose smallest JPEG is larger than a .lc file
     sources = find_images(tmp_path / "photos")
-    section = jpeg.jpeg_at_equal_bytes(Runner(codec), sources, None, ["grey.png", "tiny.png"], quiet=True)
+    section = rate.jpeg_at_equal_bytes(Runner(codec), sources, None, ["grey.png", "tiny.png"], quiet=True)
     for source, record in zip(sources, section.records["images"], strict=True):
         assert record["ours"]["bytes"] == len(compressed(codec, source.read(), 1.0).data)
         assert record["jpeg"] is None or record["jpeg"]["bytes"] <= record["ours"]["bytes"]

@@ -22,16 +22,11 @@ def in_batches(jobs: Iterable[list[Job]], maker: Maker[T, Any], resume: Resume, 
     A unit whose outputs are all up to date is skipped, one that another process has done is left, and of any other
     unit all inputs come, so that batches are the same however often the work was interrupted.
     """
-    read = partial(_read, maker=maker, work=work)
+    read, size = partial(_read, maker=maker, work=work), maker.runner.options.batch_size
     read_ahead = work.readers.map(read, _jobs_to_make(jobs, maker, resume, work))
     found = (item for _, item in work.results(read_ahead, lambda job: [job]))
     for _, unit in groupby(found, lambda item: item.job.claim):
-        yield from batches(
-            unit,
-            maker.runner.options.batch_size,
-            lambda item: item.shape,
-            alone=lambda item: maker.is_large(item.shape),
-        )
+        yield from batches(unit, size, lambda item: item.shape, alone=lambda item: maker.is_large(item.shape))
 
 
 def _read(job: Job, maker: Maker[T, Any], work: Work) -> Input[T]:
@@ -89,10 +84,7 @@ def _skip_if_up_to_date(jobs: list[Job], maker: Maker[Any, Any], resume: Resume,
 def batches(
     items: Iterable[T], size: int, shape: Callable[[T], Hashable], *, alone: Callable[[T], bool]
 ) -> Iterator[list[T]]:
-    """Group items of equal shape into lists of up to `size`: images are never padded to each other's size.
-
-    At most 4 * size items wait for others of their shape; those that go `alone` wait for none.
-    """
+    """Group items of equal shape into lists of up to `size`; at most 4 * size wait, none of those that go `alone`."""
     waiting: dict[Hashable, list[T]] = {}
     for item in items:
         if alone(item):

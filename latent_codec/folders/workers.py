@@ -55,10 +55,7 @@ class Threads(contextlib.AbstractContextManager["Threads"]):
 
 
 class Processes(contextlib.AbstractContextManager["Processes"]):
-    """Hold worker processes that end with a context; with 0 workers the calling thread does the work itself.
-
-    Processes start when first called, import what they need, and end with this process, however it ends.
-    """
+    """Hold worker processes that end with a context or this process; 0 workers leave work to the calling thread."""
 
     def __init__(self, workers: int) -> None:
         self._pool = ProcessPoolExecutor(workers, _context(), initializer=_end_with_parent) if workers else None

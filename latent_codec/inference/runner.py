@@ -79,10 +79,7 @@ class Runner:
         return pixels
 
     def nll_gradient(self, z: torch.Tensor, pixels: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Return -log p(x | z) in nats and its gradient (z, h, w) float32, on the CPU, for one image's latents.
-
-        z: (z, h, w); pixels: (3, height, width) uint8, not padded. Of blended tiles only their own parts count.
-        """
+        """Return -log p(x | z) in nats and its gradient for one image's latents, as `tiling.nll_gradient` does."""
         with torch.inference_mode(False), self.autocast(), _compiling(self.options.compile):
             z, pixels = z.clone(), pixels.clone()  # what inference mode has made takes no part in a gradient
             return tiling.nll_gradient(self.codec, z, pixels, self.options.tile)

@@ -1,7 +1,4 @@
-"""Encode a folder by a plain loop: a DataLoader, diffusers' `AutoencoderKL`, `torch.save` for each image.
-
-`python -m tools.benchmark.diffusers_loop SRC DST --weights FILE`: FILE is a model file of the SD shape.
-"""
+"""Encode a folder by a plain loop: `python -m tools.benchmark.diffusers_loop SRC DST --weights MODEL_OF_SD_SHAPE`."""
 
 import dataclasses
 from pathlib import Path

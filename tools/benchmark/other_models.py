@@ -100,22 +100,16 @@ def _decoder() -> nn.Sequential:
 
 def sd_codec() -> Codec:
     """Return a codec of the shape of Stable Diffusion's AutoencoderKL with random weights."""
-    return Codec(
-        CodecConfig(
-            image_channels=3,
-            latent_channels=4,
-            backbone=ConvConfig(
-                widths=(128, 256, 512, 512),
-                layers_per_block=2,
-                groups=32,
-                mid_attention=True,
-                quant_conv=True,
-                post_quant_conv=True,
-            ),
-            bottleneck=DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0),
-            likelihood=GaussianConfig(scale="fixed", sigma=0.1),
-        )
+    widths = (128, 256, 512, 512)
+    backbone = ConvConfig(
+        widths=widths, layers_per_block=2, groups=32, mid_attention=True, quant_conv=True, post_quant_conv=True
     )
+    bottleneck = DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
+    likelihood = GaussianConfig(scale="fixed", sigma=0.1)
+    config = CodecConfig(
+        image_channels=3, latent_channels=4, backbone=backbone, bottleneck=bottleneck, likelihood=likelihood
+    )
+    return Codec(config)
 
 
 def diffusers_autoencoder(codec: Codec) -> Any:

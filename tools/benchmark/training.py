@@ -84,10 +84,7 @@ def _shape_of(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """Measure operations per second of a training step, of its products each timed alone, and of a matrix product.
-
-    The step is that of train.vae with images in device memory, from drawing crops to averaged weights.
-    """
+    """Measure operations per second of a step of train.vae, of its products each timed alone, and of one product."""
 
     model: str = "photo"
     objective: Objective = "joint"

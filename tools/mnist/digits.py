@@ -1,10 +1,8 @@
 """Write MNIST as folders of images, and recognise generated digits with a small classifier.
 
-    python -m tools.mnist.digits write RAW DST [--split train|test]
-    python -m tools.mnist.digits classify RAW DST.safetensors
-    python -m tools.mnist.digits score CLASSIFIER.safetensors SAMPLES
-
-RAW holds MNIST's four IDX files, gzipped or not.
+python -m tools.mnist.digits write RAW DST [--split train|test]
+python -m tools.mnist.digits classify RAW DST.safetensors
+python -m tools.mnist.digits score CLASSIFIER.safetensors SAMPLES
 """
 
 import dataclasses
@@ -85,7 +83,7 @@ class Write:
     """Write each digit as a PNG of 32x32 into the folder of its class, DST/7/train-00042.png."""
 
     raw: tyro.conf.Positional[Path]
-    """Folder of MNIST's IDX files."""
+    """Folder of MNIST's four IDX files, gzipped or not."""
     dst: tyro.conf.Positional[Path]
     """Folder for the images."""
     split: Split = "train"
@@ -107,7 +105,7 @@ class Classify:
     """Train the classifier on the training split, and measure it on the test split."""
 
     raw: tyro.conf.Positional[Path]
-    """Folder of MNIST's IDX files."""
+    """Folder of MNIST's four IDX files, gzipped or not."""
     dst: tyro.conf.Positional[Path]
     """Safetensors file for the classifier."""
     epochs: int = 3

@@ -73,10 +73,7 @@ class Results:
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
     def run(self, details: tuple[Detail, ...] = DETAILS, rates: RateDistortionOptions = RATES) -> None:
-        """Measure what is missing and write the page.
-
-        Raises `UserError` if something must be measured but no images are given, or a JSON file holds something else.
-        """
+        """Measure what is missing, with --data, and write the page; raises `UserError` for JSON of another kind."""
         check_extra()
         make_folder(self.out)
         runner = load(self.model, self.compute)

@@ -2,8 +2,7 @@
 
     python -m tools.stress.fuzz --count 1000000 --seed 0
 
-A mutant is a pure function of (seed, number), so a finding can be repeated. The work is done in a process with limited
-memory, which is killed if it hangs.
+A mutant is a pure function of (seed, number). The process has limited memory, and is killed if it hangs.
 """
 
 import dataclasses
@@ -147,7 +146,11 @@ def run(options: FuzzOptions) -> FuzzReport:
     sender.close()
     report = FuzzReport(Counter(), Counter(), [])
     for numbers in tqdm(_chunks(options.count), "fuzz", disable=None):
-        if (chunk := _received(receiver, options.patience)) is None:
+        try:
+            chunk = receiver.recv() if receiver.poll(options.patience) else None
+        except EOFError:
+            chunk = None
+        if chunk is None:
             child.join(60 if receiver.poll(0) else 0)  # the pipe of a dead process reads as ended
             ending = "stands still" if child.exitcode is None else f"died with code {child.exitcode}"
             report.wrong.append((numbers.start, "bytes", f"the process {ending} within 1000 mutants from here on"))
@@ -158,13 +161,6 @@ def run(options: FuzzOptions) -> FuzzReport:
     child.kill()
     child.join()
     return report
-
-
-def _received(receiver: Any, patience: float) -> FuzzReport | None:
-    try:
-        return receiver.recv() if receiver.poll(patience) else None
-    except EOFError:
-        return None
 
 
 def _chunks(count: int) -> list[range]:

@@ -1,8 +1,7 @@
 """Kill encoding at random moments and resume it: `python -m tools.stress.kill SRC --model MODEL`.
 
-Each trial encodes SRC into an empty folder, is killed (SIGKILL) after a random share of the time of an uninterrupted
-run, and is run again to its end; every file must then equal the uninterrupted run's. With `--processes 2` two processes
-work on the folder and one of them is killed: the other one has to finish alone.
+Each trial encodes SRC, is killed (SIGKILL) after a random share of the time of an uninterrupted run, and is run again;
+every file must then equal that run's. With `--processes 2` one of two is killed: the other one has to finish alone.
 """
 
 import dataclasses

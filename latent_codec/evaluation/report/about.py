@@ -10,14 +10,7 @@ from latent_codec.storage.json_config import to_json
 
 _SIDE = 256  # pixels of the image whose computation is counted
 
-_LABELS = {
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "ms_ssim": "MS-SSIM",
-    "lpips": "LPIPS",
-    "kl_bpp": "KL",
-    "disk_bpp": "on disk",
-}
+_NAMES = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "kl_bpp": "KL", "disk_bpp": "on disk"}
 _UNITS = {"psnr": "dB", "kl_bpp": "bits per pixel", "disk_bpp": "bits per pixel"}
 
 
@@ -57,7 +50,7 @@ def mean_numbers(evaluation: EvaluationReport) -> list[Number]:
     """Return the means over all images that `evaluate` found."""
     how = f"all {evaluation.about['images']} images"
     return [
-        Number(name, _LABELS.get(name, name), value, _UNITS.get(name, ""), f"{evaluation.protocol[name]}; {how}")
+        Number(name, _NAMES.get(name, name), value, _UNITS.get(name, ""), f"{evaluation.protocol[name]}; {how}")
         for name, value in evaluation.summary.items()
     ]
 

@@ -103,18 +103,13 @@ def render(title: str, introduction: str, sections: Sequence[Section]) -> str:
 def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=loader,
-        autoescape=True,
-        finalize=_visible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, finalize=_plain, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["written"] = written
     return environment
 
 
-def _visible(value: object) -> object:
+def _plain(value: object) -> object:
     """Spell out characters that show nothing or reorder the text around them."""
     if isinstance(value, Markup):
         return value

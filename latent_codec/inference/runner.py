@@ -19,12 +19,15 @@ from latent_codec.model.posteriors import Posterior
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResolvedOptions(ComputeOptions):
+class ResolvedOptions:
     """Hold `ComputeOptions` with nothing left to choose."""
 
     device: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    batch_size: int
     workers: int
     decode_in: Literal["threads", "processes"]
+    compile: bool
     tile: int
 
 

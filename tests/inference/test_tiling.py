@@ -26,7 +26,6 @@ from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import (
     BernoulliConfig,
-    ConvConfig,
     DiscretizedLogisticConfig,
     GaussianConfig,
     LinearConfig,
@@ -34,24 +33,18 @@ from latent_codec.model.config import (
 )
 from latent_codec.model.networks import BACKBONES
 from tests.conftest import Draw
+from tests.support import networks
 from tests.support.folder import CPU, Kind, greatest_difference, make
 from tests.support.networks import FIXED, config_of, make_codec, randomise, seeded, shape, support
 
 
 def lite(stem: int, encoder_depths: tuple[int, ...], decoder_depths: tuple[int, ...]) -> LiteConfig:
-    return LiteConfig(
-        patch=stem * 2 ** (len(encoder_depths) - 1),
-        stem=stem,
-        encoder_widths=(4,) * len(encoder_depths),
-        encoder_depths=encoder_depths,
-        decoder_widths=(4,) * len(decoder_depths),
-        decoder_depths=decoder_depths,
-    )
+    depths = {"encoder_depths": encoder_depths, "decoder_depths": decoder_depths}
+    widths = {"encoder_widths": (4,) * len(encoder_depths), "decoder_widths": (4,) * len(decoder_depths)}
+    return LiteConfig(patch=stem * 2 ** (len(encoder_depths) - 1), stem=stem, **depths, **widths)
 
 
-CONV = ConvConfig(
-    widths=(8, 8), layers_per_block=1, groups=4, mid_attention=True, quant_conv=True, post_quant_conv=True
-)
+CONV = dataclasses.replace(networks.CONV, widths=(8, 8))
 FINITE = {
     "linear": LinearConfig(patch=3),
     "overlapping": LinearConfig(patch=3, overlap=2),
@@ -83,9 +76,11 @@ def noise(codec: Codec, h: int, w: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, codec.config.latent_channels, h, w, generator=seeded(1))
 
 
-def assert_same_to_rounding(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.logvar, expected.logvar, rtol=1e-5, atol=1e-5)
+def assert_same_to_rounding(found: Any, expected: Any, columns: Any = slice(None), own: Any = slice(None)) -> None:
+    """Compare posteriors, or columns of the first with columns of the second."""
+    for name in ("mean", "logvar"):
+        one, other = getattr(found, name)[..., columns], getattr(expected, name)[..., own]
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -116,10 +111,8 @@ def test_tiles_cover_an_axis_once_with_their_margins_and_are_about_as_large(size
 def test_a_margin_is_all_that_a_tile_needs_and_no_more(config: Any) -> None:
     backbone = BACKBONES[config.kind](config, shape(z=2)).double()
     randomise(backbone)
-    for network, margin, channels, scale in (
-        (backbone.encode, backbone.encoder_margin, 3, backbone.factor),
-        (backbone.decode, backbone.decoder_margin, 2, 1),
-    ):
+    encoder = backbone.encode, backbone.encoder_margin, 3, backbone.factor
+    for network, margin, channels, scale in (encoder, (backbone.decode, backbone.decoder_margin, 2, 1)):
         assert margin is not None
         middle = margin + 2  # beyond the margin lie an element of no influence and the border
         side = (2 * middle + 1) * scale
@@ -146,8 +139,8 @@ def test_tiles_give_the_untiled_result_for_every_size(kind: str, cut_always: Non
         posterior, decoded = codec.encode(x), codec.decode_uint8(z)
         for tile in (least, least + f, longest * f):
             tiled = tiling.encode(codec, x, tile)
-            torch.testing.assert_close(tiled.mean, posterior.mean, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(tiled.logvar, posterior.logvar, rtol=1e-6, atol=1e-6)
+            for name in ("mean", "logvar"):
+                torch.testing.assert_close(getattr(tiled, name), getattr(posterior, name), rtol=1e-6, atol=1e-6)
             assert torch.equal(tiled.clamped, posterior.clamped)
             assert torch.equal(tiling.decode_uint8(codec, z, tile), decoded)
 
@@ -203,12 +196,8 @@ def test_sides_that_cannot_be_are_refused_with_the_remedy() -> None:
     codec = tiny(lite(4, (1, 2), (2, 3)))
     assert tiling.least_tile(codec) == 8 * 21
     tiling.check_tile(codec, 168)
-    for tile, reason in (
-        (160, "--tile 160 is too small for this model, .* give at least 168"),
-        (0, "--tile 0 is too small"),
-        (-8, "--tile -8 is too small"),
-        (172, "--tile 172 is no multiple of the model's 8; give 168 or 176"),
-    ):
+    reasons = {tile: f"--tile {tile} is too small for this model, .* give at least 168" for tile in (160, 0, -8)}
+    for tile, reason in (reasons | {172: "--tile 172 is no multiple of the model's 8; give 168 or 176"}).items():
         for work, x in ((tiling.encode, photo(codec, 1, 1)), (tiling.decode_uint8, noise(codec, 1, 1))):
             with pytest.raises(UserError, match=reason):
                 work(codec, x, tile)
@@ -251,9 +240,7 @@ def test_blended_latents_and_pixels_are_each_tiles_own_away_from_joins() -> None
     tiled, decoded = tiling.encode(codec, pixels, 16 * f), tiling.decode_uint8(codec, z, 16 * f)
     for span, kept in ((left, slice(0, left.stop - 4)), (right, slice(right.start + 4, 30))):
         own = slice(kept.start - span.start, kept.stop - span.start)
-        alone = codec.encode(pixels[..., span.read(f)])
-        torch.testing.assert_close(tiled.mean[..., kept], alone.mean[..., own], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(tiled.logvar[..., kept], alone.logvar[..., own], rtol=1e-5, atol=1e-5)
+        assert_same_to_rounding(tiled, codec.encode(pixels[..., span.read(f)]), kept, own)
         expected = codec.decode_uint8(z[..., span.read(1)])[..., own.start * f : own.stop * f]
         assert largest(decoded[..., kept.start * f : kept.stop * f], expected) <= 1
     assert tiled.logvar.amin() >= -1 and tiled.logvar.amax() <= 2  # the clamp's range, also where tiles were blended
@@ -319,12 +306,8 @@ def test_files_made_in_tiles_are_those_made_whole_and_large_images_go_alone(
 
     for method in (Runner.encode, Runner.decode_uint8):
         monkeypatch.setattr(Runner, method.__name__, count(method))
-    sources: dict[Kind, Path] = {
-        "latents": photos,
-        "streams": photos,
-        "images of latents": tmp_path / "whole" / "latents",
-        "images of streams": tmp_path / "whole" / "streams",
-    }
+    sources: dict[Kind, Path] = {"latents": photos, "streams": photos}
+    sources |= {"images of latents": tmp_path / "whole/latents", "images of streams": tmp_path / "whole/streams"}
     for name, compute, expected in (("whole", CPU, [2, 2]), ("tiles", TILES, [1, 1, 2])):
         for kind, where in sources.items():
             batches.clear()

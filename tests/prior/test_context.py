@@ -20,7 +20,6 @@ from latent_codec.prior.rans import Coder
 from tests.support import reference_decoder
 from tests.support.prior import as_reference, context_prior, context_tables, flat_tables
 
-tables = functools.cache(context_tables)
 SHAPES = [((1, 3), ()), ((4,), ()), ((2, 1, 2), ()), ((1, 3), (2,)), ((4,), (1,)), ((2, 1, 2), (1, 0, 3))]
 """Groups and levels."""
 
@@ -29,14 +28,12 @@ LARGE = (1, 3), (2,)
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-shapes, seeds = st.sampled_from(SHAPES), st.none() | st.integers(0, 2**64 - 1)
+shapes, seeds, small = st.sampled_from(SHAPES), st.none() | st.integers(0, 2**64 - 1), st.integers(1, 6)
 
 
 @functools.cache
-def prior(
-    groups: tuple[int, ...], levels: tuple[int, ...] = (), seed: int = 0, *, centred: bool = True
-) -> ContextPrior:
-    return context_prior(groups, 8, seed, tables(), centred=centred, levels=levels)
+def prior(groups: tuple[int, ...], levels: tuple[int, ...] = (), seed: int = 0, centred: bool = True) -> ContextPrior:
+    return context_prior(groups, 8, seed, centred=centred, levels=levels)
 
 
 def image(channels: int, h: int, w: int, step: int, seed: int | None, data: int = 0) -> Scaled:
@@ -68,21 +65,13 @@ def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=50)
-@given(
-    shapes,
-    st.integers(0, 2),
-    st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    st.integers(16, 65535),
-    seeds,
-    st.integers(0, 99),
-    st.booleans(),
-)
+@given(shapes, small, small, st.integers(16, 65535), seeds, st.integers(0, 99), st.booleans())
 def test_the_network_is_plain_int64_arithmetic(
-    shape: Shape, weights: int, size: tuple[int, int], step: int, seed: int | None, data: int, centred: bool
+    shape: Shape, h: int, w: int, step: int, seed: int | None, data: int, centred: bool
 ) -> None:
     groups, levels = shape
-    context = prior(groups, levels, weights, centred=centred or bool(levels))
-    assert_as_the_format_says(context, image(sum(groups), *size, step, seed, data))
+    context = prior(groups, levels, data % 3, centred=centred or bool(levels))
+    assert_as_the_format_says(context, image(sum(groups), h, w, step, seed, data))
 
 
 def test_sums_at_the_limit_of_float32_are_exact() -> None:
@@ -101,10 +90,10 @@ def test_sums_at_the_limit_of_float32_are_exact() -> None:
         sizes = ((layout.inputs + 4) * 9, 104), (104 * 9, 104), (104, 104), (104, 2 * (layout.stop - layout.start))
         nets.append(tuple(layer(*size, shift) for size, shift in zip(sizes, (17, 16, 1, 1), strict=True)))
     gain, zeros = np.full(101, 2**15), np.zeros(101, np.int64)
-    extreme = ContextPrior(config, np.arange(101), gain, zeros, nets, tables())
+    extreme = ContextPrior(config, np.arange(101), gain, zeros, nets, context_tables())
     values = rng.choice([-LIMIT, LIMIT], (101, 3, 4)).astype(np.float64)
-    assert_as_the_format_says(extreme, Scaled(values, 65535, None))
-    assert_as_the_format_says(extreme, Scaled(values, 65535, 3))
+    for seed in (None, 3):
+        assert_as_the_format_says(extreme, Scaled(values, 65535, seed))
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +133,15 @@ def test_how_it_is_computed_does_not_matter(
     context = copy.copy(prior(*LARGE))
     vars(context).update(fields)
     with around:
-        for found, expected in zip(predictions(context, several, device), plain, strict=True):
-            for array, expected_array in zip(found, expected, strict=True):
-                np.testing.assert_array_equal(array, expected_array)
+        found = predictions(context, several, device)
+    for own, expected in zip(found, plain, strict=True):
+        for array, expected_array in zip(own, expected, strict=True):
+            np.testing.assert_array_equal(array, expected_array)
 
 
 @pytest.mark.slow
 @settings(max_examples=50)
-@given(shapes, st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
+@given(shapes, small, small, st.booleans(), st.data())
 def test_a_pass_is_blind_to_what_is_not_decoded(
     shape: Shape, h: int, w: int, dithered: bool, data: st.DataObject
 ) -> None:
@@ -172,7 +162,7 @@ def test_a_pass_is_blind_to_what_is_not_decoded(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (7, 9)])
 def test_decoding_undoes_encoding_and_a_damaged_neighbour_does_not_matter(shape: Shape, size: tuple[int, int]) -> None:
-    model, coder = prior(*shape), Coder(tables())
+    model, coder = prior(*shape), Coder(context_tables())
     images = [image(sum(shape[0]), *size, 700 + i, i if i % 2 else None, i) for i in range(4)]
     codings = quantize(model, images, "cpu")
     payloads = [coder.encode(coding.passes) for coding in codings]

@@ -10,10 +10,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from latent_codec.interop.autoencoder_kl.exporting import Float16Check, export_folder
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import ConvConfig, DiagonalGaussianConfig, LikelihoodConfig
+from latent_codec.model.config import ConvConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.networks.conv import ConvBackbone
-from tests.support.networks import CLAMP, FIXED, config_of, make_codec, randomise
+from tests.support.networks import config_of, make_codec, randomise
 
 SD = ConvConfig(
     widths=(32, 32, 64), layers_per_block=2, groups=32, mid_attention=True, quant_conv=True, post_quant_conv=True
@@ -21,26 +21,18 @@ SD = ConvConfig(
 NO_QUANT = dataclasses.replace(SD, quant_conv=False, post_quant_conv=False)
 SMALL = dataclasses.replace(SD, widths=(32, 32), layers_per_block=1, mid_attention=False)
 """The cheapest, for whatever does not depend on the shape."""
+_ODD = dataclasses.replace(SD, mid_attention=False, layers_per_block=1, post_quant_conv=False, widths=(32, 64))
 SHAPES: dict[str, tuple[ConvConfig, int]] = {
     "SD and SDXL": (SD, 4),
     "FLUX and SD3": (NO_QUANT, 16),
-    "no attention, one block, half of the quant convs": (
-        dataclasses.replace(SD, mid_attention=False, layers_per_block=1, post_quant_conv=False, widths=(32, 64)),
-        3,
-    ),
+    "no attention, one block, half of the quant convs": (_ODD, 3),
 }
 """Backbone and latent channels of known models, but with smaller widths and fewer resolutions."""
 
 
-def codec(
-    backbone: ConvConfig = SMALL,
-    channels: int = 4,
-    likelihood: LikelihoodConfig = FIXED,
-    bottleneck: DiagonalGaussianConfig = CLAMP,
-) -> Codec:
+def codec(backbone: ConvConfig = SMALL, channels: int = 4, **options: Any) -> Codec:
     """Make a codec with random weights, also of norms, and made-up statistics far from 0 and 1."""
-    config = dataclasses.replace(config_of(backbone, z=channels, likelihood=likelihood), bottleneck=bottleneck)
-    made = make_codec(config)
+    made = make_codec(config_of(backbone, z=channels, **options))
     randomise(made)
     generator = torch.Generator().manual_seed(channels)
     mean, std = torch.randn(channels, generator=generator), 0.2 + 4 * torch.rand(channels, generator=generator)
@@ -53,18 +45,11 @@ def codec(
 def autoencoder(backbone: ConvConfig = SMALL, channels: int = 4, **settings: Any) -> AutoencoderKL:
     """Make diffusers' own, with random weights."""
     stages = len(backbone.widths)
-    made = AutoencoderKL(
-        block_out_channels=backbone.widths,
-        down_block_types=("DownEncoderBlock2D",) * stages,
-        up_block_types=("UpDecoderBlock2D",) * stages,
-        layers_per_block=backbone.layers_per_block,
-        norm_num_groups=backbone.groups,
-        latent_channels=channels,
-        mid_block_add_attention=backbone.mid_attention,
-        use_quant_conv=backbone.quant_conv,
-        use_post_quant_conv=backbone.post_quant_conv,
-        **settings,
-    )
+    settings |= {"block_out_channels": backbone.widths, "layers_per_block": backbone.layers_per_block}
+    settings |= {"down_block_types": ("DownEncoderBlock2D",) * stages, "up_block_types": ("UpDecoderBlock2D",) * stages}
+    settings |= {"norm_num_groups": backbone.groups, "mid_block_add_attention": backbone.mid_attention}
+    settings |= {"use_quant_conv": backbone.quant_conv, "use_post_quant_conv": backbone.post_quant_conv}
+    made = AutoencoderKL(latent_channels=channels, **settings)
     randomise(made)
     return made.eval()
 

@@ -1,6 +1,7 @@
 """Build small backbones for tests, with weights that hide no mistake."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,14 +26,8 @@ LITE = LiteConfig(
 TINY_LITE = LiteConfig(
     patch=8, stem=4, encoder_widths=(8, 8), encoder_depths=(1, 1), decoder_widths=(8, 8), decoder_depths=(1, 1)
 )
-SMALL_LITE = LiteConfig(
-    patch=8,
-    stem=2,
-    encoder_widths=(8, 8, 12),
-    encoder_depths=(1, 0, 1),
-    decoder_widths=(8, 12, 8),
-    decoder_depths=(1, 1, 0),
-)
+_SMALL: Any = {"encoder_depths": (1, 0, 1), "decoder_widths": (8, 12, 8), "decoder_depths": (1, 1, 0)}
+SMALL_LITE = LiteConfig(patch=8, stem=2, encoder_widths=(8, 8, 12), **_SMALL)
 ONE_RESOLUTION = LiteConfig(
     patch=4, stem=4, encoder_widths=(8,), encoder_depths=(2,), decoder_widths=(8,), decoder_depths=(1,)
 )
@@ -54,16 +49,11 @@ def shape(c: int = 3, z: int = 4, features: int = 2, params: int = 1) -> Backbon
 
 
 def config_of(
-    backbone: BackboneConfig,
-    c: int = 3,
-    z: int = 4,
-    likelihood: LikelihoodConfig = FIXED,
-    classes: tuple[str, ...] = (),
+    backbone: BackboneConfig, c: int = 3, z: int = 4, likelihood: LikelihoodConfig = FIXED, **more: Any
 ) -> CodecConfig:
     """Return the config of a VAE of the backbone."""
-    return CodecConfig(
-        image_channels=c, latent_channels=z, backbone=backbone, bottleneck=CLAMP, likelihood=likelihood, classes=classes
-    )
+    more = {"bottleneck": CLAMP} | more
+    return CodecConfig(image_channels=c, latent_channels=z, backbone=backbone, likelihood=likelihood, **more)
 
 
 def make_codec(config: CodecConfig, seed: int = 0) -> Codec:

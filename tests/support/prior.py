@@ -17,26 +17,20 @@ from tests.support import reference_decoder
 
 
 @functools.cache
-def context_tables(reach: float = 6.0) -> Tables:
-    """Return tables of the logistic's masses, up to `reach` scales to both sides; the escape has the rest."""
-    return join([_table(*table_scale(table), reach) for table in range(TABLES)])
+def context_tables() -> Tables:
+    """Return tables of the logistic's masses, up to 6 scales to both sides; the escape has the rest."""
+    return join([_table(*table_scale(table)) for table in range(TABLES)])
 
 
-def _table(location: float, scale: float, reach: float) -> tuple[int, np.ndarray]:
-    last = math.ceil(reach * scale)
+def _table(location: float, scale: float) -> tuple[int, np.ndarray]:
+    last = math.ceil(6 * scale)
     edges = (np.arange(-last, last + 2) - 0.5 - location) / scale
     cumulative = 0.5 + 0.5 * np.tanh(edges / 2)
     return -last, normalize(np.r_[np.diff(cumulative) + 1e-9, 1 - cumulative[-1] + cumulative[0] + 1e-6])
 
 
 def context_prior(
-    groups: tuple[int, ...],
-    width: int,
-    seed: int,
-    tables: Tables | None = None,
-    *,
-    centred: bool,
-    levels: tuple[int, ...] = (),
+    groups: tuple[int, ...], width: int, seed: int, *, centred: bool, levels: tuple[int, ...] = ()
 ) -> ContextPrior:
     """Return a prior with random weights over the whole range, and outputs of a few steps and of medium width."""
     rng = np.random.default_rng(seed)
@@ -54,7 +48,7 @@ def context_prior(
         gain=2 ** rng.integers(10, 13, channels) + rng.integers(0, 100, channels),
         width_offset=rng.integers(-8, 9, channels),
         networks=networks,
-        tables=context_tables() if tables is None else tables,
+        tables=context_tables(),
     )
 
 

@@ -122,6 +122,8 @@ def test_options_that_cannot_matter_are_refused(made: Made, tmp_path: Path) -> N
     for flag, options in {"--sample": {"sample": 3}, **{flag: {"rate": rate} for flag, rate in rates.items()}}.items():
         with pytest.raises(UserError, match=f"^{flag}: this model's files hold the indices"):
             encode(made.runner, made.photos, tmp_path / "lc", **options)
+    with pytest.raises(UserError, match="this model's are indices"):
+        encode(made.runner, made.photos, tmp_path / "lc", refine=1)
     assert not (tmp_path / "lc").exists()
 
 

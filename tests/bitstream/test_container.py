@@ -201,14 +201,6 @@ def test_checks_come_in_the_documented_order() -> None:
     assert_says("do not end as they should", "words", file(width=1))
 
 
-def test_a_prior_that_the_model_has_not_is_refused_before_its_stream_id() -> None:
-    other = Codec.load(MODEL)
-    assert other.priors is not None
-    other.priors = other.priors._replace(context=None)
-    with pytest.raises(UserError, match="under a context prior, which the model has not"):
-        StreamReader(other, "cpu").check(unpack(example("context")))
-
-
 UNWRITTEN = {"step": (0, 15), "orientation": (0, 9, 255), "version": (0, 4, 255)}
 
 

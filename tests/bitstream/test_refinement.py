@@ -10,15 +10,11 @@ import pytest
 import torch
 
 from latent_codec.bitstream.refinement import LEARNING_RATE, Refiner, cost_slope
-from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.images.geometry import crop, pad
-from latent_codec.images.sources import find_images
 from latent_codec.inference import tiling
-from latent_codec.inference.calibration import calibrate
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import FiniteScalarConfig
 from latent_codec.prior.passes import ideal_bits, neighbour_bits
 from latent_codec.prior.quantizer import STEP_ONE, Scaled
 from tests.conftest import Draw, files_of
@@ -180,11 +176,3 @@ def test_measured_files_are_refined(codec: Codec, photos: Path) -> None:
     for before, after in zip(plain.curve_points("context"), refined.curve_points("refined"), strict=True):
         assert before.setting.value == after.setting.value and before.ideal_bpp != after.ideal_bpp
     assert "4 rounds of `encode --refine`" in refined.settings["refined"]
-
-
-def test_indices_are_not_refined(codec: Codec, photos: Path, tmp_path: Path) -> None:
-    codec = Codec(dataclasses.replace(codec.config, bottleneck=FiniteScalarConfig(levels=(5, 3, 2, 4)))).eval()
-    calibrate(codec, find_images(photos), "the photos", quiet=True)
-    with pytest.raises(UserError, match="this model's are indices"):
-        encode(codec, photos, tmp_path / "out", refine=1)
-    assert not (tmp_path / "out").exists()

@@ -2,8 +2,9 @@
 
 import dataclasses
 import shutil
+import subprocess
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import INDEX
 from latent_codec.model.codec import Codec
+from latent_codec.storage.files import DiskError
 from tests.conftest import Draw, files_of
 from tests.folders.conftest import SIZES, Copy, Places
-from tests.support.folder import FILES, KINDS, OVERWRITE, SOURCES, Kind, make, temporary_files
+from tests.support.folder import FILES, KINDS, OVERWRITE, SOURCES, WRITERS, Kind, Task, make, temporary_files
 
 
 @given(st.lists(st.integers(0, 6)), st.integers(1, 4))
@@ -77,18 +79,15 @@ def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
 @pytest.mark.parametrize("kind", FILES)
 def test_files_that_others_made_are_refused_unless_to_be_overwritten(made: Copy, kind: Kind) -> None:
     task, folder, expected = made(kind)
-    for forget in (
-        lambda: (folder / ".latent_codec" / "names.jsonl").unlink(),
-        lambda: shutil.rmtree(folder / ".latent_codec"),
-    ):
+    own = folder / ".latent_codec"
+    for forget in ((own / "names.jsonl").unlink, lambda: shutil.rmtree(own)):
         forget()
         before = sorted(folder.rglob("*.png*"))
         with pytest.raises(UserError, match=r"exists already: .*png.* and [45] more.*--overwrite"):
             task.do(folder)
         assert files_of(folder) == expected and sorted(folder.rglob("*.png*")) == before
-    assert not (folder / ".latent_codec").exists()
-    assert task.do(folder, OVERWRITE).done == 5
-    assert files_of(folder) == expected
+    assert not own.exists()
+    assert task.do(folder, OVERWRITE).done == 5 and files_of(folder) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,17 +141,70 @@ def test_a_name_too_long_for_its_new_suffix_fails_alone(codec: Codec, tmp_path: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_summary_counts_the_real_bytes_and_pixels(places: Places, tmp_path: Path, kind: Kind) -> None:
     summary = places[kind].task.do(tmp_path / "z")
-    size = {
-        kind: sum(len(data) for name, data in p.files.items() if name not in (INDEX, FAILURES))
-        for kind, p in places.items()
-    }
+    own = {kind: [d for name, d in p.files.items() if name not in (INDEX, FAILURES)] for kind, p in places.items()}
+    size = {kind: sum(map(len, data)) for kind, data in own.items()}
     photos = sum((places["streams"].task.src / name).stat().st_size for name in SIZES)
     positions = sum(-(-width // 8) * -(-height // 8) for width, height in SIZES.values())
-    sources = {
-        "images of streams": size["streams"],
-        "tars of images": size["streams"],
-        "images of latents": 2 * 4 * 4 * positions,  # two tensors, bytes, channels
-    }
+    sources = dict.fromkeys(("images of streams", "tars of images"), size["streams"])
+    sources["images of latents"] = 2 * 4 * 4 * positions  # two tensors, bytes, channels
     assert (summary.bytes_in, summary.bytes_out) == (sources.get(kind, photos), size[kind])
     pixels = sum(width * height for width, height in SIZES.values())
     assert (f"{8 * size[kind] / pixels:.3f} bits per pixel" in str(summary)) == (kind in ("streams", "tars of streams"))
+
+
+# Real disks that are full or read-only. Mounting them takes rights that not everyone has.
+
+
+def mount(*args: str) -> bool:
+    return subprocess.run(["mount", *args], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a disk of 80 KiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if not shutil.which("mount") or not mount("-t", "tmpfs", "-o", "size=80k", "tmpfs", str(path)):
+        pytest.skip("cannot mount a file system here")
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.fixture
+def task(request: pytest.FixtureRequest, tmp_path: Path, model_file: Path, draw: Draw) -> Task:
+    for i in range(40):
+        draw(tmp_path / "photos" / f"{i:02d}.png", 96, 80, seed=i)
+    return Task(request.param, model_file, tmp_path / "photos")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", WRITERS, indirect=True)
+def test_a_full_disk_is_one_clear_error_and_with_room_the_command_goes_on(
+    task: Task, disk: Path, tmp_path: Path
+) -> None:
+    task.do(tmp_path / "expected")
+    expected = files_of(tmp_path / "expected")
+    with pytest.raises(DiskError, match="cannot be written: No space left on device"):
+        task.do(disk)
+    found = {name: data for name, data in files_of(disk).items() if name not in (INDEX, FAILURES)}
+    assert found and found.items() < expected.items()
+    assert temporary_files(disk) == []
+    assert mount("-o", "remount,size=8m", str(disk))
+    summary = task.do(disk)
+    assert summary.skipped and summary.done
+    assert files_of(disk) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", WRITERS[:2], indirect=True)
+def test_a_read_only_disk_is_one_clear_error(task: Task, disk: Path) -> None:
+    assert mount("-o", "remount,size=8m", str(disk))
+    task.do(disk)
+    (disk / ("00.png.lc" if task.kind == "streams" else INDEX)).unlink()
+    before = files_of(disk)
+    assert mount("-o", "remount,ro", str(disk))
+    with pytest.raises(UserError, match=r"cannot be written into .*Read-only file system"):
+        task.do(disk)
+    assert files_of(disk) == before
+    assert mount("-o", "remount,rw", str(disk))
+    assert task.do(disk).found == 40

@@ -43,8 +43,7 @@ def test_what_was_begun_comes_out_before_what_the_items_raise(error: type[BaseEx
 
     found: list[str] = []
     with Threads(2) as threads, pytest.raises(error):
-        for _, future in threads.map(str, items()):
-            found.append(future.result())
+        found.extend(future.result() for _, future in threads.map(str, items()))
     assert found == ["0", "1", "2"]
 
 
@@ -117,9 +116,7 @@ def is_alive(pid: int) -> bool:
 
 
 def padded_or_die(name: str, *args: Any) -> Any:
-    if name == "5.png":
-        killed()
-    return read_images.padded(name, *args)
+    return killed() if name == "5.png" else read_images.padded(name, *args)
 
 
 @pytest.mark.slow
@@ -130,20 +127,20 @@ def test_a_killed_process_that_decodes_images_costs_nothing(
     for i in range(8):
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     (tmp_path / "photos" / "bad.png").write_text("no image")
-    threads, processes = tmp_path / "in threads", tmp_path / "in processes"
+    threads, processes = tmp_path / "threads", tmp_path / "processes"
 
-    def run(folder: Path, decode_in: Any) -> Summary:
-        compute = ComputeOptions(batch_size=2, workers=1, decode_in=decode_in)
+    def run(folder: Path) -> Summary:
+        compute = ComputeOptions(batch_size=2, workers=1, decode_in=folder.name)
         return make(kind, codec, tmp_path / "photos", folder, compute, small_units(2))
 
-    expected = run(threads, "threads")
+    expected = run(threads)
     call = Processes.call
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Processes, "call", lambda self, _, *args: call(self, padded_or_die, *args))
         with pytest.raises(FatalError, match="was killed"):
-            run(processes, "processes")
+            run(processes)
     before = {name: data for name, data in files_of(processes).items() if name.endswith(("lc", "rs"))}
     assert before and before.items() < files_of(threads).items()
-    summary = run(processes, "processes")
+    summary = run(processes)
     assert summary.skipped and summary.failures == expected.failures and summary.failures.keys() == {"bad.png"}
     assert files_of(processes) == files_of(threads)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from latent_codec.prior.context import ContextConfig, ContextPrior
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.passes import quantize
 from latent_codec.prior.quantizer import FINE, STEP_ONE, Scaled
-from tests.support.networks import CONV, config_of, make_codec
+from tests.support.networks import CONV, config_of, make_codec, seeded
 from tests.support.prior import context_prior, feedback
 from train.context_prior.error_feedback import measure
 from train.context_prior.network import ContextNet, logistic_tables
@@ -39,28 +40,26 @@ def rounded(prior: ContextPrior, subjects: list[Scaled], use: Feedback | None = 
 
 
 @torch.no_grad()
-def zero(net: ContextNet) -> None:
-    """Let the network predict 0 everywhere, so that it has no part in how values are rounded."""
+def zeros(codec: Codec, groups: tuple[int, ...], levels: tuple[int, ...]) -> ContextNet:
+    """Return a network that predicts 0 everywhere, so that it has no part in how values are rounded."""
+    assert codec.priors is not None and codec.statistics is not None
+    config = ContextConfig(groups=groups, width=8, centred=True, levels=levels)
+    net = ContextNet(config, codec.priors.channel_steps, codec.statistics)
     for parameter in net.parameters():
         parameter.zero_()
+    return net
 
 
 @pytest.fixture
 def linear(codec: Codec) -> Codec:
     """A codec of overlapping patches, whose errors overlap too, with a context prior of zeros."""
-    config = dataclasses.replace(codec.config, backbone=LinearConfig(patch=8, overlap=4))
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        linear = Codec(config).eval()
-        with torch.no_grad():
-            linear.backbone.decoder.weight.copy_(torch.rand(4, 3, 16, 16) - 0.3)  # pyright: ignore
+    linear = make_codec(dataclasses.replace(codec.config, backbone=LinearConfig(patch=8, overlap=4)), seed=3)
+    with torch.no_grad():
+        linear.backbone.decoder.weight.copy_(torch.rand(4, 3, 16, 16, generator=seeded(3)) - 0.3)  # pyright: ignore
     assert codec.priors is not None
-    statistics = LatentStatistics(source="", images=1, mean=(0.0,) * 4, std=(1.0,) * 4, posterior_std=(1.0,) * 4)
-    config_of_prior = ContextConfig(groups=(1, 1, 1, 1), width=8, centred=True, levels=(1, 1, 1, 1))
-    net = ContextNet(config_of_prior, codec.priors.channel_steps, statistics)
-    zero(net)
-    linear.priors = codec.priors._replace(context=net.freeze(logistic_tables()))
-    linear.statistics = statistics
+    ones: Any = dict.fromkeys(("std", "posterior_std"), (1.0,) * 4)
+    codec.statistics = linear.statistics = LatentStatistics(source="", images=1, mean=(0.0,) * 4, **ones)
+    linear.priors = codec.priors._replace(context=zeros(codec, (1,) * 4, (1,) * 4).freeze(logistic_tables()))
     return linear
 
 
@@ -72,7 +71,7 @@ def test_the_weights_are_the_gram_matrix_of_a_linear_decoder(linear: Codec) -> N
     overlap = conv2d(pad(drawn, (8 * REACH,) * 4), drawn, stride=8)  # [j, i]: of j's kernel with i's moved
     gram = overlap.transpose(0, 1).flip(2, 3)
     expected = gram / gram[:, :, REACH, REACH].diagonal()[:, None, None, None]
-    latents = torch.randn(3, 4, 20, 15, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(3, 4, 20, 15, generator=seeded(0))
     found = measure(linear, latents, linear.priors.channel_steps)
     assert found is not None
     np.testing.assert_allclose(found.weights / 2**14, expected.clamp(-2, 2).numpy(), atol=2**-13)
@@ -81,7 +80,7 @@ def test_the_weights_are_the_gram_matrix_of_a_linear_decoder(linear: Codec) -> N
 def test_it_lowers_the_error_of_the_pixels(linear: Codec) -> None:
     assert linear.priors is not None and linear.priors.context is not None
     steps, prior = linear.priors.channel_steps, linear.priors.context
-    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, 4, 16, 16, generator=seeded(0))
     subjects = [image._replace(latents=image.latents * 5) for image in images(4, 4, (24, 24))]
 
     @torch.no_grad()
@@ -141,21 +140,17 @@ def test_decoded_values_and_draws_are_not_affected() -> None:
 
 def test_training_rounds_as_a_file_does(codec: Codec) -> None:
     """The float network's own rounding agrees with the same prior's in integers, given the same feedback."""
-    assert codec.priors is not None and codec.statistics is not None
+    assert codec.priors is not None
     steps, use = codec.priors.channel_steps, feedback(4)
-    config = ContextConfig(groups=(1, 3), width=8, centred=True, levels=(2,))
-    nets = [ContextNet(config, steps, codec.statistics) for _ in range(2)]
+    nets = [zeros(codec, (1, 3), (2,)) for _ in range(2)]
     nets[0].round_by(use)
     assert nets[0].state_dict().keys() == nets[1].state_dict().keys()  # nothing of it is in a checkpoint
-    z = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * torch.tensor(steps)[:, None, None] * 2
+    z = torch.randn(3, 4, 8, 8, generator=seeded(1)) * torch.tensor(steps)[:, None, None] * 2
     step = torch.tensor([0.5, 1.0, 2.0])
-    scaled = [
-        Scaled(m.double().numpy() / (steps * float(s))[:, None, None], int(1024 * s), None)
-        for m, s in zip(z, step, strict=True)
-    ]
+    sizes = [(steps * float(s))[:, None, None] for s in step]
+    scaled = [Scaled(m.double().numpy() / size, int(1024 * s), None) for m, size, s in zip(z, sizes, step, strict=True)]
     shares = []
     for net in nets:
-        zero(net)
         read = net.code(net.take(z, step)).latents / net.sizes(1024 * step)[:, net.inverse]
         files = np.stack(rounded(nets[0].freeze(logistic_tables()), scaled, use)) / FINE
         shares.append((abs(read.detach().numpy() - files) < 1e-3).mean())
@@ -188,10 +183,8 @@ def test_a_model_file_holds_it(codec: Codec, tmp_path: Path) -> None:
     assert found.priors is not None and found.priors.feedback is not None
     np.testing.assert_array_equal(found.priors.feedback.weights, feedback(4).weights)
     assert found.model_id == Codec.load(tmp_path / "plain.safetensors").model_id
-    for wrong, message in (
-        (feedback(3).weights, "not (4, 4, 3, 3)"),
-        (np.zeros((4, 4, 3, 3), np.int32), "torch.int32"),
-    ):
+    of_int32 = np.zeros((4, 4, 3, 3), np.int32)
+    for wrong, message in ((feedback(3).weights, "not (4, 4, 3, 3)"), (of_int32, "torch.int32")):
         codec.priors = codec.priors._replace(feedback=Feedback(wrong))
         codec.save(tmp_path / "wrong.safetensors")
         with pytest.raises(UserError, match=re.escape(message)):
@@ -201,8 +194,7 @@ def test_a_model_file_holds_it(codec: Codec, tmp_path: Path) -> None:
 def test_without_neighbours_or_a_margin_there_is_no_feedback(codec: Codec) -> None:
     assert codec.priors is not None
     steps = codec.priors.channel_steps
-    assert measure(codec, [torch.zeros(4, 2, 9)], steps) is None
-    assert measure(codec, [], steps) is None
+    assert measure(codec, [torch.zeros(4, 2, 9)], steps) is measure(codec, [], steps) is None
     found = measure(codec, [torch.zeros(4, 3, 7)], steps)  # the smallest that has some
     assert found is not None and found.weights.shape == (4, 4, WIDE, WIDE)
     assert (found.weights[range(4), range(4), REACH, REACH] == 2**14).all()

@@ -109,9 +109,3 @@ def test_an_escape_for_a_value_with_a_symbol_is_refused() -> None:
             continue
         with pytest.raises(UserError, match="non-canonical escape code"):
             decoder.read(np.array([9]))
-
-
-def test_an_endless_read_of_a_short_payload_ends_in_an_error() -> None:
-    payload = coder().encode(draw_passes(5, [4], 0.0))
-    with pytest.raises(UserError, match="ran out"):
-        Decoder(coder(), payload).read(np.full(1_000_000, 3))

@@ -10,15 +10,7 @@ import pytest
 import torch
 
 from latent_codec.errors import UserError
-from latent_codec.storage.files import (
-    atomic_folder,
-    atomic_path,
-    make_folder,
-    process_name,
-    temporary_folder,
-    temporary_of,
-    write_text,
-)
+from latent_codec.storage import files
 from latent_codec.storage.tensors import save_tensors
 from tests.conftest import files_of
 
@@ -29,15 +21,15 @@ def mode(path: Path) -> int:
 
 @pytest.mark.usefixtures("umask_027")
 def test_the_users_umask_is_respected_even_if_a_writer_replaces_the_file_by_its_own(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", "new")
+    files.write_text(tmp_path / "a.txt", "new")
     save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)}, {})
-    with atomic_path(tmp_path / "a") as temporary:
+    with files.atomic_path(tmp_path / "a") as temporary:
         private = tmp_path / "private"
         private.write_text("new")
         private.chmod(0o600)
         private.replace(temporary)
     assert {mode(path) for path in tmp_path.iterdir()} == {0o640}
-    with atomic_folder(tmp_path / "folder"):
+    with files.atomic_folder(tmp_path / "folder"):
         pass
     assert mode(tmp_path / "folder") == 0o750
 
@@ -48,11 +40,11 @@ def test_a_failure_leaves_the_old_content_or_none(tmp_path: Path, error: type[Ba
         for name, content in before.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(error), atomic_path(tmp_path / "a.txt") as temporary:
+        with pytest.raises(error), files.atomic_path(tmp_path / "a.txt") as temporary:
             temporary.write_text("half of the ne")
             raise error
-        with pytest.raises(error), atomic_folder(tmp_path / "folder") as temporary:
-            write_text(temporary / "a.txt", "half of the new")
+        with pytest.raises(error), files.atomic_folder(tmp_path / "folder") as temporary:
+            files.write_text(temporary / "a.txt", "half of the new")
             raise error
         assert files_of(tmp_path) == before and len([*tmp_path.iterdir()]) == len(before)
 
@@ -60,14 +52,14 @@ def test_a_failure_leaves_the_old_content_or_none(tmp_path: Path, error: type[Ba
 def test_the_old_content_is_there_until_the_new_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         assert temporary.parent == path.parent  # a rename between file systems would copy
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError):  # the rename fails
-        write_text(tmp_path / "folder", "text")
+        files.write_text(tmp_path / "folder", "text")
     assert {*tmp_path.iterdir()} == {path, tmp_path / "folder"}
 
 
@@ -80,7 +72,7 @@ def test_content_reaches_the_disk_before_the_name_does(tmp_path: Path, monkeypat
         lambda f: events.append(f"sync {'folder' if stat.S_ISDIR(os.fstat(f).st_mode) else 'file'}") or fsync(f),
     )
     monkeypatch.setattr(os, "replace", lambda a, b: events.append("rename") or replace(a, b))
-    write_text(tmp_path / "a.txt", "new")
+    files.write_text(tmp_path / "a.txt", "new")
     assert events == ["sync file", "rename", "sync folder"]
 
 
@@ -88,23 +80,23 @@ def test_every_name_that_the_file_system_takes_can_be_written_in_a_new_folder(tm
     names = ["a" * 255, "字" * 85, "é" * 127 + "x", "a" * 199 + "é" * 28, os.fsdecode(b"caf\xe9\xff" + b"\xff" * 250)]
     for name in names:
         assert len(os.fsencode(name)) == 255
-        write_text(tmp_path / "a" / "b" / name, "ü")
+        files.write_text(tmp_path / "a" / "b" / name, "ü")
         assert (tmp_path / "a" / "b" / name).read_bytes() == "ü".encode()
     assert {f.name for f in (tmp_path / "a" / "b").iterdir()} == set(names)
 
 
 def test_make_folder_makes_parents_or_says_why_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
-        make_folder(tmp_path / "a" / "b")
+        files.make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("content")
     for name in ("file", "file/below"):
         with pytest.raises(UserError, match=r"cannot be written into as a folder \(.+\); give another"):
-            make_folder(tmp_path / name)
+            files.make_folder(tmp_path / name)
     assert (tmp_path / "file").read_text() == "content"
     monkeypatch.setattr(tempfile, "TemporaryFile", mock.Mock(side_effect=OSError(30, "Read-only file system")))
     with pytest.raises(UserError, match="Read-only file system"):
-        make_folder(tmp_path)
+        files.make_folder(tmp_path)
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one_which_a_failing_last_rename_restores(
@@ -113,9 +105,9 @@ def test_a_folder_appears_whole_and_replaces_the_old_one_which_a_failing_last_re
     path, rename = tmp_path / "new" / "folder", Path.rename
 
     def put(text: str) -> None:
-        with atomic_folder(path) as temporary:
+        with files.atomic_folder(path) as temporary:
             for name in ("a.txt", "b.txt"):
-                write_text(temporary / name, text)
+                files.write_text(temporary / name, text)
             assert not path.exists() or (path / "a.txt").read_text() == "old"
 
     def failing(self: Path, target: Path) -> Path:
@@ -134,28 +126,30 @@ def test_a_folder_appears_whole_and_replaces_the_old_one_which_a_failing_last_re
 
 
 def test_a_librarys_own_files_lie_in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt), temporary_folder(tmp_path / "sub" / "a.safetensors") as folder:
+    with pytest.raises(KeyboardInterrupt), files.temporary_folder(tmp_path / "sub" / "a.safetensors") as folder:
         (folder / ".tmpAbCdEf").write_text("half")
-        assert temporary_of(folder.name) == process_name() and folder.parent == tmp_path / "sub"
+        assert files.temporary_of(folder.name) == files.process_name() and folder.parent == tmp_path / "sub"
         raise KeyboardInterrupt
     assert list((tmp_path / "sub").iterdir()) == []
     seen: list[list[Path]] = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda f: seen.append(list((tmp_path / "sub").iterdir())) or fsync(f))
     save_tensors(tmp_path / "sub" / "a.safetensors", {"x": torch.zeros(2)}, {})
-    assert [temporary_of(path.name) for path in seen[0]] == [process_name()] and seen[0][0].parent == tmp_path / "sub"
+    assert [files.temporary_of(path.name) for path in seen[0]] == [files.process_name()] and seen[0][
+        0
+    ].parent == tmp_path / "sub"
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.safetensors"]
 
 
 def test_temporary_files_are_known_by_their_process_and_a_fork_has_a_name_of_its_own(tmp_path: Path) -> None:
     for name in ("a", "a" * 255, "é" * 127, ".hidden", "a\nb", "x.tmp"):
-        with atomic_path(tmp_path / name) as temporary:
-            assert temporary_of(temporary.name) == process_name()
-        assert temporary_of(name) is None
+        with files.atomic_path(tmp_path / name) as temporary:
+            assert files.temporary_of(temporary.name) == files.process_name()
+        assert files.temporary_of(name) is None
     read, write = os.pipe()
     if (child := os.fork()) == 0:
-        os.write(write, process_name().encode())
+        os.write(write, files.process_name().encode())
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(read, 100) not in (b"", process_name().encode())
-    assert process_name() == process_name()
+    assert os.read(read, 100) not in (b"", files.process_name().encode())
+    assert files.process_name() == files.process_name()

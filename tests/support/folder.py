@@ -48,7 +48,6 @@ def small_units(most_images: int = UNIT, **options: Any) -> Resume:
 
 
 RESUME, OVERWRITE, BY_TIME = small_units(), small_units(overwrite=True), small_units(check="mtime")
-
 Kind = Literal["streams", "latents", "images of streams", "images of latents", "tars of streams", "tars of images"]
 
 
@@ -63,13 +62,7 @@ MAKERS: dict[Kind, tuple[Any, Any]] = {
 
 
 def make(
-    kind: Kind,
-    codec: Codec,
-    where: str | Path,
-    folder: Path,
-    compute: ComputeOptions = CPU,
-    resume: Resume = Resume(),
-    **options: Any,
+    kind: Kind, codec: Codec, where: Path, folder: Path, compute: Any = CPU, resume: Resume = Resume(), **options: Any
 ) -> Summary:
     """Make outputs of a kind, with options by the names of their fields; every image is accounted for."""
     command, chosen = MAKERS[kind]
@@ -85,11 +78,8 @@ def make(
 
 
 KINDS = tuple(MAKERS)
-SOURCES: dict[Kind, Kind] = {
-    "images of streams": "streams",
-    "images of latents": "latents",
-    "tars of images": "tars of streams",
-}
+SOURCES: dict[Kind, Kind] = {f"images of {kind}": kind for kind in ("streams", "latents")}
+SOURCES["tars of images"] = "tars of streams"
 """Kinds that are decoded; the others are made of image files."""
 FILES: tuple[Kind, ...] = ("streams", "images of streams", "images of latents")
 """Kinds whose outputs have names that are known before any work."""
@@ -147,10 +137,8 @@ def posteriors(folder: Path) -> dict[tuple[str, str], bytes]:
         return {}
     latents = Latents(folder)
     found = (latents.posterior(i) for i in range(len(latents)))
-    return {
-        (entry.path, entry.sha256): torch.stack([p.mean, p.logvar]).numpy().tobytes()
-        for entry, p in zip(latents.entries, found, strict=True)
-    }
+    moments = (torch.stack([p.mean, p.logvar]).numpy().tobytes() for p in found)
+    return {(entry.path, entry.sha256): own for entry, own in zip(latents.entries, moments, strict=True)}
 
 
 def ignore_case(patch: pytest.MonkeyPatch) -> None:
@@ -176,12 +164,7 @@ def watch(patch: pytest.MonkeyPatch, event: Callable[[str], None]) -> None:
 
     def before(owner: Any, name: str, what: str) -> None:
         real = getattr(owner, name)
-
-        def watched(*args: Any, **options: Any) -> Any:
-            event(what)
-            return real(*args, **options)
-
-        patch.setattr(owner, name, watched)
+        patch.setattr(owner, name, lambda *args, **options: event(what) or real(*args, **options))
 
     write_bytes, open_path = Path.write_bytes, Path.open
 

@@ -42,9 +42,9 @@ class Subject:
         smooth = interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic")[0]
         self.pixels = (255 * smooth.clamp(0, 1)).to(torch.uint8).expand(3, -1, -1)
         x = codec.likelihood.from_uint8(pad(self.pixels, 8))
-        patches = x.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1).double()
         mean = x.mean((1, 2)).double()
-        patches = patches - mean.repeat_interleave(64)
+        patches = x.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1)
+        patches = patches.double() - mean.repeat_interleave(64)
         assert isinstance(codec.backbone, LiteBackbone)
         codec.backbone.linear.start_from_closed_form(PatchMoments(mean, patches.T @ patches / len(patches)), 0.01)
         self.stream = StreamCodec(codec, "cpu", prior)

@@ -74,14 +74,13 @@ def test_the_same_command_again_makes_nothing(made: Copy, kind: Kind) -> None:
     before = stamps(folder)
     for resume in (RESUME, BY_TIME):
         summary = task.do(folder, resume)
-        assert (summary.done, summary.skipped, summary.elsewhere) == (0, 5, 0)
-        assert (summary.bytes_in, summary.bytes_out, summary.pixels) == (0, 0, 0)
+        assert summary.skipped == 5
+        assert summary.done == summary.elsewhere == summary.bytes_in == summary.bytes_out == summary.pixels == 0
     assert task.do(folder, compute=ComputeOptions(batch_size=3, workers=2)).skipped == 5
     if kind == "images of streams":
         assert task.do(folder, max_pixels=10**6).skipped == 5
     assert dict(stamps(folder).items() - before.items()).keys() <= {FAILURES, INDEX}
-    assert task.do(folder, OVERWRITE).done == 5
-    assert files_of(folder) == expected
+    assert task.do(folder, OVERWRITE).done == 5 and files_of(folder) == expected
 
 
 def edit(path: Path) -> None:
@@ -238,8 +237,7 @@ def test_commands_of_two_kinds_in_one_folder_leave_each_other_alone(places: Plac
     encode, folder, files = made("streams")
     decode = places["images of streams"].task._replace(src=folder)
     assert (folder / FAILURES).exists() and decode.do(folder).done == 5
-    for task in (encode, decode, encode):
-        assert task.do(folder).skipped == 5
+    assert [task.do(folder).skipped for task in (encode, decode, encode)] == [5, 5, 5]
     assert files_of(folder) == files | places["images of streams"].files
 
 
@@ -360,8 +358,7 @@ def stop(place: Place, folder: Path, error: BaseException, numbers: range, what:
             found = place.task.do(folder)
         except (KeyboardInterrupt, UserError) as raised:
             found = raised
-    assert not set(threading.enumerate()) - threads
-    assert temporary_files(folder) == []
+    assert not set(threading.enumerate()) - threads and temporary_files(folder) == []
     made = {name: data for name, data in files_of(folder).items() if name not in (INDEX, FAILURES)}
     assert made.items() <= place.files.items()
     place.task.do(folder)

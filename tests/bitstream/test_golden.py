@@ -30,13 +30,8 @@ def sha256(array: np.ndarray, dtype: str) -> str:
 
 
 @functools.cache
-def codec_of(name: str) -> Codec:
-    return Codec.load((GOLDEN / name).parent / "tiny.safetensors")
-
-
-@functools.cache
-def model_of(name: str) -> reference_decoder.Model:
-    return reference_decoder.read_model((GOLDEN / name).parent / "tiny.safetensors")
+def models_of(folder: Path) -> tuple[Codec, reference_decoder.Model]:
+    return Codec.load(folder / "tiny.safetensors"), reference_decoder.read_model(folder / "tiny.safetensors")
 
 
 def test_every_golden_file_is_checked() -> None:
@@ -45,7 +40,7 @@ def test_every_golden_file_is_checked() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_integers_latents_and_pixels_are_what_they_were(name: str) -> None:
-    codec = codec_of(name)
+    codec, model = models_of((GOLDEN / name).parent)
     data = (GOLDEN / f"{name}.lc").read_bytes()
     stream = container.unpack(data)
     streams = StreamCodec(codec, "cpu", stream.prior)
@@ -60,6 +55,6 @@ def test_integers_latents_and_pixels_are_what_they_were(name: str) -> None:
     found, expected = to_pil(pixels, stream.geometry), Image.open(GOLDEN / f"{name}.png")
     assert (found.size, found.mode) == (expected.size, expected.mode)
     assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
-    reference = reference_decoder.decode(data, model_of(name))
+    reference = reference_decoder.decode(data, model)
     assert sha256(reference.values, "<i4") == EXPECTED[name]["values"]
     assert sha256(reference.latents, "<f4") == EXPECTED[name]["latents"]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from bisect import bisect
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,9 @@ def subject(request: pytest.FixtureRequest, model_file: Path) -> Subject:
     [
         ({"step": 1.0, "bpp": 2.0}, "--step 1 and --bpp 2 each decide"),
         ({"step": 1.0, "bpp": 2.0, "psnr": 3.0}, "give one of them"),
-        ({"step": 0.0}, "outside 0.015625 to 63.999"),
-        ({"step": float("nan")}, "outside"),
-        ({"bpp": 0.0}, "--bpp 0 must be a positive number"),
-        ({"bpp": float("nan")}, "--bpp nan must be a positive number"),
-        ({"psnr": -3.0}, "--psnr -3 must be a positive number of dB"),
-        ({"psnr": float("inf")}, "--psnr inf must be"),
+        *(({"step": n}, "outside 0.015625 to 63.999") for n in (0.0, math.nan)),
+        *(({"bpp": n}, f"--bpp {n:g} must be a positive number") for n in (0.0, math.nan)),
+        *(({"psnr": n}, f"--psnr {n:g} must be a positive number of dB") for n in (-3.0, math.inf)),
         ({"max_bytes": 0}, "--max-bytes 0 leaves no room"),
     ],
 )
@@ -111,15 +109,6 @@ def test_steps_too_fine_for_a_stream_are_passed_over(subject: Subject) -> None:
     assert finest <= large.compress(bpp=1e6).quantized.step <= finest * (1 + 1 / 256) + 2
     with pytest.raises(UserError, match="larger --step"):
         large.scale(round(finest * 0.99))
-
-
-@pytest.mark.parametrize("rate", [{}, {"bpp": 5.0}, {"psnr": 16.0}, {"max_bytes": 1000}])
-def test_latents_that_are_not_finite_are_refused(subject: Subject, rate: dict[str, Any]) -> None:
-    broken = copy.copy(subject)
-    broken.mean = subject.mean.clone()
-    broken.mean[0, 0, 0] = torch.nan
-    with pytest.raises(UserError, match="nan steps large"):
-        broken.compress(**rate)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Test folders of `.lc` files: exact sizes, no image lost, files that depend on their image alone."""
 
 import dataclasses
-import re
 import shutil
 import tarfile
 import tempfile
@@ -20,9 +19,7 @@ from PIL import Image
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import dither_seed
 from latent_codec.errors import UserError
-from latent_codec.images.read import read_image
 from latent_codec.inference.options import ComputeOptions
-from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, temporary_files
@@ -113,41 +110,6 @@ def test_a_draw_depends_on_seed_and_name_alone(codec: Codec, tmp_path: Path, dra
     seeds = [container.unpack(data).seed for data in (*one.values(), *two.values())]
     assert seeds == [dither_seed(s, name) for s in (1, 2) for name in ("a.png", "b.png")]
     assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds) and len(set(seeds)) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rate", "refused"),
-    [({"bpp": 6.0}, "25"), ({"bpp": 20.0}, ""), ({"max_bytes": 72, "step": 0.1}, ""), ({"max_bytes": 58}, "012345")],
-    ids=str,
-)
-def test_whole_files_keep_to_the_size_asked_for_or_an_image_fails_alone(
-    codec: Codec, photos: Path, tmp_path: Path, rate: dict[str, Any], refused: str
-) -> None:
-    failures = encode(codec, photos, tmp_path / "z", **rate).failures
-    for name, (width, height) in SIZES.items():
-        most = rate["bpp"] * width * height / 8 if "bpp" in rate else rate["max_bytes"]
-        if name not in failures:
-            assert (tmp_path / "z" / f"{name}.lc").stat().st_size <= most
-    assert failures.keys() == {f"{i}.png" for i in refused}
-    assert all(re.search("allow at least that|as small as 58 bytes", reason) for reason in failures.values())
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_written_image_has_the_psnr_asked_for(codec: Codec, tmp_path: Path, mode: str) -> None:
-    slope = np.linspace(60, 190, 24 * 21).reshape(21, 24).astype(np.uint8)
-    Image.fromarray(slope).convert(mode).save(tmp_path / "a.png")
-
-    def coded_psnr(name: str, **rate: float) -> float:
-        assert not encode(codec, tmp_path / "a.png", tmp_path / name, **rate).failures
-        decode(codec, tmp_path / name, tmp_path / f"{name} out")
-        a, b = (read_image(path).pixels[None] for path in (tmp_path / "a.png", tmp_path / f"{name} out/a.png.png"))
-        return distortion.psnr(a, b).item()
-
-    best = coded_psnr("fine", step=1 / 16)
-    assert coded_psnr("z", psnr=best - 1) >= best - 1
-    sizes = [(tmp_path / name / "a.png.lc").stat().st_size for name in ("z", "fine")]
-    assert sizes[0] < sizes[1]
 
 
 TREE = ("a.jpg", "a.png", "a.webp", "a.jpg.png", "sub/deep er/ünï/日本語.png", "#1 50%.bmp", " .png", ".png.jpg")
@@ -245,7 +207,7 @@ def test_files_of_both_priors_are_decoded_together(codec: Codec, photos: Path, t
         assert greatest_difference(*(tmp_path / "out" / p / f"{name}.png" for p in ("context", "factorized"))) <= 1
 
 
-@pytest.mark.parametrize("rate", [{}, {"psnr": 6.0}, {"max_bytes": 400}], ids=str)
+@pytest.mark.parametrize("rate", [{}, {"bpp": 9.0}, {"psnr": 6.0}, {"max_bytes": 400}], ids=str)
 def test_latents_that_no_stream_holds_fail_alone(codec: Codec, tmp_path: Path, rate: dict[str, Any]) -> None:
     codec.state_dict()["backbone.linear.encoder.weight"].fill_(1e37)  # black becomes infinite, middle grey 7.5e36
     codec.state_dict()["backbone.linear.encoder.bias"].zero_()

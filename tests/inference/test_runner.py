@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -53,14 +54,11 @@ def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_h
             raise MemoryError
         return batch
 
-    def fail(_: list[int]) -> list[int]:
-        raise RuntimeError("another")
-
     found = dict(OutOfMemoryBackoff().map(call, [1, 2, 3, 4], 1))
     assert isinstance(found.pop(3), UserError)
     assert found == {1: 1, 2: 2, 4: 4}
     with pytest.raises(RuntimeError, match="another"):
-        list(OutOfMemoryBackoff().map(fail, [1, 2], 1))
+        list(OutOfMemoryBackoff().map(mock.Mock(side_effect=RuntimeError("another")), [1, 2], 1))
 
 
 @pytest.mark.parametrize(("kind", "decoded"), [("streams", "images of streams"), ("latents", "images of latents")])
@@ -111,10 +109,8 @@ def test_compiled_networks_give_the_same_but_for_rounding() -> None:
 def test_a_failing_compiler_is_one_error(
     codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> DiagonalGaussian:
-        raise BackendCompilerFailed(fail, RuntimeError("no C++ compiler"), None)  # pyright: ignore
-
+    failed = BackendCompilerFailed(draw, RuntimeError("no C++ compiler"), None)  # pyright: ignore
     draw(tmp_path / "a.png", 24, 16)
-    monkeypatch.setattr(codec, "encode", fail)
+    monkeypatch.setattr(codec, "encode", mock.Mock(side_effect=failed))
     with pytest.raises(FatalError, match=r"torch\.compile does not work here .*--compile"):
         make("latents", codec, tmp_path / "a.png", tmp_path / "z", dataclasses.replace(CPU, compile=True))

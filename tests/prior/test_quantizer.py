@@ -9,18 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.errors import UserError
-from latent_codec.prior.quantizer import (
-    DEAD_ZONE,
-    LIMIT,
-    MAX_STEP,
-    MIN_STEP,
-    STEP_ONE,
-    Quantized,
-    dequantize,
-    dither,
-    octave_eighths,
-    step_code,
-)
+from latent_codec.prior import quantizer
+from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, STEP_ONE, Quantized, dequantize, dither, step_code
 from tests.support import reference_decoder
 from tests.support.prior import quantize_plainly
 
@@ -83,7 +73,7 @@ def test_dither_of_neighbouring_seeds_and_positions_is_uncorrelated() -> None:
 
 
 def test_octave_eighths_is_the_rounded_logarithm_and_never_falls() -> None:
-    found = [octave_eighths(code) for code in range(16, 65536)]
+    found = [quantizer.octave_eighths(code) for code in range(16, 65536)]
     exact = 8 * np.log2(np.arange(16, 65536) / STEP_ONE)
     assert np.abs(found - exact).max() <= 0.5 + 1e-9
     assert found == sorted(found) and found[0] == -48 and found[-1] == 48
@@ -95,7 +85,9 @@ def test_a_stored_step_keeps_its_number(code: int) -> None:
     assert step_code(code / STEP_ONE) == code
 
 
-@pytest.mark.parametrize("step", [0.0, -1.0, MIN_STEP * 0.99, MAX_STEP * 1.0001, math.inf, math.nan])
+@pytest.mark.parametrize(
+    "step", [0.0, -1.0, quantizer.MIN_STEP * 0.99, quantizer.MAX_STEP * 1.0001, math.inf, math.nan]
+)
 def test_a_step_beyond_the_formats_is_refused(step: float) -> None:
     with pytest.raises(UserError, match="step"):
         step_code(step)

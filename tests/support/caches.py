@@ -22,14 +22,8 @@ from tests.support.latents import row_of, write
 PATHS = ("cat/a.jpg", "cat/b.c.png", "dog/ü/e.png", "dog/f.png")
 """Images of two sizes where `side` is None."""
 EVERY: dict[CacheName, dict[str, Any]] = {
-    "kohya": {"arch": "flux"},
-    "musubi": {"arch": "qi"},
-    "comfyui": {},
-    "lightningdit": {},
-    "mar": {},
-    "edm2": {},
-    "webdataset": {"scale": "normalized"},
-    "npy": {"scale": "raw"},
+    **{"kohya": {"arch": "flux"}, "musubi": {"arch": "qi"}, "comfyui": {}, "lightningdit": {}, "mar": {}, "edm2": {}},
+    **{"webdataset": {"scale": "normalized"}, "npy": {"scale": "raw"}},
 }
 """Options that each format is tested with."""
 

@@ -6,16 +6,9 @@ from pathlib import Path
 import torch
 
 from latent_codec.images.geometry import Geometry
+from latent_codec.latents import format as latents_format
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import (
-    LatentsRow,
-    StoredDtype,
-    latents_header,
-    latents_row,
-    unplaced_entry,
-    write_index,
-    write_shard,
-)
+from latent_codec.latents.format import LatentsRow, StoredDtype, latents_header, latents_row, unplaced_entry
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import text_key
@@ -60,7 +53,7 @@ def write(
     """Write rows as one shard and its index."""
     folder.mkdir(exist_ok=True)
     header = latents_header(codec, dtype, flips)
-    write_index(folder, header, write_shard(folder, header, "name", rows))
+    latents_format.write_index(folder, header, latents_format.write_shard(folder, header, "name", rows))
     return Latents(folder)
 
 

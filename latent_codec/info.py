@@ -25,7 +25,7 @@ def describe(where: str, model: str | None = None) -> str:
     path = Path(where)
     streams = find_lc(path) if path.is_dir() else []
     if streams or path.suffix == SUFFIX:
-        return _describe_streams(path, streams, model) if streams else _describe_stream(path, model)
+        return _describe_streams(streams, model) if streams else _describe_stream(path, model)
     if model is not None:
         raise UserError(f"{where}: only {SUFFIX} files are compared with a --model")
     if path.is_dir():
@@ -100,7 +100,7 @@ def _describe_stream(path: Path, model: str | None) -> str:
     )
 
 
-def _describe_streams(folder: Path, sources: list[Source], model: str | None) -> str:
+def _describe_streams(sources: list[Source], model: str | None) -> str:
     found = [_read_stream(source.path) for source in sources]
     size = sum(container.OVERHEAD + len(s.payload) for s in found)
     pixels = sum(s.geometry.width * s.geometry.height for s in found)

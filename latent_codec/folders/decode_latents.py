@@ -31,10 +31,7 @@ def decode_latents(
     resume: Resume = Resume(),
     quiet: bool = False,
 ) -> Summary:
-    """Decode a folder of latents; `a/b.jpg` becomes `folder/a/b.jpg.png`, or the member of a tar shard.
-
-    Raises `UserError` before any work if the latents are another model's, and as `make_outputs` does.
-    """
+    """Decode latents, `a/b.jpg` to `folder/a/b.jpg.png`; raises as `make_outputs`, and for those of another model."""
     check_channels(runner.codec)
     decoder = _LatentsDecoder(runner, where, options)
     return make_outputs(decoder.sources(), folder, decoder, tar=options.tar, resume=resume, quiet=quiet)

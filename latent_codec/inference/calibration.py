@@ -24,10 +24,7 @@ _KEPT_POSITIONS = 2**12  # per image, to count how often each quantised value oc
 
 @torch.inference_mode()
 def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> None:
-    """Set the codec's latent statistics, quantiser and factorised prior from images, whose set `description` names.
-
-    Moments are per channel, float64, over images and positions. Raises `UserError` for an image that cannot be read.
-    """
+    """Set statistics, quantiser and factorised prior from images, named by `description`; raises as `Source.read`."""
     check_channels(codec)
     measured, kept = Moments(codec), list[torch.Tensor]()
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):

@@ -136,10 +136,7 @@ class TileSpan(NamedTuple):
 
 
 def tile_spans(size: int, side: int, margin: int) -> list[TileSpan]:
-    """Cut [0, size) into own parts of tiles of up to `side` elements, about equally large.
-
-    A tile reads `margin` elements beyond its own part, except where the image ends; `side` exceeds twice the margin.
-    """
+    """Cut [0, size) into own parts of tiles of up to `side` > 2 * `margin`, which they read beyond inner edges."""
     if size <= side:
         return [TileSpan(0, size, 0, size)]
     inner = size - 2 * margin  # what is shared out: the outermost tiles own their outer margins as well
@@ -280,10 +277,7 @@ def decode_difference(codec: Codec, z: torch.Tensor, tile: int, labels: torch.Te
 
 
 def middle_part(codec: Codec, height: int, width: int, tile: int) -> tuple[slice, slice]:
-    """Return rows and columns, in latent elements, of a part to measure on in the middle of latents (height, width).
-
-    Along the longer side it is two tiles long, and it has no more elements than one tile: it fits into memory whole.
-    """
+    """Return rows and columns, in latent elements, of a middle part two tiles long with as many elements as one."""
     side = tile // codec.factor
     length = min(max(height, width), 2 * side - 2 * (side // 8))
     breadth = min(height, width, side * side // length)

@@ -65,10 +65,7 @@ class EvaluatedModel(NamedTuple):
 
 
 def write_report(evaluated: EvaluatedModel, out: Path, options: ReportOptions, *, quiet: bool = False) -> None:
-    """Write report.html and report.json into `out`; the same inputs give the same bytes.
-
-    Raises `UserError` if an image has gone since it was evaluated, or LPIPS' weights or `baseline_data` cannot be had.
-    """
+    """Write report.html and report.json into `out`; raises `UserError` for images, weights or data that are gone."""
     found = {source.name: source for source in find_images(evaluated.where)}
     names = [record["path"] for record in evaluated.evaluation.images]
     if missing := [name for name in names if name not in found]:

@@ -13,10 +13,7 @@ _PIXELS = -1  # folded into the key to draw pixels; samples are numbered from 0
 
 
 class Bounds(NamedTuple):
-    """Hold lower bounds of log p(x) of b images from k samples each, in nats per image, float64 on the CPU.
-
-    A continuous likelihood bounds a log density, which is not comparable between likelihoods.
-    """
+    """Hold lower bounds of log p(x), perhaps a density, of b images from k samples, in nats, float64 on the CPU."""
 
     log_likelihoods: torch.Tensor  # (b, k) log p(x given z)
     log_weights: torch.Tensor  # (b, k) log p(x given z) + log p(z) - log q(z given x)

@@ -57,8 +57,7 @@ def test_distortion_equals_a_direct_computation_or_is_none(grey_codec: Codec, ph
     about = found["about"]
     assert (about["model_id"], about["set"], about["images"]) == (grey_codec.model_id, "photos", len(SIZES) + 1)
     for line, (name, value) in zip(report.table().splitlines()[1:], report.summary.items(), strict=True):
-        assert name in line and report.protocol[name] in line
-        assert ("-" if value is None else f"{value:.4f}") in line
+        assert name in line and report.protocol[name] in line and ("-" if value is None else f"{value:.4f}") in line
 
 
 def test_rates_and_reconstructions_are_those_of_what_was_stored(codec: Codec, photos: Path, tmp_path: Path) -> None:
@@ -101,9 +100,7 @@ def test_unreadable_images_are_reported_and_left_out(grey_codec: Codec, photos: 
     refused("none of the 1 images could be read", run, grey_codec, photos)
 
 
-def test_only_folders_of_evaluations_are_written_into(
-    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_own_folders_are_used(codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     run(codec, photos, out)
     run(codec, photos, out)  # replaces its own

@@ -58,8 +58,7 @@ def test_a_folders_tree_is_found_whole_sorted_and_by_suffix(tmp_path: Path) -> N
 
 def test_one_file_is_one_image_whatever_it_is_called(tmp_path: Path) -> None:
     put(tmp_path / "picture", tmp_path / "a[1].png", tmp_path / "a1.png")
-    assert levels(tmp_path / "picture") == {"picture": 0}
-    assert names(tmp_path / "a[1].png") == ["a[1].png"]
+    assert levels(tmp_path / "picture") == {"picture": 0} and names(tmp_path / "a[1].png") == ["a[1].png"]
 
 
 def test_a_glob_names_matches_below_its_fixed_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +67,7 @@ def test_a_glob_names_matches_below_its_fixed_part(tmp_path: Path, monkeypatch: 
     assert names(f"{tmp_path}/**/*.jpg") == ["a.jpg", "sub/deep/a.jpg"]
     assert names(f"{tmp_path}/sub/d*/[a-c].jpg") == ["deep/a.jpg"]
     monkeypatch.chdir(tmp_path)
-    assert names("*/*/*.jpg") == ["sub/deep/a.jpg"]
-    assert names("a.*") == ["a.JPEG", "a.jpg", "a.png"]
+    assert names("*/*/*.jpg") == ["sub/deep/a.jpg"] and names("a.*") == ["a.JPEG", "a.jpg", "a.png"]
     refused("not a valid glob pattern", find_images, "**a/*.png")
 
 

@@ -49,8 +49,7 @@ def test_jpeg_keeps_the_mode_and_all_of_its_chroma(tmp_path: Path, mode: str):
     x[0 if mode == "RGB" else slice(None), :, ::2] = 255  # columns one pixel wide: subsampling would blend them
     write_image(tmp_path / "a.jpg", x, geometry_of(x, mode), "jpg")
     with PilImage.open(tmp_path / "a.jpg") as pil:
-        assert (pil.format, pil.mode) == ("JPEG", mode)
-        assert isinstance(pil, JpegImagePlugin.JpegImageFile)
+        assert (pil.format, pil.mode) == ("JPEG", mode) and isinstance(pil, JpegImagePlugin.JpegImageFile)
         assert mode == "L" or JpegImagePlugin.get_sampling(pil) == 0  # 4:4:4
     assert (read_image(tmp_path / "a.jpg").pixels.int() - x.int()).abs().max() < 20
 
@@ -60,5 +59,4 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path: Path):
     path.write_bytes(b"before")
     x = torch.zeros(3, 1, 17_000, dtype=torch.uint8)  # WebP ends at 16383 pixels a side
     refused("webp", write_image, path, x, geometry_of(x), "webp")
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

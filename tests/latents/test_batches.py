@@ -36,8 +36,7 @@ def test_ranks_share_every_item_in_batches_of_one_shape(shapes: list[tuple[int, 
         assert 1 <= len(rows.indices) <= size and len({shapes[i] for i in rows.indices}) == 1
     once = sum(-(-shapes.count(shape) // size) for shape in set(shapes))
     assert sorted(i for rows in taken[:once] for i in rows.indices) == list(range(len(shapes)))
-    assert len(taken) - once < world
-    assert all(taken[once + i] == taken[i % once] for i in range(len(taken) - once))
+    assert len(taken) - once < world and all(taken[once + i] == taken[i % once] for i in range(len(taken) - once))
 
 
 def test_drop_last_leaves_out_incomplete_batches_and_rounds() -> None:
@@ -64,8 +63,7 @@ def test_an_epoch_resumes_at_any_batch() -> None:
     for position in range(len(whole) + 1):
         batches = ShapeBatches(SHAPES, 4, seed=3, rank=1, world=2)
         batches.set_epoch(5, position)
-        assert len(batches) == len(whole) - position
-        assert list(batches) == whole[position:]
+        assert len(batches) == len(whole) - position and list(batches) == whole[position:]
         batches.set_epoch(5)
         assert list(batches) == whole
     with pytest.raises(UserError, match=f"position {len(whole) + 1} is outside an epoch of {len(whole)} batches"):

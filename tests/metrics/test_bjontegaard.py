@@ -43,22 +43,19 @@ def test_a_curve_keeps_exactly_the_points_that_no_cheaper_one_equals(points: lis
     curve = psnr_curve([rate for rate, _ in points], [value for _, value in points])
     defined = {(rate, value) for rate, value in points if value is not None}
     best = sorted(p for p in defined if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in defined))
-    assert list(zip(curve.rates, curve.qualities, strict=True)) == best
-    assert curve.left_out == len(points) - len(best)
+    assert list(zip(curve.rates, curve.qualities, strict=True)) == best and curve.left_out == len(points) - len(best)
 
 
 def test_more_is_better_on_every_scale() -> None:
     for name, worse, better in (("psnr", 30, 31), ("ms_ssim", 0.9, 0.99), ("lpips", 0.2, 0.1)):
         assert SCALES[name].of(better) > SCALES[name].of(worse)
-    assert SCALES["ms_ssim"].of(0.99) == pytest.approx(20)
-    assert SCALES["lpips"].of(0.1) == pytest.approx(10)
+    assert SCALES["ms_ssim"].of(0.99) == pytest.approx(20) and SCALES["lpips"].of(0.1) == pytest.approx(10)
     assert math.isfinite(SCALES["ms_ssim"].of(1.0)) and math.isfinite(SCALES["lpips"].of(0.0))
 
 
 def test_quality_at_a_rate_goes_through_the_points_and_ends_with_them() -> None:
     curve = psnr_curve(RATES, [*PSNR])
-    assert [curve.at(rate) for rate in RATES] == pytest.approx(PSNR)
-    assert PSNR[1] < (curve.at(0.4) or 0) < PSNR[2]
+    assert [curve.at(rate) for rate in RATES] == pytest.approx(PSNR) and PSNR[1] < (curve.at(0.4) or 0) < PSNR[2]
     assert curve.at(0.19) is None and curve.at(1.31) is None
     line = psnr_curve([0.1, 0.2, 0.4, 0.8], [20.0, 22.0, 24.0, 26.0])  # straight over the logarithm of the rate
     assert line.at(0.2 * 2**0.5) == pytest.approx(23)

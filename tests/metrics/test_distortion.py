@@ -98,11 +98,9 @@ METRICS = pytest.mark.parametrize("metric", [distortion.psnr, distortion.ssim, d
 def test_a_value_is_one_image_s_own_and_symmetric(metric) -> None:
     x, y = pair(165, 163, seed=5, batch=3)
     together = metric(x, y)
-    assert together.shape == (3,)
-    assert together.dtype == torch.float64
+    assert together.shape == (3,) and together.dtype == torch.float64
     alone = torch.cat([metric(x[i : i + 1], y[i : i + 1]) for i in range(3)])
-    assert torch.allclose(together, alone, atol=1e-6)
-    assert torch.allclose(together, metric(y, x), atol=1e-6)
+    assert torch.allclose(together, alone, atol=1e-6) and torch.allclose(together, metric(y, x), atol=1e-6)
     assert len(set(together.tolist())) == 3
 
 

@@ -70,8 +70,7 @@ def test_distances_are_float32_symmetric_and_zero_only_for_equal_images(distance
     x, y = images(3)
     values = distance(x, y)
     assert (values.shape, values.dtype) == ((3,), torch.float32) and (values > 1e-3).all()
-    assert torch.equal(distance(x, x), torch.zeros(3))
-    assert torch.allclose(values, distance(y, x))
+    assert torch.equal(distance(x, x), torch.zeros(3)) and torch.allclose(values, distance(y, x))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # does not lower the precision
         assert torch.equal(distance(x, y), values)
     low = distance(x.bfloat16(), y.bfloat16())
@@ -110,15 +109,12 @@ def test_gradients_are_finite_where_every_feature_is_zero(backbone: Path, tmp_pa
     assert x.grad is not None and x.grad.isfinite().all()
 
 
-def test_building_is_silent_and_leaves_the_global_random_state_alone(
-    backbone: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_building_is_silent_and_keeps_the_random_state(backbone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = torch.random.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LPIPS("squeeze", backbone)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert capfd.readouterr() == ("", "")
+    assert torch.equal(torch.random.get_rng_state(), before) and capfd.readouterr() == ("", "")
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:Arguments other than:UserWarning")

@@ -54,17 +54,13 @@ def test_autocast_changes_nothing(config: BottleneckConfig, dtype: torch.dtype) 
     plain = bottleneck(features)
     with torch.autocast("cpu", dtype=dtype):
         cast = bottleneck(features)
-        assert torch.equal(cast.kl(), plain.kl())
-        assert torch.equal(cast.sample(seeded(3)), plain.sample(seeded(3)))
-    assert torch.equal(cast.coded, plain.coded)
-    assert cast.mode().dtype == torch.float32
+        assert torch.equal(cast.kl(), plain.kl()) and torch.equal(cast.sample(seeded(3)), plain.sample(seeded(3)))
+    assert torch.equal(cast.coded, plain.coded) and cast.mode().dtype == torch.float32
 
 
 @autocast_types
 @gaussians
-def test_under_autocast_extremes_have_finite_float32_results_and_gradients(
-    dtype: torch.dtype, config: DiagonalGaussianConfig
-) -> None:
+def test_under_autocast_extremes_stay_finite_in_float32(dtype: torch.dtype, config: DiagonalGaussianConfig) -> None:
     extremes = torch.tensor([-1e4, 0.0, 1e4])
     features = torch.stack(torch.meshgrid(extremes, extremes, indexing="ij"))[None]  # means, log-variances
     features = features.to(dtype).requires_grad_()
@@ -73,8 +69,7 @@ def test_under_autocast_extremes_have_finite_float32_results_and_gradients(
         z, kl = posterior.sample(seeded(0)), posterior.kl()
         (kl.sum() + z.sum()).backward()
     for tensor in (posterior.mean, posterior.logvar, posterior.std, posterior.mode(), z, kl, posterior.kl_map()):
-        assert tensor.dtype == torch.float32
-        assert tensor.isfinite().all()
+        assert tensor.dtype == torch.float32 and tensor.isfinite().all()
     assert features.grad is not None and features.grad.isfinite().all()
 
 
@@ -100,8 +95,7 @@ def test_the_clamp_is_hard_and_of_the_log_variance_alone(config: DiagonalGaussia
     assert torch.equal(posterior.mean.flatten(), 1e6 * raw)
     assert torch.equal(posterior.logvar.detach().flatten(), expected)
     posterior.logvar.sum().backward()
-    assert features.grad is not None
-    assert features.grad[0, 7:].flatten().tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert features.grad is not None and features.grad[0, 7:].flatten().tolist() == [0, 0, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.slow

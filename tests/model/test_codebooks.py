@@ -52,8 +52,7 @@ def test_a_value_that_is_not_finite_has_no_code(quantizer: VectorQuantizer | Fin
     x[1, 2, 3, 4] = math.nan
     posterior = quantizer(x)
     coded = posterior.coded
-    assert coded.shape == (2, 1, 4, 5)
-    assert coded[1, 0, 3, 4] == -1
+    assert coded.shape == (2, 1, 4, 5) and coded[1, 0, 3, 4] == -1
     coded[1, 0, 3, 4] = 0
     assert (coded >= 0).all()
 
@@ -61,8 +60,7 @@ def test_a_value_that_is_not_finite_has_no_code(quantizer: VectorQuantizer | Fin
 def test_gradients_go_straight_through_to_the_encoder_and_not_to_the_codes() -> None:
     quantizer, x, weight = vector_quantizer(), features(Z).requires_grad_(), features(Z, seed=1)
     (weight * quantizer(x).mode()).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, weight)
-    assert quantizer.codebook.grad is None
+    assert x.grad is not None and torch.equal(x.grad, weight) and quantizer.codebook.grad is None
     levels = torch.tensor((8, 5, 2))[:, None, None]
     x.grad = None
     (weight * scalar_quantizer(8, 5, 2)(x).mode()).sum().backward()
@@ -89,8 +87,7 @@ def test_use_is_the_share_of_each_code_and_what_it_stands_for() -> None:
     quantizer, x = vector_quantizer(), features(Z)
     posterior = quantizer(x)
     use = posterior.use()
-    assert use.shape == (K, 1 + Z)
-    assert use[:, 0].sum().item() == pytest.approx(1)
+    assert use.shape == (K, 1 + Z) and use[:, 0].sum().item() == pytest.approx(1)
     flat, index = x.movedim(1, -1).reshape(-1, Z), posterior.indices.flatten()
     for code in range(K):
         own = flat[index == code]
@@ -122,8 +119,7 @@ def test_every_index_is_a_vector_of_levels_and_back(levels: tuple[int, ...]) -> 
     per_channel = torch.tensor(levels)[:, None, None]
     middle = ((vectors + 1) * (per_channel - 1) / 2 + 0.5) / per_channel * 2 - 1
     posterior = quantizer(torch.atanh(middle))
-    assert torch.equal(posterior.indices, every_index(codes))
-    assert torch.equal(posterior.mode(), vectors)
+    assert torch.equal(posterior.indices, every_index(codes)) and torch.equal(posterior.mode(), vectors)
 
 
 def test_levels_divide_the_range_of_tanh_evenly_and_reach_to_infinity() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import typing
@@ -77,8 +78,7 @@ def changed(path: str, value: Any) -> Any:
 def test_json_text_round_trip_gives_the_equal_config_and_is_a_fixed_point(config: Any) -> None:
     text = dumps(to_json(config))
     found = from_json(type(config), json.loads(text))
-    assert found == config and type(found) is type(config)
-    assert dumps(to_json(found)) == text
+    assert found == config and type(found) is type(config) and dumps(to_json(found)) == text
     if isinstance(config, CodecConfig):
         for part in ("backbone", "bottleneck", "likelihood"):  # a union keeps the class
             assert type(getattr(found, part)) is type(getattr(config, part))
@@ -86,8 +86,7 @@ def test_json_text_round_trip_gives_the_equal_config_and_is_a_fixed_point(config
 
 def test_equal_configs_give_equal_text_whether_a_float_was_written_as_an_integer() -> None:
     whole = DiagonalGaussianConfig(logvar_min=-16, logvar_max=11)
-    assert whole == EXAMPLE.bottleneck
-    assert dumps(to_json(whole)) == dumps(to_json(EXAMPLE.bottleneck))
+    assert whole == EXAMPLE.bottleneck and dumps(to_json(whole)) == dumps(to_json(EXAMPLE.bottleneck))
     many = Statistics(name="", values=(1, 2), sigma=3, bottleneck=whole)
     assert dumps(to_json(many)) == dumps(to_json(from_json(Statistics, to_json(many))))
 
@@ -125,10 +124,7 @@ WRONG = [
     ("backbone.encoder_widths", [64, "128"], r"config\.backbone\.encoder_widths\[1\]"),
     *(("bottleneck.logvar_min", value, r"config\.bottleneck\.logvar_min") for value in ("-16", None, True, [11.0])),
     *(("likelihood.scale", value, r"config\.likelihood\.scale") for value in ("free", ["fixed"])),
-    *(
-        ("likelihood.sigma", json.loads(text), r"config\.likelihood\.sigma")
-        for text in ("NaN", "-Infinity", "1e999", "1" + "0" * 400)
-    ),
+    *(("likelihood.sigma", value, r"likelihood\.sigma") for value in (math.nan, -math.inf, math.inf, 10**400)),
 ]
 
 

@@ -62,10 +62,8 @@ def test_what_is_written_is_what_is_read(codec: Codec, tmp_path: Path, half: boo
     path = tmp_path / "m.safetensors"
     codec.save(path, half=half)
     found = file.read(path)
-    assert found.config == codec.config
-    assert found.statistics == codec.statistics
-    assert found.provenance == codec.provenance
-    assert found.tensors.keys() == codec.state_dict().keys()
+    assert found.config == codec.config and found.statistics == codec.statistics
+    assert found.provenance == codec.provenance and found.tensors.keys() == codec.state_dict().keys()
     for name, tensor in codec.state_dict().items():
         assert found.tensors[name].dtype == torch.float32
         assert torch.equal(found.tensors[name], tensor.half().float() if half else tensor)
@@ -78,9 +76,7 @@ def test_what_is_written_is_what_is_read(codec: Codec, tmp_path: Path, half: boo
 
 
 @pytest.mark.usefixtures("umask_027")
-def test_statistics_come_back_without_what_is_not_known_and_the_file_has_the_users_umask(
-    codec: Codec, tmp_path: Path
-) -> None:
+def test_statistics_come_back_without_what_is_unknown_and_files_have_the_umask(codec: Codec, tmp_path: Path) -> None:
     assert codec.statistics is not None
     for statistics in (dataclasses.replace(codec.statistics, posterior_std=None), None):
         codec.statistics = statistics
@@ -183,8 +179,7 @@ def test_a_pickle_is_refused_and_never_unpickled(tmp_path: Path, name: str, zipp
     torch.save({"a": _Bomb(trace)}, path, _use_new_zipfile_serialization=zipped)
     assert "not a safetensors file" in refusal(path)
     path.write_bytes(pickle.dumps(_Bomb(trace)))
-    assert "not a safetensors file" in refusal(path)
-    assert not trace.exists()
+    assert "not a safetensors file" in refusal(path) and not trace.exists()
 
 
 def test_a_file_cut_off_anywhere_or_with_trailing_bytes_is_refused(model_file: Path, tmp_path: Path) -> None:

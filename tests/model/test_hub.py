@@ -95,16 +95,8 @@ FAILURES = {
     **{repo: (repo, {}, reason) for repo, (_, _, reason) in REFUSALS.items()},
     "no repository": ("someone/nothing", {}, "no such repository"),
     "no revision": ("someone/model", {"revision": "v9"}, "has no such revision; give a branch, tag or commit"),
-    "no file": (
-        "someone/model",
-        {"filename": "none.safetensors"},
-        r"has no none\.safetensors; if it is an AutoencoderKL",
-    ),
-    "not cached": (
-        "someone/model",
-        {"local_files_only": True},
-        r"the hub gives no answer, and model\.safetensors is not",
-    ),
+    "no file": ("someone/model", {"filename": "none"}, r"has no none; if it is an AutoencoderKL"),
+    "not cached": ("someone/model", {"local_files_only": True}, r"the hub gives no answer, and model\.safetensors is"),
     "no network": ("someone/model", DOWN, "the hub gives no answer"),
     "no proper name": ("a--b/c..d", {}, "is no repository's name"),
 }
@@ -125,9 +117,7 @@ def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPa
     refused(r"pip install 'latent-codec\[hub\]'", Codec.from_pretrained, "someone/model")
 
 
-def test_a_folder_that_was_saved_is_loaded(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: dict[str, Any]
-) -> None:
+def test_a_saved_folder_is_loaded(codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: Any) -> None:
     codec.save_pretrained(tmp_path / "a" / "mine")
     assert {f.name for f in (tmp_path / "a" / "mine").iterdir()} == {MODEL, CARD}
     for source in (tmp_path / "a" / "mine", tmp_path / "a" / "mine" / MODEL):
@@ -187,9 +177,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
 
 
 @pytest.mark.parametrize("own_card", [False, True])
-def test_a_model_is_pushed_and_a_repositorys_own_card_stays(
-    codec: Codec, api: MagicMock, tmp_path: Path, own_card: bool
-) -> None:
+def test_a_model_is_pushed_and_an_own_card_stays(codec: Codec, api: MagicMock, tmp_path: Path, own_card: bool) -> None:
     api.file_exists.return_value = own_card
     options: dict[str, Any] = {"revision": "next", "commit_message": "Better"} if own_card else {}
     url = codec.push_to_hub("mine", private=True, token="secret", half=own_card, **options)
@@ -220,8 +208,7 @@ def test_a_push_that_fails_is_one_sentence(codec: Codec, api: MagicMock, error: 
     api.create_repo.side_effect = error
     with pytest.raises(UserError, match=f"^me/mine: {reason}") as caught:
         codec.push_to_hub("me/mine")
-    assert "\n" not in str(caught.value)
-    assert api.uploaded == {}
+    assert "\n" not in str(caught.value) and api.uploaded == {}
 
 
 def test_mistakes_of_our_own_are_not_the_hubs() -> None:

@@ -162,8 +162,7 @@ def test_the_best_learned_sigma_is_the_root_mean_squared_error() -> None:
     error = 0.2 * torch.tensor([1.0, -1.0, 1.0, -1.0]).reshape(1, 1, 2, 2)
     likelihood.log_prob(error, torch.zeros_like(error)).sum().backward()
     (parameter,) = likelihood.parameters()
-    assert parameter.grad is not None
-    assert parameter.grad.item() == pytest.approx(0, abs=1e-5)
+    assert parameter.grad is not None and parameter.grad.item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +223,7 @@ def test_autocast_changes_no_result(name: str, dtype: torch.dtype) -> None:
         found = likelihood.log_prob(params, x), likelihood.mean(params), likelihood.sample(params, seeded(0))
     plain = likelihood.log_prob(params, x), likelihood.mean(params), likelihood.sample(params, seeded(0))
     for a, b in zip(found, plain, strict=True):
-        assert a.dtype == torch.float32
-        assert torch.equal(a, b)
+        assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 @everyone
@@ -242,8 +240,7 @@ def test_at_extreme_parameters_under_autocast_everything_is_finite(name: str, dt
         coarse = params.detach().to(dtype)
         results = likelihood.log_prob(coarse, x), likelihood.mean(coarse), likelihood.sample(coarse, seeded(0))
     for tensor in results:
-        assert tensor.dtype == torch.float32
-        assert tensor.isfinite().all()
+        assert tensor.dtype == torch.float32 and tensor.isfinite().all()
     assert params.grad is not None and params.grad.isfinite().all()
 
 
@@ -262,8 +259,7 @@ def test_the_gradient_of_log_prob_is_that_of_finite_differences(name: str) -> No
 def test_uint8_survives_the_round_trip_and_other_values_are_rounded_and_clipped(name: str) -> None:
     likelihood = ALL[name]
     x = likelihood.from_uint8(VALUES)
-    assert x.dtype == torch.float32
-    assert (x[0].item(), x[255].item()) == likelihood.data_range
+    assert x.dtype == torch.float32 and (x[0].item(), x[255].item()) == likelihood.data_range
     likelihood.check(x)
     assert torch.equal(likelihood.to_uint8(x), VALUES)
     grey = torch.linspace(-50, 300, 10_001)
@@ -310,7 +306,5 @@ def test_samples_depend_on_the_generator_alone(name: str) -> None:
     params = random_params(name, 2, 3, 4, 5)
     state = torch.get_rng_state()
     first = ALL[name].sample(params, seeded(4))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, ALL[name].sample(params, seeded(4)))
-    assert not torch.equal(first, ALL[name].sample(params, seeded(5)))
-    assert first.shape == (2, 3, 4, 5)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(first, ALL[name].sample(params, seeded(4)))
+    assert not torch.equal(first, ALL[name].sample(params, seeded(5))) and first.shape == (2, 3, 4, 5)

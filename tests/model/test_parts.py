@@ -9,17 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
+from latent_codec.model import config as configs
 from latent_codec.model.bottlenecks import BOTTLENECKS
 from latent_codec.model.codebooks import MOST_CODES
-from latent_codec.model.config import (
-    CodecConfig,
-    DiagonalGaussianConfig,
-    DiscretizedLogisticConfig,
-    FiniteScalarConfig,
-    GaussianConfig,
-    LinearConfig,
-    VectorQuantizerConfig,
-)
 from latent_codec.model.likelihoods import LIKELIHOODS, Likelihood
 from latent_codec.model.networks import BACKBONES, Backbone, BackboneShape
 from latent_codec.model.parts import build
@@ -78,20 +70,19 @@ def test_a_codec_is_made_of_registered_parts(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setitem(registry, "mine", part)
     mine: Any = MineConfig()
     codec = make_codec(
-        CodecConfig(image_channels=3, latent_channels=3, backbone=mine, bottleneck=mine, likelihood=mine)
+        configs.CodecConfig(image_channels=3, latent_channels=3, backbone=mine, bottleneck=mine, likelihood=mine)
     )
     x = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 8, 12)
     posterior = codec.encode(x)
-    assert posterior.mode().shape == (2, 3, 2, 3)
-    assert torch.equal(codec.decode_uint8(posterior.mode()), x)
+    assert posterior.mode().shape == (2, 3, 2, 3) and torch.equal(codec.decode_uint8(posterior.mode()), x)
     assert codec.likelihood.log_prob(
         codec.likelihood_params(posterior.mode()), codec.likelihood.from_uint8(x)
     ).shape == (2,)
 
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("backbone", LinearConfig(patch=4, overlap=-1), "overlap -1 must be from 0 to the patch of 4 pixels"),
-    ("backbone", LinearConfig(patch=4, overlap=5), "overlap 5 must be from 0 to the patch of 4 pixels"),
+    ("backbone", configs.LinearConfig(patch=4, overlap=-1), "overlap -1 must be from 0 to the patch of 4 pixels"),
+    ("backbone", configs.LinearConfig(patch=4, overlap=5), "overlap 5 must be from 0 to the patch of 4 pixels"),
     ("classes", ("a", "b"), "linear: principal components have no place for 2 classes"),
     *(
         ("backbone", dataclasses.replace(LITE, **change), message)
@@ -110,20 +101,20 @@ WRONG: list[tuple[str, Any, str]] = [
     ("backbone", dataclasses.replace(MLP, side=0), "side 0"),
     ("backbone", dataclasses.replace(MLP, decoder_widths=(8, 0)), "decoder_widths"),
     *(
-        ("bottleneck", DiagonalGaussianConfig(logvar_min=low, logvar_max=high), r"logvar_min.*logvar_max")
+        ("bottleneck", configs.DiagonalGaussianConfig(logvar_min=low, logvar_max=high), r"logvar_min.*logvar_max")
         for low, high in ((1.0, 1.0), (2.0, -2.0), (math.nan, 1.0), (0.0, math.nan))
     ),
-    *(("bottleneck", VectorQuantizerConfig(codes=n), f"codes {n}") for n in (-1, 1, MOST_CODES + 1)),
+    *(("bottleneck", configs.VectorQuantizerConfig(codes=n), f"codes {n}") for n in (-1, 1, MOST_CODES + 1)),
     *(
-        ("bottleneck", FiniteScalarConfig(levels=levels), "fsq: levels")
+        ("bottleneck", configs.FiniteScalarConfig(levels=levels), "fsq: levels")
         for levels in ((), (4, 4, 4), (1, 4, 4, 4), (-2, -2, 2, 2), (16, 16, 16, 8))
     ),
-    *(("likelihood", GaussianConfig(scale="fixed", sigma=sigma), "sigma") for sigma in (0.0, -0.1, math.nan)),
-    *(("likelihood", DiscretizedLogisticConfig(components=n), "components") for n in (0, -1)),
+    *(("likelihood", configs.GaussianConfig(scale="fixed", sigma=sigma), "sigma") for sigma in (0.0, -0.1, math.nan)),
+    *(("likelihood", configs.DiscretizedLogisticConfig(components=n), "components") for n in (0, -1)),
 ]
 
 
 @pytest.mark.parametrize(("field", "value", "message"), WRONG)
 def test_a_config_that_makes_no_model_is_an_error_that_names_the_field(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(dataclasses.replace(config_of(LinearConfig(patch=4)), **{field: value}))
+        build(dataclasses.replace(config_of(configs.LinearConfig(patch=4)), **{field: value}))

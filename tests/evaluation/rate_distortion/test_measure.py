@@ -5,6 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,9 +47,7 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
-def measure(
-    codec: Codec, where: Path, options: RateDistortionOptions = ALONE, out: Path | None = None
-) -> RateDistortionReport:
+def measure(codec: Codec, where: Path, options: RateDistortionOptions = ALONE, out: Any = None) -> RateDistortionReport:
     return rate_distortion(Runner(codec), where, options, out=out, quiet=True)
 
 
@@ -99,9 +98,7 @@ def test_rows_are_real_files_decoded_from_their_bytes_and_points_are_means(codec
         assert all((one[key].distortion == other[key].distortion) == dithered for key in one)
 
 
-def test_distortion_is_of_what_was_read_from_the_file(
-    plain: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_distortion_is_of_what_the_file_holds(plain: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rows(measure(plain, photos), "factorized")
     read = StreamReader.decompress
     monkeypatch.setattr(StreamReader, "decompress", lambda self, s: [z + 1 for z in read(self, s)])
@@ -113,17 +110,14 @@ def test_distortion_is_of_what_was_read_from_the_file(
 
 def test_dither_depends_on_the_seed_and_rounding_does_not(plain: Codec, photos: Path) -> None:
     one, same, other = (measure(plain, photos, dataclasses.replace(ALONE, sample=seed)) for seed in (1, 1, 2))
-    assert one.points == same.points
-    assert rows(one, "factorized") == rows(other, "factorized")
+    assert one.points == same.points and rows(one, "factorized") == rows(other, "factorized")
     first, second = (rows(r, "factorized", dithered=True) for r in (one, other))
     assert {step for _, step in first} == {1.0} and differ(first, second)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("anchor", anchors.available(), ids=lambda anchor: anchor.name)
-def test_rows_of_anchors_are_their_whole_files_with_grey_saved_as_grey(
-    plain: Codec, photos: Path, anchor: Anchor
-) -> None:
+def test_rows_of_anchors_are_their_whole_files_with_grey_as_grey(plain: Codec, photos: Path, anchor: Anchor) -> None:
     anchor = anchor._replace(qualities=anchor.qualities[-2:])
     found = rows(measure(plain, photos, dataclasses.replace(ALONE, anchors=[anchor])), anchor.name)
     assert found.keys() == {(name, quality) for name in SIZES for quality in anchor.qualities}
@@ -167,9 +161,7 @@ def test_the_report_is_strict_json_a_plot_and_a_table(codec: Codec, photos: Path
     assert all(anchor.settings() in table for anchor in anchors.available())
 
 
-def test_an_anchor_that_pillow_lacks_is_left_out_with_a_note(
-    plain: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_anchor_that_pillow_lacks_gives_a_note(plain: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anchors.features, "check", lambda name: name != "webp")
     report = measure(plain, photos, dataclasses.replace(BESIDE, anchors=BESIDE.anchors[:2]))
     assert report.codecs == ["factorized", "JPEG"]
@@ -186,9 +178,7 @@ def test_unreadable_images_are_in_no_curve(plain: Codec, photos: Path) -> None:
     refused("none of the 1 images", measure, plain, photos)
 
 
-def test_impossible_requests_are_refused_before_any_work(
-    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_requests_are_refused_first(codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for steps in ((), (1.0, 1.0), (1.0, 1000.0)):
         refused("step", RateDistortionOptions, steps=steps)
     priors, codec.priors = codec.priors, None

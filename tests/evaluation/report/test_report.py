@@ -18,7 +18,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec import cli
 from latent_codec.evaluation.bounds import bounds
 from latent_codec.evaluation.evaluate import evaluate
 from latent_codec.evaluation.rate_distortion import anchors
@@ -40,6 +39,8 @@ from tests.conftest import Draw, files_of
 from tests.evaluation.conftest import SIZES, compressed, decoded, encoded
 from tests.support.errors import refused
 from tests.support.networks import make_codec
+from tests.test_cli import Run
+from tests.test_cli import run as run  # the fixture
 from train.config.presets import mnist_cvae
 
 HOSTILE = "x<script>alert(1)<!--\"'&amp;\u202egnp.png"
@@ -123,17 +124,14 @@ def test_the_page_loads_and_runs_nothing_whatever_names_say(codec: Codec, photos
         assert not any(key.startswith("on") for key in attributes) and (name != "img" or attributes["alt"])
         assert (attributes.get("src") or attributes.get("href") or "#").startswith(("data:", "#"))
     policy = next(a for n, a in page.tags if n == "meta" and a.get("http-equiv") == "Content-Security-Policy")
-    assert "default-src 'none'" in (policy["content"] or "")
-    assert "url(" not in text and "@import" not in text
+    assert "default-src 'none'" in (policy["content"] or "") and "url(" not in text and "@import" not in text
     assert page.text.count("<script>alert(1)") >= 2 and "bad<img src=x>.png" in page.text  # seen, as text
     assert HOSTILE in [r["image"] for r in results["reconstructions"]["images"]]
     assert list(results["making"]["failures"]) == ["bad<img src=x>.png"]
 
 
 @pytest.mark.slow
-def test_the_page_has_every_number_and_pictures_are_what_they_are_called(
-    codec: Codec, photos: Path, tmp_path: Path
-) -> None:
+def test_the_page_has_every_number_and_pictures_are_what_they_say(codec: Codec, photos: Path, tmp_path: Path) -> None:
     text, results = write(codec, photos, tmp_path / "out")
     write(codec, photos, tmp_path / "again")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
@@ -234,8 +232,7 @@ def test_a_conditional_model_is_told_each_images_class(tmp_path: Path, draw: Dra
                 labels = torch.tensor([label])
                 decoded = conditional.decode_uint8(conditional.encode(pixels, labels).mode(), labels)[0]
                 assert torch.equal(shown, decoded.expand(3, -1, -1)) == (label == i)
-    assert all(f"class {classes[i]}" in page.text for i in range(8))
-    assert "class" in results["jpeg"]["left_out"]
+    assert all(f"class {classes[i]}" in page.text for i in range(8)) and "class" in results["jpeg"]["left_out"]
 
 
 @pytest.mark.slow
@@ -295,9 +292,7 @@ def test_pca_is_the_singular_value_decomposition() -> None:
         pca.fit([torch.from_numpy(pixels)], 4, 49)
 
 
-def test_pca_is_never_fitted_to_what_it_is_measured_on(
-    codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pca_is_never_fitted_to_what_it_measures(codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted: list[list[torch.Tensor]] = []
     measured: list[torch.Tensor] = []
     fit = pca.fit
@@ -361,15 +356,12 @@ def test_files_are_those_of_encode_and_jpegs_have_no_more_bytes(codec: Codec, tm
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_report_with_the_rate_distortion_curves(
-    model_file: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_reports_rate_distortion_curves(run: Run, model_file: Path, photos: Path, tmp_path: Path) -> None:
     args = ["--report", "--rd", "--steps", "1", "1.5", "--out", tmp_path, "--lpips-net", "none", "--device", "cpu"]
     for name in ("d.png", "e.png"):
         (photos / name).unlink()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["evaluate", str(model_file), str(photos), *map(str, args)])
-    assert stopped.value.code == 0 and "kl_bpp" in capsys.readouterr().out
+    result = run("evaluate", model_file, photos, *args)
+    assert result.code == 0 and "kl_bpp" in result.out
     made = sorted(path.name for path in tmp_path.glob("r*"))
     assert made == ["rd.json", "rd.png", "report.html", "report.json", "results.json"]
     measured, page = json.loads((tmp_path / "rd.json").read_text()), Parsed((tmp_path / "report.html").read_text())
@@ -387,10 +379,8 @@ def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, dr
     draw(tmp_path / "photos" / "one.png", 16, 16)
     codec.priors = None
     _, results = write(codec, tmp_path / "photos", tmp_path / "out")
-    assert "two images" in results["interpolations"]["left_out"]
-    assert "no prior" in results["jpeg"]["left_out"]
-    assert "--rd" in results["rate_distortion"]["left_out"]
-    assert "one image" in results["baselines"]["pca_left_out"]
+    assert "two images" in results["interpolations"]["left_out"] and "no prior" in results["jpeg"]["left_out"]
+    assert "--rd" in results["rate_distortion"]["left_out"] and "one image" in results["baselines"]["pca_left_out"]
     model = evaluated(codec, tmp_path / "photos")
     (tmp_path / "photos" / "one.png").rename(tmp_path / "photos" / "other.png")
     refused(r"one\.png.*gone", write_report, model, tmp_path, OPTIONS, quiet=True)
@@ -399,18 +389,14 @@ def test_parts_that_are_missing_give_the_reason(codec: Codec, tmp_path: Path, dr
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--report",), "give --out"),
-        (("--report", "--out", "OUT", "--report-images", "0"), "--report-images 0"),
-        (("--report", "--out", "OUT", "--bound-samples", "0"), "--bound-samples 0"),
-        (("--report", "--out", "OUT", "--baseline-data", "nowhere"), "nowhere: no such image"),
-        (("--report", "--out", "OUT", "--baseline", "nowhere"), "nowhere: neither a file nor a shipped model"),
+        ("--report", "give --out"),
+        ("--report --out OUT --report-images 0", "--report-images 0"),
+        ("--report --out OUT --bound-samples 0", "--bound-samples 0"),
+        ("--report --out OUT --baseline-data nowhere", "nowhere: no such image"),
+        ("--report --out OUT --baseline nowhere", "nowhere: neither a file nor a shipped model"),
     ],
 )
-def test_wrong_options_are_refused_before_any_work(
-    model_file: Path, tmp_path: Path, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = [str(tmp_path / "out") if flag == "OUT" else flag for flag in flags]
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["evaluate", str(model_file), "photos", "--lpips-net", "none", "--device", "cpu", *given])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_wrong_options_are_refused_first(run: Run, model_file: Path, tmp_path: Path, flags: str, message: str) -> None:
+    given = [str(tmp_path / "out") if flag == "OUT" else flag for flag in flags.split()]
+    result = run("evaluate", model_file, "photos", "--lpips-net", "none", "--device", "cpu", *given)
+    assert result.code == 2 and message in result.err and not (tmp_path / "out").exists()

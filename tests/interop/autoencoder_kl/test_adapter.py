@@ -60,8 +60,7 @@ def test_the_configuration_is_what_pipelines_read(vae: Any, codec: Codec) -> Non
     assert (config.scaling_factor, config.shift_factor) == (1, 0)
     assert config["latents_mean"] is config["latents_std"] is None
     assert (config.latent_channels, config["in_channels"], config.out_channels) == (4, 3, 3)
-    assert 2 ** (len(config.block_out_channels) - 1) == codec.factor == 8
-    assert config.force_upcast is False
+    assert 2 ** (len(config.block_out_channels) - 1) == codec.factor == 8 and config.force_upcast is False
     codec.get_parameter("backbone.decoder.0.weight").data.mul_(1e6)
     assert CodecAutoencoder.from_codec(codec).config["force_upcast"] is True
     assert (vae.dtype, vae.device, vae.training) == (torch.float32, torch.device("cpu"), False)
@@ -74,8 +73,7 @@ def test_the_adapter_is_saved_and_loaded_whole(codec: Codec, tmp_path: Path, sha
     vae.save_pretrained(tmp_path / "vae")
     loaded: Any = CodecAutoencoder.from_pretrained(tmp_path / "vae", output_loading_info=True)
     again, info = loaded
-    assert all(not found for found in info.values()) and not again.training
-    assert again.codec.model_id == codec.model_id
+    assert all(not found for found in info.values()) and not again.training and again.codec.model_id == codec.model_id
     assert (again.codec.config, again.codec.statistics) == (codec.config, codec.statistics)
     before, after = (json.loads(v.to_json_string()) for v in (vae, again))
     assert {k: v for k, v in before.items() if k[0] != "_"} == {k: v for k, v in after.items() if k[0] != "_"}

@@ -57,12 +57,10 @@ def test_a_folder_becomes_the_same_codec_and_back_again_the_same_folder(tmp_path
     kl.assert_same_model(codec, model)
     with torch.inference_mode():
         ours, theirs = codec.encode(kl.pixels()).kl(), model.encode(kl.pixels()).latent_dist.kl()
-    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-4)
-    assert codec.config.backbone == kl.SHAPES[shape][0]
+    assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-4) and codec.config.backbone == kl.SHAPES[shape][0]
     assert codec.config.bottleneck == DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
     assert codec.config.likelihood == GaussianConfig(scale="fixed", sigma=settings.SIGMA)
-    assert codec.provenance["imported_from"] == "vae"
-    assert Codec.load(out).model_id == codec.model_id
+    assert codec.provenance["imported_from"] == "vae" and Codec.load(out).model_id == codec.model_id
     kl.export(codec, tmp_path / "back", normalize=False)
     before, after = (load_file(f / WEIGHTS) for f in (folder, tmp_path / "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -240,9 +238,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_changed_or_damaged_export_is_imported_as_it_stands(
-    exported: Path, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_changed_export_is_imported_as_it_stands(exported: Path, tmp_path: Path, out: Path, caplog: Any) -> None:
     shutil.copytree(exported, tmp_path / "vae")
     weights, tensors = tmp_path / "vae" / WEIGHTS, load_file(exported / WEIGHTS)
     with safe_open(weights, framework="pt") as file:

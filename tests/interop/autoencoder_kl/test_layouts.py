@@ -21,8 +21,7 @@ def before_renaming(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("shape", kl.SHAPES)

@@ -56,8 +56,7 @@ def test_config_json_comes_back(shape: str) -> None:
     config = settings.codec_config(kl.SHAPES[shape][0], 3, kl.SHAPES[shape][1])
     scale = PipelineScale(0.5, 0.25, (1.0, 2.0, 3.0, 4.0), (0.5, 0.5, 1.0, 1.0))
     value = json.loads(json.dumps(settings.to_json(config, scale, force_upcast=True)))
-    assert settings.from_json(value, "x") == (config, scale)
-    assert value["force_upcast"] is True
+    assert settings.from_json(value, "x") == (config, scale) and value["force_upcast"] is True
 
 
 def test_missing_settings_get_diffusers_defaults() -> None:
@@ -97,7 +96,6 @@ def test_missing_features_and_damaged_values_are_named(change: dict[str, Any], r
 def test_unknown_settings_are_named_and_ignored_and_other_json_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     config = settings.codec_config(kl.SD, 3, 4)
     value = settings.to_json(config, settings.NORMALIZED, force_upcast=False) | {"new": 1, "_private": 2}
-    assert settings.from_json(value, "x")[0] == config
-    assert "settings new are unknown and ignored" in caplog.text
+    assert settings.from_json(value, "x")[0] == config and "settings new are unknown and ignored" in caplog.text
     for other in (None, [], "AutoencoderKL", 3):
         refused("not the configuration of a model", settings.from_json, other, "x")

@@ -153,8 +153,7 @@ def test_a_damaged_file_fails_alone(shared_codec: Codec, latents: Latents, tmp_p
         if others:
             given = {"overwrite": True, **EVERY[source]}
             summary = back(shared_codec, source, tmp_path / "cache", tmp_path / "out", **given).summary
-            assert (summary.done, len(summary.failures)) == (3, 1)
-            assert next(iter(summary.failures)) in bad.as_posix()
+            assert (summary.done, len(summary.failures)) == (3, 1) and next(iter(summary.failures)) in bad.as_posix()
         elif data != whole[:-40]:
             with pytest.raises(UserError, match=rf"{bad.name}: no"):
                 back(shared_codec, source, tmp_path / "cache", tmp_path / "out", **EVERY[source])
@@ -192,8 +191,7 @@ def test_latents_that_cannot_be_the_models_fail_by_name(shared_codec: Codec, cac
     for name, (array, _) in wrong.items():
         np.save(cache / f"{name}.npy", array)
     reasons = back(shared_codec, "npy", cache, tmp_path / "out", scale="raw").summary.failures
-    assert reasons.keys() == wrong.keys()
-    assert all(reason in reasons[name] for name, (_, reason) in wrong.items())
+    assert reasons.keys() == wrong.keys() and all(reason in reasons[name] for name, (_, reason) in wrong.items())
 
 
 def test_mirror_images_come_for_all_or_for_none(shared_codec: Codec, cache: Path, tmp_path: Path) -> None:
@@ -216,8 +214,7 @@ def test_latents_in_the_way_are_kept_unless_they_may_go(shared_codec: Codec, tmp
     assert files_of(tmp_path / "z") == expected
     back(shared_codec, "mar", tmp_path / "cache", tmp_path / "z", overwrite=True, shard_images=3)
     shards = [entry.shard for entry in Latents(tmp_path / "z").entries]
-    assert sorted(map(shards.count, set(shards))) == [1, 3]
-    assert set(files_of(tmp_path / "z")) == {"index.json", *shards}
+    assert sorted(map(shards.count, set(shards))) == [1, 3] and set(files_of(tmp_path / "z")) == {"index.json", *shards}
 
 
 def test_an_index_is_true_whenever_another_takes_its_place(

@@ -82,7 +82,5 @@ def test_conv_has_the_248_tensors_of_the_true_sd_shape() -> None:
     config = conv_config((128, 256, 512, 512), 32, layers=2)
     with torch.device("meta"):
         ours, theirs = ConvBackbone(config, shape()), reference(config, 4)
-    assert len(shapes(ours)) == 248
-    assert shapes(ours) == shapes(theirs)
-    assert ours.factor == 8
+    assert len(shapes(ours)) == 248 and shapes(ours) == shapes(theirs) and ours.factor == 8
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863  # the published size

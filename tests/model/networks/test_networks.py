@@ -37,7 +37,7 @@ def test_every_registered_backbone_is_tested_here() -> None:
 
 @every_kind
 @pytest.mark.parametrize(("c", "z", "features", "params"), [(3, 4, 2, 1), (1, 5, 1, 2), (3, 3, 2, 6)])
-def test_the_shape_and_the_factor_set_all_sizes_and_every_weight_takes_part(
+def test_shapes_set_all_sizes_and_every_weight_takes_part(
     config: Any, c: int, z: int, features: int, params: int
 ) -> None:
     network: Any = BACKBONES[config.kind](config, shape(c, z, features, params))
@@ -75,8 +75,7 @@ def test_a_class_changes_what_its_image_gives_and_no_other(config: Any) -> None:
 def test_without_classes_labels_change_nothing_and_the_config_names_none(config: Any) -> None:
     codec, x = make(config), torch.rand(2, 3, 16, 16)
     assert torch.equal(codec.encode(x).mean, codec.encode(x, torch.tensor([5, -1])).mean)
-    assert "classes" not in to_json(codec.config)
-    assert codec.class_numbers([None, "a"]).tolist() == [0, 0]
+    assert "classes" not in to_json(codec.config) and codec.class_numbers([None, "a"]).tolist() == [0, 0]
 
 
 def test_classes_are_numbered_by_name_and_strangers_refused() -> None:

@@ -16,9 +16,10 @@ SIZES = {"a.png": (24, 16), "b/c.png": (17, 33), "d.png": (9, 7), "e.png": (40, 
 
 
 @pytest.fixture
-def photos(tmp_path: Path, draw: Draw) -> Path:
-    for i, (name, size) in enumerate(SIZES.items()):
-        draw(tmp_path / "photos" / name, *size, seed=i)
+def photos(tmp_path: Path, draw: Draw, request: pytest.FixtureRequest) -> Path:
+    """Draw the images of the module's SIZES."""
+    for i, (name, size) in enumerate(request.module.SIZES.items()):
+        draw(tmp_path / "photos" / name, *size, mode="L" if name == "grey.png" else "RGB", seed=i)
     return tmp_path / "photos"
 
 

@@ -47,6 +47,5 @@ def test_pad_repeats_the_edge_in_any_dtype(size: tuple[int, int], leading: list[
     assert padded.dtype == dtype
     assert all(n % factor == 0 and n - m < factor for n, m in zip(padded.shape[-2:], size, strict=True))
     assert torch.equal(padded, x[..., rows, :][..., columns])
-    assert torch.equal(
-        crop(padded, Geometry(width=size[1], height=size[0], orientation=1, mode="RGB", background=None)), x
-    )
+    geometry = Geometry(width=size[1], height=size[0], orientation=1, mode="RGB", background=None)
+    assert torch.equal(crop(padded, geometry), x)

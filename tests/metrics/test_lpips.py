@@ -132,13 +132,10 @@ def test_the_smallest_side_is_the_smallest_that_works(net: str) -> None:
 
 def test_small_images_and_unlike_shapes_are_refused(distance: LPIPS) -> None:
     x = torch.zeros(2, 3, 40, 40)
-    for a, b, error, words in (
-        (x[:, :, :16], x[:, :, :16], UserError, "17 px"),
-        (x[..., :16], x[..., :16], UserError, "17 px"),
-        (x, x[:1], ValueError, r"\(b, 3, h, w\)"),
-        (x[:, :1], x[:, :1], ValueError, r"\(b, 3, h, w\)"),
-    ):
-        with pytest.raises(error, match=words):
+    for small in (x[:, :, :16], x[..., :16]):
+        refused("17 px", distance, small, small)
+    for a, b in ((x, x[:1]), (x[:, :1], x[:, :1])):
+        with pytest.raises(ValueError, match=r"\(b, 3, h, w\)"):
             distance(a, b)
 
 

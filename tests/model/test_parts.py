@@ -69,15 +69,13 @@ def test_a_codec_is_made_of_registered_parts(monkeypatch: pytest.MonkeyPatch) ->
     for registry, part in ((BACKBONES, MeanBackbone), (BOTTLENECKS, SignBottleneck), (LIKELIHOODS, Laplace)):
         monkeypatch.setitem(registry, "mine", part)
     mine: Any = MineConfig()
-    codec = make_codec(
-        configs.CodecConfig(image_channels=3, latent_channels=3, backbone=mine, bottleneck=mine, likelihood=mine)
-    )
+    parts = {"backbone": mine, "bottleneck": mine, "likelihood": mine}
+    codec = make_codec(configs.CodecConfig(image_channels=3, latent_channels=3, **parts))
     x = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 8, 12)
     posterior = codec.encode(x)
     assert posterior.mode().shape == (2, 3, 2, 3) and torch.equal(codec.decode_uint8(posterior.mode()), x)
-    assert codec.likelihood.log_prob(
-        codec.likelihood_params(posterior.mode()), codec.likelihood.from_uint8(x)
-    ).shape == (2,)
+    params = codec.likelihood_params(posterior.mode())
+    assert codec.likelihood.log_prob(params, codec.likelihood.from_uint8(x)).shape == (2,)
 
 
 WRONG: list[tuple[str, Any, str]] = [

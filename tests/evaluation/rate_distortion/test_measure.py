@@ -22,7 +22,6 @@ from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics import bjontegaard, distortion
 from latent_codec.model.codec import Codec
-from tests.conftest import Draw
 from tests.evaluation.conftest import compressed, decoded, encoded
 from tests.support.errors import refused
 from tests.support.subject import decompress
@@ -38,13 +37,6 @@ def plain(codec: Codec) -> Codec:
     assert codec.priors is not None
     codec.priors = codec.priors._replace(context=None)
     return codec
-
-
-@pytest.fixture
-def photos(tmp_path: Path, draw: Draw) -> Path:
-    for i, (name, size) in enumerate(SIZES.items()):
-        draw(tmp_path / "photos" / name, *size, mode="L" if name == "grey.png" else "RGB", seed=i)
-    return tmp_path / "photos"
 
 
 def measure(codec: Codec, where: Path, options: RateDistortionOptions = ALONE, out: Any = None) -> RateDistortionReport:

@@ -50,9 +50,8 @@ def test_options_of_export_reach_the_work(run: Run, model: Path, photos: Path, t
     assert result.code == 0 and "on 8 images" in result.out
     vae: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert vae.config.scaling_factor != 1 and vae.config.latents_std is not None
-    assert torch.equal(
-        vae.quant_conv.weight, Codec.load(model).state_dict()["backbone.quant_conv.weight"].half().float()
-    )
+    stored = Codec.load(model).state_dict()["backbone.quant_conv.weight"]
+    assert torch.equal(vae.quant_conv.weight, stored.half().float())
     run("import", tmp_path / "vae", tmp_path / "back.safetensors")
     statistics = Codec.load(tmp_path / "back.safetensors").statistics
     assert statistics is not None and statistics.source == "first 2 images of photos"

@@ -11,26 +11,8 @@ from torch import nn
 from latent_codec.model.bottlenecks import DiagonalGaussianBottleneck
 from latent_codec.model.config import ConvConfig, DiagonalGaussianConfig
 from latent_codec.model.networks import ConvBackbone
-from tests.support.networks import randomise, seeded, shape
-
-
-def reference(config: ConvConfig, z: int, c: int = 3) -> AutoencoderKL:
-    widths: Any = config.widths
-    down: Any = ("DownEncoderBlock2D",) * len(widths)
-    up: Any = ("UpDecoderBlock2D",) * len(widths)
-    return AutoencoderKL(
-        in_channels=c,
-        out_channels=c,
-        latent_channels=z,
-        block_out_channels=widths,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.groups,
-        down_block_types=down,
-        up_block_types=up,
-        mid_block_add_attention=config.mid_attention,
-        use_quant_conv=config.quant_conv,
-        use_post_quant_conv=config.post_quant_conv,
-    ).eval()
+from tests.support import kl
+from tests.support.networks import seeded, shape
 
 
 def conv_config(widths: tuple[int, ...], groups: int, layers: int = 1, **flags: bool) -> ConvConfig:
@@ -38,10 +20,8 @@ def conv_config(widths: tuple[int, ...], groups: int, layers: int = 1, **flags: 
     return ConvConfig(widths=widths, layers_per_block=layers, groups=groups, **every)
 
 
-FLAGS = [
-    dict(zip(("mid_attention", "quant_conv", "post_quant_conv"), on, strict=True))
-    for on in itertools.product([False, True], repeat=3)
-]
+NAMES = ("mid_attention", "quant_conv", "post_quant_conv")
+FLAGS = [dict(zip(NAMES, on, strict=True)) for on in itertools.product([False, True], repeat=3)]
 SAME_AS_DIFFUSERS = {
     **{str([name for name in flags if flags[name]]): (conv_config((8, 16), 4, **flags), 3) for flags in FLAGS},
     "the SD shape, narrow": (conv_config((16, 32, 64, 64), 8, layers=2), 4),
@@ -53,8 +33,7 @@ SAME_AS_DIFFUSERS = {
 @pytest.mark.parametrize("case", SAME_AS_DIFFUSERS)
 def test_conv_is_diffusers_autoencoder_kl_with_the_same_weights(case: str) -> None:
     config, z = SAME_AS_DIFFUSERS[case]
-    theirs = reference(config, z)
-    randomise(theirs)
+    theirs = kl.autoencoder(config, z)
     ours = ConvBackbone(config, shape(z=z))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     bottleneck = DiagonalGaussianBottleneck(DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0), 4)
@@ -65,12 +44,8 @@ def test_conv_is_diffusers_autoencoder_kl_with_the_same_weights(case: str) -> No
         expected_x = theirs.decode(expected.mean).sample  # pyright: ignore[reportAttributeAccessIssue]
         found_x = ours.decode(expected.mean)
     assert expected.logvar.std() > 0.01 and expected_x.std() > 0.01  # something to compare
-    for found, wanted in [
-        (posterior.mean, expected.mean),
-        (posterior.logvar, expected.logvar),
-        (found_x, expected_x),
-        (posterior.kl(), expected.kl()),
-    ]:
+    moments = [(posterior.mean, expected.mean), (posterior.logvar, expected.logvar), (posterior.kl(), expected.kl())]
+    for found, wanted in [*moments, (found_x, expected_x)]:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().amax().item())
 
 
@@ -81,6 +56,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 def test_conv_has_the_248_tensors_of_the_true_sd_shape() -> None:
     config = conv_config((128, 256, 512, 512), 32, layers=2)
     with torch.device("meta"):
-        ours, theirs = ConvBackbone(config, shape()), reference(config, 4)
+        ours, blocks = ConvBackbone(config, shape()), (("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4)
+        theirs = AutoencoderKL(3, 3, *blocks, config.widths, layers_per_block=2)
     assert len(shapes(ours)) == 248 and shapes(ours) == shapes(theirs) and ours.factor == 8
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863  # the published size

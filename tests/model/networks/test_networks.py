@@ -22,9 +22,7 @@ EVERY_KIND = {
     "mlp": MLP,
 }
 every_kind = pytest.mark.parametrize("config", EVERY_KIND.values(), ids=EVERY_KIND)
-conditional = pytest.mark.parametrize(
-    "config", [EVERY_KIND[name] for name in ("small lite", "conv", "mlp")], ids=lambda config: config.kind
-)
+conditional = pytest.mark.parametrize("config", [SMALL_LITE, CONV, MLP], ids=lambda config: config.kind)
 
 
 def make(backbone: Any, *classes: str) -> Codec:

@@ -15,10 +15,9 @@ from latent_codec import export as export_module
 from latent_codec.errors import UserError
 from latent_codec.export import export, prepare
 from latent_codec.images.geometry import pad
-from latent_codec.images.sources import Source, find_images
+from latent_codec.images.sources import find_images
 from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
-from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.passes import quantize
 from latent_codec.prior.quantizer import channel_steps_from_std, scale, step_code
 from tests.conftest import Draw
@@ -32,13 +31,9 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
-def measured(codec: Codec, sources: list[Source], description: str) -> LatentStatistics | None:
-    calibrate(codec, sources, description, quiet=True)
-    return codec.statistics
-
-
 def test_statistics_are_moments_over_images_and_positions(codec: Codec, photos: Path) -> None:
-    found = measured(codec, find_images(photos), "five")
+    calibrate(codec, find_images(photos), "five", quiet=True)
+    found = codec.statistics
     assert found is not None
     with torch.inference_mode():
         posteriors = [codec.encode(pad(s.read().pixels, 8)[None]) for s in find_images(photos)]
@@ -54,7 +49,8 @@ def test_statistics_are_moments_over_images_and_positions(codec: Codec, photos: 
 def test_statistics_are_of_the_first_images_asked_for(codec: Codec, model_file: Path, photos: Path) -> None:
     out = photos.parent / "out.safetensors"
     found = export(model_file, out, data=(photos,), images=2, half=False).statistics
-    assert found is not None and found == measured(codec, find_images(photos)[:2], "first 2 images of photos")
+    calibrate(codec, find_images(photos)[:2], "first 2 images of photos", quiet=True)
+    assert found is not None and found == codec.statistics
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -76,23 +72,20 @@ def test_a_model_without_statistics_needs_data(codec: Codec, tmp_path: Path, pho
     assert export(model, out, data=(photos,), images=9, half=False).statistics
 
 
-def checkpoint(run: Path, codec: Codec, step: int) -> Path:
-    """Write a checkpoint as training does; the averaged weights' first bias is the step."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    codec.state_dict()["backbone.linear.encoder.bias"][0] = step
-    codec.save(folder / "ema.safetensors")
-    sha256 = {"ema.safetensors": hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()}
-    state = {"step": step, "skipped": 1, "minutes": 2.5, "skipped_in_a_row": 0, "scaler": {}, "sha256": sha256}
-    (folder / "state.json").write_text(json.dumps(state))
-    return folder
-
-
 @pytest.fixture
 def run(codec: Codec, tmp_path: Path) -> Path:
-    """Make a run with checkpoints at steps 20 and 100, and one that a crash left half written."""
+    """Make a run with checkpoints at steps 20 and 100, and one that a crash left half written.
+
+    The averaged weights' first bias is the step.
+    """
     codec.statistics = None
     for step in (20, 100):
-        checkpoint(tmp_path / "run", codec, step)
+        weights = tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "ema.safetensors"
+        codec.state_dict()["backbone.linear.encoder.bias"][0] = step
+        codec.save(weights)
+        sha256 = {"ema.safetensors": hashlib.sha256(weights.read_bytes()).hexdigest()}
+        state = {"step": step, "skipped": 1, "minutes": 2.5, "skipped_in_a_row": 0, "scaler": {}, "sha256": sha256}
+        weights.with_name("state.json").write_text(json.dumps(state))
     (tmp_path / "run" / "checkpoints" / ".step-00000200.tmp").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"data_images": 3, "data": ["x.tar"]}))
     return tmp_path / "run"

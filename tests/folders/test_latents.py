@@ -217,25 +217,20 @@ def test_existing_latents_are_refused_unless_to_be_overwritten(codec: Codec, tmp
 TO_MIRROR = {"a.png": (17, 9), "b/c.png": (16, 16), "b/d.png": (1, 1), "e.png": (23, 8), "f.png": (16, 16)}
 
 
-@pytest.fixture
-def photos(tmp_path: Path, draw: Draw) -> Path:
-    for seed, (name, size) in enumerate(TO_MIRROR.items()):
-        draw(tmp_path / "photos" / name, *size, seed=seed)
-    return tmp_path / "photos"
-
-
-def mirror(src: Path, dst: Path) -> Path:
-    """Write a folder's images mirrored."""
-    for path in src.rglob("*.png"):
-        target = dst / path.relative_to(src)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.ascontiguousarray(np.asarray(Image.open(path))[:, ::-1])).save(target)
-    return dst
+def mirrored(src: Path) -> Path:
+    """Write a folder's images mirrored into another."""
+    copy = shutil.copytree(src, src.with_name("mirrored"))
+    for path in copy.rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    return copy
 
 
 def test_mirrored_posteriors_are_those_of_the_mirrored_files_and_the_images_own_stay(
-    codec: Codec, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    photos = tmp_path / "photos"
+    for seed, (name, size) in enumerate(TO_MIRROR.items()):
+        draw(photos / name, *size, seed=seed)
     largest: list[int] = []
     real = codec.encode
     monkeypatch.setattr(codec, "encode", lambda x, labels: largest.append(len(x)) or real(x, labels))
@@ -243,7 +238,7 @@ def test_mirrored_posteriors_are_those_of_the_mirrored_files_and_the_images_own_
     encode(codec, photos, tmp_path / "both", compute, flips=True)
     assert max(largest) == 2 and sum(largest) == 2 * len(TO_MIRROR)  # memory for one batch is enough
     encode(codec, photos, tmp_path / "plain", compute)
-    encode(codec, mirror(photos, tmp_path / "mirrored"), tmp_path / "expected", compute)
+    encode(codec, mirrored(photos), tmp_path / "expected", compute)
     found, expected = Latents(tmp_path / "both"), Latents(tmp_path / "expected")
     assert [e.path for e in found.entries] == sorted(TO_MIRROR) == [e.path for e in expected.entries]
     for i, entry in enumerate(found.entries):

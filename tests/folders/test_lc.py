@@ -36,12 +36,6 @@ def photos(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture(scope="module")
-def sound(model_file: Path) -> Codec:
-    """Return the tiny codec; it is not to be changed."""
-    return Codec.load(model_file)
-
-
 @pytest.mark.slow
 @hypothesis_settings(max_examples=20)
 @given(
@@ -54,15 +48,16 @@ def sound(model_file: Path) -> Codec:
     rate=st.sampled_from([{}, {"step": 0.1}, {"step": 50.0}, {"max_bytes": 3000, "step": 0.1}]),
 )
 def test_an_image_comes_back_in_its_exact_size(
-    sound: Codec, width: int, height: int, mode: str, prior: Any, sample: int | None, dtype: Any, rate: dict[str, Any]
+    model_file: Path, width: int, height: int, mode: str, prior: Any, sample: int | None, dtype: Any, rate: Any
 ) -> None:
+    codec = Codec.load(model_file)
     bands, compute = {"L": 1, "RGB": 3, "RGBA": 4}[mode], ComputeOptions(dtype=dtype)
     pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, bands), np.uint8)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         Image.fromarray(pixels.squeeze(2) if bands == 1 else pixels).save(work / "a.png")
-        assert not encode(sound, work / "a.png", work / "z", compute, sample=sample, prior=prior, **rate).failures
-        assert not decode(sound, work / "z", work / "out", compute).failures
+        assert not encode(codec, work / "a.png", work / "z", compute, sample=sample, prior=prior, **rate).failures
+        assert not decode(codec, work / "z", work / "out", compute).failures
         (image,) = images(work / "out").values()
         assert (image.size, image.mode) == ((width, height), "L" if mode == "L" else "RGB")
         header = container.read(work / "z" / "a.png.lc")

@@ -47,16 +47,6 @@ def test_what_was_begun_comes_out_before_what_the_items_raise(error: type[BaseEx
     assert found == ["0", "1", "2"]
 
 
-def test_threads_end_with_their_context_though_a_generator_lives_on() -> None:
-    before = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt), Threads(2) as threads:
-        alive = threads.map(str, range(100))
-        next(alive)
-        raise KeyboardInterrupt
-    assert not set(threading.enumerate()) - before
-    alive.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def test_stages_are_timed_in_all_threads_and_when_they_fail() -> None:
     summary, meet = Summary("encoded"), threading.Barrier(3)
 

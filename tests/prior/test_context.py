@@ -58,9 +58,8 @@ def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
     model, drawn = as_reference(context), q.seed is not None
     for number, found in enumerate(predictions(context, [q])):
         expected = reference_decoder.predict(model, number, fine(q), q.settings.dither(), q.step, drawn)
-        assert found.offset.ravel().tolist() == expected.offsets
-        assert found.centre.ravel().tolist() == expected.centres
-        assert found.table.ravel().tolist() == expected.tables
+        for name in ("offset", "centre", "table"):
+            assert getattr(found, name).ravel().tolist() == [getattr(one, name) for one in expected]
 
 
 @pytest.mark.slow

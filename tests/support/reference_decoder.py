@@ -270,17 +270,17 @@ def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int,
 def _context(ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]) -> Array:
     d, fine = dither(header.seed, shape), np.zeros(shape, np.int64)
     for number in range(len(passes(model))):
-        positions, offsets, centres, numbers = predict(model, number, fine, d, header.step, header.seed is not None)
-        for place, offset, centre, rest in zip(positions, offsets, centres, tables.read(ans, numbers), strict=True):
-            fine[place] = (centre + rest) * 2**17 + offset
+        predicted = predict(model, number, fine, d, header.step, header.seed is not None)
+        for p, rest in zip(predicted, tables.read(ans, [p.table for p in predicted]), strict=True):
+            fine[p.place] = (p.centre + rest) * 2**17 + p.offset
     return fine
 
 
 class Prediction(NamedTuple):
-    positions: list[tuple[int, int, int]]  # channel, row, column
-    offsets: list[int]
-    centres: list[int]
-    tables: list[int]
+    place: tuple[int, int, int]  # channel, row, column
+    offset: int
+    centre: int
+    table: int
 
 
 def passes(model: Model) -> list[tuple[int, int, str]]:
@@ -301,7 +301,7 @@ def belongs(kind: str, y: int, x: int) -> bool:
     return {"whole": True, "centres": y % 2 == x % 2 == 1, "even": (y + x) % 2 == 0, "odd": (y + x) % 2 == 1}[kind]
 
 
-def predict(model: Model, number: int, fine: Array, d: Array, step: int, dithered: bool) -> Prediction:
+def predict(model: Model, number: int, fine: Array, d: Array, step: int, dithered: bool) -> list[Prediction]:
     """Predict the values of a pass; `fine` is 0 where nothing is decoded yet, `d` all 0 without dither."""
     order, gain, width_offset = (
         [int(n) for n in model.tensors[f"prior.context.{name}"]] for name in ("order", "gain", "width_offset")
@@ -312,7 +312,7 @@ def predict(model: Model, number: int, fine: Array, d: Array, step: int, dithere
     seen = 1 if group else stride
     channels = order[: stop if kind in ("odd", "centres") else start]
     outputs = network(model, number, inputs(channels, fine[:, ::seen, ::seen], gain, step, dithered))
-    found = Prediction([], [], [], [])
+    found: list[Prediction] = []
     for j, row, column in itertools.product(range(stop - start), *map(range, fine.shape[1:])):
         if row % stride == column % stride == 0 and belongs(kind, row // stride, column // stride):
             c = order[start + j]
@@ -324,10 +324,8 @@ def predict(model: Model, number: int, fine: Array, d: Array, step: int, dithere
                 eighths, offset = 0, eighths * 2**14
             centre = (eighths + 4) >> 3
             i = min(max(wide - octave(step) + width_offset[c], 0), 88)
-            found.positions.append((c, row, column))
-            found.offsets.append(offset)
-            found.centres.append(centre)
-            found.tables.append(8 * i + eighths - 8 * centre + 4 if i < 56 else i + 392)
+            table = 8 * i + eighths - 8 * centre + 4 if i < 56 else i + 392
+            found.append(Prediction((c, row, column), offset, centre, table))
     return found
 
 

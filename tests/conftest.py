@@ -32,7 +32,6 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 SQUEEZE = WEIGHTS / "squeezenet1_1_features.safetensors"
-
 Draw = Callable[..., Path]
 
 

@@ -174,12 +174,9 @@ def test_the_same_command_again_does_what_is_left(do: Do) -> None:
 @pytest.fixture
 def three_units(tmp_path: Path, draw: Draw) -> Path:
     """Return a folder of three images whose names begin a unit each."""
-
-    def begins(name: str) -> bool:
-        return len(units([Source("", Path(), 0, 1), Source(name, Path(), 0, 1)])) == 2
-
-    names = [name for name in (f"{i:03d}.png" for i in range(999)) if begins(name)]
-    for i, name in enumerate(names[:3]):
+    names = [f"{i:03d}.png" for i in range(999)]
+    first = [name for name in names if len(units([Source(n, Path(), 0, 1) for n in ("", name)])) == 2]
+    for i, name in enumerate(first[:3]):
         draw(tmp_path / "units" / name, 9, 7, seed=i)
     return tmp_path / "units"
 
@@ -236,8 +233,7 @@ MISTAKES = {
     "encode photos file": "cannot be written into as a folder",
     **{f"encode photos out {flag} 0": f"{flag} 0" for flag in ("--batch-size", "--workers")},
     "encode photos out --tile 90": "give 88 or 96",
-    "encode photos out --store float32": "--store is for --format safetensors",
-    "encode photos out --flips": "--flips is for --format safetensors",
+    **{f"encode photos out --{flag}": "is for --format safetensors" for flag in ("flips", "store float32")},
     "encode photos out --refine -1": "--refine -1 must not be negative",
     "encode photos out --refine 2 --sample 1": "leave out one of them",
     f"encode photos out --sample {2**64}": "no seed of 64 bits",

@@ -16,7 +16,6 @@ N = 200_000
 KS_LIMIT = 1.95 / math.sqrt(N)  # a true null exceeds this once in a thousand
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # SplitMix64's increment
 TEXT_KEY_A = -8527827105697740802
-
 int64 = st.integers(-(2**63), 2**63 - 1)
 shapes = st.lists(st.integers(1, 5), max_size=3).map(tuple)
 every_key_set = pytest.mark.parametrize("keys", ["consecutive", "folded", "one bit apart"])
@@ -34,7 +33,6 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def assert_uncorrelated(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Require a correlation within 4 standard deviations of none, of the values and of their squares."""
     limit = 4 / math.sqrt(a.numel())
     assert correlation(a, b) < limit and correlation(a.square(), b.square()) < limit
 

@@ -81,9 +81,8 @@ def test_neighbours_cost_what_their_tables_say(subject: Subject) -> None:
     moved = scaled.latents.copy()
     moved[place] = coding.quantized.fine[place] / 2**17 + 1
     other = subject.stream.code(scaled._replace(latents=moved))
-    (values, tables), (others, _) = next(
-        (a, b) for a, b in zip(coding.passes, other.passes, strict=True) if (a[0] != b[0]).any()
-    )
+    pairs = zip(coding.passes, other.passes, strict=True)
+    (values, tables), (others, _) = next((a, b) for a, b in pairs if (a[0] != b[0]).any())
     (i,) = np.flatnonzero(values != others)
     assert others[i] == values[i] + 1
     assert higher[place] == prior.tables.bits(others[[i]], tables[[i]])

@@ -24,7 +24,6 @@ from tests.conftest import Draw, files_of
 from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, small_units
 
 encode, decode = partial(make, "latents"), partial(make, "images of latents")
-
 ORIENTATION = 0x0112
 
 
@@ -77,14 +76,8 @@ def test_noise_depends_on_seed_and_path_alone(codec: Codec, tmp_path: Path, draw
     draw(tmp_path / "all" / "large.png", 40, 40)
     encode(codec, tmp_path / "all", tmp_path / "all latents")
     encode(codec, tmp_path / "all" / "3.png", tmp_path / "one latents", ComputeOptions(batch_size=1, workers=1))
-    ways = {
-        "batch of 1": ("all", 1, 1, 7),
-        "batch of 4": ("all", 4, 1, 7),
-        "3 workers": ("all", 4, 3, 7),
-        "alone": ("one", 4, 1, 7),
-        "other seed": ("all", 4, 1, 8),
-        "mode": ("all", 4, 1, None),
-    }
+    ways = {"batch of 1": ("all", 1, 1, 7), "batch of 4": ("all", 4, 1, 7), "3 workers": ("all", 4, 3, 7)}
+    ways |= {"alone": ("one", 4, 1, 7), "other seed": ("all", 4, 1, 8), "mode": ("all", 4, 1, None)}
     for name, (which, batch, workers, seed) in ways.items():
         torch.manual_seed(len(name))  # the global state plays no part
         compute = ComputeOptions(batch_size=batch, workers=workers)

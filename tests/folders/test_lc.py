@@ -25,7 +25,6 @@ from tests.conftest import Draw, files_of
 from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, temporary_files
 
 encode, decode = partial(make, "streams"), partial(make, "images of streams")
-
 SIZES = {"0.png": (24, 16), "1.png": (17, 33), "2.png": (9, 7), "3.png": (24, 16), "4.png": (17, 33), "5.png": (9, 7)}
 
 

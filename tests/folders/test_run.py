@@ -73,9 +73,6 @@ def test_images_of_a_unit_do_not_stay_in_memory_until_it_is_whole(
     assert 1 <= most <= 8
 
 
-# What is refused before any work.
-
-
 @pytest.mark.parametrize("kind", FILES)
 def test_files_that_others_made_are_refused_unless_to_be_overwritten(made: Copy, kind: Kind) -> None:
     task, folder, expected = made(kind)
@@ -107,9 +104,6 @@ def test_folders_that_cannot_be_used_are_refused(places: Places, tmp_path: Path,
     with pytest.raises(UserError, match="images of 2 channels"):
         make(kind, two, task.src, tmp_path / "none")
     assert not (tmp_path / "none").exists()
-
-
-# What fails alone.
 
 
 @pytest.mark.parametrize("kind", FILES)

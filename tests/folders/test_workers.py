@@ -60,9 +60,6 @@ def test_stages_are_timed_in_all_threads_and_when_they_fail() -> None:
     assert summary.stages.keys() == {"coding", "network"} and all(s > 0 for s in summary.stages.values())
 
 
-# Processes.
-
-
 def fail(reason: str) -> None:
     raise UserError(reason)
 

@@ -205,9 +205,6 @@ def test_the_default_side_suits_every_model(backbone: Any) -> None:
     assert tile > 1536 - codec.factor
 
 
-# Infinite receptive fields: blended, and measured
-
-
 @given(size=st.integers(1, 90), side=st.integers(8, 30), scale=st.integers(1, 3), dim=st.sampled_from([2, 3]))
 def test_blending_parts_of_one_tensor_gives_it_back(size: int, side: int, scale: int, dim: int) -> None:
     x = torch.rand(1, 2, size * scale, 3, generator=seeded(size)).movedim(2, dim)
@@ -270,9 +267,6 @@ def test_what_is_measured_on_has_a_join_and_fits_into_one_tile(h: int, w: int, s
     assert math.prod(sizes) <= side**2
     assert max(sizes) > side and (sizes[0] > sizes[1]) == (h > w)
     assert len(tile_spans(max(sizes), side, side // 8)) == 2
-
-
-# Files
 
 
 SMALL, LARGE = 88, 104

@@ -85,12 +85,10 @@ def test_a_stored_step_keeps_its_number(code: int) -> None:
     assert step_code(code / STEP_ONE) == code
 
 
-@pytest.mark.parametrize(
-    "step", [0.0, -1.0, quantizer.MIN_STEP * 0.99, quantizer.MAX_STEP * 1.0001, math.inf, math.nan]
-)
-def test_a_step_beyond_the_formats_is_refused(step: float) -> None:
-    with pytest.raises(UserError, match="step"):
-        step_code(step)
+def test_a_step_beyond_the_formats_is_refused() -> None:
+    for step in (0.0, -1.0, quantizer.MIN_STEP * 0.99, quantizer.MAX_STEP * 1.0001, math.inf, math.nan):
+        with pytest.raises(UserError, match="step"):
+            step_code(step)
 
 
 @pytest.mark.parametrize("value", [LIMIT + 1, -LIMIT - 1, math.inf, -math.inf, math.nan])

@@ -43,8 +43,6 @@ def test_symbols_and_values_are_inverse_save_escapes(parts: list[tuple[int, np.n
 
 
 HALF = TOTAL // 2
-
-
 TWO = [HALF, HALF]
 UNSOUND: dict[str, list[tuple[list, list, list]]] = {
     "need one size": [(TWO, [], []), (TWO, [[2]], [[0]])],

@@ -59,11 +59,8 @@ def elbo(codec: Codec, images: Batches) -> float:
     """Return the ELBO in nats per patch, exact over the noise if the decoder is linear without overlap."""
     x = codec.likelihood.from_uint8(crops(images))
     posterior = codec.encode(x)
-    log_probs = [
-        codec.likelihood.log_prob(
-            codec.likelihood_params(posterior.sample(e[:, None, None].expand_as(posterior.mean))), x
-        ).double()
-        for e in noises(codec.config.latent_channels)
-    ]
+    noise = (e[:, None, None].expand_as(posterior.mean) for e in noises(codec.config.latent_channels))
+    params = (codec.likelihood_params(posterior.sample(e)) for e in noise)
+    log_probs = [codec.likelihood.log_prob(p, x).double() for p in params]
     total = torch.stack(log_probs).mean(0) - posterior.kl().double()
     return float(total.mean()) / (16 // PATCH) ** 2

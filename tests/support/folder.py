@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -49,8 +50,6 @@ def small_units(most_images: int = UNIT, **options: Any) -> Resume:
 
 RESUME, OVERWRITE, BY_TIME = small_units(), small_units(overwrite=True), small_units(check="mtime")
 Kind = Literal["streams", "latents", "images of streams", "images of latents", "tars of streams", "tars of images"]
-
-
 MAKERS: dict[Kind, tuple[Any, Any]] = {
     "streams": (encode_lc, EncodeOptions),
     "latents": (encode_latents, LatentsOptions),
@@ -175,7 +174,13 @@ def watch(patch: pytest.MonkeyPatch, event: Callable[[str], None]) -> None:
 
     def open_watched(path: Path, mode: str = "r", **options: Any) -> Any:
         file = open_path(path, mode, **options)
-        return _Watched(file, event) if mode == "ab" else file
+
+        def write(data: bytes) -> int:
+            half = file.write(data[: len(data) // 2])
+            event("journal")
+            return half + file.write(data[half:])
+
+        return mock.Mock(wraps=file, write=write) if mode == "ab" else file
 
     patch.setattr(Path, "write_bytes", write_half)
     patch.setattr(Path, "open", open_watched)
@@ -184,21 +189,6 @@ def watch(patch: pytest.MonkeyPatch, event: Callable[[str], None]) -> None:
     before(os, "replace", "rename")
     before(os, "fsync", "fsync")
     before(tensor_files, "save_file", "write")
-
-
-class _Watched:
-    """Stand for a journal's file."""
-
-    def __init__(self, file: Any, event: Callable[[str], None]) -> None:
-        self._file, self._event = file, event
-
-    def write(self, data: bytes) -> int:
-        half = self._file.write(data[: len(data) // 2])
-        self._event("journal")
-        return half + self._file.write(data[half:])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:

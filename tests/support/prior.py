@@ -42,14 +42,8 @@ def context_prior(
         second, third = _layer(rng, width * 9, width, 40, 32), _layer(rng, width, width, 40, 32)
         bias = np.r_[np.zeros(outputs), np.full(outputs, 50)]  # i = 40 is one step
         networks.append((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias)))
-    return ContextPrior(
-        config,
-        order=rng.permutation(channels),
-        gain=2 ** rng.integers(10, 13, channels) + rng.integers(0, 100, channels),
-        width_offset=rng.integers(-8, 9, channels),
-        networks=networks,
-        tables=context_tables(),
-    )
+    order, gain = rng.permutation(channels), 2 ** rng.integers(10, 13, channels) + rng.integers(0, 100, channels)
+    return ContextPrior(config, order, gain, rng.integers(-8, 9, channels), networks, context_tables())
 
 
 def flat_tables(count: int) -> Tables:
@@ -89,8 +83,5 @@ def _layer(
     weight = rng.integers(-127, 128, (outputs, inputs))
     shift = np.clip(np.round(np.log2(73 * size_in * math.sqrt(inputs) / size_out) + rng.uniform(-1, 1, outputs)), 1, 20)
     bias = (rng.normal(size=outputs) * size_out / 2 if bias is None else bias) * 2**shift
-    return Layer(
-        torch.from_numpy(weight.astype(np.int8)),
-        torch.from_numpy(np.round(bias).astype(np.int32)),
-        torch.from_numpy(shift.astype(np.int32)),
-    )
+    bias, shift = (torch.from_numpy(np.round(values).astype(np.int32)) for values in (bias, shift))
+    return Layer(torch.from_numpy(weight.astype(np.int8)), bias, shift)

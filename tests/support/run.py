@@ -78,9 +78,7 @@ def write_labels(folder: Path, labels: Sequence[int]) -> None:
 class Started:
     """Run a training program in a process, with its output in a file."""
 
-    def __init__(
-        self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str
-    ) -> None:
+    def __init__(self, argv: Sequence[str], output: Path, env: dict[str, str], patch: Any, program: str) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         self.output = output
         self._process = fork_server().Process(target=_child, args=(list(argv), output, env, patch, program))
@@ -200,7 +198,7 @@ def fork_server() -> Any:
     return multiprocessing.get_context("forkserver")
 
 
-def _child(argv: list[str], output: Path, env: dict[str, str], patch: Callable[[], None] | None, program: str) -> None:
+def _child(argv: list[str], output: Path, env: dict[str, str], patch: Any, program: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

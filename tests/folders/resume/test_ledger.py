@@ -218,9 +218,8 @@ def test_a_name_is_checked_to_be_free_once(folder: Path) -> None:
 
 def test_a_folder_where_nothing_can_be_locked_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unlocked = NotImplementedError("no flock here"), OSError(errno.ENOLCK, "no locks")
-    reasons: dict[Exception, str] = dict.fromkeys(unlocked, "cannot be locked .*; give a folder on another file system")
-    reasons[OSError(errno.EROFS, "read-only")] = "cannot be written: read-only; solve that"
-    for error, told in reasons.items():
+    reasons = dict.fromkeys(unlocked, "files there cannot be locked .*; give a folder on another file system")
+    for error, told in (reasons | {OSError(errno.EROFS, "read-only"): "cannot be written: read-only; solve"}).items():
         monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=error))
         with pytest.raises(UserError, match=told):
             Ledger(folder, "streams", {}).__enter__()

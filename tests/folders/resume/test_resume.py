@@ -64,9 +64,6 @@ def made_again(task: Task, folder: Path, resume: Resume = RESUME) -> set[str]:
     return found
 
 
-# What is made again: exactly the units that are not up to date.
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_command_again_makes_nothing(made: Copy, kind: Kind) -> None:
@@ -186,9 +183,6 @@ def test_another_model_makes_all_again(made: Copy, tmp_path: Path, codec: Codec,
             assert Latents(folder).header.statistics == codec.statistics
 
 
-# Sources that come and go.
-
-
 def test_new_sources_are_made_with_their_unit_and_all_other_streams_stay(own: Copy, draw: Draw) -> None:
     task, folder, before = own("streams")
     (task.src / "zbad.png").unlink()
@@ -289,9 +283,6 @@ def test_names_of_one_place_are_refused(
     with pytest.raises(UserError, match=r"A\.png\.lc and a\.png\.lc are one name"):
         places["streams"].task._replace(src=tmp_path / "src").do(tmp_path / "z")
     assert files_of(tmp_path / "z") == {}
-
-
-# Whatever stops the process.
 
 
 @pytest.mark.slow

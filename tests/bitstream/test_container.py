@@ -21,6 +21,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
 from tests.support import reference_decoder
+from tests.support.latents import geometry
 from tests.support.subject import decompress
 from tools.stress.mutants import mutate, sealed
 
@@ -41,10 +42,6 @@ def streams(prior: PriorKind) -> StreamCodec:
 @functools.cache
 def independent() -> reference_decoder.Model:
     return reference_decoder.read_model(MODEL)
-
-
-def geometry(width: int, height: int) -> Geometry:
-    return Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
 
 
 def image(width: int, height: int, step: int = 1024, seed: int | None = None, data: int = 0) -> Scaled:

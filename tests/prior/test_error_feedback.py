@@ -14,7 +14,6 @@ from torch.nn.functional import conv2d, pad
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec
 from latent_codec.errors import UserError
-from latent_codec.images.geometry import Geometry
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import LinearConfig
 from latent_codec.model.file import LatentStatistics
@@ -22,6 +21,7 @@ from latent_codec.prior.context import ContextConfig, ContextPrior
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.passes import quantize
 from latent_codec.prior.quantizer import FINE, STEP_ONE, Scaled
+from tests.support.latents import geometry
 from tests.support.networks import CONV, config_of, make_codec, seeded
 from tests.support.prior import context_prior, feedback
 from train.context_prior.error_feedback import measure
@@ -165,8 +165,7 @@ def test_streams_and_their_decoder_do_not_depend_on_it(codec: Codec) -> None:
     assert fed.stream_id == plain.stream_id
     assert plain.feedback is None is StreamCodec(codec, "cpu", "factorized").feedback
     (image,) = images(4, 1, (8, 8))
-    geometry = Geometry(width=64, height=64, orientation=1, mode="RGB", background=None)
-    one, other = (s.compress([(image, geometry)])[0] for s in (plain, fed))
+    one, other = (s.compress([(image, geometry(64, 64))])[0] for s in (plain, fed))
     assert one.data != other.data
     np.testing.assert_array_equal(fed.code(image).quantized.fine, other.quantized.fine)  # what refinement prices
     assert np.array_equal(other.quantized.fine, rounded(codec.priors.context, [image], feedback(4))[0])  # pyright: ignore

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,9 @@ PATHS = ("a.jpg", "a.png", "b/ü.png", "b/c/d.png")
 """Images of both sizes; two have no class."""
 
 
-def geometry(width: int, height: int) -> Geometry:
-    return Geometry(width=width, height=height, orientation=1, mode="RGB", background=None)
+def geometry(width: int, height: int, **more: Any) -> Geometry:
+    """Return the geometry of an upright RGB image without transparency, unless told otherwise."""
+    return Geometry(width=width, height=height, **{"orientation": 1, "mode": "RGB", "background": None} | more)
 
 
 def posterior(seed: int, height: int = 2, width: int = 3) -> DiagonalGaussian:

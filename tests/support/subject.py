@@ -11,12 +11,13 @@ from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.rate_control import Rate, compress_at_rate
 from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, StreamReader
 from latent_codec.errors import UserError
-from latent_codec.images.geometry import Geometry, as_shown, crop, pad
+from latent_codec.images.geometry import as_shown, crop, pad
 from latent_codec.metrics import distortion
 from latent_codec.model.codec import Codec
 from latent_codec.model.networks.linear import PatchMoments
 from latent_codec.model.networks.lite import LiteBackbone
 from latent_codec.prior.quantizer import Scaled
+from tests.support.latents import geometry
 
 WIDTH, HEIGHT = 45, 30
 
@@ -36,7 +37,7 @@ class Subject:
 
     def __init__(self, codec: Codec, prior: Any, seed: int | None, mode: Any = "RGB") -> None:
         self.seed = seed
-        self.geometry = Geometry(width=WIDTH, height=HEIGHT, orientation=1, mode=mode, background=None)
+        self.geometry = geometry(WIDTH, HEIGHT, mode=mode)
         generator = torch.Generator().manual_seed(5)
         coarse = torch.rand(1, 1 if mode == "L" else 3, 5, 7, generator=generator)
         smooth = interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic")[0]

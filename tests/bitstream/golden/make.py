@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import step_code
+from tests.support.latents import geometry
 from tests.support.networks import TINY_LITE, config_of, make_codec
 from tests.support.prior import context_prior
 from train.init.closed_form import all_patch_moments, start_from_closed_form
@@ -41,21 +42,17 @@ class Case(NamedTuple):
     seed: int | None = None
 
 
-def size(width: int, height: int, orientation: int = 1, mode: Any = "RGB", background: str | None = None) -> Geometry:
-    return Geometry(width=width, height=height, orientation=orientation, mode=mode, background=background)
-
-
 CASES = {
-    "factorized-mode": Case("factorized", size(72, 48)),
-    "factorized-dither": Case("factorized", size(40, 33), step=0.7, seed=2**64 - 1),
-    "context-mode": Case("context", size(72, 48)),
-    "context-dither": Case("context", size(56, 64), step=0.5, seed=0x0123456789ABCDEF),
-    "grey": Case("context", size(64, 40, mode="L"), step=2.0),
-    "one-pixel": Case("context", size(1, 1), seed=7),
-    "odd-turned": Case("context", size(67, 45, orientation=6, background="#204060"), step=1.37),
-    "one-column": Case("context", size(5, 77), step=0.9),
-    "coarsest": Case("context", size(48, 48), step=63.0, seed=0),
-    "escapes": Case("factorized", size(24, 24), step=1 / 64),
+    "factorized-mode": Case("factorized", geometry(72, 48)),
+    "factorized-dither": Case("factorized", geometry(40, 33), step=0.7, seed=2**64 - 1),
+    "context-mode": Case("context", geometry(72, 48)),
+    "context-dither": Case("context", geometry(56, 64), step=0.5, seed=0x0123456789ABCDEF),
+    "grey": Case("context", geometry(64, 40, mode="L"), step=2.0),
+    "one-pixel": Case("context", geometry(1, 1), seed=7),
+    "odd-turned": Case("context", geometry(67, 45, orientation=6, background="#204060"), step=1.37),
+    "one-column": Case("context", geometry(5, 77), step=0.9),
+    "coarsest": Case("context", geometry(48, 48), step=63.0, seed=0),
+    "escapes": Case("factorized", geometry(24, 24), step=1 / 64),
 }
 
 
@@ -73,17 +70,16 @@ def tiny_codec() -> Codec:
 
 def make(codec: Codec, name: str, case: Case) -> dict[str, str]:
     """Write the stream and the picture of a case; return their digests."""
-    geometry = case.geometry
-    detail = SOURCES[len(name) % 4].read().pixels[:, 100 : 100 + geometry.height, 60 : 60 + geometry.width]
-    if geometry.mode == "L":
+    detail = SOURCES[len(name) % 4].read().pixels[:, 100 : 100 + case.geometry.height, 60 : 60 + case.geometry.width]
+    if case.geometry.mode == "L":
         detail = detail.float().mean(0, keepdim=True).round().to(torch.uint8).expand(3, -1, -1)
     streams = StreamCodec(codec, "cpu", case.prior)
     mean = codec.encode(pad(detail, codec.factor)[None]).mean[0]
-    coded = streams.compress([(streams.scale(mean, step_code(case.step), case.seed), geometry)])[0]
+    coded = streams.compress([(streams.scale(mean, step_code(case.step), case.seed), case.geometry)])[0]
     (HERE / f"{name}.lc").write_bytes(coded.data)
     (z,) = streams.decompress([container.unpack(coded.data)])
     assert isinstance(z, torch.Tensor)
-    write_image(HERE / f"{name}.png", crop(codec.decode_uint8(z[None])[0], geometry), geometry, "png")
+    write_image(HERE / f"{name}.png", crop(codec.decode_uint8(z[None])[0], case.geometry), case.geometry, "png")
     return {
         "values": hashlib.sha256(coded.quantized.values.astype("<i4").tobytes()).hexdigest(),
         "latents": hashlib.sha256(z.numpy().astype("<f4").tobytes()).hexdigest(),

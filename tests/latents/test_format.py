@@ -10,19 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latent_codec.latents import format as layout
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import (
-    INDEX,
-    StoredDtype,
-    latents_header,
-    latents_row,
-    read_index,
-    stored_files,
-    stored_shards,
-    unplaced_entry,
-    write_index,
-    write_shard,
-)
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
 from tests.support.errors import refused
@@ -30,10 +19,10 @@ from tests.support.latents import PATHS, geometry, posterior, row_of, seed_of, s
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_posteriors_come_back_rounded_to_the_stored_type(codec: Codec, tmp_path: Path, dtype: StoredDtype) -> None:
+def test_posteriors_come_back_rounded_as_stored(codec: Codec, tmp_path: Path, dtype: layout.StoredDtype) -> None:
     latents, rounded = store(tmp_path, codec, dtype=dtype), getattr(torch, dtype)
     assert latents.header.dtype == dtype
-    assert {t.dtype for shard in stored_shards(tmp_path) for t in load_file(shard).values()} == {rounded}
+    assert {t.dtype for shard in layout.stored_shards(tmp_path) for t in load_file(shard).values()} == {rounded}
     assert [e.path for e in latents.entries] == sorted(PATHS)
     for i, entry in enumerate(latents.entries):
         found, expected = latents.posterior(i), stored(entry.path)
@@ -43,7 +32,7 @@ def test_posteriors_come_back_rounded_to_the_stored_type(codec: Codec, tmp_path:
 
 
 def test_the_index_describes_images_and_numbers(codec: Codec, tmp_path: Path) -> None:
-    header, entries = read_index(store(tmp_path, codec).folder / INDEX)
+    header, entries = layout.read_index(store(tmp_path, codec).folder / layout.INDEX)
     assert {e.path: e.label for e in entries} == {"a.jpg": None, "a.png": None, "b/ü.png": "b", "b/c/d.png": "b"}
     for entry in entries:
         assert entry.sha256 == f"{seed_of(entry.path):064x}"
@@ -53,11 +42,11 @@ def test_the_index_describes_images_and_numbers(codec: Codec, tmp_path: Path) ->
 
 
 def test_many_shards_together_hold_what_the_index_says(codec: Codec, tmp_path: Path) -> None:
-    header, entries = latents_header(codec, "float32"), []
+    header, entries = layout.latents_header(codec, "float32"), []
     for unit in range(5):
-        entries += write_shard(tmp_path, header, f"{unit}", [row_of(f"{unit}/{i}.png") for i in range(unit, 7)])
-    write_index(tmp_path, header, entries[::-1])
-    latents, shards = Latents(tmp_path), [read_index(shard) for shard in stored_shards(tmp_path)]
+        entries += layout.write_shard(tmp_path, header, f"{unit}", [row_of(f"{unit}/{i}.png") for i in range(unit, 7)])
+    layout.write_index(tmp_path, header, entries[::-1])
+    latents, shards = Latents(tmp_path), [layout.read_index(shard) for shard in layout.stored_shards(tmp_path)]
     assert len(shards) == 5 and {shard.header for shard in shards} == {latents.header}
     assert sorted((e for shard in shards for e in shard.entries), key=lambda e: e.path) == latents.entries
     assert [e.path for e in latents.entries] == [f"{unit}/{i}.png" for unit in range(5) for i in range(unit, 7)]
@@ -68,13 +57,13 @@ def test_many_shards_together_hold_what_the_index_says(codec: Codec, tmp_path: P
 def test_a_shard_holds_images_of_all_sizes_and_equal_rows_give_equal_files(codec: Codec, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         store(tmp_path / folder, codec, tuple(f"{i}.png" for i in range(9)))
-    one, two = (stored_files(tmp_path / folder) for folder in ("one", "two"))
-    assert [f.name for f in one] == [f.name for f in two] == [INDEX, "latents-name.safetensors"]
+    one, two = (layout.stored_files(tmp_path / folder) for folder in ("one", "two"))
+    assert [f.name for f in one] == [f.name for f in two] == [layout.INDEX, "latents-name.safetensors"]
     assert [f.read_bytes() for f in one] == [f.read_bytes() for f in two]
     shapes = {name: tuple(t.shape) for name, t in load_file(one[1]).items()}
     assert set(shapes) == {f"{moment}.{size}" for moment in ("mean", "logvar") for size in ("2x2", "2x3")}
     assert sum(shapes[f"mean.{size}"][0] for size in ("2x2", "2x3")) == 9
-    assert len({(e.geometry, e.row) for e in read_index(one[1]).entries}) == 9
+    assert len({(e.geometry, e.row) for e in layout.read_index(one[1]).entries}) == 9
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -89,26 +78,29 @@ def test_a_shard_that_cannot_be_written_changes_no_file(
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(type(error)):
-        write_shard(tmp_path, latents_header(codec, "float32"), "name", [row_of("other.png")])
+        layout.write_shard(tmp_path, layout.latents_header(codec, "float32"), "name", [row_of("other.png")])
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # and no temporary file among them
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(7e4, "float16"), (3.4e38, "bfloat16"), (float("nan"), "float32")])
 @pytest.mark.parametrize("moment", ["mean", "logvar"])
-def test_values_out_of_range_are_refused_and_other_images_kept(value: float, dtype: StoredDtype, moment: str) -> None:
+def test_values_out_of_range_are_refused_and_others_kept(value: float, dtype: layout.StoredDtype, moment: str) -> None:
     bad = posterior(0)
     getattr(bad, moment)[0, 1, 1, 1] = value
     both = DiagonalGaussian(*(torch.cat([getattr(p, k) for p in (posterior(1), bad)]) for k in ("mean", "logvar")))
-    entry = unplaced_entry("bad.png", geometry(24, 16), "")
-    refused(r"^bad\.png: .*float32", latents_row, entry, both, 1, dtype)
-    assert torch.equal(latents_row(entry, both, 0, dtype).mean, posterior(1).mean[0].to(getattr(torch, dtype)))
+    entry = layout.unplaced_entry("bad.png", geometry(24, 16), "")
+    refused(r"^bad\.png: .*float32", layout.latents_row, entry, both, 1, dtype)
+    assert torch.equal(layout.latents_row(entry, both, 0, dtype).mean, posterior(1).mean[0].to(getattr(torch, dtype)))
 
 
 def test_a_name_that_is_no_utf_8_survives(codec: Codec, tmp_path: Path) -> None:
     path = os.fsdecode(b"caf\xe9/\xff.png")
     latents = store(tmp_path, codec, (path, "a.png"))
     assert {e.path for e in latents.entries} == {path, "a.png"}
-    assert {e.path for shard in stored_shards(tmp_path) for e in read_index(shard).entries} == {path, "a.png"}
+    assert {e.path for s in layout.stored_shards(tmp_path) for e in layout.read_index(s).entries} == {
+        path,
+        "a.png",
+    }
 
 
 UNSAFE = ("/a.png", "//a.png", "../a.png", "b/../../a.png", "..", ".", "", "./a.png", "b//a.png", "b/")
@@ -117,14 +109,14 @@ UNSAFE += ("b\\a.png", "a\0.png", "\ud800.png")
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_a_path_out_of_its_folder_is_neither_stored_nor_read(codec: Codec, tmp_path: Path, name: str) -> None:
-    refused("unsafe name", unplaced_entry, name, geometry(24, 16), "")
+    refused("unsafe name", layout.unplaced_entry, name, geometry(24, 16), "")
     store(tmp_path, codec)
-    text = (tmp_path / INDEX).read_text()
+    text = (tmp_path / layout.INDEX).read_text()
     for field in ("path", "shard"):
         index = json.loads(text)
         index["entries"][0][field] = name
-        (tmp_path / INDEX).write_text(json.dumps(index))
-        refused("damaged latents index: unsafe name", read_index, tmp_path / INDEX)
+        (tmp_path / layout.INDEX).write_text(json.dumps(index))
+        refused("damaged latents index: unsafe name", layout.read_index, tmp_path / layout.INDEX)
 
 
 def entry_with(**changes: Any) -> Callable[[dict[str, Any]], Any]:
@@ -155,34 +147,34 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_index_is_refused(codec: Codec, tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     store(tmp_path, codec)
-    (tmp_path / INDEX).write_text(json.dumps(change(json.loads((tmp_path / INDEX).read_text()))))
-    refused("damaged latents index", read_index, tmp_path / INDEX)
+    (tmp_path / layout.INDEX).write_text(json.dumps(change(json.loads((tmp_path / layout.INDEX).read_text()))))
+    refused("damaged latents index", layout.read_index, tmp_path / layout.INDEX)
 
 
 def test_an_index_that_is_no_json_or_cut_off_anywhere_is_refused(codec: Codec, tmp_path: Path) -> None:
     store(tmp_path, codec)
-    whole = (tmp_path / INDEX).read_bytes()
+    whole = (tmp_path / layout.INDEX).read_bytes()
     for data in (b"\xff\xfe", b"[" * 100_000, *(whole[:size] for size in range(0, len(whole), 97))):
-        (tmp_path / INDEX).write_bytes(data)
-        refused("damaged latents index", read_index, tmp_path / INDEX)
+        (tmp_path / layout.INDEX).write_bytes(data)
+        refused("damaged latents index", layout.read_index, tmp_path / layout.INDEX)
 
 
 @pytest.mark.parametrize(("version", "remedy"), [(2, "encode the images again"), (4, "update"), (None, "update")])
 def test_another_format_version_is_refused(codec: Codec, tmp_path: Path, version: object, remedy: str) -> None:
     store(tmp_path, codec)
-    index = json.loads((tmp_path / INDEX).read_text())
-    (tmp_path / INDEX).write_text(json.dumps(index | {"format_version": version}))
-    refused(f"format version {version}; this program reads 3: {remedy}", read_index, tmp_path / INDEX)
+    index = json.loads((tmp_path / layout.INDEX).read_text())
+    (tmp_path / layout.INDEX).write_text(json.dumps(index | {"format_version": version}))
+    refused(f"format version {version}; this program reads 3: {remedy}", layout.read_index, tmp_path / layout.INDEX)
 
 
 def test_a_folder_without_latents_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path, tmp_path / "none", tmp_path / "file"):
-        refused(r"no latents there .* make them with", read_index, folder / INDEX)
+        refused(r"no latents there .* make them with", layout.read_index, folder / layout.INDEX)
 
 
 def test_a_shard_of_another_program_is_refused(tmp_path: Path) -> None:
     save_file({"mean": torch.zeros(1)}, tmp_path / "a.safetensors")
-    refused("not written by latent_codec", read_index, tmp_path / "a.safetensors")
+    refused("not written by latent_codec", layout.read_index, tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("text")
-    refused("not a safetensors file", read_index, tmp_path / "b.safetensors")
+    refused("not a safetensors file", layout.read_index, tmp_path / "b.safetensors")

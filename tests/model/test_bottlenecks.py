@@ -5,26 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latent_codec.model import config as configs
 from latent_codec.model.bottlenecks import BOTTLENECKS, DiagonalGaussianBottleneck, IdentityBottleneck
-from latent_codec.model.config import (
-    BottleneckConfig,
-    DiagonalGaussianConfig,
-    FiniteScalarConfig,
-    IdentityConfig,
-    VectorQuantizerConfig,
-)
 from tests.support.networks import CLAMP, seeded
 
-IMPORTED = DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
-FSQ = FiniteScalarConfig(levels=(3, 2, 5, 2, 4))
-EVERY_KIND = [CLAMP, IdentityConfig(), VectorQuantizerConfig(codes=7), FSQ]
+IMPORTED = configs.DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
+FSQ = configs.FiniteScalarConfig(levels=(3, 2, 5, 2, 4))
+EVERY_KIND = [CLAMP, configs.IdentityConfig(), configs.VectorQuantizerConfig(codes=7), FSQ]
 
 autocast_types = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 every_kind = pytest.mark.parametrize("config", EVERY_KIND, ids=lambda config: config.kind)
 gaussians = pytest.mark.parametrize("config", [CLAMP, IMPORTED], ids=["trained here", "imported"])
 
 
-def make(config: BottleneckConfig, z: int = 5) -> torch.nn.Module:
+def make(config: configs.BottleneckConfig, z: int = 5) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         bottleneck = BOTTLENECKS[config.kind](config, z)
@@ -37,7 +31,7 @@ def test_every_registered_bottleneck_is_tested_here() -> None:
 
 
 @every_kind
-def test_features_per_latent_times_z_channels_become_z(config: BottleneckConfig) -> None:
+def test_features_per_latent_times_z_channels_become_z(config: configs.BottleneckConfig) -> None:
     z, bottleneck = 5, make(config)
     posterior = bottleneck(torch.randn(2, bottleneck.features_per_latent * z, 3, 4, generator=seeded(0)))
     assert posterior.mode().shape == posterior.mean.shape == (2, z, 3, 4)
@@ -48,7 +42,7 @@ def test_features_per_latent_times_z_channels_become_z(config: BottleneckConfig)
 
 @every_kind
 @autocast_types
-def test_autocast_changes_nothing(config: BottleneckConfig, dtype: torch.dtype) -> None:
+def test_autocast_changes_nothing(config: configs.BottleneckConfig, dtype: torch.dtype) -> None:
     bottleneck = make(config)
     features = torch.randn(2, bottleneck.features_per_latent * 5, 6, 5, generator=seeded(2))
     plain = bottleneck(features)
@@ -60,7 +54,9 @@ def test_autocast_changes_nothing(config: BottleneckConfig, dtype: torch.dtype) 
 
 @autocast_types
 @gaussians
-def test_under_autocast_extremes_stay_finite_in_float32(dtype: torch.dtype, config: DiagonalGaussianConfig) -> None:
+def test_under_autocast_extremes_stay_finite_in_float32(
+    dtype: torch.dtype, config: configs.DiagonalGaussianConfig
+) -> None:
     extremes = torch.tensor([-1e4, 0.0, 1e4])
     features = torch.stack(torch.meshgrid(extremes, extremes, indexing="ij"))[None]  # means, log-variances
     features = features.to(dtype).requires_grad_()
@@ -86,7 +82,7 @@ def test_under_autocast_kl_does_not_overflow_or_lose_digits_on_a_large_latent(dt
 
 
 @gaussians
-def test_the_clamp_is_hard_and_of_the_log_variance_alone(config: DiagonalGaussianConfig) -> None:
+def test_the_clamp_is_hard_and_of_the_log_variance_alone(config: configs.DiagonalGaussianConfig) -> None:
     low, high = config.logvar_min, config.logvar_max
     raw = torch.tensor([low - 100, low - 1e-3, low + 1e-3, 0.0, high - 1e-3, high + 1e-3, high + 100])
     features = torch.cat([1e6 * raw, raw]).reshape(1, 14, 1, 1).requires_grad_()
@@ -109,7 +105,7 @@ def test_clamped_is_the_share_of_changed_log_variances(raw: list[float]) -> None
 
 def test_an_identity_gives_the_features_and_charges_nothing() -> None:
     features = torch.randn(2, 3, 4, 5, generator=seeded(0)).half()
-    posterior = IdentityBottleneck(IdentityConfig(), 3)(features)
+    posterior = IdentityBottleneck(configs.IdentityConfig(), 3)(features)
     for latents in (posterior.mean, posterior.mode(), posterior.sample(torch.ones(2, 3, 4, 5)), posterior.coded):
         assert torch.equal(latents, features.float())
     assert torch.equal(posterior.kl(), torch.zeros(2))

@@ -12,16 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.model.config import (
-    BackboneConfig,
-    BernoulliConfig,
-    BottleneckConfig,
-    CodecConfig,
-    ConvConfig,
-    DiagonalGaussianConfig,
-    LikelihoodConfig,
-    LinearConfig,
-)
+from latent_codec.model import config as configs
 from latent_codec.storage.json_config import dumps, from_json, to_json
 from tests.support.data import ROOT
 from tests.support.networks import CONV, LITE, config_of
@@ -49,6 +40,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 EXAMPLE = config_of(LITE, z=16)
+PART_TYPES = (configs.BackboneConfig, configs.BottleneckConfig, configs.LikelihoodConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +50,7 @@ class Statistics:
     name: str
     values: tuple[float, ...]
     sigma: float | None
-    bottleneck: DiagonalGaussianConfig | None
+    bottleneck: configs.DiagonalGaussianConfig | None
 
 
 def changed(path: str, value: Any) -> Any:
@@ -74,35 +66,35 @@ def changed(path: str, value: Any) -> Any:
 
 
 @pytest.mark.slow
-@given(st.one_of(map(values, (CodecConfig, BackboneConfig, BottleneckConfig, LikelihoodConfig, Statistics))))
+@given(st.one_of(map(values, (configs.CodecConfig, *PART_TYPES, Statistics))))
 def test_json_text_round_trip_gives_the_equal_config_and_is_a_fixed_point(config: Any) -> None:
     text = dumps(to_json(config))
     found = from_json(type(config), json.loads(text))
     assert found == config and type(found) is type(config) and dumps(to_json(found)) == text
-    if isinstance(config, CodecConfig):
+    if isinstance(config, configs.CodecConfig):
         for part in ("backbone", "bottleneck", "likelihood"):  # a union keeps the class
             assert type(getattr(found, part)) is type(getattr(config, part))
 
 
 def test_equal_configs_give_equal_text_whether_a_float_was_written_as_an_integer() -> None:
-    whole = DiagonalGaussianConfig(logvar_min=-16, logvar_max=11)
+    whole = configs.DiagonalGaussianConfig(logvar_min=-16, logvar_max=11)
     assert whole == EXAMPLE.bottleneck and dumps(to_json(whole)) == dumps(to_json(EXAMPLE.bottleneck))
     many = Statistics(name="", values=(1, 2), sigma=3, bottleneck=whole)
     assert dumps(to_json(many)) == dumps(to_json(from_json(Statistics, to_json(many))))
 
 
 def test_a_field_at_its_default_is_left_out_so_that_older_files_keep_their_text() -> None:
-    assert to_json(BernoulliConfig(pixels="threshold")) == {"kind": "bernoulli"}
-    assert from_json(BernoulliConfig, {"kind": "bernoulli"}) == BernoulliConfig(pixels="threshold")
-    assert to_json(BernoulliConfig(pixels="drawn")) == {"kind": "bernoulli", "pixels": "drawn"}
+    assert to_json(configs.BernoulliConfig(pixels="threshold")) == {"kind": "bernoulli"}
+    assert from_json(configs.BernoulliConfig, {"kind": "bernoulli"}) == configs.BernoulliConfig(pixels="threshold")
+    assert to_json(configs.BernoulliConfig(pixels="drawn")) == {"kind": "bernoulli", "pixels": "drawn"}
 
 
 def test_the_overlap_keeps_the_json_key_of_the_first_files() -> None:
-    config = LinearConfig(patch=8, overlap=3)
+    config = configs.LinearConfig(patch=8, overlap=3)
     assert to_json(config) == {"kind": "linear", "patch": 8, "lap": 3}
-    assert from_json(LinearConfig, to_json(config)) == config
+    assert from_json(configs.LinearConfig, to_json(config)) == config
     with pytest.raises(ValueError, match=r"unknown fields \['overlap'\]; this version knows \['patch', 'lap'\]"):
-        from_json(LinearConfig, {"kind": "linear", "patch": 8, "overlap": 3})
+        from_json(configs.LinearConfig, {"kind": "linear", "patch": 8, "overlap": 3})
 
 
 PARTS = ("backbone", "bottleneck", "likelihood")
@@ -131,12 +123,12 @@ WRONG = [
 @pytest.mark.parametrize(("path", "value", "message"), WRONG, ids=lambda value: str(value)[:20])
 def test_anything_else_is_an_error_that_names_the_field(path: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        from_json(CodecConfig, changed(path, value))
+        from_json(configs.CodecConfig, changed(path, value))
 
 
 def test_a_boolean_field_takes_no_integer() -> None:
     with pytest.raises(ValueError, match="quant_conv"):
-        from_json(ConvConfig, to_json(CONV) | {"quant_conv": 1})
+        from_json(configs.ConvConfig, to_json(CONV) | {"quant_conv": 1})
 
 
 json_values = st.recursive(
@@ -151,10 +143,10 @@ paths = st.sampled_from(["image_channels", "backbone", "backbone.kind", "backbon
 def test_whatever_a_file_holds_the_result_is_a_config_or_a_value_error(path: str, value: Any) -> None:
     document = changed(path, value)
     try:
-        config = from_json(CodecConfig, document)
+        config = from_json(configs.CodecConfig, document)
     except ValueError:
         return
-    assert from_json(CodecConfig, to_json(config)) == config
+    assert from_json(configs.CodecConfig, to_json(config)) == config
 
 
 def test_dumps_sorts_keys_spends_no_spaces_and_refuses_what_is_not_json() -> None:

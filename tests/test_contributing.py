@@ -86,5 +86,4 @@ class Greet:
 def test_a_command_is_a_class_and_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     extended: Any = Command | Greet
     assert tyro.cli(extended, args=["greet", "you"]).run() == 0 and capsys.readouterr().out == "hello you\n"
-    for kind in get_args(Command):
-        assert dataclasses.is_dataclass(kind) and callable(kind.run) and kind.__doc__
+    assert all(dataclasses.is_dataclass(kind) and callable(kind.run) and kind.__doc__ for kind in get_args(Command))

@@ -32,8 +32,7 @@ def test_ranks_share_every_item_in_batches_of_one_shape(shapes: list[tuple[int, 
     ranks = epoch_of(shapes, size, world)
     assert len({len(rank) for rank in ranks}) == 1
     taken = [rank[i] for i in range(len(ranks[0])) for rank in ranks]  # as they come in time
-    for rows in taken:
-        assert 1 <= len(rows.indices) <= size and len({shapes[i] for i in rows.indices}) == 1
+    assert all(1 <= len(rows.indices) <= size and len({shapes[i] for i in rows.indices}) == 1 for rows in taken)
     once = sum(-(-shapes.count(shape) // size) for shape in set(shapes))
     assert sorted(i for rows in taken[:once] for i in rows.indices) == list(range(len(shapes)))
     assert len(taken) - once < world and all(taken[once + i] == taken[i % once] for i in range(len(taken) - once))

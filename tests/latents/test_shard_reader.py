@@ -54,8 +54,7 @@ def test_few_files_stay_open_and_all_can_be_read(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path, open_files=3)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None  # noqa: PTH208
     for _ in range(2):
-        for i in range(9):
-            assert row_of(reader, f"{i}", "a", 1).tolist() == [i] * 4
+        assert all(row_of(reader, f"{i}", "a", 1).tolist() == [i] * 4 for i in range(9))
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) - before <= 3  # noqa: PTH208
 

@@ -222,8 +222,7 @@ def test_autocast_changes_no_result(name: str, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=dtype):
         found = likelihood.log_prob(params, x), likelihood.mean(params), likelihood.sample(params, seeded(0))
     plain = likelihood.log_prob(params, x), likelihood.mean(params), likelihood.sample(params, seeded(0))
-    for a, b in zip(found, plain, strict=True):
-        assert a.dtype == torch.float32 and torch.equal(a, b)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 @everyone
@@ -239,8 +238,7 @@ def test_at_extreme_parameters_under_autocast_everything_is_finite(name: str, dt
         likelihood.log_prob(params, x).sum().backward()
         coarse = params.detach().to(dtype)
         results = likelihood.log_prob(coarse, x), likelihood.mean(coarse), likelihood.sample(coarse, seeded(0))
-    for tensor in results:
-        assert tensor.dtype == torch.float32 and tensor.isfinite().all()
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in results)
     assert params.grad is not None and params.grad.isfinite().all()
 
 

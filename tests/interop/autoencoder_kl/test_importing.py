@@ -21,10 +21,8 @@ from latent_codec.model.config import ConvConfig, DiagonalGaussianConfig, Gaussi
 from tests.support import kl
 from tests.support.errors import refused
 
-SCALES = {
-    "SD and SDXL": {"scaling_factor": 0.13025},
-    "FLUX and SD3": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-}
+FLUX = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+SCALES = {"SD and SDXL": {"scaling_factor": 0.13025}, "FLUX and SD3": FLUX}
 
 
 Saved = tuple[AutoencoderKL, Path]

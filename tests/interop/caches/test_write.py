@@ -200,8 +200,7 @@ def test_the_command_goes_there_and_back(run: Run, latents: Latents, model_file:
     result = run(*back, "--model", model_file)
     assert result.code == 0 and "single draws" in result.out
     found, expected = Latents(tmp_path / "out"), draws(latents)
-    for i, entry in enumerate(latents.entries):
-        assert found.posterior(i).mean[0].equal(expected[entry.path])
+    assert all(found.posterior(i).mean[0].equal(expected[entry.path]) for i, entry in enumerate(latents.entries))
 
 
 @pytest.mark.parametrize("args", ["", "--to npy --from npy", "--to mar --model photo", "--to mar --store float32"])

@@ -78,8 +78,7 @@ def test_a_component_weaker_than_the_noise_keeps_a_small_weight_that_gradients_c
     moments = PatchMoments(moments.mean, moments.covariance * 1e-3)  # all far below sigma^2
     network = LinearBackbone(LinearConfig(patch=2), shape(c=1, z=4))
     network.start_from_closed_form(moments, sigma)
-    for tensor in network.state_dict().values():
-        assert tensor.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
     norms = network.decoder.weight.detach().flatten(1).norm(dim=1)
     assert (norms > 0.01 * sigma).all() and (norms < sigma).all()
 

@@ -95,5 +95,4 @@ def test_it_takes_the_closed_form_into_its_linear_path() -> None:
     network, linear = LiteBackbone(LITE, shape()), LinearBackbone(LinearConfig(patch=8), shape())
     for backbone in (network.linear, linear):
         backbone.start_from_closed_form(photograph_moments(3, 8), 0.1)
-    for name, tensor in linear.state_dict().items():
-        assert torch.equal(network.linear.state_dict()[name], tensor)
+    assert all(torch.equal(network.linear.state_dict()[name], tensor) for name, tensor in linear.state_dict().items())

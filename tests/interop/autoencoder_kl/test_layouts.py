@@ -81,14 +81,10 @@ def test_one_tensor_under_two_names_is_refused() -> None:
 
 
 def test_tensors_that_tell_the_configuration_are_required() -> None:
-    tensors = kl.tensors_of(kl.codec(kl.SD))
+    tensors, infer = kl.tensors_of(kl.codec(kl.SD)), layouts.infer_config
     for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down_blocks.1.resnets.0.conv1.weight"):
-        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution"):
-            layouts.infer_config({n: t for n, t in tensors.items() if n != name}, "x")
-        with pytest.raises(UserError, match=f"tensor {re.escape(name)} is missing or no convolution"):
-            layouts.infer_config(tensors | {name: torch.zeros(3)}, "x")
-    with pytest.raises(UserError, match="encoder has no blocks"):
-        layouts.infer_config({n: t for n, t in tensors.items() if "down_blocks" not in n}, "x")
-    with pytest.raises(UserError, match=r"widths \(33, 32, 64\) are no multiples of 32"):
-        name = "encoder.down_blocks.0.resnets.0.conv1.weight"
-        layouts.infer_config(tensors | {name: torch.zeros(33, 32, 3, 3)}, "x")
+        for found in ({n: t for n, t in tensors.items() if n != name}, tensors | {name: torch.zeros(3)}):
+            refused(f"tensor {re.escape(name)} is missing or no convolution", infer, found, "x")
+    refused("encoder has no blocks", infer, {n: t for n, t in tensors.items() if "down_blocks" not in n}, "x")
+    wide = {"encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(33, 32, 3, 3)}
+    refused(r"widths \(33, 32, 64\) are no multiples of 32", infer, tensors | wide, "x")

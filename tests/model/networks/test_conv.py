@@ -56,7 +56,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 def test_conv_has_the_248_tensors_of_the_true_sd_shape() -> None:
     config = conv_config((128, 256, 512, 512), 32, layers=2)
     with torch.device("meta"):
-        ours, blocks = ConvBackbone(config, shape()), (("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4)
-        theirs = AutoencoderKL(3, 3, *blocks, config.widths, layers_per_block=2)
+        blocks: Any = (("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, config.widths)
+        ours, theirs = ConvBackbone(config, shape()), AutoencoderKL(3, 3, *blocks, layers_per_block=2)
     assert len(shapes(ours)) == 248 and shapes(ours) == shapes(theirs) and ours.factor == 8
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863  # the published size

@@ -37,9 +37,7 @@ def _mix_integer(x: int) -> int:
 
 def fold(*keys: int | torch.Tensor) -> torch.Tensor:
     """Combine keys, integers or broadcastable int64 tensors, into one int64 key; their order matters.
-
-    Integers stay integers until they meet a tensor: a copy to a device would wait for it.
-    """
+    Integers stay integers until they meet a tensor: a copy to a device would wait for it."""
     state: int | torch.Tensor = 0
     for key in keys:
         mixed = mix(key) if isinstance(key, torch.Tensor) else _mix_integer(key)
@@ -52,9 +50,7 @@ def fold(*keys: int | torch.Tensor) -> torch.Tensor:
 
 def hashes(keys: torch.Tensor, n: int) -> torch.Tensor:
     """Return n hashes for each key, (*keys.shape, n) int64: SplitMix64's sequence from the state mix(key).
-
-    The key is mixed first, because neighbouring states have overlapping or mirrored sequences.
-    """
+    The key is mixed first, because neighbouring states have overlapping or mirrored sequences."""
     return mix(mix(keys)[..., None] + torch.arange(n, device=keys.device) * _GOLDEN)
 
 
@@ -86,11 +82,8 @@ def permutation(n: int, key: torch.Tensor) -> torch.Tensor:
 
 
 def normal(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return standard normal noise (b, *shape) float32 from keys (b,) int64 (Box & Muller 1958).
-
-    Row i depends on keys[i] and `shape` alone. Logarithm and cosine are the device's own, so that values agree between
-    devices to float32 rounding, not to the bit.
-    """
+    """Return standard normal noise (b, *shape) float32 (Box & Muller 1958); row i depends on keys[i] and `shape` alone.
+    Logarithm and cosine are the device's own, so values agree between devices to float32 rounding, not to the bit."""
     count = math.prod(shape)
     bits = hashes(keys, (count + 1) // 2)  # (b, pairs); radius and angle take disjoint bits of one hash
     radius = (_shift(bits, 40) + 1).float() * 2.0**-24  # 24 bits in (0, 1], exact in float32

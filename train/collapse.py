@@ -27,10 +27,7 @@ class Sign(NamedTuple):
 
 
 def signs_of_collapse(values: Mapping[str, float], config: TrainConfig, step: int) -> Iterator[Sign]:
-    """Yield the signs of collapse in `values` of `Validation.measure`; none before the end of a warm-up.
-
-    NaN is no sign.
-    """
+    """Yield the signs of collapse in values of `Validation.measure`, none before a warm-up ends; NaN is no sign."""
     if step < max(config.lr_warmup_steps, getattr(config.objective, "warmup_steps", 0)):
         return
     remedy = "lower --beta, lengthen --warmup-steps or give --free-bits"

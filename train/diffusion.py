@@ -65,9 +65,7 @@ def main() -> None:
 
 def train(run: DiffusionRun) -> int:
     """Train to the end, a signal or the time limit; return the exit code, 0 or 128 + the signal's number.
-
-    Raises `UserError` for options, latents or a run's folder that cannot be used.
-    """
+    Raises `UserError` for options, latents or a run's folder that cannot be used."""
     config, (accelerator, interrupts) = run.config, begin(run)
     check_diffusion(config)
     check_processes(config, run.log_with, accelerator)
@@ -119,9 +117,7 @@ class LatentData:
 
 def open_latents(run: DiffusionRun) -> LatentData:
     """Open the latents of a run; without --val, images whose names hash lowest are held out.
-
-    Raises `UserError` for latents that cannot be trained on.
-    """
+    Raises `UserError` for latents that cannot be trained on."""
     if run.val_images < 1 or run.workers < 0:
         raise UserError(f"val_images {run.val_images} must be at least 1, and workers {run.workers} at least 0")
     config = run.config

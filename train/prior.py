@@ -66,10 +66,8 @@ def main() -> None:
 
 
 def train(run: Run) -> int:
-    """Train to the end, a signal or the time limit, and at the end write the model; return the exit code.
-
-    It is 0, or 128 + the signal's number. Raises `UserError` for options, latents or a folder that cannot be used.
-    """
+    """Train to the end, a signal or the time limit, and at the end write the model; return 0, or 128 + the signal's
+    number. Raises `UserError` for options, latents or a folder that cannot be used."""
     config, (accelerator, interrupts) = run.config, begin(run)
     loop = _check(run, accelerator)
     codec = Codec.load(run.model)

@@ -58,9 +58,7 @@ def main() -> None:
 
 def train(run: Run) -> int:
     """Train to the end, a signal or the time limit; return the exit code, 0 or 128 + the signal's number.
-
-    Raises `UserError` for options, data or a run's folder that cannot be trained on.
-    """
+    Raises `UserError` for options, data or a run's folder that cannot be trained on."""
     config, (accelerator, interrupts) = run.config, begin(run)
     check_run(run, accelerator)
     sources, held_out = split(run)
@@ -195,9 +193,7 @@ class VAETask(Task):
 
     def arguments(self, step: int, measure: bool) -> tuple[Any, ...]:
         """Return the KL's weight, whether to measure the MSE and, with an adversary, whether it takes part.
-
-        A compiled objective always measures, because two graphs would cost more.
-        """
+        A compiled objective always measures, because two graphs would cost more."""
         device = next(self.parts.ema.parameters()).device
         beta = torch.full((), beta_at(self.config.objective, step), device=device)  # no copy that waits for the device
         measure = measure or self.config.compile

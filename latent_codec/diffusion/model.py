@@ -43,10 +43,8 @@ class Diffusion(nn.Module):
         self.transformer = _transformer(config, latents)
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return velocities (b, z, s, s) float32 at latents of that shape, t (b,) in [0, 1] and labels (b,) int64.
-
-        The label -1 means none: guidance compares with it, and an unconditional model has no other.
-        """
+        """Return velocities (b, z, s, s) float32 at latents of that shape, t (b,) in [0, 1] and labels (b,) int64,
+        where -1 means none: guidance compares with it, and an unconditional model has no other."""
         if z.shape[1:] != self.shape:
             raise ValueError(f"latents of shape {tuple(z.shape)} are not (b, {', '.join(map(str, self.shape))})")
         labels = torch.where(labels < 0, len(self.latents.classes), labels)

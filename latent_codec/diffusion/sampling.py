@@ -56,9 +56,7 @@ def draw(model: Diffusion, noise: torch.Tensor, labels: torch.Tensor, *, steps: 
 
 def draw_latents(model: Diffusion, ids: Sequence[SampleId], *, seed: int, steps: int, guidance: float) -> torch.Tensor:
     """Return raw latents (b, z, s, s) float32 on the model's device.
-
-    Each depends on nothing but the seed, its label's name and its number.
-    """
+    Each depends on nothing but the seed, its label's name and its number."""
     device = next(model.parameters()).device
     keys = torch.stack([fold(seed, text_key(_name(model, one.label)), one.number) for one in ids])
     labels = torch.tensor([one.label for one in ids], device=device)
@@ -86,9 +84,7 @@ def check_codec(model: Diffusion, codec: Codec) -> None:
 
 def choose(model: Diffusion, labels: Sequence[str], count: int) -> list[SampleId]:
     """Return the ids of the first `count` images of each label, by default of every class.
-
-    Raises `UserError` for an unknown label.
-    """
+    Raises `UserError` for an unknown label."""
     classes = model.latents.classes
     if count < 1:
         raise UserError(f"--count {count} must be at least 1")

@@ -1,7 +1,5 @@
 """Make batches of equal shape as a pure function of (seed, epoch, rank, world, position).
-
-The sampler has no random state, so an interrupted epoch resumes at any batch.
-"""
+The sampler has no random state, so an interrupted epoch resumes at any batch."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple

@@ -96,10 +96,8 @@ class Moments(NamedTuple):
     labels: torch.Tensor  # (b,) int64, as in `LatentSample`
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as one tensor and lists.
-
-        Between processes each tensor takes a file handle, which costs as much as reading the latents.
-        """
+        """Pickle as one tensor and lists: between processes each tensor takes a file handle,
+        which costs as much as reading the latents."""
         mean, logvar = self.mean, self.logvar
         one = mean.untyped_storage().data_ptr() == logvar.untyped_storage().data_ptr()
         if one and mean.is_contiguous() and logvar.storage_offset() == mean.storage_offset() + mean.numel():
@@ -158,9 +156,7 @@ class Latents(Dataset[LatentSample]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the following draws; draws of different epochs are independent.
-
-        Persistent workers of a `DataLoader` are not told: sample with `batches.ShapeBatches` there.
-        """
+        Persistent workers of a `DataLoader` are not told: sample with `batches.ShapeBatches` there."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -127,9 +127,7 @@ def latents_row(
     mirrored: DiagonalGaussian | None = None,
 ) -> LatentsRow:
     """Convert image `index` of a batch's posterior to the stored type, and of the mirrored images' where it is given.
-
-    Raises `UserError` if a value is not finite or exceeds the range of `dtype`.
-    """
+    Raises `UserError` if a value is not finite or exceeds the range of `dtype`."""
     posteriors = [posterior] if mirrored is None else [posterior, mirrored]
     exact = [t[index].cpu() for p in posteriors for t in (p.mean, p.logvar)]  # (z, h, w) each
     moments = [t.to(getattr(torch, dtype)) for t in exact]
@@ -142,9 +140,7 @@ def latents_row(
 
 def write_shard(folder: Path, header: LatentsHeader, name: str, rows: Sequence[LatentsRow]) -> list[LatentsEntry]:
     """Write `latents-NAME.safetensors` with rows of any sizes and return their entries in the same order.
-
-    Equal rows in equal order give equal bytes. Raises `OSError`.
-    """
+    Equal rows in equal order give equal bytes. Raises `OSError`."""
     shard = f"latents-{name}.safetensors"
     by_size: dict[tuple[int, int], list[LatentsRow]] = {}
     entries: list[LatentsEntry] = []

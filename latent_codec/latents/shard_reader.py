@@ -33,11 +33,8 @@ class TensorLocation(NamedTuple):
 
 
 class ShardReader:
-    """Read rows of the shards of one folder; any number of threads and forked processes may share it.
-
-    A pickled copy opens its files anew. A shard is assumed not to change in place; a file that replaces it is seen when
-    the name is opened next.
-    """
+    """Read rows of the shards of one folder; threads and forked processes may share it, and a pickled copy opens its
+    files anew. No shard may change in place; a file that replaces it is seen when the name is opened next."""
 
     def __init__(self, folder: Path, open_files: int = OPEN_FILES) -> None:
         self.folder, self.open_files = folder, open_files

@@ -1,7 +1,5 @@
 """Quantise features to one code of a codebook at each position: vector and finite scalar quantisation.
-
-Gradients go straight through: the encoder gets those of the latents as if nothing were quantised (Bengio et al. 2013).
-"""
+The encoder gets the latents' gradients straight through, as if nothing were quantised (Bengio et al. 2013)."""
 
 import math
 
@@ -20,10 +18,8 @@ _POSITIONS = 2**13  # whose distances to all codes are in memory at once
 
 
 class Codes(Posterior):
-    """Puts all mass on one of K codes at each position (van den Oord et al. 2017, eq. 1).
-
-    outputs: (b, z, h, w) float32, the encoder's; vectors: the chosen codes in their place; indices: (b, h, w) int64.
-    """
+    """Puts all mass on one of K codes at each position (van den Oord et al. 2017, eq. 1). outputs: (b, z, h, w)
+    float32, the encoder's; vectors: the chosen codes in their place; indices: (b, h, w) int64."""
 
     def __init__(self, outputs: torch.Tensor, vectors: torch.Tensor, indices: torch.Tensor, codes: int) -> None:
         # The added difference is 0, so the values are the vectors' to the bit; the gradient is the outputs'.
@@ -97,11 +93,8 @@ def _look_up(codebook: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 class FiniteScalarQuantizer(nn.Module):
-    """Rounds each channel to one of L levels evenly spaced from -1 to 1 (Mentzer et al. 2024, section 3).
-
-    tanh bounds a channel, and its range is divided into L parts of equal width. A code's index has the channels' levels
-    as digits, the first channel's the least significant.
-    """
+    """Rounds each channel, bounded by tanh, to one of L levels evenly spaced from -1 to 1 (Mentzer et al. 2024, section
+    3). A code's index has the channels' levels as digits, the first channel's the least significant."""
 
     features_per_latent = 1
 

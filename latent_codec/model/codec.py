@@ -82,9 +82,7 @@ class Codec(nn.Module):
 
     def class_numbers(self, names: Sequence[str | None]) -> torch.Tensor:
         """Return labels (b,) int64 of images by the names of their classes; zeros for an unconditional model.
-
-        Raises `UserError` for a class that a conditional model does not know.
-        """
+        Raises `UserError` for a class that a conditional model does not know."""
         classes = self.config.classes
         if not classes:
             return torch.zeros(len(names), dtype=torch.int64)
@@ -119,11 +117,8 @@ class Codec(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Codec":
-        """Load a model file, or a shipped model by a name such as "photo", in eval mode and float32.
-
-        Raises `UserError` if there is no such model, its config makes none, or a tensor is missing, extra, of another
-        shape or not finite.
-        """
+        """Load a model file, or a shipped model by a name such as "photo", in eval mode and float32. Raises `UserError`
+        if there is no such model, its config makes none, or a tensor is missing, extra, misshapen or not finite."""
         path = resolve(source)
         model = file.read(path)
         try:
@@ -146,9 +141,7 @@ class Codec(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> "Codec":
         """Load a model from a folder, a repository "user/name" of the Hugging Face hub, or whatever `load` takes.
-
-        `options` are those of `hub.find`: filename, and revision, token, cache_dir ... of `hf_hub_download`.
-        """
+        `options` are those of `hub.find`: filename, and revision, token, cache_dir ... of `hf_hub_download`."""
         return cls.load(hub.find(source, **options), device)
 
     def save_pretrained(self, folder: str | Path, *, half: bool = False) -> None:
@@ -156,11 +149,8 @@ class Codec(nn.Module):
         hub.save(self.contents(), Path(folder), half=half)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload model and card to "user/name" on the Hugging Face hub, and return the commit's URL.
-
-        `options` are the fields of `hub.PushOptions`: half, private, revision, commit_message, create_pr, token and
-        endpoint.
-        """
+        """Upload model and card to "user/name" on the Hugging Face hub, and return the commit's URL. `options` are the
+        fields of `hub.PushOptions`: half, private, revision, commit_message, create_pr, token and endpoint."""
         return hub.push(self.contents(), repo_id, hub.PushOptions(**options))
 
 

@@ -60,9 +60,7 @@ def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
 
 def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
     """Write a model file atomically, with float16 tensors if `half`.
-
-    Raises `UserError` naming a tensor that is not finite or overflows float16, `OSError` if the disk refuses.
-    """
+    Raises `UserError` naming a tensor that is not finite or overflows float16, `OSError` if the disk refuses."""
     tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in model.tensors.items()}
     check_finite(tensors, path)
     if half:
@@ -84,9 +82,7 @@ def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
 
 def read(path: Path) -> ModelFile:
     """Read and check a model file.
-
-    Raises `UserError` if it is missing, not safetensors, not ours, of another format version, or not finite.
-    """
+    Raises `UserError` if it is missing, not safetensors, not ours, of another format version, or not finite."""
     header, tensors, prior_tensors = read_header(path), {}, {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)

@@ -59,9 +59,7 @@ def find(source: str | Path, *, filename: str = MODEL, **options: Any) -> Path:
 
 def save(model: ModelFile, folder: Path, *, name: str | None = None, half: bool = False) -> None:
     """Write a folder that `find` takes. A card that is there already is kept; a new one calls the model `name`.
-
-    Raises `UserError` if the folder cannot be written into or, with `half`, a tensor exceeds float16.
-    """
+    Raises `UserError` if the folder cannot be written into or, with `half`, a tensor exceeds float16."""
     make_folder(folder)
     file.write(folder / MODEL, model, half=half)
     if not (folder / CARD).exists():
@@ -70,9 +68,7 @@ def save(model: ModelFile, folder: Path, *, name: str | None = None, half: bool 
 
 def push(model: ModelFile, repo_id: str, options: PushOptions) -> str:
     """Upload model and card in one commit to a repository, created if there is none, and return the commit's URL.
-
-    A card that the repository has already stays as it is. Raises `UserError` if the hub refuses or cannot be reached.
-    """
+    A card that is there stays as it is. Raises `UserError` if the hub refuses or cannot be reached."""
     with tempfile.TemporaryDirectory() as temporary:
         save(model, Path(temporary), name=repo_id, half=options.half)
         with hub_errors(repo_id, MODEL):
@@ -96,9 +92,7 @@ def push(model: ModelFile, repo_id: str, options: PushOptions) -> str:
 
 def card(model: ModelFile, path: Path, name: str) -> str:
     """Return a model card: front matter for the hub, a snippet that uses the model, and its description.
-
-    `path` is the model's file, of which the card gives name and size.
-    """
+    `path` is the model's file, of which the card gives name and size."""
     config, factor = model.config, factor_of(model.config)
     return f"""---
 library_name: latent-codec

@@ -18,9 +18,7 @@ class Parts(NamedTuple):
 
 def build(config: CodecConfig) -> Parts:
     """Return new modules with random weights, drawn from torch's global generator on the current default device.
-
-    Raises `ValueError` naming the field of the config that makes no model.
-    """
+    Raises `ValueError` naming the field of the config that makes no model."""
     bottleneck = BOTTLENECKS[config.bottleneck.kind](config.bottleneck, config.latent_channels)
     likelihood = LIKELIHOODS[config.likelihood.kind](config.likelihood)
     shape = BackboneShape(

@@ -50,10 +50,8 @@ class Posterior(abc.ABC):
 
 
 class DiagonalGaussian(Posterior):
-    """Represents the posterior N(mean, exp(logvar)) with independent elements.
-
-    mean, logvar: (b, z, h, w) float32; logvar has been clamped already. clamped: see `Posterior`.
-    """
+    """Represents the posterior N(mean, exp(logvar)) with independent elements. mean, logvar: (b, z, h, w) float32;
+    logvar has been clamped already. clamped: see `Posterior`."""
 
     def __init__(self, mean: torch.Tensor, logvar: torch.Tensor, clamped: torch.Tensor | None = None) -> None:
         super().__init__(mean, clamped)
@@ -65,11 +63,8 @@ class DiagonalGaussian(Posterior):
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: torch.Generator | torch.Tensor) -> torch.Tensor:
-        """Return mean + std * noise, (b, z, h, w) float32 (Kingma & Welling 2014, eq. 4).
-
-        `noise` is a generator on the posterior's device, or standard normal noise of the posterior's shape; another
-        shape raises `ValueError`.
-        """
+        """Return mean + std * noise, (b, z, h, w) float32 (Kingma & Welling 2014, eq. 4), for a generator on the
+        posterior's device or standard normal noise of its shape; another shape raises `ValueError`."""
         if not isinstance(noise, torch.Tensor):
             noise = torch.randn(self.mean.shape, generator=noise, device=self.mean.device)
         if noise.shape != self.mean.shape:
@@ -78,9 +73,7 @@ class DiagonalGaussian(Posterior):
 
     def log_ratio(self, z: torch.Tensor) -> torch.Tensor:
         """Return log N(z; 0, I) - log q(z|x) in nats per image, (..., b), of latents (..., b, z, h, w).
-
-        Its expectation under q is minus the KL divergence.
-        """
+        Its expectation under q is minus the KL divergence."""
         with float32_island(z):
             deviation = (z.float() - self.mean) / self.std
             return 0.5 * (deviation.square() + self.logvar - z.float().square()).flatten(-3).sum(-1)

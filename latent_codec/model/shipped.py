@@ -11,9 +11,7 @@ models of its own may append theirs."""
 
 def resolve(source: str | Path) -> Path:
     """Return the file of a model given by its path or by a shipped model's name; raise `UserError` if there is none.
-
-    A folder that happens to be called like a shipped model does not hide it.
-    """
+    A folder that happens to be called like a shipped model does not hide it."""
     path = Path(source)
     if path.is_file():
         return path

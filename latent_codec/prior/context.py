@@ -130,10 +130,8 @@ class ContextPrior:
         return 3 if self.config.levels else 2 if self.config.centred else 1
 
     def predict(self, number: int, known: np.ndarray, batch: BatchSettings, device: str) -> Prediction:
-        """Predict the values of pass `number` for images of one shape.
-
-        known: (b, z, h, w) int64, the fine values of all earlier passes and 0 elsewhere.
-        """
+        """Predict the values of pass `number` for images of one shape from `known`, (b, z, h, w) int64, the fine values
+        of all earlier passes and 0 elsewhere."""
         layout = self.layouts[number]
         channels = self.order[layout.start : layout.stop]
         located, wide = np.split(self._outputs(number, known, batch, device), 2, axis=1)  # (b, g, n) each
@@ -168,11 +166,8 @@ class ContextPrior:
         return np.clip(x, -TOP, TOP)
 
     def _outputs(self, number: int, known: np.ndarray, batch: BatchSettings, device: str) -> np.ndarray:
-        """Return the network's outputs (b, 2g, n) int64 at the pass' n positions.
-
-        Strips of rows, each with the margin that its neighbourhoods need, give the result of the whole image. Features
-        lie last, so that a neighbourhood is nine runs of memory.
-        """
+        """Return the network's outputs (b, 2g, n) int64 at the pass' n positions, in strips of rows with their margins.
+        Features lie last, so that a neighbourhood is nine runs of memory."""
         layout = self.layouts[number]
         x = torch.from_numpy(self._inputs(layout, known, batch)).movedim(1, 3)  # (b, h, w, c)
         sites = torch.from_numpy(layout.mask(known.shape[2:])[:: layout.view, :: layout.view])
@@ -196,9 +191,7 @@ class ContextPrior:
 
 def _to_floats(layer: Layer, taps: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return a layer's weights (taps * in, out), the offset of its sums and their divisor, both (out,).
-
-    The powers of two are computed as integers: a device's `exp2` need not be exact.
-    """
+    The powers of two are computed as integers: a device's `exp2` need not be exact."""
     weight = layer.weight.unflatten(1, (-1, taps)).permute(2, 1, 0).flatten(0, 1)
     divisor = 2 ** layer.shift.to(torch.int64)
     return [t.to(device, dtype) for t in (weight, layer.bias + divisor // 2, divisor)]

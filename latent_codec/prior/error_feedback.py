@@ -31,9 +31,7 @@ _LARGEST_ERROR = 4 * FINE  # a larger difference is no rounding error
 
 class Feedback(NamedTuple):
     """Hold the quotients G_ij / G_ii of neighbouring latents, and compute shifts from them.
-
-    Sums are of integers below 2^53, so float64 holds them exactly, whatever the order of addition.
-    """
+    Sums are of integers below 2^53, so float64 holds them exactly, whatever the order of addition."""
 
     weights: np.ndarray
     """(z, z, 3, 3) int16 in 2^-14: for channel i, by channel j and the row and column of its neighbour."""

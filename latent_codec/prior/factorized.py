@@ -1,7 +1,5 @@
 """Code each latent independently, under a table for its channel and the step's quarter octave.
-
-The indices of a codebook are integers already: one table serves them all.
-"""
+The indices of a codebook are integers already: one table serves them all."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -19,10 +17,7 @@ QUARTER_OCTAVES = (_LAST_EIGHTH - _FIRST_EIGHTH) // 2 + 1
 
 class FactorizedPrior:
     """Code all latents in one pass, in order (z, h, w); channel c has table quarter octave * channels + c.
-
-    With `codes`, the number of a codebook's entries, there is one channel and one table. Raises `ValueError` if the
-    tables do not fit.
-    """
+    With `codes`, a codebook's size, there is one channel and one table. Raises `ValueError` if tables do not fit."""
 
     kind: Literal["factorized"] = "factorized"
     version = 1  # format version of the streams coded under this prior
@@ -51,9 +46,7 @@ _OUTSIDE = 1e-5  # share of the values, at either end, that a table may leave to
 
 def fit(means: torch.Tensor, channel_steps: np.ndarray) -> FactorizedPrior:
     """Count tables from posterior means (z, n) of a calibration set, rounded at the step of each quarter octave.
-
-    `channel_steps`: (z,) float32. Raises `UserError` as `quantizer.scale` does.
-    """
+    `channel_steps`: (z,) float32. Raises `UserError` as `quantizer.scale` does."""
     tables: list[tuple[int, np.ndarray]] = []
     for i in range(QUARTER_OCTAVES):
         step = step_code(2.0 ** ((_FIRST_EIGHTH + 2 * i) / 8))

@@ -27,9 +27,7 @@ class Sites(enum.Enum):
 
 class PassLayout(NamedTuple):
     """Describe the latents that one pass codes: channels `start` to `stop` of the prior's order, at `sites` of a grid.
-
-    The grid consists of every `spacing`-th row and column of the latents.
-    """
+    The grid consists of every `spacing`-th row and column of the latents."""
 
     start: int
     stop: int
@@ -44,9 +42,7 @@ class PassLayout(NamedTuple):
     @property
     def view(self) -> int:
         """Return the spacing at which the network sees the latents.
-
-        In the first group that is the pass' grid, as nothing else is known; later groups see all positions.
-        """
+        In the first group that is the pass' grid, as nothing else is known; later groups see all positions."""
         return 1 if self.start else self.spacing
 
     def mask(self, size: Sequence[int]) -> np.ndarray:
@@ -80,9 +76,7 @@ class PassLayout(NamedTuple):
 
 class Prediction(NamedTuple):
     """Hold what a prior knows of a pass' values before they are decoded, (b, g, n) int64 each in the order of `take`.
-
-    A value is (coded integer + centre) * FINE + offset, in fine units.
-    """
+    A value is (coded integer + centre) * FINE + offset, in fine units."""
 
     offset: np.ndarray
     centre: np.ndarray

@@ -30,11 +30,8 @@ class QuantizedPasses(NamedTuple):
 def quantize(
     prior: Prior, images: Sequence[Scaled], device: str, feedback: Feedback | None = None
 ) -> list[QuantizedPasses]:
-    """Quantise images of one shape; each result is independent of the others.
-
-    With `feedback`, rounding compensates for the errors of earlier passes. Dithered images are not affected: the errors
-    of a draw are independent.
-    """
+    """Quantise images of one shape independently of each other. With `feedback`, rounding compensates for the errors of
+    earlier passes; dithered images are not affected, because the errors of a draw are independent."""
     latents, batch = np.stack([image.latents for image in images]), stack([image.settings for image in images])
     dithered = batch.dithered[:, None, None]
     fine, errors = np.zeros(latents.shape, np.int64), np.zeros(latents.shape)
@@ -68,9 +65,7 @@ def ideal_bits(prior: Prior, passes: Sequence[PassSymbols]) -> float:
 
 def neighbour_bits(prior: Prior, coding: QuantizedPasses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the bits of each integer of an image, and of the integers one below and one above, (z, h, w) each.
-
-    The neighbours are priced under the same tables.
-    """
+    The neighbours are priced under the same tables."""
     found = np.zeros((3, *coding.quantized.fine.shape))
     for layout, (values, tables) in zip(prior.layouts, coding.passes, strict=True):
         bits = np.stack([prior.tables.bits(values + change, tables) for change in (0, -1, 1)])

@@ -1,7 +1,5 @@
 """Store a model's quantiser and priors, whose integer tables are frozen when the model is exported.
-
-No floating-point result of a network reaches the entropy coder, so streams decode alike on every machine.
-"""
+No floating-point result of a network reaches the entropy coder, so streams decode alike on every machine."""
 
 import dataclasses
 import hashlib
@@ -86,9 +84,7 @@ def to_header(priors: Priors) -> PriorsHeader:
 
 def from_tensors(header: PriorsHeader, tensors: dict[str, torch.Tensor], channels: int, codes: int | None) -> Priors:
     """Return the priors of a model whose streams hold `channels` integers per position, or an index of `codes`.
-
-    Raises `ValueError` for any tensor that is missing, unknown or unsound.
-    """
+    Raises `ValueError` for any tensor that is missing, unknown or unsound."""
     left = _Tensors(tensors)
     channel_steps = left.take("base", torch.float32)
     if channel_steps.shape != (channels,) or not (np.isfinite(channel_steps).all() and (channel_steps > 0).all()):

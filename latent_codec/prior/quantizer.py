@@ -139,9 +139,7 @@ class Quantized(NamedTuple):
 
 def scale(mean: torch.Tensor, channel_steps: np.ndarray, step: int, seed: int | None) -> Scaled:
     """Divide posterior means (z, h, w) by a stored step and the channel steps (z,) float32.
-
-    Raises `UserError` if a value is not finite or exceeds `LIMIT` steps.
-    """
+    Raises `UserError` if a value is not finite or exceeds `LIMIT` steps."""
     size = torch.from_numpy(channel_steps.astype(np.float64) * (step / STEP_ONE))[:, None, None]
     scaled = mean.detach().cpu().double() / size  # (z, h, w)
     worst = scaled.abs().amax().item() if scaled.numel() else 0.0
@@ -155,9 +153,7 @@ def scale(mean: torch.Tensor, channel_steps: np.ndarray, step: int, seed: int | 
 
 def to_integers(latents: np.ndarray, offset: np.ndarray, dithered: np.ndarray) -> np.ndarray:
     """Return integers, int64, for which integer * FINE + offset (fine) approximates latents given in steps.
-
-    Dithered latents are rounded to nearest, others by `round_with_dead_zone`. The shapes broadcast.
-    """
+    Dithered latents are rounded to nearest, others by `round_with_dead_zone`. The shapes broadcast."""
     rest = torch.from_numpy(latents - offset / FINE)
     return torch.where(torch.from_numpy(dithered), rest.round(), round_with_dead_zone(rest)).long().numpy()
 

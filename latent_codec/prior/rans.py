@@ -65,9 +65,7 @@ class Decoder:
 
     def read(self, tables: np.ndarray) -> np.ndarray:
         """Return the values (n,) int32 of the next pass, coded under tables (n,).
-
-        Raises `UserError` if the data ran out or an escape stands for a value that its table holds.
-        """
+        Raises `UserError` if the data ran out or an escape stands for a value that its table holds."""
         order, runs = _by_table(tables)
         symbols = np.empty(len(tables), np.int32)
         for table, start, stop in runs:

@@ -47,10 +47,8 @@ class PriorConfig:
 def context_layout(
     sizes: tuple[int, ...], levels: tuple[int, ...], channels: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the channels of every group of a context prior, given those of all but the last, and a level for each.
-
-    Raises `UserError` if no channel is left for the last group, or a level is out of range.
-    """
+    """Return the channels and the level of each group, given the channels of all but the last.
+    Raises `UserError` if no channel is left for the last group, or a level is out of range."""
     if min(sizes, default=1) < 1 or sum(sizes) >= channels:
         raise UserError(f"groups {sizes} must be positive and leave some of the {channels} channels for the last group")
     if not all(0 <= level <= MAX_LEVELS for level in levels):

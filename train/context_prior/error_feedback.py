@@ -39,9 +39,7 @@ def measure(codec: Codec, latents: Iterable[torch.Tensor], channel_steps: np.nda
 
 def _gram(codec: Codec, z: torch.Tensor, channel_steps: torch.Tensor) -> torch.Tensor:
     """Return the products of one step of each channel in the middle with steps around it.
-
-    They are (z, z, 3, 3) float64, in squared pixels.
-    """
+    They are (z, z, 3, 3) float64, in squared pixels."""
     device, middle = next(codec.parameters()).device, z.shape[1] // 2
     channels = len(z)
     channel_steps = channel_steps.to(device)

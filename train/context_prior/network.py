@@ -70,11 +70,8 @@ class ContextNet(nn.Module):
         statistics: LatentStatistics,
         order: np.ndarray | None = None,
     ) -> None:
-        """Draw random weights for a quantiser with these channel steps (z,).
-
-        `order` (z,) lists the channels of one group after the other, by default those with most bits first. Raises
-        `ValueError` if the groups do not add up to the channels.
-        """
+        """Draw random weights for a quantiser with these channel steps (z,). `order` (z,) lists one group's channels
+        after the other's, by default those with most bits first. Raises `ValueError` if the groups do not add up."""
         super().__init__()
         if sum(config.groups) != len(channel_steps):
             raise ValueError(
@@ -99,10 +96,8 @@ class ContextNet(nn.Module):
             self.feedback = torch.from_numpy(weights).float()
 
     def draw(self, means: torch.Tensor, keys: torch.Tensor, steps: tuple[float, float], dithered: float) -> Drawn:
-        """Draw how images (b, z, h, w) are quantised, as decided by their keys (b,).
-
-        Steps lie between the two, evenly in their logarithm, and a share of the images is `dithered`.
-        """
+        """Draw how images (b, z, h, w) are quantised, as their keys (b,) decide: with steps between the two, evenly in
+        their logarithm, and a share of the images `dithered`."""
         low, high = (math.log(s) for s in steps)
         step = (STEP_ONE * torch.exp(low + (high - low) * uniform(fold(keys, _STEP)))).round()  # (b,)
         with_dither = uniform(fold(keys, _DITHERED)) < dithered
@@ -187,10 +182,8 @@ class ContextNet(nn.Module):
         return net[3](y).flatten(2)  # pyright: ignore[reportIndexIssue]
 
     def take(self, z: torch.Tensor, step: torch.Tensor, *, exact: bool = False) -> Drawn:
-        """Take latents (b, z, h, w), to be rounded at steps (b,) without dither.
-
-        With `exact` they already hold noise as large as that of the steps, and are not rounded.
-        """
+        """Take latents (b, z, h, w), to be rounded at steps (b,) without dither, or, with `exact`, to be left as they
+        are because they already hold noise as large as the steps'."""
         code = (STEP_ONE * step).round()
         scaled = self.reorder(z) / self.sizes(code)
         none = torch.zeros((), device=z.device).expand_as(scaled)
@@ -294,9 +287,7 @@ def _view(x: torch.Tensor, layout: PassLayout) -> torch.Tensor:
 
 def gather(x: torch.Tensor, layout: PassLayout) -> torch.Tensor:
     """Gather the values (b, c, n) of (b, c, h, w) at a pass' positions.
-
-    Sides are multiples of twice the spacing of its grid, or of the spacing if the pass decodes the whole grid.
-    """
+    Sides are multiples of twice its grid's spacing, or of the spacing if the pass decodes the whole grid."""
     found = [x[:, :, row::stride, column::stride] for row, column, stride in _runs(layout, layout.spacing)]
     return torch.cat(found, 2).flatten(2)
 
@@ -338,9 +329,7 @@ def _logistic_bits(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> Layer:
     """Round a layer to integers, with `inputs` and `outputs` (one, or one for each row) integers per unit.
-
-    Each row is scaled by the largest power of two that keeps its weights within `TOP` and its bias far below 2^24.
-    """
+    A row's scale is the largest power of two that keeps its weights within `TOP` and its bias far below 2^24."""
     assert isinstance(layer, nn.Conv2d) and layer.bias is not None
     units = torch.as_tensor(outputs, dtype=torch.float64).expand(layer.out_channels)
     weight = layer.weight.detach().cpu().double().flatten(1) * (units / inputs)[:, None]

@@ -18,9 +18,7 @@ from train.context_prior.network import ContextNet
 
 def prior_of(config: JointConfig, source: str) -> ContextNet:
     """Return a model's context prior for a joint phase, or random weights for its quantiser if the shape differs.
-
-    Raises `UserError` if the model has no quantiser, or if only the decoder is trained and the prior does not fit.
-    """
+    Raises `UserError` if it has no quantiser, or if only the decoder is trained and the prior does not fit."""
     model = Codec.load(source)
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
@@ -46,9 +44,7 @@ def prior_from(
     source: Path | None, context: ContextConfig, channel_steps: np.ndarray, statistics: LatentStatistics
 ) -> ContextNet:
     """Return a context prior with the weights of a model or of a joint run, or random ones without a source.
-
-    Raises `UserError` if the source has no prior that fits.
-    """
+    Raises `UserError` if the source has no prior that fits."""
     if source is None:
         return ContextNet(context, channel_steps, statistics)
     try:

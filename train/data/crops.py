@@ -253,10 +253,7 @@ class CentreCrops(NamedTuple):
 
 
 def centre_crops(images: ImageSet, side: int) -> CentreCrops:
-    """Cut the centre of each readable image, extending small images by their last row and column.
-
-    Raises `UserError` if none can be read.
-    """
+    """Cut the centre of each readable image, extending small ones; raises `UserError` if none can be read."""
     crops, names, kept = [], [], []
     for source, label in zip(images.sources, images.labels, strict=True):
         image = read_or_report(source, images.channels)

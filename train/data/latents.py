@@ -79,11 +79,8 @@ class PosteriorBatch(NamedTuple):
 
 
 class PosteriorCrops(Dataset[PosteriorBatch]):
-    """Read square crops of the posteriors of some images of a folder; an item is a micro-batch.
-
-    A sample depends on nothing but its number and the plan's seed: a run resumes by counting, and any number of
-    processes and workers makes the same samples.
-    """
+    """Read square crops of the posteriors of some images of a folder; an item is a micro-batch. A sample depends on its
+    number and the plan's seed alone, so a run resumes by counting, with any number of processes and workers."""
 
     def __init__(self, latents: Latents, rows: Sequence[int], crop: int, plan: SamplePlan) -> None:
         """`rows` are the numbers of one or more images, each at least as large as the crop."""

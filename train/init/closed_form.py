@@ -26,10 +26,8 @@ def patch_moments(images: Batches, plan: SamplePlan, codec: Codec, steps: int, *
 
 
 def all_patch_moments(sources: Sequence[Source], codec: Codec, *, quiet: bool) -> PatchMoments:
-    """Return the moments of the whole patches of all readable images, which are read one by one.
-
-    Partial patches on the right and at the bottom are ignored. Raises `UserError` if there is no patch.
-    """
+    """Return the moments of the whole patches of all readable images, which are read one by one; partial patches on the
+    right and at the bottom are ignored. Raises `UserError` if there is no patch."""
     p = codec.factor
 
     def whole(source: Source) -> torch.Tensor | None:

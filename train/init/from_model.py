@@ -56,9 +56,7 @@ def _is_deeper(own: LiteConfig, model: LiteConfig) -> bool:
 
 def _add_blocks(state: State, model: LiteConfig, own: LiteConfig, fresh: State) -> State:
     """Return the state of a deeper `lite`, whose new blocks follow the model's at each resolution and add nothing yet.
-
-    `fresh` is a state of the deeper network, from which the new blocks take their first convolutions.
-    """
+    They take their first convolutions from `fresh`, a state of the deeper network."""
     for name, before, after, first in (
         ("encoder", model.encoder_depths, own.encoder_depths, 1),  # after the space-to-depth layer
         ("decoder", model.decoder_depths[::-1], own.decoder_depths[::-1], 0),

@@ -11,9 +11,7 @@ from accelerate.utils import patch_environment
 @contextlib.contextmanager
 def accelerate_as(precision: Literal["no", "bf16"], *, cpu: bool = False) -> Iterator[None]:
     """Set the mixed precision of the programs within, as `accelerate launch` would; `cpu` keeps them off a GPU.
-
-    Accelerate reads its settings once in a process, so its state is reset before and after.
-    """
+    Accelerate reads its settings once in a process, so its state is reset before and after."""
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with patch_environment(accelerate_mixed_precision=precision, **({"accelerate_use_cpu": True} if cpu else {})):

@@ -90,9 +90,7 @@ def save(
 
 def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:
     """Load the newest sound checkpoint in place; return a fresh `Progress` if there is none.
-
-    Raises `UserError` if checkpoints exist but all are damaged.
-    """
+    Raises `UserError` if checkpoints exist but all are damaged."""
     finished = _finished(folder)
     for path in reversed(finished):
         try:

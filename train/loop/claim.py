@@ -49,11 +49,8 @@ def check_same_step(accelerator: Accelerator, progress: Progress) -> None:
 def claim(
     out: Path, config: Any, described: dict[str, Any], accelerator: Accelerator, *, same: tuple[str, ...] = ()
 ) -> None:
-    """Write RUN/config.json on the main process.
-
-    `described` says what the run was trained on; its "data_sha256" and the values named by `same` must not change.
-    Raises `UserError` on all processes if the folder holds another run.
-    """
+    """Write RUN/config.json on the main process; raises `UserError` on all if the folder holds another run.
+    `described` says what the run was trained on: its "data_sha256" and the values named by `same` must not change."""
     path = out / "config.json"
     problem = [""]
     if accelerator.is_main_process:

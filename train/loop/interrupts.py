@@ -52,10 +52,8 @@ class Interrupts:
 
 
 def agree(accelerator: Accelerator, interrupts: Interrupts) -> int | None:
-    """Return the code with which all processes end now, or None to go on; they share it by one small reduction.
-
-    It is 128 + the number of a signal that one of them got, or 0 at the time limit.
-    """
+    """Return the code with which all processes end now, shared by one small reduction: 128 + the number of a signal
+    that one of them got, or 0 at the time limit. None: go on."""
     mine = torch.tensor([float(interrupts.signal), float(interrupts.out_of_time)], device=accelerator.device)
     if accelerator.num_processes > 1:
         mine = torch.as_tensor(accelerator.gather(mine[None])).amax(0)

@@ -11,11 +11,8 @@ from latent_codec.storage.files import fsync, write_text
 
 
 class RunLog:
-    """Write log.jsonl on the main process; calls of the others do nothing.
-
-    Lines of steps that a resumed run will take again are dropped when it starts, so that each step has one line. A line
-    of step 0, of a run without steps, is always written again.
-    """
+    """Write log.jsonl on the main process. Lines of steps that a resumed run takes again are dropped when it starts, so
+    that each step has one line; a line of step 0, of a run without steps, is always written again."""
 
     def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
         self.path, self.accelerator = path, accelerator

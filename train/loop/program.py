@@ -30,9 +30,7 @@ class RunOptions:
 
 def main_of(program: str, work: Callable[[], int]) -> NoReturn:
     """Exit with the code that `work` returns, with 1 and one sentence for a user's mistake, or with 141.
-
-    141 says that the reader of the output went away, as `head` does.
-    """
+    141 says that the reader of the output went away, as `head` does."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         sys.exit(exit_code(work))

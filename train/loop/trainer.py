@@ -48,10 +48,8 @@ class Task:
         return ()
 
     def values(self, losses: Any, step: int, loop: dict[str, float]) -> dict[str, float]:
-        """Return the logged values of a step from its losses, averaged over all processes, and from the loop's values.
-
-        `loop` has grad_norm, learning_rate, skipped, images_per_s and minutes.
-        """
+        """Return the logged values of a step from its losses, averaged over all processes, and from those of the loop:
+        grad_norm, learning_rate, skipped, images_per_s and minutes."""
         return losses.values() | loop
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -76,9 +74,7 @@ class Trainer:
 
     def __init__(self, config: LoopConfig, run: RunOptions, accelerator: Accelerator, trained: TrainedModules) -> None:
         """Restore the newest checkpoint, if there is one; its step is then in `progress`.
-
-        Raises `UserError` if all checkpoints are damaged or the processes see different ones.
-        """
+        Raises `UserError` if all checkpoints are damaged or the processes see different ones."""
         self.config, self.run, self.accelerator = config, run, accelerator
         self.objective, self.modules, self.optimizer = trained.objective, trained.modules, trained.optimizer
         self.trained = next(iter(self.modules.values()))
@@ -106,10 +102,8 @@ class Trainer:
         )
 
     def prepare(self, described: Mapping[str, Any]) -> None:
-        """Hand objective and optimizer to Accelerate, and open log and trackers; all weights must be in place.
-
-        `described` says what the run was trained on, for trackers.
-        """
+        """Hand objective and optimizer to Accelerate, and open log and trackers, which record `described`, the data
+        that the run is trained on. All weights must be in place."""
         if self.config.compile:
             self.objective.compile()
         # Accelerate would move a resumed Adam's step counts to the GPU, at one wait for each.
@@ -126,10 +120,8 @@ class Trainer:
         self.log = RunLog(self.run.out / "log.jsonl", self.accelerator, self.progress.step)
 
     def loop(self, task: Task, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts) -> int:
-        """Train to the end, a signal or the time limit; return 0, or 128 + the signal's number.
-
-        `batches` go on from the restored step.
-        """
+        """Train on `batches`, which go on from the restored step, to the end, a signal or the time limit.
+        Returns 0, or 128 + the signal's number."""
         config, progress = self.config, self.progress
         quiet = not self.accelerator.is_main_process or None  # with None, tqdm looks for a terminal
         bar = tqdm(total=config.steps, initial=progress.step, disable=quiet, unit="step", dynamic_ncols=True)
@@ -167,9 +159,7 @@ class Trainer:
 
     def step(self, task: Task, batches: Iterator[tuple[Any, ...]], measure: bool) -> tuple[Any, torch.Tensor]:
         """Take one optimizer step, or skip it on all processes together; a GPU may still be at work afterwards.
-
-        Returns this process' losses and the norm of the gradient before clipping.
-        """
+        Returns this process' losses and the norm of the gradient before clipping."""
         config, accelerator = self.config, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(config, self.progress.step) * group.get(RATE, 1.0)

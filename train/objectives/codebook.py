@@ -22,9 +22,7 @@ _CHOICE = 3  # a run's seed is folded with it to choose encoder outputs
 
 class CodebookAverages(nn.Module):
     """Keep running averages of each code's share of the positions and of the outputs assigned to it.
-
-    They belong to a run's checkpoints, not to its model.
-    """
+    They belong to a run's checkpoints, not to its model."""
 
     use: torch.Tensor  # (K, 1 + z) as `Codes.use` returns it
 
@@ -54,9 +52,7 @@ class CodebookAverages(nn.Module):
 
 def averages_of(codec: Codec, config: CodebookConfig | None) -> CodebookAverages | None:
     """Return new averages for a codec whose codebook is trained, else None.
-
-    The codebook gets `requires_grad` exactly if the optimizer trains it.
-    """
+    The codebook gets `requires_grad` exactly if the optimizer trains it."""
     if config is None or not isinstance(codec.bottleneck, VectorQuantizer):
         return None
     codec.bottleneck.codebook.requires_grad_(config.codebook == "gradient")
@@ -91,10 +87,7 @@ class CodebookTraining:
 
     @torch.no_grad()
     def after_step(self, losses: VAELosses, step: int) -> None:
-        """Update averages and codebook.
-
-        `losses` are this process' averages over the micro-batches of step number `step`, counted from 1.
-        """
+        """Update averages and codebook with this process' average losses of step number `step`, counted from 1."""
         assert losses.codes is not None
         use = torch.as_tensor(self.accelerator.reduce(losses.codes.use, "mean"))
         self.averages.add(use, self.config.codebook_decay)
@@ -113,9 +106,7 @@ class CodebookTraining:
 
     def _outputs(self, count: int, step: int) -> torch.Tensor:
         """Return encoder outputs (count, z) at positions of this step's samples, chosen by a counter.
-
-        Every process computes them from the same samples and takes those of the first.
-        """
+        Every process computes them from the same samples and takes those of the first."""
         whole = self.plan._replace(rank=0, world=1, micro_batches=1)
         batches = math.ceil(count / (whole.batch_size * (whole.crop // self.codec.factor) ** 2))
         found: list[torch.Tensor] = []

@@ -36,9 +36,7 @@ class ELBO(nn.Module):
 
     def __init__(self, config: ELBOConfig, codec: Codec, lpips: LPIPS | None) -> None:
         """Draw the weights of the discriminator, if there is one.
-
-        Raises `ValueError` if `lpips` is given without a positive `lpips_weight`, or the other way round.
-        """
+        Raises `ValueError` if `lpips` is given without a positive `lpips_weight`, or the other way round."""
         super().__init__()
         if (lpips is not None) != (config.lpips_weight > 0):
             raise ValueError("an LPIPS module is needed exactly when lpips_weight is positive")

@@ -38,9 +38,7 @@ class FlowMatching(nn.Module):
 
     def forward(self, mean: torch.Tensor, logvar: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> FlowLosses:
         """Return the losses of raw posteriors (b, z, s, s) of any floating-point type.
-
-        `labels` (b,) int64 are -1 for none; `keys` (b,) int64 determine all noise.
-        """
+        `labels` (b,) int64 are -1 for none; `keys` (b,) int64 determine all noise."""
         shape = tuple(mean.shape[1:])
         posterior = DiagonalGaussian(mean.float(), logvar.float())
         z = self.model.normalize(posterior.sample(normal(fold(keys, _POSTERIOR), shape)))

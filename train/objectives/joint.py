@@ -44,9 +44,7 @@ class Joint(nn.Module):
 
     def __init__(self, config: JointConfig, codec: Codec, prior: ContextNet, lpips: LPIPS | None = None) -> None:
         """Freeze all weights but the decoder's if the configuration says `decoder_alone`.
-
-        Raises `ValueError` if `lpips` is given without a positive `lpips_weight`, or the other way round.
-        """
+        Raises `ValueError` if `lpips` is given without a positive `lpips_weight`, or the other way round."""
         super().__init__()
         if (lpips is not None) != (config.lpips_weight > 0):
             raise ValueError("an LPIPS module is needed exactly when lpips_weight is positive")
@@ -107,9 +105,7 @@ class Joint(nn.Module):
 
     def kl(self, posterior: DiagonalGaussian, z: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         """Estimate KL(q_s, p_s) of each image in nats, (b,), from one sample z; the entropy of q_s is exact.
-
-        The prior gives the mass of a quantiser's cell around z; its density is that mass over the cell's size.
-        """
+        The prior's density is its mass of a quantiser's cell around z over the cell's size."""
         mass = self.prior.code(self.prior.take(z, step, exact=True)).bits * z.shape[2:].numel() * math.log(2)  # (b,)
         cell = self.prior.channel_steps.log().sum() * z.shape[2:].numel()  # at step 1; the step itself cancels
         entropy = posterior.std.log().flatten(1).sum(1) + 0.5 * math.log(2 * math.pi * math.e) * z[0].numel()
@@ -120,11 +116,8 @@ class Joint(nn.Module):
 def measure(
     prior: ContextNet, codec: Codec, crops: CentreCrops, lpips: LPIPS | None, batch: int = 8
 ) -> dict[str, float]:
-    """Measure the images' quantised modes at each of `MEASURED_STEPS`.
-
-    Returns the bits per pixel under the prior and the PSNR in decibels as `bpp_step_S` and `psnr_step_S`, and
-    `lpips_step_S` if `lpips` is given.
-    """
+    """Measure the images' quantised modes at each of `MEASURED_STEPS`: return the bits per pixel under the prior and
+    the PSNR in decibels as `bpp_step_S` and `psnr_step_S`, and with `lpips` also `lpips_step_S`."""
     device = next(codec.parameters()).device
     values: dict[str, float] = {}
     means = [codec.encode(p.to(device)).mean for p in crops.pixels.split(batch)]

@@ -26,9 +26,7 @@ def map_losses(function: Callable[..., torch.Tensor], *losses: Any) -> Any:
 
 class Bound(NamedTuple):
     """Hold the measures of the variational bound that every objective of a VAE logs, without gradients.
-
-    Scalars are averages over the batch, in nats per image unless a comment says otherwise.
-    """
+    Scalars are averages over the batch, in nats per image unless a comment says otherwise."""
 
     nll: torch.Tensor
     kl: torch.Tensor
@@ -107,8 +105,6 @@ def signed(codec: Codec, x: torch.Tensor) -> torch.Tensor:
 
 
 def active_channels(mean: torch.Tensor, square: torch.Tensor) -> int:
-    """Count the channels whose posterior mean has a variance above 0.01 (Burda et al. 2016, section 5.2).
-
-    `mean` and `square` (z,) are averages over the data of the posterior means and of their squares.
-    """
+    """Count the channels whose posterior mean has a variance above 0.01 (Burda et al. 2016, section 5.2), from the
+    averages (z,) over the data of the means and of their squares."""
     return int((square - mean.square() > 0.01).sum())

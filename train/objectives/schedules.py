@@ -21,11 +21,8 @@ def beta_at(config: ELBOConfig | IWAEConfig | JointConfig, step: int) -> float:
 
 
 def learning_rate_at(config: LoopConfig, step: int) -> float:
-    """Return the learning rate at a step.
-
-    It warms up linearly and falls by half a cosine to zero at the last step (Loshchilov & Hutter 2017), or it falls in
-    stages if the configuration says so.
-    """
+    """Return the rate at a step: a linear warm-up, then half a cosine to zero at the last step (Loshchilov & Hutter
+    2017), or falling stages if the configuration says so."""
     if isinstance(config, TrainConfig) and config.lr_schedule == "stages":
         return _staged_rate_at(config, step)
     if step < config.lr_warmup_steps:
@@ -35,10 +32,8 @@ def learning_rate_at(config: LoopConfig, step: int) -> float:
 
 
 def _staged_rate_at(config: LoopConfig, step: int) -> float:
-    """Return the rate of eight falling stages; stage i has 10^(-i/7) of it for a share of 3^i / 3280 of the steps.
-
-    Over 3,280 passes this is the schedule of Burda et al. (2016, section 5). There is no warm-up.
-    """
+    """Return the rate of eight falling stages without warm-up; stage i has 10^(-i/7) of it for a share of 3^i / 3280 of
+    the steps. Over 3,280 passes this is the schedule of Burda et al. (2016, section 5)."""
     # 1 + 3 + ... + 3^(i-1) = (3^i - 1) / 2 passes come before stage i.
     stage = sum(2 * 3280 * step >= (3**i - 1) * config.steps for i in range(1, 8))
     return config.learning_rate * 10 ** (-stage / 7)

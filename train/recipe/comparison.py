@@ -15,11 +15,8 @@ _STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
 
 def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, device: str) -> None:
-    """Measure models by name, and print the first one's rate relative to each other one's.
-
-    Writes OUT/NAME/rd.json and rd.png, and copies of the photographs to OUT/images. Models without a prior are left
-    out, because they cannot write files.
-    """
+    """Measure models by name, and print the first one's rate relative to each other one's. Writes OUT/NAME/rd.json and
+    rd.png and OUT/images, and leaves out models without a prior, which cannot write files."""
     images = out / "images"
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)

@@ -93,10 +93,8 @@ def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int
 
 
 def preset_of(codec: CodecConfig, objective: Objective, latent_channels: int | None = None) -> TrainConfig:
-    """Return the objective's preset for a `lite` model: its parts, at least the preset's overlap, and its channels.
-
-    `latent_channels` replaces the model's number of channels. Raises `UserError` for another kind of model.
-    """
+    """Return the objective's preset with a `lite` model's parts, at least the preset's overlap, and the model's
+    channels unless others are given. Raises `UserError` for another kind of model."""
     if not isinstance(codec.backbone, LiteConfig) or codec.bottleneck.kind != "gaussian":
         raise UserError(
             f"the recipe trains lite models with a gaussian posterior, not {codec.backbone.kind} and "

@@ -98,10 +98,8 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         return self.codec
 
     def enable_tiling(self, tile: int | None = None) -> None:
-        """Run larger images through the networks in tiles of `tile` pixels a side, by default `tiling`'s.
-
-        Results are exact for `lite` and `linear` and blended for `conv`. Raises `UserError` for a tile too small.
-        """
+        """Run larger images through the networks in tiles of `tile` pixels a side, by default `tiling`'s; exact for
+        `lite` and `linear`, blended for `conv`. Raises `UserError` for a tile too small."""
         tile = tiling.default_tile(self.codec) if tile is None else tile
         tiling.check_tile(self.codec, tile)
         self._tile = tile
@@ -121,9 +119,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         """Encode pixels (b, c, h, w) in [-1, 1]; `latent_dist` is the posterior of normalised latents (b, z, h/f, w/f).
-
-        Raises `ValueError` unless h and w are multiples of the factor f.
-        """
+        Raises `ValueError` unless h and w are multiples of the factor f."""
         parts = [self._posterior(part) for part in self._slices(x)]
         posterior = DiagonalGaussianDistribution(torch.cat(parts).to(self.dtype))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -131,9 +127,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
         """Decode normalised latents (b, z, h/f, w/f); `sample` is the expected pixels (b, c, h, w), not clipped.
-
-        The generator is accepted, as by other decoders, and not used.
-        """
+        The generator is accepted, as by other decoders, and not used."""
         sample = torch.cat([self._pixels(part) for part in self._slices(z)]).to(self.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

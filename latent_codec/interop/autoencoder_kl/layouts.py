@@ -57,9 +57,7 @@ def is_training_state(name: str) -> bool:
 
 def canonical(tensors: Tensors, where: str) -> Tensors:
     """Return the tensors under today's names and shapes.
-
-    Raises `UserError` if two get the same name, or for a feature that no codec has.
-    """
+    Raises `UserError` if two get the same name, or for a feature that no codec has."""
     for name in sorted(tensors):
         for pattern, feature in _LACKED:
             if re.match(pattern, name):
@@ -102,10 +100,8 @@ def _canonical_name(name: str, stages: int) -> str:
 
 
 def infer_config(tensors: Tensors, where: str) -> InferredConfig:
-    """Infer a configuration from tensors under today's names; raises `UserError` where one that tells is missing.
-
-    `storage.tensors.check_state` checks afterwards that all tensors are there and fit.
-    """
+    """Infer a configuration from tensors under today's names; raises `UserError` if one that decides it is missing.
+    `storage.tensors.check_state` checks afterwards that all tensors are there and fit."""
 
     def count(pattern: str) -> int:
         return 1 + max((int(m[1]) for name in tensors if (m := re.match(pattern, name))), default=-1)

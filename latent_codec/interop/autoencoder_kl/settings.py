@@ -43,11 +43,8 @@ _DEFAULTS: dict[str, Any] = {  # diffusers' values of settings that a config.jso
 
 
 class PipelineScale(NamedTuple):
-    """Hold the numbers by which pipelines normalise latents.
-
-    SD1.x computes z * scaling; SD3 and FLUX (z - shift) * scaling; SDXL, if it finds mean and std, (z - mean) *
-    scaling / std for each channel.
-    """
+    """Hold the numbers by which pipelines normalise latents: SD1.x computes z * scaling; SD3 and FLUX (z - shift) *
+    scaling; SDXL, if it finds mean and std, (z - mean) * scaling / std for each channel."""
 
     scaling_factor: float
     shift_factor: float
@@ -60,10 +57,8 @@ NORMALIZED = PipelineScale(1.0, 0.0, None, None)
 
 
 def scale_of(statistics: LatentStatistics) -> PipelineScale:
-    """Return one factor over all channels, as Rombach et al. (2022, section G) do, and SDXL's numbers per channel.
-
-    SDXL's pipelines apply numbers per channel to 4 channels only, so latents of other channels get none.
-    """
+    """Return one factor over all channels, as Rombach et al. (2022, section G) do, and numbers per channel for latents
+    of 4 channels, the only ones to which SDXL's pipelines apply them."""
     mean, std = statistics.mean, statistics.std
     shift = math.fsum(mean) / len(mean)
     variance = math.fsum(s * s + (m - shift) ** 2 for m, s in zip(mean, std, strict=True)) / len(mean)

@@ -1,7 +1,5 @@
 """Write and read ComfyUI's saved latents: a safetensors file `{path}.latent` with one raw draw, (1, z, h, w) float32.
-
-A second, empty tensor marks the draw as raw: without it LoadLatent takes it for one that is multiplied by 0.18215.
-"""
+A second, empty tensor marks the draw as raw: without it LoadLatent takes it for one multiplied by 0.18215."""
 
 from collections.abc import Iterator
 from pathlib import Path

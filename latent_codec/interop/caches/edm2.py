@@ -1,7 +1,5 @@
 """Write and read EDM2's latents: a zip file of `00000/img-mean-std-00000000.npy` ..., raw means before deviations.
-
-EDM2's autoencoder takes pixels in [0, 1], and EDM2 scales draws by its own constants, measured on such latents.
-"""
+Its autoencoder takes pixels in [0, 1], and EDM2 scales draws by its own constants, measured on such latents."""
 
 import functools
 import json

@@ -1,7 +1,5 @@
 """Write and read MAR's cached latents: `{class}/{name}.npz` with the raw posteriors, means before log-variances.
-
-Its loader takes every top-level folder for a class, and draws from one of `moments` and `moments_flip`.
-"""
+Its loader takes every top-level folder for a class, and draws from one of `moments` and `moments_flip`."""
 
 from collections.abc import Iterator
 from pathlib import Path

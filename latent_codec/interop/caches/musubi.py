@@ -1,7 +1,5 @@
-"""Write and read musubi-tuner's cached latents of images: one draw in `{name}_{W}x{H}_{architecture}.safetensors`.
-
-All files lie in one folder. The architecture decides the layout, and whether the trainer or the cache scales latents.
-"""
+"""Write and read musubi-tuner's cached latents of images: one draw in `{name}_{W}x{H}_{architecture}.safetensors`, in
+one folder. The architecture decides the layout, and whether the trainer or the cache scales latents."""
 
 import functools
 import posixpath

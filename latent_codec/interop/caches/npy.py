@@ -1,7 +1,5 @@
 """Write and read one draw for each image in a NumPy file `{path without suffix}.npy`, as DC-AE's training reads them.
-
-DC-AE takes scaled latents; fast-DiT and others differ, so the user chooses the scale.
-"""
+DC-AE takes scaled latents; fast-DiT and others differ, so the user chooses the scale."""
 
 import posixpath
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Write and read WebDataset's tar shards: one draw `{key}.npy` for each image, with `.flip.npy`, `.cls`, `.json`.
-
-WebDataset's own decoders know these suffixes, but none of safetensors. The user chooses the scale.
-"""
+Its own decoders know these suffixes, but none of safetensors. The user chooses the scale."""
 
 import functools
 import io

@@ -33,11 +33,8 @@ class BackboneShape:
 
 
 class Backbone(nn.Module, abc.ABC):
-    """Holds both networks of an autoencoder.
-
-    A latent element has a place on a grid with one element for `factor` x `factor` pixels. Its features and the
-    parameters of its pixels depend on the elements up to a margin away from that place, on every side.
-    """
+    """Holds both networks of an autoencoder. A latent element has a place on a grid with one for `factor` x `factor`
+    pixels; its features and its pixels' parameters depend on elements up to a margin away, on every side."""
 
     factor: int
     """f, the pixels per latent element along one side."""

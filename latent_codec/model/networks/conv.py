@@ -1,7 +1,5 @@
 """Build the AutoencoderKL topology of latent diffusion (Rombach et al. 2022), tensor for tensor.
-
-Submodules carry the names that AutoencoderKL checkpoints use, so that weights move both ways by name.
-"""
+Submodules carry the names that AutoencoderKL checkpoints use, so that weights move both ways by name."""
 
 from collections import OrderedDict
 from itertools import pairwise
@@ -58,11 +56,8 @@ def _named(**modules: nn.Module) -> nn.Sequential:
 
 
 def _stages(widths: tuple[int, ...], blocks: int, groups: int, resize: str) -> nn.Sequential:
-    """Build the residual blocks of each resolution, and `resize` from each to the next: "downsamplers" or "upsamplers".
-
-    A stride-2 convolution, padded below and on the right, halves the grid; nearest neighbours and a convolution double
-    it.
-    """
+    """Build each resolution's residual blocks, and `resize` between resolutions: "downsamplers" (a stride-2
+    convolution, padded below and on the right) or "upsamplers" (nearest neighbours and a convolution)."""
     stages = nn.Sequential()
     for width_in, width in pairwise((widths[0], *widths)):
         resnets = (ResnetBlock(width if i else width_in, width, groups) for i in range(blocks))

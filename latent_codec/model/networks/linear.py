@@ -69,10 +69,8 @@ class LinearBackbone(Backbone):
 
     @torch.no_grad()
     def start_from_components(self, moments: PatchMoments) -> None:
-        """Set both weights to the first principal components, an orthonormal basis.
-
-        Distances between latents then equal distances between pixels, as the nearest vector of a codebook needs.
-        """
+        """Set both weights to the first principal components, an orthonormal basis: distances between latents then
+        equal those between pixels, as the nearest vector of a codebook needs."""
         basis = self._components(moments)[1]
         self._set(moments, basis, basis, None)
 
@@ -90,9 +88,7 @@ class LinearBackbone(Backbone):
         self, moments: PatchMoments, project: torch.Tensor, back: torch.Tensor, logvar: torch.Tensor | None
     ) -> None:
         """Set both convolutions from matrices (d, z) around the mean, and log-variances (z,) where there are any.
-
-        Pixels of the overlap get weight 0.
-        """
+        Pixels of the overlap get weight 0."""
         z, p, c = self.latent_channels, self.factor, self.image_channels
         own = slice(self.overlap, self.overlap + p)
         weight = torch.zeros(self.encoder.weight.shape, dtype=torch.float64)  # (features, c, side, side)

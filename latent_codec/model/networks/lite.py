@@ -1,7 +1,5 @@
 """Build the fast default backbone: a linear patch path, and beside it a residual network on a space-to-depth grid.
-
-No convolution runs at full resolution and no layer takes statistics over the image, so the receptive field is finite.
-"""
+No convolution runs at full resolution and no layer takes statistics over the image: the receptive field is finite."""
 
 import dataclasses
 from itertools import pairwise

@@ -1,8 +1,5 @@
-"""Build fully connected networks on whole small images (Kingma & Welling 2014, appendix C).
-
-An image of `side` x `side` pixels is one vector and has one latent vector (b, z, 1, 1). A larger image is cut into
-such squares, each encoded on its own.
-"""
+"""Build fully connected networks on small images of `side` x `side` pixels (Kingma & Welling 2014, appendix C), with
+one latent vector (b, z, 1, 1) each. A larger image is cut into such squares, each encoded on its own."""
 
 from itertools import pairwise
 
@@ -45,10 +42,8 @@ class MLPBackbone(Backbone):
 
     @torch.no_grad()
     def start_from_bias(self, params: torch.Tensor) -> None:
-        """Draw Glorot and Bengio's (2010) weights, and set the last bias to parameters (params * c, side, side).
-
-        Given those of the mean image, the decoder starts from that image, as in Burda et al. (2016).
-        """
+        """Draw Glorot and Bengio's (2010) weights, and set the last bias to parameters (params * c, side, side): given
+        those of the mean image, the decoder starts from that image, as in Burda et al. (2016)."""
         for layer in (*self.encoder, *self.decoder):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)

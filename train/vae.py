@@ -25,13 +25,7 @@ from train.config.vae import ELBOConfig, IWAEConfig, JointConfig
 from train.context_prior.network import ContextNet
 from train.context_prior.trained import prior_of
 from train.data.crops import Batches, CentreCrops, MemoryImages, StreamedImages, centre_crops
-from train.init.closed_form import (
-    all_patch_moments,
-    mean_pixels,
-    patch_moments,
-    start_from_closed_form,
-    start_from_mean,
-)
+from train.init import closed_form
 from train.init.from_model import start_from_model
 from train.loop.claim import claim
 from train.loop.logs import RunLog
@@ -175,13 +169,13 @@ def _start(run: Run, parts: _Parts, images: Batches, trainer: Trainer, sources: 
         start_from_model(codec, run.start_from, images.batches(plan, 0, math.ceil(_START_CROPS / config.batch_size)))
     elif config.closed_form:
         if config.closed_form_crops is None:
-            moments = all_patch_moments(sources, codec, quiet=quiet)
+            moments = closed_form.all_patch_moments(sources, codec, quiet=quiet)
         else:
             batches = math.ceil(config.closed_form_crops / config.batch_size)
-            moments = patch_moments(images, plan, codec, batches, quiet=quiet)
-        start_from_closed_form(codec, moments)
+            moments = closed_form.patch_moments(images, plan, codec, batches, quiet=quiet)
+        closed_form.start_from_closed_form(codec, moments)
     elif config.mean_start:
-        start_from_mean(codec, mean_pixels(images, plan, len(sources)))
+        closed_form.start_from_mean(codec, closed_form.mean_pixels(images, plan, len(sources)))
 
 
 class VAETask(Task):

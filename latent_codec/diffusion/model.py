@@ -1,8 +1,5 @@
-"""Define a class-conditional flow model of normalised latents, and its file. Needs the extra `diffusers`.
-
-The file is safetensors with the metadata key `latent_codec`, as a codec's: {format_version, transformer, latents,
-provenance}.
-"""
+"""Define a class-conditional flow model of normalised latents, and its safetensors file. Needs the extra `diffusers`.
+The file's metadata key `latent_codec` holds {format_version, transformer, latents, provenance}."""
 
 from pathlib import Path
 from typing import Any

@@ -3,26 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from latent_codec.model.config import (
-    BernoulliConfig,
-    CodecConfig,
-    ConvConfig,
-    DiagonalGaussianConfig,
-    DiscretizedLogisticConfig,
-    FiniteScalarConfig,
-    GaussianConfig,
-    IdentityConfig,
-    LinearConfig,
-    LiteConfig,
-    MLPConfig,
-    VectorQuantizerConfig,
-)
+from latent_codec.model import config
 from train.config.vae import AdversarialConfig, CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
-_PHOTO_CODEC = CodecConfig(
+_PHOTO_CODEC = config.CodecConfig(
     image_channels=3,
     latent_channels=32,
-    backbone=LiteConfig(
+    backbone=config.LiteConfig(
         patch=8,
         stem=4,
         encoder_widths=(64, 192),
@@ -31,8 +18,8 @@ _PHOTO_CODEC = CodecConfig(
         decoder_depths=(2, 3),
         overlap=4,
     ),
-    bottleneck=DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
-    likelihood=GaussianConfig(scale="fixed", sigma=0.08),
+    bottleneck=config.DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
+    likelihood=config.GaussianConfig(scale="fixed", sigma=0.08),
 )
 _PHOTO_OBJECTIVE = ELBOConfig(
     beta=1.0,
@@ -44,7 +31,7 @@ _PHOTO_OBJECTIVE = ELBOConfig(
     lpips_weight=0.0,
     lpips_net="alex",
 )
-_PATCH_4 = LiteConfig(
+_PATCH_4 = config.LiteConfig(
     patch=4, stem=4, encoder_widths=(64,), encoder_depths=(2,), decoder_widths=(64,), decoder_depths=(3,)
 )
 
@@ -97,14 +84,14 @@ def photo_joint() -> TrainConfig:
 def pca() -> TrainConfig:
     """Compute the principal components of 8x8 patches from their moments: a lower bound for any VAE."""
     # Noise of half a grey level shrinks components by next to nothing and keeps all of them.
-    likelihood = GaussianConfig(scale="fixed", sigma=1 / 255)
-    codec = replace(_PHOTO_CODEC, backbone=LinearConfig(patch=8), likelihood=likelihood)
+    likelihood = config.GaussianConfig(scale="fixed", sigma=1 / 255)
+    codec = replace(_PHOTO_CODEC, backbone=config.LinearConfig(patch=8), likelihood=likelihood)
     return replace(photo(), codec=codec, closed_form_crops=None, steps=0)
 
 
 def conv() -> TrainConfig:
     """Train a small AutoencoderKL (f8, 4 channels) with LPIPS and KL warm-up, from random weights."""
-    backbone = ConvConfig(
+    backbone = config.ConvConfig(
         widths=(64, 128, 256, 256),
         layers_per_block=2,
         groups=32,
@@ -112,7 +99,7 @@ def conv() -> TrainConfig:
         quant_conv=True,
         post_quant_conv=True,
     )
-    likelihood = GaussianConfig(scale="fixed", sigma=0.2)
+    likelihood = config.GaussianConfig(scale="fixed", sigma=0.2)
     return replace(
         photo(),
         codec=replace(_PHOTO_CODEC, latent_channels=4, backbone=backbone, likelihood=likelihood),
@@ -149,7 +136,7 @@ def kl_f8c4() -> TrainConfig:
             discriminator_layers=3,
         ),
     )
-    codec = replace(base.codec, likelihood=GaussianConfig(scale="fixed", sigma=0.25))
+    codec = replace(base.codec, likelihood=config.GaussianConfig(scale="fixed", sigma=0.25))
     return replace(base, codec=codec, objective=objective, steps=24_000)
 
 
@@ -161,13 +148,13 @@ def kl_f8c16() -> TrainConfig:
 
 def autoencoder() -> TrainConfig:
     """Train a deterministic autoencoder of the shipped codec's shape: no posterior, no rate."""
-    codec = replace(_PHOTO_CODEC, bottleneck=IdentityConfig())
+    codec = replace(_PHOTO_CODEC, bottleneck=config.IdentityConfig())
     return replace(photo(), codec=codec, objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0))
 
 
 def vqvae() -> TrainConfig:
     """Train a VQ-VAE: one of 512 codes for each 4x4 pixels, by running averages; unused codes are replaced."""
-    bottleneck = VectorQuantizerConfig(codes=512)
+    bottleneck = config.VectorQuantizerConfig(codes=512)
     codebook = CodebookConfig(commitment=20.0, codebook="ema", codebook_decay=0.99, revive_below=0.25, revive_every=50)
     return replace(
         photo(),
@@ -181,14 +168,14 @@ def vqvae() -> TrainConfig:
 def fsq() -> TrainConfig:
     """Train a finite scalar quantiser: one of 8 x 5 x 5 x 5 codes for each 4x4 pixels, without a codebook to train."""
     base = vqvae()
-    codec = replace(base.codec, latent_channels=4, bottleneck=FiniteScalarConfig(levels=(8, 5, 5, 5)))
+    codec = replace(base.codec, latent_channels=4, bottleneck=config.FiniteScalarConfig(levels=(8, 5, 5, 5)))
     return replace(base, codec=codec, objective=replace(_PHOTO_OBJECTIVE, mode_weight=0.0))
 
 
 def logistic() -> TrainConfig:
     """Train a discretised logistic likelihood, for bits/dim of 32x32 crops; --components makes it a mixture."""
     backbone = replace(_PATCH_4, decoder_depths=(2,))
-    likelihood = DiscretizedLogisticConfig(components=1)
+    likelihood = config.DiscretizedLogisticConfig(components=1)
     return replace(
         photo(),
         codec=replace(_PHOTO_CODEC, latent_channels=16, backbone=backbone, likelihood=likelihood),
@@ -202,12 +189,12 @@ def logistic() -> TrainConfig:
 
 def mnist_vae() -> TrainConfig:
     """Train the MLP VAE of Burda et al. 2016 (784-200-200-50, tanh, Bernoulli): 3,280 epochs of MNIST."""
-    codec = CodecConfig(
+    codec = config.CodecConfig(
         image_channels=1,
         latent_channels=50,
-        backbone=MLPConfig(side=28, encoder_widths=(200, 200), decoder_widths=(200, 200), activation="tanh"),
+        backbone=config.MLPConfig(side=28, encoder_widths=(200, 200), decoder_widths=(200, 200), activation="tanh"),
         bottleneck=_PHOTO_CODEC.bottleneck,
-        likelihood=BernoulliConfig(pixels="drawn"),
+        likelihood=config.BernoulliConfig(pixels="drawn"),
     )
     return replace(
         photo(),
@@ -241,7 +228,7 @@ def mnist_iwae() -> TrainConfig:
 def mnist_cvae() -> TrainConfig:
     """Train an MLP VAE conditioned on the digit, with 4 latent channels so that prior samples look good; 10 epochs."""
     base, widths = mnist_vae(), (500, 500)
-    backbone = MLPConfig(side=28, encoder_widths=widths, decoder_widths=widths, activation="relu")
+    backbone = config.MLPConfig(side=28, encoder_widths=widths, decoder_widths=widths, activation="relu")
     return replace(
         base,
         codec=replace(base.codec, latent_channels=4, backbone=backbone, classes=tuple("0123456789")),

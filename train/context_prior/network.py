@@ -11,17 +11,8 @@ from torch.nn.functional import conv2d, logsigmoid, pad
 from latent_codec.model.file import LatentStatistics
 from latent_codec.noise import fold, hashes, uniform
 from latent_codec.precision import float32_island
-from latent_codec.prior.context import (
-    SIGNALS,
-    TABLES,
-    TOP,
-    UNIT,
-    ContextConfig,
-    ContextPrior,
-    Layer,
-    pass_layouts,
-    table_scale,
-)
+from latent_codec.prior import context
+from latent_codec.prior.context import SIGNALS, TABLES, TOP, UNIT
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
 from latent_codec.prior.layout import PassLayout, Sites
 from latent_codec.prior.quantizer import LIMIT, STEP_ONE, Scaled, round_with_dead_zone
@@ -65,7 +56,7 @@ class ContextNet(nn.Module):
 
     def __init__(
         self,
-        config: ContextConfig,
+        config: context.ContextConfig,
         channel_steps: np.ndarray,
         statistics: LatentStatistics,
         order: np.ndarray | None = None,
@@ -77,7 +68,7 @@ class ContextNet(nn.Module):
             raise ValueError(
                 f"groups {config.groups} do not add up to the model's {len(channel_steps)} latent channels"
             )
-        self.config, self.layouts = config, pass_layouts(config)
+        self.config, self.layouts = config, context.pass_layouts(config)
         std = np.array(statistics.std)
         self.order = np.argsort(-std / channel_steps, kind="stable") if order is None else order
         # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step if that is coarser.
@@ -206,7 +197,7 @@ class ContextNet(nn.Module):
         return [Scaled(own, s, seed) for own, s, seed in zip(latents, steps, seeds, strict=True)]
 
     @torch.no_grad()
-    def thaw(self, prior: ContextPrior) -> None:
+    def thaw(self, prior: context.ContextPrior) -> None:
         """Load the weights of a frozen prior: the inverse of `freeze`, except for rounding.
 
         From a prior with other groups or levels, load the passes that decode the same channels at the same positions;
@@ -233,7 +224,7 @@ class ContextNet(nn.Module):
                 layer.bias.copy_(numbers.bias.double() / (units * power))
 
     @torch.no_grad()
-    def freeze(self, tables: Tables) -> ContextPrior:
+    def freeze(self, tables: Tables) -> context.ContextPrior:
         """Return the prior in integers, with the given tables."""
         gain = self.gain.cpu().numpy().astype(np.int64)
         by_channel = np.empty_like(gain)
@@ -246,7 +237,7 @@ class ContextNet(nn.Module):
                 for layer, (inputs, outputs) in zip(net, _units(layout), strict=True)  # pyright: ignore[reportArgumentType]
             ]
             passes.append(tuple(layers))
-        return ContextPrior(self.config, self.order, by_channel, offset, passes, tables)
+        return context.ContextPrior(self.config, self.order, by_channel, offset, passes, tables)
 
 
 def _units(layout: PassLayout) -> list[tuple[int, int | torch.Tensor]]:
@@ -327,7 +318,7 @@ def _logistic_bits(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return -nats.flatten(1).sum(1) / math.log(2)
 
 
-def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> Layer:
+def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> context.Layer:
     """Round a layer to integers, with `inputs` and `outputs` (one, or one for each row) integers per unit.
     A row's scale is the largest power of two that keeps its weights within `TOP` and its bias far below 2^24."""
     assert isinstance(layer, nn.Conv2d) and layer.bias is not None
@@ -337,7 +328,7 @@ def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> Layer
     room = torch.minimum(TOP / weight.abs().amax(1).clamp(min=1e-9), 2**22 / bias.abs().clamp(min=1e-9))
     shift = torch.log2(room).floor().clamp(1, 20)
     power = torch.exp2(shift)
-    return Layer(
+    return context.Layer(
         (weight * power[:, None]).round().clamp(-TOP, TOP).to(torch.int8),
         (bias * power).round().to(torch.int32),
         shift.to(torch.int32),
@@ -346,7 +337,7 @@ def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> Layer
 
 def logistic_tables() -> Tables:
     """Return a table of the logistic's masses for each location and scale, where counting starts."""
-    return join([_logistic_table(*table_scale(table)) for table in range(TABLES)])
+    return join([_logistic_table(*context.table_scale(table)) for table in range(TABLES)])
 
 
 def _logistic_table(location: float, scale: float) -> tuple[int, np.ndarray]:

@@ -43,12 +43,7 @@ class Progress:
 
 
 def save(
-    folder: Path,
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    *,
-    keep: int,
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: Progress, *, keep: int
 ) -> Path:
     """Write a checkpoint into `folder`, remove all but the newest `keep`, and return its path.
 

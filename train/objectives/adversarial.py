@@ -15,11 +15,8 @@ _GROUPS = 32
 
 
 class PatchDiscriminator(nn.Module):
-    """Score each patch of an image; real images should score high (Isola et al. 2017, "PatchGAN").
-
-    Features are normalised by groups of channels within each image, not by batches: an image's score must depend
-    neither on the other images nor on how a batch is split over processes.
-    """
+    """Score each patch of an image; real images should score high (Isola et al. 2017, "PatchGAN"). Groups of channels
+    are normalised within an image: its score must depend neither on the batch nor on how that is split."""
 
     def __init__(self, image_channels: int, width: int, layers: int) -> None:
         """Create the layers: `width`, a multiple of 32, doubles with each further layer up to eight times."""
@@ -76,17 +73,10 @@ class Adversary(nn.Module):
         self.net = PatchDiscriminator(image_channels, config.discriminator_width, config.discriminator_layers)
 
     def forward(
-        self,
-        real: torch.Tensor,
-        fake: torch.Tensor,
-        reconstruction: torch.Tensor,
-        last: nn.Parameter,
-        begun: bool,
+        self, real: torch.Tensor, fake: torch.Tensor, reconstruction: torch.Tensor, last: nn.Parameter, begun: bool
     ) -> AdversarialLosses:
-        """Return the losses of images `real` and `fake` (b, c, h, w) in [-1, 1], zero until they have begun.
-
-        `reconstruction` () is the loss of `fake` in nats per image, and `last` the weight of the layer that makes it.
-        """
+        """Return the losses of images `real` and `fake` (b, c, h, w) in [-1, 1], zero until they have `begun`.
+        `reconstruction` () is the loss of `fake` in nats per image, `last` the weight of the layer that makes it."""
         if not begun:  # every parameter must take part, or other processes would wait for its gradient
             zero = torch.zeros((), device=fake.device)
             nothing = 0.0 * sum(p.sum() for p in self.net.parameters())

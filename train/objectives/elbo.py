@@ -1,7 +1,5 @@
 """Compute the negative ELBO and the terms that may be added to it.
-
-An objective owns the codec and is what Accelerate wraps, so that only its `forward` is called.
-"""
+An objective owns the codec and is what Accelerate wraps, so that only its `forward` is called."""
 
 import math
 
@@ -104,11 +102,8 @@ class ELBO(nn.Module):
 
     @torch.no_grad()
     def decoded_mode(self, posterior: DiagonalGaussian, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the latents (b, z, h/f, w/f) of the second NLL and its weights (b,).
-
-        Channel steps follow each image's own posterior standard deviation, not that of the data set as in a bitstream:
-        an image's loss must not depend on the batch it is in.
-        """
+        """Return the second NLL's latents (b, z, h/f, w/f) and weights (b,). Channel steps follow each image's own
+        posterior, not the data set's as in a bitstream: an image's loss must not depend on its batch."""
         mode = posterior.mode().detach()
         if self.config.mode_steps is None:
             return mode, torch.ones(len(mode), device=mode.device)

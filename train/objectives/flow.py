@@ -26,11 +26,8 @@ class FlowLosses(NamedTuple):
 
 
 class FlowMatching(nn.Module):
-    """Match conditional flows on straight paths (Lipman et al. 2023; Liu et al. 2023).
-
-    t is logit-normal (Esser et al. 2024, section 3.1). A share of the labels is dropped for classifier-free guidance
-    (Ho & Salimans 2022). All random numbers of an image depend on its key alone.
-    """
+    """Match conditional flows on straight paths (Lipman et al. 2023; Liu et al. 2023), at logit-normal t (Esser et al.
+    2024, section 3.1). A share of the labels is dropped for classifier-free guidance (Ho & Salimans 2022)."""
 
     def __init__(self, config: FlowConfig, model: Diffusion) -> None:
         super().__init__()

@@ -11,11 +11,8 @@ from latent_codec.precision import float32_island
 
 
 class PatchMoments(NamedTuple):
-    """Holds the moments of image patches flattened as (channel, row, column), d = channels * patch^2.
-
-    The mean is one value per channel: photographs have no preferred position, and a transposed convolution has one
-    bias per channel. The covariance is taken around it.
-    """
+    """Holds the moments of patches flattened as (channel, row, column), d = channels * patch^2. A channel has one mean,
+    as a transposed convolution has one bias for it; the covariance is taken around these means."""
 
     mean: torch.Tensor  # (channels,) float64
     covariance: torch.Tensor  # (d, d) float64

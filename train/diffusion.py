@@ -81,20 +81,14 @@ def train(run: DiffusionRun) -> int:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    modules = {"diffusion": model, "ema": ema}
-    trainer = Trainer(
-        config, run, accelerator, TrainedModules(objective=objective, modules=modules, optimizer=optimizer)
-    )
+    trained = TrainedModules(objective=objective, modules={"diffusion": model, "ema": ema}, optimizer=optimizer)
+    trainer = Trainer(config, run, accelerator, trained)
     trainer.prepare(described)
     plan = trainer.plan(config.transformer.size)
     held_out = PosteriorCrops(data.held, data.held_rows, plan.crop, plan)
     task = DiffusionTask(run, ema, held_out, accelerator)
-    accelerator.print(
-        f"{len(data.rows)} images of {len(data.space.classes)} classes; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device}, precision {accelerator.mixed_precision}; {config.batch_size} latents of "
-        f"{' x '.join(map(str, model.shape))} per step; {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
-        f"parameters; from step {trainer.progress.step} to {config.steps}"
-    )
+    batch = f"{config.batch_size} latents of {' x '.join(map(str, model.shape))} per step"
+    trainer.announce(f"{len(data.rows)} images of {len(data.space.classes)} classes", batch)
     crops = PosteriorCrops(data.latents, data.rows, plan.crop, plan)
     batches = crops.batches(trainer.progress.step, config.steps, run.workers, accelerator.device)
     code = trainer.loop(task, batches, interrupts)

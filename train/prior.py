@@ -91,11 +91,7 @@ def train(run: Run) -> int:
     trained = TrainedModules(objective=objective, modules={"prior": net}, optimizer=optimizer)
     trainer = Trainer(loop, run, accelerator, trained)
     trainer.prepare(described)
-    accelerator.print(
-        f"{len(crops)} images' latents; {accelerator.num_processes} process(es) on {accelerator.device}, precision "
-        f"{accelerator.mixed_precision}; {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; from step "
-        f"{trainer.progress.step} to {config.steps}"
-    )
+    trainer.announce(f"{len(crops)} images' latents")
     code = trainer.loop(PriorTask(), _batches(crops, trainer), interrupts)
     if trainer.progress.step == config.steps and accelerator.is_main_process:
         codec.priors = codec.priors._replace(feedback=feedback)

@@ -76,14 +76,10 @@ def train(run: Run) -> int:
     trainer.prepare(described)
 
     task = VAETask(run, parts, centre_crops(labelled(parts.codec, held_out), config.eval_crop), trainer.log)
-    accelerator.print(
-        f"{len(sources)} images ({run.data_mode}); {accelerator.num_processes} process(es) on {accelerator.device}, "
-        f"precision {accelerator.mixed_precision}; {config.batch_size} crops of {config.crop} per step = "
-        f"{accelerator.num_processes} x {config.accumulation} x "
-        f"{config.batch_size // accelerator.num_processes // config.accumulation}; "
-        f"{sum(p.numel() for p in parts.codec.parameters()) / 1e6:.2f} M parameters; "
-        f"from step {trainer.progress.step} to {config.steps}"
-    )
+    processes, micro = accelerator.num_processes, config.accumulation
+    share = f"{processes} x {micro} x {config.batch_size // processes // micro}"
+    batch = f"{config.batch_size} crops of {config.crop} per step = {share}"
+    trainer.announce(f"{len(sources)} images ({run.data_mode})", batch)
     if codebook is not None:
         task.after_step = codebook.after_step
     code = trainer.loop(task, images.batches(plan, trainer.progress.step, config.steps), interrupts)

@@ -119,6 +119,14 @@ class Trainer:
         )
         self.log = RunLog(self.run.out / "log.jsonl", self.accelerator, self.progress.step)
 
+    def announce(self, data: str, batch: str | None = None) -> None:
+        """Print what is trained, on what data and batches, by which processes, and from which step."""
+        accelerator, parameters = self.accelerator, sum(p.numel() for p in self.trained.parameters())
+        processes = f"{accelerator.num_processes} process(es) on {accelerator.device}"
+        about = (data, f"{processes}, precision {accelerator.mixed_precision}", *([batch] if batch else []))
+        steps = f"from step {self.progress.step} to {self.config.steps}"
+        accelerator.print("; ".join((*about, f"{parameters / 1e6:.2f} M parameters", steps)))
+
     def loop(self, task: Task, batches: Iterator[tuple[Any, ...]], interrupts: Interrupts) -> int:
         """Train on `batches`, which go on from the restored step, to the end, a signal or the time limit.
         Returns 0, or 128 + the signal's number."""

@@ -27,11 +27,8 @@ TIMES = 1000
 
 
 class Diffusion(nn.Module):
-    """Predict the velocity noise - z of the straight path z_t = (1 - t) z + t noise from z_t, t and a label.
-
-    This is rectified flow (Liu et al. 2023; Lipman et al. 2023) of latents z that `LatentSpace` normalises. Raises
-    `UserError` if diffusers is not installed.
-    """
+    """Predict the velocity noise - z of the straight path z_t = (1 - t) z + t noise from z_t, t and a label: rectified
+    flow (Liu et al. 2023; Lipman et al. 2023) of normalised latents. Raises `UserError` without diffusers."""
 
     def __init__(self, config: TransformerConfig, latents: LatentSpace) -> None:
         super().__init__()

@@ -55,11 +55,8 @@ class Codec(nn.Module):
             )
 
     def encode(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Posterior:
-        """Return the posterior over latents of pixels: uint8, or float in the likelihood's range.
-
-        Raises `ValueError` if h or w is not a multiple of the factor (pad with `latent_codec.images.geometry.pad`), or
-        if a conditional model's labels are missing or out of range.
-        """
+        """Return the posterior over latents of pixels: uint8, or float in the likelihood's range. Raises `ValueError`
+        if h or w is no multiple of the factor, or if a conditional model's labels are missing or out of range."""
         return self.bottleneck(self.features(x, labels))
 
     def features(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:

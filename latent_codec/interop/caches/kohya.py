@@ -1,8 +1,5 @@
-"""Write and read sd-scripts' cached latents: `{name}_{W}x{H}_sd.npz` beside the image, one draw in float32.
-
-Draws for SD and SDXL are raw, because the trainer multiplies them by 0.18215 or 0.13025. Draws for FLUX are scaled, and
-every key ends in the latents' height and width.
-"""
+"""Write and read sd-scripts' cached latents: `{name}_{W}x{H}_sd.npz` beside the image, one draw in float32. It is raw
+for SD and SDXL, whose trainer scales it, and scaled for FLUX, where keys end in the latents' height and width."""
 
 import posixpath
 import re

@@ -5,16 +5,14 @@ import gc
 import shlex
 import sys
 
-import tyro
-
 from latent_codec.commands.convert import Convert
 from latent_codec.commands.decode import Decode
 from latent_codec.commands.encode import Encode
 from latent_codec.commands.evaluate import Evaluate
 from latent_codec.commands.models import Export, Import, Info
 from latent_codec.commands.sample import Sample
-from latent_codec.errors import UserError
-from latent_codec.program import FLAGS, exit_code
+from latent_codec.errors import UserError, printable
+from latent_codec.program import exit_code, parse, say
 from latent_codec.version import __version__
 
 Command = Encode | Decode | Info | Evaluate | Export | Import | Sample | Convert
@@ -25,7 +23,14 @@ _DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command and exit with 0, 1 (some images failed), 2 (user's mistake), 130 (Ctrl-C) or 141 (closed pipe)."""
-    sys.exit(exit_code(lambda: _run(sys.argv[1:] if args is None else args)))
+    try:
+        sys.exit(exit_code(lambda: _run(sys.argv[1:] if args is None else args)))
+    except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
+        say(f"{_PROGRAM}: {printable(error)}", error=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say(f"{_PROGRAM}: interrupted", error=True)
+        sys.exit(130)
 
 
 def run_command(command: str) -> None:
@@ -35,22 +40,13 @@ def run_command(command: str) -> None:
 
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
-        print(f"{_PROGRAM} {__version__}")
+        say(f"{_PROGRAM} {__version__}")
         return 0
-    command: Command = tyro.cli(Command, prog=_PROGRAM, args=args, description=_DESCRIPTION, registry=FLAGS)  # pyright: ignore
+    command: Command = parse(Command, _PROGRAM, _DESCRIPTION, args)
     if isinstance(command, Evaluate):
         command = dataclasses.replace(command, command_line=shlex.join([_PROGRAM, *args]))
     _import_torch()
-    try:
-        return command.run()
-    except BrokenPipeError:
-        raise
-    except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
-        print(f"{_PROGRAM}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+    return command.run()
 
 
 def _import_torch() -> None:

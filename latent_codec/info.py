@@ -15,6 +15,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.describe import describe_model
 from latent_codec.model.shipped import resolve, shipped_names
 from latent_codec.prior.quantizer import STEP_ONE
+from latent_codec.program import paragraph
 from latent_codec.storage.tensors import FORMAT_VERSION, read_header
 
 _FLIPS = ", and the same of the images mirrored left to right"
@@ -62,7 +63,7 @@ def _describe_diffusion(path: Path) -> str:
         f"latents     {' x '.join(map(str, model.shape))} of model {model.latents.codec_id}",
         f"classes     {classes}",
     ]
-    return "\n".join(lines)
+    return paragraph(lines)
 
 
 def _read_stream(path: Path) -> Stream:
@@ -87,7 +88,7 @@ def _describe_stream(path: Path, model: str | None) -> str:
     latents = f"{drawn}, step {stream.step / STEP_ONE:.4g}"
     if codec is not None and codec.config.codes is not None:
         latents = f"indices of a codebook of {codec.config.codes}"
-    return "\n".join(
+    return paragraph(
         [
             f"stream      {path.name}, {size} bytes, format {stream.version}",
             f"image       {', '.join(image)}",
@@ -107,7 +108,7 @@ def _describe_streams(sources: list[Source], model: str | None) -> str:
     kinds = {s.stream_id: s for s in found}
     steps = sorted({s.step / STEP_ONE for s in found})
     dithered = sum(s.seed is not None for s in found)
-    return "\n".join(
+    return paragraph(
         [
             f"streams     {len(found)} images, {size / 1e6:.2f} MB",
             *(f"model       {_model_of(s, model)[1]}, {s.prior} prior" for s in kinds.values()),
@@ -137,7 +138,7 @@ def _describe_latents(path: Path) -> str:
     if missing := sorted(shard.name for shard in shards if not shard.is_file()):
         raise UserError(f"{path}: {len(missing)} of its {len(shards)} shards are missing: {', '.join(missing[:5])}")
     size = sum(shard.stat().st_size for shard in shards)
-    return "\n".join(
+    return paragraph(
         [
             f"latents     {len(entries)} images in {len(shards)} shards, {size / 1e6:.2f} MB",
             f"model       {header.model_id}",

@@ -180,6 +180,17 @@ def test_functions_take_few_parameters(package: str) -> None:
     assert not many
 
 
+def test_everything_is_printed_by_one_function() -> None:
+    """`program.say` makes names and metadata from files harmless for a terminal."""
+    printing = [
+        f"{module.name}:{node.lineno}"
+        for module in everything().values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "tqdm.write", "sys.stdout.write")
+    ]
+    assert {place.split(":")[0] for place in printing} == {"latent_codec.program"}
+
+
 @pytest.mark.parametrize("package", ["latent_codec", "train", "tools"])
 def test_docstrings_begin_with_a_sentence(package: str) -> None:
     """Modules, public classes and public functions of modules have one; every one that is there begins with a verb."""

@@ -2,12 +2,10 @@
 
 from typing import Any, NoReturn
 
-import tyro
-
-from latent_codec.program import FLAGS
+from latent_codec.program import parse
 from train.loop.program import main_of
 
 
 def main(program: str, kind: Any, about: str | None) -> NoReturn:
     """Parse the command line into one of `kind` and exit with what its `run` returns; None is success."""
-    main_of(program, lambda: tyro.cli(kind, prog=program, description=about, registry=FLAGS).run())
+    main_of(program, lambda: parse(kind, program, about).run())

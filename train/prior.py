@@ -16,7 +16,6 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import safe_open
-from tqdm import tqdm
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
@@ -25,7 +24,7 @@ from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.error_feedback import Feedback
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import PREFIX, Priors
-from latent_codec.program import FLAGS
+from latent_codec.program import parse, say
 from latent_codec.storage.json_config import to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train.config.common import LoopConfig, check_interval, check_least, flat
@@ -62,7 +61,7 @@ class Run(RunOptions):
 
 def main() -> None:
     """Run the command line."""
-    main_of("train.prior", lambda: train(tyro.cli(Run, prog="train.prior", description=__doc__, registry=FLAGS)))
+    main_of("train.prior", lambda: train(parse(Run, "train.prior", __doc__)))
 
 
 def train(run: Run) -> int:
@@ -185,7 +184,7 @@ def _finish(run: Run, codec: Codec, net: ContextNet, crops: LatentCrops, log: Ru
     path = run.out / PRIOR_RUN_MODEL
     codec.save(path, half=_is_half(resolve(run.model)))
     Codec.load(path)
-    tqdm.write(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def _measure(

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import tyro
 
-from latent_codec.errors import UserError
+from latent_codec.errors import UserError, printable
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.registry import CacheName
+from latent_codec.program import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,6 @@ class Convert:
         else:
             raise UserError("give either --to and the name of a program, or --from and one")
         for note in converted.notes:
-            print(note)
-        print(converted.summary)
+            say(printable(note))
+        say(converted.summary)
         return 1 if converted.summary.failures else 0

@@ -9,6 +9,7 @@ import tyro
 from latent_codec.commands.options import ResumeOptions
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.program import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,5 +44,5 @@ class Decode:
         )
         decode = decode_lc if is_lc(self.src) else decode_latents
         summary = decode(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())
-        print(summary)
+        say(summary)
         return 1 if summary.failures else 0

@@ -11,6 +11,7 @@ from latent_codec.commands.options import ResumeOptions
 from latent_codec.errors import UserError
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.program import say
 
 _REFUSED = {
     "lc": (("store", "flips"), "for --format safetensors; a .lc file holds integers of one image"),
@@ -82,5 +83,5 @@ class Encode:
             options = LatentsOptions(store=self.store or "float16", flips=self.flips, read=read)
             encode = partial(encode_latents, options=options)
         summary = encode(load(self.model, self.compute), self.src, self.dst, resume=self.resume.resume())
-        print(summary)
+        say(summary)
         return 1 if summary.failures else 0

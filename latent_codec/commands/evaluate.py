@@ -9,6 +9,7 @@ import tyro
 from latent_codec.errors import UserError
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.program import say
 
 if TYPE_CHECKING:
     from latent_codec.inference.runner import Runner
@@ -71,7 +72,7 @@ class Evaluate:
             return self._report()
         runner = load(self.model, self.compute)
         report = self._rate_distortion(runner) if self.rd else self._evaluate(runner)
-        print(report.table())
+        say(report.table())
         return 1 if report.failures else 0
 
     def _report(self) -> int:
@@ -98,10 +99,10 @@ class Evaluate:
         runner = load(self.model, self.compute)
         report = self._evaluate(runner)
         rd = self._rate_distortion(runner) if self.rd else None
-        print(report.table())
+        say(report.table())
         evaluated = EvaluatedModel(runner, self.model, self.dir, report, rd, self.command_line)
         write_report(evaluated, self.out, options)
-        print(f"wrote {self.out / 'report.html'}")
+        say(f"wrote {self.out / 'report.html'}")
         return 1 if report.failures else 0
 
     def _evaluate(self, runner: "Runner"):

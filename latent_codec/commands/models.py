@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from latent_codec.errors import UserError
+from latent_codec.program import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Info:
         """Print the description and return the exit code."""
         from latent_codec.info import describe
 
-        print(describe(self.file, self.model))
+        say(describe(self.file, self.model))
         return 0
 
 
@@ -54,7 +55,7 @@ class Export:
         from latent_codec.export import export
 
         codec = export(self.source, self.dst, data=self.data, images=self.images, half=self.half)
-        print(f"wrote {self.dst} ({self.dst.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
+        say(f"wrote {self.dst} ({self.dst.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
         return 0
 
     def _to_diffusers(self) -> int:
@@ -66,7 +67,7 @@ class Export:
         codec = prepare(self.source, data=self.data, images=self.images)
         images = calibration_images(codec, self.data, self.images)
         measured = export_folder(codec, self.dst, images=images, normalize=self.fold, half=self.half)
-        print(f"wrote {self.dst}, an AutoencoderKL; {measured}")
+        say(f"wrote {self.dst}, an AutoencoderKL; {measured}")
         return 0
 
 
@@ -95,8 +96,8 @@ class Import:
         codec = import_model(
             self.src, self.dst, scaling_factor=self.scaling_factor, shift_factor=self.shift_factor, half=self.half
         )
-        print(f"wrote {self.dst} ({self.dst.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
-        print(f"  {codec.config.backbone}, {codec.config.latent_channels} latent channels")
+        say(f"wrote {self.dst} ({self.dst.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
+        say(f"  {codec.config.backbone}, {codec.config.latent_channels} latent channels")
         statistics = codec.statistics
-        print(f"  latent statistics: {statistics.source if statistics else 'none; measure them with export --data'}")
+        say(f"  latent statistics: {statistics.source if statistics else 'none; measure them with export --data'}")
         return 0

@@ -9,6 +9,7 @@ import tyro
 from latent_codec.diffusion.config import SampleOptions
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
+from latent_codec.program import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,8 @@ class Sample:
         runner = load(self.model, self.compute)
         diffusion = load_diffusion(self.run_or_file, runner.options.device)
         drawn = sample(diffusion, runner, choose(diffusion, self.label, self.count), self.dst, self.sampling)
-        print(drawn)
+        say(drawn)
         if self.grid is not None:
             write_grid(self.grid, torch.stack([read_image(path).pixels for path in drawn.paths]), self.count)
-            print(f"wrote {self.grid}")
+            say(f"wrote {self.grid}")
         return 0

@@ -2,15 +2,13 @@
 
 import contextlib
 import dataclasses
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-from tqdm import tqdm
-
-from latent_codec.errors import UserError
+from latent_codec.errors import UserError, printable
+from latent_codec.program import say
 
 Stage = Literal["decode", "network", "coding", "writing"]
 """Stages of a run: reading and decoding files; networks; prior and entropy coder; writing files."""
@@ -54,7 +52,7 @@ class Summary:
         """Count an image as failed, and say why on stderr."""
         text = str(reason) if isinstance(reason, (UserError, str)) else f"{type(reason).__name__}: {reason}"
         self.failures[name] = text
-        tqdm.write(text if text.startswith(name) else f"{name}: {text}", file=sys.stderr)
+        say(printable(text if text.startswith(name) else f"{name}: {text}"), error=True)
 
     def __str__(self) -> str:
         others = {"skipped": self.skipped, "by other processes": self.elsewhere, "failed": len(self.failures)}

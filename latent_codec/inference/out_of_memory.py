@@ -1,14 +1,13 @@
 """Split batches until they fit into memory."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
 from latent_codec.errors import UserError
+from latent_codec.program import say
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,7 +43,7 @@ class OutOfMemoryBackoff:
             half = len(items) // 2
             if self._limit > half * elements:
                 self._limit = half * elements
-                tqdm.write(f"memory ran out for {len(items)} images at once; going on with {half}", file=sys.stderr)
+                say(f"memory ran out for {len(items)} images at once; going on with {half}", error=True)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             yield from self.map(call, items[:half], elements)

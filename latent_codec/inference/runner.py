@@ -4,18 +4,17 @@ import contextlib
 import dataclasses
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from latent_codec.errors import FatalError
 from latent_codec.inference import tiling
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import Posterior
+from latent_codec.program import say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +97,10 @@ class Runner:
             slice(s.start * scale, s.stop * scale) for s in tiling.middle_part(self.codec, height, width, tile)
         )
         error = measure(self.codec, x[:1, :, rows, columns], tile, None if labels is None else labels[:1])
-        tqdm.write(
+        say(
             f"tiles of {tile} pixels change this model's results; in a part of the first such image {error}; "
             "a larger --tile changes less",
-            file=sys.stderr,
+            error=True,
         )
 
     def cuts(self, shape: tuple[int, ...], factor: int = 1) -> bool:

@@ -9,6 +9,7 @@ from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics, ModelFile
 from latent_codec.model.parts import build
 from latent_codec.prior.priors import Priors
+from latent_codec.program import paragraph
 from latent_codec.storage.json_config import dumps
 from latent_codec.storage.tensors import FORMAT_VERSION
 
@@ -64,7 +65,7 @@ def describe_model(model: ModelFile, path: Path) -> str:
     lines += [*_describe_statistics(model.statistics), *_describe_priors(model.priors)]
     if model.provenance:
         lines.append(f"training    {_describe_training(model.provenance)}")
-    return "\n".join(lines)
+    return paragraph(lines)
 
 
 def _describe_statistics(statistics: LatentStatistics | None) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import tyro
 
+from latent_codec.program import say
 from latent_codec.storage.files import write_text
 from train.loop.provenance import git_commit
 
@@ -52,6 +53,6 @@ def now() -> float:
 def report(results: dict[str, Any], about: dict[str, Any], out: Path | None, **more: Any) -> None:
     """Print the results and what reproduces them, and write both to `out`; `more` goes to the file alone."""
     found = {"results": results, "about": {"command": command_line(), "commit": git_commit()} | about}
-    print(json.dumps(found, indent=1))
+    say(json.dumps(found, indent=1))
     if out is not None:
         write_text(out, json.dumps(found | more, indent=1) + "\n")

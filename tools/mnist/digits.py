@@ -20,6 +20,7 @@ from latent_codec.errors import UserError
 from latent_codec.images.read import read_image
 from latent_codec.images.sources import find_images
 from latent_codec.noise import fold, permutation
+from latent_codec.program import say
 from latent_codec.storage.files import atomic_path, make_folder
 from latent_codec.storage.tensors import read_state, save_tensors
 from tools.program import main
@@ -97,7 +98,7 @@ class Write:
             make_folder(path.parent)
             with atomic_path(path) as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
-        print(f"wrote {len(digits.names)} digits to {self.dst}")
+        say(f"wrote {len(digits.names)} digits to {self.dst}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ class Classify:
         save_tensors(self.dst, net.state_dict(), {"format": "pt"})
         digits = read_digits(self.raw, "test")
         right = net.recognise(digits.images) == digits.labels
-        print(f"wrote {self.dst}: recognises {right.float().mean().item():.2%} of {len(right)} test digits")
+        say(f"wrote {self.dst}: recognises {right.float().mean().item():.2%} of {len(right)} test digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,10 +152,10 @@ class Score:
             sources = find_images(self.samples / label)
             pixels = torch.stack([_grey(source.read_bytes(), source.name) for source in sources])
             right.append(net.recognise(pixels) == int(label))
-            print(f"{label}: {right[-1].float().mean().item():.1%} of {len(sources)}")
+            say(f"{label}: {right[-1].float().mean().item():.1%} of {len(sources)}")
         if not right:
             raise UserError(f"{self.samples}: no folder 0 ... 9 in it")
-        print(f"all: {torch.cat(right).float().mean().item():.2%} of {len(torch.cat(right))}")
+        say(f"all: {torch.cat(right).float().mean().item():.2%} of {len(torch.cat(right))}")
 
 
 def _grey(data: bytes, name: str) -> torch.Tensor:

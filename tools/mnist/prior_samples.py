@@ -11,6 +11,7 @@ from latent_codec.images.geometry import Geometry, in_rgb
 from latent_codec.images.write import write_image
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
+from latent_codec.program import say
 from latent_codec.storage.files import make_folder
 from tools.program import main
 
@@ -49,7 +50,7 @@ class PriorSamples:
             )
             for i, image in enumerate(pixels):
                 write_image(self.dst / name / f"{i:05d}.png", image, geometry, "png")
-        print(f"wrote {len(classes) * self.count} images to {self.dst}")
+        say(f"wrote {len(classes) * self.count} images to {self.dst}")
 
 
 if __name__ == "__main__":

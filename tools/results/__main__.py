@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.metrics.lpips import LPIPSOptions
+from latent_codec.program import say
 from latent_codec.storage.files import make_folder, write_text
 from tools.benchmark.models import Quality
 from tools.benchmark.record import command_line, machine
@@ -101,7 +101,7 @@ class Results:
         )
         write_text(self.out / PLOT, plot(measured))
         write_text(self.out / PAGE, page(measured, runner.codec))
-        print(f"wrote {self.out / PAGE}")
+        say(f"wrote {self.out / PAGE}")
 
     def _read(self, path: Path, is_own: Callable[[Any], bool], measure: Callable[[], None]) -> dict[str, Any]:
         """Return a file's contents; first measure them if they are missing or another model's."""
@@ -110,7 +110,7 @@ class Results:
         except (ValueError, KeyError, StopIteration, AttributeError, TypeError) as error:
             raise UserError(f"{path}: no results of this kind ({error!r}); give another file or remove it") from error
         if not known:
-            print(f"measuring {path}", file=sys.stderr)
+            say(f"measuring {path}", error=True)
             measure()
         return json.loads(path.read_text(encoding="utf-8"))
 

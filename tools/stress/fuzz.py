@@ -23,6 +23,7 @@ from latent_codec.images.geometry import crop
 from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import Quantized
+from latent_codec.program import say
 from tools.program import main
 from tools.stress.mutants import Kind, Mutant, mutate
 
@@ -128,12 +129,12 @@ class FuzzOptions:
         """Print outcomes, reasons and findings, and return 1 if there is a finding."""
         report = run(self)
         for (kind, outcome), n in sorted(report.outcomes.items()):
-            print(f"{kind:8} {outcome:8} {n:9}")
-        print()
+            say(f"{kind:8} {outcome:8} {n:9}")
+        say("")
         for reason, n in report.reasons.most_common():
-            print(f"{n:9} {reason}")
+            say(f"{n:9} {reason}")
         for number, kind, reason in report.wrong:
-            print(f"WRONG: mutant {number} of seed {self.seed} ({kind}): {reason}")
+            say(f"WRONG: mutant {number} of seed {self.seed} ({kind}): {reason}")
         return 1 if report.wrong else 0
 
 

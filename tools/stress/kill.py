@@ -9,7 +9,6 @@ import hashlib
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from latent_codec.folders.resume.units import Share
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
+from latent_codec.program import say
 from tools.program import main
 
 
@@ -62,7 +62,7 @@ class Kill:
                 if (found := _contents(folder)) != whole:
                     names = sorted(k for k in whole.keys() | found.keys() if whole.get(k) != found.get(k))
                     raise SystemExit(f"trial {trial}: {len(names)} files differ, the first {names[0]}")
-        print(f"{self.kills} kills of {self.processes} process(es), each resumed: {len(whole)} equal files")
+        say(f"{self.kills} kills of {self.processes} process(es), each resumed: {len(whole)} equal files")
 
     def _trial(self, codec: Codec, folder: Path, seconds: float) -> None:
         children = [self._start(codec, folder, rank) for rank in range(self.processes)]
@@ -85,7 +85,7 @@ class Kill:
             summary = encode(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
             os._exit(len(summary.failures))
         except BaseException as error:
-            print(error, file=sys.stderr)
+            say(error, error=True)
             os._exit(255)
 
 

@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
+from latent_codec.program import say
 from latent_codec.storage.files import fsync, write_text
 
 
@@ -31,7 +31,7 @@ class RunLog:
             file.write(json.dumps({"kind": kind, "step": step} | record) + "\n")
         self.accelerator.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
         text = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if math.isfinite(v))
-        tqdm.write(f"{kind} {step}: {text}")
+        say(f"{kind} {step}: {text}")
 
     def warn(self, name: str, step: int, text: str) -> None:
         """Write a line {"kind": "warning", "step", "name", "text"}, once for each name in a run."""
@@ -39,7 +39,7 @@ class RunLog:
             self._warned.add(name)
             with self.path.open("a") as file:
                 file.write(json.dumps({"kind": "warning", "step": step, "name": name, "text": text}) + "\n")
-            tqdm.write(f"warning {step}: {name}: {text}")
+            say(f"warning {step}: {name}: {text}")
 
     def flush(self) -> None:
         """Force the log to the disk, where the checkpoint of the same step will be."""

@@ -9,8 +9,8 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from latent_codec.errors import UserError
-from latent_codec.program import FLAGS, exit_code
+from latent_codec.errors import UserError, printable
+from latent_codec.program import exit_code, parse, say
 
 Config = TypeVar("Config")
 Run = TypeVar("Run")
@@ -30,12 +30,21 @@ class RunOptions:
 
 def main_of(program: str, work: Callable[[], int]) -> NoReturn:
     """Exit with the code that `work` returns, with 1 and one sentence for a user's mistake, or with 141.
-    141 says that the reader of the output went away, as `head` does."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    141 says that the reader of the output went away, as `head` does.
+    """
+    logging.basicConfig(level=logging.WARNING, handlers=[_Handler()])
     try:
         sys.exit(exit_code(work))
     except (UserError, ValueError) as error:
-        raise SystemExit(f"{program}: {error}") from error
+        raise SystemExit(f"{program}: {printable(error)}") from error
+
+
+class _Handler(logging.Handler):
+    """Prints warnings above the progress bar, each as one line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(printable(record.getMessage()), error=True)
 
 
 def run_of_preset(
@@ -43,6 +52,6 @@ def run_of_preset(
 ) -> Run:
     """Parse the command line: a preset's name, then flags that change fields of the `run` made from it."""
     runs = {name: run(config=preset()) for name, preset in presets.items()}
-    lines = {name: (preset.__doc__ or "").splitlines()[0] for name, preset in presets.items()}
+    lines = {name: (preset.__doc__ or "").partition("\n")[0] for name, preset in presets.items()}
     kind = tyro.extras.subcommand_type_from_defaults(runs, lines)
-    return tyro.cli(kind, prog=program, description=about, config=(tyro.conf.AvoidSubcommands,), registry=FLAGS)
+    return parse(kind, program, about, config=(tyro.conf.AvoidSubcommands,))

@@ -7,9 +7,7 @@ within --minutes. Repeat the same command until all stages are done.
 
 import time
 
-import tyro
-
-from latent_codec.program import FLAGS
+from latent_codec.program import parse
 from train.loop.program import main_of
 from train.recipe.config import Recipe, check
 
@@ -19,7 +17,7 @@ def main() -> None:
     started = time.monotonic()  # before torch is imported
 
     def work() -> int:
-        recipe = tyro.cli(Recipe, prog="train.recipe", description=__doc__, registry=FLAGS)
+        recipe = parse(Recipe, "train.recipe", __doc__)
         check(recipe)
         from train.recipe.stages import Clock, advance  # imports torch
 

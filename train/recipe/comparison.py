@@ -10,6 +10,7 @@ from latent_codec.images.sources import Source
 from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import delta_rate
+from latent_codec.program import say
 
 _STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
@@ -26,13 +27,13 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
     for name, model in models.items():
         runner = load(model, ComputeOptions(device=device))
         if runner.codec.priors is None:
-            print(f"{model}: has no prior, and is left out of the figure", flush=True)
+            say(f"{model}: has no prior, and is left out of the figure")
             continue
         steps = " ".join(f"{step:g}" for step in _STEPS)
         command = f"latent-codec evaluate {model} {images} --rd --steps {steps} --sample 0 --lpips-net none"
         options = RateDistortionOptions(steps=_STEPS, command=command)
         reports[name] = rate_distortion(runner, images, options, out=out / name)
-        print(f"{name}\n{reports[name].table()}", flush=True)
+        say(f"{name}\n{reports[name].table()}")
     first, *others = reports
     for other in others:
         for metric in ("psnr", "ms_ssim"):
@@ -40,4 +41,4 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
             tested, anchor = (rate_curve(r.points, r.codecs[0], metric) for r in (reports[first], reports[other]))
             delta = delta_rate(anchor, tested)
             value = f"none ({delta.reason})" if delta.percent is None else f"{delta.percent:+.1f}%"
-            print(f"delta rate of {first} against {other}, {metric}: {value}", flush=True)
+            say(f"delta rate of {first} against {other}, {metric}: {value}")

@@ -21,6 +21,7 @@ from latent_codec.latents.format import INDEX
 from latent_codec.metrics.bjontegaard import check_extra
 from latent_codec.model.codec import Codec
 from latent_codec.noise import text_key
+from latent_codec.program import say
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import to_json
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
@@ -133,13 +134,13 @@ def advance(recipe: Recipe, clock: Clock) -> int:
             continue
         try:
             stages.need(recipe.finish_minutes)
-            print(f"{name}: {clock.left:.1f} minutes left of this call", flush=True)
+            say(f"{name}: {clock.left:.1f} minutes left of this call")
             work()
         except EndOfCallError as end:
-            print(f"{name}: {end}; the same command goes on from here", flush=True)
+            say(f"{name}: {end}; the same command goes on from here")
             return end.code
         state.finish(name)
-    print(f"done: {stages.model}")
+    say(f"done: {stages.model}")
     return 0
 
 
@@ -202,7 +203,7 @@ class Stages:
         runner = load(str(self.quantized), options)
         folders = zip((*self.recipe.data, self.recipe.val), (*self.latents, self.val_latents), strict=True)
         for images, folder in folders:
-            print(encode_latents(runner, images, folder), flush=True)
+            say(encode_latents(runner, images, folder))
 
     @property
     def lacks_latents(self) -> bool:
@@ -248,7 +249,7 @@ class Stages:
     def write_model(self) -> None:
         """Export the finished model."""
         codec = export(self.recipe.out / "prior", self.model, data=(), images=1, half=True)
-        print(f"wrote {self.model} ({self.model.stat().st_size / 1e6:.2f} MB), model {codec.model_id}", flush=True)
+        say(f"wrote {self.model} ({self.model.stat().st_size / 1e6:.2f} MB), model {codec.model_id}")
 
     def compare_models(self) -> None:
         """Compare the finished model with the one it started from."""
@@ -274,10 +275,9 @@ class Stages:
         plan = TrainingPlan(max(1, round(seconds * speeds[-1] / batch_size)), batch_size, speeds[-1])
         self.state.plans[name] = plan
         self.state.write()
-        print(
+        say(
             f"{name}: {plan.images_per_s:.1f} images/s in batches of {batch_size}, so {plan.steps} steps in "
-            f"{seconds / 60:.1f} minutes",
-            flush=True,
+            f"{seconds / 60:.1f} minutes"
         )
 
 

@@ -13,7 +13,8 @@ import pytest
 from tests.support.data import ROOT
 
 FLOORS = (
-    ("errors", "noise", "precision", "program", "version"),
+    ("errors", "noise", "precision", "version"),
+    ("program",),
     ("storage",),
     ("images", "metrics", "prior"),
     ("model",),

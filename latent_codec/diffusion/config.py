@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from latent_codec.errors import UserError
+from latent_codec.storage.files import check_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class LatentSpace:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean or not all(value > 0 for value in self.std):
             raise ValueError(f"mean {self.mean} and std {self.std} must have one value per channel, std positive")
+        for name in self.classes:
+            check_name(name)  # it becomes a folder's
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes {self.classes} are not distinct")
 

@@ -15,11 +15,12 @@ from latent_codec.storage.json_config import dumps, from_json, to_json
 from latent_codec.storage.tensors import (
     FORMAT_VERSION,
     KEY,
+    check_claim,
     check_finite,
-    check_state,
     content_id,
     read_header,
     save_tensors,
+    stored_shapes,
 )
 
 TIMES = 1000
@@ -92,12 +93,11 @@ class Diffusion(nn.Module):
             provenance = from_json(dict, header["provenance"], where="provenance")
         except KeyError as error:
             raise UserError(f"{path}: no latent diffusion model: its header lacks {error}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: damaged or unknown header: {error}") from error
-        model = cls(config, latents)
-        tensors = load_file(path)
+        check_claim([config, latents], lambda: cls(config, latents), stored_shapes(path), path)
+        model, tensors = cls(config, latents), load_file(path)
         check_finite(tensors, path)
-        check_state(model.state_dict(), tensors, str(path))
         model.load_state_dict(tensors)
         model.provenance = provenance
         return model.eval().to(device)

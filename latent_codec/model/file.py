@@ -1,17 +1,29 @@
 """Read and write model files: safetensors whose metadata key `latent_codec` holds the rest as JSON, and no pickle."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from latent_codec.errors import UserError
 from latent_codec.model.config import CodecConfig
+from latent_codec.model.parts import build
 from latent_codec.prior.priors import PREFIX, Priors, PriorsHeader, from_tensors, to_header, to_tensors
 from latent_codec.storage.json_config import dumps, from_json, to_json
-from latent_codec.storage.tensors import FORMAT_VERSION, KEY, check_finite, content_id, read_header, save_tensors
+from latent_codec.storage.tensors import (
+    FORMAT_VERSION,
+    KEY,
+    check_claim,
+    check_finite,
+    content_id,
+    read_header,
+    save_tensors,
+    stored_shapes,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +46,14 @@ class LatentStatistics:
         of_posterior = self.std if self.posterior_std is None else self.posterior_std
         if not len(self.mean) == len(self.std) == len(of_posterior):
             raise ValueError("mean, std and posterior_std must have one value for each channel")
-        if not all(value > 0 for value in self.std + of_posterior):
-            raise ValueError(f"std {self.std} and posterior_std {self.posterior_std} must be positive")
+        check_scale(self.mean, self.std + of_posterior)
+
+
+def check_scale(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise `ValueError` unless latents can be scaled by these in float32: finite means, and positive deviations."""
+    largest, least = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+    if not all(abs(value) <= largest for value in mean) or not all(least <= value <= largest for value in std):
+        raise ValueError(f"mean {mean} must be finite as float32, and standard deviation {std} must be positive")
 
 
 class ModelFile(NamedTuple):
@@ -82,28 +100,38 @@ def write(path: Path, model: ModelFile, *, half: bool = False) -> None:
 
 def read(path: Path) -> ModelFile:
     """Read and check a model file.
-    Raises `UserError` if it is missing, not safetensors, not ours, of another format version, or not finite."""
-    header, tensors, prior_tensors = read_header(path), {}, {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-            if name.startswith(PREFIX):
-                prior_tensors[name] = file.get_tensor(name)
-            else:
-                tensors[name] = file.get_tensor(name).float()
-    check_finite(tensors, path)
+
+    Raises `UserError` if it is missing, not safetensors, not ours, of another format version, or not finite.
+    """
+    header = read_header(path)
     try:
         config = from_json(CodecConfig, header["config"])
         statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
         provenance = from_json(dict, header["provenance"], where="provenance")
+        about = from_json(PriorsHeader | None, header.get("priors"), where="priors")
         if statistics is not None and len(statistics.mean) != config.latent_channels:
             raise ValueError(f"statistics are of {len(statistics.mean)} channels, latents of {config.latent_channels}")
+        tensors, prior_tensors = _read_tensors(path, config)
         priors = None
-        if (about := from_json(PriorsHeader | None, header.get("priors"), where="priors")) is not None:
+        if about is not None:
             priors = from_tensors(about, prior_tensors, config.coded_channels, config.codes)
         elif prior_tensors:
             raise ValueError(f"the header does not know the priors of tensors {sorted(prior_tensors)[:5]}")
     except KeyError as error:
         raise UserError(f"{path}: damaged model header: {error} is missing") from error
-    except (ValueError, RecursionError) as error:
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path}: damaged or unknown model header: {error}") from error
     return ModelFile(config, tensors, statistics, provenance, priors)
+
+
+def _read_tensors(path: Path, config: CodecConfig) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Read the networks' tensors as float32, and those of the priors, once they are known to be what `config` needs."""
+    shapes = stored_shapes(path, is_weight=lambda name: not name.startswith(PREFIX))
+    own = {name: shape for name, shape in shapes.items() if not name.startswith(PREFIX)}
+    check_claim(config, lambda: nn.ModuleDict(build(config)._asdict()), own, path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).float() for name in own}
+        check_finite(tensors, path)
+        return tensors, {name: file.get_tensor(name) for name in shapes if name.startswith(PREFIX)}

@@ -110,6 +110,24 @@ def _union_from_json(members: tuple[Any, ...], value: Any, where: str) -> Any:
     return from_json(kinds[found], value, where=where)
 
 
+def loads(text: str | bytes) -> Any:
+    """Parse JSON from a file; raises `ValueError` also for NaN, infinities and what is nested too deeply."""
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON's")
+
+
+def _finite(digits: str) -> float:
+    if not abs(value := float(digits)) <= sys.float_info.max:
+        raise ValueError(f"{digits} is too large")
+    return value
+
+
 def dumps(value: Any) -> str:
     """Return canonical JSON with sorted keys and without spaces or NaN, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)

@@ -1,20 +1,25 @@
 """Read and write safetensors files with a JSON header under the key `latent_codec` of their metadata."""
 
 import hashlib
-import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from latent_codec.errors import UserError
 from latent_codec.storage.files import put, temporary_folder, temporary_path
-from latent_codec.storage.json_config import dumps, from_json
+from latent_codec.storage.json_config import dumps, from_json, loads, to_json
 
+Shapes = Mapping[str, tuple[int, ...]]
 KEY = "latent_codec"
 FORMAT_VERSION = 1
+_FLOATS = frozenset({"F32", "F16", "BF16"})
 
 
 def content_id(config: Any, tensors: dict[str, torch.Tensor]) -> str:
@@ -44,8 +49,8 @@ def read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such model file; give a shipped model's name or a .safetensors file")
     try:
-        header = from_json(dict, json.loads(own_metadata(path)), where="header")
-    except (ValueError, RecursionError) as error:
+        header = from_json(dict, loads(own_metadata(path)), where="header")
+    except ValueError as error:
         raise UserError(f"{path}: damaged model header: {error}") from error
     version = header.get("format_version")
     if version != FORMAT_VERSION:
@@ -65,6 +70,67 @@ def own_metadata(path: Path) -> str:
     return metadata[KEY]
 
 
+def stored_shapes(path: Path, is_weight: Callable[[str], bool] = lambda _: True) -> Shapes:
+    """Return the shapes of the tensors in a safetensors file, without reading their values.
+
+    Raises `UserError` for a weight that is neither float32, float16 nor bfloat16, and for a file that this machine's
+    memory cannot hold as float32.
+    """
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+        for name, found in slices.items():
+            if is_weight(name) and (kind := found.get_dtype()) not in _FLOATS:
+                raise UserError(f"{path}: tensor {name} has the type {kind}; weights are {', '.join(sorted(_FLOATS))}")
+    size, memory = 4 * sum(map(math.prod, shapes.values())), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise UserError(f"{path}: its tensors take {size / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f} GiB")
+    return shapes
+
+
+def check_claim(config: Any, build: Callable[[], nn.Module], shapes: Shapes, where: Path) -> None:
+    """Raise `UserError` unless a configuration makes a module that has tensors of these shapes.
+
+    The module is built without memory, once `check_numbers` has bounded its size.
+    """
+    check_numbers(config, shapes, where)
+    try:
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
+        raise UserError(f"{where}: no model can be made of its config: {error}") from error
+    check_shapes(shapes_of(expected), shapes, str(where))
+
+
+def check_numbers(config: Any, shapes: Shapes, where: Path) -> None:
+    """Raise `UserError` if a number in a configuration exceeds the elements of its tensors, or a depth their count.
+
+    A few bytes of JSON could otherwise ask for any amount of memory and time.
+    """
+    elements = sum(map(math.prod, shapes.values()))
+    for field, value in _integers(to_json(config)):
+        most = len(shapes) if field.endswith(("depth", "depths", "layers_per_block")) else elements
+        if value > most:
+            raise UserError(
+                f"{where}: no model can be made of its config: {field} is {value}, but the file holds only {elements} "
+                f"numbers in {len(shapes)} tensors"
+            )
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Return the shapes of tensors by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _integers(value: Any, field: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(value, int):
+        yield field, value
+    elif isinstance(value, list):
+        yield from (pair for item in value for pair in _integers(item, field))
+    elif isinstance(value, dict):
+        yield from (pair for key, item in value.items() for pair in _integers(item, key))
+
+
 def check_finite(tensors: dict[str, torch.Tensor], where: Path) -> None:
     """Raise `UserError` naming the first tensor with a value that is not finite."""
     for name, tensor in tensors.items():
@@ -74,16 +140,18 @@ def check_finite(tensors: dict[str, torch.Tensor], where: Path) -> None:
 
 def check_state(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: str) -> None:
     """Raise `UserError` naming tensors that are missing, extra or of another shape."""
+    check_shapes(shapes_of(expected), shapes_of(found), where)
+
+
+def check_shapes(expected: Shapes, found: Shapes, where: str) -> None:
+    """Raise `UserError` naming tensors that are missing, extra or of another shape."""
     if missing := sorted(set(expected) - set(found)):
         raise UserError(f"{where}: {len(missing)} tensors are missing: {', '.join(missing[:5])}")
     if extra := sorted(set(found) - set(expected)):
         raise UserError(f"{where}: {len(extra)} tensors are unknown: {', '.join(extra[:5])}")
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise UserError(
-                f"{where}: tensor {name} has shape {tuple(found[name].shape)}, the config asks for "
-                f"{tuple(tensor.shape)}"
-            )
+    for name, shape in expected.items():
+        if shape != found[name]:
+            raise UserError(f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}")
 
 
 def read_state(path: Path, expected: dict[str, torch.Tensor], remedy: str) -> dict[str, torch.Tensor]:

@@ -213,6 +213,9 @@ REFUSED = {
     **{f"no {field}": (field, ..., f"'{field}' is missing") for field in ("config", "statistics", "provenance")},
     "statistics of too many channels": ("statistics", FIVE, "statistics are of 5 channels, latents of 4"),
     "statistics of unequal lengths": ("statistics", {"mean": [0.0] * 3}, "one value for each channel"),
+    "an infinite provenance": ("provenance", {"loss": math.inf}, "Infinity is no number"),
+    "a deviation that float32 makes 0": ("statistics", {"std": [1.0, 1.0, 1e-60, 1.0]}, "must be positive"),
+    "a mean that float32 makes infinite": ("statistics", {"mean": [0.0, 0.0, 1e60, 0.0]}, "must be finite"),
     "a standard deviation of 0": ("statistics", {"std": [1.0, 1.0, 0.0, 1.0]}, "must be positive"),
     "a posterior's of 0": ("statistics", {"posterior_std": [0.0] * 4}, "must be positive"),
     "statistics that are NaN": ("statistics", {"std": [1.0, 1.0, math.nan, 1.0]}, "damaged"),
@@ -223,6 +226,8 @@ REFUSED = {
     "a stem of 1": ("backbone", {"stem": 1}, "no model"),
     "no widths": ("backbone", NARROW, "no model"),
     "a negative width": ("backbone", {"decoder_widths": [8, -8]}, "no model"),
+    "a depth that the file has no tensors for": ("backbone", {"encoder_depths": [1, 10**9]}, "encoder_depths is 10"),
+    "channels that the file has no numbers for": ("config", {"image_channels": 10**9}, "image_channels is 10"),
     "a width that no memory holds": ("backbone", {"decoder_widths": [8, 2**40]}, "no model"),
 }
 
@@ -235,3 +240,14 @@ def test_a_header_that_makes_no_model_is_refused(rewrite: Rewrite, field: str, v
     if value is ...:
         del found[field]
     assert reason in rewrite(text=json.dumps(rewrite.header))
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64, torch.float64, torch.float8_e4m3fn])
+def test_weights_of_other_types_are_refused(model_file: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    with safe_open(model_file, framework="pt") as found:
+        tensors, metadata = {name: found.get_tensor(name) for name in found.keys()}, found.metadata()  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("backbone."))
+    save_file(
+        tensors | {name: torch.zeros(tensors[name].shape).to(kind)}, tmp_path / "m.safetensors", metadata=metadata
+    )
+    assert f"tensor {name} has the type" in refusal(tmp_path / "m.safetensors")

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
@@ -28,7 +27,7 @@ from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.files import make_folder, sha256_of
 from latent_codec.storage.json_config import from_json
-from latent_codec.storage.tensors import check_finite, check_state
+from latent_codec.storage.tensors import check_claim, check_finite, check_numbers, shapes_of
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
@@ -173,12 +172,7 @@ def _describe(found: _Source, tensors: Tensors) -> tuple[CodecConfig, settings.P
 
 
 def _load(config: CodecConfig, tensors: Tensors, where: Path) -> Codec:
-    try:
-        with torch.device("meta"):  # allocates nothing, however large the configuration
-            expected = {name.removeprefix(BACKBONE): t for name, t in Codec(config).state_dict().items()}
-    except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError) as error:
-        raise UserError(f"{where}: no model can be made of its configuration: {error}") from error
-    check_state(expected, tensors, str(where))
+    check_claim(config, lambda: Codec(config).backbone, shapes_of(tensors), where)
     codec = Codec(config)
     codec.load_state_dict({f"{BACKBONE}{name}": tensor for name, tensor in tensors.items()})
     return codec.eval()
@@ -194,8 +188,11 @@ def _restore(tensors: Tensors, metadata: dict[str, str], where: Path) -> Codec |
         original = {n: t.float() for n, t in load(base64.b64decode(header["original"], validate=True)).items()}
         if digest(config, tensors, original) != header["digest"]:
             raise ValueError("its tensors are not those that were exported")
+        check_numbers(config, shapes_of(tensors | original), where)
+        found = restored(config, tensors, original)
+        check_claim(config, lambda: Codec(config), shapes_of(found), where)
         codec = Codec(config).eval()
-        codec.load_state_dict(restored(config, tensors, original))
+        codec.load_state_dict(found)
         codec.statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
         codec.provenance = from_json(dict, header["provenance"], where="provenance")
     except (KeyError, TypeError, ValueError, RecursionError, RuntimeError, binascii.Error, SafetensorError) as error:

@@ -190,7 +190,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, out: P
         ({"layers_per_block": 3}, "tensors are missing"),
         ({"mid_block_add_attention": False}, "tensors are unknown: .*attentions"),
         ({"latent_channels": 8}, "has shape"),
-        ({"norm_num_groups": 5}, "no model can be made of its configuration: conv: groups 5 must divide"),
+        ({"norm_num_groups": 5}, "no model can be made of its config: conv: groups 5 must divide"),
         ({"block_out_channels": [2**40, 2**40]}, "no model can be made|has shape"),
     ):
         (folder / CONFIG).write_text(json.dumps(good | change))

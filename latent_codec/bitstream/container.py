@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 from latent_codec.errors import UserError
-from latent_codec.images.geometry import Geometry
+from latent_codec.images.geometry import Geometry, check_size
 from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.model.config import CodecConfig
 from latent_codec.prior.priors import PriorKind
@@ -82,11 +82,7 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
     _, version, _, width, height, *_, length = _FIELDS.unpack(fields)
     if version not in VERSIONS:
         raise UserError(f"format version {version}; this program reads up to {max(VERSIONS)}: update latent-codec")
-    if width * height > max_pixels:
-        raise UserError(
-            f"{width}x{height} = {width * height} pixels exceed the limit of {max_pixels}; raise --max-pixels if you "
-            "trust the file"
-        )
+    check_size(height, width, max_pixels)
     if (found := len(data) - OVERHEAD) != length:
         raise UserError(f"damaged: its header promises {length} bytes of coded data, the file has {max(found, 0)}")
     if data[-_CHECKSUM.size :] != _checksum(payload):

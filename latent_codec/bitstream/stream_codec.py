@@ -9,7 +9,8 @@ import torch
 
 from latent_codec.bitstream.container import Stream, pack, quantizer_settings
 from latent_codec.errors import UserError
-from latent_codec.images.geometry import Geometry
+from latent_codec.images.geometry import Geometry, check_size
+from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.model.codebooks import FiniteScalarQuantizer, VectorQuantizer
 from latent_codec.model.codec import Codec, suggest_model
 from latent_codec.noise import fold, text_key
@@ -103,8 +104,12 @@ class StreamReader:
         coders = (StreamCodec(codec, device, kind) for kind in (None, "factorized"))
         self.codec, self.coders = codec, {coder.prior.kind: coder for coder in coders}
 
-    def check(self, stream: Stream) -> tuple[PriorKind, tuple[int, int, int]]:
-        """Return the prior and shape that a batch shares; raise `UserError` for another model's or a short payload."""
+    def check(self, stream: Stream, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[PriorKind, tuple[int, int, int]]:
+        """Return the prior and the latents' shape, which streams that are decompressed together must share.
+
+        Raises `UserError` if the stream is another model's, its image has more than `max_pixels` pixels once padded to
+        whole latents, or its payload is too short for its size.
+        """
         kind, found = stream.prior, stream.stream_id
         if kind not in self.coders:
             raise UserError(f"coded under a {kind} prior, which the model has not; {remedy(kind, found)}")
@@ -114,7 +119,9 @@ class StreamReader:
             )
         if (version := stream.version) != (own := self.coders[kind].prior.version):
             raise UserError(f"damaged: it says format version {version}, and this model's streams are of {own}")
-        return kind, quantizer_settings(stream, self.codec.config, self.codec.factor).shape
+        shape = quantizer_settings(stream, self.codec.config, self.codec.factor).shape
+        check_size(stream.geometry.height, stream.geometry.width, max_pixels, self.codec.factor)
+        return kind, shape
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Return the latents of streams for which `check` returned the same, or the error of each damaged one."""

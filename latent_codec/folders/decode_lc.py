@@ -68,7 +68,7 @@ class _LcDecoder(ImageDecoder):
 
     def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Stream]:
         stream = container.unpack(data, max_pixels=self.options.max_pixels)
-        prior, shape = self._reader.check(stream)
+        prior, shape = self._reader.check(stream, max_pixels=self.options.max_pixels)
         return (PRIORS.index(prior), *shape), stream
 
     def make(self, batches: Iterable[list[Input[Stream]]], work: Work) -> Iterator[Output]:

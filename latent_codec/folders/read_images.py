@@ -5,9 +5,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from latent_codec.errors import UserError
 from latent_codec.folders.jobs import Shape
 from latent_codec.folders.workers import Processes
-from latent_codec.images.geometry import Geometry, Image, pad
+from latent_codec.images.geometry import Geometry, Image, check_size, pad
 from latent_codec.images.read import ReadOptions, read_image
 from latent_codec.images.sources import Source
 from latent_codec.inference.runner import Runner
@@ -35,4 +36,8 @@ class ImageReader:
 def padded(name: str, data: bytes, factor: int, options: ReadOptions) -> tuple[np.ndarray, Geometry]:
     """Read an image as an array, which takes no shared memory between processes; raises as `read_image` does."""
     image = read_image(data, options, name=name)
+    try:
+        check_size(image.geometry.height, image.geometry.width, options.max_pixels, factor)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     return pad(image.pixels, factor).numpy(), image.geometry

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from latent_codec.errors import UserError
 from latent_codec.images.colour import parse_colour
 
 
@@ -75,6 +76,19 @@ def pad(x: torch.Tensor, factor: int) -> torch.Tensor:
     if right := -width % factor:
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], right)], dim=-1)
     return x
+
+
+def check_size(height: int, width: int, max_pixels: int, factor: int = 1) -> None:
+    """Raise `UserError` if an image has more than `max_pixels` pixels, or twice as many once padded to `factor`.
+
+    A row of one pixel's height is `factor` times as large for the networks as its file claims.
+    """
+    remedy = f"exceed the limit of {max_pixels}; raise --max-pixels if you trust the file"
+    if width * height > max_pixels:
+        raise UserError(f"{width}x{height} = {width * height} pixels {remedy}")
+    tall, wide = (-(-side // factor) * factor for side in (height, width))
+    if tall * wide > 2 * max_pixels:
+        raise UserError(f"{width}x{height}, padded to {wide}x{tall} = {wide * tall} pixels, would far {remedy}")
 
 
 def mirrored(image: Image, factor: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def quantize(
             seen, channels = prior.order[: layout.inputs], prior.order[layout.start : layout.stop]
             shift = feedback.shift(errors[:, seen], seen, channels, layout.mask(latents.shape[2:]))
             target = mean + np.where(dithered, 0, shift)
-        values = to_integers(target, prediction.offset, dithered)
+        values = _within_limits(to_integers(target, prediction.offset, dithered), prediction.offset, prior.limits)
         decoded = values * FINE
         decoded += prediction.offset
         layout.put(fine, prior.order, decoded)
@@ -56,6 +56,16 @@ def quantize(
         QuantizedPasses(Quantized(own, image.step, image.seed), passes)
         for image, own, passes in zip(images, fine, coded, strict=True)
     ]
+
+
+def _within_limits(values: np.ndarray, offset: np.ndarray, limits: tuple[int, int]) -> np.ndarray:
+    """Return integers (b, g, n) for which the decoded values, rounded to whole steps, are within a decoder's limits.
+
+    Error feedback, dither and the prior's predictions move values at the ends of the range beyond it.
+    """
+    low, high = (limit * FINE for limit in limits)
+    least, most = -((FINE // 2 - low + offset) // FINE), (high + FINE // 2 - 1 - offset) // FINE
+    return np.clip(values, least, most, out=values)
 
 
 def ideal_bits(prior: Prior, passes: Sequence[PassSymbols]) -> float:

@@ -207,6 +207,8 @@ def test_false_sizes_are_refused_before_anything_is_allocated() -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+    with pytest.raises(UserError, match="134217728x1, padded to 134217728x8 = 1073741824 pixels"):
+        read(crafted(small.data[:47] + bytes(2**20) + small.data[-4:], width=2**27, height=1))
     with pytest.raises(UserError, match="raise --max-pixels"):
         unpack(example(), max_pixels=240 * 232 - 1)
     assert unpack(example(), max_pixels=240 * 232)

@@ -140,6 +140,21 @@ def test_files_that_hold_no_diffusion_model_are_refused(model: Diffusion, tmp_pa
             Diffusion.load(bad)
 
 
+@pytest.mark.parametrize("name", ["../up", "/root", "a/../../b", "", ".", "a\\b", "nul\0"])
+def test_class_names_that_are_no_folder_of_the_destination_are_refused(model: Diffusion, name: str) -> None:
+    with pytest.raises(ValueError, match="unsafe name"):
+        dataclasses.replace(model.latents, classes=("a", name))
+
+
+def test_a_header_that_asks_for_more_than_the_file_holds_is_refused(model: Diffusion, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    for change in ({"depth": 10**9}, {"heads": 10**9}, {"size": 2**40}):
+        model.config = dataclasses.replace(SMALL, **change)
+        model.save(path)
+        with pytest.raises(UserError, match=f"{next(iter(change))} is .*, but the file holds only"):
+            Diffusion.load(path)
+
+
 # --- the loss
 
 

@@ -18,6 +18,7 @@ from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.files import make_folder, write_text
+from latent_codec.storage.json_config import loads
 from latent_codec.storage.run_folder import newest_checkpoint
 
 SETTINGS = "samples.json"
@@ -153,7 +154,7 @@ def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     found = None
     if path.exists() and not overwrite:
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = loads(path.read_text(encoding="utf-8"))
         if found != settings:
             raise UserError(f"{folder}: holds images by other settings; give another folder, or --overwrite")
     write_text(path, json.dumps(settings, indent=1) + "\n")

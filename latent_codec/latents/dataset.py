@@ -54,7 +54,7 @@ def _naming(current: Callable[[], LatentsEntry]) -> Iterator[None]:
     """Turn errors about the current image's shard into `UserError`s with the image's name."""
     try:
         yield
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason, entry = (error.strerror if isinstance(error, OSError) else None) or error, current()

@@ -21,7 +21,7 @@ from latent_codec.model.codec import Codec, suggest_model
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import check_name, write_text
-from latent_codec.storage.json_config import from_json, to_json
+from latent_codec.storage.json_config import from_json, loads, to_json
 from latent_codec.storage.tensors import KEY, own_metadata, save_tensors
 
 FORMAT_VERSION = 3
@@ -203,7 +203,7 @@ def read_index(path: Path) -> LatentsIndex:
     """Read index.json, or the same facts from a shard's metadata; raises `UserError` if it is damaged or unsafe."""
     text = _index_text(path)
     try:
-        found: dict[str, Any] = from_json(dict, json.loads(text), where="index")
+        found: dict[str, Any] = from_json(dict, loads(text), where="index")
         version = found.get("format_version")
         if version == FORMAT_VERSION:
             entries = from_json(tuple[LatentsEntry, ...], found.pop("entries", None), where="entries")
@@ -211,7 +211,7 @@ def read_index(path: Path) -> LatentsIndex:
             if len({entry.path for entry in entries}) < len(entries):
                 raise ValueError("two entries have the same path")
             return LatentsIndex(header, list(entries))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: damaged latents index: {error}") from error
     remedy = "encode the images again" if version in range(FORMAT_VERSION) else "update latent-codec"
     raise UserError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: {remedy}")

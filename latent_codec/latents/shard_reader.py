@@ -5,7 +5,6 @@ a memory map the system would kill the process. A row takes one read request.
 """
 
 import functools
-import json
 import math
 import os
 import weakref
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from latent_codec.storage.json_config import loads
 
 OPEN_FILES = 128
 """Most files that a reader keeps open; a process may usually have 1024."""
@@ -73,7 +74,7 @@ class ShardReader:
         (length,) = np.frombuffer(_read_exactly(file, 8, 0), "<u8").tolist()
         if length > min(file.size - 8, _MAX_HEADER_BYTES):
             raise ValueError("it is cut off in its header")
-        header = json.loads(_read_exactly(file, length, 8))
+        header = loads(_read_exactly(file, length, 8))
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         tensors = {name: about for name, about in header.items() if name != "__metadata__"}

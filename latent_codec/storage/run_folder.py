@@ -1,12 +1,12 @@
 """Find the newest checkpoint of a training run, and the run's provenance."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from latent_codec.errors import UserError
 from latent_codec.storage.files import sha256_of
+from latent_codec.storage.json_config import loads
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def newest_checkpoint(run: Path) -> Path:
         raise UserError(f"{run}: a run of train.prior that has not finished; repeat its command to resume it")
     for path in reversed(finished):
         try:
-            expected = json.loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]["ema.safetensors"]
+            expected = loads((path / "state.json").read_text(encoding="utf-8"))["sha256"]["ema.safetensors"]
             if sha256_of(path / "ema.safetensors") == expected:
                 return path
         except (OSError, ValueError, KeyError, TypeError):
@@ -39,8 +39,8 @@ def newest_checkpoint(run: Path) -> Path:
 def provenance(run: Path, checkpoint: Path) -> dict[str, Any]:
     """Return a run's config.json and a checkpoint's progress; raises `UserError` if they cannot be read."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        about = json.loads((run / "config.json").read_text())
+        state = loads((checkpoint / "state.json").read_text())
+        about = loads((run / "config.json").read_text())
         if not (isinstance(about, dict) and about):
             raise ValueError("config.json is empty")
         progress = {key: state[key] for key in ("step", "skipped", "minutes")}

@@ -6,7 +6,6 @@ Nothing is pickled.
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from torch import nn
 from latent_codec.errors import UserError
 from latent_codec.prior.priors import PREFIX
 from latent_codec.storage.files import fsync, sha256, sha256_of, write_text
-from latent_codec.storage.json_config import dumps
+from latent_codec.storage.json_config import dumps, loads
 from latent_codec.storage.tensors import check_state, save_tensors
 
 log = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _read_progress(path: Path) -> Progress:
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = loads((path / "state.json").read_text(encoding="utf-8"))
     if state.pop("state_sha256") != sha256(dumps(state).encode()):
         raise ValueError("state.json does not match its checksum")
     for name, expected in state.pop("sha256").items():

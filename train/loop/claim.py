@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from latent_codec.errors import UserError
 from latent_codec.storage.files import make_folder, write_text
-from latent_codec.storage.json_config import from_json, to_json
+from latent_codec.storage.json_config import from_json, loads, to_json
 from latent_codec.version import __version__
 from train.config.common import LoopConfig, flat
 from train.loop.checkpoints import Progress
@@ -69,7 +69,7 @@ def claim(
 
 def _check_same_run(path: Path, config: Any, described: dict[str, Any], same: tuple[str, ...]) -> None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = loads(path.read_text(encoding="utf-8"))
         old, data = flat(to_json(from_json(type(config), found["config"]))), found["data_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a run of this version ({error}); give another --out") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latent_codec.storage.files import disk_errors, fsync
+from latent_codec.storage.json_config import loads
 
 
 class Journal:
@@ -55,5 +56,5 @@ def lines(path: Path, only: bytes = b"") -> Iterator[Line]:
     offset = 0
     for line in data.splitlines(keepends=True) if only in data else ():
         with contextlib.suppress(ValueError):
-            yield Line(offset, json.loads(line))
+            yield Line(offset, loads(line))
         offset += len(line)

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.files import make_folder, sha256_of
-from latent_codec.storage.json_config import from_json
+from latent_codec.storage.json_config import from_json, loads
 from latent_codec.storage.tensors import check_claim, check_finite, check_numbers, shapes_of
 from latent_codec.version import __version__
 
@@ -133,7 +132,7 @@ def _refuse_pickle(path: Path) -> None:
 
 def _is_autoencoder(config: Path) -> bool:
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
+        return loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL"
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -165,8 +164,8 @@ def _describe(found: _Source, tensors: Tensors) -> tuple[CodecConfig, settings.P
         backbone, image_channels, latent_channels = layouts.infer_config(tensors, str(found.weights))
         return settings.codec_config(backbone, image_channels, latent_channels), None
     try:
-        value = json.loads(found.config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = loads(found.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{found.config}: cannot be read as JSON: {error}") from error
     return settings.from_json(value, str(found.config))
 
@@ -181,7 +180,7 @@ def _load(config: CodecConfig, tensors: Tensors, where: Path) -> Codec:
 def _restore(tensors: Tensors, metadata: dict[str, str], where: Path) -> Codec | None:
     """Return the model that was exported; None, with a warning, if the file was changed since."""
     try:
-        header: dict[str, Any] = json.loads(metadata[KEY])
+        header: dict[str, Any] = loads(metadata[KEY])
         if header["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {header['format_version']}; this program reads {FORMAT_VERSION}")
         config = from_json(CodecConfig, header["config"])
@@ -195,7 +194,7 @@ def _restore(tensors: Tensors, metadata: dict[str, str], where: Path) -> Codec |
         codec.load_state_dict(found)
         codec.statistics = from_json(LatentStatistics | None, header["statistics"], where="statistics")
         codec.provenance = from_json(dict, header["provenance"], where="provenance")
-    except (KeyError, TypeError, ValueError, RecursionError, RuntimeError, binascii.Error, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, binascii.Error, SafetensorError) as error:
         log.warning("%s: imported as it stands, not as the model that was exported: %s", where, error)
         return None
     return codec

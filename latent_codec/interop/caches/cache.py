@@ -20,7 +20,7 @@ from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import normal
-from latent_codec.storage.json_config import from_json, to_json
+from latent_codec.storage.json_config import from_json, loads, to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Origin:
     @classmethod
     def parse(cls, text: str) -> "Origin":
         """Parse `text`'s JSON; raises `ValueError`."""
-        return from_json(cls, json.loads(text), where="latent_codec")
+        return from_json(cls, loads(text), where="latent_codec")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

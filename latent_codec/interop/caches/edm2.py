@@ -14,6 +14,7 @@ from latent_codec.interop.caches import cache, numpy_files
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
+from latent_codec.storage.json_config import loads
 
 NAME = "latents.zip"
 _INDEX = "dataset.json"
@@ -97,7 +98,7 @@ def _in_folder(folder: Path) -> tuple[set[str], Callable[[str], bytes]]:
 
 def _labels(get: Callable[[str], bytes], where: Path) -> dict[str, int]:
     try:
-        return {name: int(label) for name, label in json.loads(get(_INDEX))["labels"] or ()}
+        return {name: int(label) for name, label in loads(get(_INDEX))["labels"] or ()}
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{where}: {_INDEX} has no list of names and class numbers ({error})") from error
 

@@ -20,6 +20,7 @@ from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import latents_in
 from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
+from latent_codec.storage.json_config import loads
 from latent_codec.storage.tensors import KEY
 
 STATISTICS = "latents_stats.pt"
@@ -79,7 +80,7 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
     @functools.lru_cache(1)
     def origins(path: Path) -> list[cache.Origin]:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(KEY, "[]"))
+            found = loads((file.metadata() or {}).get(KEY, "[]"))
         return [cache.Origin.parse(json.dumps(one)) for one in found]
 
     for path in sorted(folder.glob("*.safetensors")):

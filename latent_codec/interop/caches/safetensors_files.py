@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save
 
 from latent_codec.interop.caches.cache import Origin
+from latent_codec.storage.json_config import loads
 from latent_codec.storage.tensors import KEY
 
 
@@ -14,7 +15,7 @@ def file_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> by
     """Return a file with the metadata in its given order; the library would write it in a random one."""
     plain = save(tensors)
     size = int.from_bytes(plain[:8], "little")
-    header = json.dumps({"__metadata__": metadata} | json.loads(plain[8 : 8 + size])).encode()
+    header = json.dumps({"__metadata__": metadata} | loads(plain[8 : 8 + size])).encode()
     header += b" " * (-len(header) % 8)  # the tensors stay aligned
     return len(header).to_bytes(8, "little") + header + plain[8 + size :]
 

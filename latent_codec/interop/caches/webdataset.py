@@ -15,7 +15,7 @@ from latent_codec.interop.caches.numpy_files import ORIGIN_KEY
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
-from latent_codec.storage.json_config import to_json
+from latent_codec.storage.json_config import loads, to_json
 
 _SHARD_IMAGES = 1000
 
@@ -84,7 +84,7 @@ def read(where: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache
         )
         if mean is None:
             raise ValueError("it has no .npy")
-        facts: dict[str, Any] = json.loads(parts.get("json", b"{}"))
+        facts: dict[str, Any] = loads(parts.get("json", b"{}"))
         origin = cache.Origin.parse(json.dumps(facts[ORIGIN_KEY])) if ORIGIN_KEY in facts else None
         return cache.StoredImage(mean, mean_flip=flip, origin=origin)
 

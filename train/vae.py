@@ -15,10 +15,11 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from latent_codec.errors import UserError
+from latent_codec.errors import UserError, printable
 from latent_codec.images.sources import Source
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
+from latent_codec.program import say
 from train.collapse import signs_of_collapse
 from train.config.presets import PRESETS
 from train.config.vae import ELBOConfig, IWAEConfig, JointConfig
@@ -55,7 +56,9 @@ def train(run: Run) -> int:
     Raises `UserError` for options, data or a run's folder that cannot be trained on."""
     config, (accelerator, interrupts) = run.config, begin(run)
     check_run(run, accelerator)
-    sources, held_out = split(run)
+    sources, held_out, notes = split(run)
+    for note in notes if accelerator.is_main_process else ():
+        say(printable(note), error=True)
     described = describe_data(run, sources)
     claim(run.out, config, described, accelerator)
 

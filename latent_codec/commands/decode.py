@@ -30,6 +30,8 @@ class Decode:
     """Latents: decode a draw from the posterior with this seed, by default its mode; .lc files hold their own draw."""
     max_pixels: int = 2**27
     """Refuse .lc files of larger images before anything is allocated for them."""
+    follow_links: bool = False
+    """Search linked folders too, each once."""
     resume: tyro.conf.OmitArgPrefixes[ResumeOptions] = dataclasses.field(default_factory=ResumeOptions)
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
@@ -38,9 +40,14 @@ class Decode:
         from latent_codec.folders.decode_images import DecodeOptions
         from latent_codec.folders.decode_latents import decode_latents
         from latent_codec.folders.decode_lc import decode_lc, is_lc
+        from latent_codec.images.sources import ListOptions
 
         options = DecodeOptions(
-            image_format=self.image_format, sample=self.sample, max_pixels=self.max_pixels, tar=self.tar
+            image_format=self.image_format,
+            sample=self.sample,
+            max_pixels=self.max_pixels,
+            tar=self.tar,
+            search=ListOptions(follow_links=self.follow_links),
         )
         decode = decode_lc if is_lc(self.src) else decode_latents
         summary = decode(load(self.model, self.compute), self.src, self.dst, options, resume=self.resume.resume())

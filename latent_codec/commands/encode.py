@@ -59,6 +59,8 @@ class Encode:
     """Colour that transparent images are composited on; alpha itself is not kept."""
     max_pixels: int = 2**27
     """Refuse larger images before they are decoded."""
+    follow_links: bool = False
+    """Search linked folders too, each once."""
     resume: tyro.conf.OmitArgPrefixes[ResumeOptions] = dataclasses.field(default_factory=ResumeOptions)
     compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = dataclasses.field(default_factory=ComputeOptions)
 
@@ -71,16 +73,24 @@ class Encode:
         from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
         from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
         from latent_codec.images.read import ReadOptions
+        from latent_codec.images.sources import ListOptions
 
         read = ReadOptions(background=self.background, max_pixels=self.max_pixels)
+        search = ListOptions(follow_links=self.follow_links)
         if self.format == "lc":
             rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
             options = EncodeOptions(
-                rate=rate, refine=self.refine, sample=self.sample, prior=self.prior, read=read, tar=self.tar
+                rate=rate,
+                refine=self.refine,
+                sample=self.sample,
+                prior=self.prior,
+                read=read,
+                tar=self.tar,
+                search=search,
             )
             encode = partial(encode_lc, options=options)
         else:
-            options = LatentsOptions(store=self.store or "float16", flips=self.flips, read=read)
+            options = LatentsOptions(store=self.store or "float16", flips=self.flips, read=read, search=search)
             encode = partial(encode_latents, options=options)
         summary = encode(load(self.model, self.compute), self.src, self.dst, resume=self.resume.resume())
         say(summary)

@@ -16,12 +16,12 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.stream_codec import StreamReader
 from latent_codec.errors import UserError
-from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.encode_lc import encode_lc
+from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Geometry, crop
-from latent_codec.images.sources import Source, find_images
+from latent_codec.images.sources import ListOptions, Source, list_images
 from latent_codec.images.write import write_image
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
@@ -33,7 +33,8 @@ from latent_codec.version import __version__
 
 RESULTS = "results.json"
 
-_POSTERIORS, _STREAMS = "latents", "streams"  # folders of what was stored, by kind
+_POSTERIORS, _STREAMS, _DECODED = _WRITTEN = ("latents", "streams", "decoded")
+"""Folders of what is stored, by kind, and of the reconstructions."""
 
 PROTOCOL = distortion.PROTOCOL | {
     "kl_bpp": "KL of the stored posterior against N(0, I) in bits, over the image's own pixels (padding's bits count, "
@@ -62,6 +63,8 @@ class EvaluationReport(NamedTuple):
     """Set, model, device and versions."""
     failures: dict[str, str]
     """Reason for each image that could not be read."""
+    left_out: dict[str, int]
+    """Number of files that were found and not taken, by reason."""
 
     def table(self) -> str:
         """Return the means as lines of text, each with its definition."""
@@ -69,7 +72,8 @@ class EvaluationReport(NamedTuple):
         for name, value in self.summary.items():
             shown = "-" if value is None else f"{value:.4f}"
             rows.append(f"  {name:9} {shown:>9}  {self.protocol.get(name, '')}")
-        return "\n".join(rows)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        return "\n".join([*rows, *([f"left out: {left_out}"] if left_out else [])])
 
 
 def evaluate(
@@ -92,11 +96,13 @@ def evaluate(
     network = None if lpips is None else lpips.load(runner.options.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / (_POSTERIORS if gaussian else _STREAMS)
-        encoded, files, images = (_store_posteriors if gaussian else _store_streams)(runner, where, folder, quiet)
+        search = ListOptions() if out is None else ListOptions().without(out, *(out / name for name in _WRITTEN))
+        store = _store_posteriors if gaussian else _store_streams
+        encoded, files, images = store(runner, where, folder, search, quiet)
         if not images:
             raise UserError(f"{where}: none of the {encoded.found} images could be read")
         bytes_out = sum(file.stat().st_size for file in files)
-        sources = {source.name: source for source in find_images(where)}
+        sources = {source.name: source for source in list_images(where, search).sources}
         progress = tqdm(images, "evaluate", unit="image", disable=quiet or None)
         records = [_measure_image(runner, read(), sources, out, network) for read in progress]
     names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if network else []), *(["kl_bpp"] if gaussian else [])]
@@ -104,7 +110,7 @@ def evaluate(
     summary["disk_bpp"] = 8 * bytes_out / sum(record["pixels"] for record in records)
     protocol = (PROTOCOL if gaussian else _STREAM_PROTOCOL) | ({"lpips": network.protocol} if network else {})
     about = describe_evaluation(runner, where, len(records))
-    report = EvaluationReport(summary, records, protocol, about, encoded.failures)
+    report = EvaluationReport(summary, records, protocol, about, encoded.failures, encoded.left_out.counts)
     if out is not None:
         write_text(out / RESULTS, json.dumps(report._asdict(), indent=1, allow_nan=False))
     return report
@@ -128,8 +134,8 @@ _Stored = tuple[Summary, list[Path], Sequence[Callable[[], _StoredImage]]]
 """Summary, the files, and how to read each image."""
 
 
-def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
-    encoded = encode_latents(runner, where, folder, resume=OVERWRITE, quiet=quiet)
+def _store_posteriors(runner: Runner, where: str | Path, folder: Path, search: ListOptions, quiet: bool) -> _Stored:
+    encoded = encode_latents(runner, where, folder, LatentsOptions(search=search), resume=OVERWRITE, quiet=quiet)
     latents = Latents(folder, model_id=runner.model_id)
 
     def read(i: int) -> _StoredImage:
@@ -139,9 +145,10 @@ def _store_posteriors(runner: Runner, where: str | Path, folder: Path, quiet: bo
     return encoded, stored_files(folder), [partial(read, i) for i in range(len(latents.entries))]
 
 
-def _store_streams(runner: Runner, where: str | Path, folder: Path, quiet: bool) -> _Stored:
-    encoded = encode_lc(runner, where, folder, resume=OVERWRITE, quiet=quiet)
-    files = [folder / f"{source.name}{SUFFIX}" for source in find_images(where) if source.name not in encoded.failures]
+def _store_streams(runner: Runner, where: str | Path, folder: Path, search: ListOptions, quiet: bool) -> _Stored:
+    encoded = encode_lc(runner, where, folder, EncodeOptions(search=search), resume=OVERWRITE, quiet=quiet)
+    names = (source.name for source in list_images(where, search).sources)
+    files = [folder / f"{name}{SUFFIX}" for name in names if name not in encoded.failures]
     reader = StreamReader(runner.codec, runner.options.device)
 
     def read(file: Path) -> _StoredImage:
@@ -162,7 +169,7 @@ def _measure_image(
     original, labels = source.read().pixels, runner.codec.class_numbers([source.label])
     decoded = crop(runner.decode_uint8([image.latents], labels), image.geometry)
     if out is not None:
-        write_image(out / "decoded" / f"{image.path}.png", decoded[0], image.geometry, "png")
+        write_image(out / _DECODED / f"{image.path}.png", decoded[0], image.geometry, "png")
     pixels = image.geometry.width * image.geometry.height
     record: dict[str, Any] = {"path": image.path, "pixels": pixels}
     if image.kl is not None:

@@ -13,6 +13,7 @@ from latent_codec.folders.outputs import Output
 from latent_codec.folders.resume.ledger import Kind
 from latent_codec.images.geometry import Geometry, crop
 from latent_codec.images.read import DEFAULT_MAX_PIXELS, ReadOptions
+from latent_codec.images.sources import ListOptions
 from latent_codec.images.write import ImageFormat, image_bytes
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
@@ -27,6 +28,7 @@ class DecodeOptions:
     """Seed of a draw from a stored posterior that depends on (sample, path) alone; None decodes the mode."""
     max_pixels: int = DEFAULT_MAX_PIXELS
     """`.lc` files of larger images are refused before anything is allocated for them."""
+    search: ListOptions = ListOptions()
     tar: bool = False
     """Put the images into tar shards."""
 

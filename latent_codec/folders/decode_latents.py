@@ -1,6 +1,5 @@
 """Decode folders of latents to images."""
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from latent_codec.folders.jobs import Input, Resume, Shape, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
-from latent_codec.images.sources import Source
+from latent_codec.images.sources import LeftOut, Listing, Source
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
-from latent_codec.latents.format import latent_size
+from latent_codec.latents.format import LatentsEntry, latent_size
 from latent_codec.model.checks import check_channels
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
@@ -34,7 +33,8 @@ def decode_latents(
     """Decode latents, `a/b.jpg` to `folder/a/b.jpg.png`; raises as `make_outputs`, and for those of another model."""
     check_channels(runner.codec)
     decoder = _LatentsDecoder(runner, where, options)
-    return make_outputs(decoder.sources(), folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
+    listing = Listing(decoder.sources(), LeftOut(), {})
+    return make_outputs(listing, folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
 
 
 class _LatentsDecoder(ImageDecoder):
@@ -52,11 +52,13 @@ class _LatentsDecoder(ImageDecoder):
 
     def sources(self) -> list[Source]:
         """Return a source for each image's latents; `offset` is the row in its shard."""
-        z, factor = self._codec.config.latent_channels, self._codec.factor
         return sorted(
-            Source(e.path, self._where / e.shard, e.row, 2 * 4 * z * math.prod(latent_size(e.geometry, factor)))
-            for e in self._latents.entries
+            Source(e.path, self._where / e.shard, e.row, self._size(e), label=e.label) for e in self._latents.entries
         )
+
+    def _size(self, entry: LatentsEntry) -> int:
+        channels, (h, w) = self._codec.config.latent_channels, latent_size(entry.geometry, self._codec.factor)
+        return 2 * 4 * channels * h * w
 
     def load(self, source: Source) -> bytes:
         posterior = self._latents.posterior(self._rows[source.name])

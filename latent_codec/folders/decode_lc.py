@@ -17,7 +17,7 @@ from latent_codec.folders.jobs import Input, Resume, Shape, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes
-from latent_codec.images.sources import Source, find_files
+from latent_codec.images.sources import Listing, ListOptions, Source, list_files
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import INDEX
@@ -46,11 +46,11 @@ def decode_lc(
         raise UserError(
             f"{where}: a .lc file's draw is decided when it is made; give --sample to encode, not to decode"
         )
-    sources = find_lc(where)
-    if not sources:
+    listing = list_lc(where, options.search.without(folder))
+    if not listing.sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
     decoder = _LcDecoder(runner, options)
-    return make_outputs(sources, folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
+    return make_outputs(listing, folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
 
 
 class _LcDecoder(ImageDecoder):
@@ -93,11 +93,16 @@ def is_lc(where: Path) -> bool:
 
 
 def find_lc(where: Path) -> list[Source]:
-    """Return the `.lc` files at a place; raises `UserError` if latents lie beside them."""
-    sources = find_files(where, SUFFIX)
-    if sources and where.is_dir() and (where / INDEX).is_file():
+    """Return the `.lc` files at a place; raises `UserError` as `list_lc` does."""
+    return list_lc(where, ListOptions()).sources
+
+
+def list_lc(where: Path, options: ListOptions) -> Listing:
+    """List the `.lc` files at a place; raises `UserError` if latents lie beside them."""
+    listing = list_files(where, SUFFIX, options)
+    if (sources := listing.sources) and where.is_dir() and (where / INDEX).is_file():
         raise UserError(
             f"{where}: holds both latents ({INDEX}) and {len(sources)} {SUFFIX} files, which could decode to the same "
             "names; move one kind into a folder of its own"
         )
-    return sources
+    return listing

@@ -21,7 +21,7 @@ from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, mirrored
 from latent_codec.images.read import ReadOptions
-from latent_codec.images.sources import Source, find_images
+from latent_codec.images.sources import ListOptions, Source, list_images
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents import format as stored
@@ -40,6 +40,7 @@ class LatentsOptions:
     flips: bool = False
     """Store the posterior of the image mirrored left to right as well."""
     read: ReadOptions = ReadOptions()
+    search: ListOptions = ListOptions()
 
 
 def encode_latents(
@@ -59,10 +60,10 @@ def encode_latents(
     check_channels(runner.codec)
     check_gaussian(runner.codec)
     encoder = _LatentsEncoder(runner, options)
-    sources = find_images(where)
+    listing = list_images(where, options.search.without(folder))
     if not resume.overwrite:
-        _check_folder(folder, sources)
-    return run(sources, encoder, _ShardWriter(folder, encoder.header), resume=resume, quiet=quiet)
+        _check_folder(folder, listing.sources)
+    return run(listing, encoder, _ShardWriter(folder, encoder.header), resume=resume, quiet=quiet)
 
 
 class _EncodedImage(NamedTuple):
@@ -97,10 +98,10 @@ class _LatentsEncoder(ImageReader):
             with work.summary.timing("network"):
                 encoded = self._backoff.map(self._encode, batch, math.prod(batch[0].shape))
                 for item, (found, flipped, place) in work.sound(encoded):
-                    entry = stored.unplaced_entry(item.job.name, item.content.geometry, item.sha256)
                     try:
+                        entry = _entry(item)
                         rows.append(item.holding(stored.latents_row(entry, found, place, self._options.store, flipped)))
-                    except UserError as error:
+                    except (UserError, OSError) as error:
                         work.fail(item.job, error)
             yield from rows
 
@@ -116,6 +117,14 @@ class _LatentsEncoder(ImageReader):
         found = self.runner.encode(pixels, labels)
         assert isinstance(found, DiagonalGaussian)
         return found
+
+
+def _entry(item: Input[Image]) -> stored.LatentsEntry:
+    """Return an image's entry, with the class, the key and the caption that a tar file gives it."""
+    source, entry = item.job.source, stored.unplaced_entry(item.job.name, item.content.geometry, item.sha256)
+    text = source.read_sidecars().get(".txt")
+    caption = None if text is None else text.decode(errors="replace")
+    return dataclasses.replace(entry, label=source.label, key=source.key, caption=caption)
 
 
 class _ShardWriter:

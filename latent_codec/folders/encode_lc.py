@@ -21,7 +21,7 @@ from latent_codec.folders.resume.ledger import Kind
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop
 from latent_codec.images.read import ReadOptions
-from latent_codec.images.sources import find_images
+from latent_codec.images.sources import ListOptions, list_images
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import stored_files
@@ -43,6 +43,7 @@ class EncodeOptions:
     prior: PriorKind | None = None
     """Kind of prior to code under, by default the best the model has."""
     read: ReadOptions = ReadOptions()
+    search: ListOptions = ListOptions()
     tar: bool = False
     """Put the files into tar shards."""
 
@@ -77,10 +78,10 @@ def encode_lc(
             "which are neither rounded nor drawn; leave it out"
         )
     encoder = _LcEncoder(runner, options)
-    sources = find_images(where)
     if stored_files(folder):
         raise UserError(f"{folder}: holds latents for training on; give another folder for .lc files")
-    return make_outputs(sources, folder, encoder, tar=options.tar, resume=resume, quiet=quiet)
+    listing = list_images(where, options.search.without(folder))
+    return make_outputs(listing, folder, encoder, tar=options.tar, resume=resume, quiet=quiet)
 
 
 _EncodedImage = tuple[Input[Image], torch.Tensor | UserError]

@@ -16,7 +16,7 @@ from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
-from latent_codec.images.sources import Source
+from latent_codec.images.sources import Listing
 from latent_codec.storage.files import atomic_path, disk_errors, put, sha256, sha256_of, temporary_path
 
 T = TypeVar("T")
@@ -35,14 +35,14 @@ class Output(NamedTuple):
 
 
 def make_outputs(
-    sources: Sequence[Source], folder: Path, maker: Maker[T, Output], *, tar: bool, resume: Resume, quiet: bool
+    listing: Listing, folder: Path, maker: Maker[T, Output], *, tar: bool, resume: Resume, quiet: bool
 ) -> Summary:
     """Make an `Output` of each source, perhaps in tar shards; raises as `run`, and for a folder of the other kind."""
     files, tars = _FileWriter(folder, maker.kind), _TarWriter(folder, maker.kind)
     if Ledger.exists(folder, files.kind if tar else tars.kind):
         there, remedy = ("in files of their own", "for") if tar else ("in tar files", "without")
         raise UserError(f"{folder}: holds {maker.kind} {there}; give another folder {remedy} --tar")
-    return run(sources, maker, tars if tar else files, resume=resume, quiet=quiet)
+    return run(listing, maker, tars if tar else files, resume=resume, quiet=quiet)
 
 
 class _FileWriter:

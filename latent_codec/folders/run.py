@@ -10,12 +10,12 @@ from tqdm import tqdm
 from latent_codec.errors import UserError
 from latent_codec.folders.batching import in_batches
 from latent_codec.folders.jobs import Job, Maker, Resume, Work, Writer
-from latent_codec.folders.resume.ledger import FAILURES, Ledger
+from latent_codec.folders.resume.ledger import FAILURES, LEFT_OUT, Ledger
 from latent_codec.folders.resume.names import check_absent, check_names, check_outputs, folding
 from latent_codec.folders.resume.units import Unit, units
 from latent_codec.folders.summary import Summary
 from latent_codec.folders.workers import Processes, Threads
-from latent_codec.images.sources import Source
+from latent_codec.images.sources import Listing
 from latent_codec.inference.runner import ResolvedOptions
 from latent_codec.storage.files import make_folder
 
@@ -23,31 +23,32 @@ T = TypeVar("T")
 P = TypeVar("P")
 
 
-def run(sources: Sequence[Source], maker: Maker[T, P], writer: Writer[P], *, resume: Resume, quiet: bool) -> Summary:
+def run(listing: Listing, maker: Maker[T, P], writer: Writer[P], *, resume: Resume, quiet: bool) -> Summary:
     """Make the outputs of sources that are not up to date, and return what became of each image.
 
     Raises `UserError` before any work if outputs collide, the folder cannot be written into, or it holds files of these
     names that this program did not make and may not overwrite; later if the disk takes no more: run it again to go on.
     """
-    started, folder = time.monotonic(), writer.folder
+    started, folder, sources = time.monotonic(), writer.folder, listing.sources
     make_folder(folder)
     outputs = None if writer.is_shared else {source.name: maker.name(source.name) for source in sources}
-    own = [*(outputs or {}).values(), FAILURES]
+    own = [*(outputs or {}).values(), FAILURES, LEFT_OUT]
     if outputs is None:
         check_names(source.name for source in sources)
     else:
-        check_outputs(own[:-1], folder)
+        check_outputs(own[:-2], folder)
     if not (resume.overwrite or Ledger.exists(folder)):  # of our own folder `Ledger.reserve` knows the names
         check_absent(folder / name for name in own)
     everything = units(sources, resume.unit_sizes)
     asked = resume.share.of(everything)
-    summary = Summary(f"{maker.verb}d", found=sum(len(unit.sources) for unit in asked))
-    bar = tqdm(total=summary.found, desc=maker.verb, unit="image", disable=quiet or None)
+    summary, images = Summary(f"{maker.verb}d"), sum(len(unit.sources) for unit in asked)
+    summary.begin(listing, images)
+    bar = tqdm(total=images, desc=maker.verb, unit="image", disable=quiet or None)
     with bar, Ledger(folder, writer.kind, maker.settings) as ledger:
         if outputs and (fold := folding(ledger.root)):
-            check_outputs(own[:-1], folder, fold)
+            check_outputs(own[:-2], folder, fold)
         ledger.reserve(own, overwrite=resume.overwrite)
-        conclude = _finally(lambda: _conclude(ledger, everything, writer))
+        conclude = _finally(lambda: _conclude(ledger, everything, listing, writer))
         with conclude, _working(maker.runner.options, summary, bar) as work:
             for claims in ledger.rounds(asked):
                 jobs = ([Job(c, s, outputs[s.name] if outputs else None) for s in c.unit.sources] for c in claims)
@@ -63,11 +64,11 @@ def _working(compute: ResolvedOptions, summary: Summary, bar: Any) -> Iterator[W
         yield Work(summary, bar, readers, decoders, coder, writers)
 
 
-def _conclude(ledger: Ledger, everything: Sequence[Unit], writer: Writer[Any]) -> None:
+def _conclude(ledger: Ledger, everything: Sequence[Unit], listing: Listing, writer: Writer[Any]) -> None:
     ledger.let_go()
     with ledger.gathering():
         writer.gather(ledger, everything)
-        ledger.write_failures(everything)
+        ledger.write_failures(everything, listing)
 
 
 @contextlib.contextmanager

@@ -118,6 +118,12 @@ def _moments(both: torch.Tensor, keys: list[int], paths: list[str], labels: list
     return Moments(both[0], both[1], torch.tensor(keys), paths, torch.tensor(labels))
 
 
+def _class_order(name: str) -> tuple[bool, int, str]:
+    """Sort numbers, as a `.cls` of WebDataset has, by their value and before words."""
+    number = name.isascii() and name.isdecimal() and len(name) < 10
+    return (not number, int(name) if number else 0, name)
+
+
 class Latents(Dataset[LatentSample]):
     """Draw z = mean + std * noise from a folder of latents; the noise is a function of (seed, epoch, path).
 
@@ -145,8 +151,10 @@ class Latents(Dataset[LatentSample]):
             if (statistics := self.header.statistics) is None:
                 raise UserError(f"{folder}: the model had no latent statistics; export it with `latent-codec export`")
             self._scale = [torch.tensor(v)[:, None, None] for v in (statistics.mean, statistics.std)]
-        self.classes: tuple[str, ...] = tuple(sorted({e.label for e in self.entries if e.label is not None}))
-        """Sorted names of the top-level folders; a label is an index into them."""
+        self.classes: tuple[str, ...] = tuple(
+            sorted({e.label for e in self.entries if e.label is not None}, key=_class_order)
+        )
+        """Sorted names of the classes, numbers by their value; a label is an index into them."""
         numbers = {None: -1} | {name: number for number, name in enumerate(self.classes)}
         self.labels = torch.tensor([numbers[e.label] for e in self.entries], dtype=torch.int64)  # (n,)
         self.shapes = [latent_size(e.geometry, self.header.factor) for e in self.entries]

@@ -68,7 +68,11 @@ class LatentsEntry:
     sha256: str
     """SHA-256 of the source file."""
     label: str | None
-    """Class of the image: the first folder of its path; None at the top level."""
+    """Class of the image: the first folder of its path, None at the top level; from a tar file what that says."""
+    key: str | None = None
+    """WebDataset's key of the image, where it came in a tar file."""
+    caption: str | None = None
+    """Caption of the image, from the tar file's .txt."""
 
     def __post_init__(self) -> None:
         for name in (self.path, self.shard):

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from latent_codec.errors import FatalError, UserError
 
@@ -158,6 +159,15 @@ def _is_encodable(name: str) -> bool:
     except UnicodeEncodeError:  # half of a UTF-16 pair, for example
         return False
     return True
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises `OSError` for a pipe or a device too, which could block for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
 
 
 def make_folder(path: Path) -> None:

@@ -2,14 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from accelerate import Accelerator
 
 from latent_codec.errors import UserError
-from latent_codec.images.sources import Source, find_all
+from latent_codec.images.sources import ListOptions, Source, identity, list_all
 from latent_codec.model.codec import Codec
 from latent_codec.noise import text_key
 from train.config.prior import context_layout, context_spacing
@@ -30,6 +30,8 @@ class Run(RunOptions):
     """Folders or tar shards of validation images. Without them, `val_images` of the data are held out."""
     val_images: int = 64
     """Number of validation images."""
+    follow_links: bool = False
+    """Search linked folders too, each once."""
     data_mode: Literal["memory", "stream"] = "memory"
     """`memory`: decode all images once and keep them on the device; `stream`: decode in workers as needed."""
     workers: int = 4
@@ -68,19 +70,33 @@ def check_run(run: Run, accelerator: Accelerator) -> None:
         check_mean_start(codec)
 
 
-def split(run: Run) -> tuple[list[Source], list[Source]]:
-    """Return the training and the validation sources; without --val, those whose names hash lowest are held out."""
+class Split(NamedTuple):
+    """Hold the images of a run, and sentences on what was left out of them."""
+
+    sources: list[Source]
+    held_out: list[Source]
+    notes: list[str]
+
+
+def split(run: Run) -> Split:
+    """Return the training and the validation sources; without --val, those whose names hash lowest are held out.
+
+    No validation image is trained on, though --val may lie within --data; and nothing within --out is an image.
+    """
     if run.val_images < 1:
         raise UserError(f"val_images is {run.val_images}; it must be at least 1")
-    sources = find_all(run.data)
-    by_name = sorted(find_all(run.val) if run.val else sources, key=lambda s: text_key(s.name))
-    held_out = by_name[: run.val_images]
-    if not run.val:
-        chosen = {s.name for s in held_out}
-        sources = [s for s in sources if s.name not in chosen]
-    if not sources:
-        raise UserError(f"all {len(held_out)} images are held out; lower --val-images or give --val")
-    return sources, held_out
+    search = ListOptions(follow_links=run.follow_links, exclude=(run.out,))
+    data, val = list_all(run.data, search), list_all(run.val, search)
+    notes = [reason for listing in (data, val) for reason in listing.failures.values()]
+    notes += [f"left out: {listing.left_out}" for listing in (data, val) if listing.left_out.total]
+    sources = data.sources
+    held_out = sorted(val.sources if run.val else sources, key=lambda s: text_key(s.name))[: run.val_images]
+    unseen = set(map(identity, val.sources if run.val else held_out))
+    if kept := [source for source in sources if identity(source) not in unseen]:
+        if run.val and len(kept) < len(sources):
+            notes.append(f"left out of --data: {len(sources) - len(kept)} images of --val")
+        return Split(kept, held_out, notes)
+    raise UserError(f"all {len(sources)} images are held out; lower --val-images or give --val")
 
 
 def labelled(codec: Codec, sources: list[Source]) -> ImageSet:

@@ -22,7 +22,7 @@ from latent_codec.evaluation.rate_distortion import report as rd
 from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, crop, pad
-from latent_codec.images.sources import Source, find_images
+from latent_codec.images.sources import ListOptions, Source, list_images
 from latent_codec.images.write import rgb_pixels, to_pil
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics.bjontegaard import check_extra
@@ -75,8 +75,10 @@ def rate_distortion(
     ours = _OwnFiles(runner, options)
     lpips = None if options.lpips is None else options.lpips.load(runner.options.device)
     anchors = anchor_codecs.available(options.anchors)
-    sources = find_images(where)
-    summary = Summary("evaluated", found=len(sources))
+    search = ListOptions() if out is None else ListOptions().without(out, out / PLOT)
+    listing, summary = list_images(where, search), Summary("evaluated")
+    sources = listing.sources
+    summary.begin(listing, len(sources))
     images: list[rd.ImageRates] = []
     for source in tqdm(sources, "evaluate", unit="image", disable=quiet or None):
         try:
@@ -92,7 +94,10 @@ def rate_distortion(
         about=about | {"stream_ids": ours.stream_ids, "command": options.command},
         protocol=rd.RD_PROTOCOL | ({"lpips": lpips.protocol} if lpips else {}),
         settings=rd.codec_settings(ours.stream_ids, options.refine, anchors),
-        notes=[f"{name} left out: this Pillow was built without it" for name in missing],
+        notes=[
+            *(f"{name} left out: this Pillow was built without it" for name in missing),
+            *([f"left out: {listing.left_out}"] if listing.left_out.total else []),
+        ],
         images=images,
         failures=summary.failures,
     )

@@ -23,13 +23,15 @@ from latent_codec.folders.resume.journal import Journal, lines
 from latent_codec.folders.resume.locks import lock, locked, try_lock
 from latent_codec.folders.resume.names import check_absent
 from latent_codec.folders.resume.units import Unit
-from latent_codec.images.sources import Source
+from latent_codec.images.sources import OWN, Listing, Source
 from latent_codec.storage import files
 from latent_codec.storage.json_config import from_json, to_json
 
-NAME = ".latent_codec"
+NAME = OWN
 FAILURES = "failures.jsonl"
 """File in the folder itself with path and reason of each image that failed."""
+LEFT_OUT = "left_out.jsonl"
+"""File beside it with the reason, the count and some paths of what was found and not taken."""
 
 Kind = Literal["streams", "streams.tar", "latents", "images", "images.tar"]
 """Kind of output; commands that make different kinds in one folder do not see each other's records."""
@@ -147,18 +149,22 @@ class Ledger:
         records = _read(self.journal(unit)).records.values()
         return [r for r in records if r.settings == self.settings and r.path in names]
 
-    def write_failures(self, units: Sequence[Unit]) -> None:
-        """Write `FAILURES` over these units, whichever process did them; without any, remove the file."""
-        failures: list[Failure] = []
+    def write_failures(self, units: Sequence[Unit], listing: Listing) -> None:
+        """Write `FAILURES` over these units, whichever process did them, and `LEFT_OUT`; remove those without lines."""
+        failures = [Failure(path=path, reason=reason) for path, reason in listing.failures.items()]
         for unit in units:
             names = {source.name for source in unit.sources}
             found = _read(self.journal(unit), only=b'"reason"').failures.values()
             failures += [f for f in found if f.path in names]
-        path = self.folder / FAILURES
+        self._write_lines(FAILURES, [to_json(f) for f in sorted(failures, key=lambda f: f.path)])
+        reasons, paths = sorted(listing.left_out.counts.items()), listing.left_out.examples
+        self._write_lines(LEFT_OUT, [{"reason": r, "count": count, "paths": paths[r]} for r, count in reasons])
+
+    def _write_lines(self, name: str, values: Sequence[dict[str, Any]]) -> None:
+        path = self.folder / name
         with files.disk_errors(path):
-            if failures:
-                text = (json.dumps(to_json(f), sort_keys=True) for f in sorted(failures, key=lambda f: f.path))
-                files.write_text(path, "".join(f"{line}\n" for line in text))
+            if values:
+                files.write_text(path, "".join(f"{json.dumps(value, sort_keys=True)}\n" for value in values))
             else:
                 path.unlink(missing_ok=True)
 

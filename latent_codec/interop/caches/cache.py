@@ -69,6 +69,11 @@ class CacheEntry:
         return None if self.mirrored is None else self.mirrored.sample(self.noise)[0]
 
 
+def class_number(name: str | None, index: int) -> int:
+    """Return the class number that a cache holds: the one that a WebDataset's `.cls` said, or else the index."""
+    return int(name) if name is not None and name.isascii() and name.isdecimal() and str(int(name)) == name else index
+
+
 def read_entry(latents: Latents, index: int, epoch: int) -> CacheEntry:
     """Read one image's latents; raises `UserError` with its name if its shard is missing or damaged."""
     entry = latents.entries[index]
@@ -78,7 +83,7 @@ def read_entry(latents: Latents, index: int, epoch: int) -> CacheEntry:
     return CacheEntry(
         entry=entry,
         origin=Origin(model_id=latents.header.model_id, path=entry.path, geometry=entry.geometry, sha256=entry.sha256),
-        label=int(moments.labels[0]),
+        label=class_number(entry.label, int(moments.labels[0])),
         posterior=posterior,
         mirrored=mirrored,
         noise=normal(moments.keys, tuple(posterior.mean.shape[1:])),

@@ -31,10 +31,13 @@ class WebDataset(cache.ShardCacheWriter):
 
     def __init__(self, latents: Latents, options: CacheOptions) -> None:
         super().__init__(latents, options)
+        keys = {entry.path: entry.key for entry in latents.entries if entry.key is not None}
+        told = len(set(keys.values())) == len(latents.entries)  # else the shards' names tell equal keys apart
+        self._keys = keys if told else {entry.path: _key(entry.path) for entry in latents.entries}
         paths: dict[str, str] = {}
-        for entry in latents.entries:
-            if (other := paths.setdefault(key := _key(entry.path), entry.path)) != entry.path:
-                raise UserError(f"{other} and {entry.path} would both have the key {key}; rename one of them")
+        for path, key in self._keys.items():
+            if (other := paths.setdefault(key, path)) != path:
+                raise UserError(f"{other} and {path} would both have the key {key}; rename one of them")
 
     def shards(self) -> list[cache.Shard]:
         return self.shards_of("latents-{:06d}.tar", _SHARD_IMAGES)
@@ -42,12 +45,14 @@ class WebDataset(cache.ShardCacheWriter):
     def write(self, path: Path, items: Iterator[cache.CacheEntry]) -> None:
         with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             for item in items:
-                key = _key(item.entry.path)
+                key = self._keys[item.entry.path]
                 _add(tar, f"{key}.npy", numpy_files.npy(self.scaling.scale(item.z).numpy()))  # (z, h, w) float32
                 if (flipped := item.z_flip) is not None:
                     _add(tar, f"{key}.flip.npy", numpy_files.npy(self.scaling.scale(flipped).numpy()))
                 if item.label >= 0:
                     _add(tar, f"{key}.cls", str(item.label).encode())
+                if (caption := item.entry.caption) is not None:
+                    _add(tar, f"{key}.txt", caption.encode())
                 _add(tar, f"{key}.json", self._facts(item))
 
     def _facts(self, item: cache.CacheEntry) -> bytes:

@@ -22,7 +22,7 @@ from latent_codec.folders.resume import ledger
 from latent_codec.folders.resume.journal import Journal, lines
 from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns
 from latent_codec.folders.resume.units import Unit, UnitSizes, units
-from latent_codec.images.sources import Source, find_files
+from latent_codec.images.sources import Source, list_files
 from latent_codec.storage.files import DiskError, sha256, temporary_of
 from tests.support.folder import hold, start, wait_for
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def plans(src: Path) -> list[Unit]:
-    return units(find_files(src, ".png"), UnitSizes(mean_images=2**63, most_images=2))
+    return units(list_files(src, ".png").sources, UnitSizes(mean_images=2**63, most_images=2))
 
 
 def record(folder: Path, claim: Claim, source: Source) -> Record:

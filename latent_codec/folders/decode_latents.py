@@ -53,7 +53,11 @@ class _LatentsDecoder(ImageDecoder):
     def sources(self) -> list[Source]:
         """Return a source for each image's latents; `offset` is the row in its shard."""
         return sorted(
-            Source(e.path, self._where / e.shard, e.row, self._size(e), label=e.label) for e in self._latents.entries
+            (
+                Source(e.path, self._where / e.shard, e.row, self._size(e), label=e.label, sidecars=_sidecars(e))
+                for e in self._latents.entries
+            ),
+            key=lambda source: source.name,
         )
 
     def _size(self, entry: LatentsEntry) -> int:
@@ -81,3 +85,9 @@ class _LatentsDecoder(ImageDecoder):
     def make(self, batches: Iterable[list[Input[Latent]]], work: Work) -> Iterator[Output]:
         for batch in batches:
             yield from self.images(batch, work)
+
+
+def _sidecars(entry: LatentsEntry) -> tuple[tuple[str, bytes], ...]:
+    """Return what a tar file said of the image, for a tar shard of decoded images."""
+    texts = {".txt": entry.caption, ".cls": entry.label if entry.key is not None else None}
+    return tuple((suffix, text.encode()) for suffix, text in texts.items() if text is not None)

@@ -17,6 +17,7 @@ from latent_codec.folders.run import run
 from latent_codec.folders.shards import remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.images.sources import Listing
+from latent_codec.images.tar_files import key_of
 from latent_codec.storage.files import atomic_path, disk_errors, put, sha256, sha256_of, temporary_path
 
 T = TypeVar("T")
@@ -113,12 +114,21 @@ def _add_members(outputs: Iterable[tuple[Output, bytes]], path: Path, work: Work
     """Write a tar file of the outputs, and yield the input of each with its pixels to count."""
     with disk_errors(path):
         tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed below: other errors pass here)
+    keys: set[str] = set()
+
+    def add(name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        with disk_errors(path), work.summary.timing("writing"):
+            tar.addfile(member, io.BytesIO(data))
+
     try:
         for output, data in outputs:
-            member = tarfile.TarInfo(output.name)
-            member.size = len(data)
-            with disk_errors(path), work.summary.timing("writing"):
-                tar.addfile(member, io.BytesIO(data))
+            add(output.name, data)
+            if (key := key_of(output.name)) not in keys:  # with its class and caption, as WebDataset has them
+                keys.add(key)
+                for suffix, beside in output.input.job.source.read_sidecars().items():
+                    add(f"{key}{suffix}", beside)
             yield output.input.holding(output.pixels)
     except BaseException:
         with contextlib.suppress(OSError):  # what is not written yet will not be

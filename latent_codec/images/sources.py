@@ -42,8 +42,8 @@ class Source(NamedTuple):
     """Class: the first folder of the name, None at the top level; in a tar file what `tar_files.label_of` says."""
     key: str | None = None
     """WebDataset's key of a tar file's member."""
-    sidecars: tuple[tuple[str, Member], ...] = ()
-    """Members of the tar file with the same key, by suffix: a class, facts, a caption."""
+    sidecars: tuple[tuple[str, Member | bytes], ...] = ()
+    """Members of the tar file with the same key, or their contents, by suffix: a class, facts, a caption."""
 
     def read_bytes(self) -> bytes:
         """Return the image's file; pixels of an IDX file become a PGM file. Raises `OSError`."""
@@ -57,10 +57,13 @@ class Source(NamedTuple):
 
     def read_sidecars(self) -> dict[str, bytes]:
         """Return the contents of the members with the same key, by suffix. Raises `OSError`."""
-        if not self.sidecars:
-            return {}
+        if not any(isinstance(found, Member) for _, found in self.sidecars):
+            return {suffix: found for suffix, found in self.sidecars if isinstance(found, bytes)}
         with open_regular(self.path) as file:
-            return {suffix: tar_files.read_member(member, file) for suffix, member in self.sidecars}
+            return {
+                suffix: found if isinstance(found, bytes) else tar_files.read_member(found, file)
+                for suffix, found in self.sidecars
+            }
 
     def read(self, options: ReadOptions = ReadOptions()) -> Image:
         """Decode the image (`read_image`); raises `UserError` with the name and the reason."""

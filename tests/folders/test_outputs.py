@@ -8,9 +8,14 @@ import pytest
 
 from latent_codec.errors import UserError
 from latent_codec.folders.resume.ledger import FAILURES
-from tests.conftest import files_of
+from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.write import write_cache
+from latent_codec.latents.dataset import Latents
+from latent_codec.model.codec import Codec
+from tests.conftest import Draw, files_of
 from tests.folders.conftest import Places
-from tests.support.folder import UNIT, Kind
+from tests.images.test_sources import tar
+from tests.support.folder import UNIT, Kind, make
 
 PAIRS: list[tuple[Kind, Kind]] = [("streams", "tars of streams"), ("images of streams", "tars of images")]
 
@@ -48,3 +53,31 @@ def test_one_tar_file_is_decoded_alone_and_one_name_in_two_is_refused(places: Pl
 def test_files_have_the_users_umask(places: Places, tmp_path: Path, umask_027: None, kind: Kind, suffix: str) -> None:
     places[kind].task.do(tmp_path / "z")
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "z").glob(f"*.{suffix}")} == {0o640}
+
+
+def test_classes_and_captions_go_with_their_images(codec: Codec, draw: Draw, tmp_path: Path) -> None:
+    """Keep them in tar shards of streams, in latents, in WebDataset's cache and in tar shards of images."""
+    draw(tmp_path / "a.png", 16, 8)
+    told = {"000.cls": b"11", "000.txt": "a caption, ünï".encode()}
+    pixels = {"000.png": (tmp_path / "a.png").read_bytes(), "001.png": (tmp_path / "a.png").read_bytes()}
+    tar(tmp_path / "in" / "shard-7.tar", pixels | told | {"001.cls": b"2"})
+
+    def members(folder: str) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        for path in (tmp_path / folder).glob("*.tar"):
+            with tarfile.open(path) as archive:
+                found |= {m.name: archive.extractfile(m).read() for m in archive}  # pyright: ignore
+        return found
+
+    make("tars of streams", codec, tmp_path / "in", tmp_path / "lc")
+    make("tars of images", codec, tmp_path / "lc", tmp_path / "images of lc")
+    make("latents", codec, tmp_path / "in", tmp_path / "latents")
+    make("images of latents", codec, tmp_path / "latents", tmp_path / "images of latents", tar=True)
+    for folder in ("lc", "images of lc", "images of latents"):
+        found = members(folder)
+        assert {name: found[f"shard-7/{name}"] for name in told} == told and found["shard-7/001.cls"] == b"2"
+    latents = Latents(tmp_path / "latents")
+    assert latents.classes == ("2", "11") and latents.labels.tolist() == [1, 0]  # numbers in their order
+    write_cache(tmp_path / "latents", tmp_path / "cache", "webdataset", CacheOptions(scale="raw"))
+    found = members("cache")
+    assert {name: found[name] for name in told} == told  # with the shard's own keys and class numbers

@@ -72,7 +72,8 @@ def make(
     if kind.startswith("tars"):
         options["tar"] = True
     summary: Summary = command(Runner(codec, compute), where, folder, chosen(**options), resume=resume, quiet=True)
-    assert summary.done + summary.skipped + summary.elsewhere + len(summary.failures) == summary.found
+    ended = summary.done + summary.skipped + summary.elsewhere + len(summary.failures) + summary.left_out.total
+    assert ended == summary.found
     return summary
 
 

@@ -72,7 +72,7 @@ def make(folder: Path, src: Path, settings: dict[str, Any] = SETTINGS, bad: str 
                     claim.add(record(folder, claim, source))
                     made.append(source.name)
                 claim.settle()
-        ledger.write_failures(plans(src))
+        ledger.write_failures(plans(src), list_files(src, ".png"))
     return made
 
 

@@ -4,19 +4,23 @@ A file holds, in big-endian order, two zero bytes, the type of the values (8: ui
 dimension as 4 bytes, then the values. It may be compressed by gzip.
 """
 
+import contextlib
 import functools
 import gzip
 import math
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from latent_codec.errors import UserError
+from latent_codec.storage.files import open_regular
 
 _IMAGES = re.compile(r"(.*?)[-.]?images[-.]idx3-ubyte(\.gz)?")
 _UINT8 = 8
+_MOST_BYTES = 2**30  # the largest published set, EMNIST, has 640 MB
 
 
 class IdxImage(NamedTuple):
@@ -56,25 +60,41 @@ def content(path: Path) -> bytes:
 
 @functools.lru_cache(maxsize=4)
 def _content(path: Path, mtime_ns: int, size: int) -> bytes:
+    with _opened(path) as file:
+        return file.read(_MOST_BYTES)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, unpacked; damage to a packed one becomes an `OSError`."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return file.read()
+        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            yield file
     except (EOFError, zlib.error) as error:
         raise OSError(f"damaged: {error}") from error
 
 
 def _layout(path: Path, dimensions: int) -> tuple[int, tuple[int, ...]]:
-    """Return the offset of the values and their shape."""
+    """Return the offset of the values and their shape, once the file is known to have as many as its header says.
+
+    A few packed megabytes can unpack to any size, so it is read in small parts and no further than that.
+    """
+    start, size = 4 + 4 * dimensions, 0
     try:
-        data = content(path)
+        with _opened(path) as file:
+            data = file.read(start)
+            if len(data) < start or data[:4] != bytes((0, 0, _UINT8, dimensions)):
+                raise UserError(f"{path}: no IDX file of uint8 values in {dimensions} dimensions; download it again")
+            shape = struct.unpack_from(f">{dimensions}I", data, 4)
+            if (promised := start + math.prod(shape)) > _MOST_BYTES:
+                raise UserError(f"{path}: its header promises {promised} bytes, more than {_MOST_BYTES}; split it")
+            size = start
+            while size <= promised and (part := file.read(2**20)):
+                size += len(part)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    start = 4 + 4 * dimensions
-    if len(data) < start or data[:4] != bytes((0, 0, _UINT8, dimensions)):
-        raise UserError(f"{path}: not an IDX file of uint8 values in {dimensions} dimensions; download it again")
-    shape = struct.unpack_from(f">{dimensions}I", data, 4)
-    if len(data) != start + math.prod(shape) or not math.prod(shape):
-        raise UserError(f"{path}: its shape {shape} does not fit its {len(data)} bytes; download it again")
+    if size != promised or not math.prod(shape):
+        raise UserError(f"{path}: its shape {shape} does not fit its {size} bytes; download it again")
     return start, shape
 
 

@@ -323,7 +323,12 @@ class _Search:
         return path.name in ("failures.jsonl", "left_out.jsonl") and (path.parent / OWN).is_dir()
 
     def _idx(self, path: Path, prefix: str) -> None:
-        for name, offset, height, width in idx.find(path):
+        try:
+            images = idx.find(path)
+        except UserError as error:
+            self.listing.failures[path.name] = str(error)
+            return
+        for name, offset, height, width in images:
             name = str(PurePosixPath(prefix, name))
             self.listing.sources.append(Source(name, path, offset, height * width, (height, width), _folder_of(name)))
 

@@ -78,17 +78,18 @@ class Codec(nn.Module):
 
     def class_numbers(self, names: Sequence[str | None]) -> torch.Tensor:
         """Return labels (b,) int64 of images by the names of their classes; zeros for an unconditional model.
-        Raises `UserError` for a class that a conditional model does not know."""
-        classes = self.config.classes
-        if not classes:
+
+        Raises `UserError` for a class that a conditional model does not know.
+        """
+        if not self.config.classes:
             return torch.zeros(len(names), dtype=torch.int64)
+        numbers: dict[str | None, int] = {name: number for number, name in enumerate(self.config.classes)}
         for name in names:
-            if name not in classes:
+            if name not in numbers:
                 found = "no class" if name is None else f"class {name!r}"
-                raise UserError(
-                    f"{found}, but the model knows {', '.join(classes)}; put each image in its class' folder"
-                )
-        return torch.tensor([classes.index(name) for name in names if name is not None], dtype=torch.int64)
+                known = ", ".join(self.config.classes)
+                raise UserError(f"{found}, but the model knows {known}; put each image in its class' folder")
+        return torch.tensor([numbers[name] for name in names], dtype=torch.int64)
 
     def _with_labels(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Append one-hot labels to x as channels that are constant over the image, (b, c + classes, h, w)."""

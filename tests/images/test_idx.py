@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         refused("does not fit its", find_images, path)
     for data in (idx(PIXELS)[:9], idx(PIXELS[0]), b"\0\0\x0d" + idx(PIXELS)[3:]):
         path.write_bytes(data)
-        refused("not an IDX file of uint8 values in 3 dimensions", find_images, path)
+        refused("no IDX file of uint8 values in 3 dimensions", find_images, path)
 
 
 def test_a_cut_gzip_file_and_labels_of_other_images_are_refused(tmp_path: Path) -> None:
@@ -78,3 +79,19 @@ def test_a_cut_gzip_file_and_labels_of_other_images_are_refused(tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-9])
     refused("cannot be read", find_images, path)
     refused("2 labels for 3 images", find_images, write(tmp_path / "other", labels=LABELS[:2]))
+
+
+def test_a_packed_file_is_not_unpacked_beyond_what_its_header_says(tmp_path: Path) -> None:
+    """A gigabyte of zeros in a megabyte takes neither time nor memory to refuse."""
+    header = struct.pack(">BBBB3I", 0, 0, 8, 3, 1, 4, 5)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(header)
+        for _ in range(256):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    refused("does not fit", find_images, tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    path.write_bytes(gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 2**20, 2**20, 2**20)))
+    refused("promises .* bytes, more than 1073741824; split it", find_images, path)

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 import tyro
 from accelerate import Accelerator
 
@@ -101,13 +100,13 @@ def split(run: Run) -> Split:
 
 def labelled(codec: Codec, sources: list[Source]) -> ImageSet:
     """Return the sources with the numbers of their classes; raises `UserError` for an image of no known class."""
-    labels = []
-    for source in sources:
-        try:
-            labels.append(codec.class_numbers([source.label]))
-        except UserError as error:
-            raise UserError(f"{source.name}: {error}, or name the folders with --classes") from error
-    return ImageSet(sources=sources, labels=torch.cat(labels), channels=codec.config.image_channels)
+    try:
+        labels = codec.class_numbers([source.label for source in sources])
+    except UserError as error:
+        known = codec.config.classes
+        name = next(source.name for source in sources if source.label not in known)
+        raise UserError(f"{name}: {error}, or name the folders with --classes") from error
+    return ImageSet(sources=sources, labels=labels, channels=codec.config.image_channels)
 
 
 def describe_data(run: Run, sources: list[Source]) -> dict[str, Any]:

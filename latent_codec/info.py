@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
@@ -16,7 +16,7 @@ from latent_codec.model.describe import describe_model
 from latent_codec.model.shipped import resolve, shipped_names
 from latent_codec.prior.quantizer import STEP_ONE
 from latent_codec.program import paragraph
-from latent_codec.storage.tensors import FORMAT_VERSION, read_header
+from latent_codec.storage.tensors import FORMAT_VERSION, open_tensors, read_header
 
 _FLIPS = ", and the same of the images mirrored left to right"
 
@@ -43,7 +43,7 @@ def describe(where: str, model: str | None = None) -> str:
 
 def _is_shard(path: Path) -> bool:
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             found = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
             plain = set(moment_names(flip=False))
             return found in (plain, plain | set(moment_names(flip=True)))

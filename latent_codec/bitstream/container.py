@@ -13,6 +13,7 @@ from latent_codec.model.config import CodecConfig
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import MIN_STEP, STEP_ONE, QuantizerSettings
 from latent_codec.prior.tables import MIN_SYMBOL_BITS
+from latent_codec.storage.files import open_regular
 
 SUFFIX = ".lc"
 VERSIONS = (1, 2, 3)
@@ -125,7 +126,7 @@ def read(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
 
 def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """Return up to `size` bytes at `offset` of a file: at most one more than the stream's header promises."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
         whole = path.stat().st_size - offset if size is None else size
         data = file.read(min(whole, _HEADER_SIZE))

@@ -24,6 +24,7 @@ from PIL import Image as PilImage
 from latent_codec.errors import UserError
 from latent_codec.images.colour import composite, in_8_bits, in_srgb, opacity, parse_colour
 from latent_codec.images.geometry import Geometry, Image
+from latent_codec.storage.files import open_regular
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -103,7 +104,7 @@ def _opened(source: Path | str | BinaryIO | bytes, name: str) -> Iterator[Binary
     """Open the source as a seekable stream; a stream of the caller's stays open."""
     try:
         if isinstance(source, Path | str):
-            with Path(source).open("rb") as stream:
+            with open_regular(Path(source)) as stream:
                 yield stream
         elif isinstance(source, bytes):
             yield io.BytesIO(source)

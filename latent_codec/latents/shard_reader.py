@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from latent_codec.storage.files import open_regular
 from latent_codec.storage.json_config import loads
 
 OPEN_FILES = 128
@@ -85,8 +86,9 @@ class _File:
     """Keep a file open until nobody uses it: another thread may still read one that the cache has dropped."""
 
     def __init__(self, path: Path) -> None:
-        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self.handle)
+        self._file = open_regular(path)
+        self.handle = self._file.fileno()
+        weakref.finalize(self, self._file.close)
         self.size = os.fstat(self.handle).st_size
 
 

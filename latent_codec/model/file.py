@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from latent_codec.errors import UserError
@@ -20,6 +19,7 @@ from latent_codec.storage.tensors import (
     check_claim,
     check_finite,
     content_id,
+    open_tensors,
     read_header,
     save_tensors,
     stored_shapes,
@@ -131,7 +131,7 @@ def _read_tensors(path: Path, config: CodecConfig) -> tuple[dict[str, torch.Tens
     shapes = stored_shapes(path, is_weight=lambda name: not name.startswith(PREFIX))
     own = {name: shape for name, shape in shapes.items() if not name.startswith(PREFIX)}
     check_claim(config, lambda: nn.ModuleDict(build(config)._asdict()), own, path)
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         tensors = {name: file.get_tensor(name).float() for name in own}
         check_finite(tensors, path)
         return tensors, {name: file.get_tensor(name) for name in shapes if name.startswith(PREFIX)}

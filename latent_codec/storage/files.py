@@ -164,10 +164,24 @@ def _is_encodable(name: str) -> bool:
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading; raises `OSError` for a pipe or a device too, which could block for ever."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    try:
+        _check_mode(os.fstat(handle).st_mode, path)
+    except OSError:
         os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise
     return os.fdopen(handle, "rb")
+
+
+def check_regular(path: Path) -> None:
+    """Raise `OSError` unless a path leads to a regular file, before a library opens it."""
+    _check_mode(path.stat().st_mode, path)
+
+
+def _check_mode(mode: int, path: Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def make_folder(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Read and write safetensors files with a JSON header under the key `latent_codec` of their metadata."""
 
+import contextlib
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_codec.errors import UserError
-from latent_codec.storage.files import put, temporary_folder, temporary_path
+from latent_codec.storage.files import check_regular, put, temporary_folder, temporary_path
 from latent_codec.storage.json_config import dumps, from_json, loads, to_json
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,7 +62,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def own_metadata(path: Path) -> str:
     """Return the text under the metadata key `latent_codec`; raises `UserError` if there is none."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a safetensors file ({error}); nothing is ever loaded from pickles") from error
@@ -70,13 +71,21 @@ def own_metadata(path: Path) -> str:
     return metadata[KEY]
 
 
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; raises `SafetensorError`, and `OSError` for a pipe, which would block for ever."""
+    check_regular(path)
+    with safe_open(path, framework="pt") as file:
+        yield file
+
+
 def stored_shapes(path: Path, is_weight: Callable[[str], bool] = lambda _: True) -> Shapes:
     """Return the shapes of the tensors in a safetensors file, without reading their values.
 
     Raises `UserError` for a weight that is neither float32, float16 nor bfloat16, and for a file that this machine's
     memory cannot hold as float32.
     """
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
         for name, found in slices.items():

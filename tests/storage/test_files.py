@@ -3,13 +3,22 @@
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from latent_codec.bitstream import container
 from latent_codec.errors import UserError
+from latent_codec.images.read import read_image
+from latent_codec.images.tar_files import list_members
+from latent_codec.info import describe
+from latent_codec.interop.autoencoder_kl.importing import import_model
+from latent_codec.interop.caches import numpy_files
+from latent_codec.latents.shard_reader import ShardReader
+from latent_codec.model.codec import Codec
 from latent_codec.storage import files
 from latent_codec.storage.tensors import save_tensors
 from tests.conftest import files_of
@@ -148,3 +157,27 @@ def test_temporary_files_are_known_by_their_process_and_a_fork_has_a_name_of_its
     os.waitpid(child, 0)
     assert os.read(read, 100) not in (b"", files.process_name().encode())
     assert files.process_name() == files.process_name()
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "image": read_image,
+    "tar": list_members,
+    "stream": container.read,
+    "model": Codec.load,
+    "weights": lambda path: import_model(path, path.with_name("model.safetensors")),
+    "shard": lambda path: ShardReader(path.parent).locate(path.name, "mean"),
+    "npy": numpy_files.load_npy,
+    "npz": numpy_files.load_npz,
+    "description": lambda path: describe(str(path)),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("suffix", [".jpg", ".lc", ".tar", ".safetensors"])
+def test_a_pipe_is_refused_and_never_waited_for(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Links that lead to one are refused as well; whatever opens a pipe waits for a writer, deaf to Ctrl-C."""
+    os.mkfifo(tmp_path / "pipe")
+    path = tmp_path / f"link{suffix}"
+    path.symlink_to("pipe")
+    with pytest.raises((UserError, OSError, ValueError)):
+        READERS[kind](path)

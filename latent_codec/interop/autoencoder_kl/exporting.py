@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ from latent_codec.model.networks.backbone import BackboneShape
 from latent_codec.model.networks.conv import ConvBackbone
 from latent_codec.storage.files import atomic_folder, write_text
 from latent_codec.storage.json_config import dumps, to_json
-from latent_codec.storage.tensors import check_state, save_tensors
+from latent_codec.storage.tensors import check_state, open_tensors, save_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -144,7 +144,7 @@ def check_folder(folder: Path) -> None:
 
 def _is_ours(weights: Path) -> bool:
     try:
-        with safe_open(weights, framework="pt") as file:
+        with open_tensors(weights) as file:
             return KEY in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from latent_codec.errors import UserError
@@ -24,9 +24,9 @@ from latent_codec.interop.autoencoder_kl.folding import Tensors
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics
-from latent_codec.storage.files import make_folder, sha256_of
+from latent_codec.storage.files import make_folder, open_regular, sha256_of
 from latent_codec.storage.json_config import from_json, loads
-from latent_codec.storage.tensors import check_claim, check_finite, check_numbers, shapes_of
+from latent_codec.storage.tensors import check_claim, check_finite, check_numbers, open_tensors, shapes_of
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _weights_in(folder: Path) -> Path:
 def _refuse_pickle(path: Path) -> None:
     """Raise `UserError` if a file that could not be read as safetensors looks like a pickle."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
     except OSError:
         start = b""  # reading it will raise the error
@@ -140,7 +140,7 @@ def _is_autoencoder(config: Path) -> bool:
 def _read(weights: Path) -> tuple[Tensors, dict[str, str]]:
     """Read the autoencoder's tensors under today's names, float32 and finite, and the file's metadata."""
     try:
-        with safe_open(weights, framework="pt") as file:
+        with open_tensors(weights) as file:
             names = list(file.keys())
             prefix = layouts.prefix_of(names, str(weights))
             own = [n for n in names if n.startswith(prefix) and not layouts.is_training_state(n.removeprefix(prefix))]

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from latent_codec.interop.caches import cache
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in, origin_in
 from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.format import LatentsEntry
-from latent_codec.storage.tensors import KEY
+from latent_codec.storage.tensors import KEY, open_tensors
 
 _LATENT, _RAW = "latent_tensor", "latent_format_version_0"
 
@@ -35,7 +34,7 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
     """Find .latent files anywhere in a folder."""
 
     def load(path: Path) -> cache.StoredImage:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             found = file.get_tensor(_LATENT)
             if found.ndim != 4 or len(found) != 1:
                 raise ValueError(f"it holds latents of shape {tuple(found.shape)}, not of one image")

@@ -73,7 +73,7 @@ def read(where: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache
     labels = _labels(get, where) if _INDEX in names else {}
 
     def load(name: str) -> cache.StoredImage:
-        mean, std = numpy_files.latents_in(numpy_files.load(get(name))).chunk(2)
+        mean, std = numpy_files.latents_in(numpy_files.load_npy(get(name))).chunk(2)
         beside = name.removesuffix(".npy") + ".json"
         origin = cache.Origin.parse(get(beside).decode()) if beside in names else None
         return cache.StoredImage(mean, 2 * std.log(), origin=origin)
@@ -88,12 +88,12 @@ def _in_zip(path: Path) -> tuple[set[str], Callable[[str], bytes]]:
         file = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no zip file that can be read ({error})") from error
-    return set(file.namelist()), file.read
+    return set(file.namelist()), functools.partial(numpy_files.unzip, file)
 
 
 def _in_folder(folder: Path) -> tuple[set[str], Callable[[str], bytes]]:
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return names, lambda name: (folder / name).read_bytes()
+    return names, lambda name: numpy_files.content(folder / name)
 
 
 def _labels(get: Callable[[str], bytes], where: Path) -> dict[str, int]:

@@ -65,15 +65,15 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
     """Find the files of one architecture anywhere in a folder."""
 
     def load(path: Path) -> cache.StoredImage:
-        with numpy_files.load(path) as file:
-            end = _key_end(file)
-            mean, flip = (
-                scaling.unscale(numpy_files.latents_in(file[f"{key}{end}"])) if f"{key}{end}" in file else None
-                for key in ("latents", "latents_flipped")
-            )
-            assert mean is not None  # `_key_end` found it
-            width, height = (int(side) for side in file[f"original_size{end}"])
-            return cache.StoredImage(mean, mean_flip=flip, origin=numpy_files.origin_in(file), size=(width, height))
+        file = numpy_files.load_npz(path)
+        end = _key_end(file)
+        mean, flip = (
+            scaling.unscale(numpy_files.latents_in(file[f"{key}{end}"])) if f"{key}{end}" in file else None
+            for key in ("latents", "latents_flipped")
+        )
+        assert mean is not None  # `_key_end` found it
+        width, height = (int(side) for side in file[f"original_size{end}"])
+        return cache.StoredImage(mean, mean_flip=flip, origin=numpy_files.origin_in(file), size=(width, height))
 
     for found in cache.images_in_files(folder, f"_{options.arch}.npz", load):
         yield found._replace(path=found.path.rpartition("_")[0])  # without the size
@@ -81,7 +81,7 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
 
 def _key_end(file: Any) -> str:
     """Return the end of every key; raises `ValueError` unless there are latents of exactly one size."""
-    found = [match[1] or "" for match in map(_LATENTS.fullmatch, file.files) if match]
+    found = [match[1] or "" for match in map(_LATENTS.fullmatch, file) if match]
     if len(found) != 1:
         raise ValueError(f"it holds latents of {len(found)} sizes, not of one")
     return found[0]

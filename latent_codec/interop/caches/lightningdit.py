@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from latent_codec.errors import UserError
@@ -21,7 +21,7 @@ from latent_codec.interop.caches.safetensors_files import latents_in
 from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
 from latent_codec.storage.json_config import loads
-from latent_codec.storage.tensors import KEY
+from latent_codec.storage.tensors import KEY, open_tensors
 
 STATISTICS = "latents_stats.pt"
 _SHARD_IMAGES = 1024
@@ -73,19 +73,19 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
     """Find every image of every shard in a folder; a class number becomes the first folder of a path."""
 
     def load(path: Path, row: int) -> cache.StoredImage:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             mean, flip = (latents_in(file.get_slice(key)[row]) for key in ("latents", "latents_flip"))
         return cache.StoredImage(mean, mean_flip=flip, origin=origins(path)[row] if origins(path) else None)
 
     @functools.lru_cache(1)
     def origins(path: Path) -> list[cache.Origin]:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             found = loads((file.metadata() or {}).get(KEY, "[]"))
         return [cache.Origin.parse(json.dumps(one)) for one in found]
 
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_tensors(path) as file:
                 labels = file.get_tensor("labels").tolist()
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: no shard of LightningDiT's ({error}); make it again or take it away") from error

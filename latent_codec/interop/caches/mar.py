@@ -39,12 +39,12 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
     """Find .npz files anywhere in a folder; the mirrored image's posterior may be missing."""
 
     def load(path: Path) -> cache.StoredImage:
-        with numpy_files.load(path) as file:
-            mean, logvar = numpy_files.latents_in(file["moments"]).chunk(2)
-            mean_flip, logvar_flip = None, None
-            if "moments_flip" in file:
-                mean_flip, logvar_flip = numpy_files.latents_in(file["moments_flip"]).chunk(2)
-            return cache.StoredImage(mean, logvar, mean_flip, logvar_flip, numpy_files.origin_in(file))
+        file = numpy_files.load_npz(path)
+        mean, logvar = numpy_files.latents_in(file["moments"]).chunk(2)
+        mean_flip, logvar_flip = None, None
+        if "moments_flip" in file:
+            mean_flip, logvar_flip = numpy_files.latents_in(file["moments_flip"]).chunk(2)
+        return cache.StoredImage(mean, logvar, mean_flip, logvar_flip, numpy_files.origin_in(file))
 
     return cache.images_in_files(folder, ".npz", load)
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import safe_open
-
 from latent_codec.errors import UserError
 from latent_codec.interop.caches import cache
 from latent_codec.interop.caches.options import CacheOptions
@@ -17,7 +15,7 @@ from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in
 from latent_codec.interop.caches.scaling import Scaling, prescribed_scaling
 from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
-from latent_codec.storage.tensors import KEY
+from latent_codec.storage.tensors import KEY, open_tensors
 
 _KEY = re.compile(r"latents_(\d+x)?\d+x\d+_[a-z]+\d+")
 
@@ -90,7 +88,7 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
     architecture, suffix = _architecture(options), f"_{options.arch}.safetensors"
 
     def load(path: Path) -> cache.StoredImage:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("architecture") != architecture.full_name:
                 raise ValueError(f"it is for architecture {metadata.get('architecture')}, not {architecture.full_name}")

@@ -30,7 +30,7 @@ def read(folder: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cach
     """Find .npy files anywhere in a folder."""
 
     def load(path: Path) -> cache.StoredImage:
-        return cache.StoredImage(scaling.unscale(numpy_files.latents_in(numpy_files.load(path))))
+        return cache.StoredImage(scaling.unscale(numpy_files.latents_in(numpy_files.load_npy(path))))
 
     return cache.images_in_files(folder, ".npy", load)
 

@@ -84,7 +84,7 @@ def read(where: Path, options: CacheOptions, scaling: Scaling) -> Iterator[cache
 
     def load(parts: dict[str, bytes]) -> cache.StoredImage:
         mean, flip = (
-            scaling.unscale(numpy_files.latents_in(numpy_files.load(parts[part]))) if part in parts else None
+            scaling.unscale(numpy_files.latents_in(numpy_files.load_npy(parts[part]))) if part in parts else None
             for part in ("npy", "flip.npy")
         )
         if mean is None:
@@ -112,7 +112,9 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
                     yield key, parts
                     parts = {}
                 key, file = f"{folder}{slash}{stem}", tar.extractfile(member)
-                parts[suffix] = b"" if file is None else file.read()
+                parts[suffix] = (
+                    b"" if file is None or member.issparse() else file.read()
+                )  # a sparse one may be any size
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
     if parts:

@@ -33,7 +33,8 @@ from train.data.crops import Draw
 from train.data.latents import PosteriorCrops
 from train.loop.claim import check_processes, claim
 from train.loop.program import RunOptions, main_of, run_of_preset
-from train.loop.trainer import Task, TrainedModules, Trainer, begin
+from train.loop.session import Session, begin
+from train.loop.trainer import Task, TrainedModules, Trainer
 from train.objectives.flow import FlowMatching
 
 _DRAWS = 4  # of each held-out image at an evaluation
@@ -66,12 +67,17 @@ def main() -> None:
 def train(run: DiffusionRun) -> int:
     """Train to the end, a signal or the time limit; return the exit code, 0 or 128 + the signal's number.
     Raises `UserError` for options, latents or a run's folder that cannot be used."""
-    config, (accelerator, interrupts) = run.config, begin(run)
+    with begin(run) as session:
+        return _train(run, session)
+
+
+def _train(run: DiffusionRun, session: Session) -> int:
+    config, (accelerator, interrupts, _) = run.config, session
     check_diffusion(config)
     check_processes(config, run.log_with, accelerator)
     data = open_latents(run)
     described = describe_data(run, data)
-    claim(run.out, config, described, accelerator)
+    claim(run.out, config, described, session)
 
     set_seed(config.seed)  # for initial weights; all later randomness is a hash of counters
     model = Diffusion(config.transformer, data.space)

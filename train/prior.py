@@ -37,7 +37,8 @@ from train.loop.claim import check_processes, claim
 from train.loop.logs import RunLog
 from train.loop.program import RunOptions, main_of
 from train.loop.provenance import git_commit
-from train.loop.trainer import Task, TrainedModules, Trainer, begin
+from train.loop.session import Session, begin
+from train.loop.trainer import Task, TrainedModules, Trainer
 from train.objectives.prior import PriorLosses, PriorObjective
 
 _MEASURED_STEPS = (1.0, 1.4, 2.0, 4.0)
@@ -67,7 +68,12 @@ def main() -> None:
 def train(run: Run) -> int:
     """Train to the end, a signal or the time limit, and at the end write the model; return 0, or 128 + the signal's
     number. Raises `UserError` for options, latents or a folder that cannot be used."""
-    config, (accelerator, interrupts) = run.config, begin(run)
+    with begin(run) as session:
+        return _train(run, session)
+
+
+def _train(run: Run, session: Session) -> int:
+    config, (accelerator, interrupts, _) = run.config, session
     loop = _check(run, accelerator)
     codec = Codec.load(run.model)
     if codec.priors is None or codec.statistics is None:
@@ -76,7 +82,7 @@ def train(run: Run) -> int:
     crops = LatentCrops(run.latents, codec.model_id, config.crop, accelerator.device)
     start_from = None if run.start_from is None else run.start_from.name
     described = {"data_sha256": crops.fingerprint, "model_id": codec.model_id, "start_from": start_from}
-    claim(run.out, config, described, accelerator, same=("model_id", "start_from"))
+    claim(run.out, config, described, session, same=("model_id", "start_from"))
 
     torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest convolution pays
     set_seed(config.seed)

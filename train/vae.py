@@ -32,7 +32,8 @@ from train.loop.claim import claim
 from train.loop.logs import RunLog
 from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import Run, check_run, describe_data, labelled, split
-from train.loop.trainer import RATE, Task, TrainedModules, Trainer, begin
+from train.loop.session import Session, begin
+from train.loop.trainer import RATE, Task, TrainedModules, Trainer
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.objectives.elbo import ELBO
 from train.objectives.iwae import IWAE
@@ -54,13 +55,18 @@ def main() -> None:
 def train(run: Run) -> int:
     """Train to the end, a signal or the time limit; return the exit code, 0 or 128 + the signal's number.
     Raises `UserError` for options, data or a run's folder that cannot be trained on."""
-    config, (accelerator, interrupts) = run.config, begin(run)
+    with begin(run) as session:
+        return _train(run, session)
+
+
+def _train(run: Run, session: Session) -> int:
+    config, (accelerator, interrupts, _) = run.config, session
     check_run(run, accelerator)
     sources, held_out, notes = split(run)
     for note in notes if accelerator.is_main_process else ():
         say(printable(note), error=True)
     described = describe_data(run, sources)
-    claim(run.out, config, described, accelerator)
+    claim(run.out, config, described, session)
 
     torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest convolution pays
     set_seed(config.seed)  # for initial weights; all later randomness is a hash of counters

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train.loop import checkpoints, interrupts, trainer
+from train.loop import checkpoints, interrupts, session, trainer
 from train.loop.interrupts import Interrupts
 from train.objectives.elbo import ELBO
 from train.objectives.losses import VAELosses
@@ -91,4 +91,4 @@ def scaled_fp16() -> None:
             self.native_amp = True
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # pyright: ignore[reportPrivateImportUsage]
 
-    trainer.Accelerator = Scaling
+    session.Accelerator = Scaling

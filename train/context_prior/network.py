@@ -118,7 +118,7 @@ class ContextNet(nn.Module):
             outputs = self._run(net, layout, self._inputs(known, layout, scale), drawn)  # (b, 2g, n)
             located, wide = outputs.float().chunk(2, dim=1)
             located = located / unit
-            width = (torch.exp2(wide) / unit).clamp(2.0**-5, 2.0**6)
+            width = (torch.exp2(wide.clamp(max=64.0)) / unit).clamp(2.0**-5, 2.0**6)  # beyond 2^127 is no gradient
             own, dither = (gather(t[:, group], layout) for t in (drawn.scaled, drawn.dither))
             with float32_island(own):
                 if drawn.exact:

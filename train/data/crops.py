@@ -5,15 +5,19 @@ sampler state: a run resumes by counting, and the samples do not depend on the n
 whether images are in memory or streamed.
 """
 
+import atexit
+import ctypes
 import dataclasses
 import functools
 import hashlib
 import logging
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -178,22 +182,44 @@ def load_in_workers(
     dataset: Dataset[T], schedule: Iterator[list[int]], workers: int, device: torch.device
 ) -> Iterator[T]:
     """Yield a dataset's micro-batches, made in worker processes from lists of sample numbers, on the device."""
+    closing = multiprocessing.RawValue(ctypes.c_bool, False)
+    _OPEN.append(closing)
     loader = DataLoader(
         dataset,
         sampler=schedule,  # pyright: ignore[reportArgumentType]
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=functools.partial(_outlive_signals, closing=closing),
         pin_memory=device.type == "cuda",
     )
-    for batch in loader:
-        yield type(batch)(*(t.to(device, non_blocking=True) for t in batch))  # pyright: ignore[reportCallIssue]
+    try:
+        for batch in loader:
+            yield type(batch)(*(t.to(device, non_blocking=True) for t in batch))  # pyright: ignore[reportCallIssue]
+    finally:
+        closing.value = True
+        _OPEN.remove(closing)
 
 
-def _ignore_signals(_: int) -> None:
+_OPEN: list[Any] = []
+"""Flags of the loaders in use, whose workers end at a SIGTERM only once the flag is set."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """Let the workers go before Python waits for them: after an exception a loader may still be open."""
+    for closing in _OPEN:
+        closing.value = True
+
+
+def _outlive_signals(_: int, closing: Any) -> None:
     """Leave Ctrl-C and a scheduler's signal to the main process, which still needs crops for its last step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+
+    def end(_: int, __: object) -> None:
+        if closing.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Crops(Dataset[Batch]):

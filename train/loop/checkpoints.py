@@ -7,6 +7,7 @@ Nothing is pickled.
 
 import dataclasses
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from latent_codec.storage.tensors import check_state, save_tensors
 
 log = logging.getLogger(__name__)
 _OPTIMIZER = "optimizer.safetensors"
+_NAME, _STALE = re.compile(r"step-\d{8}"), re.compile(r"\.step-\d{8}\.(tmp|old)")
 
 
 @dataclasses.dataclass
@@ -51,8 +53,9 @@ def save(
     """
     final = folder / f"step-{progress.step:08d}"
     staged = folder / f".{final.name}.tmp"
-    for stale in folder.glob(".step-*.tmp"):
-        shutil.rmtree(stale)
+    for stale in folder.glob(".step-*"):
+        if _STALE.fullmatch(stale.name):
+            shutil.rmtree(stale)
     staged.mkdir(parents=True)
     files = {name: f"{name}.safetensors" for name in modules}
     for name, module in modules.items():
@@ -71,15 +74,22 @@ def save(
     _read_progress(staged)
     fsync(staged)
     if final.exists():  # it is damaged, or the run has no steps and is done again
-        shutil.rmtree(final)
+        _remove(final)
     staged.rename(final)
     fsync(folder)
     fsync(folder.parent)
     finished = _finished(folder)
     newest = finished.index(final) + 1
     for other in finished[: max(0, newest - keep)] + finished[newest:]:
-        shutil.rmtree(other)
+        _remove(other)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint that is none any more from the first moment on, whenever the process is killed."""
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(old)
+    shutil.rmtree(old)
 
 
 def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:
@@ -109,7 +119,9 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _finished(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    """List the checkpoints by exact name and content: copies that a user keeps beside them are none."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / "state.json").is_file())
 
 
 def _read_progress(path: Path) -> Progress:

@@ -9,12 +9,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from latent_codec.errors import UserError
+from latent_codec.folders.resume.locks import try_lock
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import from_json, loads, to_json
 from latent_codec.version import __version__
 from train.config.common import LoopConfig, flat
 from train.loop.checkpoints import Progress
 from train.loop.provenance import git_commit
+from train.loop.session import Session
+
+LOCK = "run.lock"
+"""File in a run's folder that the process which trains there holds locked."""
 
 _MAY_CHANGE = {
     *("steps", "log_every", "eval_every", "eval_crop", "save_every", "keep_checkpoints", "max_skipped"),
@@ -46,16 +51,17 @@ def check_same_step(accelerator: Accelerator, progress: Progress) -> None:
         raise UserError(f"the processes found checkpoints of steps {steps}; --out must be on a shared file system")
 
 
-def claim(
-    out: Path, config: Any, described: dict[str, Any], accelerator: Accelerator, *, same: tuple[str, ...] = ()
-) -> None:
-    """Write RUN/config.json on the main process; raises `UserError` on all if the folder holds another run.
-    `described` says what the run was trained on: its "data_sha256" and the values named by `same` must not change."""
+def claim(out: Path, config: Any, described: dict[str, Any], session: Session, *, same: tuple[str, ...] = ()) -> None:
+    """Lock RUN and write RUN/config.json on the main process; raises `UserError` on all if the folder is in use or
+    holds another run: the "data_sha256" in `described` and the values named by `same` must not change."""
     path = out / "config.json"
     problem = [""]
-    if accelerator.is_main_process:
+    if session.accelerator.is_main_process:
         try:
             make_folder(out)
+            if (held := try_lock(out / LOCK)) is None:
+                raise UserError(f"{out}: another process trains there; wait for its end, or give another --out")
+            session.held.callback(held.release)
             if path.exists():
                 _check_same_run(path, config, described, same)
             version = {"version": __version__, "git_commit": git_commit()}

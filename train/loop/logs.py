@@ -18,9 +18,10 @@ class RunLog:
         self.path, self.accelerator = path, accelerator
         self._warned: set[str] = set()
         if accelerator.is_main_process and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if 0 < _step_of(line) <= step]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if 0 < _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in kept))
-            self._warned = {found["name"] for found in map(json.loads, kept) if found["kind"] == "warning"}
+            self._warned = {found["name"] for found in map(json.loads, kept) if found.get("kind") == "warning"}
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write a line {"kind", "step", ...}; values that are not finite become null."""
@@ -49,6 +50,6 @@ class RunLog:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a crash cut the line short
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):  # a crash cut the line short, or left stray bytes
         return math.inf

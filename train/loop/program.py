@@ -36,7 +36,10 @@ def main_of(program: str, work: Callable[[], int]) -> NoReturn:
     logging.basicConfig(level=logging.WARNING, handlers=[_Handler()])
     try:
         sys.exit(exit_code(work))
-    except (UserError, ValueError) as error:
+    except KeyboardInterrupt:
+        say(f"{program}: interrupted", error=True)
+        sys.exit(130)
+    except (UserError, ValueError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
         raise SystemExit(f"{program}: {printable(error)}") from error
 
 

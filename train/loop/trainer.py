@@ -28,14 +28,6 @@ RATE = "rate"
 """Key of an optimizer's parameter group for its learning rate relative to the schedule's."""
 
 
-def begin(run: RunOptions) -> tuple[Accelerator, Interrupts]:
-    """Connect the processes and start the clock of the time limit."""
-    accelerator = Accelerator(log_with=list(run.log_with) or None, project_dir=str(run.out))
-    interrupts = Interrupts(run.max_minutes)
-    accelerator.wait_for_everyone()  # a process that fails before the others have connected would strand them
-    return accelerator, interrupts
-
-
 class Task:
     """Do what differs between programs; this class takes no arguments and evaluates nothing."""
 

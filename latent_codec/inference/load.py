@@ -9,6 +9,7 @@ from latent_codec.inference.options import ComputeOptions
 
 if TYPE_CHECKING:
     from latent_codec.inference.runner import Runner
+    from latent_codec.model.codec import Codec
 
 
 def load(model: str, options: ComputeOptions) -> "Runner":
@@ -27,8 +28,17 @@ def load(model: str, options: ComputeOptions) -> "Runner":
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device} is not usable: {str(error).splitlines()[0]}") from error
-    codec = Codec.load(model, device).to(memory_format=torch.channels_last)
-    return Runner(codec, dataclasses.replace(options, device=device))
+    codec = Codec.load(model, device)
+    return Runner(in_fastest_layout(codec), dataclasses.replace(options, device=device))
+
+
+def in_fastest_layout(codec: "Codec") -> "Codec":
+    """Lay out the weights as the codec's own device is fastest with, and return the codec."""
+    import torch
+
+    if codec.backbone.contiguous_on_cpu and next(codec.parameters()).device.type == "cpu":
+        return codec.to(memory_format=torch.contiguous_format)
+    return codec.to(memory_format=torch.channels_last)
 
 
 def _own_gpu(count: int) -> str:

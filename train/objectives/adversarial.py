@@ -8,6 +8,7 @@ from torch import distributed, nn
 from torch.func import functional_call
 from torch.nn.functional import leaky_relu, relu
 
+from latent_codec.model.networks.conv import GroupNorm
 from train.config.vae import AdversarialConfig
 
 _EPSILON = 1e-6  # keeps the ratio of two gradient norms finite
@@ -26,7 +27,7 @@ class PatchDiscriminator(nn.Module):
         convs, norms, narrow = [], [], image_channels
         for i, (wide, stride) in enumerate(zip(widths, strides, strict=True)):
             convs.append(nn.Conv2d(narrow, wide, 4, stride, padding=1, bias=i == 0))
-            norms.append(nn.GroupNorm(_GROUPS, wide) if i > 0 else nn.Identity())
+            norms.append(GroupNorm(_GROUPS, wide) if i > 0 else nn.Identity())
             narrow = wide
         self.convs, self.norms = nn.ModuleList(convs), nn.ModuleList(norms)
         self.score = nn.Conv2d(narrow, 1, 4, padding=1)

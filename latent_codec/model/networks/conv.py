@@ -15,14 +15,25 @@ from latent_codec.model.networks.backbone import Backbone, BackboneShape
 _EPS = 1e-6
 
 
+class GroupNorm(nn.GroupNorm):
+    """Normalises groups of channels to mean 0 and variance 1, on a CPU from contiguous memory.
+
+    torch's CPU kernel for channels_last takes the variance as E[x^2] - E[x]^2 in float32, which is wrong wherever a
+    group's mean is far from 0, as in plain or faint pictures. Its other kernels sum deviations from the mean.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.contiguous() if input.device.type == "cpu" else input)
+
+
 class ResnetBlock(nn.Module):
     """Applies GroupNorm, SiLU and a 3x3 convolution twice, and adds a shortcut (1x1 where the width changes)."""
 
     def __init__(self, width_in: int, width: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width_in, eps=_EPS)
+        self.norm1 = GroupNorm(groups, width_in, eps=_EPS)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, width, eps=_EPS)
+        self.norm2 = GroupNorm(groups, width, eps=_EPS)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
@@ -37,7 +48,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps=_EPS)
+        self.group_norm = GroupNorm(groups, width, eps=_EPS)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
@@ -94,7 +105,7 @@ def _encoder(config: ConvConfig, channels_in: int, channels_out: int) -> nn.Sequ
         conv_in=nn.Conv2d(channels_in, widths[0], 3, padding=1),
         down_blocks=_stages(widths, config.layers_per_block, groups, "downsamplers"),
         mid_block=Middle(widths[-1], groups, config.mid_attention),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=_EPS),
+        conv_norm_out=GroupNorm(groups, widths[-1], eps=_EPS),
         conv_act=nn.SiLU(),
         conv_out=nn.Conv2d(widths[-1], channels_out, 3, padding=1),
     )
@@ -107,7 +118,7 @@ def _decoder(config: ConvConfig, channels_in: int, channels_out: int) -> nn.Sequ
         conv_in=nn.Conv2d(channels_in, widths[0], 3, padding=1),
         mid_block=Middle(widths[0], groups, config.mid_attention),
         up_blocks=_stages(widths, config.layers_per_block + 1, groups, "upsamplers"),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=_EPS),
+        conv_norm_out=GroupNorm(groups, widths[-1], eps=_EPS),
         conv_act=nn.SiLU(),
         conv_out=nn.Conv2d(widths[-1], channels_out, 3, padding=1),
     )
@@ -117,6 +128,7 @@ class ConvBackbone(Backbone):
     """Pairs the encoder and decoder of AutoencoderKL with its 1x1 convolutions on either side of the latents."""
 
     encoder_margin = decoder_margin = None  # GroupNorm and attention see the whole image
+    contiguous_on_cpu = True  # as GroupNorm needs it there
 
     def __init__(self, config: ConvConfig, shape: BackboneShape) -> None:
         super().__init__(config, shape)

@@ -51,7 +51,7 @@ class Runner:
         }
         self.options = ResolvedOptions(**vars(options) | resolved)
         if options.compile:
-            codec.compile_networks()
+            codec.compile()
         self._silent = {tiling.encode_difference, tiling.decode_difference} if tiling.is_exact(codec) else set()
 
     @functools.cached_property

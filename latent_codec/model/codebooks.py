@@ -1,6 +1,7 @@
 """Quantise features to one code of a codebook at each position: vector and finite scalar quantisation.
 The encoder gets the latents' gradients straight through, as if nothing were quantised (Bengio et al. 2013)."""
 
+import dataclasses
 import math
 
 import torch
@@ -17,9 +18,15 @@ MOST_CODES = 2**14
 _POSITIONS = 2**13  # whose distances to all codes are in memory at once
 
 
+@dataclasses.dataclass(init=False, eq=False, repr=False)
 class Codes(Posterior):
     """Puts all mass on one of K codes at each position (van den Oord et al. 2017, eq. 1). outputs: (b, z, h, w)
     float32, the encoder's; vectors: the chosen codes in their place; indices: (b, h, w) int64."""
+
+    outputs: torch.Tensor
+    vectors: torch.Tensor
+    indices: torch.Tensor
+    codes: int
 
     def __init__(self, outputs: torch.Tensor, vectors: torch.Tensor, indices: torch.Tensor, codes: int) -> None:
         # The added difference is 0, so the values are the vectors' to the bit; the gradient is the outputs'.
@@ -34,7 +41,7 @@ class Codes(Posterior):
 
     def kl_map(self) -> torch.Tensor:
         """Return log K, (b, 1, h, w): the KL from a uniform prior over the codes, a constant (section 3.1)."""
-        return torch.full_like(self.outputs[:, :1], math.log(self.codes))
+        return torch.full_like(self.outputs[:, :1], math.log(self.codes), dtype=torch.float32)
 
     def commitment(self) -> torch.Tensor:
         """Return the squared distance of the outputs to their codes, (b,); its gradient reaches the encoder alone."""
@@ -122,8 +129,8 @@ class FiniteScalarQuantizer(nn.Module):
         """Return latents (b, z, h, w) float32 of codes (b, h, w) int64."""
         levels, places = self._per_channel(indices.device)
         digits = indices[:, None] // places % levels
-        # Whole numbers and one division in float64: the same everywhere.
-        return ((2 * digits - (levels - 1)).double() / (levels - 1)).float()
+        # Whole numbers below 2^24 and one division, correctly rounded: the same everywhere.
+        return (2 * digits - (levels - 1)).float() / (levels - 1).float()
 
     def _per_channel(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return levels and places, (z, 1, 1) int64 each."""

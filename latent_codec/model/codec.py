@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import one_hot
+from torch.utils import _pytree as pytree
 
 from latent_codec.errors import UserError
 from latent_codec.model import file, hub, parts
@@ -14,7 +15,19 @@ from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics, ModelFile
 from latent_codec.model.posteriors import Posterior
 from latent_codec.model.shipped import resolve, shipped_names
+from latent_codec.precision import layer_dtype
 from latent_codec.prior.priors import Priors
+
+
+class CodecOutput(NamedTuple):
+    """Holds what `Codec.forward` returns."""
+
+    posterior: Posterior
+    reconstruction: torch.Tensor
+    """Expected pixels (b, c, h, w), as `Codec.decode` returns them."""
+
+
+pytree._register_namedtuple(CodecOutput, serialized_type_name=f"{__name__}.CodecOutput")  # torch.export writes it
 
 
 class Codec(nn.Module):
@@ -22,7 +35,8 @@ class Codec(nn.Module):
 
     Shapes: images (b, c, h, w), whose sides h and w are multiples of `factor` f; latents (b, z, h/f, w/f). c and z are
     `config.image_channels` and `config.latent_channels`. Labels (b,) int64 number the classes of a conditional model
-    from 0; an unconditional model ignores them.
+    from 0; an unconditional model ignores them. Floats of any type are taken as the weights' own; results are float32,
+    or float16 or bfloat16 where the weights are.
 
     Attributes:
         config: what the tensors mean; a model is made of it, and its file carries it.
@@ -54,27 +68,47 @@ class Codec(nn.Module):
             )
 
     def encode(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Posterior:
-        """Return the posterior over latents of pixels: uint8, or float in the likelihood's range. Raises `ValueError`
-        if h or w is no multiple of the factor, or if a conditional model's labels are missing or out of range."""
-        return self.bottleneck(self.features(x, labels))
+        """Return the posterior over latents of pixels: uint8, or float in the likelihood's range.
+
+        Raises `ValueError` if h or w is not a multiple of the factor (pad with `latent_codec.images.geometry.pad`), or
+        if a conditional model's labels are missing or out of range.
+        """
+        posterior = self.bottleneck(self.features(x, labels))
+        return posterior if (dtype := self._result_dtype(x)) == torch.float32 else posterior.to(dtype)
 
     def features(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the encoder's output, (b, features_per_latent * z, h/f, w/f); arguments as for `encode`."""
         self.check_pixels(x)
         x = self.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x
-        return self.backbone.encode(self._with_labels(x, labels))
+        return self.backbone.encode(self._with_labels(self._as_weights(x), labels))
 
     def likelihood_params(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the likelihood's parameters (b, params_per_channel * c, h, w) given latents."""
-        return self.backbone.decode(self._with_labels(z, labels))
+        return self.backbone.decode(self._with_labels(self._as_weights(z), labels))
 
     def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Return expected pixels (b, c, h, w) given latents, float32 in the likelihood's range, not clipped."""
-        return self.likelihood.mean(self.likelihood_params(z, labels))
+        """Return expected pixels (b, c, h, w) given latents, in the likelihood's range, not clipped."""
+        return self.likelihood.mean(self.likelihood_params(z, labels)).to(self._result_dtype(z))
 
     def decode_uint8(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return expected pixels (b, c, h, w) given latents, rounded and clipped to uint8."""
-        return self.likelihood.to_uint8(self.decode(z, labels))
+        return self.likelihood.to_uint8(self.likelihood.mean(self.likelihood_params(z, labels)))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, *, sample: bool = False) -> CodecOutput:
+        """Return the posterior of pixels and what the decoder makes of its mode, or of a draw from torch's generator.
+
+        `torch.compile(codec)`, `torch.export.export` and DistributedDataParallel run this; x is as for `encode`.
+        """
+        posterior = self.encode(x, labels)
+        return CodecOutput(posterior, self.decode(posterior.sample() if sample else posterior.mode(), labels))
+
+    def _as_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Return pixels or latents in the number type of the networks."""
+        return x.to(layer_dtype(self.backbone, x)) if x.is_floating_point() else x
+
+    def _result_dtype(self, x: torch.Tensor) -> torch.dtype:
+        dtype = layer_dtype(self.backbone, x)
+        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
     def class_numbers(self, names: Sequence[str | None]) -> torch.Tensor:
         """Return labels (b,) int64 of images by the names of their classes; zeros for an unconditional model.
@@ -96,16 +130,20 @@ class Codec(nn.Module):
         count = len(self.config.classes)
         if count == 0:
             return x
-        if labels is None or labels.shape != x.shape[:1] or not bool(((labels >= 0) & (labels < count)).all()):
+        if labels is None or labels.shape != x.shape[:1] or not _in_range(labels, count):
             found = None if labels is None else labels.tolist()
             raise ValueError(f"labels {found} are not one of {count} classes, 0 to {count - 1}, for each image")
         planes = one_hot(labels, count).to(x)[:, :, None, None]  # (b, classes, 1, 1)
         return torch.cat([x, planes.expand(-1, -1, *x.shape[2:])], 1)
 
-    def compile_networks(self) -> None:
-        """Have torch compile encoder and decoder on first use; results differ in their last bits."""
-        self.backbone.encode = torch.compile(self.backbone.encode)
-        self.backbone.decode = torch.compile(self.backbone.decode)
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Have torch compile encoder and decoder on first use; results differ in their last bits.
+
+        Arguments are those of `torch.compile`. `encode` and `decode` are compiled too, where `torch.compile(codec)`
+        compiles calls of its result alone.
+        """
+        self.backbone.encode = torch.compile(self.backbone.encode, *args, **kwargs)
+        self.backbone.decode = torch.compile(self.backbone.decode, *args, **kwargs)
 
     @property
     def model_id(self) -> str:
@@ -145,6 +183,11 @@ class Codec(nn.Module):
         """Upload model and card to "user/name" on the Hugging Face hub, and return the commit's URL. `options` are the
         fields of `hub.PushOptions`: half, private, revision, commit_message, create_pr, token and endpoint."""
         return hub.push(self.contents(), repo_id, hub.PushOptions(**options))
+
+
+def _in_range(labels: torch.Tensor, count: int) -> bool:
+    """Return whether labels number `count` classes; a compiled graph cannot ask."""
+    return torch.compiler.is_compiling() or bool(((labels >= 0) & (labels < count)).all())
 
 
 def suggest_model(made_it: Callable[[Codec], bool]) -> str:

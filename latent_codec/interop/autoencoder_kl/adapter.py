@@ -163,7 +163,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         cut = tiling.cuts(z[0, 0].numel() * self.codec.factor**2, self._tile)
         pixels = tiling.decode(self.codec, latents, self._tile) if cut else self.codec.decode(latents)
         low, high = self.codec.likelihood.data_range
-        return (pixels.to(z.device) - low) * (2 / (high - low)) - 1
+        return (pixels.to(z.device).float() - low) * (2 / (high - low)) - 1
 
     def _moments(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each channel's mean and standard deviation, (z, 1, 1) float32 whatever the weights are."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from latent_codec.model.config import LinearConfig
 from latent_codec.model.networks.backbone import Backbone, BackboneShape
-from latent_codec.precision import float32_island
+from latent_codec.precision import float32_island, layer_dtype
 
 
 class PatchMoments(NamedTuple):
@@ -43,11 +43,11 @@ class LinearBackbone(Backbone):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         with float32_island(x):
-            return self.encoder(x.to(self.encoder.weight.dtype))  # (b, features * z, h/patch, w/patch)
+            return self.encoder(x.to(layer_dtype(self.encoder, x)))  # (b, features * z, h/patch, w/patch)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         with float32_island(z):
-            return self.decoder(z.to(self.decoder.weight.dtype))  # (b, params * c, h, w)
+            return self.decoder(z.to(layer_dtype(self.decoder, z)))  # (b, params * c, h, w)
 
     @torch.no_grad()
     def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:

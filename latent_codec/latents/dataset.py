@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -129,6 +130,10 @@ class Latents(Dataset[LatentSample]):
 
     An integer index gives a `LatentSample`, `batches.BatchIndices` (which carry their epoch) a `LatentBatch`.
 
+    Each pass of a loop or of a `DataLoader` draws anew: the n-th time that it asks for an image since `set_epoch(e)`,
+    it gets the draw of epoch e + n. The counts are in memory shared with the loader's workers, and each copy of another
+    kind counts for itself. An index outside a loader always gives the draw of the epoch that was set, at first 0.
+
     - `normalize` scales z by the model's statistics to mean 0 and standard deviation 1 per channel.
     - `model_id` must be that of the model that made the latents, if given.
     - `flip` takes half of the draws from the mirrored images, chosen by (seed, epoch, path); the other draws stay.
@@ -140,7 +145,7 @@ class Latents(Dataset[LatentSample]):
     def __init__(
         self, folder: Path, *, seed: int = 0, normalize: bool = False, model_id: str | None = None, flip: bool = False
     ) -> None:
-        self.folder, self.seed, self.epoch, self.flip = Path(folder), seed, 0, flip
+        self.folder, self.seed, self.flip = Path(folder), seed, flip
         self.header, self.entries = read_index(self.folder / INDEX)
         if flip and not self.header.flips:
             raise UserError(f"{folder}: holds no latents of mirrored images; encode with --flips")
@@ -161,11 +166,26 @@ class Latents(Dataset[LatentSample]):
         """Height and width of each image's latents, for `batches.ShapeBatches`."""
         self._keys = torch.tensor([text_key(e.path) for e in self.entries], dtype=torch.int64)  # (n,)
         self._reader = ShardReader(self.folder)
+        # The epoch that was set, then how often a loop or loader has asked for each image since, (1 + n,).
+        self._counts = torch.zeros(1 + len(self.entries), dtype=torch.int64).share_memory_()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._counts.share_memory_()  # a copy made by a loader shares it already
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch that was set."""
+        return int(self._counts[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the following draws; draws of different epochs are independent.
-        Persistent workers of a `DataLoader` are not told: sample with `batches.ShapeBatches` there."""
-        self.epoch = epoch
+        """Choose the epoch of the next pass, also in workers; draws of different epochs are independent."""
+        self._counts.zero_()
+        self._counts[0] = epoch
+
+    def __iter__(self) -> Iterator[LatentSample]:
+        for index in range(len(self)):
+            yield self.__getitems__([index])[0]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -177,18 +197,31 @@ class Latents(Dataset[LatentSample]):
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, BatchIndices):
-            return self.__getitems__([int(index)])[0]
+            # A loader that makes no batches asks one by one; a loop over indices may look at an image again.
+            asked_by = sys._getframe(1).f_globals.get("__name__", "")
+            rows = [int(index)]
+            if asked_by.startswith("torch.utils.data."):
+                return self.__getitems__(rows)[0]
+            return self._samples(rows, {rows[0]: self.epoch})[0]
         moments = self.moments(index)
         return LatentBatch(self.draw(moments), moments.paths, moments.labels)
 
     def __getitems__(self, indices: Sequence[int] | BatchIndices) -> list[LatentSample]:
-        """Return several samples of any sizes; a `DataLoader` that collates batches calls this."""
-        rows, epoch = indices if isinstance(indices, BatchIndices) else (indices, self.epoch)
-        by_size: dict[tuple[int, int], list[int]] = {}
+        """Return several samples of any sizes; a `DataLoader` that collates batches calls this, and it counts."""
+        if isinstance(indices, BatchIndices):
+            return self._samples(indices.indices, dict.fromkeys(indices.indices, indices.epoch))
+        epochs = {index: self.epoch + int(self._counts[1:][index]) for index in indices}
+        samples = self._samples(indices, epochs)
+        self._counts[1:][list(epochs)] += 1
+        return samples
+
+    def _samples(self, rows: Sequence[int], epochs: dict[int, int]) -> list[LatentSample]:
+        """Return samples of any sizes, each image of its own epoch."""
+        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
         for index in rows:
-            by_size.setdefault(self.shapes[index], []).append(index)
+            alike.setdefault((self.shapes[index], epochs[index]), []).append(index)
         found: dict[int, LatentSample] = {}
-        for same in by_size.values():
+        for (_, epoch), same in alike.items():
             moments = self.moments(BatchIndices(tuple(same), epoch))
             samples = zip(self.draw(moments), moments.paths, moments.labels.tolist(), strict=True)
             found |= zip(same, (LatentSample(*sample) for sample in samples), strict=True)

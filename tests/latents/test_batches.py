@@ -69,6 +69,17 @@ def test_an_epoch_resumes_at_any_batch() -> None:
         ShapeBatches(SHAPES, 4, seed=3, rank=1, world=2).set_epoch(5, len(whole) + 1)
 
 
+def test_each_pass_has_the_next_epoch_from_the_one_that_was_set() -> None:
+    batches = ShapeBatches(SHAPES, 4, seed=3)
+    iter(batches)  # an iterator that gives nothing is no pass
+    passes = [list(batches), list(batches)]
+    batches.set_epoch(7, 2)
+    passes += [list(batches), list(batches)]
+    expected = [epoch_of(SHAPES, 4, 1, epoch)[0] for epoch in (0, 1, 7, 8)]
+    assert passes == [*expected[:2], expected[2][2:], expected[3]] and batches.epoch == 8
+    assert len(batches) == len(expected[3])
+
+
 def test_impossible_numbers_are_refused() -> None:
     for options in ({"batch_size": 0}, {"rank": 2, "world": 2}, {"rank": -1}):
         refused("must be at least 1, and rank", ShapeBatches, SHAPES, **{"batch_size": 4} | options)

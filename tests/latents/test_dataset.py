@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 
@@ -122,6 +124,73 @@ def test_samples_of_different_sizes_are_fetched_in_their_order(latents: Latents)
 def found_in(batches: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for batch in batches:
         yield from zip(batch[1], batch[0], strict=True)
+
+
+LOADERS: dict[str, Any] = {
+    "a loop": None,
+    "one by one": {"batch_size": None},
+    "one by one, shuffled by persistent workers": {
+        "batch_size": None,
+        "shuffle": True,
+        "num_workers": 2,
+        "persistent_workers": True,
+    },
+    "in batches": {"batch_size": 1, "shuffle": True},
+    "in batches by workers": {"batch_size": 1, "num_workers": 2},
+    "in batches by persistent workers": {"batch_size": 1, "num_workers": 2, "persistent_workers": True},
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_each_pass_draws_anew_and_set_epoch_says_where_passes_go_on(latents: Latents, kind: str) -> None:
+    expected = [drawn(latents, epoch) for epoch in range(6)]
+    options, found = LOADERS[kind], latents
+    latents.set_epoch(0)
+    loader: Any = latents if options is None else DataLoader(latents, **options)
+    for start, epochs in ((None, (0, 1, 2)), (4, (4, 5)), (1, (1, 2))):
+        if start is not None:
+            latents.set_epoch(start)
+        for epoch in epochs:
+            found = {
+                path if isinstance(path, str) else path[0]: z if isinstance(path, str) else z[0]
+                for z, path, _ in loader
+            }
+            assert set(found) == set(MANY)
+            assert all(torch.equal(z, expected[epoch][path]) for path, z in found.items())
+        assert latents.epoch == epochs[0] and torch.equal(latents[3].z, expected[epochs[0]][latents[3].path])
+    alone = pickle.loads(pickle.dumps(latents))
+    alone.set_epoch(5)
+    assert latents.epoch == 1
+
+
+def prepared(latents: Latents, processes: int, **options: Any) -> list[Any]:
+    """Return the loader of docs/latents.md as accelerate prepares it for each of `processes`."""
+    PartialState(cpu=True)
+    loaders = (DataLoader(latents, batch_sampler=ShapeBatches(latents.shapes, 4, **options)) for _ in range(processes))
+    return [
+        prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
+        for rank, loader in enumerate(loaders)
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_accelerate_divides_the_batches_once_and_tells_the_epoch(latents: Latents, world: int) -> None:
+    expected = [drawn(latents, epoch) for epoch in range(3)]
+    batches = ShapeBatches(latents.shapes, 4)
+    loaders = prepared(latents, world)
+    for epoch in (0, 1, 2):
+        batches.set_epoch(epoch)
+        whole = [tuple(latents.entries[i].path for i in rows.indices) for rows in batches]
+        ranks = [[(tuple(paths), z) for z, paths, _ in loader] for loader in loaders]
+        assert len({len(rank) for rank in ranks}) == 1
+        found = [rank[i] for i in range(len(ranks[0])) for rank in ranks]
+        assert [paths for paths, _ in found][: len(whole)] == whole
+        assert [paths for paths, _ in found][len(whole) :] == whole[: len(found) - len(whole)]
+        assert all(
+            torch.equal(z, expected[epoch][p]) for paths, draws in found for p, z in zip(paths, draws, strict=True)
+        )
+    with pytest.raises(UserError, match=r"divides the batches among 2 ranks, and accelerate would .* leave out rank"):
+        prepared(latents, 2, rank=1, world=2)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from latent_codec.errors import UserError
 from latent_codec.folders.jobs import Input, Resume, Work
@@ -17,7 +18,7 @@ from latent_codec.folders.read_images import ImageReader
 from latent_codec.folders.resume.ledger import Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
-from latent_codec.folders.shards import remove_needless, shard_name
+from latent_codec.folders.shards import earlier_shards, is_shard_of, remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.images.geometry import Image, mirrored
 from latent_codec.images.read import ReadOptions
@@ -29,6 +30,7 @@ from latent_codec.model.checks import check_channels, check_gaussian
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import disk_errors, sha256_of
 from latent_codec.storage.json_config import to_json
+from latent_codec.storage.tensors import open_tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +150,10 @@ class _ShardWriter:
         ordered = sorted((row.content for row in rows), key=lambda row: row.entry.path)
         claim, images = rows[0].job.claim, [(row.entry.path, row.entry.sha256) for row in ordered]
         name = shard_name(claim.unit.name, claim.settings, images)
+        done = {row.entry.path for row in ordered}
+        failed = {source.name for source in claim.unit.sources} - done
+        if failed:  # what was good before and is damaged now keeps its row
+            ordered = [*ordered, *_rows_of(earlier_shards(claim, self.folder), failed)]
         with work.summary.timing("writing"), disk_errors(self.folder, "latents"):
             shard = stored.write_shard(self.folder, self._header, name, ordered)[0].shard
             size, digest = (self.folder / shard).stat().st_size, sha256_of(self.folder / shard)
@@ -158,16 +164,39 @@ class _ShardWriter:
         shards: set[str] = set()
         entries: list[stored.LatentsEntry] = []
         for unit in units:
-            wanted = {(record.output, record.path) for record in ledger.records(unit)}
-            there = {shard for shard, _ in wanted if (self.folder / shard).is_file()}
-            found = ((shard, entry) for shard in there for entry in stored.read_index(self.folder / shard).entries)
-            entries += [entry for shard, entry in found if (shard, entry.path) in wanted]
+            places = {record.path: record.output for record in ledger.records(unit)}
+            there = {shard for shard in places.values() if (self.folder / shard).is_file()}
+            there = there or self._kept(unit)
+            names = {source.name for source in unit.sources}
+            for shard in sorted(there):
+                # A row without a record is of an image that fails now and was good before.
+                found = stored.read_index(self.folder / shard).entries
+                entries += [e for e in found if e.path in names and places.get(e.path, shard) == shard]
             shards |= there
         with disk_errors(self.folder / stored.INDEX):
             stored.write_index(self.folder, self._header, entries)
         with disk_errors(self.folder):
             needless = [path for path in stored.stored_shards(self.folder) if path.name not in shards]
             remove_needless(needless, ledger, units)
+
+    def _kept(self, unit: Unit) -> set[str]:
+        """Return the newest shard of a unit whose images all fail now, and were good before."""
+        found = [path for path in stored.stored_shards(self.folder) if is_shard_of(path, unit)]
+        same = [path for path in found if stored.read_index(path).header == self._header]
+        return {max(same, key=lambda path: path.stat().st_mtime_ns).name} if same else set()
+
+
+def _rows_of(shards: Sequence[Path], names: set[str]) -> Iterator[stored.LatentsRow]:
+    """Yield the rows of images in shards, as they are."""
+    for path in shards:
+        with contextlib.suppress(UserError, OSError, SafetensorError), open_tensors(path) as file:
+            header, entries = stored.read_index(path)
+            moments = stored.moment_names(flip=False) + (stored.moment_names(flip=True) if header.flips else ())
+            for entry in entries:
+                if entry.path in names:
+                    size = stored.latent_size(entry.geometry, header.factor)
+                    found = (file.get_slice(stored.tensor_name(moment, size))[entry.row] for moment in moments)
+                    yield stored.LatentsRow(entry, *found)
 
 
 def _check_folder(folder: Path, sources: Sequence[Source]) -> None:

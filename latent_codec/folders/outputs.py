@@ -14,11 +14,11 @@ from latent_codec.folders.jobs import Input, Maker, Resume, Work
 from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
-from latent_codec.folders.shards import remove_needless, shard_name
+from latent_codec.folders.shards import check_images, earlier_shards, remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.images.sources import Listing
-from latent_codec.images.tar_files import key_of
-from latent_codec.storage.files import atomic_path, disk_errors, put, sha256, sha256_of, temporary_path
+from latent_codec.images.tar_files import key_of, list_members, read_member
+from latent_codec.storage.files import atomic_path, disk_errors, open_regular, put, sha256, sha256_of, temporary_path
 
 T = TypeVar("T")
 
@@ -43,6 +43,8 @@ def make_outputs(
     if Ledger.exists(folder, files.kind if tar else tars.kind):
         there, remedy = ("in files of their own", "for") if tar else ("in tar files", "without")
         raise UserError(f"{folder}: holds {maker.kind} {there}; give another folder {remedy} --tar")
+    if tar and not resume.overwrite:
+        check_images(folder, tars.kind, listing.sources)
     return run(listing, maker, tars if tar else files, resume=resume, quiet=quiet)
 
 
@@ -93,7 +95,8 @@ class _TarWriter:
                 with disk_errors(self.folder):  # not around what follows: other errors pass there
                     name = f"{self._members}-{claim.unit.name}"
                     temporary = stack.enter_context(temporary_path(self.folder, name))
-                self._finish(list(_add_members(outputs, temporary, work)), claim, temporary, work)
+                    members = _add_members(outputs, temporary, work, earlier_shards(claim, self.folder))
+                self._finish(list(members), claim, temporary, work)
 
     def _finish(self, members: Sequence[Input[int]], claim: Claim, temporary: Path, work: Work) -> None:
         images = [(one.job.name, one.sha256) for one in members]
@@ -110,29 +113,51 @@ class _TarWriter:
             remove_needless(self.folder.glob(f"{self._members}-*.tar"), ledger, units)
 
 
-def _add_members(outputs: Iterable[tuple[Output, bytes]], path: Path, work: Work) -> Iterator[Input[int]]:
-    """Write a tar file of the outputs, and yield the input of each with its pixels to count."""
+def _add_members(
+    outputs: Iterable[tuple[Output, bytes]], path: Path, work: Work, earlier: Sequence[Path]
+) -> Iterator[Input[int]]:
+    """Write a tar file of the outputs, and yield the input of each with its pixels to count.
+
+    Members of earlier shards whose images fail now, damaged since, are taken over as they are.
+    """
     with disk_errors(path):
         tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed below: other errors pass here)
-    keys: set[str] = set()
+    there: set[str] = set()
 
     def add(name: str, data: bytes) -> None:
+        if name in there:  # two images of one key share their class and caption
+            return
+        there.add(name)
         member = tarfile.TarInfo(name)
         member.size = len(data)
         with disk_errors(path), work.summary.timing("writing"):
             tar.addfile(member, io.BytesIO(data))
 
     try:
+        done: set[str] = set()
+        claim: Claim | None = None
         for output, data in outputs:
+            claim = output.input.job.claim
+            done.add(output.input.job.name)
             add(output.name, data)
-            if (key := key_of(output.name)) not in keys:  # with its class and caption, as WebDataset has them
-                keys.add(key)
-                for suffix, beside in output.input.job.source.read_sidecars().items():
-                    add(f"{key}{suffix}", beside)
+            for suffix, beside in output.input.job.source.read_sidecars().items():  # as WebDataset has them
+                add(f"{key_of(output.name)}{suffix}", beside)
             yield output.input.holding(output.pixels)
+        if claim is not None and len(done) < len(claim.unit.sources):
+            failed = {key_of(source.name) for source in claim.unit.sources if source.name not in done}
+            for name, data in _members_of(earlier, failed):
+                add(name, data)
     except BaseException:
         with contextlib.suppress(OSError):  # what is not written yet will not be
             tar.close()
         raise
     with disk_errors(path):
         tar.close()
+
+
+def _members_of(shards: Sequence[Path], keys: set[str]) -> Iterator[tuple[str, bytes]]:
+    for shard in shards:
+        with contextlib.suppress(UserError, OSError), open_regular(shard) as raw:  # a damaged shard holds no more
+            for name, member in list_members(shard).members.items():
+                if key_of(name) in keys:
+                    yield name, read_member(member, raw)

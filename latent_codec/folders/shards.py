@@ -5,12 +5,16 @@ The name tells unit, images and settings: a shard is never changed, and what nam
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
-from latent_codec.folders.resume.ledger import Ledger, Record, digest
+from latent_codec.errors import UserError
+from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record, digest
 from latent_codec.folders.resume.units import Unit
+from latent_codec.images.sources import Source
+from latent_codec.storage.removal import remove
 
-_NAME = re.compile(r"[a-z]+-([0-9a-f]{16})-[0-9a-f]{8}[-.].*")
+_NAME = re.compile(r"(?:streams|images|latents)-([0-9a-f]{16})-[0-9a-f]{8}\.(?:tar|safetensors)")
 
 
 def shard_name(unit: str, settings: str, images: Iterable[tuple[str, str]]) -> str:
@@ -28,15 +32,61 @@ def are_whole(records: Sequence[Record]) -> bool:
 
 
 def remove_needless(shards: Iterable[Path], ledger: Ledger, units: Sequence[Unit]) -> None:
-    """Remove the shards that no record names, but neither strangers' files nor those of units that others work on."""
-    of_name = {unit.name: unit for unit in units}
+    """Remove the shards whose images this command has made anew, in other shards.
+
+    Strangers' files stay, and shards of other images, of images that fail now, and of units that others work on.
+    """
+    needless = _Needless(ledger, units)
     for path in shards:
-        if not (found := _NAME.fullmatch(path.name)):
-            continue
-        unit = of_name.get(found[1])
-        if unit is None:
-            path.unlink(missing_ok=True)
-            continue
-        with ledger.idle(unit.name) as idle:
-            if idle and path.name not in {record.output for record in ledger.records(unit)}:
-                path.unlink(missing_ok=True)
+        if found := _NAME.fullmatch(path.name):
+            with ledger.idle(found[1]) as idle:
+                if idle:
+                    remove(path, partial(needless.is_replaced, unit=found[1]))
+
+
+def is_shard_of(path: Path, unit: Unit) -> bool:
+    """Return whether a file has the exact name of a shard of a unit."""
+    found = _NAME.fullmatch(path.name)
+    return found is not None and found[1] == unit.name
+
+
+class _Needless:
+    def __init__(self, ledger: Ledger, units: Sequence[Unit]) -> None:
+        self._ledger, self._units = ledger, {unit.name: unit for unit in units}
+
+    def is_replaced(self, path: Path, unit: str) -> bool:
+        if planned := self._units.get(unit):
+            outputs = {record.output for record in self._ledger.records(planned)}
+            return bool(outputs) and path.name not in outputs
+        if self._ledger.replaces_all:
+            return True
+        images = {record.path for record in self._ledger.recorded(unit) if record.output == path.name}
+        return bool(images & self._planned) and images & self._planned <= self._made
+
+    @cached_property
+    def _planned(self) -> set[str]:
+        return {source.name for unit in self._units.values() for source in unit.sources}
+
+    @cached_property
+    def _made(self) -> set[str]:
+        return {record.path for unit in self._units.values() for record in self._ledger.records(unit)}
+
+
+def check_images(folder: Path, kind: Kind, sources: Sequence[Source]) -> None:
+    """Raise `UserError` if a folder's shards of a kind are all of other images than these sources."""
+    names, other = {source.name for source in sources}, None
+    for path in Ledger.images(folder, kind):
+        if path in names:
+            return
+        other = other or path
+    if other is not None:
+        raise UserError(
+            f"{folder}: holds {kind.split('.')[0]} of other images, such as {other}; give another folder, or "
+            "--overwrite to replace them"
+        )
+
+
+def earlier_shards(claim: Claim, folder: Path) -> list[Path]:
+    """Return the shards that hold a unit's images until now."""
+    found = sorted({record.output for record in claim.records.values()})
+    return [folder / name for name in found if (folder / name).is_file()]

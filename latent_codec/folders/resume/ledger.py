@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -26,6 +25,7 @@ from latent_codec.folders.resume.units import Unit
 from latent_codec.images.sources import OWN, Listing, Source
 from latent_codec.storage import files
 from latent_codec.storage.json_config import from_json, to_json
+from latent_codec.storage.removal import made_now, named, remove
 
 NAME = OWN
 FAILURES = "failures.jsonl"
@@ -87,6 +87,8 @@ class Ledger:
         self.root, self._units, self._processes = (folder / NAME / name for name in ("", kind, "processes"))
         self._alive = self._processes / files.process_name()
         self.held: set[Claim] = set()
+        self.replaces_all = False
+        """True if the command may replace what others have made in the folder."""
         self.sizes: dict[str, int] = {}
         """Bytes that each journal had when this process entered the ledger."""
 
@@ -109,7 +111,7 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         with self._on_exit, contextlib.suppress(OSError):
             self.let_go()
-            self._alive.unlink()
+            remove(self._alive, made_now)
 
     def let_go(self) -> None:
         """Release all units that are still claimed, as after an interruption."""
@@ -118,7 +120,7 @@ class Ledger:
 
     def reserve(self, outputs: Sequence[str], *, overwrite: bool) -> None:
         """Take names for this folder's own; raises `UserError` if a new one is that of a file, unless `overwrite`."""
-        path = self.root / "names.jsonl"
+        path, self.replaces_all = self.root / "names.jsonl", overwrite
         with self.gathering():
             known = {line.value for line in lines(path) if isinstance(line.value, str)}
             new = [name for name in outputs if name not in known]
@@ -149,6 +151,16 @@ class Ledger:
         records = _read(self.journal(unit)).records.values()
         return [r for r in records if r.settings == self.settings and r.path in names]
 
+    def recorded(self, unit: str) -> list[Record]:
+        """Return all records of a unit by its name, under whatever settings."""
+        return list(_read(self._units / f"{unit}.jsonl").records.values())
+
+    @staticmethod
+    def images(folder: Path, kind: Kind) -> Iterator[str]:
+        """Yield the images that a folder's records of a kind name."""
+        for journal in sorted((folder / NAME / kind).glob("*.jsonl")):
+            yield from _read(journal).records
+
     def write_failures(self, units: Sequence[Unit], listing: Listing) -> None:
         """Write `FAILURES` over these units, whichever process did them, and `LEFT_OUT`; remove those without lines."""
         failures = [Failure(path=path, reason=reason) for path, reason in listing.failures.items()]
@@ -166,7 +178,7 @@ class Ledger:
             if values:
                 files.write_text(path, "".join(f"{json.dumps(value, sort_keys=True)}\n" for value in values))
             else:
-                path.unlink(missing_ok=True)
+                remove(path, named(FAILURES, LEFT_OUT))
 
     def rounds(self, units: Sequence[Unit]) -> Iterator[Iterator["Claim"]]:
         """Yield claims of all units in rounds; a round has to be finished before the next one is asked for.
@@ -207,12 +219,10 @@ class Ledger:
         names = {path.name for path in dead}
         for top, folders, others in os.walk(self.folder) if dead else ():
             for path in (Path(top, name) for name in folders + others if files.temporary_of(name) in names):
-                if path.name in folders:
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    remove(path, lambda path: files.temporary_of(path.name) in names)
         for path, held in dead.items():
-            path.unlink(missing_ok=True)
+            remove(path, named(*names))
             held.release()
 
 

@@ -14,7 +14,7 @@ from latent_codec.folders.jobs import Input, Maker, Resume, Work
 from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record
 from latent_codec.folders.resume.units import Unit
 from latent_codec.folders.run import run
-from latent_codec.folders.shards import check_images, earlier_shards, remove_needless, shard_name
+from latent_codec.folders.shards import earlier_shards, remove_needless, shard_name
 from latent_codec.folders.summary import Summary
 from latent_codec.images.sources import Listing
 from latent_codec.images.tar_files import key_of, list_members, read_member
@@ -43,8 +43,6 @@ def make_outputs(
     if Ledger.exists(folder, files.kind if tar else tars.kind):
         there, remedy = ("in files of their own", "for") if tar else ("in tar files", "without")
         raise UserError(f"{folder}: holds {maker.kind} {there}; give another folder {remedy} --tar")
-    if tar and not resume.overwrite:
-        check_images(folder, tars.kind, listing.sources)
     return run(listing, maker, tars if tar else files, resume=resume, quiet=quiet)
 
 

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-from latent_codec.errors import UserError
-from latent_codec.folders.resume.ledger import Claim, Kind, Ledger, Record, digest
+from latent_codec.folders.resume.ledger import Claim, Ledger, Record, digest
 from latent_codec.folders.resume.units import Unit
-from latent_codec.images.sources import Source
 from latent_codec.storage.removal import remove
 
 _NAME = re.compile(r"(?:streams|images|latents)-([0-9a-f]{16})-[0-9a-f]{8}\.(?:tar|safetensors)")
@@ -70,20 +68,6 @@ class _Needless:
     @cached_property
     def _made(self) -> set[str]:
         return {record.path for unit in self._units.values() for record in self._ledger.records(unit)}
-
-
-def check_images(folder: Path, kind: Kind, sources: Sequence[Source]) -> None:
-    """Raise `UserError` if a folder's shards of a kind are all of other images than these sources."""
-    names, other = {source.name for source in sources}, None
-    for path in Ledger.images(folder, kind):
-        if path in names:
-            return
-        other = other or path
-    if other is not None:
-        raise UserError(
-            f"{folder}: holds {kind.split('.')[0]} of other images, such as {other}; give another folder, or "
-            "--overwrite to replace them"
-        )
 
 
 def earlier_shards(claim: Claim, folder: Path) -> list[Path]:

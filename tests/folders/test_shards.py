@@ -32,26 +32,22 @@ def sources(tmp_path: Path, draw: Draw) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", SHARDS)
-def test_shards_of_other_images_are_kept_and_the_command_is_refused(kind: Kind, codec: Codec, sources: Path) -> None:
-    out = sources / "out"
-    make(kind, codec, sources / "A", out)
-    before = files_of(out)
-    refused(
-        "of other images, such as a.png; give another folder, or --overwrite", make, kind, codec, sources / "B", out
-    )
-    assert files_of(out) == before
-    make(kind, codec, sources / "B", out, resume=OVERWRITE)
-    assert {"d.png", "e.png"} <= {name.removesuffix(".lc") for name in stored(kind, out)}
-
-
-def test_images_of_streams_in_tar_shards_are_kept_likewise(codec: Codec, sources: Path) -> None:
+def test_shards_of_other_images_stay(codec: Codec, sources: Path) -> None:
+    """Two sets share a folder of tar shards as they share one of files; an index of latents is of one set only."""
+    for kind, here in (("tars of streams", "out"), ("streams", "lc")):
+        for name in "AB":
+            make(kind, codec, sources / name, sources / here)
+    assert stored("tars of streams", sources / "out") == stored("streams", sources / "lc")
     for name in "AB":
         make("streams", codec, sources / name, sources / f"lc {name}")
-    make("tars of images", codec, sources / "lc A", sources / "out")
-    before = files_of(sources / "out")
-    refused("holds images of other images", make, "tars of images", codec, sources / "lc B", sources / "out")
-    assert files_of(sources / "out") == before
+        make("tars of images", codec, sources / f"lc {name}", sources / "images")
+    assert len(list((sources / "images").glob("images-*.tar"))) == 2
+    make("latents", codec, sources / "A", sources / "latents")
+    before = files_of(sources / "latents")
+    refused("of other images, such as a.png", make, "latents", codec, sources / "B", sources / "latents")
+    assert files_of(sources / "latents") == before
+    make("latents", codec, sources / "B", sources / "latents", resume=OVERWRITE)
+    assert stored("latents", sources / "latents").keys() == {"d.png", "e.png"}
 
 
 @pytest.mark.parametrize("kind", SHARDS)

@@ -155,12 +155,6 @@ class Ledger:
         """Return all records of a unit by its name, under whatever settings."""
         return list(_read(self._units / f"{unit}.jsonl").records.values())
 
-    @staticmethod
-    def images(folder: Path, kind: Kind) -> Iterator[str]:
-        """Yield the images that a folder's records of a kind name."""
-        for journal in sorted((folder / NAME / kind).glob("*.jsonl")):
-            yield from _read(journal).records
-
     def write_failures(self, units: Sequence[Unit], listing: Listing) -> None:
         """Write `FAILURES` over these units, whichever process did them, and `LEFT_OUT`; remove those without lines."""
         failures = [Failure(path=path, reason=reason) for path, reason in listing.failures.items()]

@@ -192,6 +192,23 @@ def test_everything_is_printed_by_one_function() -> None:
     assert {place.split(":")[0] for place in printing} == {"latent_codec.program"}
 
 
+def test_everything_is_removed_and_replaced_in_one_place() -> None:
+    """`storage.removal` decides by name and record; `.replace(x)` with one argument is a rename."""
+    removing = [
+        f"{module.name}:{node.lineno}"
+        for module in (modules("latent_codec") | modules("train")).values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and (
+            node.func.attr in ("unlink", "rmtree", "rmdir", "removedirs", "rename", "renames")
+            or (node.func.attr == "replace" and len(node.args) == 1 and not node.keywords)
+            or ast.unparse(node.func) in ("os.remove", "os.replace", "shutil.move")
+        )
+    ]
+    assert {place.split(":")[0] for place in removing} == {"latent_codec.storage.removal"}, removing
+
+
 @pytest.mark.parametrize("package", ["latent_codec", "train", "tools"])
 def test_docstrings_begin_with_a_sentence(package: str) -> None:
     """Modules, public classes and public functions of modules have one; every one that is there begins with a verb."""

@@ -14,6 +14,7 @@ from latent_codec.model.describe import describe_model, factor_of
 from latent_codec.model.file import ModelFile
 from latent_codec.model.shipped import resolve
 from latent_codec.storage.files import make_folder, write_text
+from latent_codec.storage.removal import made_now, remove
 
 MODEL = "model.safetensors"
 CARD = "README.md"
@@ -79,7 +80,7 @@ def push(model: ModelFile, repo_id: str, options: PushOptions) -> str:
             if options.revision is not None and not options.create_pr:
                 api.create_branch(repo_id, branch=options.revision, exist_ok=True)
             if api.file_exists(repo_id, CARD, revision=options.revision):
-                (Path(temporary) / CARD).unlink()
+                remove(Path(temporary) / CARD, made_now)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=temporary,

@@ -1,12 +1,12 @@
 """Write files and folders so that a crash leaves the old one or the whole new one, never a half."""
 
+import contextlib
 import errno
 import functools
 import hashlib
 import os
 import re
 import secrets
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from latent_codec.errors import FatalError, UserError
+from latent_codec.storage.removal import made_now, move, remove
 
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{16})-[0-9a-f]{8}\.tmp", re.DOTALL)
 _FATAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
@@ -67,7 +68,7 @@ def temporary_path(folder: Path, name: str) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary, made_now)
 
 
 @contextmanager
@@ -82,7 +83,8 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(folder, made_now)
 
 
 def put(temporary: Path, path: Path, mode: int | None = None) -> None:
@@ -90,7 +92,7 @@ def put(temporary: Path, path: Path, mode: int | None = None) -> None:
     if mode is not None and temporary.stat().st_mode != mode:
         temporary.chmod(stat.S_IMODE(mode))
     fsync(temporary)
-    temporary.replace(path)
+    move(temporary, path)
     fsync(path.parent)
 
 
@@ -120,18 +122,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if path.exists():
-            path.rename(before)
+            move(path, before)
         try:
-            temporary.rename(path)
+            move(temporary, path)
         except BaseException:
             if before.exists():
-                before.rename(path)
+                move(before, path)
             raise
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(temporary, made_now)
         raise
     fsync(path.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(before, made_now)
 
 
 def _temporary(path: Path) -> Path:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,21 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
         # safetensors writes a temporary file of its own beside the given one, and renames it.
         with temporary_folder(path) as folder, temporary_path(folder, path.name) as temporary:
             mode = temporary.stat().st_mode
-            save_file(tensors, temporary, metadata=metadata)
+            write_tensors(temporary, tensors, metadata)
             put(temporary, path, mode)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; raises `OSError` with the system's error number, which the library leaves in words."""
+    try:
+        save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise OSError(f"{path}: cannot be written: {error}") from error
 
 

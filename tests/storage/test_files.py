@@ -108,7 +108,7 @@ def test_make_folder_makes_parents_or_says_why_it_cannot(tmp_path: Path, monkeyp
 def test_a_folder_appears_whole_and_replaces_the_old_one_which_a_failing_last_rename_restores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, rename = tmp_path / "new" / "folder", Path.rename
+    path, rename = tmp_path / "new" / "folder", Path.replace
 
     def put(text: str) -> None:
         with files.atomic_folder(path) as temporary:
@@ -123,7 +123,7 @@ def test_a_folder_appears_whole_and_replaces_the_old_one_which_a_failing_last_re
 
     put("old")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
-        patch.setattr(Path, "rename", failing)
+        patch.setattr(Path, "replace", failing)
         put("new")
     assert files_of(path.parent) == {"folder/a.txt": b"old", "folder/b.txt": b"old"}
     put("new")

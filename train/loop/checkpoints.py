@@ -8,7 +8,6 @@ Nothing is pickled.
 import dataclasses
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from latent_codec.errors import UserError
 from latent_codec.prior.priors import PREFIX
 from latent_codec.storage.files import fsync, sha256, sha256_of, write_text
 from latent_codec.storage.json_config import dumps, loads
+from latent_codec.storage.removal import made_now, move, remove
 from latent_codec.storage.tensors import check_state, save_tensors
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ def save(
     final = folder / f"step-{progress.step:08d}"
     staged = folder / f".{final.name}.tmp"
     for stale in folder.glob(".step-*"):
-        if _STALE.fullmatch(stale.name):
-            shutil.rmtree(stale)
+        remove(stale, lambda path: _STALE.fullmatch(path.name) is not None)
     staged.mkdir(parents=True)
     files = {name: f"{name}.safetensors" for name in modules}
     for name, module in modules.items():
@@ -75,7 +74,7 @@ def save(
     fsync(staged)
     if final.exists():  # it is damaged, or the run has no steps and is done again
         _remove(final)
-    staged.rename(final)
+    move(staged, final)
     fsync(folder)
     fsync(folder.parent)
     finished = _finished(folder)
@@ -88,8 +87,8 @@ def save(
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint that is none any more from the first moment on, whenever the process is killed."""
     old = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(old)
-    shutil.rmtree(old)
+    move(checkpoint, old)
+    remove(old, made_now)
 
 
 def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:

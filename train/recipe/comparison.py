@@ -1,9 +1,9 @@
 """Compare the rate and distortion of models on a few photographs, by whole files that are decoded again."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 from latent_codec.evaluation.rate_distortion.report import RateDistortionReport, rate_curve
 from latent_codec.images.sources import Source
@@ -11,6 +11,7 @@ from latent_codec.inference.load import load
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.metrics.bjontegaard import delta_rate
 from latent_codec.program import say
+from latent_codec.storage.removal import holding, remove
 
 _STEPS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 
@@ -19,7 +20,8 @@ def compare(sources: Sequence[Source], models: Mapping[str, str], out: Path, dev
     """Measure models by name, and print the first one's rate relative to each other one's. Writes OUT/NAME/rd.json and
     rd.png and OUT/images, and leaves out models without a prior, which cannot write files."""
     images = out / "images"
-    shutil.rmtree(images, ignore_errors=True)
+    if not remove(images, holding(r"\d{3,}\.\w+", r"\d{3,}")):
+        raise UserError(f"{images}: holds files that no comparison put there; move it away")
     images.mkdir(parents=True)
     for i, source in enumerate(sources):
         (images / f"{i:03d}{Path(source.name).suffix}").write_bytes(source.read_bytes())

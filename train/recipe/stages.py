@@ -1,7 +1,6 @@
 """Run the recipe's stages in order, and record which are done in RUN/recipe.json."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from latent_codec.noise import text_key
 from latent_codec.program import say
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import to_json
+from latent_codec.storage.removal import remove
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL
 from train import prior, vae
 from train.config.common import flat
@@ -261,7 +261,8 @@ class Stages:
     def _plan(self, name: str, share: float, batch_size: int, run: Callable[[TrainingPlan, Path], None]) -> None:
         """Measure the speed with a run that is discarded, and derive the number of steps from it."""
         folder, steps = self.recipe.out / f"{name}-speed", self.recipe.probe_steps
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists() and not remove(folder, _is_run):
+            raise UserError(f"{folder}: holds files that are no run's; move it away")
         run(TrainingPlan(steps, batch_size, 1e6 * batch_size), folder)  # too fast to save before its end
         log = folder / "log.jsonl"  # missing if the run ended before its first line
         lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else [])
@@ -270,7 +271,7 @@ class Stages:
             raise EndOfCallError(
                 1, f"{steps} steps to measure the speed did not fit into this call; give more --minutes"
             )
-        shutil.rmtree(folder)
+        remove(folder, _is_run)
         seconds = 60 * self.recipe.total_minutes * share
         plan = TrainingPlan(max(1, round(seconds * speeds[-1] / batch_size)), batch_size, speeds[-1])
         self.state.plans[name] = plan
@@ -296,3 +297,8 @@ def _check_code(code: int) -> None:
     """Raise `EndOfCallError` for the exit code of a training program that a signal ended."""
     if code:
         raise EndOfCallError(code, "interrupted")
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a run; one that is missing or empty may become one."""
+    return (folder / "config.json").is_file() or not folder.exists() or not any(folder.iterdir())

@@ -24,7 +24,7 @@ from latent_codec.folders.resume.names import check_absent
 from latent_codec.folders.resume.units import Unit
 from latent_codec.images.sources import OWN, Listing, Source
 from latent_codec.storage import files
-from latent_codec.storage.json_config import from_json, to_json
+from latent_codec.storage.json_config import from_json, loads, to_json
 from latent_codec.storage.removal import made_now, named, remove
 
 NAME = OWN
@@ -85,7 +85,7 @@ class Ledger:
     def __init__(self, folder: Path, kind: Kind, settings: dict[str, Any]) -> None:
         self.folder, self.settings = folder, digest(settings)
         self.root, self._units, self._processes = (folder / NAME / name for name in ("", kind, "processes"))
-        self._alive = self._processes / files.process_name()
+        self._alive, self._running = self._processes / files.process_name(), self.root / "running"
         self.held: set[Claim] = set()
         self.replaces_all = False
         """True if the command may replace what others have made in the folder."""
@@ -104,6 +104,7 @@ class Ledger:
             stack.enter_context(locked(self._alive))
             with files.disk_errors(self.folder):
                 self._remove_stale()
+                self._announce()
                 self.sizes = {file.name: file.stat().st_size for file in os.scandir(self._units)}
             self._on_exit = stack.pop_all()
         return self
@@ -111,6 +112,7 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         with self._on_exit, contextlib.suppress(OSError):
             self.let_go()
+            remove(self._running / f"{self._alive.name}.json", made_now)
             remove(self._alive, made_now)
 
     def let_go(self) -> None:
@@ -206,6 +208,19 @@ class Ledger:
         """Return the file of a unit's records."""
         return self._units / f"{unit.name}.jsonl"
 
+    def _announce(self) -> None:
+        """Write this process' settings; raises `UserError` if a living one makes the same kind by other settings."""
+        own = {"kind": self._units.name, "settings": self.settings}
+        with self.gathering():
+            for path in self._running.glob("*.json"):
+                found = loads(path.read_bytes())
+                if found["kind"] == own["kind"] and found["settings"] != own["settings"]:
+                    raise UserError(
+                        f"{self.folder}: another process is at work there with other settings; wait for its end, or "
+                        "give another folder"
+                    )
+            files.write_text(self._running / f"{self._alive.name}.json", json.dumps(own))
+
     def _remove_stale(self) -> None:
         """Remove temporary files of processes that were killed; those of programs that use no ledger stay."""
         processes = [path for path in self._processes.iterdir() if path != self._alive]
@@ -216,6 +231,7 @@ class Ledger:
                 with contextlib.suppress(OSError):
                     remove(path, lambda path: files.temporary_of(path.name) in names)
         for path, held in dead.items():
+            remove(self._running / f"{path.name}.json", made_now)
             remove(path, named(*names))
             held.release()
 

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -11,6 +13,11 @@ from latent_codec.errors import UserError
 from latent_codec.storage.files import disk_errors
 
 _UNKNOWN_THERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+_STRICT: dict[str, Any] = (
+    {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
+)
+"""Options against a lock that the system does not release when its holder dies."""
 
 
 @contextlib.contextmanager
@@ -30,7 +37,7 @@ def try_lock(path: Path) -> FileLock | None:
 
 def lock(path: Path, timeout: float = -1) -> FileLock:
     """Return the lock held within `timeout` seconds, -1 for ever; raise `Timeout`, or `UserError` if none can be."""
-    found = FileLock(path)
+    found = FileLock(path, **_STRICT)
     try:
         found.acquire(timeout=timeout)
     except Timeout:

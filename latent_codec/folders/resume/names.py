@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from latent_codec.errors import UserError
 from latent_codec.storage.files import check_name
+from latent_codec.storage.removal import made_now, remove
 
 
 def check_outputs(outputs: Sequence[str], folder: Path, fold: Callable[[str], str] = str) -> None:
@@ -82,7 +83,7 @@ def folding(folder: Path) -> Callable[[str], str] | None:
             return False
         finally:
             with contextlib.suppress(OSError, UnicodeError):
-                probe.unlink()
+                remove(probe, made_now)
 
     normalizes, folds_case = are_one("\u00e9", "e\u0301"), are_one("case", "CASE")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from latent_codec.errors import UserError
 from latent_codec.interop.caches import cache
@@ -21,7 +20,7 @@ from latent_codec.interop.caches.safetensors_files import latents_in
 from latent_codec.interop.caches.scaling import Scaling
 from latent_codec.latents.dataset import Latents
 from latent_codec.storage.json_config import loads
-from latent_codec.storage.tensors import KEY, open_tensors
+from latent_codec.storage.tensors import KEY, open_tensors, write_tensors
 
 STATISTICS = "latents_stats.pt"
 _SHARD_IMAGES = 1024
@@ -58,7 +57,7 @@ class LightningDit(cache.ShardCacheWriter):
         self._sum = self._sum + latents.double().sum((0, 2, 3))  # (z,)
         self._squares = self._squares + latents.double().square().sum((0, 2, 3))
         tensors = {"latents": latents, "latents_flip": torch.stack(flipped), "labels": torch.tensor(labels)}
-        save_file(tensors, path, metadata={KEY: f"[{','.join(origins)}]"})
+        write_tensors(path, tensors, {KEY: f"[{','.join(origins)}]"})
 
     def last(self) -> list[tuple[str, bytes]]:
         mean = self._sum / self._count

@@ -1,7 +1,9 @@
 """Read the cache of another program into a folder of latents."""
 
+import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from latent_codec.latents.format import (
     latent_size,
     latents_header,
     latents_row,
+    read_index,
     stored_shards,
     unplaced_entry,
     write_index,
@@ -36,8 +39,10 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiagonalGaussianConfig
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import disk_errors, make_folder
+from latent_codec.storage.removal import named, remove
 
 _SHARD_IMAGES = 512
+_SHARD = re.compile(r"latents-\d{6}-[0-9a-f]{8}\.safetensors")
 _SHARD_BYTES = 2**26  # a shard is in memory while it is made
 
 
@@ -165,11 +170,17 @@ class _LatentsWriter:
         if self._header is None:  # nothing could be read
             return
         with disk_errors(self._folder / INDEX):
+            earlier = self._earlier_shards()
             write_index(self._folder, self._header, self._entries)
-            kept = {entry.shard for entry in self._entries}
-            for shard in stored_shards(self._folder):
-                if shard.name not in kept:
-                    shard.unlink()
+            for name in earlier - {entry.shard for entry in self._entries}:
+                remove(self._folder / name, named(*earlier))
+
+    def _earlier_shards(self) -> set[str]:
+        """Return the shards of the latents that are replaced: those of their index, and of an interrupted call."""
+        found = {path.name for path in stored_shards(self._folder) if _SHARD.fullmatch(path.name)}
+        with contextlib.suppress(UserError):
+            found |= {entry.shard for entry in read_index(self._folder / INDEX).entries}
+        return found
 
     @property
     def notes(self) -> list[str]:

@@ -24,6 +24,7 @@ from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, 
 from latent_codec.folders.resume.units import Unit, UnitSizes, units
 from latent_codec.images.sources import Source, list_files
 from latent_codec.storage.files import DiskError, sha256, temporary_of
+from tests.support.errors import refused
 from tests.support.folder import hold, start, wait_for
 
 SETTINGS = {"step": 1.0}
@@ -129,7 +130,7 @@ def other_process() -> Any:
     return mock.patch.object(ledger.files, "process_name", lambda: "0123456789abcdef")
 
 
-@pytest.mark.parametrize("change", ["none", "new source", "edited source", "other settings"])
+@pytest.mark.parametrize("change", ["none", "new source", "edited source"])
 def test_a_unit_that_another_process_finished_is_settled_unless_something_changes(
     folder: Path, src: Path, change: str
 ) -> None:
@@ -142,7 +143,7 @@ def test_a_unit_that_another_process_finished_is_settled_unless_something_change
 
     with Ledger(folder, "streams", SETTINGS) as early:
         with other_process():
-            make(folder, src, {"step": 3.0} if change == "other settings" else SETTINGS, bad="c.png")
+            make(folder, src, bad="c.png")
         if change == "new source":
             (src / "aa.png").write_text("x")
         if change == "edited source":
@@ -150,6 +151,16 @@ def test_a_unit_that_another_process_finished_is_settled_unless_something_change
         assert settled(early)[0] == (change == "none")
     with Ledger(folder, "streams", SETTINGS) as late:
         assert not any(settled(late))
+
+
+def test_a_process_with_other_settings_is_refused_while_another_is_at_work(folder: Path, src: Path) -> None:
+    """The outputs of both would be mixed; those of another kind have a ledger of their own."""
+    with Ledger(folder, "streams", SETTINGS), other_process():
+        refused("at work there with other settings", make, folder, src, {"step": 3.0})
+        for kind, settings in (("streams", SETTINGS), ("latents", {"step": 3.0})):
+            with Ledger(folder, kind, settings):  # pyright: ignore[reportArgumentType]
+                pass
+    assert make(folder, src, {"step": 3.0})
 
 
 def test_a_claim_keeps_other_processes_out_until_its_unit_is_done(folder: Path, src: Path) -> None:

@@ -97,10 +97,7 @@ def test_a_name_that_is_no_utf_8_survives(codec: Codec, tmp_path: Path) -> None:
     path = os.fsdecode(b"caf\xe9/\xff.png")
     latents = store(tmp_path, codec, (path, "a.png"))
     assert {e.path for e in latents.entries} == {path, "a.png"}
-    assert {e.path for s in layout.stored_shards(tmp_path) for e in layout.read_index(s).entries} == {
-        path,
-        "a.png",
-    }
+    assert {e.path for s in layout.stored_shards(tmp_path) for e in layout.read_index(s).entries} == {path, "a.png"}
 
 
 UNSAFE = ("/a.png", "//a.png", "../a.png", "b/../../a.png", "..", ".", "", "./a.png", "b//a.png", "b/")

@@ -12,16 +12,7 @@ from latent_codec.diffusion.model import Diffusion
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from tests.support.latents import store
-from tests.support.run import (
-    assert_same_tensors,
-    checkpoint,
-    flags,
-    log_lines,
-    run,
-    run_ranks,
-    start,
-    tensors,
-)
+from tests.support.run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors
 from train.data.crops import SamplePlan
 from train.data.latents import PosteriorBatch, PosteriorCrops
 

@@ -13,20 +13,7 @@ from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.model.networks.linear import PatchMoments
-from tests.support.closed_form import (
-    LINEAR,
-    LITE,
-    PATCH,
-    PLAN,
-    SIGMA,
-    STEPS,
-    D,
-    Z,
-    crops,
-    elbo,
-    smooth_images,
-    started,
-)
+from tests.support.closed_form import LINEAR, LITE, PATCH, PLAN, SIGMA, STEPS, D, Z, crops, elbo, smooth_images, started
 from tests.support.networks import CONV, make_codec
 from train.data.crops import Batches
 from train.init.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form

@@ -27,10 +27,7 @@ SMALL = flags(
     "--eval-crop 32 --steps 4 --save-every 1 --keep-checkpoints 99 --log-every 1 --eval-every 4 --val-images 2 "
     "--lr-warmup-steps 2 --learning-rate 0.004"
 )
-VQ = [
-    *flags("vqvae --latent-channels 3 --codes 16 --revive-every 2 --revive-below 0.6 --codebook-decay 0.5"),
-    *SMALL,
-]
+VQ = [*flags("vqvae --latent-channels 3 --codes 16 --revive-every 2 --revive-below 0.6 --codebook-decay 0.5"), *SMALL]
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import (
-    DiscretizedLogisticConfig,
-    GaussianConfig,
-    LikelihoodConfig,
-    LinearConfig,
-)
+from latent_codec.model.config import DiscretizedLogisticConfig, GaussianConfig, LikelihoodConfig, LinearConfig
 from latent_codec.noise import normal
 from latent_codec.prior.quantizer import dequantize, step_code
 from tests.support.networks import config_of, make_codec
@@ -46,11 +41,7 @@ def make(lpips: LPIPS | None = None, codec: Codec | None = None, **fields: Any) 
 
 
 def call(
-    objective: ELBO,
-    pixels: torch.Tensor = PIXELS,
-    keys: torch.Tensor = KEYS,
-    beta: float = 1.0,
-    measure: bool = False,
+    objective: ELBO, pixels: torch.Tensor = PIXELS, keys: torch.Tensor = KEYS, beta: float = 1.0, measure: bool = False
 ) -> VAELosses:
     return objective(pixels, keys, torch.zeros_like(keys), torch.tensor(beta), measure)
 

@@ -7,6 +7,7 @@ from latent_codec.errors import UserError
 from latent_codec.images.sources import find_all
 from latent_codec.inference.calibration import calibrate
 from latent_codec.model.codec import Codec
+from latent_codec.model.file import check_destination
 from latent_codec.model.shipped import resolve
 from latent_codec.storage.files import make_folder
 from latent_codec.storage.run_folder import PRIOR_RUN_MODEL, newest_checkpoint, provenance
@@ -19,10 +20,10 @@ def export(run_or_model: Path, destination: Path, *, data: tuple[Path, ...], ima
 
     A run of `train.prior` gives its model, with the context prior. The statistics, quantiser and factorised prior are
     measured on the first `images` images of `data`, which drops a context prior; without data a model keeps its own.
-    `half` stores float16. Raises `UserError` if there are neither, or the run, the model or an image cannot be read.
+    `half` stores float16. Raises `UserError` if there are neither, or the run, the model or an image cannot be read, or
+    for a destination that is there and no model file.
     """
-    if destination.is_dir():
-        raise UserError(f"{destination}: is a folder; give the model file's name, such as {destination}.safetensors")
+    check_destination(destination)
     make_folder(destination.parent)
     codec = prepare(run_or_model, data=data, images=images)
     codec.save(destination, half=half)

@@ -81,7 +81,7 @@ class Evaluate:
         from latent_codec.metrics.bjontegaard import check_extra
 
         check_extra()
-        from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, write_report
+        from latent_codec.evaluation.report import EvaluatedModel, ReportOptions, check_report, write_report
         from latent_codec.images.sources import find_images
 
         options = ReportOptions(
@@ -94,6 +94,7 @@ class Evaluate:
         )
         if options.baseline_data is not None:
             find_images(options.baseline_data)  # refuses what it cannot find before anything is measured
+        check_report(self.out)
         compute = dataclasses.replace(self.compute, tile=None)  # by default: other models may not have this one
         options = dataclasses.replace(options, baselines=[(name, load(name, compute)) for name in self.pages.baseline])
         runner = load(self.model, self.compute)

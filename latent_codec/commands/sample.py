@@ -38,8 +38,10 @@ class Sample:
         from latent_codec.diffusion.sampling import choose, sample
         from latent_codec.diffusion.sampling import load as load_diffusion
         from latent_codec.images.read import read_image
-        from latent_codec.images.write import write_grid
+        from latent_codec.images.write import check_grid, write_grid
 
+        if self.grid is not None and not self.sampling.overwrite:
+            check_grid(self.grid)
         runner = load(self.model, self.compute)
         diffusion = load_diffusion(self.run_or_file, runner.options.device)
         drawn = sample(diffusion, runner, choose(diffusion, self.label, self.count), self.dst, self.sampling)

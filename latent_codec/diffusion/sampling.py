@@ -12,6 +12,7 @@ from tqdm import tqdm
 from latent_codec.diffusion.config import SampleOptions
 from latent_codec.diffusion.model import TIMES, Diffusion
 from latent_codec.errors import UserError
+from latent_codec.folders.resume.names import check_absent
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.write import write_image
 from latent_codec.inference.runner import Runner
@@ -117,7 +118,8 @@ def sample(
     """Draw images into `folder`/LABEL/00000.png ..., or `folder`/00000.png ... if the model has no labels.
 
     An image depends on its id and the options, not on its batch except for rounding. Images that exist are kept.
-    Raises `UserError` for options out of range, another model's codec, or a folder of images by other settings.
+    Raises `UserError` for options out of range, another model's codec, a folder of images by other settings, or files
+    of these names that it did not draw.
     """
     options.check()
     check_codec(model, runner.codec)
@@ -130,8 +132,10 @@ def sample(
         "dtype": runner.options.dtype,
         "format": options.image_format,
     }
-    _claim(folder, settings, options.overwrite)
     paths = {one: folder / _name(model, one.label) / f"{one.number:05d}.{options.image_format}" for one in ids}
+    if not (options.overwrite or (folder / SETTINGS).exists()):  # the settings are there before the first image
+        check_absent(paths.values())
+    _claim(folder, settings, options.overwrite)
     missing = [one for one in ids if options.overwrite or not paths[one].is_file()]
     for parent in sorted({paths[one].parent for one in missing}):
         make_folder(parent)

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,8 @@ from latent_codec.latents.format import stored_files
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS, LPIPSOptions
 from latent_codec.storage.files import make_folder, write_text
+from latent_codec.storage.json_config import from_json, loads
+from latent_codec.storage.removal import check_replaceable
 from latent_codec.version import __version__
 
 RESULTS = "results.json"
@@ -118,9 +120,28 @@ def evaluate(
 
 def _check_out(out: Path) -> None:
     make_folder(out)
+    check_results(out / RESULTS, {"about", "protocol"})
     for stored in (out / _POSTERIORS, out / _STREAMS):
         if (stored_files(stored) or any(stored.rglob(f"*{SUFFIX}"))) and not (out / RESULTS).exists():
             raise UserError(f"{stored}: holds latents without the {RESULTS} of an evaluation; give another --out")
+    if any((out / _DECODED).glob("*")) and not (out / RESULTS).exists():
+        raise UserError(f"{out / _DECODED}: holds files without the {RESULTS} of an evaluation; give another --out")
+
+
+def check_results(path: Path, fields: Set[str], *shown: Path) -> None:
+    """Raise `UserError` unless results may be written to a JSON file and to pages that show them.
+
+    Only a file with these fields is replaced, and only pages beside such a file.
+    """
+
+    def are_ours(_: Path) -> bool:
+        try:
+            return fields <= from_json(dict, loads(path.read_bytes())).keys()
+        except (OSError, ValueError):
+            return False
+
+    for place in (path, *shown):
+        check_replaceable(place, are_ours, "a file of results")
 
 
 class _StoredImage(NamedTuple):

@@ -8,10 +8,17 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image as PilImage
+from PIL.PngImagePlugin import PngInfo
 
 from latent_codec.errors import UserError
 from latent_codec.images.geometry import Geometry, as_shown
-from latent_codec.storage.files import atomic_path
+from latent_codec.storage.files import atomic_path, open_regular
+from latent_codec.storage.removal import check_replaceable
+
+_MAKER = ("Software", "latent-codec")
+"""Keyword and text of a PNG's tEXt chunk."""
+_HEAD = 2**10
+"""Bytes of a PNG that hold the texts that its writer puts before the pixels."""
 
 
 def to_pil(pixels: torch.Tensor, geometry: Geometry) -> PilImage.Image:
@@ -65,7 +72,26 @@ def rgb_pixels(image: PilImage.Image) -> torch.Tensor:
 
 
 def write_grid(path: Path, pixels: torch.Tensor, columns: int) -> None:
-    """Write images (n, 3, h, w) uint8 as one PNG, row by row; n is a multiple of `columns`."""
+    """Write images (n, 3, h, w) uint8 as one PNG, row by row; n is a multiple of `columns`.
+
+    The PNG says that this program made it, for `check_grid`.
+    """
     picture = rearrange(pixels.cpu(), "(r n) c h w -> (r h) (n w) c", n=columns).numpy()
+    about = PngInfo()
+    about.add_text(*_MAKER)
     with atomic_path(path) as temporary:
-        PilImage.fromarray(picture).save(temporary, format="PNG")
+        PilImage.fromarray(picture).save(temporary, format="PNG", pnginfo=about)
+
+
+def check_grid(path: Path) -> None:
+    """Raise `UserError` unless a grid may be written to a path: only another grid is replaced."""
+    check_replaceable(path, _is_grid, "a grid of images")
+
+
+def _is_grid(path: Path) -> bool:
+    keyword, text = (part.encode("latin-1") for part in _MAKER)
+    try:
+        with open_regular(path) as file:
+            return keyword + b"\0" + text in file.read(_HEAD)
+    except OSError:
+        return False

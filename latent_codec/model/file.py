@@ -13,6 +13,7 @@ from latent_codec.model.config import CodecConfig
 from latent_codec.model.parts import build
 from latent_codec.prior.priors import PREFIX, Priors, PriorsHeader, from_tensors, to_header, to_tensors
 from latent_codec.storage.json_config import dumps, from_json, to_json
+from latent_codec.storage.removal import check_replaceable
 from latent_codec.storage.tensors import (
     FORMAT_VERSION,
     KEY,
@@ -24,6 +25,9 @@ from latent_codec.storage.tensors import (
     save_tensors,
     stored_shapes,
 )
+
+_FIELDS = frozenset({"config", "statistics", "provenance"})
+"""Fields of the header of a model file, and of no other file of this program."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,20 @@ class ModelFile(NamedTuple):
 def model_id(config: CodecConfig, tensors: dict[str, torch.Tensor]) -> str:
     """Return the SHA-256 of config and tensors as 64 hex digits; values count, not the width they are stored in."""
     return content_id(to_json(config), tensors)
+
+
+def check_destination(path: Path) -> None:
+    """Raise `UserError` unless a model file may be written to a path: only another model file is replaced."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the model file's name, such as {path}.safetensors")
+    check_replaceable(path, _is_model_file, "a model file")
+
+
+def _is_model_file(path: Path) -> bool:
+    try:
+        return read_header(path).keys() >= _FIELDS
+    except UserError:
+        return False
 
 
 def write(path: Path, model: ModelFile, *, half: bool = False) -> None:

@@ -60,7 +60,9 @@ def find(source: str | Path, *, filename: str = MODEL, **options: Any) -> Path:
 
 def save(model: ModelFile, folder: Path, *, name: str | None = None, half: bool = False) -> None:
     """Write a folder that `find` takes. A card that is there already is kept; a new one calls the model `name`.
-    Raises `UserError` if the folder cannot be written into or, with `half`, a tensor exceeds float16."""
+    Raises `UserError` if the folder cannot be written into or holds another kind of file under the model's name, or,
+    with `half`, if a tensor exceeds float16."""
+    file.check_destination(folder / MODEL)
     make_folder(folder)
     file.write(folder / MODEL, model, half=half)
     if not (folder / CARD).exists():

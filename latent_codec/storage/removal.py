@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from latent_codec.errors import UserError
+
 IsOurs = Callable[[Path], bool]
 
 
@@ -28,6 +30,15 @@ def move(path: Path, target: Path) -> None:
     path.replace(target)
 
 
+def check_replaceable(path: Path, is_ours: IsOurs, what: str) -> None:
+    """Raise `UserError` if something is at a path, in the place of `what`, and `is_ours` denies it."""
+    if (path.exists() or path.is_symlink()) and not is_ours(path):
+        raise UserError(
+            f"{path}: exists already and is not {what} of latent-codec, so it is not replaced; move it away, or give "
+            "another name"
+        )
+
+
 def made_now(_: Path) -> bool:
     """Return True, for a path that this very call has made under a name of its own."""
     return True
@@ -41,4 +52,8 @@ def named(*names: str) -> IsOurs:
 def holding(*patterns: str) -> IsOurs:
     """Return a test for folders whose entries' names all match one of the patterns, and for what does not exist."""
     wanted = re.compile("|".join(patterns))
-    return lambda path: not path.exists() or all(wanted.fullmatch(entry.name) for entry in path.iterdir())
+
+    def is_ours(path: Path) -> bool:
+        return not path.exists() or (path.is_dir() and all(wanted.fullmatch(entry.name) for entry in path.iterdir()))
+
+    return is_ours

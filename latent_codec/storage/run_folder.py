@@ -1,6 +1,7 @@
 """Find the newest checkpoint of a training run, and the run's provenance."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,26 @@ PRIOR_RUN_MODEL = "model.safetensors"
 """Name of the model file that `train.prior` writes into its run's folder."""
 
 
+_CHECKPOINT = re.compile(r"step-\d{8}")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder by exact name and content: copies that a user keeps beside them are none."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if is_checkpoint(path))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path has the name and the record of a checkpoint, whole or damaged."""
+    return _CHECKPOINT.fullmatch(path.name) is not None and (path / "state.json").is_file()
+
+
 def newest_checkpoint(run: Path) -> Path:
     """Return a run's newest checkpoint whose averaged weights match their checksum, warning of damaged ones.
 
     Raises `UserError` if there is none.
     """
-    finished = sorted((run / "checkpoints").glob("step-*"))
+    finished = checkpoints_in(run / "checkpoints")
     if finished and not (finished[-1] / "codec.safetensors").exists() and (finished[-1] / "prior.safetensors").exists():
         raise UserError(f"{run}: a run of train.prior that has not finished; repeat its command to resume it")
     for path in reversed(finished):

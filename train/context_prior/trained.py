@@ -10,6 +10,7 @@ from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.context import ContextConfig
+from latent_codec.storage.run_folder import checkpoints_in
 from latent_codec.storage.tensors import check_state
 from train.config.prior import context_layout
 from train.config.vae import JointConfig
@@ -55,8 +56,8 @@ def prior_from(
             net = ContextNet(context, channel_steps, statistics, priors.context.order)
             net.thaw(priors.context)
             return net
-        files = sorted(source.glob("checkpoints/step-*/prior_ema.safetensors"))
-        if not files:
+        found = [path / "prior_ema.safetensors" for path in checkpoints_in(source / "checkpoints")]
+        if not (files := [file for file in found if file.is_file()]):
             raise UserError(f"--start-from {source}: no checkpoint with a prior, as runs of a joint objective have")
         tensors = load_file(files[-1])
         net = ContextNet(context, channel_steps, statistics, tensors["channels"].numpy())

@@ -20,12 +20,13 @@ from latent_codec.errors import UserError
 from latent_codec.prior.priors import PREFIX
 from latent_codec.storage.files import fsync, sha256, sha256_of, write_text
 from latent_codec.storage.json_config import dumps, loads
-from latent_codec.storage.removal import made_now, move, remove
+from latent_codec.storage.removal import check_replaceable, made_now, move, remove
+from latent_codec.storage.run_folder import checkpoints_in, is_checkpoint
 from latent_codec.storage.tensors import check_state, save_tensors
 
 log = logging.getLogger(__name__)
 _OPTIMIZER = "optimizer.safetensors"
-_NAME, _STALE = re.compile(r"step-\d{8}"), re.compile(r"\.step-\d{8}\.(tmp|old)")
+_STALE = re.compile(r"\.step-\d{8}\.(tmp|old)")
 
 
 @dataclasses.dataclass
@@ -49,9 +50,11 @@ def save(
     """Write a checkpoint into `folder`, remove all but the newest `keep`, and return its path.
 
     Checkpoints of later steps are removed, too: a run only comes to an earlier step again if those are damaged.
-    Raises `OSError` if a file reads back differently from what was written.
+    Raises `OSError` if a file reads back differently from what was written, and `UserError` if something else has the
+    checkpoint's name.
     """
     final = folder / f"step-{progress.step:08d}"
+    check_replaceable(final, is_checkpoint, "a checkpoint")
     staged = folder / f".{final.name}.tmp"
     for stale in folder.glob(".step-*"):
         remove(stale, lambda path: _STALE.fullmatch(path.name) is not None)
@@ -77,7 +80,7 @@ def save(
     move(staged, final)
     fsync(folder)
     fsync(folder.parent)
-    finished = _finished(folder)
+    finished = checkpoints_in(folder)
     newest = finished.index(final) + 1
     for other in finished[: max(0, newest - keep)] + finished[newest:]:
         _remove(other)
@@ -94,7 +97,7 @@ def _remove(checkpoint: Path) -> None:
 def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:
     """Load the newest sound checkpoint in place; return a fresh `Progress` if there is none.
     Raises `UserError` if checkpoints exist but all are damaged."""
-    finished = _finished(folder)
+    finished = checkpoints_in(folder)
     for path in reversed(finished):
         try:
             progress = _read_progress(path)
@@ -115,12 +118,6 @@ def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.opt
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_tensors(path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
-
-
-def _finished(folder: Path) -> list[Path]:
-    """List the checkpoints by exact name and content: copies that a user keeps beside them are none."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if _NAME.fullmatch(path.name) and (path / "state.json").is_file())
 
 
 def _read_progress(path: Path) -> Progress:

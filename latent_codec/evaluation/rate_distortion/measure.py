@@ -16,7 +16,7 @@ from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader, dither_seed
 from latent_codec.errors import UserError
-from latent_codec.evaluation.evaluate import compare, describe_evaluation
+from latent_codec.evaluation.evaluate import check_results, compare, describe_evaluation
 from latent_codec.evaluation.rate_distortion import anchors as anchor_codecs
 from latent_codec.evaluation.rate_distortion import report as rd
 from latent_codec.evaluation.rate_distortion.anchors import ANCHORS, Anchor
@@ -67,11 +67,13 @@ def rate_distortion(
 
     `out` keeps rd.json and rd.png; nothing else is written. Images that cannot be read, or that an anchor refuses, are
     reported and left out of all curves. Raises `UserError` before any work if the packages of the extra `rd` are
-    missing, the model has no prior or `out` cannot be written into, and later if no image could be used.
+    missing, the model has no prior or `out` cannot be written into or holds other files of these names, and later if no
+    image could be used.
     """
     check_extra()
     if out is not None:
         make_folder(out)
+        check_results(out / RESULTS, {"about", "protocol", "settings"}, out / PLOT)
     ours = _OwnFiles(runner, options)
     lpips = None if options.lpips is None else options.lpips.load(runner.options.device)
     anchors = anchor_codecs.available(options.anchors)

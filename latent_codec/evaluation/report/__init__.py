@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latent_codec.errors import UserError
-from latent_codec.evaluation.evaluate import EvaluationReport
+from latent_codec.evaluation.evaluate import EvaluationReport, check_results
 from latent_codec.evaluation.rate_distortion.report import RateDistortionReport
 from latent_codec.evaluation.report import about, latent_space, likelihood, page, pictures, rate
 from latent_codec.evaluation.report.baselines import BaselineComparison
@@ -20,6 +20,7 @@ from latent_codec.storage.files import write_text
 
 PAGE, RESULTS = "report.html", "report.json"
 
+_RFID = "rfid"
 _NO_FID = (
     "FID is torch-fidelity's by definition, whose Inception weights are a download in a format that this program never "
     "loads (pickle); where they can be had, its own command measures what is kept here: fidelity --fid --input1 DIR "
@@ -64,6 +65,11 @@ class EvaluatedModel(NamedTuple):
     command: str
 
 
+def check_report(out: Path) -> None:
+    """Raise `UserError` unless a report may be written into `out`: only another report is replaced."""
+    check_results(out / RESULTS, {"rate_distortion", _RFID}, out / PAGE)
+
+
 def write_report(evaluated: EvaluatedModel, out: Path, options: ReportOptions, *, quiet: bool = False) -> None:
     """Write report.html and report.json into `out`; raises `UserError` for images, weights or data that are gone."""
     found = {source.name: source for source in list_images(evaluated.where).sources}
@@ -73,9 +79,9 @@ def write_report(evaluated: EvaluatedModel, out: Path, options: ReportOptions, *
     sections = _sections(evaluated, [found[name] for name in names], options, quiet)
     set_name = evaluated.evaluation.about["set"]
     introduction = f"Measured on {len(names)} images of {set_name}. Everything is in this file; nothing is loaded."
-    write_text(out / PAGE, page.render(f"{evaluated.name} on {set_name}", introduction, sections))
     results = {section.name: section.json() for section in sections}
-    write_text(out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_text(out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")  # by which the page is known
+    write_text(out / PAGE, page.render(f"{evaluated.name} on {set_name}", introduction, sections))
 
 
 def _sections(evaluated: EvaluatedModel, sources: list[Source], options: ReportOptions, quiet: bool) -> list[Section]:
@@ -100,6 +106,6 @@ def _sections(evaluated: EvaluatedModel, sources: list[Source], options: ReportO
         rate.rate_distortion_section(evaluated.rates),
         baselines.section(options.baselines, options.baseline_data),
         rate.jpeg_at_equal_bytes(runner, sources, lpips, [image.name for image in few], quiet=quiet),
-        left_out("rfid", "rFID", _NO_FID),
+        left_out(_RFID, "rFID", _NO_FID),
         about.making_section(evaluation, evaluated.command, seed),
     ]

@@ -113,6 +113,7 @@ def export_folder(
         "measured": measured._asdict(),
     }
     scale = settings.NORMALIZED if normalize else settings.scale_of(statistics)
+    check_folder(folder)  # again: measuring took a while
     config = dataclasses.replace(codec.config, backbone=parts.backbone)
     text = settings.to_json(config, scale, force_upcast=measured.force_upcast)
     with atomic_folder(folder) as temporary:

@@ -23,7 +23,7 @@ from latent_codec.interop.autoencoder_kl.exporting import (
 from latent_codec.interop.autoencoder_kl.folding import Tensors
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
-from latent_codec.model.file import LatentStatistics
+from latent_codec.model.file import LatentStatistics, check_destination
 from latent_codec.storage.files import make_folder, open_regular, sha256_of
 from latent_codec.storage.json_config import from_json, loads
 from latent_codec.storage.tensors import check_claim, check_finite, check_numbers, open_tensors, shapes_of
@@ -53,10 +53,10 @@ def import_model(
     inferred from its shapes, unless an AutoencoderKL's config.json lies beside it. The latent statistics follow from
     the scale in config.json or from the factors given here; without either there are none. An export of this program
     becomes the model that it was, with the same id. `half` stores float16. Raises `UserError` for pickles, for missing,
-    extra, mis-shaped or non-finite tensors, and for features that no codec has.
+    extra, mis-shaped or non-finite tensors, for features that no codec has, and for a destination that is there and no
+    model file.
     """
-    if destination.is_dir():
-        raise UserError(f"{destination}: is a folder; give the model file's name, such as {destination}.safetensors")
+    check_destination(destination)
     found = _find(source)
     if destination.resolve() == found.weights.resolve():
         raise UserError(f"{destination}: is the file to import; give another name")

@@ -8,6 +8,7 @@ from typing import Any
 from latent_codec.errors import UserError
 from latent_codec.storage.files import sha256_of
 from latent_codec.storage.json_config import loads
+from latent_codec.storage.removal import holding
 from latent_codec.version import __version__
 
 log = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ PRIOR_RUN_MODEL = "model.safetensors"
 
 
 _CHECKPOINT = re.compile(r"step-\d{8}")
+_HAS_TENSORS_ALONE = holding(r"\w+\.safetensors")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -26,8 +28,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a path has the name and the record of a checkpoint, whole or damaged."""
-    return _CHECKPOINT.fullmatch(path.name) is not None and (path / "state.json").is_file()
+    """Return whether a path has the name of a checkpoint, and its record or no files but a checkpoint's."""
+    return is_checkpoint_name(path.name) and ((path / "state.json").is_file() or _HAS_TENSORS_ALONE(path))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a name is that of a checkpoint."""
+    return _CHECKPOINT.fullmatch(name) is not None
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -21,7 +21,7 @@ from latent_codec.prior.priors import PREFIX
 from latent_codec.storage.files import fsync, sha256, sha256_of, write_text
 from latent_codec.storage.json_config import dumps, loads
 from latent_codec.storage.removal import check_replaceable, made_now, move, remove
-from latent_codec.storage.run_folder import checkpoints_in, is_checkpoint
+from latent_codec.storage.run_folder import checkpoints_in, is_checkpoint, is_checkpoint_name
 from latent_codec.storage.tensors import check_state, save_tensors
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,10 @@ def _remove(checkpoint: Path) -> None:
 
 def restore(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Progress:
     """Load the newest sound checkpoint in place; return a fresh `Progress` if there is none.
-    Raises `UserError` if checkpoints exist but all are damaged."""
+    Raises `UserError` if checkpoints exist but all are damaged, or if something else has the name of one."""
+    for path in folder.glob("step-*"):
+        if is_checkpoint_name(path.name):  # found now, and not when the run comes to that step
+            check_replaceable(path, is_checkpoint, "a checkpoint")
     finished = checkpoints_in(folder)
     for path in reversed(finished):
         try:

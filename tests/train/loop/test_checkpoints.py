@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import GaussianConfig, LinearConfig
+from latent_codec.storage.run_folder import newest_checkpoint
+from tests.support.errors import refused
 from tests.support.folder import finish
 from tests.support.folder import start as start_process
 from tests.support.networks import config_of
@@ -149,6 +151,23 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     training.step()
     training.save(tmp_path, keep=1)
     assert steps_in(tmp_path) == [5]
+
+
+def test_folders_that_only_look_like_checkpoints_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run" / "checkpoints", 1, 2)
+    copies = ("step-00000002_keep", "step-00000009.bak", "step-9", "xstep-00000009", ".step-00000002.tmp.mine")
+    for name in copies:
+        shutil.copytree(folder / "step-00000002", folder / name)
+    assert newest_checkpoint(folder.parent) == folder / "step-00000002"
+    training = Training().restore(folder)
+    training.step()
+    training.save(folder, keep=1)
+    assert {path.name for path in folder.iterdir()} == {*copies, "step-00000003"}
+    (folder / "step-00000004").mkdir()
+    (folder / "step-00000004" / "notes.txt").write_text("mine")
+    for call in (lambda: Training().restore(folder), lambda: Training(4).save(folder)):
+        refused("step-00000004: exists already and is not a checkpoint of latent-codec", call)
+    assert (folder / "step-00000004" / "notes.txt").read_text() == "mine"
 
 
 def test_no_flipped_byte_of_the_state_is_believed(tmp_path: Path) -> None:

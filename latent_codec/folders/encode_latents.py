@@ -133,10 +133,12 @@ class _ShardWriter:
     """Write a shard for each unit, and an index over all shards."""
 
     kind: Kind = "latents"
-    is_shared = True
+    is_shared = has_index = True
 
     def __init__(self, folder: Path, header: stored.LatentsHeader) -> None:
         self.folder, self._header = folder, header
+        self._written: set[str] = set()
+        """Images whose latents this process has written, which the index must have."""
 
     def write(self, products: Iterable[Input[stored.LatentsRow]], work: Work) -> None:
         units = (list(rows) for _, rows in groupby(products, lambda row: row.job.claim))
@@ -157,6 +159,7 @@ class _ShardWriter:
         with work.summary.timing("writing"), disk_errors(self.folder, "latents"):
             shard = stored.write_shard(self.folder, self._header, name, ordered)[0].shard
             size, digest = (self.folder / shard).stat().st_size, sha256_of(self.folder / shard)
+        self._written |= done
         return [row.record(shard, size, digest) for row in rows]
 
     def gather(self, ledger: Ledger, units: Sequence[Unit]) -> None:
@@ -175,9 +178,14 @@ class _ShardWriter:
             shards |= there
         with disk_errors(self.folder / stored.INDEX):
             stored.write_index(self.folder, self._header, entries)
+        if lost := self._written - {entry.path for entry in entries}:
+            raise UserError(
+                f"{self.folder}: latents of {len(lost)} images, such as {min(lost)}, were written and are gone again; "
+                "something else changes this folder; end it and repeat the same command"
+            )
         with disk_errors(self.folder):
             needless = [path for path in stored.stored_shards(self.folder) if path.name not in shards]
-            remove_needless(needless, ledger, units)
+            remove_needless(needless, ledger, units, others_too=ledger.replaces_all)
 
     def _kept(self, unit: Unit) -> set[str]:
         """Return the newest shard of a unit whose images all fail now, and were good before."""

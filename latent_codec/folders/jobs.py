@@ -181,6 +181,8 @@ class Writer(Protocol[P_contra]):
     kind: Kind
     is_shared: bool
     """True if the products of a unit share files, whose names depend on them."""
+    has_index: bool
+    """True if `gather` writes one file about all products, so that the folder holds those of one set of images."""
 
     def write(self, products: Iterable[P_contra], work: Work) -> None:
         """End every product's job as done or failed; raises `DiskError` if the disk takes no more."""

@@ -49,7 +49,7 @@ def make_outputs(
 class _FileWriter:
     """Write a file for each output."""
 
-    is_shared = False
+    is_shared = has_index = False
 
     def __init__(self, folder: Path, kind: Kind) -> None:
         self.folder = folder
@@ -76,7 +76,7 @@ class _FileWriter:
 class _TarWriter:
     """Write a tar shard `KIND-UNIT-DIGEST.tar` for each unit, as WebDataset reads it; members are in order."""
 
-    is_shared = True
+    is_shared, has_index = True, False
 
     def __init__(self, folder: Path, members: Kind) -> None:
         self.folder, self._members = folder, members

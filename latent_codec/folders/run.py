@@ -44,9 +44,11 @@ def run(listing: Listing, maker: Maker[T, P], writer: Writer[P], *, resume: Resu
     summary, images = Summary(f"{maker.verb}d"), sum(len(unit.sources) for unit in asked)
     summary.begin(listing, images)
     bar = tqdm(total=images, desc=maker.verb, unit="image", disable=quiet or None)
-    with bar, Ledger(folder, writer.kind, maker.settings) as ledger:
+    with bar, Ledger(folder, writer.kind, maker.settings, everything if writer.has_index else ()) as ledger:
         if outputs and (fold := folding(ledger.root)):
             check_outputs(own[:-2], folder, fold)
+        if writer.is_shared and not resume.overwrite:
+            ledger.check_other_sets(everything, maker.load, together=writer.has_index)
         ledger.reserve(own, overwrite=resume.overwrite)
         conclude = _finally(lambda: _conclude(ledger, everything, listing, writer))
         with conclude, _working(maker.runner.options, summary, bar) as work:

@@ -29,12 +29,13 @@ def are_whole(records: Sequence[Record]) -> bool:
     return all(record.output.startswith(f"{kind}-{name}.") for record in records)
 
 
-def remove_needless(shards: Iterable[Path], ledger: Ledger, units: Sequence[Unit]) -> None:
+def remove_needless(shards: Iterable[Path], ledger: Ledger, units: Sequence[Unit], *, others_too: bool = False) -> None:
     """Remove the shards whose images this command has made anew, in other shards.
 
-    Strangers' files stay, and shards of other images, of images that fail now, and of units that others work on.
+    Strangers' files stay, and shards of images that fail now and of units that others work on; shards of other images
+    stay without `others_too`.
     """
-    needless = _Needless(ledger, units)
+    needless = _Needless(ledger, units, others_too)
     for path in shards:
         if found := _NAME.fullmatch(path.name):
             with ledger.idle(found[1]) as idle:
@@ -49,17 +50,15 @@ def is_shard_of(path: Path, unit: Unit) -> bool:
 
 
 class _Needless:
-    def __init__(self, ledger: Ledger, units: Sequence[Unit]) -> None:
-        self._ledger, self._units = ledger, {unit.name: unit for unit in units}
+    def __init__(self, ledger: Ledger, units: Sequence[Unit], others_too: bool) -> None:
+        self._ledger, self._units, self._others_too = ledger, {unit.name: unit for unit in units}, others_too
 
     def is_replaced(self, path: Path, unit: str) -> bool:
         if planned := self._units.get(unit):
             outputs = {record.output for record in self._ledger.records(planned)}
             return bool(outputs) and path.name not in outputs
-        if self._ledger.replaces_all:
-            return True
         images = {record.path for record in self._ledger.recorded(unit) if record.output == path.name}
-        return bool(images & self._planned) and images & self._planned <= self._made
+        return self._others_too or (bool(images & self._planned) and images & self._planned <= self._made)
 
     @cached_property
     def _planned(self) -> set[str]:

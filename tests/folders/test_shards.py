@@ -15,6 +15,7 @@ from tests.support.errors import refused
 from tests.support.folder import Kind, make
 
 SHARDS: list[Kind] = ["tars of streams", "latents"]
+ALL: list[Kind] = [*SHARDS, "tars of images"]
 
 
 def stored(kind: Kind, folder: Path) -> dict[str, bytes]:
@@ -48,6 +49,28 @@ def test_shards_of_other_images_stay(codec: Codec, sources: Path) -> None:
     assert files_of(sources / "latents") == before
     make("latents", codec, sources / "B", sources / "latents", resume=OVERWRITE)
     assert stored("latents", sources / "latents").keys() == {"d.png", "e.png"}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_sets_that_share_some_names_are_not_mixed_in_a_file(kind: Kind, codec: Codec, sources: Path) -> None:
+    """Refused is only what would lose an image; a set that was moved, and one that lost images, are made again."""
+    (sources / "B" / "d.png").rename(sources / "B" / "b.png")
+    if kind == "tars of images":
+        for name in "AB":
+            make("streams", codec, sources / name, sources / f"lc {name}")
+    before, out = "lc " if kind == "tars of images" else "", sources / "out"
+    make(kind, codec, sources / f"{before}A", out)
+    files = files_of(out)
+    name = "a.png.lc" if before else "a.png"
+    refused(f"holds {name} of another set of images together with b", make, kind, codec, sources / f"{before}B", out)
+    assert files_of(out) == files
+    (sources / f"{before}A").rename(sources / "moved")
+    (sources / "moved" / name).unlink()
+    assert make(kind, codec, sources / "moved", out).done == 2
+    assert len([path for path in out.iterdir() if path.suffix in (".tar", ".safetensors")]) == 1
+    make(kind, codec, sources / f"{before}B", sources / "more")
+    make(kind, codec, sources / f"{before}B", out, resume=OVERWRITE)
+    assert all(item in files_of(out).items() for item in files_of(sources / "more").items())
 
 
 @pytest.mark.parametrize("kind", SHARDS)

@@ -11,6 +11,7 @@ import random
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from latent_codec.folders.encode_latents import encode_latents
-from latent_codec.folders.encode_lc import encode_lc
+from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.jobs import Resume
 from latent_codec.folders.resume.ledger import NAME
 from latent_codec.folders.resume.units import Share
@@ -38,7 +39,8 @@ class Kill:
     """Images to encode: a folder, a tar file, or a quoted glob."""
     model: str = "photo"
     """Name of a shipped model, or a model file."""
-    format: Literal["lc", "safetensors"] = "lc"
+    format: Literal["lc", "tar", "safetensors"] = "lc"
+    """What is written; tar: .lc files in tar shards."""
     kills: int = 200
     """Number of trials."""
     processes: Literal[1, 2] = 1
@@ -81,7 +83,8 @@ class Kill:
         try:
             resume = Resume(share=Share(rank, self.processes, alone=False))
             compute = ComputeOptions(device="cpu", batch_size=4, workers=2)
-            encode = encode_lc if self.format == "lc" else encode_latents
+            options = EncodeOptions(tar=self.format == "tar")
+            encode = encode_latents if self.format == "safetensors" else partial(encode_lc, options=options)
             summary = encode(Runner(codec, compute), self.src, folder, resume=resume, quiet=True)
             os._exit(len(summary.failures))
         except BaseException as error:

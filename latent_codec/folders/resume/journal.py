@@ -40,6 +40,15 @@ class Journal:
         self._file.close()
 
 
+def last_line(path: Path, holding: bytes) -> Any:
+    """Return the value of a journal's last line that contains some bytes; None if there is none, or it is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        data = path.read_bytes()
+        if (found := data.rfind(holding)) >= 0:
+            return loads(data[data.rfind(b"\n", 0, found) + 1 :].partition(b"\n")[0])
+    return None
+
+
 class Line(NamedTuple):
     """Hold the value of a line and the offset of its beginning in bytes."""
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Self
 from filelock import FileLock
 
 from latent_codec.errors import UserError
-from latent_codec.folders.resume.journal import Journal, lines
+from latent_codec.folders.resume.journal import Journal, last_line, lines
 from latent_codec.folders.resume.locks import lock, locked, try_lock
 from latent_codec.folders.resume.names import check_absent
 from latent_codec.folders.resume.units import Unit
@@ -32,6 +32,9 @@ FAILURES = "failures.jsonl"
 """File in the folder itself with path and reason of each image that failed."""
 LEFT_OUT = "left_out.jsonl"
 """File beside it with the reason, the count and some paths of what was found and not taken."""
+
+_COMPARED = 3
+"""Images by whose bytes a set is recognised that was moved."""
 
 Kind = Literal["streams", "streams.tar", "latents", "images", "images.tar"]
 """Kind of output; commands that make different kinds in one folder do not see each other's records."""
@@ -82,8 +85,9 @@ class Ledger:
     Everything raises `UserError` if the folder cannot be written into or its files cannot be locked.
     """
 
-    def __init__(self, folder: Path, kind: Kind, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = folder, digest(settings)
+    def __init__(self, folder: Path, kind: Kind, settings: dict[str, Any], units: Sequence[Unit] = ()) -> None:
+        """`units` are those of the whole command, where a folder holds the outputs of one set of images alone."""
+        self.folder, self.settings, self._plan = folder, digest(settings), sorted(unit.name for unit in units)
         self.root, self._units, self._processes = (folder / NAME / name for name in ("", kind, "processes"))
         self._alive, self._running = self._processes / files.process_name(), self.root / "running"
         self.held: set[Claim] = set()
@@ -132,6 +136,28 @@ class Ledger:
                 with contextlib.closing(Journal(path)) as journal:
                     journal.write(*new)
                     journal.sync()
+
+    def check_other_sets(self, units: Sequence[Unit], load: Callable[[Source], bytes], *, together: bool) -> None:
+        """Raise `UserError` if these units' files would replace files that hold images of another set, too.
+
+        A set is another one if it lay elsewhere and images of equal names, of which some are compared, differ. With
+        `together` all files of the folder are replaced together, not those of one unit.
+        """
+        sources, places = {s.name: s for unit in units for s in unit.sources}, {unit.place for unit in units}
+        found: dict[str, list[Record]] = {}
+        for path in self._units.glob("*.jsonl"):
+            place = (last_line(path, b'"place"') or {}).get("place")  # journals of older versions have none
+            if place is not None and place not in places:
+                there = [record for record in _read(path).records.values() if (self.folder / record.output).is_file()]
+                found.setdefault("" if together else path.name, []).extend(there)
+        for there in found.values():
+            common = [record for record in there if record.path in sources]
+            others = [record.path for record in there if record.path not in sources]
+            if common and others and not any(_is_of(r, sources[r.path], load) for r in common[:_COMPARED]):
+                raise UserError(
+                    f"{self.folder}: holds {min(others)} of another set of images together with "
+                    f"{common[0].path}, which is in both; give another folder, or --overwrite to replace them"
+                )
 
     def gathering(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock for what is made of all units' records: the last process to hold it has seen everything."""
@@ -209,14 +235,19 @@ class Ledger:
         return self._units / f"{unit.name}.jsonl"
 
     def _announce(self) -> None:
-        """Write this process' settings; raises `UserError` if a living one makes the same kind by other settings."""
-        own = {"kind": self._units.name, "settings": self.settings}
+        """Write what this process does; raises `UserError` if a living one makes the same kind by other settings.
+
+        The same holds for other images, where a folder has those of one set alone.
+        """
+        own = {"kind": self._units.name, "settings": self.settings, "units": self._plan}
         with self.gathering():
             for path in self._running.glob("*.json"):
                 found = loads(path.read_bytes())
-                if found["kind"] == own["kind"] and found["settings"] != own["settings"]:
+                units = found.get("units", [])
+                other = "settings" if found["settings"] != self.settings else "images"
+                if found["kind"] == own["kind"] and (other == "settings" or are_of_other_images(self._plan, units)):
                     raise UserError(
-                        f"{self.folder}: another process is at work there with other settings; wait for its end, or "
+                        f"{self.folder}: another process is at work there with other {other}; wait for its end, or "
                         "give another folder"
                     )
             files.write_text(self._running / f"{self._alive.name}.json", json.dumps(own))
@@ -234,6 +265,11 @@ class Ledger:
             remove(self._running / f"{path.name}.json", made_now)
             remove(path, named(*names))
             held.release()
+
+
+def are_of_other_images(units: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether two plans, by the names of their units, have none in common."""
+    return bool(units and others) and not set(units) & set(others)
 
 
 class Claim:
@@ -293,7 +329,7 @@ class Claim:
         self._left -= 1
         if self._left == 0:
             if not self.settled:
-                self._journal.write({"settled": self.settings})
+                self._journal.write({"settled": self.settings, "place": self.unit.place})
             self.release()
 
     def release(self) -> None:
@@ -306,6 +342,13 @@ class Claim:
 def mtime_ns(source: Source) -> int:
     """Return when the file that holds a source was last changed."""
     return source.path.stat().st_mtime_ns
+
+
+def _is_of(record: Record, source: Source, load: Callable[[Source], bytes]) -> bool:
+    try:
+        return record.size == source.size and files.sha256(load(source)) == record.sha256
+    except (OSError, UserError):
+        return False
 
 
 class _State(NamedTuple):

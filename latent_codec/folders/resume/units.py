@@ -35,6 +35,13 @@ class Unit(NamedTuple):
     """Hash of its first source's name, 16 hex digits."""
     sources: tuple[Source, ...]
 
+    @property
+    def place(self) -> str:
+        """Return a digest of where the sources are searched, which tells sets of images with equal names apart."""
+        name, path = self.sources[0].name, str(self.sources[0].path)
+        root = path.removesuffix(name) if path.endswith(f"/{name}") else os.path.dirname(path)  # noqa: PTH120
+        return f"{_digest(os.path.realpath(root)):016x}"
+
 
 def units(sources: Sequence[Source], sizes: UnitSizes = DEFAULT_SIZES) -> list[Unit]:
     """Cut sorted sources into units where a name's hash says so or one has become large: a new file changes one."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -163,6 +164,18 @@ def test_a_process_with_other_settings_is_refused_while_another_is_at_work(folde
     assert make(folder, src, {"step": 3.0})
 
 
+def test_a_process_with_other_images_is_refused_where_one_index_names_them(folder: Path, src: Path) -> None:
+    mine = plans(src)
+    others = [unit._replace(name=f"{i:016x}") for i, unit in enumerate(mine)]
+    with Ledger(folder, "latents", SETTINGS, mine), other_process():
+        refused("at work there with other images", Ledger(folder, "latents", SETTINGS, others).__enter__)
+        for units in (mine, [mine[0], *others], ()):
+            with Ledger(folder, "latents", SETTINGS, units):
+                pass
+    with Ledger(folder, "latents", SETTINGS, others):
+        pass
+
+
 def test_a_claim_keeps_other_processes_out_until_its_unit_is_done(folder: Path, src: Path) -> None:
     everything = plans(src)
     with Ledger(folder, "streams", SETTINGS) as one:
@@ -228,6 +241,12 @@ def test_a_name_is_checked_to_be_free_once(folder: Path) -> None:
 
 
 def test_a_folder_where_nothing_can_be_locked_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+        with monkeypatch.context() as patch:  # some libraries would take a lock that outlives its holder instead
+            patch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(code, "no flock")))
+            refused(
+                "files there cannot be locked .*; give a folder on another", Ledger(folder, "streams", {}).__enter__
+            )
     unlocked = NotImplementedError("no flock here"), OSError(errno.ENOLCK, "no locks")
     reasons = dict.fromkeys(unlocked, "files there cannot be locked .*; give a folder on another file system")
     for error, told in (reasons | {OSError(errno.EROFS, "read-only"): "cannot be written: read-only; solve"}).items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import shlex
 import sys
 
@@ -26,11 +27,18 @@ def main(args: list[str] | None = None) -> None:
     try:
         sys.exit(exit_code(lambda: _run(sys.argv[1:] if args is None else args)))
     except (UserError, OSError) as error:  # an OSError is a full disk, a missing permission and the like
-        say(f"{_PROGRAM}: {printable(error)}", error=True)
+        say(f"{_PROGRAM}: {printable(_sentence(error))}", error=True)
         sys.exit(2)
     except KeyboardInterrupt:
         say(f"{_PROGRAM}: interrupted", error=True)
         sys.exit(130)
+
+
+def _sentence(error: Exception) -> str:
+    """Return an error's text; that of the system in a user's words."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; solve that and repeat the same command"
+    return str(error)
 
 
 def run_command(command: str) -> None:

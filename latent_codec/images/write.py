@@ -48,8 +48,10 @@ def write_image(path: Path | str, pixels: torch.Tensor, geometry: Geometry, imag
         data = image_bytes(pixels, geometry, image_format)
         with atomic_path(Path(path)) as temporary:
             temporary.write_bytes(data)
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def image_bytes(pixels: torch.Tensor, geometry: Geometry, image_format: ImageFormat) -> bytes:

@@ -101,12 +101,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it is fsynced and renamed to `path`, else removed.
 
     The file gets the permissions of the user's umask even if the writer replaces it by a file of its own, as
-    safetensors does. Parent folders are created.
+    safetensors does. Parent folders are created. An `OSError` names the file.
     """
-    with temporary_path(path.parent, path.name) as temporary:
-        mode = temporary.stat().st_mode
-        yield temporary
-        put(temporary, path, mode)
+    try:
+        with temporary_path(path.parent, path.name) as temporary:
+            mode = temporary.stat().st_mode
+            yield temporary
+            put(temporary, path, mode)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # as a full disk's
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.program import say
+from latent_codec.storage.files import temporary_of
 from tools.program import main
 
 
@@ -57,11 +58,11 @@ class Kill:
             started = time.monotonic()
             _wait(self._start(codec, Path(temporary, "whole"), 0))
             seconds = time.monotonic() - started
-            whole = _contents(Path(temporary, "whole"))
+            whole = _contents(Path(temporary, "whole"), resumed=True)
             for trial in tqdm(range(self.kills), "kills"):
                 folder = Path(temporary, str(trial))
                 self._trial(codec, folder, moments.random() * seconds / self.processes)
-                if (found := _contents(folder)) != whole:
+                if (found := _contents(folder, resumed=self.processes == 1)) != whole:
                     names = sorted(k for k in whole.keys() | found.keys() if whole.get(k) != found.get(k))
                     raise SystemExit(f"trial {trial}: {len(names)} files differ, the first {names[0]}")
         say(f"{self.kills} kills of {self.processes} process(es), each resumed: {len(whole)} equal files")
@@ -98,9 +99,10 @@ def _wait(child: int) -> None:
         raise SystemExit(f"a run that should have finished ended with status {status}")
 
 
-def _contents(folder: Path) -> dict[str, str]:
-    """Return the digests of all files except the ledger's, by name."""
-    files = (f for f in folder.rglob("*") if f.is_file() and NAME not in f.relative_to(folder).parts)
+def _contents(folder: Path, *, resumed: bool) -> dict[str, str]:
+    """Return the digests of all files except the ledger's, and temporary ones, which go when a folder is resumed."""
+    found = (f for f in folder.rglob("*") if f.is_file() and NAME not in f.relative_to(folder).parts)
+    files = (f for f in found if resumed or temporary_of(f.name) is None)
     return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 

@@ -35,7 +35,8 @@ def sources(tmp_path: Path, draw: Draw) -> Path:
 
 def test_shards_of_other_images_stay(codec: Codec, sources: Path) -> None:
     """Two sets share a folder of tar shards as they share one of files; an index of latents is of one set only."""
-    for kind, here in (("tars of streams", "out"), ("streams", "lc")):
+    places: list[tuple[Kind, str]] = [("tars of streams", "out"), ("streams", "lc")]
+    for kind, here in places:
         for name in "AB":
             make(kind, codec, sources / name, sources / here)
     assert stored("tars of streams", sources / "out") == stored("streams", sources / "lc")

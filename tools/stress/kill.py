@@ -41,7 +41,7 @@ class Kill:
     model: str = "photo"
     """Name of a shipped model, or a model file."""
     format: Literal["lc", "tar", "safetensors"] = "lc"
-    """What is written; tar: .lc files in tar shards."""
+    """Kind of output; tar: .lc files in tar shards."""
     kills: int = 200
     """Number of trials."""
     processes: Literal[1, 2] = 1

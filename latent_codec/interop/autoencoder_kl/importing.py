@@ -56,10 +56,10 @@ def import_model(
     extra, mis-shaped or non-finite tensors, for features that no codec has, and for a destination that is there and no
     model file.
     """
-    check_destination(destination)
     found = _find(source)
     if destination.resolve() == found.weights.resolve():
         raise UserError(f"{destination}: is the file to import; give another name")
+    check_destination(destination)
     tensors, metadata = _read(found.weights)
     codec = _restore(tensors, metadata, found.weights) if KEY in metadata else None
     if codec is None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from latent_codec import export as export_module
-from latent_codec.errors import UserError
 from latent_codec.export import export, prepare
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import find_images
@@ -21,6 +20,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.passes import quantize
 from latent_codec.prior.quantizer import channel_steps_from_std, scale, step_code
 from tests.conftest import Draw
+from tests.support.errors import refused
 
 
 @pytest.fixture
@@ -66,8 +66,7 @@ def test_a_model_without_statistics_needs_data(codec: Codec, tmp_path: Path, pho
     codec.statistics = None
     model, out = tmp_path / "m.safetensors", tmp_path / "out.safetensors"
     codec.save(model)
-    with pytest.raises(UserError, match="--data"):
-        export(model, out, data=(), images=1, half=False)
+    refused("--data", export, model, out, data=(), images=1, half=False)
     assert not out.exists()
     assert export(model, out, data=(photos,), images=9, half=False).statistics
 
@@ -112,8 +111,7 @@ def damaged(file: Path) -> Iterator[None]:
 
 def test_a_run_with_damaged_settings_is_refused(run: Path, photos: Path) -> None:
     for _ in damaged(run / "config.json"):
-        with pytest.raises(UserError, match=r"config\.json or state\.json cannot be read"):
-            prepare(run, data=(photos,), images=1)
+        refused(r"config\.json or state\.json cannot be read", prepare, run, data=(photos,), images=1)
 
 
 @pytest.mark.parametrize("name", ["state.json", "ema.safetensors"])
@@ -126,18 +124,15 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one_and_without_any_ot
         assert "step-00000100" in caplog.text
         caplog.clear()
     for _ in damaged(run / "checkpoints" / "step-00000020" / name):
-        with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
-            prepare(run, data=(), images=1)
+        refused("all 2 checkpoints are damaged", prepare, run, data=(), images=1)
     (tmp_path / "new").mkdir()
-    with pytest.raises(UserError, match="no finished checkpoint"):
-        prepare(tmp_path / "new", data=(), images=1)
+    refused("no finished checkpoint", prepare, tmp_path / "new", data=(), images=1)
 
 
 def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = photos.parent / "m.safetensors"
     (photos / "2.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"^2\.png: not a readable image"):
-        export(model_file, out, data=(photos,), images=9, half=False)
+    refused(r"^2\.png: not a readable image", export, model_file, out, data=(photos,), images=9, half=False)
     monkeypatch.setattr(export_module, "calibrate", mock.Mock(side_effect=AssertionError("worked")))
     (photos.parent / "file").write_text("mine")
     for model, destination, images, reason in (
@@ -146,15 +141,13 @@ def test_mistakes_are_refused_before_any_work(model_file: Path, photos: Path, mo
         (model_file, out, 0, "at least 1"),
         (Path("no such model"), out, 1, "neither a file nor a shipped model"),
     ):
-        with pytest.raises(UserError, match=reason):
-            export(model, destination, data=(photos,), images=images, half=False)
+        refused(reason, export, model, destination, data=(photos,), images=images, half=False)
     assert not out.exists()
 
 
 def test_the_quantiser_follows_the_posterior_and_the_prior_covers_its_data(codec: Codec, photos: Path) -> None:
     two = Codec(dataclasses.replace(codec.config, image_channels=2))
-    with pytest.raises(UserError, match="images of 2 channels"):
-        calibrate(two, find_images(photos), "five", quiet=True)
+    refused("images of 2 channels", calibrate, two, find_images(photos), "five", quiet=True)
     calibrate(codec, find_images(photos), "five", quiet=True)
     statistics, priors = codec.statistics, codec.priors
     assert statistics is not None and priors is not None and priors.context is None

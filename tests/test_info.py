@@ -18,6 +18,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import LinearConfig
 from latent_codec.model.describe import count_flops
 from tests.conftest import Draw
+from tests.support.errors import refused
 from tests.support.folder import make
 from tests.support.networks import CONV
 from tests.support.prior import context_prior
@@ -99,8 +100,7 @@ def test_latents_are_counted_with_their_real_bytes(codec: Codec, latents: Path, 
     text = assert_says(latents, *about)
     assert describe(str(latents / INDEX)) == describe(str(shard)) == text
     assert_says(shard.rename(tmp_path / "moved.safetensors"), f"3 images in 1 shards, {size / 1e6:.2f} MB")
-    with pytest.raises(UserError, match=f"1 of its 1 shards are missing: {re.escape(shard.name)}"):
-        describe(str(latents))
+    refused(f"1 of its 1 shards are missing: {re.escape(shard.name)}", describe, str(latents))
 
 
 def test_priors_are_described(codec: Codec, tmp_path: Path) -> None:
@@ -154,8 +154,7 @@ def test_a_streams_model_is_recognised(streams: Path, codec: Codec, tmp_path: Pa
         codec.priors = priors
         codec.save(other)
         assert_says(streams / "plain.png.lc", "model       not ", model=other)
-    with pytest.raises(UserError, match="neither a file nor a shipped model"):
-        describe(str(streams / "plain.png.lc"), "no-such-model")
+    refused("neither a file nor a shipped model", describe, str(streams / "plain.png.lc"), "no-such-model")
 
 
 @pytest.mark.slow
@@ -184,10 +183,8 @@ def test_damaged_streams_are_refused_by_name(streams: Path) -> None:
     path = streams / "plain.png.lc"
     path.write_bytes(path.read_bytes()[:-1])
     for where in (path, streams):
-        with pytest.raises(UserError, match=r"plain\.png\.lc: damaged"):
-            describe(str(where))
-    with pytest.raises(UserError, match=r"none\.lc: cannot be read"):
-        describe(str(streams / "none.lc"))
+        refused(r"plain\.png\.lc: damaged", describe, str(where))
+    refused(r"none\.lc: cannot be read", describe, str(streams / "none.lc"))
 
 
 def test_files_of_no_known_kind_are_refused(tmp_path: Path) -> None:
@@ -196,5 +193,4 @@ def test_files_of_no_known_kind_are_refused(tmp_path: Path) -> None:
     reasons = {name: "not a safetensors file" for name in ("junk", "junk.safetensors")}
     reasons |= {"none": "neither a file nor a shipped model", ".": "no latents there", INDEX: "no latents there"}
     for name, reason in reasons.items():
-        with pytest.raises(UserError, match=reason):
-            describe(str(tmp_path / name))
+        refused(reason, describe, str(tmp_path / name))

@@ -21,6 +21,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, Scaled
 from tests.support import reference_decoder
+from tests.support.errors import refused
 from tests.support.latents import geometry
 from tests.support.subject import decompress
 from tools.stress.mutants import mutate, sealed
@@ -63,8 +64,7 @@ def read(data: bytes, max_pixels: int = 2**27) -> torch.Tensor:
 
 
 def assert_refused(data: bytes, message: str | None = None) -> None:
-    with pytest.raises(UserError, match=message):
-        unpack(data)
+    refused(message, unpack, data)
 
 
 sides, steps, seeds = st.integers(1, 2**13), st.integers(16, 65535), st.none() | st.integers(0, 2**64 - 1)
@@ -149,8 +149,7 @@ def test_checks_come_in_the_documented_order() -> None:
         return data[:-1] + bytes([data[-1] ^ broken]) + extra
 
     def assert_says(message: str, reason: str, data: bytes) -> None:
-        with pytest.raises(UserError, match=message):
-            read(data, max_pixels=2**23)
+        refused(message, read, data, max_pixels=2**23)
         with pytest.raises(reference_decoder.RefusalError, match=f"^{reason}$"):
             reference_decoder.decode(data, independent(), max_pixels=2**23)
 
@@ -202,15 +201,13 @@ def test_false_sizes_are_refused_before_anything_is_allocated() -> None:
     tracemalloc.start()
     try:
         for message, data in cases:
-            with pytest.raises(UserError, match=message):
-                read(data)
+            refused(message, read, data)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
     with pytest.raises(UserError, match="134217728x1, padded to 134217728x8 = 1073741824 pixels"):
         read(crafted(small.data[:47] + bytes(2**20) + small.data[-4:], width=2**27, height=1))
-    with pytest.raises(UserError, match="raise --max-pixels"):
-        unpack(example(), max_pixels=240 * 232 - 1)
+    refused("raise --max-pixels", unpack, example(), max_pixels=240 * 232 - 1)
     assert unpack(example(), max_pixels=240 * 232)
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate
-from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, step_code
+from tests.support.errors import refused
 from tests.support.subject import HEIGHT, WIDTH, Subject
 
 GRID = sorted({round(STEP_ONE * 2 ** (e / 12)) for e in range(-72, 72)})
@@ -37,8 +37,7 @@ def subject(request: pytest.FixtureRequest, model_file: Path) -> Subject:
     ],
 )
 def test_a_rate_that_makes_no_sense_is_refused(options: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        Rate(**options)
+    refused(reason, Rate, **options)
 
 
 def test_a_step_alone_is_taken_as_it_is(subject: Subject) -> None:
@@ -82,12 +81,10 @@ def test_the_quality_of_grey_is_that_of_the_grey_image(codec: Codec) -> None:
 
 
 def test_what_is_out_of_reach_is_refused_with_the_best_that_is_possible(subject: Subject) -> None:
-    with pytest.raises(UserError, match=rf"to 90 dB; .* {subject.psnr(step_code(FINEST_FOR_PSNR)):.2f} dB"):
-        subject.compress(psnr=90.0)
+    refused(rf"to 90 dB; .* {subject.psnr(step_code(FINEST_FOR_PSNR)):.2f} dB", subject.compress, psnr=90.0)
     smallest = subject.size(step_code(MAX_STEP))
     for rate in ({"max_bytes": smallest - 1}, {"bpp": 1e-9}):
-        with pytest.raises(UserError, match=f"the smallest has {smallest} bytes"):
-            subject.compress(**rate)
+        refused(f"the smallest has {smallest} bytes", subject.compress, **rate)
     assert len(subject.compress(max_bytes=smallest).data) <= smallest
 
 
@@ -107,8 +104,7 @@ def test_steps_too_fine_for_a_stream_are_passed_over(subject: Subject) -> None:
     finest = int(in_steps.max() / LIMIT * STEP_ONE)
     assert finest > step_code(MIN_STEP)
     assert finest <= large.compress(bpp=1e6).quantized.step <= finest * (1 + 1 / 256) + 2
-    with pytest.raises(UserError, match="larger --step"):
-        large.scale(round(finest * 0.99))
+    refused("larger --step", large.scale, round(finest * 0.99))
 
 
 @pytest.mark.slow

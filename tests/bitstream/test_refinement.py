@@ -18,6 +18,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.prior.passes import ideal_bits, neighbour_bits
 from latent_codec.prior.quantizer import STEP_ONE, Scaled
 from tests.conftest import Draw, files_of
+from tests.support.errors import rejected
 from tests.support.folder import CPU, make
 from tests.support.networks import seeded
 from tests.support.subject import Subject
@@ -65,8 +66,7 @@ def test_harmful_moves_and_infinite_gradients_change_nothing(subject: Subject, m
 def test_a_draw_is_not_refined(codec: Codec) -> None:
     drawn = Subject(codec, None, seed=3)
     assert refined(drawn, 0).seed == 3
-    with pytest.raises(ValueError, match="no draw from the posterior"):
-        refined(drawn, 1)
+    rejected("no draw from the posterior", refined, drawn, 1)
 
 
 def test_neighbours_cost_what_their_tables_say(subject: Subject) -> None:

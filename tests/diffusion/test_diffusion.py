@@ -21,6 +21,7 @@ from latent_codec.info import describe
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 from latent_codec.storage.tensors import save_tensors
+from tests.support.errors import refused, rejected
 from train.config.diffusion import FlowConfig
 from train.objectives.flow import FlowMatching
 
@@ -99,8 +100,7 @@ def test_impossible_shapes_are_refused(model: Diffusion) -> None:
         ({"patch": 3}, "patch 3 does not divide size 4"),
         ({"heads": 1, "head_width": 6}, "no multiple of 4"),
     ):
-        with pytest.raises(ValueError, match=reason):
-            dataclasses.replace(SMALL, **change)
+        rejected(reason, dataclasses.replace, SMALL, **change)
 
 
 # --- the file
@@ -121,8 +121,7 @@ def test_a_saved_model_is_loaded_and_described(codec: Codec, model: Diffusion, t
 def test_files_that_hold_no_diffusion_model_are_refused(model: Diffusion, tmp_path: Path, model_file: Path) -> None:
     path = tmp_path / "m.safetensors"
     model.save(path)
-    with pytest.raises(UserError, match="damaged model header: 'config' is missing"):
-        Codec.load(path)
+    refused("damaged model header: 'config' is missing", Codec.load, path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors, name = load_file(path), "transformer.proj_out_2.bias"
@@ -136,14 +135,12 @@ def test_files_that_hold_no_diffusion_model_are_refused(model: Diffusion, tmp_pa
         (tmp_path / "fewer", f"1 tensors are missing: {name}"),
         (tmp_path / "nan", f"tensor {name} holds values that are not finite"),
     ):
-        with pytest.raises(UserError, match=reason):
-            Diffusion.load(bad)
+        refused(reason, Diffusion.load, bad)
 
 
 @pytest.mark.parametrize("name", ["../up", "/root", "a/../../b", "", ".", "a\\b", "nul\0"])
 def test_class_names_that_are_no_folder_of_the_destination_are_refused(model: Diffusion, name: str) -> None:
-    with pytest.raises(ValueError, match="unsafe name"):
-        dataclasses.replace(model.latents, classes=("a", name))
+    rejected("unsafe name", dataclasses.replace, model.latents, classes=("a", name))
 
 
 def test_a_header_that_asks_for_more_than_the_file_holds_is_refused(model: Diffusion, tmp_path: Path) -> None:
@@ -151,8 +148,7 @@ def test_a_header_that_asks_for_more_than_the_file_holds_is_refused(model: Diffu
     for change in ({"depth": 10**9}, {"heads": 10**9}, {"size": 2**40}):
         model.config = dataclasses.replace(SMALL, **change)
         model.save(path)
-        with pytest.raises(UserError, match=f"{next(iter(change))} is .*, but the file holds only"):
-            Diffusion.load(path)
+        refused(f"{next(iter(change))} is .*, but the file holds only", Diffusion.load, path)
 
 
 # --- the loss
@@ -278,8 +274,7 @@ def test_existing_images_are_kept_and_those_of_other_options_refused(
     sample(model, runner, ids, tmp_path, dataclasses.replace(other, overwrite=True), quiet=True)
     assert not any(path.read_bytes() == data for path, data in before.items())
     (tmp_path / SETTINGS).write_text("{")
-    with pytest.raises(UserError, match="holds images by other settings"):
-        sample(model, runner, ids, tmp_path, other, quiet=True)
+    refused("holds images by other settings", sample, model, runner, ids, tmp_path, other, quiet=True)
 
 
 def test_pixels_are_the_codecs_of_the_drawn_latents(
@@ -297,12 +292,9 @@ def test_pixels_are_the_codecs_of_the_drawn_latents(
 
 
 def test_impossible_samples_are_refused(codec: Codec, model: Diffusion, runner: Runner, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no label c; the model's are: a, b"):
-        choose(model, ["c"], 1)
-    with pytest.raises(UserError, match="--count 0 must be at least 1"):
-        choose(model, [], 0)
-    with pytest.raises(UserError, match="--steps 0 must be at least 1"):
-        SampleOptions(steps=0).check()
+    refused("no label c; the model's are: a, b", choose, model, ["c"], 1)
+    refused("--count 0 must be at least 1", choose, model, [], 0)
+    refused("--steps 0 must be at least 1", SampleOptions(steps=0).check)
     with torch.no_grad():
         next(codec.parameters()).add_(1)
     with pytest.raises(UserError, match=r"latents of model .*, but the model given is .*--model"):

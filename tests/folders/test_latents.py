@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latent_codec.errors import UserError
 from latent_codec.folders.jobs import OVERWRITE
 from latent_codec.images.sources import Source
 from latent_codec.inference.options import ComputeOptions
@@ -21,6 +20,7 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import INDEX, stored_files, stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
+from tests.support.errors import refused
 from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, small_units
 
 encode, decode = partial(make, "latents"), partial(make, "images of latents")
@@ -178,12 +178,10 @@ def test_tampered_latents_and_those_of_another_model_are_refused_at_once(
         index = json.loads(text)
         index["entries"][0]["path"] = path
         (latents / INDEX).write_text(json.dumps(index))
-        with pytest.raises(UserError, match="unsafe name"):
-            decode(codec, latents, tmp_path / "out")
+        refused("unsafe name", decode, codec, latents, tmp_path / "out")
     (latents / INDEX).write_text(text)
     codec.state_dict()["backbone.linear.encoder.bias"][0] += 1
-    with pytest.raises(UserError, match=r"made by model .* give the right one with --model"):
-        decode(codec, latents, tmp_path / "out")
+    refused(r"made by model .* give the right one with --model", decode, codec, latents, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -191,11 +189,9 @@ def test_existing_latents_are_refused_unless_to_be_overwritten(codec: Codec, tmp
     (tmp_path / "src" / "c.png").unlink()
     shutil.rmtree(latents / ".latent_codec")
     before = files_of(latents)
-    with pytest.raises(UserError, match="no such image"):
-        encode(codec, tmp_path / "none", latents, resume=OVERWRITE)
+    refused("no such image", encode, codec, tmp_path / "none", latents, resume=OVERWRITE)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"holds latents already.*--overwrite"):
-            encode(codec, tmp_path / "src", latents)
+        refused(r"holds latents already.*--overwrite", encode, codec, tmp_path / "src", latents)
         assert files_of(latents) == before
         (latents / INDEX).unlink(missing_ok=True)  # as a killed process leaves them
         before.pop(INDEX, None)
@@ -244,10 +240,8 @@ def test_mirrored_posteriors_are_those_of_the_mirrored_files_and_the_images_own_
     for name in ("plain", "both"):
         decode(codec, tmp_path / name, tmp_path / f"{name} decoded", sample=3)
     assert files_of(tmp_path / "plain decoded") == files_of(tmp_path / "both decoded")
-    with pytest.raises(UserError, match="no latents of mirrored images; encode with --flips"):
-        Latents(tmp_path / "plain", flip=True)
-    with pytest.raises(UserError, match="holds no tensor mean_flip"):
-        Latents(tmp_path / "plain").posterior(0, flip=True)
+    refused("no latents of mirrored images; encode with --flips", Latents, tmp_path / "plain", flip=True)
+    refused("holds no tensor mean_flip", Latents(tmp_path / "plain").posterior, 0, flip=True)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from PIL import Image
 
 from latent_codec.bitstream import container
 from latent_codec.bitstream.stream_codec import dither_seed
-from latent_codec.errors import UserError
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
+from tests.support.errors import refused
 from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, temporary_files
 
 encode, decode = partial(make, "streams"), partial(make, "images of streams")
@@ -132,15 +132,13 @@ def test_a_member_whose_name_is_no_plain_path_stops_all(codec: Codec, photos: Pa
         archive.add(photos, ".")
         archive.add(photos / "0.png", evil)
     for kind in ("streams", "latents"):
-        with pytest.raises(UserError, match=r"unsafe name .*evil\.png.*; rename it"):
-            make(kind, codec, tmp_path / "x.tar", tmp_path / "z")
+        refused(r"unsafe name .*evil\.png.*; rename it", make, kind, codec, tmp_path / "x.tar", tmp_path / "z")
     assert not list(tmp_path.rglob("evil*")) and not list((tmp_path / "z").iterdir())
 
 
 def test_folders_without_streams_are_refused(codec: Codec, tmp_path: Path) -> None:
     (tmp_path / "a.png.lc").mkdir()
-    with pytest.raises(UserError, match=r"no \.lc files there"):
-        decode(codec, tmp_path, tmp_path / "out")
+    refused(r"no \.lc files there", decode, codec, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -175,12 +173,10 @@ def test_a_prior_that_the_model_has_not_is_refused(codec: Codec, photos: Path, t
     codec.priors = codec.priors._replace(context=None)
     (reason,) = decode(codec, tmp_path / "streams", tmp_path / "out").failures.values()
     assert "coded under a context prior" in reason
-    with pytest.raises(UserError, match="the model has no context prior"):
-        encode(codec, photos, tmp_path / "z", prior="context")
+    refused("the model has no context prior", encode, codec, photos, tmp_path / "z", prior="context")
     codec.priors = None
     for work, where in ((encode, photos), (decode, tmp_path / "streams")):
-        with pytest.raises(UserError, match="the model has no prior"):
-            work(codec, where, tmp_path / "z")
+        refused("the model has no prior", work, codec, where, tmp_path / "z")
     assert not (tmp_path / "z").exists()
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from latent_codec.errors import UserError
 from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.write import write_cache
@@ -15,6 +14,7 @@ from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 from tests.folders.conftest import Places
 from tests.images.test_sources import tar
+from tests.support.errors import refused
 from tests.support.folder import UNIT, Kind, make
 
 PAIRS: list[tuple[Kind, Kind]] = [("streams", "tars of streams"), ("images of streams", "tars of images")]
@@ -32,8 +32,7 @@ def test_members_are_a_folders_files_which_are_not_mixed_with_tars(places: Place
         found |= own
     assert found == {name: data for name, data in places[single].files.items() if name != FAILURES}
     for kind, there in ((single, tars), (tars, single)):
-        with pytest.raises(UserError, match=r"holds (streams|images) in .* give another folder"):
-            places[kind].task.do(places[there].folder)
+        refused(r"holds (streams|images) in .* give another folder", places[kind].task.do, places[there].folder)
         assert files_of(places[there].folder) == places[there].files
 
 
@@ -45,8 +44,7 @@ def test_one_tar_file_is_decoded_alone_and_one_name_in_two_is_refused(places: Pl
     (tmp_path / "src").mkdir()
     for name in ("one.tar", "copy.tar"):
         shutil.copy(tar, tmp_path / "src" / name)
-    with pytest.raises(UserError, match="both hold"):
-        places["tars of images"].task._replace(src=tmp_path / "src").do(tmp_path / "z")
+    refused("both hold", places["tars of images"].task._replace(src=tmp_path / "src").do, tmp_path / "z")
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("streams", "lc"), ("tars of streams", "tar")])

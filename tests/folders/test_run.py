@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.errors import UserError
 from latent_codec.folders.batching import batches
 from latent_codec.folders.resume.ledger import FAILURES
 from latent_codec.folders.resume.units import units
@@ -25,6 +24,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.storage.files import DiskError
 from tests.conftest import Draw, files_of
 from tests.folders.conftest import SIZES, Copy, Places
+from tests.support.errors import refused
 from tests.support.folder import FILES, KINDS, OVERWRITE, SOURCES, WRITERS, Kind, Task, make, temporary_files
 
 
@@ -80,8 +80,7 @@ def test_files_that_others_made_are_refused_unless_to_be_overwritten(made: Copy,
     for forget in ((own / "names.jsonl").unlink, lambda: shutil.rmtree(own)):
         forget()
         before = sorted(folder.rglob("*.png*"))
-        with pytest.raises(UserError, match=r"exists already: .*png.* and [45] more.*--overwrite"):
-            task.do(folder)
+        refused(r"exists already: .*png.* and [45] more.*--overwrite", task.do, folder)
         assert files_of(folder) == expected and sorted(folder.rglob("*.png*")) == before
     assert not own.exists()
     assert task.do(folder, OVERWRITE).done == 5 and files_of(folder) == expected
@@ -92,17 +91,14 @@ def test_folders_that_cannot_be_used_are_refused(places: Places, tmp_path: Path,
     task = places[kind].task
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot be written into as a folder"):
-            task.do(folder)
+        refused("cannot be written into as a folder", task.do, folder)
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "z").mkdir()
     (tmp_path / "z" / FAILURES).write_text("mine")
-    with pytest.raises(UserError, match=r"exists already: .*failures\.jsonl; "):
-        task.do(tmp_path / "z")
+    refused(r"exists already: .*failures\.jsonl; ", task.do, tmp_path / "z")
     assert list((tmp_path / "z").iterdir()) == [tmp_path / "z" / FAILURES]
     two = Codec(dataclasses.replace(codec.config, image_channels=2))
-    with pytest.raises(UserError, match="images of 2 channels"):
-        make(kind, two, task.src, tmp_path / "none")
+    refused("images of 2 channels", make, kind, two, task.src, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -197,8 +193,7 @@ def test_a_read_only_disk_is_one_clear_error(task: Task, disk: Path) -> None:
     (disk / ("00.png.lc" if task.kind == "streams" else INDEX)).unlink()
     before = files_of(disk)
     assert mount("-o", "remount,ro", str(disk))
-    with pytest.raises(UserError, match=r"cannot be written into .*Read-only file system"):
-        task.do(disk)
+    refused(r"cannot be written into .*Read-only file system", task.do, disk)
     assert files_of(disk) == before
     assert mount("-o", "remount,rw", str(disk))
     assert task.do(disk).found == 40

@@ -18,6 +18,7 @@ from latent_codec.folders.workers import Processes, Threads
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
+from tests.support.errors import refused
 from tests.support.folder import Kind, finish, make, small_units, start, wait_for
 
 
@@ -72,8 +73,7 @@ def test_processes_do_what_they_are_called_for_and_a_killed_one_is_one_clear_err
     with Processes(1) as processes:
         pid = processes.call(os.getpid)
         assert pid != os.getpid() == Processes(0).call(os.getpid)
-        with pytest.raises(UserError, match="a reason"):
-            processes.call(fail, "a reason")
+        refused("a reason", processes.call, fail, "a reason")
         assert processes.call(os.getpid) == pid
         for work in (killed, os.getpid):
             with pytest.raises(FatalError, match=r"was killed, .* fewer --workers"):

@@ -5,11 +5,9 @@ import os
 import tarfile
 from pathlib import Path
 
-import pytest
-
-from latent_codec.errors import UserError
 from latent_codec.images.sources import ListOptions, find_images, list_all, list_files, list_images
 from tests.images.test_sources import names, png, put, tar
+from tests.support.errors import refused
 
 
 def left_out(where: Path | str, options: ListOptions = ListOptions()) -> dict[str, int]:
@@ -84,8 +82,7 @@ def test_one_bad_folder_or_shard_is_named_and_the_others_are_found(tmp_path: Pat
     assert [source.name for source in listing.sources] == ["a.png", "good/b.png"]
     assert list(listing.failures) == ["bad.tar"] and "not a whole" in listing.failures["bad.tar"]
     for find in (lambda: find_images(tmp_path), lambda: list_images(tmp_path / "bad.tar")):
-        with pytest.raises(UserError, match=r"bad\.tar: not a whole"):
-            find()
+        refused(r"bad\.tar: not a whole", find)
 
 
 def test_concatenated_tar_files_are_one_and_damage_between_them_is_not_passed_over(tmp_path: Path) -> None:
@@ -101,8 +98,7 @@ def test_concatenated_tar_files_are_one_and_damage_between_them_is_not_passed_ov
         }
     for data in (first + b"\1" * 512 + second, first + second[:700], first + b"x"):
         path.write_bytes(data)
-        with pytest.raises(UserError, match="not a whole"):
-            find_images(path)
+        refused("not a whole", find_images, path)
 
 
 def test_sparse_members_are_left_out_by_name(tmp_path: Path) -> None:

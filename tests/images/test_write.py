@@ -12,7 +12,7 @@ from PIL import JpegImagePlugin
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.read import read_image
 from latent_codec.images.write import to_pil, write_image
-from tests.support.errors import refused
+from tests.support.errors import refused, rejected
 
 
 def geometry_of(x: torch.Tensor, mode: str = "RGB") -> Geometry:
@@ -28,8 +28,7 @@ def test_to_pil_rounds_the_mean_of_unequal_planes_and_undoes_the_repeat_of_grey(
 
 def test_to_pil_refuses_what_is_not_the_geometrys_image():
     for x in (torch.zeros(3, 2, 2), torch.zeros(3, 8, 8, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="expected uint8"):
-            to_pil(x, Geometry(width=2, height=2, orientation=1, mode="RGB", background=None))
+        rejected("expected uint8", to_pil, x, Geometry(width=2, height=2, orientation=1, mode="RGB", background=None))
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])

@@ -20,6 +20,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 from latent_codec.storage.tensors import KEY
+from tests.support.errors import refused
 from tests.support.latents import PATHS, damage, geometry, row_of, store, stored, write
 
 MANY = (*(f"{'bac'[i % 3]}/{i}.png" for i in range(24)), "top.png")
@@ -80,12 +81,10 @@ def test_normalisation_uses_the_models_statistics_and_another_models_are_refused
         assert torch.allclose(scaled[i].z * std + mean, raw[i].z, atol=1e-5)
         assert torch.equal(scaled.posterior(i).mean, raw.posterior(i).mean)  # what is stored stays raw
     assert len(Latents(tmp_path, model_id=codec.model_id)) == len(PATHS)
-    with pytest.raises(UserError, match=f"{codec.model_id[:12]}.*000000000000.*--model"):
-        Latents(tmp_path, model_id="0" * 64)
+    refused(f"{codec.model_id[:12]}.*000000000000.*--model", Latents, tmp_path, model_id="0" * 64)
     codec.statistics = None
     store(tmp_path, codec)
-    with pytest.raises(UserError, match="no latent statistics; export"):
-        Latents(tmp_path, normalize=True)
+    refused("no latent statistics; export", Latents, tmp_path, normalize=True)
 
 
 def test_classes_are_sorted_and_labels_their_numbers(latents: Latents) -> None:

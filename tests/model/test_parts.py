@@ -16,6 +16,7 @@ from latent_codec.model.likelihoods import LIKELIHOODS, Likelihood
 from latent_codec.model.networks import BACKBONES, Backbone, BackboneShape
 from latent_codec.model.parts import build
 from latent_codec.model.posteriors import Identity
+from tests.support.errors import rejected
 from tests.support.networks import CONV, LITE, MLP, config_of, make_codec
 
 
@@ -114,5 +115,4 @@ WRONG: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("field", "value", "message"), WRONG)
 def test_a_config_that_makes_no_model_is_an_error_that_names_the_field(field: str, value: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build(dataclasses.replace(config_of(configs.LinearConfig(patch=4)), **{field: value}))
+    rejected(message, build, dataclasses.replace(config_of(configs.LinearConfig(patch=4)), **{field: value}))

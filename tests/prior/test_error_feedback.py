@@ -13,7 +13,6 @@ from torch.nn.functional import conv2d, pad
 
 from latent_codec.bitstream.container import unpack
 from latent_codec.bitstream.stream_codec import StreamCodec
-from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import LinearConfig
 from latent_codec.model.file import LatentStatistics
@@ -21,6 +20,7 @@ from latent_codec.prior.context import ContextConfig, ContextPrior
 from latent_codec.prior.error_feedback import REACH, Feedback
 from latent_codec.prior.passes import quantize
 from latent_codec.prior.quantizer import FINE, STEP_ONE, Scaled
+from tests.support.errors import refused
 from tests.support.latents import geometry
 from tests.support.networks import CONV, config_of, make_codec, seeded
 from tests.support.prior import context_prior, feedback
@@ -186,8 +186,7 @@ def test_a_model_file_holds_it(codec: Codec, tmp_path: Path) -> None:
     for wrong, message in ((feedback(3).weights, "not (4, 4, 3, 3)"), (of_int32, "torch.int32")):
         codec.priors = codec.priors._replace(feedback=Feedback(wrong))
         codec.save(tmp_path / "wrong.safetensors")
-        with pytest.raises(UserError, match=re.escape(message)):
-            Codec.load(tmp_path / "wrong.safetensors")
+        refused(re.escape(message), Codec.load, tmp_path / "wrong.safetensors")
 
 
 def test_without_neighbours_or_a_margin_there_is_no_feedback(codec: Codec) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from latent_codec.prior.priors import Priors, from_tensors, to_header, to_tensors
+from tests.support.errors import rejected
 from tests.support.prior import as_priors, as_reference, context_prior
 
 
@@ -62,11 +63,9 @@ def test_unsound_tensors_are_refused(priors: Priors, name: str, replace: Callabl
     tensor = replace(tensors.pop(f"prior.{name}", None))
     if tensor is not None:
         tensors[f"prior.{name}"] = tensor
-    with pytest.raises(ValueError, match=message):
-        from_tensors(to_header(priors), tensors, 4, None)
+    rejected(message, from_tensors, to_header(priors), tensors, 4, None)
 
 
 def test_priors_of_other_channels_are_refused(priors: Priors) -> None:
     for base, message in ((torch.ones(4), "5 positive"), (torch.ones(5), "5 channels")):
-        with pytest.raises(ValueError, match=message):
-            from_tensors(to_header(priors), to_tensors(priors) | {"prior.base": base}, 5, None)
+        rejected(message, from_tensors, to_header(priors), to_tensors(priors) | {"prior.base": base}, 5, None)

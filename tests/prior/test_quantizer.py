@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.errors import UserError
 from latent_codec.prior import quantizer
 from latent_codec.prior.quantizer import DEAD_ZONE, LIMIT, STEP_ONE, Quantized, dequantize, dither, step_code
 from tests.support import reference_decoder
+from tests.support.errors import refused
 from tests.support.prior import quantize_plainly
 
 N = 100_000
@@ -87,8 +87,7 @@ def test_a_stored_step_keeps_its_number(code: int) -> None:
 
 def test_a_step_beyond_the_formats_is_refused() -> None:
     for step in (0.0, -1.0, quantizer.MIN_STEP * 0.99, quantizer.MAX_STEP * 1.0001, math.inf, math.nan):
-        with pytest.raises(UserError, match="step"):
-            step_code(step)
+        refused("step", step_code, step)
 
 
 @pytest.mark.parametrize("value", [LIMIT + 1, -LIMIT - 1, math.inf, -math.inf, math.nan])
@@ -96,8 +95,7 @@ def test_a_step_beyond_the_formats_is_refused() -> None:
 def test_a_latent_beyond_the_limit_is_refused(value: float, seed: int | None) -> None:
     mean = torch.zeros(1, 2, 2)
     mean[0, 1, 1] = value + math.copysign(1, value)  # dither may take off half a step
-    with pytest.raises(UserError, match="give a larger --step"):
-        quantize_plainly(mean, ONE, STEP_ONE, seed)
+    refused("give a larger --step", quantize_plainly, mean, ONE, STEP_ONE, seed)
 
 
 @given(st.integers(-(2**31), 2**31), codes, st.floats(2**-20, 2**20, width=32))

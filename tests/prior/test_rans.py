@@ -3,14 +3,13 @@
 import functools
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_codec.errors import UserError
 from latent_codec.prior.rans import Coder, Decoder, PassSymbols
 from latent_codec.prior.tables import MIN_SYMBOL_BITS, Tables, join, normalize
 from tests.support import reference_decoder
+from tests.support.errors import refused
 
 
 @functools.cache
@@ -78,8 +77,7 @@ def test_any_bytes_decode_or_are_refused_and_both_decoders_agree(data: bytes, le
         expected = [tables.read(ans, c.tolist()) for c in chosen]
         ans.finish()
     except reference_decoder.RefusalError:
-        with pytest.raises(UserError, match="damaged"):
-            decode(data, chosen)
+        refused("damaged", decode, data, chosen)
     else:
         assert decode(data, chosen) == expected
 
@@ -89,10 +87,8 @@ def test_a_payload_that_is_cut_or_has_more_before_it_is_refused() -> None:
     payload, tables = coder().encode(passes), [chosen for _, chosen in passes]
     for length in range(len(payload)):
         for part in (payload[:length], payload[len(payload) - length :]):
-            with pytest.raises(UserError, match="damaged"):
-                decode(part, tables)
-    with pytest.raises(UserError, match="do not begin"):
-        decode(bytes(4) + payload, tables)
+            refused("damaged", decode, part, tables)
+    refused("do not begin", decode, bytes(4) + payload, tables)
 
 
 def test_an_escape_for_a_value_with_a_symbol_is_refused() -> None:
@@ -107,5 +103,4 @@ def test_an_escape_for_a_value_with_a_symbol_is_refused() -> None:
         if needed:
             assert decoder.read(np.array([9])).tolist() == [value]
             continue
-        with pytest.raises(UserError, match="non-canonical escape code"):
-            decoder.read(np.array([9]))
+        refused("non-canonical escape code", decoder.read, np.array([9]))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latent_codec.prior.tables import MAX_FREQUENCY, TOTAL, Tables, join, normalize
+from tests.support.errors import rejected
 
 weights = st.lists(st.floats(1e-12, 1e12), min_size=2, max_size=40).map(np.array)
 
@@ -61,5 +62,4 @@ UNSOUND: dict[str, list[tuple[list, list, list]]] = {
 
 @pytest.mark.parametrize(("message", "arrays"), [(m, case) for m, cases in UNSOUND.items() for case in cases])
 def test_unsound_tables_are_refused(message: str, arrays: tuple[list, list, list]) -> None:
-    with pytest.raises(ValueError, match=message):
-        Tables(*map(np.array, arrays))
+    rejected(message, Tables, *map(np.array, arrays))

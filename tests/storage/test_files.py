@@ -22,6 +22,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.storage import files
 from latent_codec.storage.tensors import save_tensors
 from tests.conftest import files_of
+from tests.support.errors import refused
 
 
 def mode(path: Path) -> int:
@@ -97,12 +98,10 @@ def test_make_folder_makes_parents_or_says_why_it_cannot(tmp_path: Path, monkeyp
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("content")
     for name in ("file", "file/below"):
-        with pytest.raises(UserError, match=r"cannot be written into as a folder \(.+\); give another"):
-            files.make_folder(tmp_path / name)
+        refused(r"cannot be written into as a folder \(.+\); give another", files.make_folder, tmp_path / name)
     assert (tmp_path / "file").read_text() == "content"
     monkeypatch.setattr(tempfile, "TemporaryFile", mock.Mock(side_effect=OSError(30, "Read-only file system")))
-    with pytest.raises(UserError, match="Read-only file system"):
-        files.make_folder(tmp_path)
+    refused("Read-only file system", files.make_folder, tmp_path)
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one_which_a_failing_last_rename_restores(

@@ -13,3 +13,9 @@ def refused(reason: str, call: Callable[..., Any], *args: Any, **options: Any) -
     with pytest.raises(UserError, match=reason) as caught:
         call(*args, **options)
     return str(caught.value)
+
+
+def rejected(reason: str, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Check that the call raises a ValueError whose sentence matches the pattern."""
+    with pytest.raises(ValueError, match=reason):
+        call(*args, **options)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from latent_codec.errors import UserError
+from tests.support.errors import refused
 from train.config.presets import PRESETS, autoencoder, fsq, kl_f8c4, mnist_iwae, mnist_vae, photo, photo_joint, vqvae
 from train.config.vae import TrainConfig, check
 
@@ -63,8 +63,7 @@ def adversarial(**fields: Any) -> TrainConfig:
     ],
 )
 def test_contradictory_settings_are_refused(config: TrainConfig, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check(config)
+    refused(message, check, config)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values())

@@ -23,6 +23,7 @@ from latent_codec.prior.layout import PassLayout, Sites
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
+from tests.support.errors import refused, rejected
 from tests.support.run import assert_same_tensors, checkpoint, flags, log_lines, run_ranks
 from tests.support.run import run as run_one
 from train.config import prior
@@ -133,8 +134,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path: Path, places: tupl
     for step in (1, 2):
         assert train(run(places, out, max_minutes=1e-5)) == 0
         assert checkpoint(out, step).is_dir() and not (out / "model.safetensors").exists()
-    with pytest.raises(UserError, match="not finished"):
-        export(out, tmp_path / "m.safetensors", data=(), images=1, half=False)
+    refused("not finished", export, out, tmp_path / "m.safetensors", data=(), images=1, half=False)
     shutil.rmtree(checkpoint(out, 2))
     train(run(places, out))
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
@@ -158,25 +158,20 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path, places: tuple[P
 def test_another_run_or_wrong_values_are_refused_by_name(
     tmp_path: Path, places: tuple[Path, Path], whole: Path, codec: Codec
 ) -> None:
-    with pytest.raises(UserError, match=r"other settings \(width\)"):
-        train(run(places, whole, width=16))
+    refused(r"other settings \(width\)", train, run(places, whole, width=16))
     codec.priors, bare = None, tmp_path / "bare.safetensors"
     codec.save(bare)
-    with pytest.raises(UserError, match="export"):
-        train(run((bare, places[1]), tmp_path / "run"))
+    refused("export", train, run((bare, places[1]), tmp_path / "run"))
     wrong = {"crop": 6, "batch_size": 0, "step_range": (2.0, 1.0), "dithered": 2.0, "levels": (-1,)}
     for name, value in wrong.items():
-        with pytest.raises(UserError, match=name):
-            train(run(places, tmp_path / "other", **{name: value}))
+        refused(name, train, run(places, tmp_path / "other", **{name: value}))
     for groups in ((1, 3), (0,)):  # of four channels
         with pytest.raises(UserError, match="leave some of the 4 channels for the last group"):
             train(run(places, tmp_path / "other", groups=groups))
-    with pytest.raises(UserError, match="give a smaller --crop"):
-        train(run(places, tmp_path / "other", crop=64))
+    refused("give a smaller --crop", train, run(places, tmp_path / "other", crop=64))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "checkpoint.safetensors").touch()
-    with pytest.raises(UserError, match="cannot be resumed by this version"):
-        train(run(places, tmp_path / "old"))
+    refused("cannot be resumed by this version", train, run(places, tmp_path / "old"))
 
 
 def test_crops_depend_on_seed_and_number_alone(places: tuple[Path, Path]) -> None:
@@ -295,8 +290,7 @@ def test_thawing_a_prior_of_other_levels_takes_the_passes_in_common(places: tupl
         else:
             own = {k: t for k, t in net.state_dict().items() if k.startswith(f"nets.{number}.")}
             assert own and all(torch.equal(t, fresh[k]) for k, t in own.items())
-    with pytest.raises(ValueError, match="does not fit"):
-        net_of(places, groups=(4,)).thaw(frozen)
+    rejected("does not fit", net_of(places, groups=(4,)).thaw, frozen)
 
 
 def test_only_networks_whose_sums_are_exact_are_frozen(places: tuple[Path, Path]) -> None:

@@ -37,7 +37,7 @@ from latent_codec.model.config import DiscretizedLogisticConfig, IdentityConfig,
 from latent_codec.noise import normal
 from tests.conftest import Draw, files_of
 from tests.evaluation.conftest import SIZES, compressed, decoded, encoded
-from tests.support.errors import refused
+from tests.support.errors import refused, rejected
 from tests.support.networks import make_codec
 from tests.test_cli import Run
 from tests.test_cli import run as run  # the fixture
@@ -288,8 +288,7 @@ def test_pca_is_the_singular_value_decomposition() -> None:
     assert np.array_equal(found, np.clip(np.rint(expected), 0, 255))
     odd = torch.from_numpy(pixels[:, :7, :9].copy())
     assert model.reconstruct(odd).shape == odd.shape
-    with pytest.raises(ValueError, match="no more than those"):
-        pca.fit([torch.from_numpy(pixels)], 4, 49)
+    rejected("no more than those", pca.fit, [torch.from_numpy(pixels)], 4, 49)
 
 
 def test_pca_is_never_fitted_to_what_it_measures(codec: Codec, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

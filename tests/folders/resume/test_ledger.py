@@ -18,7 +18,6 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from latent_codec.errors import UserError
 from latent_codec.folders.resume import ledger
 from latent_codec.folders.resume.journal import Journal, lines
 from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns
@@ -227,14 +226,12 @@ def test_a_name_is_checked_to_be_free_once(folder: Path) -> None:
     folder.mkdir()
     (folder / "mine").write_text("x")
     with Ledger(folder, "streams", {}) as ledger:
-        with pytest.raises(UserError, match=r"exists already: .*mine; "):
-            ledger.reserve(["a", "mine", "b"], overwrite=False)
+        refused(r"exists already: .*mine; ", ledger.reserve, ["a", "mine", "b"], overwrite=False)
         ledger.reserve(["a", "b"], overwrite=False)
         for name in "ac":
             (folder / name).write_text("x")
         ledger.reserve(["a", "b"], overwrite=False)
-        with pytest.raises(UserError, match=r"exists already: .*c; "):
-            ledger.reserve(["a", "b", "c"], overwrite=False)
+        refused(r"exists already: .*c; ", ledger.reserve, ["a", "b", "c"], overwrite=False)
         ledger.reserve(["c", "mine"], overwrite=True)
     with Ledger(folder, "images", {}) as ledger:
         ledger.reserve(["a", "b", "c", "mine"], overwrite=False)
@@ -251,8 +248,7 @@ def test_a_folder_where_nothing_can_be_locked_is_refused(folder: Path, monkeypat
     reasons = dict.fromkeys(unlocked, "files there cannot be locked .*; give a folder on another file system")
     for error, told in (reasons | {OSError(errno.EROFS, "read-only"): "cannot be written: read-only; solve"}).items():
         monkeypatch.setattr(filelock.FileLock, "acquire", mock.Mock(side_effect=error))
-        with pytest.raises(UserError, match=told):
-            Ledger(folder, "streams", {}).__enter__()
+        refused(told, Ledger(folder, "streams", {}).__enter__)
 
 
 def test_a_disk_that_takes_half_a_line_says_why_not_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from latent_codec.latents.format import INDEX, stored_shards
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 from tests.folders.conftest import Copy, Place, Places
+from tests.support.errors import refused
 from tests.support.folder import (
     BY_TIME,
     COMPUTE,
@@ -239,8 +240,7 @@ def test_latents_of_other_sources_are_not_mixed_with_these(own: Copy, tmp_path: 
     draw(tmp_path / "other" / "q.png", 8, 8)
     other = task._replace(src=tmp_path / "other")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"holds latents of other images, such as a\.png; .*--overwrite"):
-            other.do(folder)
+        refused(r"holds latents of other images, such as a\.png; .*--overwrite", other.do, folder)
         assert files_of(folder) == before
         (folder / INDEX).unlink(missing_ok=True)  # as a first run leaves it that was killed
         before = {name: data for name, data in before.items() if name != INDEX}

@@ -19,7 +19,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, LinearConfig
 from tests.support import kl
 from tests.support.data import ROOT
-from tests.support.errors import refused
+from tests.support.errors import refused, rejected
 from tests.support.networks import randomise
 
 
@@ -155,8 +155,7 @@ def test_gradients_reach_the_weights(vae: Any) -> None:
 
 
 def test_codecs_that_no_pipeline_can_take_and_odd_sides_are_refused(codec: Codec) -> None:
-    with pytest.raises(ValueError, match="multiples of 8"):
-        CodecAutoencoder.from_codec(codec).encode(torch.zeros(1, 3, 12, 16))
+    rejected("multiples of 8", CodecAutoencoder.from_codec(codec).encode, torch.zeros(1, 3, 12, 16))
     odd = Codec(dataclasses.replace(codec.config, backbone=LinearConfig(patch=6)))
     odd.statistics = codec.statistics
     refused(r"latents of 1/2\^n of each side; this codec's are of 1/6", CodecAutoencoder.from_codec, odd)

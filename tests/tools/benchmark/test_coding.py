@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from latent_codec.errors import UserError
 from latent_codec.images.read import read_image
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw
 from tests.evaluation.conftest import compressed
+from tests.support.errors import refused
 from tools.benchmark.coding import LARGEST_OVERHEAD, Coding, measure_sizes, time_coding
 
 SIZES = {"a.png": (24, 16), "b.png": (65, 130)}
@@ -49,8 +49,7 @@ def test_every_part_is_timed_for_every_prior(codec: Codec, photos: Path, context
     assert min([*seconds.values(), *(value for kind in kinds for value in kind.values())]) > 0
     assert seconds["symbols"] == np.mean([4 * 3 * 2, 4 * 9 * 17])
     codec.priors = None
-    with pytest.raises(UserError, match="no prior"):
-        time_coding(Runner(codec), [], 1.0, rounds=1)
+    refused("no prior", time_coding, Runner(codec), [], 1.0, rounds=1)
 
 
 def test_the_command_reports_ratios(model_file: Path, photos: Path, tmp_path: Path) -> None:

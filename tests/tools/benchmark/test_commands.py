@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from latent_codec.errors import UserError
 from latent_codec.images.read import read_image
 from tests.conftest import Draw
 from tests.evaluation.conftest import encoded
+from tests.support.errors import refused
 from tests.support.networks import CONV, config_of, make_codec
 from tools.benchmark import commands
 from tools.benchmark.diffusers_loop import Loop
@@ -28,8 +28,7 @@ def test_a_command_reports_its_seconds_and_its_memory(photos: Path, tmp_path: Pa
     assert len(list((tmp_path / "z").glob("*.lc"))) == 3
     assert 0 <= ran.own_seconds < ran.seconds and 50e6 < ran.peak_bytes < 4e9
     assert ran.stages.keys() >= {"decode", "network", "writing"}
-    with pytest.raises(UserError, match="exit code 1"):
-        commands.run("tools.nowhere")
+    refused("exit code 1", commands.run, "tools.nowhere")
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])

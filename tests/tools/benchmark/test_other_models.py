@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from latent_codec.errors import UserError
 from latent_codec.images.read import read_image
 from latent_codec.metrics import distortion
 from tests.support.data import DATA
+from tests.support.errors import refused
 from tools.benchmark.other_models import Taef2
 
 WEIGHTS, PHOTO = DATA / "weights" / "taef2", DATA / "data" / "kodak" / "03.png"
@@ -46,8 +46,7 @@ def test_latents_are_float32_an_eighth_as_large_and_decode_to_the_images_size(mo
     y = model.decode(z)
     assert (z.shape, z.dtype) == ((2, 32, 3, 5), torch.float32) and (y.shape, y.dtype) == (x.shape, torch.uint8)
     assert torch.equal(model.decode(z.sign() * 1e3), model.decode(z.sign() * 1e6))
-    with pytest.raises(UserError, match="divisible by 8, not 20x16"):
-        model.encode(torch.zeros(1, 3, 16, 20, dtype=torch.uint8))
+    refused("divisible by 8, not 20x16", model.encode, torch.zeros(1, 3, 16, 20, dtype=torch.uint8))
 
 
 def test_distant_pixels_reach_a_latent_only_through_the_pooling(model: Taef2) -> None:
@@ -71,8 +70,7 @@ def test_pixels_are_rounded_to_the_nearest_and_clamped() -> None:
 
 def test_float16_weights_are_computed_with_in_float32(model: Taef2, tmp_path: Path) -> None:
     for name, network in (("encoder", model.encoder), ("decoder", model.decoder)):
-        with pytest.raises(UserError, match=rf"{name}\.safetensors: no such file.*TAEF2"):
-            Taef2.load(tmp_path)
+        refused(rf"{name}\.safetensors: no such file.*TAEF2", Taef2.load, tmp_path)
         save_file({k: v.half() for k, v in network.state_dict().items()}, tmp_path / f"{name}.safetensors")
     x = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     z = Taef2.load(tmp_path).encode(x)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
+from tests.support.errors import refused
 from tools.benchmark.training import Recorder, TrainingSpeed
 
 SMALL = {"batch": 2, "crop": 32, "rounds": 1, "matmul": 32, "device": "cpu", "precision": "no", "compile": False}
@@ -24,8 +24,7 @@ def test_the_command_sets_a_step_beside_its_products(objective: str, model_file:
     assert results["shares"]["step_of_products_alone"] > 0
     assert results["products_alone"]["seconds"] == pytest.approx(sum(row["seconds_in_all"] for row in products))
     assert {row["product"] for row in products} >= {"convolution", "convolution_backward"}
-    with pytest.raises(UserError, match="--steps 1"):
-        TrainingSpeed(model=str(model_file), steps=1, device="cpu").run()
+    refused("--steps 1", TrainingSpeed(model=str(model_file), steps=1, device="cpu").run)
 
 
 def test_recorded_operations_are_those_that_torch_counts(codec: Codec) -> None:

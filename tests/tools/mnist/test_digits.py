@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_codec.errors import UserError
+from tests.support.errors import refused
 from tests.support.networks import make_codec
 from tests.support.run import write_digits
 from tools.mnist import nll
@@ -49,10 +49,8 @@ def test_missing_files_are_refused(raw: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SystemExit, match=r"^tools\.mnist\.digits: .*no\.safetensors: no such file; give .*classify"):
         main("tools.mnist.digits", Write | Classify | Score, None)
     (raw / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(UserError, match="no labels beside it"):
-        read_digits(raw, "test")
-    with pytest.raises(UserError, match="no such image, folder or tar file"):
-        read_digits(tmp_path / "nowhere", "train")
+    refused("no labels beside it", read_digits, raw, "test")
+    refused("no such image, folder or tar file", read_digits, tmp_path / "nowhere", "train")
 
 
 def test_the_nll_does_not_depend_on_batches(raw: Path, tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from latent_codec.errors import UserError
 from latent_codec.evaluation.rate_distortion.anchors import JPEG
 from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions
 from latent_codec.evaluation.rate_distortion.report import RatePoint, curve_points
 from latent_codec.inference.options import ComputeOptions
 from tests.conftest import Draw
 from tests.support.data import ROOT
+from tests.support.errors import refused
 from tools.benchmark.other_models import Taef2
 from tools.results import costs
 from tools.results.__main__ import Results
@@ -71,8 +71,7 @@ def run(settings: dict[str, Any], left: int = 8) -> None:
 
 @pytest.mark.slow
 def test_the_command_measures_what_is_missing_and_no_more(small: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--data"):
-        run(small)
+    refused("--data", run, small)
     run(small | {"data": str(tmp_path / "photos")})
     made = {path: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
     assert {path.name for path in made} == {PAGE, PLOT, SHEET}
@@ -83,16 +82,13 @@ def test_the_command_measures_what_is_missing_and_no_more(small: dict[str, Any],
     assert {path: path.read_bytes() for path in made} == made
     assert {key: small[key].stat().st_mtime_ns for key in stamps} == stamps
     small["crops_json"].unlink()
-    with pytest.raises(UserError, match="does not fit into 176x168"):
-        run(small, left=100)
+    refused("does not fit into 176x168", run, small, left=100)
 
 
 def test_results_of_another_model_are_not_taken(small: dict[str, Any]) -> None:
     other = {"about": {"model_id": "of another", "stream_ids": {"context": "of another"}}}
     small["rd_json"].write_text(json.dumps(other))
-    with pytest.raises(UserError, match=r"rd\.json: holds nothing of this model"):
-        run(small)
+    refused(r"rd\.json: holds nothing of this model", run, small)
     assert json.loads(small["rd_json"].read_text()) == other
     small["rd_json"].write_text("[]")
-    with pytest.raises(UserError, match="no results of this kind"):
-        run(small)
+    refused("no results of this kind", run, small)

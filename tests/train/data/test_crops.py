@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latent_codec.errors import UserError
 from latent_codec.images.sources import Source, find_images
 from latent_codec.noise import fold, permutation
+from tests.support.errors import refused
 from train.data.crops import (
     Batch,
     Batches,
@@ -149,8 +149,7 @@ def test_streamed_crops_are_those_in_memory_and_the_next_image_replaces_a_broken
 
 @pytest.mark.parametrize("fetch", [memory, lambda broken: collect(stream(broken))])
 def test_nothing_but_broken_images_is_an_error(with_broken: list[Source], fetch: Callable[..., object]) -> None:
-    with pytest.raises(UserError, match="none of the 2 images could be read"):
-        fetch([with_broken[BROKEN]] * 2)
+    refused("none of the 2 images could be read", fetch, [with_broken[BROKEN]] * 2)
 
 
 @pytest.mark.parametrize("fetch", [memory, partial(memory, ahead=1), partial(memory, ahead=3), stream])
@@ -208,8 +207,7 @@ def test_centre_crops_are_the_middle_of_readable_images(
     small = sources[5].read().pixels  # 9 x 7
     assert torch.equal(crops.pixels[-1][:, :9, :7], small)
     assert torch.equal(crops.pixels[-1][:, 9:, 7:], small[:, -1:, -1:].expand(3, 7, 9))
-    with pytest.raises(UserError, match="none of the 1 validation images could be read"):
-        centre_crops(image_set([with_broken[BROKEN]]), 16)
+    refused("none of the 1 validation images could be read", centre_crops, image_set([with_broken[BROKEN]]), 16)
 
 
 def test_the_fingerprint_tells_names_sizes_and_order_but_not_places(sources: list[Source]) -> None:

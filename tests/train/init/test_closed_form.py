@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_codec.errors import UserError
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.model.networks.linear import PatchMoments
 from tests.support.closed_form import LINEAR, LITE, PATCH, PLAN, SIGMA, STEPS, D, Z, crops, elbo, smooth_images, started
+from tests.support.errors import refused
 from tests.support.networks import CONV, make_codec
 from train.data.crops import Batches
 from train.init.closed_form import all_patch_moments, check_closed_form, patch_moments, start_from_closed_form
@@ -67,8 +67,7 @@ def test_moments_of_all_images_cover_every_whole_patch_of_readable_ones(
 
 def test_images_without_a_whole_patch_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (PATCH - 1, 50)).save(tmp_path / "thin.png")
-    with pytest.raises(UserError, match="no image holds a whole patch"):
-        all_patch_moments(find_images(tmp_path), make_codec(LINEAR), quiet=True)
+    refused("no image holds a whole patch", all_patch_moments, find_images(tmp_path), make_codec(LINEAR), quiet=True)
 
 
 def test_a_linear_codec_starts_at_the_optimum_of_probabilistic_pca(images: Batches, linear: Codec) -> None:
@@ -104,5 +103,4 @@ def test_models_without_a_closed_form_are_refused(images: Batches, change: dict,
     codec = make_codec(dataclasses.replace(LINEAR, **change))
     moments = patch_moments(images, PLAN, make_codec(LINEAR), 1, quiet=True)
     for refuse in (lambda: check_closed_form(codec), lambda: start_from_closed_form(codec, moments)):
-        with pytest.raises(UserError, match=f"closed_form needs {message}: set --no-closed-form"):
-            refuse()
+        refused(f"closed_form needs {message}: set --no-closed-form", refuse)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, GaussianConfig, IdentityConfig
 from tests.support.closed_form import LITE, PLAN, SIGMA, STEPS, Z, elbo, smooth_images, started
+from tests.support.errors import refused
 from tests.support.networks import make_codec
 from train.data.crops import Batches
 from train.init.from_model import start_from_model
@@ -133,5 +133,4 @@ LARGE = lite(overlap=2, decoder_depths=(1, 2))
 def test_models_that_do_not_fit_are_refused(
     images: Batches, tmp_path: Path, source: CodecConfig, config: CodecConfig
 ) -> None:
-    with pytest.raises(UserError, match="--start-from"):
-        grow(make_codec(source), config, images, tmp_path)
+    refused("--start-from", grow, make_codec(source), config, images, tmp_path)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import GaussianConfig, LinearConfig
 from latent_codec.storage.run_folder import newest_checkpoint
@@ -204,8 +203,7 @@ def test_if_all_are_damaged_the_run_does_not_silently_start_again(tmp_path: Path
     folder = saved(tmp_path, 1, 2)
     for step in (1, 2):
         flip(folder / f"step-{step:08d}" / "codec.safetensors", -1)
-    with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
-        Training().restore(folder)
+    refused("all 2 checkpoints are damaged", Training().restore, folder)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -239,8 +237,7 @@ def test_weights_that_are_not_finite_are_not_committed(tmp_path: Path) -> None:
     folder, training = saved(tmp_path, 1), Training(2)
     with torch.no_grad():
         training.codec.get_parameter("backbone.encoder.bias")[0] = torch.nan
-    with pytest.raises(UserError, match=r"backbone\.encoder\.bias"):
-        training.save(folder)
+    refused(r"backbone\.encoder\.bias", training.save, folder)
     assert_equal(Training().restore(folder), Training(1))
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from latent_codec.errors import UserError
 from latent_codec.export import export
 from latent_codec.metrics.lpips import LPIPS
 from latent_codec.model.codec import Codec
@@ -23,6 +22,7 @@ from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD
 from tests.conftest import SQUEEZE
+from tests.support.errors import refused, rejected
 from tests.support.networks import TINY_LITE, make_codec
 from tests.support.prior import context_tables, feedback
 from tests.support.run import (
@@ -212,10 +212,8 @@ def test_lpips_of_what_is_decoded_is_added_to_either_nll(
 @pytest.mark.parametrize(("weight", "module"), [(1.0, None), (0.0, nn.Identity())])
 def test_an_objective_has_lpips_exactly_when_its_weight_is_positive(weight: float, module: Any) -> None:
     codec = tiny_codec()
-    with pytest.raises(ValueError, match="lpips_weight"):
-        Joint(dataclasses.replace(CONFIG, lpips_weight=weight), codec, net_of(codec), module)
-    with pytest.raises(ValueError, match="lpips_weight"):
-        ELBO(dataclasses.replace(photo().objective, lpips_weight=weight), codec, module)
+    rejected("lpips_weight", Joint, dataclasses.replace(CONFIG, lpips_weight=weight), codec, net_of(codec), module)
+    rejected("lpips_weight", ELBO, dataclasses.replace(photo().objective, lpips_weight=weight), codec, module)
 
 
 @pytest.mark.slow
@@ -304,8 +302,7 @@ def test_the_prior_of_another_shape_starts_anew_but_not_for_a_decoder_alone(mode
         (alone, tmp_path / "factorised.safetensors", "not none"),
         (CONFIG, tmp_path / "bare.safetensors", "no quantiser"),
     ):
-        with pytest.raises(UserError, match=message):
-            prior_of(config, str(source))
+        refused(message, prior_of, config, str(source))
 
 
 @pytest.mark.slow
@@ -388,11 +385,9 @@ def test_sources_without_a_fitting_prior_are_refused(straight: Path, model: Path
         (tmp_path, "no checkpoint with a prior"),
         (tmp_path / "bare.safetensors", "has no context prior"),
     ):
-        with pytest.raises(UserError, match=message):
-            prior_from(source, SHAPE, base, STATISTICS)
+        refused(message, prior_from, source, SHAPE, base, STATISTICS)
     for source in (straight, model):
-        with pytest.raises(UserError, match="--start-from"):
-            prior_from(source, dataclasses.replace(SHAPE, width=16), base, STATISTICS)
+        refused("--start-from", prior_from, source, dataclasses.replace(SHAPE, width=16), base, STATISTICS)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import LiteConfig
 from tests.support.data import ROOT
+from tests.support.errors import refused
 from tests.support.run import write_images
 from train.config.presets import conv
 from train.config.prior import PriorConfig
@@ -117,8 +118,7 @@ def test_other_flags_than_the_plans_are_refused(tiny: Recipe, cut: object) -> No
         ({"objective": "joint"}, "objective"),
         ({"lpips_weight": 2.0}, r"\(lpips_weight\)"),
     ):
-        with pytest.raises(UserError, match=f"other flags .*{names}"):
-            run(replace(tiny, **change))
+        refused(f"other flags .*{names}", run, replace(tiny, **change))
 
 
 def test_missing_latents_are_encoded_again(
@@ -175,8 +175,7 @@ def test_a_plan_without_an_lpips_weight_has_none(tiny: Recipe, tmp_path: Path) -
     assert written["flags"].pop("lpips_weight") == 0
     (tmp_path / "recipe.json").write_text(json.dumps(written))
     State(plain, "id")
-    with pytest.raises(UserError, match=r"other flags \(lpips_weight\)"):
-        State(replace(plain, lpips_weight=2.0), "id")
+    refused(r"other flags \(lpips_weight\)", State, replace(plain, lpips_weight=2.0), "id")
 
 
 def test_the_clock_starts_before_torch_is_imported() -> None:
@@ -209,10 +208,8 @@ def test_the_training_configuration_follows_from_the_batch_and_the_recipe(tiny: 
     ],
 )
 def test_wrong_values_are_refused(tiny: Recipe, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        check(replace(tiny, **change))
+    refused(message, check, replace(tiny, **change))
 
 
 def test_models_other_than_lite_are_refused() -> None:
-    with pytest.raises(UserError, match="lite models with a gaussian posterior, not conv"):
-        preset_of(conv().codec, "joint")
+    refused("lite models with a gaussian posterior, not conv", preset_of, conv().codec, "joint")

@@ -9,6 +9,7 @@ from PIL import ExifTags, ImageCms
 from PIL import Image as PilImage
 
 from latent_codec.errors import UserError
+from latent_codec.images.primaries import ColourTags
 
 
 def opacity(pil: PilImage.Image, rawmode: str) -> np.ndarray | None:
@@ -79,6 +80,14 @@ def in_srgb(colour: PilImage.Image, profile: bytes | None) -> PilImage.Image:
         ramp = PilImage.fromarray(np.arange(256, dtype=np.uint8)[None])
         return colour.point(list(transform.apply(ramp).getchannel("G").tobytes()))
     return transform.apply_in_place(colour) if colour.mode == "RGB" else transform.apply(colour)
+
+
+def by_tags(colour: PilImage.Image, tags: ColourTags) -> PilImage.Image:
+    """Convert to sRGB what has these primaries and this curve, in mode L or RGB; grey by the curve alone."""
+    if colour.mode == "L":
+        ramp = PilImage.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
+        return colour.point(list(in_srgb(ramp, tags.profile()).getchannel("G").tobytes()))
+    return in_srgb(colour.convert("RGB"), tags.profile())
 
 
 @lru_cache(maxsize=32)  # a camera writes the same profile into all its files

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 from latent_codec.errors import UserError
 from latent_codec.storage.files import open_regular
@@ -68,8 +68,8 @@ def _content(path: Path, mtime_ns: int, size: int) -> bytes:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacked; damage to a packed one becomes an `OSError`."""
     try:
-        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-            yield file
+        with open_regular(path) as raw:
+            yield cast(IO[bytes], gzip.open(raw)) if path.suffix == ".gz" else raw  # noqa: SIM115
     except (EOFError, zlib.error) as error:
         raise OSError(f"damaged: {error}") from error
 

@@ -10,9 +10,11 @@ A file is refused with a `UserError` that names it, the reason and the remedy, i
 """
 
 import dataclasses
+import importlib
 import io
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +24,8 @@ from PIL import ExifTags, ImageFile, features
 from PIL import Image as PilImage
 
 from latent_codec.errors import UserError
-from latent_codec.images.colour import composite, in_8_bits, in_srgb, opacity, parse_colour
+from latent_codec.images.colour import by_tags, composite, in_8_bits, in_srgb, opacity, parse_colour
+from latent_codec.images.containers import jpeg_damage, prepare
 from latent_codec.images.geometry import Geometry, Image
 from latent_codec.storage.files import open_regular
 
@@ -38,6 +41,13 @@ _SUFFIXES = {
 }
 # Pillow registers a plugin even if the library that it needs was not compiled in.
 _LIBRARIES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}
+
+for _plugin, _register in (("pillow_heif", "register_heif_opener"), ("pillow_jxl", "")):
+    with suppress(ImportError):  # extras
+        _module = importlib.import_module(_plugin)
+        _SUFFIXES |= {"HEIF": (".heic", ".heif", ".hif")} if _register else {"JXL": (".jxl",)}
+        if _register:
+            getattr(_module, _register)()
 
 FORMATS: tuple[str, ...] = tuple(f for f in _SUFFIXES if f not in _LIBRARIES or features.check(_LIBRARIES[f]))
 """Pillow's names of the formats that are read. An allow-list keeps untrusted files away from rarely used parsers."""
@@ -79,12 +89,19 @@ def read_image(
     """
     backdrop = parse_colour(options.background)
     name = name or (str(source) if isinstance(source, Path | str) else "image")
-    with _opened(source, name) as stream:
+    with _opened(source, name) as opened, _any_size():
+        try:
+            stream, profile, tags = prepare(opened)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         pil = _identify(stream, name)
         _check_size(pil, name, options.max_pixels)
         orientation, remaining, rawmode = _load(pil, name)
+        if pil.format in ("JPEG", "MPO") and (damage := jpeg_damage(stream)) is not None:
+            raise UserError(f"{name}: cannot be decoded, the file may be damaged or cut off: {damage}")
     alpha = opacity(pil, rawmode)
-    colour = in_srgb(in_8_bits(pil, rawmode, name), pil.info.get("icc_profile"))
+    colour = in_8_bits(pil, rawmode, name)
+    colour = by_tags(colour, tags) if tags is not None else in_srgb(colour, profile or pil.info.get("icc_profile"))
     if colour.mode == "L" and alpha is not None and len(set(backdrop)) > 1:
         colour = colour.convert("RGB")  # grey on a coloured background is no longer grey
     pixels = _pixels(colour, alpha, backdrop, remaining)
@@ -97,6 +114,27 @@ def read_image(
         background=None if alpha is None else options.background.lower(),
     )
     return Image(torch.from_numpy(pixels), geometry)
+
+
+_limit = threading.Lock()
+_readers, _kept_limit = 0, PilImage.MAX_IMAGE_PIXELS
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Suspend Pillow's own limit of pixels, which is the whole process's, while any thread reads: ours decides."""
+    global _readers, _kept_limit
+    with _limit:
+        if _readers == 0:
+            _kept_limit, PilImage.MAX_IMAGE_PIXELS = PilImage.MAX_IMAGE_PIXELS, None
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _limit:
+            _readers -= 1
+            if _readers == 0:
+                PilImage.MAX_IMAGE_PIXELS = _kept_limit
 
 
 @contextmanager
@@ -115,12 +153,7 @@ def _opened(source: Path | str | BinaryIO | bytes, name: str) -> Iterator[Binary
 
 
 def _identify(stream: BinaryIO, name: str) -> ImageFile.ImageFile:
-    """Open an image as `PIL.Image.open(stream, formats=FORMATS)` does, but without `PIL.Image.MAX_IMAGE_PIXELS`.
-
-    That limit is the whole process's: `Image.open` would warn above 89 million pixels and refuse above 179 million, and
-    no thread can change it for itself. `_check_size` applies `max_pixels` instead. Some plugins (TIFF, GIF, WebP since
-    Pillow 13) check Pillow's limit themselves, so both hold there.
-    """
+    """Open an image as `PIL.Image.open(stream, formats=FORMATS)` does, which would warn of large images."""
     PilImage.init()
     stream.seek(0)
     prefix = stream.read(16)
@@ -133,8 +166,6 @@ def _identify(stream: BinaryIO, name: str) -> ImageFile.ImageFile:
             stream.seek(0)
             try:
                 return factory(stream, "")
-            except PilImage.DecompressionBombError as error:
-                raise UserError(f"{name}: {error}; raise PIL.Image.MAX_IMAGE_PIXELS to read it") from error
             except Exception as error:  # damaged files make plugins raise anything
                 reason = f"it begins like {image_format}, but: {error or type(error).__name__}"
     raise UserError(f"{name}: not a readable image of the formats {', '.join(FORMATS)}: {reason}")
@@ -145,7 +176,7 @@ def _check_size(pil: ImageFile.ImageFile, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise UserError(
             f"{name}: {width}x{height} = {width * height} pixels exceed the limit of {max_pixels}; "
-            "raise max_pixels if you trust the file"
+            "raise --max-pixels if you trust the file"
         )
 
 
@@ -169,8 +200,6 @@ def _load(pil: ImageFile.ImageFile, name: str) -> tuple[int, int, str]:
         return orientation, orientation, rawmode
     except UserError:
         raise
-    except PilImage.DecompressionBombError as error:
-        raise UserError(f"{name}: {error}; raise PIL.Image.MAX_IMAGE_PIXELS to read it") from error
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{name}: cannot be decoded, the file may be damaged or cut off: {reason}") from error

@@ -402,8 +402,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 _UNREAD = {
-    ".heic": "HEIC (pip install pillow-heif)",
-    ".heif": "HEIC (pip install pillow-heif)",
+    **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC (pip install pillow-heif)"),
     ".jxl": "JPEG XL (pip install pillow-jxl-plugin)",
 }
 

@@ -5,6 +5,9 @@ import os
 import tarfile
 from pathlib import Path
 
+import pytest
+
+from latent_codec.images import sources
 from latent_codec.images.sources import ListOptions, find_images, list_all, list_files, list_images
 from tests.images.test_sources import names, png, put, tar
 from tests.support.errors import refused
@@ -27,8 +30,11 @@ def test_hidden_files_and_those_of_systems_are_left_out_in_folders_globs_and_tar
     assert names(f"{tmp_path}/p/.Trash-1000/*/*.png") == ["files/b.png"]
 
 
-def test_everything_else_is_counted_by_a_reason_with_its_remedy(tmp_path: Path) -> None:
+def test_everything_else_is_counted_by_a_reason_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(tmp_path / "p" / "a.png", tmp_path / "other" / "b.png")
+    monkeypatch.setattr(sources, "EXTENSIONS", sources.EXTENSIONS - {".heic", ".heif", ".jxl"})  # without the plugins
     for name in ("a.HEIC", "b.heif", "c.jxl", "shard.tar.gz", "noext", "a.jpg_large", "a.txt", "b.txt"):
         (tmp_path / "p" / name).write_bytes(b"x")
     (tmp_path / "p" / "linked").symlink_to(tmp_path / "other")

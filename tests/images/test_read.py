@@ -128,10 +128,13 @@ def test_max_pixels_overrules_pillows_limit_without_a_warning(
     assert pillows_limit == PilImage.MAX_IMAGE_PIXELS  # still
 
 
-def test_a_refusal_by_pillows_own_limit_names_it(monkeypatch: pytest.MonkeyPatch):
-    source = encoded(random_rgb(8, 8), "TIFF")
+def test_max_pixels_alone_decides_in_formats_that_check_pillows_limit_themselves(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(PilImage, "MAX_IMAGE_PIXELS", 10)
-    assert "MAX_IMAGE_PIXELS" in refusal(source)
+    for image_format in ("TIFF", "GIF", "WEBP", "PNG"):
+        source = encoded(random_rgb(8, 8), image_format)
+        assert pixels_of(source, max_pixels=64).shape[:2] == (8, 8)
+        assert "raise --max-pixels" in refusal(source, max_pixels=63)
+    assert PilImage.MAX_IMAGE_PIXELS == 10
 
 
 def test_impossible_options_are_refused():

@@ -191,7 +191,7 @@ def test_shares_together_are_the_whole(do: Do, three_units: Path, monkeypatch: p
     refuse(do(f"encode {three_units} z"), "RANK 3 of WORLD_SIZE 1")
 
 
-def test_unusable_devices_are_named_and_processes_of_a_launcher_take_a_gpu_each(
+def test_unusable_devices_are_named_and_a_launchers_processes_take_a_gpu_each(
     do: Do, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for device in ("abacus", "meta", "cpu:x", *([] if torch.cuda.is_available() else ["cuda"])):

@@ -23,9 +23,7 @@ def working_folder(tmp_path_factory: pytest.TempPathFactory, model_file: Path) -
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/latents.md", "docs/diffusers.md"])
-def test_the_first_python_example_runs(
-    page: str, working_folder: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_runs(page: str, working_folder: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run it with a tiny model in place of the shipped one, and without worker processes."""
     if page == "docs/diffusers.md":
         pytest.importorskip("diffusers")

@@ -92,7 +92,7 @@ def test_a_container_gives_back_what_it_holds(stream: Stream) -> None:
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(st.sampled_from(PRIORS), st.tuples(*[st.integers(1, 40)] * 2), steps, seeds, st.integers(0, 99))
-def test_latents_come_back_to_the_bit_from_both_decoders(
+def test_latents_come_back_to_the_bit(
     prior: PriorKind, size: tuple[int, int], step: int, seed: int | None, data: int
 ) -> None:
     latents = image(*size, step, seed, data)

@@ -151,7 +151,7 @@ def test_folders_are_refined_and_made_again_with_other_rounds(codec: Codec, phot
     assert plain != refined
 
 
-def test_an_image_beyond_memory_fails_alone(
+def test_what_memory_cannot_hold_fails(
     codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Runner.nll_gradient

@@ -91,7 +91,7 @@ def test_exports_and_imports_end_with_one_sentence(run: Run, tmp_path: Path, ful
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_caches_end_with_one_sentence(
+def test_caches_end_in_a_sentence(
     name: CacheName, codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents, out = store(tmp_path / "z", codec, ("c/a.jpg", "c/b.png")), tmp_path / "out"

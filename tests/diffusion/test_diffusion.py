@@ -256,9 +256,7 @@ def test_an_image_depends_on_seed_label_and_number_alone(model: Diffusion) -> No
     assert not torch.equal(whole, draw_latents(model, ids, seed=2, steps=2, guidance=1.5))
 
 
-def test_existing_images_are_kept_and_those_of_other_options_refused(
-    model: Diffusion, runner: Runner, tmp_path: Path
-) -> None:
+def test_images_are_kept_and_those_of_other_options_refused(model: Diffusion, runner: Runner, tmp_path: Path) -> None:
     first = sample(model, runner, choose(model, ["a"], 3), tmp_path, QUICK, quiet=True)
     assert first.made == 3 and str(first) == "3 images drawn, 0 were there"
     assert [p.relative_to(tmp_path).as_posix() for p in first.paths] == ["a/00000.png", "a/00001.png", "a/00002.png"]
@@ -277,9 +275,7 @@ def test_existing_images_are_kept_and_those_of_other_options_refused(
     refused("holds images by other settings", sample, model, runner, ids, tmp_path, other, quiet=True)
 
 
-def test_pixels_are_the_codecs_of_the_drawn_latents(
-    codec: Codec, model: Diffusion, runner: Runner, tmp_path: Path
-) -> None:
+def test_pixels_are_decoded_from_drawn_latents(codec: Codec, model: Diffusion, runner: Runner, tmp_path: Path) -> None:
     ids = choose(model, ["b"], 2)
     pixels = torch.stack(
         [read_image(path).pixels for path in sample(model, runner, ids, tmp_path, QUICK, quiet=True).paths]

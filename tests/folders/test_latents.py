@@ -56,9 +56,7 @@ def test_images_come_back_upright_in_their_exact_size_and_grey_or_rgb(codec: Cod
         assert image.getexif().get(ORIENTATION, 1) == 1  # not turned a second time
 
 
-def test_what_is_stored_is_the_posterior_of_images_laid_on_the_background(
-    codec: Codec, tmp_path: Path, draw: Draw
-) -> None:
+def test_what_is_stored_is_the_posterior_on_the_background(codec: Codec, tmp_path: Path, draw: Draw) -> None:
     a = draw(tmp_path / "src" / "a.png", 16, 8)
     Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "src" / "b.png")
     encode(codec, tmp_path / "src", tmp_path / "latents", store="float32", background="#102030")
@@ -151,9 +149,7 @@ def latents(codec: Codec, tmp_path: Path, draw: Draw) -> Path:
     return tmp_path / "latents"
 
 
-def test_images_that_a_shard_does_not_hold_as_the_index_says_fail_alone(
-    codec: Codec, tmp_path: Path, latents: Path
-) -> None:
+def test_images_that_a_shard_holds_otherwise_fail_alone(codec: Codec, tmp_path: Path, latents: Path) -> None:
     shard = latents / next(e.shard for e in Latents(latents).entries if e.path == "a.png")
     first_row = {name: tensor[:1].clone() for name, tensor in load_file(shard).items()}
     more_channels, both = {name: torch.cat([t, t, t], 1) for name, t in first_row.items()}, {"a.png", "b.png"}
@@ -169,9 +165,7 @@ def test_images_that_a_shard_does_not_hold_as_the_index_says_fail_alone(
         assert images(tmp_path / name).keys() == {f"{name}.png" for name in {*both, "c.png"} - failures}
 
 
-def test_tampered_latents_and_those_of_another_model_are_refused_at_once(
-    codec: Codec, tmp_path: Path, latents: Path
-) -> None:
+def test_tampered_latents_and_those_of_other_models_are_refused(codec: Codec, tmp_path: Path, latents: Path) -> None:
     text = (latents / INDEX).read_text()
     before = sorted(tmp_path.rglob("*"))
     for path in ("/evil.png", "../evil.png", "x/../../evil.png"):

@@ -29,9 +29,7 @@ from tests.support.folder import FILES, KINDS, OVERWRITE, SOURCES, WRITERS, Kind
 
 
 @given(st.lists(st.integers(0, 6)), st.integers(1, 4))
-def test_batches_are_of_one_shape_hold_every_item_once_in_its_shapes_order_and_let_few_wait(
-    shapes: list[int], size: int
-) -> None:
+def test_batches_are_of_one_shape_hold_each_item_once_in_order_and_let_few_wait(shapes: list[int], size: int) -> None:
     items, taken, found = list(enumerate(shapes)), [], []
     read = (taken.append(item) or item for item in items)
     for batch in batches(read, size, lambda item: item[1], alone=lambda item: item[1] == 6):
@@ -169,9 +167,7 @@ def task(request: pytest.FixtureRequest, tmp_path: Path, model_file: Path, draw:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", WRITERS, indirect=True)
-def test_a_full_disk_is_one_clear_error_and_with_room_the_command_goes_on(
-    task: Task, disk: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_one_error_and_with_room_the_command_goes_on(task: Task, disk: Path, tmp_path: Path) -> None:
     task.do(tmp_path / "expected")
     expected = files_of(tmp_path / "expected")
     with pytest.raises(DiskError, match="cannot be written: No space left on device"):

@@ -23,9 +23,7 @@ from tests.support.folder import Kind, finish, make, small_units, start, wait_fo
 
 
 @given(st.lists(st.integers(-5, 5)), st.integers(1, 3), st.none() | st.integers(1, 9))
-def test_results_come_in_order_errors_too_and_few_are_begun_ahead(
-    items: list[int], workers: int, ahead: int | None
-) -> None:
+def test_results_and_errors_come_in_order_few_begun_ahead(items: list[int], workers: int, ahead: int | None) -> None:
     begun: list[int] = []
     with Threads(workers) as threads:
         found = threads.map(lambda x: 60 // x, (begun.append(i) or i for i in items), ahead)
@@ -108,9 +106,7 @@ def padded_or_die(name: str, *args: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latents", "streams"])
-def test_a_killed_process_that_decodes_images_costs_nothing(
-    codec: Codec, tmp_path: Path, draw: Draw, kind: Kind
-) -> None:
+def test_a_killed_process_of_decoding_costs_nothing(codec: Codec, tmp_path: Path, draw: Draw, kind: Kind) -> None:
     for i in range(8):
         draw(tmp_path / "photos" / f"{i}.png", 24, 16, seed=i)
     (tmp_path / "photos" / "bad.png").write_text("no image")

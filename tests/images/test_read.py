@@ -411,7 +411,7 @@ def exif_of(orientation: int) -> PilImage.Exif:
         ("PNG", {"compress_level": 0}, 2**12, True),  # pixels are moved in two strips
     ],
 )
-def test_orientation_is_applied_once_and_recorded(
+def test_orientation_is_applied(
     image_format: str, options: dict[str, object], width: int, alpha: bool, orientation: int
 ):
     values = random_rgb(67, width)

@@ -29,9 +29,7 @@ OUT_OF_MEMORY: list[type[Exception] | Exception] = [
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(1, 50), st.sampled_from(OUT_OF_MEMORY))
-def test_lists_are_halved_until_they_fit_and_results_are_in_order(
-    items: list[int], most: int, error: Exception
-) -> None:
+def test_lists_are_halved_until_they_fit_results_in_order(items: list[int], most: int, error: Exception) -> None:
     calls: list[int] = []
 
     def call(batch: list[int]) -> list[int]:
@@ -102,9 +100,7 @@ def test_compiled_networks_give_the_same_but_for_rounding() -> None:
     assert (compiled.decode_uint8(z).int() - plain.decode_uint8(z).int()).abs().max() <= 1
 
 
-def test_a_failing_compiler_is_one_error(
-    codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_compiler_is_one_error(codec: Codec, tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = BackendCompilerFailed(draw, RuntimeError("no C++ compiler"), None)  # pyright: ignore
     draw(tmp_path / "a.png", 24, 16)
     monkeypatch.setattr(codec, "encode", mock.Mock(side_effect=failed))

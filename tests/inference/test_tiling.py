@@ -162,9 +162,7 @@ def test_finite_tiles_in_float32_differ_by_rounding_alone(backbone: Any, likelih
 
 @pytest.mark.parametrize("backbone", [FINITE["lite"], CONV], ids=["lite", "conv"])
 @torch.inference_mode()
-def test_networks_see_no_more_than_a_tile_and_small_images_whole(
-    backbone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_networks_see_a_tile_at_most_and_small_images_whole(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = tiny(backbone)
     f, tile = codec.factor, 10 * codec.factor
     seen: list[torch.Tensor] = []

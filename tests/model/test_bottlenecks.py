@@ -54,9 +54,7 @@ def test_autocast_changes_nothing(config: configs.BottleneckConfig, dtype: torch
 
 @autocast_types
 @gaussians
-def test_under_autocast_extremes_stay_finite_in_float32(
-    dtype: torch.dtype, config: configs.DiagonalGaussianConfig
-) -> None:
+def test_autocast_keeps_extremes_finite_in_float32(dtype: torch.dtype, config: configs.DiagonalGaussianConfig) -> None:
     extremes = torch.tensor([-1e4, 0.0, 1e4])
     features = torch.stack(torch.meshgrid(extremes, extremes, indexing="ij"))[None]  # means, log-variances
     features = features.to(dtype).requires_grad_()

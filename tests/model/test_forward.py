@@ -70,9 +70,7 @@ def test_a_codec_is_called_compiled_and_exported_at_any_size(name: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", PARTS)
 @torch.no_grad()
-def test_a_model_in_half_precision_takes_uint8_and_any_float_and_gives_its_own_type(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_a_model_in_half_precision_takes_uint8_or_floats_and_gives_its_own_type(name: str, dtype: torch.dtype) -> None:
     codec, exact = made(name).to(dtype), made(name)
     levels = ((pixels() + 1) * 127.5).round().to(torch.uint8)
     x = exact.likelihood.from_uint8(levels)

@@ -66,7 +66,7 @@ def assert_as_the_format_says(context: ContextPrior, q: Scaled) -> None:
 @pytest.mark.slow
 @settings(max_examples=50)
 @given(shapes, small, small, st.integers(16, 65535), seeds, st.integers(0, 99), st.booleans())
-def test_the_network_is_plain_int64_arithmetic(
+def test_networks_are_in_int64(
     shape: Shape, h: int, w: int, step: int, seed: int | None, data: int, centred: bool
 ) -> None:
     groups, levels = shape
@@ -142,9 +142,7 @@ def test_how_it_is_computed_does_not_matter(
 @pytest.mark.slow
 @settings(max_examples=50)
 @given(shapes, small, small, st.booleans(), st.data())
-def test_a_pass_is_blind_to_what_is_not_decoded(
-    shape: Shape, h: int, w: int, dithered: bool, data: st.DataObject
-) -> None:
+def test_a_pass_is_blind_to_what_is_to_come(shape: Shape, h: int, w: int, dithered: bool, data: st.DataObject) -> None:
     model, q = prior(*shape), image(sum(shape[0]), h, w, 1024, 3 if dithered else None)
     place = tuple(data.draw(st.integers(0, n - 1)) for n in q.latents.shape)
     changed = q.latents.copy()

@@ -69,9 +69,7 @@ def test_a_run_leaves_a_log_pictures_and_models_that_can_be_drawn_from(
 
 
 @pytest.mark.slow
-def test_workers_accumulation_and_an_interruption_change_nothing_but_rounding(
-    argv: list[str], straight: Path, tmp_path: Path
-) -> None:
+def test_workers_accumulation_and_a_kill_change_only_rounding(argv: list[str], straight: Path, tmp_path: Path) -> None:
     process = start([*argv, "--workers", "2"], tmp_path / "workers", **DIFFUSION)
     process.wait_for(lambda: checkpoint(tmp_path / "workers", 1).exists())
     process.signal(signal.SIGKILL)
@@ -91,9 +89,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one_and_resume_to_the_bit(
-    argv: list[str], tmp_path: Path, straight: Path
-) -> None:
+def test_two_processes_have_ones_gradients_and_resume_exactly(argv: list[str], tmp_path: Path, straight: Path) -> None:
     argv = [*argv, "--steps", "2"]
     run_ranks(argv, tmp_path / "two", 2, **DIFFUSION)
     assert_close(tensors(tmp_path / "two", 2), tensors(straight, 2))
@@ -145,9 +141,7 @@ def _holds(whole: torch.Tensor, crop: torch.Tensor) -> bool:
 
 
 @pytest.mark.slow
-def test_wrong_values_are_refused_in_one_sentence(
-    argv: list[str], straight: Path, tmp_path: Path, codec: Codec
-) -> None:
+def test_wrong_values_are_refused_in_a_sentence(argv: list[str], straight: Path, tmp_path: Path, codec: Codec) -> None:
     codec.statistics = None
     store(tmp_path / "bare", codec, PATHS, "float16")
     for words, out, message in (

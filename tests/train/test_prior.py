@@ -93,9 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, places: tuple[Path, Path]) -
 
 
 @pytest.mark.slow
-def test_a_run_leaves_the_same_model_with_a_prior_that_codes_in_fewer_bits(
-    tmp_path: Path, places: tuple[Path, Path]
-) -> None:
+def test_a_run_leaves_the_model_with_a_prior_that_saves_bits(tmp_path: Path, places: tuple[Path, Path]) -> None:
     assert train(run(places, tmp_path / "run", steps=80, log_every=40, learning_rate=1e-2, count_images=12)) == 0
     before, after = Codec.load(places[0]), Codec.load(tmp_path / "run" / "model.safetensors")
     assert after.model_id == before.model_id and after.statistics == before.statistics
@@ -155,9 +153,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path, places: tuple[P
     assert (tmp_path / "two" / "model.safetensors").is_file()
 
 
-def test_another_run_or_wrong_values_are_refused_by_name(
-    tmp_path: Path, places: tuple[Path, Path], whole: Path, codec: Codec
-) -> None:
+def test_wrong_values_are_refused_by_name(tmp_path: Path, places: tuple[Path, Path], whole: Path, codec: Codec) -> None:
     refused(r"other settings \(width\)", train, run(places, whole, width=16))
     codec.priors, bare = None, tmp_path / "bare.safetensors"
     codec.save(bare)

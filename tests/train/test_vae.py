@@ -189,7 +189,7 @@ def test_two_processes_compute_what_one_does(straight: Path, two_ranks: Path) ->
 
 
 @pytest.mark.slow
-def test_torchrun_starts_two_processes_that_resume_a_run_of_one_with_micro_batches(
+def test_two_processes_of_torchrun_resume_a_run_of_micro_batches(
     argv: list[str], straight: Path, tmp_path: Path
 ) -> None:
     out, argv = tmp_path / "run", [*argv, *flags("--accumulation 2")]
@@ -209,9 +209,7 @@ def test_torchrun_starts_two_processes_that_resume_a_run_of_one_with_micro_batch
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_with_the_same_weights(
-    argv: list[str], straight: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_again_and_again_ends_the_same(argv: list[str], straight: Path, tmp_path: Path) -> None:
     """Images are in memory and streamed by turns, which makes no difference either; workers end with their run."""
     out = tmp_path / "run"
     workers: list[psutil.Process] = []
@@ -332,9 +330,7 @@ def test_a_run_that_stays_not_finite_stops_and_its_checkpoint_stays(argv: list[s
 
 
 @pytest.mark.slow
-def test_a_scaled_run_lowers_its_scale_until_steps_are_finite_and_resumes_exactly(
-    argv: list[str], straight: Path, tmp_path: Path
-) -> None:
+def test_a_scaled_run_lowers_its_scale_and_resumes_exactly(argv: list[str], straight: Path, tmp_path: Path) -> None:
     """The first scale of 2^16 is far too high here."""
     fp16: dict[str, Any] = {"env": {"ACCELERATE_MIXED_PRECISION": "fp16"}, "patch": faults.scaled_fp16}
     argv = [*argv, *EVERY_STEP, *flags("--steps 16")]
@@ -357,9 +353,7 @@ def test_a_scaled_run_lowers_its_scale_until_steps_are_finite_and_resumes_exactl
     assert state(stopped, 16)["scaler"] == state(out, 16)["scaler"]
 
 
-def test_bfloat16_trains_float32_weights_to_nearly_the_same_loss(
-    argv: list[str], straight: Path, tmp_path: Path
-) -> None:
+def test_bfloat16_trains_float32_weights_to_a_close_loss(argv: list[str], straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert "precision bf16" in run(argv, out, env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     found, exact = tensors(out, STEPS), tensors(straight, STEPS)
@@ -370,9 +364,7 @@ def test_bfloat16_trains_float32_weights_to_nearly_the_same_loss(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
 
 
-def test_a_run_with_other_settings_or_images_is_refused_by_their_names(
-    argv: list[str], finished: Path, tmp_path: Path
-) -> None:
+def test_runs_of_other_settings_or_images_are_refused_by_name(argv: list[str], finished: Path, tmp_path: Path) -> None:
     config = (finished / "config.json").read_text()
     change = flags("--learning-rate 0.1 --latent-channels 5 --sigma 0.5 --beta 2 --seed 1 --no-flip")
     names = "codec.latent_channels, codec.likelihood.sigma, flip, learning_rate, max_grad_norm, objective.beta, seed"
@@ -422,7 +414,7 @@ def test_a_finished_run_is_left_as_it_is_until_steps_or_intervals_change(argv: l
         ),
     ],
 )
-def test_wrong_values_are_refused_in_one_sentence(argv: list[str], tmp_path: Path, change: str, message: str) -> None:
+def test_wrong_values_are_refused_in_a_sentence(argv: list[str], tmp_path: Path, change: str, message: str) -> None:
     if "aim" in change and importlib.util.find_spec("aim"):
         pytest.skip("aim is installed here")
     words = [*flags(change), *argv[-2:]] if change.startswith("conv") else [*argv, *flags(change)]

@@ -79,9 +79,7 @@ def make(folder: Path, src: Path, settings: dict[str, Any] = SETTINGS, bad: str 
 
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(data=st.data())
-def test_a_journal_cut_off_anywhere_keeps_whole_lines(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_a_journal_cut_off_keeps_whole_lines(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.dictionaries(st.text(), st.integers() | st.text()), min_size=1, max_size=5))
     path = tmp_path_factory.getbasetemp() / "j.jsonl"
     path.unlink(missing_ok=True)
@@ -131,9 +129,7 @@ def other_process() -> Any:
 
 
 @pytest.mark.parametrize("change", ["none", "new source", "edited source"])
-def test_a_unit_that_another_process_finished_is_settled_unless_something_changes(
-    folder: Path, src: Path, change: str
-) -> None:
+def test_a_unit_that_another_process_finished_stays_unless_changed(folder: Path, src: Path, change: str) -> None:
     def settled(ledger: Ledger) -> list[bool]:
         found: list[bool] = []
         for claim in claims(ledger, plans(src)):

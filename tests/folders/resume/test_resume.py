@@ -198,9 +198,7 @@ def test_new_sources_are_made_with_their_unit_and_all_other_streams_stay(own: Co
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", ["a.png", "sub/é.png"])
 @pytest.mark.parametrize("kind", ["latents", "tars of streams"])
-def test_shards_are_those_of_the_sources_there_are(
-    own: Copy, tmp_path: Path, draw: Draw, kind: Kind, gone: str
-) -> None:
+def test_shards_are_those_of_sources_there_are(own: Copy, tmp_path: Path, draw: Draw, kind: Kind, gone: str) -> None:
     task, folder, _ = own(kind)
     stranger = folder / "streams-holiday.tar"
     stranger.write_text("a stranger's")
@@ -274,9 +272,7 @@ def test_a_unit_of_bad_images_alone_is_no_obstacle(own: Copy, kind: Kind) -> Non
     assert kind == "streams" or Latents(folder).entries == entries
 
 
-def test_names_of_one_place_are_refused(
-    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Draw
-) -> None:
+def test_two_names_of_a_place_fail(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
     for name in ("a.png", "A.png"):
         draw(tmp_path / "src" / name, 8, 8)
     ignore_case(monkeypatch)
@@ -287,9 +283,7 @@ def test_names_of_one_place_are_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_anywhere_it_ends_with_the_same_bytes_after_or_beside_it(
-    places: Places, tmp_path: Path, kind: Kind
-) -> None:
+def test_killed_anywhere_it_ends_with_the_same_bytes(places: Places, tmp_path: Path, kind: Kind) -> None:
     task, _, expected = places[kind]
     step = {"streams": 9, "latents": 6, "tars of streams": 6}.get(kind, 17)  # all stages of each writer
     for round_, at in enumerate(itertools.count(1 + KINDS.index(kind), step)):
@@ -369,9 +363,7 @@ def test_interrupted_anywhere_it_leaves_no_half_files_and_goes_on(places: Places
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("what", ["open", "write", "fsync", "rename", "journal"])
-def test_trouble_with_the_disk_is_one_clear_error_and_costs_no_more(
-    places: Places, tmp_path: Path, kind: Kind, what: str
-) -> None:
+def test_trouble_with_the_disk_is_a_clear_error_alone(places: Places, tmp_path: Path, kind: Kind, what: str) -> None:
     for error, first in ((errno.ENOSPC, 5 if kind == "streams" else 2), (errno.EACCES, 1)):
         trouble = OSError(error, os.strerror(error))
         number, found = stop(places[kind], tmp_path / f"{error}", trouble, range(first, 999), what)

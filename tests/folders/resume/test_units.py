@@ -125,9 +125,7 @@ def test_links_out_of_the_folder_and_two_names_for_one_place_are_refused(tmp_pat
 
 
 @given(st.sets(st.text("ab/", min_size=1, max_size=6).filter(relative)))
-def test_no_output_is_a_file_where_another_needs_a_folder(
-    tmp_path_factory: pytest.TempPathFactory, names: set[str]
-) -> None:
+def test_no_output_is_a_file_where_a_folder_is_due(tmp_path_factory: pytest.TempPathFactory, names: set[str]) -> None:
     clashes = any(other.startswith(f"{name}/") for name in names for other in names)
     with pytest.raises(UserError, match="both a file and a folder") if clashes else contextlib.nullcontext():
         check_outputs(sorted(names), tmp_path_factory.getbasetemp())

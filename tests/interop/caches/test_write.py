@@ -49,7 +49,7 @@ def test_equal_latents_make_equal_files_and_what_differs_is_left(
 
 
 @pytest.mark.parametrize("to", EVERY)
-def test_only_a_few_images_are_in_memory_at_once(
+def test_few_images_are_in_memory(
     shared_codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: CacheName
 ) -> None:
     """LightningDiT keeps as many as a shard has."""

@@ -35,7 +35,7 @@ def test_every_registered_backbone_is_tested_here() -> None:
 
 @every_kind
 @pytest.mark.parametrize(("c", "z", "features", "params"), [(3, 4, 2, 1), (1, 5, 1, 2), (3, 3, 2, 6)])
-def test_shapes_set_all_sizes_and_every_weight_takes_part(
+def test_shapes_set_all_sizes_and_all_weights_take_part(
     config: Any, c: int, z: int, features: int, params: int
 ) -> None:
     network: Any = BACKBONES[config.kind](config, shape(c, z, features, params))

@@ -27,7 +27,7 @@ def raw(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_classifier_scores_the_written_digits_by_their_folders(
+def test_a_classifier_scores_digits_by_their_folders(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Write(raw=raw, dst=tmp_path / "out").run()

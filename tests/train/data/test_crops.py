@@ -167,9 +167,7 @@ def test_a_run_resumed_at_a_later_step_sees_the_same_batches_however_many_are_dr
     size=st.integers(1, 3),
     first=st.integers(0, 5),
 )
-def test_ranks_and_micro_batches_share_each_steps_samples_in_order(
-    world: int, micro_batches: int, size: int, first: int
-) -> None:
+def test_ranks_and_micro_batches_share_a_steps_samples(world: int, micro_batches: int, size: int, first: int) -> None:
     batch_size = world * micro_batches * size
     plan = PLAN._replace(batch_size=batch_size, micro_batches=micro_batches, world=world)
     ranks = [list(plan._replace(rank=rank).schedule(first, first + 2)) for rank in range(world)]
@@ -186,7 +184,7 @@ def test_ranks_and_micro_batches_share_each_steps_samples_in_order(
     seed=st.integers(-(2**63), 2**63 - 1),
     stride=st.integers(1, 3),
 )
-def test_image_and_key_of_a_sample_follow_their_definition(
+def test_a_samples_image_and_key_follow_their_definition(
     start: int, count: int, n: int, seed: int, stride: int
 ) -> None:
     """Sample i is image permutation(seed, i // n)[i % n] with the key fold(seed, i), however samples are batched."""

@@ -52,9 +52,7 @@ def test_patch_moments_are_those_of_numpy(images: Batches) -> None:
     assert_moments(patch_moments(images, PLAN, make_codec(LINEAR), STEPS, quiet=True), patches(crops(images).numpy()))
 
 
-def test_moments_of_all_images_cover_every_whole_patch_of_readable_ones(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_moments_cover_every_whole_patch_of_readable_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     random, parts = np.random.default_rng(1), []
     for i, (height, width) in enumerate([(9, 17), (4, 4), (3, 40), (12, 8), (21, 5)]):
         image = random.integers(0, 256, (height, width, 3), np.uint8)

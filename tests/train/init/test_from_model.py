@@ -62,9 +62,7 @@ def linear(codec: Codec) -> Codec:
     ],
     ids=["overlap", "a block", "blocks both ways", "both"],
 )
-def test_additions_have_no_effect_until_they_are_trained(
-    images: Batches, tmp_path: Path, fields: dict[str, Any]
-) -> None:
+def test_additions_have_no_effect_until_trained(images: Batches, tmp_path: Path, fields: dict[str, Any]) -> None:
     model = shaken(started(LITE, images))
     grown = grow(model, lite(**fields), images, tmp_path)
     x = model.likelihood.from_uint8(next(images.batches(PLAN, 0, 1)).pixels)
@@ -81,9 +79,7 @@ def test_additions_have_no_effect_until_they_are_trained(
 
 
 @pytest.mark.parametrize("overlap", [0, 3])
-def test_channels_added_to_a_linear_model_are_its_next_components(
-    images: Batches, tmp_path: Path, overlap: int
-) -> None:
+def test_channels_added_to_linear_models_are_next_components(images: Batches, tmp_path: Path, overlap: int) -> None:
     """Six channels and four more are the ten of the closed form, up to order and signs."""
     before, at_once = (linear(started(lite(z), images)) for z in (Z, Z + 4))
     grown = linear(grow(before, lite(Z + 4, overlap=overlap), images, tmp_path))
@@ -92,9 +88,7 @@ def test_channels_added_to_a_linear_model_are_its_next_components(
 
 
 @pytest.mark.parametrize("classes", [(), ("one", "two")])
-def test_channels_added_to_a_trained_model_keep_its_own_and_lower_the_error(
-    images: Batches, tmp_path: Path, classes: tuple[str, ...]
-) -> None:
+def test_channels_added_later_lower_the_error(images: Batches, tmp_path: Path, classes: tuple[str, ...]) -> None:
     """The rows of a per-pixel sigma and of classes are kept too."""
     scale = GaussianConfig(scale="per_pixel", sigma=SIGMA)
     config = dataclasses.replace(lite(overlap=2), classes=classes, likelihood=scale)
@@ -130,7 +124,5 @@ LARGE = lite(overlap=2, decoder_depths=(1, 2))
     ],
     ids=["fewer channels", "channels without posterior", "other posterior", "less overlap", "fewer blocks", "widths"],
 )
-def test_models_that_do_not_fit_are_refused(
-    images: Batches, tmp_path: Path, source: CodecConfig, config: CodecConfig
-) -> None:
+def test_other_models_are_refused(images: Batches, tmp_path: Path, source: CodecConfig, config: CodecConfig) -> None:
     refused("--start-from", grow, make_codec(source), config, images, tmp_path)

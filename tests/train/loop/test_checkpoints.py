@@ -181,9 +181,7 @@ def test_no_flipped_byte_of_the_state_is_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES[:3])
-def test_after_a_damaged_file_the_older_checkpoint_is_restored(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_files_leave_the_older_checkpoint(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     folder = saved(tmp_path, 1, 2)
     file = folder / "step-00000002" / name
     whole = file.read_bytes()
@@ -208,9 +206,7 @@ def test_if_all_are_damaged_the_run_does_not_silently_start_again(tmp_path: Path
 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("damaged", [2, 4])
-def test_a_damaged_checkpoint_of_the_same_or_a_later_step_makes_room_for_a_sound_one(
-    tmp_path: Path, keep: int, damaged: int
-) -> None:
+def test_a_damaged_checkpoint_of_that_step_or_later_makes_room_for_one(tmp_path: Path, keep: int, damaged: int) -> None:
     folder = saved(tmp_path, 1, damaged)
     flip(folder / f"step-{damaged:08d}" / "codec.safetensors", -1)
     training = Training().restore(folder)

@@ -160,9 +160,7 @@ def test_a_resumed_run_ends_with_the_same_bits(argv: list[str], straight: Path, 
 
 
 @pytest.mark.slow
-def test_a_gradient_of_the_discriminator_that_is_not_finite_skips_the_step(
-    argv: list[str], straight: Path, tmp_path: Path
-) -> None:
+def test_a_discriminators_gradient_of_nan_skips_the_step(argv: list[str], straight: Path, tmp_path: Path) -> None:
     run(argv, tmp_path / "run", patch=_spoil)
     assert [line["skipped"] for line in log_lines(tmp_path / "run", "train")] == [0, 0, 1, 2, 3]
     assert_same_tensors(tensors(tmp_path / "run", 5), tensors(straight, 2))

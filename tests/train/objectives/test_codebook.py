@@ -36,9 +36,7 @@ def argv(data: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_that_revives_codes_is_the_same_to_the_bit(
-    argv: list[str], straight: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_that_revives_codes_has_the_same_bits(argv: list[str], straight: Path, tmp_path: Path) -> None:
     for step in (2, 4):
         revived = tensors(straight, step)["codebook/use"][:, 0] == 1 / 16  # exactly an even share
         assert revived.any() and not revived.all()

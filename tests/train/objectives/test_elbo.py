@@ -120,9 +120,7 @@ def test_steps_of_the_mode_are_drawn_for_each_image_evenly_in_the_logarithm() ->
 
 
 @pytest.mark.parametrize("fields", [{}, {"free_bits": 0.05}, {"lpips_weight": 3.0}])
-def test_a_batchs_losses_and_gradient_are_the_means_of_its_images(
-    fields: dict[str, float], request: pytest.FixtureRequest
-) -> None:
+def test_losses_and_gradients_are_means_over_images(fields: dict[str, float], request: pytest.FixtureRequest) -> None:
     """This lets processes and micro-batches average."""
     objective = make(request.getfixturevalue("lpips") if "lpips_weight" in fields else None, **fields)
     pixels = LARGE if "lpips_weight" in fields else PIXELS

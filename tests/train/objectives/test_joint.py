@@ -184,9 +184,7 @@ def test_a_decoder_alone_learns_both_kinds_of_latents() -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_lpips_of_what_is_decoded_is_added_to_either_nll(
-    alone: bool, lpips: LPIPS, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lpips_of_decoded_pixels_joins_either_nll(alone: bool, lpips: LPIPS, monkeypatch: pytest.MonkeyPatch) -> None:
     codec, arguments, params = tiny_codec(), (*batch(2), torch.tensor(1.0), False), []
     decode = codec.likelihood_params
     monkeypatch.setattr(codec, "likelihood_params", lambda z, labels: params.append(decode(z, labels)) or params[-1])

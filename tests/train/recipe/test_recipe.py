@@ -121,7 +121,7 @@ def test_other_flags_than_the_plans_are_refused(tiny: Recipe, cut: object) -> No
         refused(f"other flags .*{names}", run, replace(tiny, **change))
 
 
-def test_missing_latents_are_encoded_again(
+def test_lost_latents_are_redone(
     tiny: Recipe, finished: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A recipe may move to another machine without its latents."""
@@ -155,9 +155,7 @@ def test_no_stage_starts_with_too_little_time(tiny: Recipe, tmp_path: Path, caps
 
 
 @pytest.mark.slow
-def test_a_call_too_short_to_measure_the_speed_fails(
-    tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_call_too_short_for_a_speed_fails(tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert advance(replace(tiny, out=tmp_path / "run"), OutOfTime()) == 1
     assert "give more --minutes" in capsys.readouterr().out
 

@@ -167,8 +167,7 @@ def test_the_same_command_again_does_what_is_left(do: Do) -> None:
     ):
         assert do(f"encode photos z {flags}").out.startswith(said)
         os.utime("photos/a.png", ns=(i, i))
-    assert do("encode photos z --overwrite").out.startswith(everything)
-    assert files_of(Path("z")) == before
+    assert do("encode photos z --overwrite").out.startswith(everything) and files_of(Path("z")) == before
 
 
 @pytest.fixture
@@ -290,8 +289,7 @@ def test_ctrl_c_is_130_and_what_was_made_before_stays(do: Do, three_units: Path)
         patch.setattr(Source, "read_bytes", interrupt)
         assert do(line) == (130, "", "latent-codec: interrupted\n")
     done = len(Latents(Path("z")).entries)
-    assert 1 <= done < 3
-    assert do(line).out.startswith(f"encoded {3 - done} of 3 images, ")
+    assert 1 <= done < 3 and do(line).out.startswith(f"encoded {3 - done} of 3 images, ")
 
 
 def test_models_are_described_measured_and_exported(do: Do, codec: Codec) -> None:

@@ -57,8 +57,7 @@ def test_statistics_are_of_the_first_images_asked_for(codec: Codec, model_file: 
 def test_a_model_without_new_data_keeps_all_it_has(codec: Codec, model_file: Path, tmp_path: Path, half: bool) -> None:
     exported = export(model_file, tmp_path / "m.safetensors", data=(), images=1, half=half)
     assert (exported.config, exported.statistics) == (codec.config, codec.statistics)
-    assert exported.provenance == codec.provenance
-    assert (exported.model_id == codec.model_id) is not half
+    assert exported.provenance == codec.provenance and (exported.model_id == codec.model_id) is not half
     assert exported.model_id == Codec.load(tmp_path / "m.safetensors").model_id
 
 
@@ -67,8 +66,7 @@ def test_a_model_without_statistics_needs_data(codec: Codec, tmp_path: Path, pho
     model, out = tmp_path / "m.safetensors", tmp_path / "out.safetensors"
     codec.save(model)
     refused("--data", export, model, out, data=(), images=1, half=False)
-    assert not out.exists()
-    assert export(model, out, data=(photos,), images=9, half=False).statistics
+    assert not out.exists() and export(model, out, data=(photos,), images=9, half=False).statistics
 
 
 @pytest.fixture
@@ -120,8 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one_and_without_any_ot
 ) -> None:
     for _ in damaged(run / "checkpoints" / "step-00000100" / name):
         exported = prepare(run, data=(photos,), images=1)
-        assert exported.state_dict()["backbone.linear.encoder.bias"][0] == 20
-        assert "step-00000100" in caplog.text
+        assert exported.state_dict()["backbone.linear.encoder.bias"][0] == 20 and "step-00000100" in caplog.text
         caplog.clear()
     for _ in damaged(run / "checkpoints" / "step-00000020" / name):
         refused("all 2 checkpoints are damaged", prepare, run, data=(), images=1)

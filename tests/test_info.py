@@ -28,8 +28,7 @@ from train.config.presets import photo
 def test_the_photo_preset_keeps_to_its_budget() -> None:
     # The encoder's limit is 1/50 of the SD-VAE encoder's 270 GFLOP for a 256x256 image.
     flops = count_flops(photo().codec)
-    assert 1e9 < flops.encoder <= 5.4e9
-    assert 1e9 < flops.decoder <= 12.4e9
+    assert 1e9 < flops.encoder <= 5.4e9 and 1e9 < flops.decoder <= 12.4e9
 
 
 def test_flops_are_two_for_each_multiply_accumulate(codec: Codec) -> None:
@@ -51,8 +50,7 @@ def test_counting_leaves_no_trace_and_needs_no_memory(codec: Codec) -> None:
     state = torch.get_rng_state()
     huge = dataclasses.replace(codec.config.backbone, encoder_widths=(8, 2**17), decoder_widths=(8, 2**17))
     assert count_flops(dataclasses.replace(codec.config, backbone=huge), 8).encoder > 2**34 * 9 * 2 * 2
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.zeros(1).device.type == "cpu"
+    assert torch.equal(torch.get_rng_state(), state) and torch.zeros(1).device.type == "cpu"
 
 
 def assert_says(where: Path, *parts: object, model: Path | None = None) -> str:

@@ -79,8 +79,7 @@ containers = st.builds(Stream, geometry=st.builds(Geometry, width=sides, height=
 @given(containers)
 def test_a_container_gives_back_what_it_holds(stream: Stream) -> None:
     data, g = pack(stream), stream.geometry
-    assert len(data) == OVERHEAD + len(stream.payload) == 51 + len(stream.payload)
-    assert unpack(data) == stream
+    assert len(data) == OVERHEAD + len(stream.payload) == 51 + len(stream.payload) and unpack(data) == stream
     found, payload = reference_decoder.read_stream(data)
     for name in ("version", "stream_id", "step", "seed"):
         assert getattr(found, name) == getattr(stream, name)

@@ -42,8 +42,7 @@ def test_a_rate_that_makes_no_sense_is_refused(options: dict[str, Any], reason: 
 
 def test_a_step_alone_is_taken_as_it_is(subject: Subject) -> None:
     assert Rate().fixed_step == STEP_ONE and Rate(step=0.5).fixed_step == STEP_ONE // 2
-    assert Rate(step=0.5, max_bytes=10).fixed_step is None
-    assert subject.compress().quantized.step == STEP_ONE
+    assert Rate(step=0.5, max_bytes=10).fixed_step is None and subject.compress().quantized.step == STEP_ONE
     for step in (MIN_STEP, 0.3, MAX_STEP):
         assert subject.compress(step=step).quantized.step == step_code(step)
 

@@ -84,8 +84,7 @@ def test_neighbours_cost_what_their_tables_say(subject: Subject) -> None:
     pairs = zip(coding.passes, other.passes, strict=True)
     (values, tables), (others, _) = next((a, b) for a, b in pairs if (a[0] != b[0]).any())
     (i,) = np.flatnonzero(values != others)
-    assert others[i] == values[i] + 1
-    assert higher[place] == prior.tables.bits(others[[i]], tables[[i]])
+    assert others[i] == values[i] + 1 and higher[place] == prior.tables.bits(others[[i]], tables[[i]])
     assert own[place] == prior.tables.bits(values[[i]], tables[[i]])
 
 

@@ -190,8 +190,7 @@ def test_existing_latents_are_refused_unless_to_be_overwritten(codec: Codec, tmp
         (latents / INDEX).unlink(missing_ok=True)  # as a killed process leaves them
         before.pop(INDEX, None)
     encode(codec, tmp_path / "src", latents, resume=OVERWRITE)
-    assert [e.path for e in Latents(latents).entries] == ["a.png", "b.png"]
-    assert len(stored_files(latents)) == 2
+    assert [e.path for e in Latents(latents).entries] == ["a.png", "b.png"] and len(stored_files(latents)) == 2
 
 
 # Latents of mirrored images: encoding the mirrored file gives them.

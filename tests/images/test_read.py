@@ -176,8 +176,7 @@ def test_every_format_is_read_at_its_size_and_the_pixel_limit_is_inclusive(image
 
 
 def test_every_listed_suffix_is_one_that_pillow_gives_to_an_allowed_format():
-    assert EXTENSIONS
-    assert {PilImage.registered_extensions()[suffix] for suffix in EXTENSIONS} == set(FORMATS)
+    assert EXTENSIONS and {PilImage.registered_extensions()[suffix] for suffix in EXTENSIONS} == set(FORMATS)
 
 
 # Colour modes
@@ -200,12 +199,10 @@ def test_grey_stays_grey_and_one_bit_becomes_black_and_white(image_format: str):
     """A GIF has a palette of greys."""
     grey = random_rgb(5, 7)[..., 0]
     image = read_image(encoded(grey, image_format))
-    assert image.geometry.mode == "L"
-    assert np.array_equal(image.pixels.numpy(), np.stack([grey] * 3))
+    assert image.geometry.mode == "L" and np.array_equal(image.pixels.numpy(), np.stack([grey] * 3))
     assert np.array_equal(np.asarray(to_pil(*image)), grey)
     image = read_image(encoded(np.array([[True, False, True]]), image_format))
-    assert image.geometry.mode == "L"
-    assert image.pixels.tolist() == [[[255, 0, 255]]] * 3
+    assert image.geometry.mode == "L" and image.pixels.tolist() == [[[255, 0, 255]]] * 3
 
 
 @pytest.mark.parametrize("backdrop", [0, 1, 127, 254, 255])
@@ -214,8 +211,7 @@ def test_alpha_is_composited_in_one_rounding(backdrop: int):
     pil = PilImage.fromarray(np.stack([colour, alpha], axis=-1).astype(np.uint8), "LA")
     image = read_image(encoded(pil, "PNG"), ReadOptions(background="#" + 3 * f"{backdrop:02x}"))
     exact = 2 * (colour * alpha + backdrop * (255 - alpha))  # over 510
-    assert np.array_equal(image.pixels[0].numpy(), (exact + 255) // 510)
-    assert image.geometry.mode == "L"
+    assert np.array_equal(image.pixels[0].numpy(), (exact + 255) // 510) and image.geometry.mode == "L"
 
 
 @pytest.mark.parametrize(("image_format", "options"), LOSSLESS)
@@ -294,8 +290,7 @@ def test_transparency_palettes_and_16_bits_are_read_exactly(source: bytes, backg
 def test_16_bit_grey_is_rounded_to_8_bits(image_format: str):
     values = np.arange(65_536).reshape(256, 256)
     image = read_image(encoded(values.astype(np.uint16), image_format))
-    assert image.geometry.mode == "L"
-    assert np.array_equal(image.pixels[0].numpy(), np.rint(values / 257))
+    assert image.geometry.mode == "L" and np.array_equal(image.pixels[0].numpy(), np.rint(values / 257))
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "TIFF"])
@@ -318,8 +313,7 @@ def test_lab_becomes_rgb_and_its_a_is_no_alpha():
 def test_other_colour_spaces_become_rgb(mode: str, red: tuple[int, ...]):
     # No listed format stores HSV, and only a rare kind of TIFF YCbCr.
     rgb = in_8_bits(PilImage.new(mode, (1, 1), red), "", "some.img")
-    assert rgb.mode == "RGB"
-    assert np.abs(np.asarray(rgb)[0, 0].astype(int) - [255, 0, 0]).max() <= 1
+    assert rgb.mode == "RGB" and np.abs(np.asarray(rgb)[0, 0].astype(int) - [255, 0, 0]).max() <= 1
 
 
 # Colour profiles
@@ -359,8 +353,7 @@ def test_a_grey_profile_is_followed_and_grey_stays_grey():
     image = read_image(encoded(values, "PNG", icc_profile=linear))
     light = values[0] / 255
     srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
-    assert image.geometry.mode == "L"
-    assert np.abs(image.pixels[0, 0].numpy() - 255 * srgb).max() <= 1
+    assert image.geometry.mode == "L" and np.abs(image.pixels[0, 0].numpy() - 255 * srgb).max() <= 1
     assert torch.equal(image.pixels[0], image.pixels[2])
 
 

@@ -52,8 +52,7 @@ def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_h
         return batch
 
     found = dict(OutOfMemoryBackoff().map(call, [1, 2, 3, 4], 1))
-    assert isinstance(found.pop(3), UserError)
-    assert found == {1: 1, 2: 2, 4: 4}
+    assert isinstance(found.pop(3), UserError) and found == {1: 1, 2: 2, 4: 4}
     with pytest.raises(RuntimeError, match="another"):
         list(OutOfMemoryBackoff().map(mock.Mock(side_effect=RuntimeError("another")), [1, 2], 1))
 

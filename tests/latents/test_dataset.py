@@ -53,8 +53,7 @@ def test_z_depends_on_seed_epoch_and_path_alone(codec: Codec, tmp_path: Path) ->
         _ = [many[i] for i in reversed(range(len(many)))]
         noise = normal(fold(5, epoch, text_key("b/ü.png"))[None], stored("b/ü.png").mean.shape[1:])
         expected = stored("b/ü.png").sample(noise)[0]
-        assert torch.equal(many[place].z, expected)
-        assert torch.equal(alone[0].z, expected)
+        assert torch.equal(many[place].z, expected) and torch.equal(alone[0].z, expected)
         assert (alone[0].path, alone[0].label) == ("b/ü.png", 0)
 
 

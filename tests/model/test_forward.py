@@ -80,8 +80,7 @@ def test_a_model_in_half_precision_takes_uint8_or_floats_and_gives_its_own_type(
         z = posterior.mode()
         assert {posterior.sample().dtype, posterior.mean.dtype, z.dtype, reconstruction.dtype} == {dtype}
         assert {codec.decode(z).dtype, codec.decode(z.float()).dtype} == {dtype}
-        assert codec.decode_uint8(z).dtype == torch.uint8
-        assert posterior.kl().dtype == torch.float32
+        assert codec.decode_uint8(z).dtype == torch.uint8 and posterior.kl().dtype == torch.float32
         assert posterior.coded.dtype in (torch.float32, torch.int64)
         if not isinstance(posterior, Codes):  # a rounding error may choose another code
             torch.testing.assert_close(z.float(), wanted.posterior.mean, rtol=0.05, atol=0.05)

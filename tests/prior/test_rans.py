@@ -55,8 +55,7 @@ def test_payloads_are_lossless_near_the_ideal_length_and_to_the_bit(seed: int, l
     ans.finish()
     assert decode(payload, [chosen for _, chosen in passes]) == expected
     bits = sum(coder().tables.bits(values, chosen).sum() for values, chosen in passes)
-    assert bits <= 8 * len(payload) <= 1.001 * bits + 65
-    assert sum(lengths) * MIN_SYMBOL_BITS <= 8 * len(payload)
+    assert bits <= 8 * len(payload) <= 1.001 * bits + 65 and sum(lengths) * MIN_SYMBOL_BITS <= 8 * len(payload)
 
 
 def test_a_long_run_of_the_cheapest_symbol_costs_the_least_bits() -> None:

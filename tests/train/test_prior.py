@@ -188,8 +188,7 @@ def test_drawn_latents_are_those_of_the_quantiser(places: tuple[Path, Path]) -> 
     assert 0 < int(drawn.dithered.sum()) < 16 and priors is not None
     for mean, found in zip(batch.means, net.unquantized(drawn), strict=True):
         expected = scale(mean, priors.channel_steps, found.step, found.seed)
-        assert np.array_equal(found.latents, expected.latents)
-        assert 512 <= found.step <= 4096
+        assert np.array_equal(found.latents, expected.latents) and 512 <= found.step <= 4096
 
 
 @pytest.mark.parametrize("levels", [(), (2, 1), (0, 3)])
@@ -211,8 +210,7 @@ def test_integers_cost_what_the_float_network_says(places: tuple[Path, Path], le
     read = torch.stack([dequantize(coding.quantized, channel_steps) for coding in codings])
     size = torch.from_numpy(channel_steps)[:, None, None] * (drawn.step / 1024)[:, None, None, None]
     assert ((coded.latents - read) / size).abs().mean() < 0.03  # an eighth apart where a location is at an edge
-    assert np.sum(found) == pytest.approx(np.sum(wanted), rel=0.03)
-    assert np.corrcoef(found, wanted)[0, 1] > 0.99
+    assert np.sum(found) == pytest.approx(np.sum(wanted), rel=0.03) and np.corrcoef(found, wanted)[0, 1] > 0.99
 
 
 def test_locations_learn_although_all_integers_are_zero(places: tuple[Path, Path]) -> None:

@@ -245,8 +245,7 @@ def test_a_signal_to_program_and_workers_ends_the_run_after_its_step_with_a_chec
     process.signal(number)  # a launcher passes on what its children got themselves
     assert process.wait() == code
     assert "interrupted at step 5 of 8; a checkpoint is saved, the same command goes on from here" in process.text
-    assert "Traceback" not in process.text
-    assert "from step 5 to 8" in run(argv, out)
+    assert "Traceback" not in process.text and "from step 5 to 8" in run(argv, out)
     assert_finished_like(out, straight)
 
 
@@ -276,8 +275,7 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint(argv: list[str], t
     processes[1].wait_for(lambda: logged(out, 4))
     processes[1].signal(signal.SIGTERM)
     assert [process.wait() for process in processes] == [143, 143]
-    assert "interrupted at step 5 of 8" in processes[0].text
-    assert "from step 5 to 8" in run_ranks(argv, out, 2)
+    assert "interrupted at step 5 of 8" in processes[0].text and "from step 5 to 8" in run_ranks(argv, out, 2)
     assert_finished_like(out, two_ranks)
 
 
@@ -360,8 +358,7 @@ def test_bfloat16_trains_float32_weights_to_a_close_loss(argv: list[str], straig
     assert all(value.dtype == torch.float32 for value in found.values())
     assert not all(torch.equal(value, exact[name]) for name, value in found.items())
     for ours, theirs in zip(log_lines(out, "train"), log_lines(straight, "train"), strict=True):
-        assert ours["skipped"] == 0
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["skipped"] == 0 and ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
 
 
 def test_runs_of_other_settings_or_images_are_refused_by_name(argv: list[str], finished: Path, tmp_path: Path) -> None:

@@ -118,8 +118,7 @@ def test_the_last_word_on_an_image_counts(folder: Path, src: Path) -> None:
 def test_names_that_are_no_utf_8_are_remembered(folder: Path, src: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     (src / name).write_text("x")
-    assert name in make(folder, src)
-    assert make(folder, src, bad=name) == []
+    assert name in make(folder, src) and make(folder, src, bad=name) == []
     assert json.loads((folder / FAILURES).read_text())["path"] == name
 
 

@@ -104,8 +104,7 @@ def test_an_edit_is_seen_by_its_hash_or_its_time(own: Copy) -> None:
     assert made_again(task, folder, BY_TIME) == SECOND_UNIT
     (task.src / "a.png").write_bytes((task.src / "a.png").read_bytes() + b"longer")
     os.utime(task.src / "a.png", ns=(3, 3))
-    assert made_again(task, folder, BY_TIME) == FIRST_UNIT
-    assert made_again(task, folder) == set()
+    assert made_again(task, folder, BY_TIME) == FIRST_UNIT and made_again(task, folder) == set()
 
 
 DAMAGE: tuple[Callable[[Path], object], ...] = (
@@ -160,8 +159,7 @@ def test_other_settings_make_all_again_and_the_old_ones_too(made: Copy, tmp_path
         assert task.do(folder, **options).done == 5
         task.do(tmp_path / f"{i}", **options)
         assert files_of(tmp_path / f"{i}").items() <= files_of(folder).items()
-    assert task.do(folder).done == 5
-    assert expected.items() <= files_of(folder).items()
+    assert task.do(folder).done == 5 and expected.items() <= files_of(folder).items()
 
 
 @pytest.mark.parametrize("change", ["weights", "priors", "statistics"])
@@ -209,8 +207,7 @@ def test_shards_are_those_of_sources_there_are(own: Copy, tmp_path: Path, draw: 
     assert stranger.read_text() == "a stranger's"
     stranger.unlink()
     task.do(tmp_path / "fresh")
-    assert files_of(folder) == files_of(tmp_path / "fresh")
-    assert task.do(folder).skipped == 5
+    assert files_of(folder) == files_of(tmp_path / "fresh") and task.do(folder).skipped == 5
 
 
 def test_two_folders_of_sources_share_one_of_streams(made: Copy, tmp_path: Path, draw: Draw) -> None:
@@ -221,8 +218,7 @@ def test_two_folders_of_sources_share_one_of_streams(made: Copy, tmp_path: Path,
     two = files_of(folder)
     assert {name for name in one if one[name] != two.get(name)} == {"a.png.lc", FAILURES}  # of one name: the last
     assert two.keys() == one.keys() - {FAILURES} | {"q.png.lc", "r.png.lc"}
-    assert made_again(task, folder) == FIRST_UNIT
-    assert one.items() < files_of(folder).items()
+    assert made_again(task, folder) == FIRST_UNIT and one.items() < files_of(folder).items()
 
 
 def test_commands_of_two_kinds_in_one_folder_leave_each_other_alone(places: Places, made: Copy) -> None:
@@ -381,6 +377,5 @@ def test_as_many_processes_as_you_like_make_the_same_files(places: Places, tmp_p
     ranks = [{"RANK": f"{rank}", "WORLD_SIZE": f"{size}"} for rank in range(size)]
     for resume in (RESUME, OVERWRITE):
         processes = [start(work, task, tmp_path / "z", environment, resume) for environment in ranks]
-        assert [finish(process) for process in processes] == [0] * size
-        assert files_of(tmp_path / "z") == expected
+        assert [finish(process) for process in processes] == [0] * size and files_of(tmp_path / "z") == expected
     assert task.do(tmp_path / "z").skipped == 5

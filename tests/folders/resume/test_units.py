@@ -31,8 +31,7 @@ def test_units_are_a_partition_of_the_sources_in_their_order(sizes: dict[str, in
     assert [source for unit in found for source in unit.sources] == everything
     assert len({unit.name for unit in found}) == len(found)
     for unit in found:
-        assert 1 <= len(unit.sources) <= 6
-        assert sum(source.size for source in unit.sources[:-1]) < 1000
+        assert 1 <= len(unit.sources) <= 6 and sum(source.size for source in unit.sources[:-1]) < 1000
 
 
 @given(st.dictionaries(NAMES, st.just(1), min_size=1), st.integers(0, 2**26), NAMES)
@@ -70,8 +69,7 @@ def test_shares_are_disjoint_and_together_the_whole(count: int, size: int) -> No
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     for index, share in enumerate(shares):
         helper = Share(index, count, alone=False).of(everything)
-        assert helper[: len(share)] == share
-        assert sorted(helper) == sorted(everything)
+        assert helper[: len(share)] == share and sorted(helper) == sorted(everything)
     assert WHOLE.of(everything) == everything
 
 

@@ -191,8 +191,7 @@ def test_a_samples_image_and_key_follow_their_definition(
     samples = range(start, start + count * stride, stride)
     drawn = draw(samples, n, seed)
     for i, image, key in zip(samples, drawn.image.tolist(), drawn.key.tolist(), strict=True):
-        assert image == int(permutation(n, fold(seed, 0, i // n))[i % n])
-        assert key == int(fold(seed, i))
+        assert image == int(permutation(n, fold(seed, 0, i // n))[i % n]) and key == int(fold(seed, i))
 
 
 def test_centre_crops_are_the_middle_of_readable_images(

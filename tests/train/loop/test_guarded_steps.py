@@ -25,16 +25,13 @@ def test_steps_that_are_not_finite_count_and_change_nothing(kind: type[torch.opt
             for is_bad in numbers:
                 loss = weight.square().sum() * (math.nan if is_bad else 1.0)
                 loss.backward()
-                assert bool(steps.take(loss.detach())) is not is_bad
-                assert weight.grad is None
+                assert bool(steps.take(loss.detach())) is not is_bad and weight.grad is None
                 counts.append(steps.counts())
             found.append((weight.detach().clone(), dict(optimizer.state[weight])))
         if numbers is bad:
-            assert counts == [(5, 0), (6, 1), (7, 2), (7, 0), (8, 1), (8, 0)]
-            assert int(steps.skipped) == 8
+            assert counts == [(5, 0), (6, 1), (7, 2), (7, 0), (8, 1), (8, 0)] and int(steps.skipped) == 8
     (one, first), (other, second) = found
-    assert torch.equal(one, other)
-    assert all(torch.equal(first[key], second[key]) for key in first | second)
+    assert torch.equal(one, other) and all(torch.equal(first[key], second[key]) for key in first | second)
 
 
 def test_a_gpu_is_heard_now_and_then_and_a_cpu_always() -> None:

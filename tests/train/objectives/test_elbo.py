@@ -148,8 +148,7 @@ def test_the_expectation_over_noise_is_the_negative_elbo() -> None:
     error = error + (posterior.std.square() * columns[:, None, None]).sum()
     nll = 0.5 * error / SIGMA**2 + x.numel() * (math.log(SIGMA) + 0.5 * math.log(2 * math.pi))
     expected, spread = nll.item() + posterior.kl().item(), losses.std().item() / math.sqrt(len(losses))
-    assert 0 < spread < 1e-3 * abs(expected)
-    assert losses.mean().item() == pytest.approx(expected, abs=5 * spread)
+    assert 0 < spread < 1e-3 * abs(expected) and losses.mean().item() == pytest.approx(expected, abs=5 * spread)
 
 
 def test_noise_follows_the_key_not_the_place_in_the_batch() -> None:

@@ -6,7 +6,6 @@ test process that uses it, and all files and ports are that process's own.
 
 import gzip
 import importlib
-import json
 import multiprocessing
 import os
 import socket
@@ -22,7 +21,6 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from tests.support.data import ROOT
 
@@ -150,42 +148,6 @@ def run_ranks(argv: Sequence[str], out: Path, ranks: int, **options: Any) -> str
     codes = [process.wait() for process in processes]
     assert codes == [0] * ranks, "\n".join(process.text for process in processes)
     return processes[0].text
-
-
-def checkpoint(out: Path, step: int) -> Path:
-    return out / "checkpoints" / f"step-{step:08d}"
-
-
-def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """Read all tensors of a checkpoint by file and name."""
-    files = sorted(checkpoint(out, step).glob("*.safetensors"))
-    assert len(files) >= 3
-    return {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
-
-
-def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def assert_close_runs(
-    one: Path, other: Path, steps: int, relative: float, absolute: float = 0.0, compared: Callable[[str], bool] = bool
-) -> None:
-    """Compare checkpoints, or some of their tensors by name; differences are relative for Adam's moments alone.
-
-    Moments matter, because Adam itself forgives a wrong scale.
-    """
-    for step in range(1, steps + 1):
-        a, b = tensors(one, step), tensors(other, step)
-        assert a.keys() == b.keys()
-        for name in filter(compared, a):
-            scale = float(b[name].abs().max()) if name.startswith("optimizer/") else 1.0
-            assert float((a[name] - b[name]).abs().max()) <= relative * scale + absolute, (step, name)
-
-
-def log_lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def fork_server() -> Any:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.run import flags, log_lines, run, write_digits
+from tests.support.checkpoints import log_lines
+from tests.support.run import flags, run, write_digits
 from train.collapse import signs_of_collapse
 from train.config.presets import autoencoder, mnist_iwae, mnist_vae
 

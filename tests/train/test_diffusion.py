@@ -11,8 +11,9 @@ from latent_codec.cli import main
 from latent_codec.diffusion.model import Diffusion
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
+from tests.support.checkpoints import assert_same_tensors, checkpoint, log_lines, tensors
 from tests.support.latents import store
-from tests.support.run import assert_same_tensors, checkpoint, flags, log_lines, run, run_ranks, start, tensors
+from tests.support.run import flags, run, run_ranks, start
 from train.data.crops import SamplePlan
 from train.data.latents import PosteriorBatch, PosteriorCrops
 

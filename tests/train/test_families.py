@@ -18,18 +18,8 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
-from tests.support.run import (
-    assert_same_tensors,
-    checkpoint,
-    flags,
-    log_lines,
-    run,
-    run_ranks,
-    start,
-    tensors,
-    write_digits,
-    write_labels,
-)
+from tests.support.checkpoints import assert_same_tensors, checkpoint, log_lines, tensors
+from tests.support.run import flags, run, run_ranks, start, write_digits, write_labels
 from train.config.presets import mnist_cvae
 
 SMALL = flags(

@@ -23,8 +23,9 @@ from latent_codec.prior.layout import PassLayout, Sites
 from latent_codec.prior.passes import ideal_bits, quantize
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD, dequantize, scale
+from tests.support.checkpoints import assert_same_tensors, checkpoint, log_lines
 from tests.support.errors import refused, rejected
-from tests.support.run import assert_same_tensors, checkpoint, flags, log_lines, run_ranks
+from tests.support.run import flags, run_ranks
 from tests.support.run import run as run_one
 from train.config import prior
 from train.context_prior.network import ContextNet, counted_tables, gather, logistic_tables, scatter

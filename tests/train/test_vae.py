@@ -24,22 +24,9 @@ from latent_codec.export import export
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from tests.support import faults
+from tests.support.checkpoints import assert_close_runs, assert_same_tensors, checkpoint, log_lines, tensors
 from tests.support.data import ROOT
-from tests.support.run import (
-    ONE_STEP,
-    TINY,
-    assert_close_runs,
-    assert_same_tensors,
-    checkpoint,
-    flags,
-    log_lines,
-    run,
-    run_ranks,
-    start,
-    start_ranks,
-    tensors,
-    write_images,
-)
+from tests.support.run import ONE_STEP, TINY, flags, run, run_ranks, start, start_ranks, write_images
 from train import vae
 from train.data.crops import ImageSet, centre_crops
 from train.loop.accelerate_state import accelerate_as

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import GaussianConfig, LinearConfig
 from latent_codec.storage.run_folder import newest_checkpoint
+from tests.support.checkpoints import assert_same_tensors
 from tests.support.errors import refused
 from tests.support.folder import finish
 from tests.support.folder import start as start_process
 from tests.support.networks import config_of
-from tests.support.run import assert_same_tensors
 from train.loop import checkpoints
 from train.loop.checkpoints import Progress
 

@@ -9,16 +9,8 @@ import torch
 
 from latent_codec.export import export
 from latent_codec.model.codec import Codec
-from tests.support.run import (
-    ONE_STEP,
-    assert_close_runs,
-    assert_same_tensors,
-    flags,
-    log_lines,
-    run,
-    run_ranks,
-    tensors,
-)
+from tests.support.checkpoints import assert_close_runs, assert_same_tensors, log_lines, tensors
+from tests.support.run import ONE_STEP, flags, run, run_ranks
 from train.config.presets import kl_f8c4
 from train.config.vae import AdversarialConfig
 from train.objectives.adversarial import AdversarialLosses, Adversary, PatchDiscriminator, last_weight

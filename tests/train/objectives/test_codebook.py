@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from latent_codec.export import export
 from latent_codec.model.codebooks import VectorQuantizer
 from latent_codec.model.config import VectorQuantizerConfig
+from tests.support.checkpoints import assert_same_tensors, log_lines, tensors
 from tests.support.networks import make_codec
-from tests.support.run import assert_same_tensors, flags, log_lines, run, run_ranks, tensors
+from tests.support.run import flags, run, run_ranks
 from train.config.presets import vqvae
 from train.data.crops import Batch, SamplePlan
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of

@@ -22,20 +22,11 @@ from latent_codec.prior.context import ContextConfig
 from latent_codec.prior.priors import Priors, to_tensors
 from latent_codec.prior.quantizer import STEP_OF_STD
 from tests.conftest import SQUEEZE
+from tests.support.checkpoints import assert_close_runs, assert_same_tensors, checkpoint, log_lines, tensors
 from tests.support.errors import refused, rejected
 from tests.support.networks import TINY_LITE, make_codec
 from tests.support.prior import context_tables, feedback
-from tests.support.run import (
-    ONE_STEP,
-    assert_close_runs,
-    assert_same_tensors,
-    checkpoint,
-    flags,
-    log_lines,
-    run,
-    run_ranks,
-    tensors,
-)
+from tests.support.run import ONE_STEP, flags, run, run_ranks
 from train.config.presets import photo
 from train.config.vae import JointConfig
 from train.context_prior.network import Coded, ContextNet, Drawn

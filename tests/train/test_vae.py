@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,6 @@ from train.loop.accelerate_state import accelerate_as
 from train.loop.interrupts import Interrupts
 
 STEPS = 8
-EVERY_STEP = flags("--save-every 1 --keep-checkpoints 99")
 STREAMED = flags("--data-mode stream --workers 2")
 FIELDS = flags(
     "loss nll kl beta kl_bpp psnr active_channels clamped nll_mode grad_norm learning_rate skipped images_per_s minutes"
@@ -46,17 +46,9 @@ def argv(data: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def straight(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run one process from the first step to the last, and keep every step's checkpoint."""
-    out = tmp_path_factory.mktemp("straight") / "run"
-    (out.parent / "text").write_text(run([*argv, *EVERY_STEP], out))
-    return out
-
-
-@pytest.fixture(scope="module")
 def two_ranks(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks") / "run"
-    assert "2 process(es) on cpu" in run_ranks([*argv, *EVERY_STEP], out, 2)
+    assert "2 process(es) on cpu" in run_ranks(argv, out, 2)
     return out
 
 
@@ -183,7 +175,7 @@ def test_two_processes_of_torchrun_resume_a_run_of_micro_batches(
     run([*argv, *ONE_STEP], out)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train.vae"]
     result = subprocess.run(
-        [*launch, *argv, *EVERY_STEP, "--out", str(out)],
+        [*launch, *argv, "--out", str(out)],
         cwd=ROOT,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -210,7 +202,7 @@ def test_a_run_killed_again_and_again_ends_the_same(argv: list[str], straight: P
         assert process.wait() == -signal.SIGKILL
     assert workers and not psutil.wait_procs(workers, timeout=30)[1]
     text = run([*argv, *STREAMED], out)
-    assert "6 images (stream)" in text and ("from step 4 to 8" in text or "from step 6 to 8" in text)
+    assert "6 images (stream)" in text and re.search("from step [456] to 8", text)
     assert_finished_like(out, straight)
 
 
@@ -284,7 +276,7 @@ def assert_only_skipped_changed_nothing(out: Path, steps: list[int]) -> None:
 def test_steps_with_a_loss_that_is_not_finite_are_skipped_and_counted(argv: list[str], tmp_path: Path) -> None:
     """It makes no difference that a host hears of a GPU's bad steps later."""
     out, later = tmp_path / "run", tmp_path / "later"
-    run([*argv, *EVERY_STEP], out, patch=partial(faults.nan_loss, 3, 5, 6))
+    run(argv, out, patch=partial(faults.nan_loss, 3, 5, 6))
     assert_only_skipped_changed_nothing(out, [3, 5, 6])
     assert [line["step"] for line in log_lines(out, "train") if line["loss"] is None] == [3, 5, 6]
     assert (state(out, 6)["skipped"], state(out, 6)["skipped_in_a_row"]) == (3, 2)
@@ -298,14 +290,14 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_and_counted(argv: list
 @pytest.mark.slow
 def test_all_processes_skip_what_is_not_finite_on_one(argv: list[str], tmp_path: Path) -> None:
     patch = partial(faults.nan_loss, 5, 12, rank=1)  # a first and a second micro-batch
-    run_ranks([*argv, *EVERY_STEP, *flags("--accumulation 2")], tmp_path / "run", 2, patch=patch)
+    run_ranks([*argv, *flags("--accumulation 2")], tmp_path / "run", 2, patch=patch)
     assert_only_skipped_changed_nothing(tmp_path / "run", [3, 6])
 
 
 @pytest.mark.slow
 def test_a_run_that_stays_not_finite_stops_and_its_checkpoint_stays(argv: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    argv = [*argv, *flags("--max-skipped 3 --save-every 1")]
+    argv = [*argv, *flags("--max-skipped 3")]
     text = run(argv, out, code=1, patch=partial(faults.nan_loss, 3, 4, 5))
     assert "not finite 3 steps in a row (limit max_skipped 3) at step 5" in text
     assert "from step 4 to 8" in run(argv, out)
@@ -318,7 +310,7 @@ def test_a_run_that_stays_not_finite_stops_and_its_checkpoint_stays(argv: list[s
 def test_a_scaled_run_lowers_its_scale_and_resumes_exactly(argv: list[str], straight: Path, tmp_path: Path) -> None:
     """The first scale of 2^16 is far too high here."""
     fp16: dict[str, Any] = {"env": {"ACCELERATE_MIXED_PRECISION": "fp16"}, "patch": faults.scaled_fp16}
-    argv = [*argv, *EVERY_STEP, *flags("--steps 16")]
+    argv = [*argv, *flags("--steps 16")]
     out, stopped = tmp_path / "run", tmp_path / "stopped"
     run(argv, out, **fp16)
     skipped = skipped_steps(out)
@@ -364,7 +356,7 @@ def test_runs_of_other_settings_or_images_are_refused_by_name(argv: list[str], f
 
 def test_a_finished_run_is_left_as_it_is_until_steps_or_intervals_change(argv: list[str], finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file() and path.name != "config.json"}
-    assert "from step 8 to 8" in run([*argv, *EVERY_STEP], finished)
+    assert "from step 8 to 8" in run([*argv, *flags("--save-every 2")], finished)
     assert {path: path.read_bytes() for path in before} == before
     text = run([*argv, *flags("--steps 10 --save-every 5 --log-every 3 --eval-every 7 --keep-checkpoints 1")], finished)
     assert "from step 8 to 10" in text
@@ -377,10 +369,7 @@ def test_a_finished_run_is_left_as_it_is_until_steps_or_intervals_change(argv: l
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            "--accumulation 3",
-            "batch_size 4 cannot be split over 1 processes x 3 micro-batches; make it a multiple of 3",
-        ),
+        ("--accumulation 3", "cannot be split over 1 processes x 3 micro-batches; make it a multiple of 3"),
         ("--crop 36", "crop 36 is no multiple of 8, the model's factor"),
         ("--eval-crop 20", "eval_crop 20 is no multiple of 8, the model's factor"),
         ("--log-every 0", "log_every is 0; it must be at least 1"),
@@ -392,22 +381,18 @@ def test_a_finished_run_is_left_as_it_is_until_steps_or_intervals_change(argv: l
         ("--lpips-weight 1 --lpips-backbone nowhere.safetensors", "nowhere.safetensors: no such file"),
         ("--log-with aim", "of these trackers none can be imported"),
         ("--data nowhere", "no such image, folder or tar file"),
-        (
-            "conv --widths 8 8 --groups 4 --layers-per-block 1 --lpips-weight 0 --closed-form",
-            "closed_form needs a backbone with a linear path, not conv",
-        ),
     ],
 )
 def test_wrong_values_are_refused_in_a_sentence(argv: list[str], tmp_path: Path, change: str, message: str) -> None:
     if "aim" in change and importlib.util.find_spec("aim"):
         pytest.skip("aim is installed here")
-    words = [*flags(change), *argv[-2:]] if change.startswith("conv") else [*argv, *flags(change)]
-    assert message in refused(words, tmp_path / "run")
+    assert message in refused([*argv, *flags(change)], tmp_path / "run")
     assert "nowhere.safetensors" in change or not (tmp_path / "run").exists()
 
 
-def test_float16_without_a_gpu_and_a_file_as_folder_are_refused(argv: list[str], tmp_path: Path) -> None:
+def test_float16_without_a_gpu_unknown_flags_and_a_file_as_folder_are_refused(argv: list[str], tmp_path: Path) -> None:
     assert "fp16 needs a GPU" in run(argv, tmp_path / "run", code=1, env={"ACCELERATE_MIXED_PRECISION": "fp16"})
+    assert "--sigmaa" in run([*argv, "--sigmaa", "1"], tmp_path / "flag", code=2)
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'}: cannot be written into as a folder" in refused(argv, tmp_path / "file")
 
@@ -427,23 +412,12 @@ def test_mistakes_end_all_processes(argv: list[str], finished: Path, change: str
     assert all(message in process.text and "Traceback" not in process.text for process in processes)
 
 
-def test_the_command_line_explains_itself(tmp_path: Path) -> None:
-    text = run(["photo", "--help"], tmp_path / "run")
-    assert "--encoder-widths" in text and "Side of the square training crops" in text
-    unknown = run(["vqgan"], tmp_path / "preset", code=2)
-    assert "vqgan" in unknown and "photo" in unknown
-    assert "--sigmaa" in run([*TINY, "--data", "x", "--sigmaa", "1"], tmp_path / "flag", code=2)
-
-
 def test_a_tracker_gets_the_logged_values(argv: list[str], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
-        EventAccumulator,
-    )
+    from tensorboard.backend.event_processing import event_accumulator  # pyright: ignore[reportMissingImports]
 
-    out = tmp_path / "run"
-    run([*argv, *flags("--log-with tensorboard")], out)
-    events = EventAccumulator(str(out / "run"))
+    run([*argv, *flags("--log-with tensorboard")], tmp_path / "run")
+    events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "run"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/nll")] == list(range(1, STEPS + 1))
     assert [event.step for event in events.Scalars("eval/nelbo")] == [4, 8]

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,8 +11,7 @@ from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from tests.conftest import Draw
 from tests.evaluation.conftest import compressed
-from tests.support.errors import refused
-from tools.benchmark.coding import LARGEST_OVERHEAD, Coding, measure_sizes, time_coding
+from tools.benchmark.coding import LARGEST_OVERHEAD, Coding, measure_sizes
 
 SIZES = {"a.png": (24, 16), "b.png": (65, 130)}
 
@@ -37,19 +35,6 @@ def test_sizes_are_close_to_the_ideal(codec: Codec, photos: Path) -> None:
     for step in (1.0, 2.0):
         saved = 1 - bpp["context", step] / bpp["factorized", step]
         assert found["context_saves"][f"step {step:g}"] == pytest.approx(saved)
-
-
-@pytest.mark.parametrize("context", [True, False])
-def test_every_part_is_timed_for_every_prior(codec: Codec, photos: Path, context: bool) -> None:
-    assert codec.priors is not None
-    codec.priors = codec.priors if context else codec.priors._replace(context=None)
-    seconds = time_coding(Runner(codec), [read_image(photos / name) for name in SIZES], 1.0, rounds=2)
-    kinds = [seconds.pop(kind) for kind in (("factorized", "context") if context else ("factorized",))]
-    assert seconds.keys() == {"encoder", "scale", "dequantize", "decoder", "refine", "symbols"}
-    assert min([*seconds.values(), *(value for kind in kinds for value in kind.values())]) > 0
-    assert seconds["symbols"] == np.mean([4 * 3 * 2, 4 * 9 * 17])
-    codec.priors = None
-    refused("no prior", time_coding, Runner(codec), [], 1.0, rounds=1)
 
 
 def test_the_command_reports_ratios(model_file: Path, photos: Path, tmp_path: Path) -> None:

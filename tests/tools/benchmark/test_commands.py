@@ -47,11 +47,6 @@ def test_commands_are_timed_beside_their_networks(
         assert row["seconds_in_stages"] == {"decode": 0.2, "network": 1.0, "writing": 0.1}
 
 
-def test_a_folder_is_filled_up_with_other_names(photos: Path, tmp_path: Path) -> None:
-    files = sorted(commands.gather(str(photos), tmp_path / "z", 7).iterdir())
-    assert [file.read_bytes() for file in files] == [(photos / f"{i % 3}.png").read_bytes() for i in range(7)]
-
-
 def test_the_plain_loop_draws_from_the_same_posterior(photos: Path, tmp_path: Path) -> None:
     codec = make_codec(config_of(CONV))
     codec.backbone.state_dict()["quant_conv.bias"][4:] = -29.0  # next to no variance: what is drawn is the mean

@@ -106,11 +106,6 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert_equal(resumed, straight)
 
 
-def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "none"):
-        assert_equal(Training().restore(folder), Training())
-
-
 def test_all_of_progress_is_kept_and_moments_lie_in_memory_as_their_parameters_do(tmp_path: Path) -> None:
     training = Training(2)
     scaler = {"scale": 1 / 3, "growth_factor": 2.0, "_growth_tracker": 7}
@@ -132,13 +127,6 @@ def test_moments_go_to_their_parameters_device_but_step_counts_stay(tmp_path: Pa
         state = training.optimizer.state[p]
         assert (state["exp_avg"].device.type, state["step"].device.type) == ("meta", "cpu")
         assert state["step"].item() == 2.0
-
-
-def test_the_model_files_load_as_they_are(tmp_path: Path) -> None:
-    folder = saved(tmp_path, 2) / "step-00000002"
-    training = Training(2)
-    for name, codec in (("codec", training.codec), ("ema", training.ema)):
-        assert_same_tensors(Codec.load(folder / f"{name}.safetensors").state_dict(), codec.state_dict())
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

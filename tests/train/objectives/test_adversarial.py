@@ -71,11 +71,6 @@ def test_a_score_with_three_layers_sees_70_pixels() -> None:
     assert int((gradient.abs().sum((0, 1, 2)) > 0).sum()) == 70
 
 
-def test_an_images_scores_do_not_depend_on_the_batch() -> None:
-    net, x = PatchDiscriminator(3, 32, 2), images(3)
-    torch.testing.assert_close(net(x)[1:2], net(x[1:2]))
-
-
 def test_the_discriminators_loss_is_the_hinge() -> None:
     adversary = Adversary(CONFIG, 3)
     real, fake = images(seed=0), images(seed=1).requires_grad_()

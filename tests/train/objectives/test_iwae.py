@@ -65,16 +65,6 @@ def test_more_samples_tighten_the_training_bound() -> None:
     assert losses[2] > exact_nll(codec)[0].item() - 0.01
 
 
-def test_a_batchs_loss_and_gradient_are_the_means_of_its_images() -> None:
-    """This lets processes and micro-batches average."""
-    codec = linear()
-    parameters = list(codec.parameters())
-    whole = torch.autograd.grad(call(codec, 5), parameters)
-    singles = [torch.autograd.grad(call(codec, 5, PIXELS[i : i + 1], KEYS[i : i + 1]), parameters) for i in range(4)]
-    for gradient, parts in zip(whole, zip(*singles, strict=True), strict=True):
-        torch.testing.assert_close(gradient, torch.stack(parts).mean(0), rtol=1e-4, atol=1e-5)
-
-
 def test_the_gradient_is_that_of_the_weighted_samples() -> None:
     """Burda et al. (2016), eq. 14: the average of grad log w_i under the normalised weights."""
     codec = linear()

@@ -81,6 +81,7 @@ class Kill:
         """Start a child that encodes, and return its process id."""
         if child := os.fork():
             return child
+        torch.set_num_threads(1)  # torch makes its pool anew in a child, which threads must not do at once
         try:
             resume = Resume(share=Share(rank, self.processes, alone=False))
             compute = ComputeOptions(device="cpu", batch_size=4, workers=2)

@@ -87,7 +87,7 @@ def _train(run: Run, session: Session) -> int:
     torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest convolution pays
     set_seed(config.seed)
     feedback = _measure_feedback(codec, crops, config, accelerator)
-    net = prior_from(run.start_from, context, codec.priors.channel_steps, codec.statistics)
+    net = prior_from(run.start_from, context, codec)
     net.round_by(feedback)
     net = net.to(accelerator.device)
     net.freeze(logistic_tables())  # raises before training what could not be frozen

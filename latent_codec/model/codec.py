@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pad
 from torch.utils import _pytree as pytree
 
 from latent_codec.errors import UserError
@@ -83,8 +83,19 @@ class Codec(nn.Module):
         return self.backbone.encode(self._with_labels(self._as_weights(x), labels))
 
     def likelihood_params(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the likelihood's parameters (b, params_per_channel * c, h, w) given latents."""
-        return self.backbone.decode(self._with_labels(self._as_weights(z), labels))
+        """Return the likelihood's parameters (b, params_per_channel * c, h, w) given latents, of all channels or of one
+        of the model's prefixes. Raises `ValueError` for another number of channels."""
+        return self.backbone.decode(self._with_labels(self._as_weights(self._filled(z)), labels))
+
+    def _filled(self, z: torch.Tensor) -> torch.Tensor:
+        """Append zeros, the prior's mean, for the channels that a prefix lacks."""
+        channels, prefixes = self.config.latent_channels, self.config.prefixes
+        if z.shape[1] == channels:
+            return z
+        if z.shape[1] not in prefixes:
+            choice = f"the model takes {', '.join(map(str, prefixes or (channels,)))}"
+            raise ValueError(f"latents of shape {tuple(z.shape)} have {z.shape[1]} channels; {choice}")
+        return pad(z, (0, 0, 0, 0, 0, channels - z.shape[1]))
 
     def decode(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return expected pixels (b, c, h, w) given latents, in the likelihood's range, not clipped."""

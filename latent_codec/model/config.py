@@ -158,6 +158,9 @@ class CodecConfig:
     likelihood: LikelihoodConfig
     classes: tuple[str, ...] = ()
     """Names of the classes (folders of images) of a conditional model; none for an unconditional model."""
+    prefixes: tuple[int, ...] = ()
+    """Numbers of first channels that are latents of their own, rising to `latent_channels`; the decoder takes zeros for
+    the channels that a prefix lacks. Empty: the decoder needs all channels."""
 
     @property
     def codes(self) -> int | None:

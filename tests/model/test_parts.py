@@ -110,6 +110,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ),
     *(("likelihood", configs.GaussianConfig(scale="fixed", sigma=sigma), "sigma") for sigma in (0.0, -0.1, math.nan)),
     *(("likelihood", configs.DiscretizedLogisticConfig(components=n), "components") for n in (0, -1)),
+    *(("prefixes", prefixes, r"prefixes \(") for prefixes in ((0, 4), (2, 2, 4), (4, 2), (2, 3))),
 ]
 
 

@@ -6,18 +6,19 @@ from dataclasses import replace
 from latent_codec.model import config
 from train.config.vae import AdversarialConfig, CodebookConfig, ELBOConfig, IWAEConfig, JointConfig, TrainConfig
 
+_PHOTO_LITE = config.LiteConfig(
+    patch=8,
+    stem=4,
+    encoder_widths=(64, 192),
+    encoder_depths=(1, 2),
+    decoder_widths=(64, 192),
+    decoder_depths=(2, 3),
+    overlap=4,
+)
 _PHOTO_CODEC = config.CodecConfig(
     image_channels=3,
     latent_channels=32,
-    backbone=config.LiteConfig(
-        patch=8,
-        stem=4,
-        encoder_widths=(64, 192),
-        encoder_depths=(1, 2),
-        decoder_widths=(64, 192),
-        decoder_depths=(2, 3),
-        overlap=4,
-    ),
+    backbone=_PHOTO_LITE,
     bottleneck=config.DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0),
     likelihood=config.GaussianConfig(scale="fixed", sigma=0.08),
 )
@@ -79,6 +80,27 @@ def photo_joint() -> TrainConfig:
         prior_learning_rate=5e-4,
     )
     return replace(photo(), objective=objective, closed_form=False, learning_rate=1e-4)
+
+
+def nested() -> TrainConfig:
+    """Grow a codec of 192 channels, of which any prefix is a latent of its own, from `photo` in closed form."""
+    backbone = replace(_PHOTO_LITE, decoder_depths=(3, 5))
+    codec = replace(_PHOTO_CODEC, latent_channels=192, backbone=backbone, prefixes=(4, 8, 16, 32, 64, 128, 192))
+    return replace(photo(), codec=codec, closed_form=False, steps=0)
+
+
+def nested_joint() -> TrainConfig:
+    """Train the codec of `nested` jointly with its context prior, at all rates and prefixes at once."""
+    objective = JointConfig(
+        noise_steps=(0.1, 5.6),
+        fine_weight=1.0,
+        mode_weight=1.0,
+        prior_groups=(1, 3, 8, 20, 32, 64),
+        prior_levels=(3, 1, 1),
+        prior_width=96,
+        prior_learning_rate=1.5e-3,
+    )
+    return replace(nested(), objective=objective, steps=20_000, learning_rate=3e-4)
 
 
 def pca() -> TrainConfig:
@@ -242,6 +264,6 @@ def mnist_cvae() -> TrainConfig:
     )
 
 
-_PHOTOS = (photo, photo_joint, pca, conv, kl_f8c4, kl_f8c16, autoencoder, vqvae, fsq, logistic)
+_PHOTOS = (photo, photo_joint, nested, nested_joint, pca, conv, kl_f8c4, kl_f8c16, autoencoder, vqvae, fsq, logistic)
 _DIGITS = (mnist_vae, mnist_iwae, mnist_cvae)
 PRESETS: dict[str, Callable[[], TrainConfig]] = {preset.__name__: preset for preset in _PHOTOS + _DIGITS}

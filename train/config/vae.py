@@ -68,6 +68,8 @@ class ELBOConfig:
     """Nats per pixel for one unit of LPIPS; 0 leaves LPIPS out."""
     lpips_net: Literal["alex", "squeeze", "vgg"]
     """Network of LPIPS."""
+    prefix_share: float = 0.3
+    """Share of the images that keep a shorter prefix of the channels, where the model has prefixes."""
     codebook: CodebookConfig | None = None
     """Required if the bottleneck is `vq`, None otherwise."""
     adversarial: AdversarialConfig | None = None
@@ -104,6 +106,10 @@ class JointConfig:
     """Features of the context prior's layers, at most 112."""
     prior_learning_rate: float
     """Peak learning rate of the context prior, which has to follow the moving latents; same schedule as the codec."""
+    fine_weight: float = 2.0
+    """Power of the step that an image's loss is weighed with where the step is below 1; less favours fine steps."""
+    prefix_share: float = 0.3
+    """Share of the images that keep a shorter prefix of the channels, where the model has prefixes."""
     decoder_alone: bool = False
     """Train only the decoder. Encoder, quantiser and prior stay as they are, and so do the sizes of files."""
     lpips_weight: float = 0.0
@@ -148,6 +154,8 @@ def check(config: TrainConfig) -> None:
         _check_iwae(objective, config.codec)
         return
     _check_lpips(objective, config.codec)
+    if not 0 <= objective.prefix_share <= 1:
+        raise UserError(f"prefix_share is {objective.prefix_share}; it is a share, 0 to 1")
     if isinstance(objective, JointConfig):
         _check_joint(objective, config.codec)
         return
@@ -201,7 +209,7 @@ def _check_joint(joint: JointConfig, codec: CodecConfig) -> None:
             "is of: use a model without classes"
         )
     check_interval("noise_steps", joint.noise_steps)
-    check_least(joint, 0, "mode_weight")
+    check_least(joint, 0, "mode_weight", "fine_weight")
     context_layout(joint.prior_groups, joint.prior_levels, codec.latent_channels)
     if not joint.prior_learning_rate > 0:
         raise UserError(f"prior_learning_rate is {joint.prior_learning_rate}; it must be positive")

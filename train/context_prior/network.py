@@ -15,7 +15,7 @@ from latent_codec.prior import context
 from latent_codec.prior.context import SIGNALS, TABLES, TOP, UNIT
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
 from latent_codec.prior.layout import PassLayout, Sites
-from latent_codec.prior.quantizer import LIMIT, STEP_ONE, Scaled, round_with_dead_zone
+from latent_codec.prior.quantizer import LIMIT, STEP_OF_STD, STEP_ONE, Scaled, round_with_dead_zone
 from latent_codec.prior.tables import Tables, join, normalize
 
 _HIDDEN = 16  # integers per unit of an activation
@@ -41,8 +41,13 @@ class Drawn(NamedTuple):
 class Coded(NamedTuple):
     """Hold the cost and the values of coded latents."""
 
-    bits: torch.Tensor  # (b,) bits per latent position of each image
-    latents: torch.Tensor  # (b, z, h, w) as a decoder reads them, in the model's order of channels
+    channel_bits: torch.Tensor  # (b, z) bits per latent position of each image's channels
+    latents: torch.Tensor  # (b, z, h, w) as a decoder reads them; both in the model's order of channels
+
+    @property
+    def bits(self) -> torch.Tensor:
+        """Return the bits per latent position of each image, (b,)."""
+        return self.channel_bits.sum(1)
 
 
 class ContextNet(nn.Module):
@@ -52,6 +57,7 @@ class ContextNet(nn.Module):
     gain: torch.Tensor
     channels: torch.Tensor  # `order` on the device; checkpoints hold it, for runs that start from the weights
     inverse: torch.Tensor  # of `channels`
+    equal_noise: torch.Tensor  # (z,) in the model's order: step at which a channel's noise is as large as its spread
     feedback: torch.Tensor | None  # weights (z, z, 3, 3) of errors in steps, in the prior's order
 
     def __init__(
@@ -74,6 +80,9 @@ class ContextNet(nn.Module):
         # An input's unit is 1 / TOP of `_RANGE` standard deviations, or 1 / UNIT of a step if that is coarser.
         gain = np.minimum(np.round(channel_steps * TOP / (_RANGE * std) * 2**9), _MOST_GAIN)[self.order]
         self.register_buffer("channel_steps", torch.from_numpy(channel_steps[self.order]), persistent=False)
+        noise = channel_steps / STEP_OF_STD
+        spread = np.sqrt(np.maximum(np.square(std / noise) - 1, 0))  # `std` includes the noise
+        self.register_buffer("equal_noise", torch.from_numpy(spread).float(), persistent=False)
         self.register_buffer("channels", torch.from_numpy(self.order))
         self.register_buffer("inverse", torch.from_numpy(np.argsort(self.order)), persistent=False)
         self.register_buffer("gain", torch.from_numpy(gain).float(), persistent=False)
@@ -107,11 +116,11 @@ class ContextNet(nn.Module):
         around it. It learns from the latents before rounding: from their cost, and, where the integer is 0, so that a
         decoder reads the location itself, from their squared distance.
         """
-        b, _, h, w = drawn.scaled.shape
+        h, w = drawn.scaled.shape[2:]
         scale = drawn.step.float()[:, None, None, None] * self.gain[:, None, None] * 2.0**-19  # input units in a step
         known: list[torch.Tensor] = []  # (b, channels, h, w) each, in steps
         errors = torch.zeros_like(drawn.scaled, dtype=torch.float32)  # rounding errors of known latents, in steps
-        total = torch.zeros(b, device=drawn.scaled.device)
+        costs: list[torch.Tensor] = []  # (b, channels) bits of each pass
         for layout, net in zip(self.layouts, self.nets, strict=True):
             group = slice(layout.start, layout.stop)
             unit = scale[:, group, :, 0] / UNIT  # (b, g, 1)
@@ -123,24 +132,27 @@ class ContextNet(nn.Module):
             with float32_island(own):
                 if drawn.exact:
                     found = own
-                    total = total + _logistic_bits(own - located, width)
+                    costs.append(_logistic_bits(own - located, width))
                 else:
                     dithered = drawn.dithered[:, None, None]
                     meant = own
                     if self.feedback is not None and layout.inputs:
                         own = torch.where(dithered, own, own - self._feed_back(errors, layout))
                     found = _rounded(own, dither, dithered, located.detach())
-                    total = total + _logistic_bits(found - located.detach(), width)
+                    cost = _logistic_bits(found - located.detach(), width)
                     distance = torch.where(dithered, found, own.float()) - located
                     read = ~dithered & ((found - located.detach()).abs() < 0.5)
-                    error = torch.where(read, distance, 0).square().flatten(1).sum(1)
+                    error = torch.where(read, distance, 0).square().sum(2)
                     learn = _logistic_bits(distance, width.detach()) + _BITS_OF_ERROR * error
-                    total = total + learn - learn.detach()
+                    costs.append(cost + learn - learn.detach())
                     errors[:, group] += scatter((found - meant).float().detach(), (h, w), layout)
             placed = scatter(found, (h, w), layout)
-            known = [*known[:-1], known[-1] + placed] if layout.inputs > layout.start else [*known, placed]
-        z = torch.cat(known, 1) * self.sizes(drawn.step)
-        return Coded(total / (h * w), z[:, self.inverse])
+            again = layout.inputs > layout.start  # a later pass of the same channels
+            known = [*known[:-1], known[-1] + placed] if again else [*known, placed]
+            if again:
+                costs[-2:] = [costs[-2] + costs[-1]]
+        z, bits = torch.cat(known, 1) * self.sizes(drawn.step), torch.cat(costs, 1) / (h * w)
+        return Coded(bits[:, self.inverse], z[:, self.inverse])
 
     @torch.no_grad()
     def _feed_back(self, errors: torch.Tensor, layout: PassLayout) -> torch.Tensor:
@@ -201,8 +213,8 @@ class ContextNet(nn.Module):
         """Load the weights of a frozen prior: the inverse of `freeze`, except for rounding.
 
         From a prior with other groups or levels, load the passes that decode the same channels at the same positions;
-        the others keep their weights. Raises `ValueError` if there is no such pass, or if the width or the order of
-        channels differs.
+        the others keep their weights. A prior of fewer channels is that of a model from which this one's grew. Raises
+        `ValueError` if there is no such pass, or if the width or the order of channels differs.
         """
         passes = dict(zip(prior.layouts, prior.networks, strict=True))
         common = [
@@ -210,7 +222,8 @@ class ContextNet(nn.Module):
             for layout, net in zip(self.layouts, self.nets, strict=True)
             if layout in passes
         ]
-        same = prior.config.width == self.config.width and np.array_equal(prior.order, self.order)
+        grown = prior.channels < len(self.order) and np.array_equal(self.order, np.arange(len(self.order)))
+        same = prior.config.width == self.config.width and (grown or np.array_equal(prior.order, self.order))
         if not same or not common:
             raise ValueError(
                 f"a prior of {prior.config} does not fit one of {self.config}, or orders channels otherwise"
@@ -312,10 +325,11 @@ def _rounded(scaled: torch.Tensor, dither: torch.Tensor, dithered: torch.Tensor,
 
 
 def _logistic_bits(distance: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return -log2 of the logistic's mass within half a step of `distance` from its centre, summed per image, (b,)."""
+    """Return -log2 of the logistic's mass within half a step of `distance` (b, g, n) from its centre, summed per image
+    and channel, (b, g)."""
     upper, lower = (distance + 0.5) / scale, (distance - 0.5) / scale
     nats = logsigmoid(upper) + logsigmoid(-lower) + torch.log(-torch.expm1(-1 / scale))
-    return -nats.flatten(1).sum(1) / math.log(2)
+    return -nats.sum(2) / math.log(2)
 
 
 def _frozen(layer: nn.Module, inputs: int, outputs: int | torch.Tensor) -> context.Layer:

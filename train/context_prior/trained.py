@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from latent_codec.model.file import LatentStatistics
 from latent_codec.prior.context import ContextConfig
 from latent_codec.storage.run_folder import checkpoints_in
 from latent_codec.storage.tensors import check_state
@@ -33,7 +32,7 @@ def prior_of(config: JointConfig, source: str) -> ContextNet:
             "model's --prior-groups, --prior-levels and --prior-width, or train one by train.prior first"
         )
     if context is None or dataclasses.replace(context.config, centred=True) != wanted:
-        net = ContextNet(wanted, model.priors.channel_steps, model.statistics)
+        net = ContextNet(wanted, model.priors.channel_steps, model.statistics, order_of(model))
     else:
         net = ContextNet(wanted, model.priors.channel_steps, model.statistics, context.order)
         net.thaw(context)
@@ -41,19 +40,24 @@ def prior_of(config: JointConfig, source: str) -> ContextNet:
     return net
 
 
-def prior_from(
-    source: Path | None, context: ContextConfig, channel_steps: np.ndarray, statistics: LatentStatistics
-) -> ContextNet:
-    """Return a context prior with the weights of a model or of a joint run, or random ones without a source.
-    Raises `UserError` if the source has no prior that fits."""
+def order_of(codec: Codec) -> np.ndarray | None:
+    """Return the order in which a prior codes a model's channels if it has prefixes: their own. None: any order."""
+    return np.arange(codec.config.latent_channels) if codec.config.prefixes else None
+
+
+def prior_from(source: Path | None, context: ContextConfig, codec: Codec) -> ContextNet:
+    """Return a context prior for a codec with the weights of a model or of a joint run, or random ones without a
+    source. Raises `UserError` if the source has no prior that fits."""
+    assert codec.priors is not None and codec.statistics is not None
+    channel_steps, statistics, order = codec.priors.channel_steps, codec.statistics, order_of(codec)
     if source is None:
-        return ContextNet(context, channel_steps, statistics)
+        return ContextNet(context, channel_steps, statistics, order)
     try:
         if not source.is_dir():
             priors = Codec.load(source).priors
             if priors is None or priors.context is None:
                 raise UserError(f"--start-from {source}: the model has no context prior")
-            net = ContextNet(context, channel_steps, statistics, priors.context.order)
+            net = ContextNet(context, channel_steps, statistics, priors.context.order if order is None else order)
             net.thaw(priors.context)
             return net
         found = [path / "prior_ema.safetensors" for path in checkpoints_in(source / "checkpoints")]

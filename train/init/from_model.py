@@ -18,14 +18,19 @@ from train.init.closed_form import covariance_around
 
 State = dict[str, torch.Tensor]
 
+_FINEST_STEP = 0.1
+"""Noise that the new channels of a model with prefixes are made for, over the likelihood's sigma: that of this step."""
+
 
 def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> None:
     """Copy a model's weights; raises `UserError` unless it has the same kinds of parts and the same tensors.
 
     A `lite` model may have less overlap or fewer blocks: what is added starts without effect. With a Gaussian posterior
     and likelihood it may also have fewer latent channels: new ones learn from the crops of `batches` what it misses.
+    If `codec` has prefixes, they follow the model's channels in the order of its context prior, strongest first.
     """
     model = Codec.load(source)
+    nested = codec.config.prefixes != model.config.prefixes
     state, backbone, own = model.state_dict(), model.config.backbone, codec.config.backbone
     more = codec.config.latent_channels - model.config.latent_channels
     if isinstance(backbone, LiteConfig) and isinstance(own, LiteConfig):
@@ -36,7 +41,10 @@ def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> Non
             backbone = dataclasses.replace(backbone, **depths)
         can_grow = backbone == own and codec.config.bottleneck.kind == model.config.bottleneck.kind == "gaussian"
         if more > 0 and can_grow and isinstance(codec.likelihood, Gaussian) and isinstance(model.likelihood, Gaussian):
-            state = _add_channels(model, more, batches, float(codec.likelihood.sigma.detach()))
+            sigma = float(codec.likelihood.sigma.detach())
+            if nested:
+                _reorder(model)
+            state = _add_channels(model, more, batches, sigma, sigma * (_FINEST_STEP if nested else 1))
             more = 0
         for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
             state[name] = pad(state[name], (overlap - before.overlap,) * 4)
@@ -83,14 +91,35 @@ def _parts(depths: tuple[int, ...]) -> list[tuple[str, int, int]]:
     return [*parts, ("activation", 0, 0), ("last", 0, 0)]
 
 
-def _add_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: float) -> State:
+def _reorder(model: Codec) -> None:
+    """Bring a `lite` model's channels into the order in which its context prior codes them."""
+    if model.priors is None or model.priors.context is None:
+        return
+    order = torch.from_numpy(model.priors.context.order)
+    state, z = model.state_dict(), len(order)
+    last = _last_layer(model)
+    for name in ("backbone.linear.encoder.weight", "backbone.linear.encoder.bias", f"{last}.weight", f"{last}.bias"):
+        state[name] = torch.cat([part[order] for part in state[name].split(z)])
+    state["backbone.linear.decoder.weight"] = state["backbone.linear.decoder.weight"][order]
+    first = state["backbone.decoder.0.weight"]  # (width, z + classes, 3, 3)
+    state["backbone.decoder.0.weight"] = torch.cat([first[:, order], first[:, z:]], 1)
+    model.load_state_dict(state)
+
+
+def _last_layer(model: Codec) -> str:
+    """Return the name of the last convolution of a `lite` encoder's residual network."""
+    return f"backbone.encoder.{len(model.backbone.get_submodule('encoder')) - 1}"  # pyright: ignore[reportArgumentType]
+
+
+def _add_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: float, finest: float) -> State:
     """Return the state of a `lite` with `more` channels after its own, which only its linear path uses.
 
-    They are found by reduced-rank regression of the reconstruction error on the patch (Izenman 1975): probabilistic
-    principal components, with noise `sigma`, of the error that a linear map of the patch predicts.
+    They are found by reduced-rank regression of a patch's reconstruction error on the pixels that the linear encoder
+    sees (Izenman 1975): probabilistic principal components, with noise `finest`, of the error that a linear map of
+    these pixels predicts. Their posteriors have the noise `sigma`.
     """
     z, p, c = model.config.latent_channels, model.factor, model.config.image_channels
-    new = _components(model, more, batches, sigma)
+    new = _components(model, more, batches, sigma, finest)
     state = dict(model.state_dict())
 
     def append(name: str, rows: torch.Tensor, *, parts: int = 1) -> None:
@@ -100,17 +129,14 @@ def _add_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: floa
         both = torch.cat([own, rows.to(old).reshape(parts, more, *old.shape[1:])], 1)
         state[name] = torch.cat([both.flatten(0, 1), rest])
 
-    overlap = model.state_dict()["backbone.linear.encoder.weight"].shape[-1] // 2 - p // 2
-
-    def kernels(columns: torch.Tensor) -> torch.Tensor:  # (d, more) -> (more, c, p + 2 overlap, p + 2 overlap)
-        return pad(columns.T.reshape(more, c, p, p), (overlap,) * 4)
-
-    means = kernels(new.project)
+    side = model.state_dict()["backbone.linear.encoder.weight"].shape[-1]
+    means = new.project.T.reshape(more, c, side, side)
     append("backbone.linear.encoder.weight", torch.stack([means, torch.zeros_like(means)]), parts=2)
     append("backbone.linear.encoder.bias", torch.stack([new.offset, new.logvar]), parts=2)
     own = state["backbone.linear.decoder.weight"]
-    append("backbone.linear.decoder.weight", pad(kernels(new.back), (0, 0, 0, 0, 0, own.shape[1] - c)))
-    last = f"backbone.encoder.{len(model.backbone.get_submodule('encoder')) - 1}"  # pyright: ignore[reportArgumentType]
+    back = pad(new.back.T.reshape(more, c, p, p), (side // 2 - p // 2,) * 4)
+    append("backbone.linear.decoder.weight", pad(back, (0, 0, 0, 0, 0, own.shape[1] - c)))
+    last = _last_layer(model)
     for name in (f"{last}.weight", f"{last}.bias"):
         append(name, torch.zeros(2, more, *state[name].shape[1:]), parts=2)
     first = "backbone.decoder.0.weight"  # (width, z + classes, 3, 3)
@@ -121,32 +147,38 @@ def _add_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: floa
 
 
 class _Components(NamedTuple):
-    """Hold n linear latents of a patch x (d,): z = project' x + offset, with log-variance `logvar`; error = back z."""
+    """Hold n linear latents of a window x (d,) of pixels: z = project' x + offset, with log-variance `logvar`. The
+    error (e,) of the patch in the window's middle is back z."""
 
     project: torch.Tensor  # (d, n) float64
     offset: torch.Tensor  # (n,)
-    back: torch.Tensor  # (d, n)
+    back: torch.Tensor  # (e, n)
     logvar: torch.Tensor  # (n,)
 
 
 @torch.no_grad()
-def _components(model: Codec, count: int, batches: Iterable[Batch], sigma: float) -> _Components:
-    p = model.factor
-    d = model.config.image_channels * p * p
-    total, outer, n = torch.zeros(2 * d, dtype=torch.float64), torch.zeros(2 * d, 2 * d, dtype=torch.float64), 0
+def _components(model: Codec, count: int, batches: Iterable[Batch], sigma: float, finest: float) -> _Components:
+    p, c = model.factor, model.config.image_channels
+    side = model.state_dict()["backbone.linear.encoder.weight"].shape[-1]
+    d, e = c * side**2, c * p**2
+    inner = -(-(side - p) // (2 * p))  # patches at the edge, whose windows leave the crop
+    total, outer, n = torch.zeros(d + e, dtype=torch.float64), torch.zeros(d + e, d + e, dtype=torch.float64), 0
     for batch in batches:
         labels = batch.labels.cpu()
         x = model.likelihood.from_uint8(batch.pixels.cpu())
         error = x - model.decode(model.encode(x, labels).mode(), labels)
-        both = rearrange([x, error], "two b c (h p) (w q) -> (b h w) (two c p q)", p=p, q=p).double()
+        first = inner * p - (side - p) // 2  # pixel of the first window
+        windows = x[:, :, first:, first:].unfold(2, side, p).unfold(3, side, p)  # (b, c, h, w, side, side)
+        errors = error.unfold(2, p, p).unfold(3, p, p)[:, :, inner : -inner or None, inner : -inner or None]
+        both = torch.cat([rearrange(t, "b c h w p q -> (b h w) (c p q)") for t in (windows, errors)], 1).double()
         total, outer, n = total + both.sum(0), outer + both.T @ both, n + len(both)
-    mean = rearrange(total / n, "(c d) -> c d", d=p * p).mean(1).repeat_interleave(p * p)  # one value per channel
-    mean[d:] = 0  # the error is not centred
+    pixel = rearrange(total[:d] / n, "(c d) -> c d", c=c).mean(1)  # one value per channel
+    mean = torch.cat([pixel.repeat_interleave(side**2), torch.zeros(e, dtype=torch.float64)])  # errors are not centred
     moments = covariance_around(mean, total / n, outer / n)
     of_x, of_both = moments[:d, :d], moments[:d, d:]
     predict = torch.linalg.lstsq(of_x, of_both, driver="gelsd").solution  # (d, d); of_x may be singular
     variance, basis = torch.linalg.eigh(predict.T @ of_x @ predict)  # of the predicted error
-    variance, basis = variance.flip(0)[:count].clamp(min=1.05 * sigma**2), basis.flip(1)[:, :count]
-    gain = torch.sqrt(variance - sigma**2)
+    variance, basis = variance.flip(0)[:count].clamp(min=1.05 * finest**2), basis.flip(1)[:, :count]
+    gain = torch.sqrt(variance - finest**2)
     project = predict @ basis * (gain / variance)
     return _Components(project, -(mean[:d] @ project), gain * basis, torch.log(sigma**2 / variance))

@@ -15,6 +15,7 @@ from latent_codec.prior.quantizer import STEP_OF_STD, round_with_dead_zone
 from train.config.vae import ELBOConfig
 from train.objectives.adversarial import Adversary, last_weight
 from train.objectives.losses import PIXELS, STEP, CodeLosses, VAELosses, bound_of, map_losses, mse_of, signed
+from train.objectives.prefixes import drawn_prefixes, within
 
 
 class ELBO(nn.Module):
@@ -28,6 +29,9 @@ class ELBO(nn.Module):
 
     A vector quantiser adds its commitment loss and, where gradients train the codebook, the codebook's loss (van den
     Oord et al. 2017, eq. 3). The KL against a uniform prior over the codes is a constant of the bound.
+
+    An image of a model with prefixes keeps one prefix of the channels: the decoder sees zeros for the others, which
+    cost nothing.
 
     An adversary adds the generator's loss and the discriminator's.
     """
@@ -62,15 +66,19 @@ class ELBO(nn.Module):
         x = codec.likelihood.observe(pixels, fold(keys, PIXELS))
         posterior = codec.encode(x, labels)
         z = posterior.sample(normal(keys, tuple(posterior.mean.shape[1:])))
+        kept = self._kept(keys)  # (b, z, 1, 1) bool, or None for all channels
+        z = z if kept is None else torch.where(kept, z, 0)
         params = codec.likelihood_params(z, labels)
         nll = -codec.likelihood.log_prob(params, x).mean()
         kl_map = posterior.kl_map()  # (b, z, h/f, w/f)
+        kl_map = kl_map if kept is None else torch.where(kept, kl_map, 0)
         penalty = self._penalty(posterior)
         loss = beta * self.charged_kl(kl_map) + penalty
         nll_mode = lpips = codes = adversary_losses = None
         if self.config.mode_weight > 0:
             assert isinstance(posterior, DiagonalGaussian)
             mode, weight = self.decoded_mode(posterior, keys)
+            mode = mode if kept is None else torch.where(kept, mode, 0)
             nll_mode = -(weight * codec.likelihood.log_prob(codec.likelihood_params(mode, labels), x)).mean()
             loss = loss + self.config.mode_weight * nll_mode
         reconstruction = nll
@@ -90,6 +98,13 @@ class ELBO(nn.Module):
         bound = bound_of(posterior, nll, kl_map.flatten(1).sum(1).mean(), mse)
         detached = map_losses(torch.Tensor.detach, VAELosses(loss, bound, nll_mode, codes, lpips, adversary_losses))
         return detached._replace(loss=loss)
+
+    def _kept(self, keys: torch.Tensor) -> torch.Tensor | None:
+        config = self.codec.config
+        if not config.prefixes:
+            return None
+        number = drawn_prefixes(config.prefixes, self.config.prefix_share, keys, config.latent_channels)
+        return within(number, config.latent_channels)[:, :, None, None]
 
     def _penalty(self, posterior: Posterior) -> torch.Tensor:
         config = self.config.codebook

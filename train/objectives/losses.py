@@ -11,9 +11,9 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import Posterior
 from train.objectives.adversarial import AdversarialLosses
 
-STEP, PIXELS, CHOSEN = 1, 2, 3
-"""Numbers that a sample's key is folded with to draw the quantiser step, the binary pixels, and the samples that a
-gradient passes through. The posterior's noise uses the key as it is."""
+STEP, PIXELS, CHOSEN, PREFIX = 1, 2, 3, 4
+"""Numbers that a sample's key is folded with to draw the quantiser step, the binary pixels, the samples that a gradient
+passes through, and the prefix of the channels. The posterior's noise uses the key as it is."""
 
 
 def map_losses(function: Callable[..., torch.Tensor], *losses: Any) -> Any:

@@ -101,9 +101,8 @@ def test_the_kl_is_exact_in_expectation_where_the_prior_is_a_normal(monkeypatch:
     def code(drawn: Drawn) -> Coded:
         size = objective.prior.sizes(drawn.step)
         z = drawn.scaled * size
-        log_mass = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
-        log_mass = log_mass + size.log().expand_as(z).flatten(1).sum(1)
-        return Coded(-log_mass / math.log(2) / z.shape[2:].numel(), z)
+        log_mass = -0.5 * (z.square() + math.log(2 * math.pi)) + size.log()
+        return Coded(-log_mass.mean((2, 3))[:, objective.prior.inverse] / math.log(2), z)
 
     monkeypatch.setattr(objective.prior, "code", code)
     n, generator = 10_000, torch.Generator().manual_seed(0)
@@ -111,7 +110,7 @@ def test_the_kl_is_exact_in_expectation_where_the_prior_is_a_normal(monkeypatch:
     posterior = DiagonalGaussian(mean.expand(n, -1, -1, -1), logvar.expand(n, -1, -1, -1))
     step = torch.full((n,), 1.25)
     z = posterior.mean + 1.25 * posterior.std * torch.randn(n, Z, 2, 2, generator=generator)
-    found = objective.kl(posterior, z, step)
+    found = objective.kl(posterior, z, step).sum(1)
     std = 1.25 * posterior.std[0]
     exact = (0.5 * (std.square() + mean[0].square() - 1) - std.log()).sum()
     assert found.mean().item() == pytest.approx(exact.item(), abs=4 * found.std().item() / math.sqrt(n))
@@ -121,7 +120,7 @@ def test_images_pay_what_a_standard_normal_charges_for_their_channels_means(monk
     codec = tiny_codec()
     objective = Joint(dataclasses.replace(CONFIG, noise_steps=(2.0, 2.0)), codec, net_of(codec))
     monkeypatch.setattr(codec, "likelihood_params", lambda z, labels: torch.zeros(len(z), 3, 32, 32))
-    monkeypatch.setattr(objective.prior, "code", lambda drawn: Coded(torch.zeros(3), drawn.scaled))
+    monkeypatch.setattr(objective.prior, "code", lambda drawn: Coded(torch.zeros(3, Z), drawn.scaled))
     noise, losses = torch.randn(3, Z, 4, 4, generator=torch.Generator().manual_seed(1)), []
     noise = noise - noise.mean((2, 3), keepdim=True)
     for shift in (0.0, 0.5):
@@ -359,7 +358,7 @@ def test_a_decoder_alone_leaves_what_files_hold_as_it_was(argv: list[str], model
 def test_a_prior_starts_from_the_run(data: Path, straight: Path, tmp_path: Path) -> None:
     codec = export(straight, tmp_path / "model.safetensors", data=(data,), images=3, half=False)
     assert codec.priors is not None and codec.statistics is not None and codec.priors.context is None
-    net = prior_from(straight, SHAPE, codec.priors.channel_steps, codec.statistics)
+    net = prior_from(straight, SHAPE, codec)
     trained = load_file(checkpoint(straight, 4) / "prior_ema.safetensors")
     assert net.order.tolist() == trained["channels"].tolist()
     assert_same_tensors(dict(net.state_dict()), trained)
@@ -367,16 +366,14 @@ def test_a_prior_starts_from_the_run(data: Path, straight: Path, tmp_path: Path)
 
 def test_sources_without_a_fitting_prior_are_refused(straight: Path, model: Path, tmp_path: Path) -> None:
     codec = tiny_codec()
-    assert codec.priors is not None
-    base = codec.priors.channel_steps
     codec.save(tmp_path / "bare.safetensors")
     for source, message in (
         (tmp_path, "no checkpoint with a prior"),
         (tmp_path / "bare.safetensors", "has no context prior"),
     ):
-        refused(message, prior_from, source, SHAPE, base, STATISTICS)
+        refused(message, prior_from, source, SHAPE, codec)
     for source in (straight, model):
-        refused("--start-from", prior_from, source, dataclasses.replace(SHAPE, width=16), base, STATISTICS)
+        refused("--start-from", prior_from, source, dataclasses.replace(SHAPE, width=16), codec)
 
 
 @pytest.mark.slow

@@ -124,6 +124,18 @@ def read(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
     return unpack(read_bytes(path), max_pixels=max_pixels)
 
 
+def maker_of(path: Path, offset: int = 0) -> tuple[PriorKind, bytes]:
+    """Return the kind of prior and the stream id that a file's header names; raises `UserError` if it is not sound."""
+    with open_regular(path) as file:
+        file.seek(offset)
+        data = file.read(_HEADER_SIZE)
+    fields = data[: _FIELDS.size]
+    if data[: len(_MAGIC)] != _MAGIC or data[_FIELDS.size :] != _checksum(fields):
+        raise UserError(f"{path}: no sound header of a {SUFFIX} file")
+    _, _, stream_id, _, _, _, flags, *_ = _FIELDS.unpack(fields)
+    return "context" if flags & _CONTEXT else "factorized", stream_id
+
+
 def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """Return up to `size` bytes at `offset` of a file: at most one more than the stream's header promises."""
     with open_regular(path) as file:

@@ -104,6 +104,10 @@ class StreamReader:
         coders = (StreamCodec(codec, device, kind) for kind in (None, "factorized"))
         self.codec, self.coders = codec, {coder.prior.kind: coder for coder in coders}
 
+    def is_maker(self, stream: Stream) -> bool:
+        """Return whether this model made a stream."""
+        return stream.prior in self.coders and self.coders[stream.prior].stream_id == stream.stream_id
+
     def check(self, stream: Stream, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[PriorKind, tuple[int, int, int]]:
         """Return the prior and the latents' shape, which streams that are decompressed together must share.
 

@@ -42,6 +42,8 @@ class Latent(NamedTuple):
     geometry: Geometry
     z: torch.Tensor
     """(z, h, w) float32, on the CPU."""
+    model: int = 0
+    """Number of the model among the decoder's."""
 
 
 class ImageDecoder:
@@ -50,21 +52,24 @@ class ImageDecoder:
     verb: Literal["encode", "decode"] = "decode"
     kind: Kind = "images"
 
-    def __init__(self, runner: Runner, options: DecodeOptions) -> None:
+    def __init__(self, runners: Sequence[Runner], options: DecodeOptions) -> None:
+        runner, self.runners = runners[0], runners
         self.runner, self.options, self.backoff = runner, options, OutOfMemoryBackoff()
         self.is_large = partial(runner.cuts, factor=runner.codec.factor)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Return what an image depends on beside its source, as JSON."""
-        return {"model_id": self.runner.model_id, "format": self.options.image_format} | self.runner.settings
+        ids = [runner.model_id for runner in self.runners]
+        model = ids[0] if len(ids) == 1 else sorted(ids)
+        return {"model_id": model, "format": self.options.image_format} | self.runner.settings
 
     def name(self, source: str) -> str:
         """Return the name of a source's image."""
         return f"{source}.{self.options.image_format}"
 
     def images(self, batch: list[Input[Latent]], work: Work) -> Iterator[Output]:
-        """Yield the files of a batch; inputs that memory does not suffice for fail."""
+        """Yield the files of a batch of one model's latents; inputs that memory does not suffice for fail."""
         with work.summary.timing("network"):
             decoded = list(self.backoff.map(self._decode, batch, math.prod(batch[0].content.z.shape)))
         for item, pixels in work.sound(decoded):
@@ -73,5 +78,6 @@ class ImageDecoder:
             yield Output(item, self.name(item.job.name), data)
 
     def _decode(self, batch: list[Input[Latent]]) -> Sequence[torch.Tensor]:
-        labels = self.runner.codec.class_numbers([item.job.source.label for item in batch])
-        return self.runner.decode_uint8([item.content.z for item in batch], labels).unbind()
+        runner = self.runners[batch[0].content.model]
+        labels = runner.codec.class_numbers([item.job.source.label for item in batch])
+        return runner.decode_uint8([item.content.z for item in batch], labels).unbind()

@@ -41,7 +41,7 @@ class _LatentsDecoder(ImageDecoder):
     """Make images of stored posteriors."""
 
     def __init__(self, runner: Runner, where: Path, options: DecodeOptions) -> None:
-        super().__init__(runner, options)
+        super().__init__([runner], options)
         self._where, self._codec = where, runner.codec
         self._latents = Latents(where, model_id=runner.model_id)
         self._rows = {entry.path: index for index, entry in enumerate(self._latents.entries)}

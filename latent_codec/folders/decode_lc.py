@@ -1,7 +1,7 @@
 """Decode folders of `.lc` files to images. One bad file never ends the work of the others."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -28,7 +28,7 @@ PRIORS = get_args(PriorKind)
 
 
 def decode_lc(
-    runner: Runner,
+    runner: Runner | Sequence[Runner],
     where: Path,
     folder: Path,
     options: DecodeOptions = DecodeOptions(),
@@ -38,10 +38,13 @@ def decode_lc(
 ) -> Summary:
     """Decode one `.lc` file, or those of a folder or tar file; `a/b.jpg.lc` becomes `folder/a/b.jpg.png`.
 
-    Raises `UserError` before any work if there are none or the model has no prior, and as `make_outputs` does.
+    Of several runners, each file is decoded by that of the model that made it. Raises `UserError` before any work if
+    there are no files or a model has no prior, and as `make_outputs` does.
     """
-    check_channels(runner.codec)
-    check_unconditional(runner.codec, "a .lc file")
+    runners = [runner] if isinstance(runner, Runner) else runner
+    for one in runners:
+        check_channels(one.codec)
+        check_unconditional(one.codec, "a .lc file")
     if options.sample is not None:
         raise UserError(
             f"{where}: a .lc file's draw is decided when it is made; give --sample to encode, not to decode"
@@ -49,16 +52,17 @@ def decode_lc(
     listing = list_lc(where, options.search.without(folder))
     if not listing.sources:
         raise UserError(f"{where}: no {SUFFIX} files there; make them with `latent-codec encode`")
-    decoder = _LcDecoder(runner, options)
+    decoder = _LcDecoder(runners, options)
     return make_outputs(listing, folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
 
 
 class _LcDecoder(ImageDecoder):
     """Make images of `.lc` files: entropy decoding in a thread, networks in this one."""
 
-    def __init__(self, runner: Runner, options: DecodeOptions) -> None:
-        super().__init__(runner, options)
-        self._reader, self._coder_backoff = StreamReader(runner.codec, runner.options.device), OutOfMemoryBackoff()
+    def __init__(self, runners: Sequence[Runner], options: DecodeOptions) -> None:
+        super().__init__(runners, options)
+        self._readers = [StreamReader(runner.codec, runner.options.device) for runner in runners]
+        self._coder_backoff = OutOfMemoryBackoff()
 
     def name(self, source: str) -> str:
         return super().name(source.removesuffix(SUFFIX))
@@ -68,13 +72,14 @@ class _LcDecoder(ImageDecoder):
 
     def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Stream]:
         stream = container.unpack(data, max_pixels=self.options.max_pixels)
-        prior, shape = self._reader.check(stream, max_pixels=self.options.max_pixels)
-        return (PRIORS.index(prior), *shape), stream
+        model = next((i for i, reader in enumerate(self._readers) if reader.is_maker(stream)), 0)
+        prior, shape = self._readers[model].check(stream, max_pixels=self.options.max_pixels)
+        return (len(PRIORS) * model + PRIORS.index(prior), *shape), stream
 
     def make(self, batches: Iterable[list[Input[Stream]]], work: Work) -> Iterator[Output]:
         for _, future in work.coder.map(partial(self._decompress, work=work), batches, ahead=2):
             sound = work.sound(future.result())
-            if latents := [item.holding(Latent(item.content.geometry, z)) for item, z in sound]:
+            if latents := [item.holding(Latent(item.content.geometry, z, _model(item))) for item, z in sound]:
                 yield from self.images(latents, work)
 
     def _decompress(
@@ -84,7 +89,23 @@ class _LcDecoder(ImageDecoder):
             return list(self._coder_backoff.map(self._z, batch, math.prod(batch[0].shape[1:])))
 
     def _z(self, batch: list[Input[Stream]]) -> list[torch.Tensor | UserError]:
-        return self._reader.decompress([item.content for item in batch])
+        return self._readers[_model(batch[0])].decompress([item.content for item in batch])
+
+
+def _model(item: Input[Stream]) -> int:
+    """Return the number of an input's model, which the first number of its shape says together with the prior."""
+    return item.shape[0] // len(PRIORS)
+
+
+def makers_of(where: Path, search: ListOptions) -> set[tuple[PriorKind, bytes]]:
+    """Return the kinds of prior and the stream ids that sound `.lc` files at a place name."""
+    found = set[tuple[PriorKind, bytes]]()
+    for source in list_lc(where, search).sources:
+        try:
+            found |= {container.maker_of(source.path, source.offset)}
+        except (OSError, UserError):
+            continue  # it fails when it is decoded
+    return found
 
 
 def is_lc(where: Path) -> bool:

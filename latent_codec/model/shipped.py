@@ -1,4 +1,8 @@
-"""Find the models that come with the package."""
+"""Find the models that come with the package.
+
+A shipped model never changes: its name ends in a number, such as `photo-1`. The name without the number is that of the
+newest one.
+"""
 
 from pathlib import Path
 
@@ -18,8 +22,18 @@ def resolve(source: str | Path) -> Path:
     for folder in FOLDERS:
         if (folder / f"{path}.safetensors").is_file():
             return folder / f"{path}.safetensors"
+    name = newest(str(source))
+    if name is not None:
+        return resolve(name)
     names = ", ".join(shipped_names()) or "none"
     raise UserError(f"{source}: neither a file nor a shipped model; shipped are: {names}")
+
+
+def newest(name: str) -> str | None:
+    """Return the shipped model that a name without a number stands for, None if there is none."""
+    numbers = [own.removeprefix(f"{name}-") for own in shipped_names() if own.startswith(f"{name}-")]
+    number = max((int(number) for number in numbers if number.isdecimal()), default=None)
+    return None if number is None else f"{name}-{number}"
 
 
 def shipped_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Streams of all versions still decode to what they decoded to when golden/make.py wrote them."""
+"""Streams of all versions and shipped models still decode to what they decoded to when golden/make.py wrote them."""
 
 import functools
 import hashlib
@@ -14,13 +14,16 @@ from latent_codec.bitstream.stream_codec import StreamCodec, StreamReader
 from latent_codec.images.geometry import crop
 from latent_codec.images.write import to_pil
 from latent_codec.model.codec import Codec
+from latent_codec.model.shipped import resolve, shipped_names
 from latent_codec.prior.quantizer import Quantized
 from tests.support import reference_decoder
 from tests.support.subject import decompress
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = {
-    f"{v}/{name}": e for v in (1, 2, 3) for name, e in json.loads((GOLDEN / f"{v}/golden.json").read_text()).items()
+    f"{folder.name}/{name}": expected
+    for folder in (path.parent for path in GOLDEN.glob("*/golden.json"))
+    for name, expected in json.loads((folder / "golden.json").read_text()).items()
 }
 NAMES = sorted(EXPECTED)
 
@@ -31,10 +34,12 @@ def sha256(array: np.ndarray, dtype: str) -> str:
 
 @functools.cache
 def models_of(folder: Path) -> tuple[Codec, reference_decoder.Model]:
-    return Codec.load(folder / "tiny.safetensors"), reference_decoder.read_model(folder / "tiny.safetensors")
+    path = resolve(folder.name) if not folder.name.isdecimal() else folder / "tiny.safetensors"
+    return Codec.load(path), reference_decoder.read_model(path)
 
 
-def test_every_golden_file_is_checked() -> None:
+def test_every_golden_file_is_checked_and_every_shipped_model_has_some() -> None:
+    assert {name for name in shipped_names() if "photo" in name} <= {name.partition("/")[0] for name in NAMES}
     assert sorted(str(path.relative_to(GOLDEN).with_suffix("")) for path in GOLDEN.glob("*/*.lc")) == NAMES
 
 

@@ -1,11 +1,12 @@
-"""Write the frozen streams of a format version: `python -m tests.bitstream.golden.make VERSION`.
+"""Write the frozen streams of a format version or a shipped model: `python -m tests.bitstream.golden.make NAME`.
 
-It is run once for each version: tests/bitstream/test_golden.py holds every later program to the files. Earlier forms of
-this script made versions 1 to 3.
+It is run once for each: tests/bitstream/test_golden.py holds every later program to the files. Earlier forms of this
+script made versions 1 to 3.
 
-The folder VERSION has `tiny.safetensors`: 4 channels, the closed-form linear path of examples/photos, a random context
+The folder NAME has `tiny.safetensors`: 4 channels, the closed-form linear path of examples/photos, a random context
 prior; NAME.lc: a detail of a photograph; NAME.png: its pixels as decoded then; and golden.json: the SHA-256 of each
-one's integers (the nearest whole steps, int32) and latents (float32), little-endian in raster order.
+one's integers (the nearest whole steps, int32) and latents (float32), little-endian in raster order. That of a shipped
+model has some of the streams and no model file.
 """
 
 import hashlib
@@ -30,8 +31,8 @@ from tests.support.networks import TINY_LITE, config_of, make_codec
 from tests.support.prior import context_prior
 from train.init.closed_form import all_patch_moments, start_from_closed_form
 
-VERSION = int(sys.argv[1])
-HERE = Path(__file__).parent / str(VERSION)
+NAME = sys.argv[1]
+HERE = Path(__file__).parent / NAME
 SOURCES = find_images(Path(__file__).parents[3] / "examples" / "photos")
 
 
@@ -54,6 +55,9 @@ CASES = {
     "coarsest": Case("context", geometry(48, 48), step=63.0, seed=0),
     "escapes": Case("factorized", geometry(24, 24), step=1 / 64),
 }
+
+
+OF_SHIPPED = ("factorized-mode", "context-mode", "context-dither", "grey", "odd-turned")
 
 
 def tiny_codec() -> Codec:
@@ -89,11 +93,13 @@ def make(codec: Codec, name: str, case: Case) -> dict[str, str]:
 @torch.inference_mode()
 def main() -> None:
     if list(HERE.glob("*.lc")):
-        raise SystemExit(f"the streams of version {VERSION} are frozen; delete them only if none was ever published")
+        raise SystemExit(f"the streams of {NAME} are frozen; delete them only if none was ever published")
     HERE.mkdir(exist_ok=True)
-    tiny_codec().save(HERE / "tiny.safetensors", half=True)
-    codec = Codec.load(HERE / "tiny.safetensors")
-    about = {name: make(codec, name, case) for name, case in CASES.items()}
+    shipped = not NAME.isdecimal()
+    if not shipped:
+        tiny_codec().save(HERE / "tiny.safetensors", half=True)
+    codec = Codec.load(NAME if shipped else HERE / "tiny.safetensors")
+    about = {name: make(codec, name, CASES[name]) for name in (OF_SHIPPED if shipped else CASES)}
     (HERE / "golden.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -141,7 +141,7 @@ def _describe_latents(path: Path) -> str:
     return paragraph(
         [
             f"latents     {len(entries)} images in {len(shards)} shards, {size / 1e6:.2f} MB",
-            f"model       {header.model_id}",
+            f"model       {header.model_id}{'' if header.channels is None else f', first {header.channels} channels'}",
             f"stored as   mean and {header.second_moment} in {header.dtype}, {header.scale_state}, 1/{header.factor} "
             f"of each side, from pixels in {list(header.pixel_range)}{_FLIPS if header.flips else ''}",
             f"on disk     {8 * size / pixels:.3f} bits per pixel",

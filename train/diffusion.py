@@ -130,6 +130,11 @@ def open_latents(run: DiffusionRun) -> LatentData:
         )
     held = latents if run.val is None else Latents(run.val)
     check_model(held.header, latents.header.model_id, str(run.val))
+    if held.header.channels != latents.header.channels:
+        found, wanted = (one.header.channels or "all" for one in (held, latents))
+        raise UserError(
+            f"{run.val}: holds {found} channels of its model, and {run.latents} {wanted}; encode it likewise"
+        )
     rows, held_rows = (_large_enough(one, config.transformer.size) for one in (latents, held))
     held_rows = sorted(held_rows, key=lambda i: text_key(held.entries[i].path))[: run.val_images]
     if run.val is None:

@@ -14,7 +14,7 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.program import say
 
 _REFUSED = {
-    "lc": (("store", "flips"), "for --format safetensors; a .lc file holds integers of one image"),
+    "lc": (("store", "flips", "channels"), "for --format safetensors; a .lc file holds integers of one image"),
     "safetensors": (
         ("step", "bpp", "psnr", "max_bytes", "refine", "sample", "prior", "tar"),
         "for --format lc; latents in safetensors keep the whole posterior, in shards",
@@ -53,6 +53,8 @@ class Encode:
     """safetensors: number type on disk, by default float16."""
     flips: bool = False
     """safetensors: store the posteriors of the images mirrored left to right as well."""
+    channels: int | None = None
+    """safetensors: store only the first channels, a prefix of a model that has some; by default all."""
     tar: bool = False
     """lc: put the files into tar shards of about 128 files each, as WebDataset reads them."""
     background: str = "#ffffff"
@@ -90,7 +92,8 @@ class Encode:
             )
             encode = partial(encode_lc, options=options)
         else:
-            options = LatentsOptions(store=self.store or "float16", flips=self.flips, read=read, search=search)
+            store = self.store or "float16"
+            options = LatentsOptions(store=store, flips=self.flips, channels=self.channels, read=read, search=search)
             encode = partial(encode_latents, options=options)
         summary = encode(load(self.model, self.compute), self.src, self.dst, resume=self.resume.resume())
         say(summary)

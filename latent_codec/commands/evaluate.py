@@ -45,6 +45,8 @@ class Evaluate:
     """Name of a shipped model, or a model file."""
     dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """Images to measure on: a folder, a tar file, or a quoted glob."""
+    channels: int | None = None
+    """Measure the latents of the first channels, a prefix of a model that has some; by default of all."""
     out: Path | None = None
     """Folder for results.json, latents, reconstructions and the report; with --rd, for rd.json and rd.png."""
     rd: bool = False
@@ -68,6 +70,8 @@ class Evaluate:
         """Measure, print a table and return the exit code."""
         if self.refine and not self.rd:
             raise UserError("--refine applies to the files that --rd measures; give --rd as well, or leave it out")
+        if self.channels is not None and (self.rd or self.pages.report):
+            raise UserError("--channels measures stored latents alone; leave out --rd and --report")
         if self.pages.report:
             return self._report()
         runner = load(self.model, self.compute)
@@ -109,7 +113,7 @@ class Evaluate:
     def _evaluate(self, runner: "Runner"):
         from latent_codec.evaluation.evaluate import evaluate
 
-        return evaluate(runner, self.dir, out=self.out, lpips=self._lpips)
+        return evaluate(runner, self.dir, out=self.out, lpips=self._lpips, channels=self.channels)
 
     def _rate_distortion(self, runner: "Runner"):
         from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion

@@ -28,6 +28,7 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import stored_files
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS, LPIPSOptions
+from latent_codec.model.checks import check_prefix
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import from_json, loads
 from latent_codec.storage.removal import check_replaceable
@@ -84,14 +85,18 @@ def evaluate(
     *,
     out: Path | None = None,
     lpips: LPIPSOptions | None = None,
+    channels: int | None = None,
     quiet: bool = False,
 ) -> EvaluationReport:
     """Encode the images at `where` to disk, decode what was stored, and compare.
 
-    The posterior is stored or, where it is not Gaussian, the `.lc` files. `out` keeps results.json, what was stored and
-    the reconstructions (PNG). Images that cannot be read are reported and left out. Raises `UserError` if none can be,
-    if LPIPS' weights or a prior is missing, or if `out` holds latents that no evaluation put there.
+    The posterior is stored, of all channels or of a prefix, or the `.lc` files where it is not Gaussian. `out` keeps
+    results.json, what was stored and the reconstructions (PNG). Images that cannot be read are reported and left out.
+    Raises `UserError` if none can be, if LPIPS' weights, a prior or the prefix is missing, or if `out` holds latents
+    that no evaluation put there.
     """
+    if channels is not None:
+        check_prefix(runner.codec, channels)
     if out is not None:
         _check_out(out)
     gaussian = runner.codec.config.bottleneck.kind == "gaussian"
@@ -99,7 +104,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / (_POSTERIORS if gaussian else _STREAMS)
         search = ListOptions() if out is None else ListOptions().without(out, *(out / name for name in _WRITTEN))
-        store = _store_posteriors if gaussian else _store_streams
+        store = partial(_store_posteriors, channels=channels) if gaussian else _store_streams
         encoded, files, images = store(runner, where, folder, search, quiet)
         if not images:
             raise UserError(f"{where}: none of the {encoded.found} images could be read")
@@ -111,7 +116,7 @@ def evaluate(
     summary = {name: mean_defined([record[name] for record in records]) for name in names}
     summary["disk_bpp"] = 8 * bytes_out / sum(record["pixels"] for record in records)
     protocol = (PROTOCOL if gaussian else _STREAM_PROTOCOL) | ({"lpips": network.protocol} if network else {})
-    about = describe_evaluation(runner, where, len(records))
+    about = describe_evaluation(runner, where, len(records)) | ({} if channels is None else {"channels": channels})
     report = EvaluationReport(summary, records, protocol, about, encoded.failures, encoded.left_out.counts)
     if out is not None:
         write_text(out / RESULTS, json.dumps(report._asdict(), indent=1, allow_nan=False))
@@ -155,8 +160,11 @@ _Stored = tuple[Summary, list[Path], Sequence[Callable[[], _StoredImage]]]
 """Summary, the files, and how to read each image."""
 
 
-def _store_posteriors(runner: Runner, where: str | Path, folder: Path, search: ListOptions, quiet: bool) -> _Stored:
-    encoded = encode_latents(runner, where, folder, LatentsOptions(search=search), resume=OVERWRITE, quiet=quiet)
+def _store_posteriors(
+    runner: Runner, where: str | Path, folder: Path, search: ListOptions, quiet: bool, *, channels: int | None
+) -> _Stored:
+    options = LatentsOptions(channels=channels, search=search)
+    encoded = encode_latents(runner, where, folder, options, resume=OVERWRITE, quiet=quiet)
     latents = Latents(folder, model_id=runner.model_id)
 
     def read(i: int) -> _StoredImage:

@@ -16,7 +16,7 @@ from latent_codec.images.sources import LeftOut, Listing, Source
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry, latent_size
-from latent_codec.model.checks import check_channels
+from latent_codec.model.checks import check_channels, check_prefix
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, text_key
 
@@ -44,6 +44,8 @@ class _LatentsDecoder(ImageDecoder):
         super().__init__([runner], options)
         self._where, self._codec = where, runner.codec
         self._latents = Latents(where, model_id=runner.model_id)
+        if self._latents.header.channels is not None:
+            check_prefix(runner.codec, self._latents.header.channels)
         self._rows = {entry.path: index for index, entry in enumerate(self._latents.entries)}
 
     @property
@@ -61,8 +63,12 @@ class _LatentsDecoder(ImageDecoder):
         )
 
     def _size(self, entry: LatentsEntry) -> int:
-        channels, (h, w) = self._codec.config.latent_channels, latent_size(entry.geometry, self._codec.factor)
-        return 2 * 4 * channels * h * w
+        h, w = latent_size(entry.geometry, self._codec.factor)
+        return 2 * 4 * self._channels * h * w
+
+    @property
+    def _channels(self) -> int:
+        return self._latents.header.channels or self._codec.config.latent_channels
 
     def load(self, source: Source) -> bytes:
         posterior = self._latents.posterior(self._rows[source.name])
@@ -73,9 +79,9 @@ class _LatentsDecoder(ImageDecoder):
         entry = self._latents.entries[self._rows[source.name]]
         both = torch.frombuffer(bytearray(data), dtype=torch.float32)
         both = both.reshape(2, 1, -1, *latent_size(entry.geometry, self._codec.factor))
-        shape, z = tuple(both.shape[2:]), self._codec.config.latent_channels
-        if shape[0] != z:
-            raise UserError(f"{source.name}: {source.path.name} holds {shape[0]} latent channels, not {z}")
+        shape = tuple(both.shape[2:])
+        if shape[0] != self._channels:
+            raise UserError(f"{source.name}: {source.path.name} holds {shape[0]} latent channels, not {self._channels}")
         posterior, sample = DiagonalGaussian(*both), self.options.sample
         if sample is None:
             return shape, Latent(entry.geometry, posterior.mode()[0])

@@ -26,7 +26,7 @@ from latent_codec.images.sources import ListOptions, Source, list_images
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents import format as stored
-from latent_codec.model.checks import check_channels, check_gaussian
+from latent_codec.model.checks import check_channels, check_gaussian, check_prefix
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.files import disk_errors, sha256_of
 from latent_codec.storage.json_config import to_json
@@ -41,6 +41,8 @@ class LatentsOptions:
     """Number type on disk."""
     flips: bool = False
     """Store the posterior of the image mirrored left to right as well."""
+    channels: int | None = None
+    """Store this prefix of the channels, one of the model's; None stores all."""
     read: ReadOptions = ReadOptions()
     search: ListOptions = ListOptions()
 
@@ -57,10 +59,13 @@ def encode_latents(
     """Store the posterior of every image found at `where` in `folder` (see `latent_codec.latents.format`).
 
     The images of a unit share a shard. Raises `UserError` before any work if nothing is found, the model is none of
-    grey or RGB images or has no Gaussian posterior, or `folder` holds latents of other images; and as `run` does.
+    grey or RGB images, has no Gaussian posterior or no such prefix, or `folder` holds latents of other images; and as
+    `run` does.
     """
     check_channels(runner.codec)
     check_gaussian(runner.codec)
+    if options.channels is not None:
+        check_prefix(runner.codec, options.channels)
     encoder = _LatentsEncoder(runner, options)
     listing = list_images(where, options.search.without(folder))
     if not resume.overwrite:
@@ -83,7 +88,7 @@ class _LatentsEncoder(ImageReader):
     def __init__(self, runner: Runner, options: LatentsOptions) -> None:
         super().__init__(runner, options.read)
         self._codec, self._options, self._backoff = runner.codec, options, OutOfMemoryBackoff()
-        self.header = stored.latents_header(runner.codec, options.store, options.flips)
+        self.header = stored.latents_header(runner.codec, options.store, options.flips, options.channels)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -118,7 +123,7 @@ class _LatentsEncoder(ImageReader):
     def _posterior(self, pixels: list[torch.Tensor], labels: torch.Tensor) -> DiagonalGaussian:
         found = self.runner.encode(pixels, labels)
         assert isinstance(found, DiagonalGaussian)
-        return found
+        return found if self._options.channels is None else found.prefix(self._options.channels)
 
 
 def _entry(item: Input[Image]) -> stored.LatentsEntry:

@@ -1,5 +1,6 @@
 """Measure a model's latent statistics, quantiser and factorised prior on images."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from latent_codec.images.geometry import pad
 from latent_codec.images.sources import Source, find_all
 from latent_codec.inference import tiling
+from latent_codec.metrics.distortion import psnr
 from latent_codec.model.checks import check_channels
 from latent_codec.model.codebooks import Codes
 from latent_codec.model.codec import Codec
@@ -26,17 +28,31 @@ _KEPT_POSITIONS = 2**12  # per image, to count how often each quantised value oc
 def calibrate(codec: Codec, sources: Iterable[Source], description: str, *, quiet: bool) -> None:
     """Set statistics, quantiser and factorised prior from images, named by `description`; raises as `Source.read`."""
     check_channels(codec)
-    measured, kept = Moments(codec), list[torch.Tensor]()
+    measured, kept, psnrs = Moments(codec), list[torch.Tensor](), list[torch.Tensor]()
     for source in tqdm(list(sources), "latent statistics", unit="image", disable=quiet or None):
         pixels = source.read().pixels
         labels = codec.class_numbers([source.label])
         posterior = tiling.encode(codec, pad(pixels, codec.factor)[None], tiling.default_tile(codec), labels)
         measured.add(posterior)
+        if codec.config.prefixes:
+            psnrs.append(_prefix_psnr(codec, posterior, pixels, labels))
         if measured.codes is None:
             mean = posterior.mean[0].flatten(1)  # (z, h * w)
             kept.append(mean[:, :: -(-mean.shape[1] // _KEPT_POSITIONS)].float())
     codec.statistics = measured.statistics(description)
+    if psnrs:
+        averages = tuple(torch.stack(psnrs).mean(0).tolist())
+        codec.statistics = dataclasses.replace(codec.statistics, prefix_psnr=averages)
     codec.priors = measured.priors(codec.statistics, kept)
+
+
+def _prefix_psnr(codec: Codec, posterior: Posterior, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the PSNR in dB of one image's decoded mode with each of the model's prefixes, (prefixes,)."""
+    found, size = [], pixels.shape[-2:]
+    for channels in codec.config.prefixes:
+        decoded = tiling.decode_uint8(codec, posterior.mode()[:, :channels], tiling.default_tile(codec), labels)
+        found.append(psnr(decoded[..., : size[0], : size[1]], pixels[None]))
+    return torch.cat(found)
 
 
 class Moments:

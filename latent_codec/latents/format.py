@@ -49,10 +49,14 @@ class LatentsHeader:
     """The model's statistics, so that latents can be scaled without the model."""
     flips: bool
     """True if the posteriors of the mirrored images are stored as well."""
+    channels: int | None = None
+    """Number of the model's first channels that are stored, one of its prefixes; None: all."""
 
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ValueError(f"factor {self.factor} is below 1")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels {self.channels} is below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +103,9 @@ class LatentsIndex(NamedTuple):
     entries: list[LatentsEntry]
 
 
-def latents_header(codec: Codec, dtype: StoredDtype, flips: bool = False) -> LatentsHeader:
-    """Return the header of latents that `codec` makes."""
+def latents_header(codec: Codec, dtype: StoredDtype, flips: bool = False, channels: int | None = None) -> LatentsHeader:
+    """Return the header of latents that `codec` makes, of all channels or of a prefix."""
+    statistics = codec.statistics
     return LatentsHeader(
         format_version=FORMAT_VERSION,
         model_id=codec.model_id,
@@ -109,8 +114,9 @@ def latents_header(codec: Codec, dtype: StoredDtype, flips: bool = False) -> Lat
         scale_state="raw",
         second_moment="logvar",
         dtype=dtype,
-        statistics=codec.statistics,
+        statistics=statistics if statistics is None or channels is None else statistics.prefix(channels),
         flips=flips,
+        channels=channels,
     )
 
 

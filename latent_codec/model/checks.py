@@ -25,3 +25,10 @@ def check_gaussian(codec: Codec) -> None:
             f"latents in safetensors are means and log-variances, which the {kind} bottleneck does not have; "
             "write .lc files"
         )
+
+
+def check_prefix(codec: Codec, channels: int) -> None:
+    """Require a model for which its first `channels` channels are a latent."""
+    if channels not in (prefixes := codec.config.prefixes or (codec.config.latent_channels,)):
+        choice = ", ".join(map(str, prefixes))
+        raise UserError(f"{channels} channels are no latent of this model, which has latents of {choice}")

@@ -62,6 +62,8 @@ def describe_model(model: ModelFile, path: Path) -> str:
     ]
     if config.classes:
         lines.append(f"classes     {len(config.classes)}: {', '.join(config.classes)}")
+    if config.prefixes:
+        lines.append(f"prefixes    {_describe_prefixes(config.prefixes, model.statistics)}")
     lines += [*_describe_statistics(model.statistics), *_describe_priors(model.priors)]
     if model.provenance:
         lines.append(f"training    {_describe_training(model.provenance)}")
@@ -76,6 +78,14 @@ def _describe_statistics(statistics: LatentStatistics | None) -> list[str]:
         values = getattr(statistics, name)
         lines.append(f"  {name:13} " + ("unknown" if values is None else " ".join(f"{v:.3g}" for v in values)))
     return lines
+
+
+def _describe_prefixes(prefixes: tuple[int, ...], statistics: LatentStatistics | None) -> str:
+    measured = () if statistics is None else statistics.prefix_psnr
+    if len(measured) != len(prefixes):
+        return f"{', '.join(map(str, prefixes))} channels"
+    pairs = zip(prefixes, measured, strict=True)
+    return ", ".join(f"{n} channels {psnr:.2f} dB" for n, psnr in pairs) + ": PSNR of the decoded mode"
 
 
 def _describe_training(provenance: dict[str, Any]) -> str:

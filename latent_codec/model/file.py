@@ -45,6 +45,14 @@ class LatentStatistics:
     posterior_std: tuple[float, ...] | None
     """sqrt(E[posterior variance]) per channel; None if the posterior has no variance, or if mean and std were given and
     not measured."""
+    prefix_psnr: tuple[float, ...] = ()
+    """PSNR in dB of the decoded mode with each of the model's prefixes, averaged over the images; empty without any."""
+
+    def prefix(self, channels: int) -> "LatentStatistics":
+        """Return the statistics of the first channels."""
+        of_posterior = None if self.posterior_std is None else self.posterior_std[:channels]
+        mean, std = self.mean[:channels], self.std[:channels]
+        return dataclasses.replace(self, mean=mean, std=std, posterior_std=of_posterior, prefix_psnr=())
 
     def __post_init__(self) -> None:
         of_posterior = self.std if self.posterior_std is None else self.posterior_std

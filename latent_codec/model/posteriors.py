@@ -116,6 +116,10 @@ class DiagonalGaussian(Posterior):
         mean, std = at_least_float32(self.mean), torch.exp(0.5 * at_least_float32(self.logvar))
         return (mean + std * noise.to(mean.dtype)).to(self.mean.dtype)
 
+    def prefix(self, channels: int) -> "DiagonalGaussian":
+        """Return the posterior of the first channels."""
+        return DiagonalGaussian(self.mean[:, :channels], self.logvar[:, :channels], self.clamped)
+
     def log_ratio(self, z: torch.Tensor) -> torch.Tensor:
         """Return log N(z; 0, I) - log q(z|x) in nats per image, (..., b), of latents (..., b, z, h, w).
         Its expectation under q is minus the KL divergence."""

@@ -7,7 +7,7 @@ import torch
 from latent_codec.errors import UserError
 from latent_codec.inference import tiling
 from latent_codec.interop.autoencoder_kl import activations
-from latent_codec.model.checks import check_unconditional
+from latent_codec.model.checks import check_prefix, check_unconditional
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics
@@ -58,15 +58,17 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         self._tile: int | None = None
 
     @classmethod
-    def from_codec(cls, codec: Codec) -> "CodecAutoencoder":
-        """Return an adapter that shares the codec's weights.
+    def from_codec(cls, codec: Codec, channels: int | None = None) -> "CodecAutoencoder":
+        """Return an adapter that shares the codec's weights, for latents of all channels or of one of its prefixes.
 
         `force_upcast` is measured on made-up images. Raises `UserError` for a codec without latent statistics or a
-        Gaussian posterior, or whose factor is no power of two, as pipelines require.
+        Gaussian posterior, without such a prefix, or whose factor is no power of two, as pipelines require.
         """
         if (kind := codec.config.bottleneck.kind) != "gaussian":
             raise UserError(f"pipelines need a Gaussian posterior; this codec's bottleneck is {kind}")
         check_unconditional(codec, "a pipeline")
+        channels = codec.config.latent_channels if channels is None else channels
+        check_prefix(codec, channels)
         if codec.statistics is None:
             raise UserError(
                 "the codec has no latent statistics to normalise by; measure them: latent-codec export --data"
@@ -81,7 +83,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
                 statistics=to_json(codec.statistics),
                 in_channels=codec.config.image_channels,
                 out_channels=codec.config.image_channels,
-                latent_channels=codec.config.latent_channels,
+                latent_channels=channels,
                 block_out_channels=(1,) * stages,  # pipelines compute the factor from their number
                 scaling_factor=1.0,
                 shift_factor=0.0,
@@ -154,6 +156,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         cut = tiling.cuts(x[0, 0].numel(), self._tile)
         posterior = tiling.encode(self.codec, x, self._tile) if cut else self.codec.encode(x)
         assert isinstance(posterior, DiagonalGaussian)
+        posterior = posterior.prefix(self._channels)
         mean, std = self._moments(x.device)
         return torch.cat([(posterior.mean.to(x.device) - mean) / std, posterior.logvar.to(x.device) - 2 * std.log()], 1)
 
@@ -165,9 +168,13 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         low, high = self.codec.likelihood.data_range
         return (pixels.to(z.device).float() - low) * (2 / (high - low)) - 1
 
+    @property
+    def _channels(self) -> int:
+        return self.config["latent_channels"]
+
     def _moments(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each channel's mean and standard deviation, (z, 1, 1) float32 whatever the weights are."""
-        statistics = cast(LatentStatistics, self.codec.statistics)
+        statistics = cast(LatentStatistics, self.codec.statistics).prefix(self._channels)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
             for values in (statistics.mean, statistics.std)

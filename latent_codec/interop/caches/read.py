@@ -34,7 +34,7 @@ from latent_codec.latents.format import (
     write_index,
     write_shard,
 )
-from latent_codec.model.checks import check_gaussian
+from latent_codec.model.checks import check_gaussian, check_prefix
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import DiagonalGaussianConfig
 from latent_codec.model.posteriors import DiagonalGaussian
@@ -121,7 +121,10 @@ class _LatentsWriter:
             raise ValueError("the mirror image's latents are of another size")
         entry = unplaced_entry(path, geometry, "" if origin is None else origin.sha256)
         self._rows.append(latents_row(entry, posterior, 0, self._store, mirrored))
-        self._header = self._header or latents_header(self._codec, self._store, flips)
+        channels = None if len(stored.mean) == self._codec.config.latent_channels else len(stored.mean)
+        if self._header is not None and self._header.channels != channels:
+            raise ValueError(f"{len(stored.mean)} channels, where others have {self._header.channels or 'all'}")
+        self._header = self._header or latents_header(self._codec, self._store, flips, channels)
         self._paths.add(path)
         self._draws += stored.logvar is None
         size = sum(t.nbytes for t in stored[:4] if isinstance(t, torch.Tensor))
@@ -130,12 +133,11 @@ class _LatentsWriter:
 
     def _posterior(self, mean: torch.Tensor, logvar: torch.Tensor | None) -> DiagonalGaussian:
         """Return the posterior (1, z, h, w); where a cache has no log-variance, use the model's lower clamp."""
-        channels = self._codec.config.latent_channels
-        if len(mean) != channels:
-            raise ValueError(f"{len(mean)} channels, and the model has {channels}")
+        channels = len(mean)
+        check_prefix(self._codec, channels)
         logvar = torch.full_like(mean, self._clamp.logvar_min) if logvar is None else logvar
         if logvar.shape != mean.shape:
-            raise ValueError(f"{len(mean) + len(logvar)} channels of moments, and the model has 2 x {channels}")
+            raise ValueError(f"{len(mean) + len(logvar)} channels of moments, not 2 x {channels}")
         if not bool(mean.isfinite().all() and logvar.isfinite().all()):
             raise ValueError("it holds numbers that are not finite")
         return DiagonalGaussian(mean[None], logvar[None].clamp(self._clamp.logvar_min, self._clamp.logvar_max))

@@ -20,8 +20,8 @@ class Scaling(NamedTuple):
         return (z - self.shift) / self.spread
 
     def unscale(self, z: torch.Tensor) -> torch.Tensor:
-        """Return raw latents."""
-        return z * self.spread + self.shift
+        """Return raw latents of all channels or of the first ones."""
+        return z * self.spread[: len(z)] + self.shift[: len(z)]
 
 
 RAW = Scaling(torch.zeros(1, 1, 1), torch.ones(1, 1, 1))

@@ -48,6 +48,22 @@ def test_posterior_and_pixels_are_the_codecs_in_normalised_units(vae: Any) -> No
     assert torch.equal(vae.decode(z, return_dict=False, generator=torch.Generator())[0], vae.decode(z).sample)
 
 
+@torch.inference_mode()
+def test_a_prefix_of_the_channels_is_a_latent_of_its_own(tmp_path: Path) -> None:
+    """The first two of four channels, here and after it was saved."""
+    codec = kl.codec(prefixes=(2, 4))
+    randomise(codec)
+    CodecAutoencoder.from_codec(codec, channels=2).save_pretrained(tmp_path)
+    whole, x = CodecAutoencoder.from_codec(codec), kl.pixels()
+    for vae in (CodecAutoencoder.from_codec(codec, channels=2), CodecAutoencoder.from_pretrained(tmp_path)):
+        mode = vae.encode(x).latent_dist.mode()
+        assert vae.config["latent_channels"] == 2
+        kl.assert_close(mode, whole.encode(x).latent_dist.mode()[:, :2])
+        mean, std = kl.moments(codec)
+        kl.assert_close(vae.decode(mode).sample, codec.decode(mode * std[:2] + mean[:2]))
+    refused("has latents of 2, 4", CodecAutoencoder.from_codec, codec, 3)
+
+
 def test_methods_take_what_autoencoderkls_take() -> None:
     for name in ("encode", "decode", "forward", "enable_slicing", "disable_slicing", "disable_tiling"):
         ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (CodecAutoencoder, AutoencoderKL))

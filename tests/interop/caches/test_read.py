@@ -184,7 +184,7 @@ def test_latents_of_another_model_are_refused(codec: Codec, latents: Latents, tm
 
 def test_latents_that_cannot_be_the_models_fail_by_name(shared_codec: Codec, cache: Path, tmp_path: Path) -> None:
     wrong = {
-        "channels": (np.zeros((3, 2, 2)), "3 channels, and the model has 4"),
+        "channels": (np.zeros((3, 2, 2)), "3 channels are no latent of this model, which has latents of 4"),
         "numbers": (np.full((4, 2, 2), np.nan), "not finite"),
         "dimensions": (np.zeros((4, 4)), "(4, 4) where latents"),
         "large": (np.full((4, 2, 2), 1e6), "give --store float32"),
@@ -204,7 +204,7 @@ def test_mirror_images_come_for_all_or_for_none(shared_codec: Codec, cache: Path
     np.savez(cache / "c.npz", moments=moments, moments_flip=moments[:, :1])
     failures = back(shared_codec, "mar", cache, tmp_path / "out").summary.failures
     assert set(failures) == {"0", "b", "c"} and "not all images come with their mirror images'" in failures["b"]
-    assert "7 channels of moments, and the model has 2 x 4" in failures["0"] and "another size" in failures["c"]
+    assert "7 channels of moments, not 2 x 4" in failures["0"] and "another size" in failures["c"]
 
 
 def test_latents_in_the_way_are_kept_unless_they_may_go(shared_codec: Codec, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ class Sample:
         diffusion = load_diffusion(self.run_or_file, runner.options.device)
         drawn = sample(diffusion, runner, choose(diffusion, self.label, self.count), self.dst, self.sampling)
         say(drawn)
-        if self.grid is not None:
+        if self.grid is not None and drawn.failures:
+            say(f"{self.grid}: not written, as {len(drawn.failures)} of its images failed", error=True)
+        elif self.grid is not None:
             write_grid(self.grid, torch.stack([read_image(path).pixels for path in drawn.paths]), self.count)
             say(f"wrote {self.grid}")
-        return 0
+        return 1 if drawn.failures else 0

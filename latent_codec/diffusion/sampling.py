@@ -15,9 +15,11 @@ from latent_codec.errors import UserError
 from latent_codec.folders.resume.names import check_absent
 from latent_codec.images.geometry import Geometry
 from latent_codec.images.write import write_image
+from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal, text_key
+from latent_codec.program import say
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import loads
 from latent_codec.storage.run_folder import newest_checkpoint
@@ -97,13 +99,16 @@ def choose(model: Diffusion, labels: Sequence[str], count: int) -> list[SampleId
 
 
 class Sampled(NamedTuple):
-    """Report where images are, and how many of them were drawn now."""
+    """Report where images are, how many of them were drawn now, and which could not be."""
 
     paths: list[Path]
     made: int
+    failures: dict[str, str]
+    """Reason for each image that has none, by its name within the folder."""
 
     def __str__(self) -> str:
-        return f"{self.made} images drawn, {len(self.paths) - self.made} were there"
+        there = f"{len(self.paths) - self.made} were there"
+        return f"{self.made} images drawn, {there}" + (f", {len(self.failures)} failed" if self.failures else "")
 
 
 def sample(
@@ -141,14 +146,21 @@ def sample(
         make_folder(parent)
     side, size = model.config.size * model.latents.factor, runner.options.batch_size
     geometry = Geometry(width=side, height=side, orientation=1, mode="RGB", background=None)
+    backoff, failures = OutOfMemoryBackoff(), dict[str, str]()
     with tqdm(total=len(missing), unit="image", disable=quiet or None) as bar:
         for batch in (missing[first : first + size] for first in range(0, len(missing), size)):
             with runner.autocast():
                 z = draw_latents(model, batch, seed=options.seed, steps=options.steps, guidance=options.guidance)
-            for one, image in zip(batch, runner.decode_uint8(z.unbind()), strict=True):
-                write_image(paths[one], image, geometry, options.image_format)
+            decoded = backoff.map(lambda part: runner.decode_uint8(part).unbind(), list(z.unbind()), z[0].numel())
+            for one, (_, image) in zip(batch, decoded, strict=True):
+                if isinstance(image, UserError):
+                    path = paths.pop(one).relative_to(folder).as_posix()
+                    failures[path] = str(image)
+                    say(f"{path}: {image}", error=True)
+                else:
+                    write_image(paths[one], image, geometry, options.image_format)
             bar.update(len(batch))
-    return Sampled(list(paths.values()), len(missing))
+    return Sampled(list(paths.values()), len(missing) - len(failures), failures)
 
 
 def _claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:

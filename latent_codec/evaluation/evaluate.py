@@ -15,7 +15,7 @@ from tqdm import tqdm
 from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX
 from latent_codec.bitstream.stream_codec import StreamReader
-from latent_codec.errors import UserError
+from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
 from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
 from latent_codec.folders.jobs import OVERWRITE
@@ -29,6 +29,7 @@ from latent_codec.latents.format import stored_files
 from latent_codec.metrics import distortion
 from latent_codec.metrics.lpips import LPIPS, LPIPSOptions
 from latent_codec.model.checks import check_prefix
+from latent_codec.program import say
 from latent_codec.storage.files import make_folder, write_text
 from latent_codec.storage.json_config import from_json, loads
 from latent_codec.storage.removal import check_replaceable
@@ -65,7 +66,7 @@ class EvaluationReport(NamedTuple):
     about: dict[str, Any]
     """Set, model, device and versions."""
     failures: dict[str, str]
-    """Reason for each image that could not be read."""
+    """Reason for each image that could not be read or decoded."""
     left_out: dict[str, int]
     """Number of files that were found and not taken, by reason."""
 
@@ -91,9 +92,9 @@ def evaluate(
     """Encode the images at `where` to disk, decode what was stored, and compare.
 
     The posterior is stored, of all channels or of a prefix, or the `.lc` files where it is not Gaussian. `out` keeps
-    results.json, what was stored and the reconstructions (PNG). Images that cannot be read are reported and left out.
-    Raises `UserError` if none can be, if LPIPS' weights, a prior or the prefix is missing, or if `out` holds latents
-    that no evaluation put there.
+    results.json, what was stored and the reconstructions (PNG). Images that cannot be read or decoded are reported and
+    left out. Raises `UserError` if none can be, if LPIPS' weights, a prior or the prefix is missing, or if `out` holds
+    latents that no evaluation put there.
     """
     if channels is not None:
         check_prefix(runner.codec, channels)
@@ -110,14 +111,18 @@ def evaluate(
             raise UserError(f"{where}: none of the {encoded.found} images could be read")
         bytes_out = sum(file.stat().st_size for file in files)
         sources = {source.name: source for source in list_images(where, search).sources}
-        progress = tqdm(images, "evaluate", unit="image", disable=quiet or None)
-        records = [_measure_image(runner, read(), sources, out, network) for read in progress]
+        stored = (read() for read in tqdm(images, "evaluate", unit="image", disable=quiet or None))
+        measured = [(i.path, i.geometry, _measure_image(runner, i, sources, out, network)) for i in stored]
+    records = [found for _, _, found in measured if isinstance(found, dict)]
+    failures = encoded.failures | {path: found for path, _, found in measured if isinstance(found, str)}
+    if not records:
+        raise UserError(f"{where}: none of the {encoded.found} images could be decoded")
     names = ["psnr", "ssim", "ms_ssim", *(["lpips"] if network else []), *(["kl_bpp"] if gaussian else [])]
     summary = {name: mean_defined([record[name] for record in records]) for name in names}
-    summary["disk_bpp"] = 8 * bytes_out / sum(record["pixels"] for record in records)
+    summary["disk_bpp"] = 8 * bytes_out / sum(size.width * size.height for _, size, _ in measured)
     protocol = (PROTOCOL if gaussian else _STREAM_PROTOCOL) | ({"lpips": network.protocol} if network else {})
     about = describe_evaluation(runner, where, len(records)) | ({} if channels is None else {"channels": channels})
-    report = EvaluationReport(summary, records, protocol, about, encoded.failures, encoded.left_out.counts)
+    report = EvaluationReport(summary, records, protocol, about, failures, encoded.left_out.counts)
     if out is not None:
         write_text(out / RESULTS, json.dumps(report._asdict(), indent=1, allow_nan=False))
     return report
@@ -193,10 +198,17 @@ def _store_streams(runner: Runner, where: str | Path, folder: Path, search: List
 
 def _measure_image(
     runner: Runner, image: _StoredImage, sources: dict[str, Source], out: Path | None, lpips: LPIPS | None
-) -> dict[str, Any]:
+) -> dict[str, Any] | str:
+    """Return an image's record, or the reason why it has none, which is said too."""
     source = sources[image.path]
     original, labels = source.read().pixels, runner.codec.class_numbers([source.label])
-    decoded = crop(runner.decode_uint8([image.latents], labels), image.geometry)
+    try:
+        decoded = crop(runner.decode_uint8([image.latents], labels), image.geometry)
+    except FatalError:
+        raise
+    except UserError as error:
+        say(f"{image.path}: {error}", error=True)
+        return str(error)
     if out is not None:
         write_image(out / _DECODED / f"{image.path}.png", decoded[0], image.geometry, "png")
     pixels = image.geometry.width * image.geometry.height

@@ -26,6 +26,7 @@ from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import stored_files
 from latent_codec.model.checks import check_channels, check_unconditional
+from latent_codec.model.finite import check_finite
 from latent_codec.prior.priors import PriorKind
 from latent_codec.prior.quantizer import DEAD_ZONE, Scaled
 
@@ -156,8 +157,7 @@ class _LcEncoder(ImageReader):
         """Return what is coded at the step that all images take, or the file that the rate asks for."""
         if isinstance(coded, UserError):
             raise coded
-        if not bool(torch.isfinite(coded).all()):
-            raise UserError("the model's latents are not finite; try --dtype float32")
+        check_finite(coded, "the model's latents are")
         options, (pixels, geometry) = self._options, item.content
         seed = None if options.sample is None else dither_seed(options.sample, item.job.name)
         shown = crop(pixels, geometry)

@@ -1,4 +1,4 @@
-"""Split batches until they fit into memory."""
+"""Split batches until they fit into memory, or until the item that is refused is alone."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from latent_codec.errors import UserError
+from latent_codec.errors import FatalError, UserError
 from latent_codec.program import say
 
 T = TypeVar("T")
@@ -23,13 +23,20 @@ class OutOfMemoryBackoff:
     def map(
         self, call: Callable[[list[T]], Sequence[R]], items: list[T], elements: int
     ) -> Iterator[tuple[T, R | UserError]]:
-        """Yield each item with its result, or with the reason why it has none; an item has `elements` elements."""
+        """Yield each item with its result, or with the reason why it has none; an item has `elements` elements.
+
+        A `UserError` is that of one item, which fails alone; a `FatalError` is raised.
+        """
         if not items:
             return
-        results = None
+        results, refusal = None, None
         if len(items) == 1 or len(items) * elements <= self._limit:
             try:
                 results = call(items)
+            except FatalError:
+                raise
+            except UserError as error:
+                refusal = UserError(*error.args)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -38,10 +45,10 @@ class OutOfMemoryBackoff:
             yield from zip(items, results, strict=True)
         elif len(items) == 1:
             reason = "memory ran out; give a smaller --tile, a smaller --batch-size or --dtype bfloat16"
-            yield items[0], UserError(reason)
+            yield items[0], refusal or UserError(reason)
         else:
             half = len(items) // 2
-            if self._limit > half * elements:
+            if refusal is None and self._limit > half * elements:
                 self._limit = half * elements
                 say(f"memory ran out for {len(items)} images at once; going on with {half}", error=True)
             if torch.cuda.is_available():

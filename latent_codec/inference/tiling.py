@@ -71,7 +71,8 @@ def encode(codec: Codec, pixels: torch.Tensor, tile: int | None, labels: torch.T
 
 
 def decode_uint8(codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Decode latents (b, z, h/f, w/f) to uint8 pixels (b, 3, h, w) on the CPU; the rest is as for `encode`."""
+    """Decode latents (b, z, h/f, w/f) to uint8 pixels (b, 3, h, w) on the CPU; the rest is as for `encode`.
+    Raises `UserError` too if the decoder's output is not finite, as `decode` does."""
     tile = _tile_for(codec, z[0, 0].numel() * codec.factor**2, tile)
     return in_rgb(_decode(codec, z, tile, labels, codec.likelihood.to_uint8))
 
@@ -174,7 +175,7 @@ def _decode(
     codec: Codec, z: torch.Tensor, tile: int | None, labels: torch.Tensor | None, convert: _Map
 ) -> torch.Tensor:
     def finish(params: torch.Tensor) -> torch.Tensor:
-        return convert(codec.likelihood.mean(params))
+        return convert(codec.likelihood.checked_mean(params))
 
     network = partial(codec.likelihood_params, labels=labels)
     if tile is None:

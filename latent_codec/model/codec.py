@@ -102,8 +102,9 @@ class Codec(nn.Module):
         return self.likelihood.mean(self.likelihood_params(z, labels)).to(self._result_dtype(z))
 
     def decode_uint8(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Return expected pixels (b, c, h, w) given latents, rounded and clipped to uint8."""
-        return self.likelihood.to_uint8(self.likelihood.mean(self.likelihood_params(z, labels)))
+        """Return expected pixels (b, c, h, w) given latents, rounded and clipped to uint8.
+        Raises `UserError` if the decoder's output is not finite."""
+        return self.likelihood.to_uint8(self.likelihood.checked_mean(self.likelihood_params(z, labels)))
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, *, sample: bool = False) -> CodecOutput:
         """Return the posterior of pixels and what the decoder makes of its mode, or of a draw from torch's generator.

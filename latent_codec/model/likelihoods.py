@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import log_softmax, logsigmoid, softplus
 
 from latent_codec.model.config import DiscretizedLogisticConfig, GaussianConfig
+from latent_codec.model.finite import check_finite
 from latent_codec.noise import uniforms
 from latent_codec.precision import float32_island
 
@@ -100,6 +101,11 @@ class Likelihood(nn.Module, abc.ABC):
         """Return the expected pixels (b, c, h, w), in `data_range`."""
         with float32_island(params):
             return self._mean(self._split(params))
+
+    def checked_mean(self, params: torch.Tensor) -> torch.Tensor:
+        """Return the expected pixels as an image to show; raise `UserError` if the decoder's output is not finite."""
+        check_finite(params, "the decoder's output is")  # of which some likelihoods would make a white image
+        return self.mean(params)
 
     def sample(self, params: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draw pixels (b, c, h, w)."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.noise import fold, normal
 from latent_codec.storage.tensors import save_tensors
 from tests.support.errors import refused, rejected
+from tests.support.networks import overflow_float16
 from train.config.diffusion import FlowConfig
 from train.objectives.flow import FlowMatching
 
@@ -285,6 +287,19 @@ def test_pixels_are_decoded_from_drawn_latents(codec: Codec, model: Diffusion, r
     write_grid(tmp_path / "grid.png", pixels, 2)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (64, 32) and grid.crop((32, 0, 64, 32)).getpixel((3, 5)) == tuple(pixels[1, :, 5, 3])
+
+
+def test_samples_beyond_float16_fail_alone(codec: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overflow_float16(codec)
+    model = make(codec)
+    runner = Runner(codec, ComputeOptions(device="cpu", dtype="float16", batch_size=4))
+    ids = choose(model, [], 2)
+    with mock.patch("latent_codec.diffusion.sampling.draw_latents") as drawn:
+        drawn.return_value = torch.zeros(4, *model.shape).index_fill_(0, torch.tensor([1]), -4.0)
+        found = sample(model, runner, ids, tmp_path, QUICK, quiet=True)
+    assert found.failures.keys() == {"a/00001.png"} and str(found) == "3 images drawn, 0 were there, 1 failed"
+    assert sorted(tmp_path.rglob("*.png")) == sorted(found.paths) and len(found.paths) == 3
+    assert "a/00001.png: the decoder's output is not finite; try --dtype" in capsys.readouterr().err
 
 
 def test_impossible_samples_are_refused(codec: Codec, model: Diffusion, runner: Runner, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from latent_codec.evaluation.evaluate import EvaluationReport, evaluate
 from latent_codec.images.read import read_image
+from latent_codec.inference.options import ComputeOptions
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.dataset import Latents
 from latent_codec.metrics import distortion
@@ -21,6 +22,8 @@ from tests.conftest import files_of
 from tests.evaluation.conftest import SIZES, decoded
 from tests.support.data import WEIGHTS
 from tests.support.errors import refused
+from tests.support.folder import black_and_grey
+from tests.support.networks import overflow_float16
 
 ALEXNET = WEIGHTS / "alexnet_features.safetensors"
 
@@ -98,6 +101,18 @@ def test_unreadable_images_are_reported_and_left_out(grey_codec: Codec, photos: 
     for name in SIZES:
         (photos / name).unlink()
     refused("none of the 1 images could be read", run, grey_codec, photos)
+
+
+def test_images_beyond_float16_are_reported_and_left_out_of_means(codec: Codec, tmp_path: Path) -> None:
+    overflow_float16(codec)
+    runner = Runner(codec, ComputeOptions(device="cpu", dtype="float16"))
+    report = evaluate(runner, black_and_grey(tmp_path / "src"), out=tmp_path / "out", quiet=True)
+    assert [record["path"] for record in report.images] == ["grey.png"] and report.failures.keys() == {"black.png"}
+    assert files_of(tmp_path / "out" / "decoded").keys() == {"grey.png.png"}
+    size = sum(map(len, files_of(tmp_path / "out" / "latents").values()))
+    assert report.summary["disk_bpp"] == 8 * size / (2 * 8 * 8)
+    (tmp_path / "src" / "grey.png").unlink()
+    refused("none of the 1 images could be decoded", evaluate, runner, tmp_path / "src", quiet=True)
 
 
 def test_only_own_folders_are_used(codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

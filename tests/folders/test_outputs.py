@@ -1,5 +1,6 @@
 """Test that tar shards hold the files of a folder, a unit in each; `resume/test_resume.py` resumes them, too."""
 
+import dataclasses
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,9 +16,23 @@ from tests.conftest import Draw, files_of
 from tests.folders.conftest import Places
 from tests.images.test_sources import tar
 from tests.support.errors import refused
-from tests.support.folder import UNIT, Kind, make
+from tests.support.folder import CPU, SOURCES, UNIT, Kind, black_and_grey, make, temporary_files
+from tests.support.networks import overflow_float16
 
 PAIRS: list[tuple[Kind, Kind]] = [("streams", "tars of streams"), ("images of streams", "tars of images")]
+
+
+@pytest.mark.parametrize("decoded", [*SOURCES])
+def test_an_image_beyond_float16_fails_alone_with_the_remedy(codec: Codec, tmp_path: Path, decoded: Kind) -> None:
+    overflow_float16(codec)
+    make(SOURCES[decoded], codec, black_and_grey(tmp_path / "src"), tmp_path / "z")
+    for dtype in ("bfloat16", "float32"):
+        compute = dataclasses.replace(CPU, dtype=dtype)
+        assert make(decoded, codec, tmp_path / "z", tmp_path / dtype, compute).done == 2
+    half = make(decoded, codec, tmp_path / "z", tmp_path / "half", dataclasses.replace(CPU, dtype="float16"))
+    (name, reason), *others = half.failures.items()
+    assert (half.done, name.split(".")[0], others) == (1, "black", []) and "try --dtype float32 or bfloat16" in reason
+    assert len(files_of(tmp_path / "half").keys() - {FAILURES}) == 1 and temporary_files(tmp_path / "half") == []
 
 
 @pytest.mark.parametrize(("single", "tars"), PAIRS)

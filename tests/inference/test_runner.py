@@ -45,16 +45,20 @@ def test_lists_are_halved_until_they_fit_results_in_order(items: list[int], most
     assert max(calls, default=0) <= most  # it knows by now
 
 
-def test_what_does_not_fit_alone_fails_alone_and_other_errors_are_no_reason_to_halve() -> None:
+@pytest.mark.parametrize("error", [MemoryError(), UserError("3 is not finite")], ids=str)
+def test_what_does_not_fit_or_is_refused_fails_alone_and_other_errors_are_no_reason_to_halve(error: Exception) -> None:
     def call(batch: list[int]) -> list[int]:
         if 3 in batch:
-            raise MemoryError
+            raise error
         return batch
 
     found = dict(OutOfMemoryBackoff().map(call, [1, 2, 3, 4], 1))
-    assert isinstance(found.pop(3), UserError) and found == {1: 1, 2: 2, 4: 4}
-    with pytest.raises(RuntimeError, match="another"):
-        list(OutOfMemoryBackoff().map(mock.Mock(side_effect=RuntimeError("another")), [1, 2], 1))
+    failed = found.pop(3)
+    assert isinstance(failed, UserError) and found == {1: 1, 2: 2, 4: 4}
+    assert str(failed) == str(error) or str(failed).startswith("memory ran out")
+    for other in (RuntimeError("another"), FatalError("another")):
+        with pytest.raises(type(other), match="another"):
+            list(OutOfMemoryBackoff().map(mock.Mock(side_effect=other), [1, 2], 1))
 
 
 @pytest.mark.parametrize(("kind", "decoded"), [("streams", "images of streams"), ("latents", "images of latents")])

@@ -8,7 +8,7 @@ from torch import nn
 
 from latent_codec.model.config import BernoulliConfig, DiscretizedLogisticConfig, GaussianConfig
 from latent_codec.model.likelihoods import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian, Likelihood
-from tests.support.errors import rejected
+from tests.support.errors import refused, rejected
 from tests.support.networks import seeded
 
 VALUES = torch.arange(256, dtype=torch.uint8)
@@ -241,6 +241,17 @@ def test_at_extreme_parameters_under_autocast_everything_is_finite(name: str, dt
         results = likelihood.log_prob(coarse, x), likelihood.mean(coarse), likelihood.sample(coarse, seeded(0))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in results)
     assert params.grad is not None and params.grad.isfinite().all()
+
+
+@everyone
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_an_image_of_output_that_is_not_finite_is_refused(name: str, value: float) -> None:
+    likelihood, params = ALL[name], random_params(name, 2, 3, 4, 5)
+    huge = (params * 1e38).clamp(-3e38, 3e38)  # whose sum is not finite
+    for sound in (params, huge.abs()):
+        assert torch.equal(likelihood.checked_mean(sound), likelihood.mean(sound))
+    params[1, 0, 2, 3] = value
+    refused("the decoder's output is not finite; try", likelihood.checked_mean, params)
 
 
 @everyone

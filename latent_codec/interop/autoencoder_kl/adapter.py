@@ -11,6 +11,7 @@ from latent_codec.model.checks import check_prefix, check_unconditional
 from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig
 from latent_codec.model.file import LatentStatistics
+from latent_codec.model.finite import check_finite
 from latent_codec.model.likelihoods import from_signed
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.storage.json_config import from_json, to_json
@@ -129,7 +130,8 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> Any:
         """Decode normalised latents (b, z, h/f, w/f); `sample` is the expected pixels (b, c, h, w), not clipped.
-        The generator is accepted, as by other decoders, and not used."""
+        The generator is accepted, as by other decoders, and not used. Raises `UserError` for pixels that are not finite
+        (`encode` for such latents), as float16 ends at 65504."""
         sample = torch.cat([self._pixels(part) for part in self._slices(z)]).to(self.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -157,6 +159,7 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         posterior = tiling.encode(self.codec, x, self._tile) if cut else self.codec.encode(x)
         assert isinstance(posterior, DiagonalGaussian)
         posterior = posterior.prefix(self._channels)
+        check_finite(posterior.mean, "the model's latents are")
         mean, std = self._moments(x.device)
         return torch.cat([(posterior.mean.to(x.device) - mean) / std, posterior.logvar.to(x.device) - 2 * std.log()], 1)
 
@@ -164,8 +167,12 @@ class CodecAutoencoder(ModelMixin, ConfigMixin):
         mean, std = self._moments(z.device)
         latents = (z.float() * std + mean).to(self.dtype)
         cut = tiling.cuts(z[0, 0].numel() * self.codec.factor**2, self._tile)
-        pixels = tiling.decode(self.codec, latents, self._tile) if cut else self.codec.decode(latents)
-        low, high = self.codec.likelihood.data_range
+        likelihood = self.codec.likelihood
+        if cut:
+            pixels = tiling.decode(self.codec, latents, self._tile)
+        else:
+            pixels = likelihood.checked_mean(self.codec.likelihood_params(latents))
+        low, high = likelihood.data_range
         return (pixels.to(z.device).float() - low) * (2 / (high - low)) - 1
 
     @property

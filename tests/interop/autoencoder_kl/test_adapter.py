@@ -112,6 +112,20 @@ def test_half_precision_in_and_out(vae: Any, tmp_path: Path, dtype: torch.dtype,
         kl.assert_close(half.decode(posterior.mean.to(dtype)).sample, pixels, tolerance)
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@torch.inference_mode()
+def test_numbers_beyond_float16_are_one_error(codec: Codec, tiled: bool) -> None:
+    vae = CodecAutoencoder.from_codec(codec).to(torch.float16)
+    side = tiling.least_tile(codec)
+    if tiled:
+        vae.enable_tiling(side)
+    z = vae.encode(kl.pixels(1, 2 * side).half()).latent_dist.mean
+    codec.state_dict()["backbone.decoder.0.weight"].fill_(6e4)
+    refused("decoder's output is not finite; try --dtype float32 or bfloat16", vae.decode, 10 * torch.ones_like(z))
+    codec.state_dict()["backbone.encoder.1.weight"].fill_(6e4)
+    refused("latents are not finite", vae.encode, torch.full((1, 3, 2 * side, 2 * side), 1.0).half())
+
+
 @torch.inference_mode()
 def test_tiles_give_what_the_whole_gives_and_are_what_the_network_sees(vae: Any) -> None:
     """Exactly, to rounding, for lite."""

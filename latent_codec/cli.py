@@ -12,11 +12,12 @@ from latent_codec.commands.encode import Encode
 from latent_codec.commands.evaluate import Evaluate
 from latent_codec.commands.models import Export, Import, Info
 from latent_codec.commands.sample import Sample
+from latent_codec.commands.trim import Trim
 from latent_codec.errors import UserError, printable
 from latent_codec.program import exit_code, parse, say
 from latent_codec.version import __version__
 
-Command = Encode | Decode | Info | Evaluate | Export | Import | Sample | Convert
+Command = Encode | Decode | Trim | Info | Evaluate | Export | Import | Sample | Convert
 
 _PROGRAM = "latent-codec"
 _DESCRIPTION = "Image VAEs: compress images to stochastic latents, decode them, measure and export models."

@@ -8,7 +8,7 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.errors import UserError
-from latent_codec.folders.decode_lc import find_lc
+from latent_codec.folders.read_lc import find_lc
 from latent_codec.images.sources import Source
 from latent_codec.latents.format import INDEX, moment_names, read_index
 from latent_codec.model.codec import Codec

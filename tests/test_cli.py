@@ -81,7 +81,7 @@ def python(*args: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedPro
 
 
 TOOLS = ("encode", "decode", "info", "evaluate", "export", "sample")
-COMMANDS = (*TOOLS, "import", "convert")
+COMMANDS = (*TOOLS, "import", "convert", "trim")
 
 
 def test_help_answers_without_importing_torch() -> None:
@@ -233,6 +233,8 @@ MISTAKES = {
     **{f"encode photos out {flag} 0": f"{flag} 0" for flag in ("--batch-size", "--workers")},
     "encode photos out --tile 90": "give 88 or 96",
     **{f"encode photos out --{flag}": "is for --format safetensors" for flag in ("flips", "store float32")},
+    "encode photos out --quality 101": "--quality 101 is outside 1 to 100",
+    "encode photos out --quality 60 --bpp 1 --step 2": "--quality 60 and --step and --bpp each decide",
     "encode photos out --refine -1": "--refine -1 must not be negative",
     "encode photos out --refine 2 --sample 1": "leave out one of them",
     f"encode photos out --sample {2**64}": "no seed of 64 bits",

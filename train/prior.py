@@ -144,7 +144,8 @@ def _context_config(config: PriorConfig, codec: Codec) -> ContextConfig:
     groups, levels = context_layout(config.groups, config.levels, codec.config.latent_channels)
     if config.crop % (spacing := context_spacing(levels)):
         raise UserError(f"crop is {config.crop}; with levels {levels} it must be a multiple of {spacing}")
-    return ContextConfig(groups=groups, width=config.width, centred=True, levels=levels)
+    nested = bool(codec.config.prefixes)
+    return ContextConfig(groups=groups, width=config.width, centred=True, levels=levels, nested=nested)
 
 
 def _measure_feedback(

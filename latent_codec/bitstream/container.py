@@ -16,8 +16,9 @@ from latent_codec.prior.tables import MIN_SYMBOL_BITS
 from latent_codec.storage.files import open_regular
 
 SUFFIX = ".lc"
-VERSIONS = (1, 2, 3)
-"""Format versions: 2 is that of a centred context prior, 3 that of one with levels, 1 that of all others."""
+VERSIONS = (1, 2, 3, 4)
+"""Format versions: 2 is that of a centred context prior, 3 that of one with levels, 4 that of a nested one, 1 that of
+all others."""
 _MAGIC = b"\x89LC\r\n\x1a\n"
 _CHECKSUM = struct.Struct("<I")
 _FIELDS = struct.Struct("<7sB8sIIBB3sHQI")
@@ -26,7 +27,7 @@ _HEADER_SIZE = _FIELDS.size + _CHECKSUM.size
 OVERHEAD = _HEADER_SIZE + _CHECKSUM.size
 """Bytes of a file beside its payload: the header, its CRC-32 and the payload's."""
 
-_GREY, _BACKGROUND, _DITHER, _CONTEXT = 1, 2, 4, 8  # flags
+_GREY, _BACKGROUND, _DITHER, _CONTEXT = 1, 2, 4, 8  # flags; in version 4 the four bits above hold the groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +45,15 @@ class Stream:
     seed: int | None
     """64-bit seed of the dither; None: the mean was rounded."""
     payload: bytes
+    groups: int | None = None
+    """Number of the first groups of channels that a stream of version 4 holds; None in others: all."""
 
 
 def pack(stream: Stream) -> bytes:
     """Return the bytes of a file."""
     geometry, background = stream.geometry, stream.geometry.background
     flags = _GREY * (geometry.mode == "L") | _BACKGROUND * (background is not None)
-    flags |= _DITHER * (stream.seed is not None) | _CONTEXT * (stream.prior == "context")
+    flags |= _DITHER * (stream.seed is not None) | _CONTEXT * (stream.prior == "context") | (stream.groups or 0) << 4
     fields = _FIELDS.pack(
         _MAGIC,
         stream.version,
@@ -94,8 +97,9 @@ def unpack(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Stream:
 def _parse(fields: bytes, payload: bytes) -> Stream:
     """Return the stream of intact fields; raise `UserError` for values that no encoder writes."""
     _, version, stream_id, width, height, orientation, flags, background, step, seed, _ = _FIELDS.unpack(fields)
+    groups = flags >> 4 if version == 4 else None
     with_seed, with_background = bool(flags & _DITHER), bool(flags & _BACKGROUND)
-    unused = flags >> 4 or (seed and not with_seed) or (any(background) and not with_background)
+    unused = (flags >> 4 and groups is None) or (seed and not with_seed) or (any(background) and not with_background)
     if unused or step < MIN_STEP * STEP_ONE:
         raise UserError("damaged: its header has values that no encoder writes")
     try:
@@ -116,6 +120,7 @@ def _parse(fields: bytes, payload: bytes) -> Stream:
         step=step,
         seed=seed if with_seed else None,
         payload=payload,
+        groups=groups,
     )
 
 
@@ -148,15 +153,15 @@ def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
         return data + file.read(min(whole - len(data), promised + _CHECKSUM.size + 1))
 
 
-def quantizer_settings(stream: Stream, config: CodecConfig, factor: int) -> QuantizerSettings:
-    """Return what decoding the payload needs, for a model with latents at 1 / `factor` of each side.
+def quantizer_settings(stream: Stream, config: CodecConfig, factor: int, channels: int) -> QuantizerSettings:
+    """Return what decoding the payload of so many channels needs, for latents at 1 / `factor` of each side.
 
     Raises `UserError` for a payload too short for so many latents, and for a codebook's indices with a step or dither.
     """
     geometry = stream.geometry
     if config.codes is not None and (stream.step, stream.seed) != (STEP_ONE, None):
         raise UserError("damaged: its header gives a codebook's indices a step or dither")
-    shape = (config.coded_channels, -(-geometry.height // factor), -(-geometry.width // factor))
+    shape = (channels, -(-geometry.height // factor), -(-geometry.width // factor))
     if math.prod(shape) * MIN_SYMBOL_BITS > 8 * len(stream.payload):
         raise UserError(
             f"damaged: {len(stream.payload)} bytes of coded data cannot hold {geometry.width}x{geometry.height} pixels"

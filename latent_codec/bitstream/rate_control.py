@@ -18,6 +18,15 @@ FINEST_FOR_PSNR = 1 / 16
 
 _FINEST, _COARSEST = step_code(MIN_STEP), step_code(MAX_STEP)
 
+
+def step_of_quality(quality: int) -> float:
+    """Return the quantiser step of a quality from 1 to 100: 1 at 50, and half as much for every 12.5 more.
+    Raises `UserError` for another quality."""
+    if not 1 <= quality <= 100:
+        raise UserError(f"--quality {quality} is outside 1 to 100; 50 is usual, and more keeps more")
+    return 2.0 ** ((50 - quality) / 12.5)
+
+
 Scale = Callable[[int], Scaled]
 """Returns one image's latents divided by a stored step; raises `UserError` as `StreamCodec.scale` does."""
 

@@ -14,9 +14,10 @@ from latent_codec.images.read import DEFAULT_MAX_PIXELS
 from latent_codec.model.codebooks import FiniteScalarQuantizer, VectorQuantizer
 from latent_codec.model.codec import Codec, suggest_model
 from latent_codec.noise import fold, text_key
-from latent_codec.prior.passes import Prior, QuantizedPasses, decode, ideal_bits, quantize
+from latent_codec.prior.context import ContextPrior
+from latent_codec.prior.passes import Prior, QuantizedPasses, channels_in, decode, ideal_bits, quantize
 from latent_codec.prior.priors import PriorKind
-from latent_codec.prior.quantizer import STEP_ONE, Quantized, Scaled, dequantize, scale
+from latent_codec.prior.quantizer import STEP_ONE, Quantized, QuantizerSettings, Scaled, dequantize, scale
 from latent_codec.prior.rans import Coder
 
 
@@ -74,7 +75,7 @@ class StreamCodec:
         return [self._file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
 
     def _file(self, coding: QuantizedPasses, geometry: Geometry) -> CompressedImage:
-        quantized, passes = coding
+        quantized, passes, groups = coding
         stream = Stream(
             version=self.prior.version,
             stream_id=self.stream_id,
@@ -83,17 +84,38 @@ class StreamCodec:
             step=quantized.step,
             seed=quantized.seed,
             payload=self._coder.encode(passes),
+            groups=groups,
         )
         return CompressedImage(pack(stream), ideal_bits(self.prior, passes), quantized)
 
     def read(self, streams: Sequence[Stream]) -> list[Quantized | UserError]:
         """Return the integers of streams of one latent shape, or the error of each damaged one."""
-        settings = [quantizer_settings(s, self.codec.config, self.codec.factor) for s in streams]
+        settings = [self.settings(stream) for stream in streams]
         return decode(self.prior, self._coder, [s.payload for s in streams], settings, self.device)
+
+    def settings(self, stream: Stream) -> QuantizerSettings:
+        """Return what decoding a stream's payload needs; raises `UserError` as `quantizer_settings` does."""
+        channels = channels_in(self.prior, stream.groups)
+        return quantizer_settings(stream, self.codec.config, self.codec.factor, channels)
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Return the latents (z, h, w) float32 of streams of one latent shape, or the error of each damaged one."""
         return [r if isinstance(r, UserError) else self.dequantize(r) for r in self.read(streams)]
+
+    def trim(self, streams: Sequence[Stream], channels: int) -> list[bytes | UserError]:
+        """Return files of streams of one latent shape with the groups that hold their first channels alone."""
+        prior = self.prior
+        if not isinstance(prior, ContextPrior) or not prior.config.nested:
+            return [UserError(f"coded under a {prior.kind} prior, whose streams cannot be trimmed") for _ in streams]
+        groups = next(number for number, end in enumerate(prior.ends) if end >= channels)
+        files: list[bytes | UserError] = []
+        for stream, found in zip(streams, self.read(streams), strict=True):
+            if isinstance(found, UserError) or stream.groups is None or stream.groups <= groups:
+                files.append(found if isinstance(found, UserError) else pack(stream))
+            else:
+                (coding,) = quantize(prior, [found.scaled()], self.device, groups=groups)
+                files.append(self._file(coding, stream.geometry).data)
+        return files
 
 
 class StreamReader:
@@ -109,7 +131,7 @@ class StreamReader:
         return stream.prior in self.coders and self.coders[stream.prior].stream_id == stream.stream_id
 
     def check(self, stream: Stream, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[PriorKind, tuple[int, int, int]]:
-        """Return the prior and the latents' shape, which streams that are decompressed together must share.
+        """Return the prior and the shape of the coded latents, which streams decompressed together must share.
 
         Raises `UserError` if the stream is another model's, its image has more than `max_pixels` pixels once padded to
         whole latents, or its payload is too short for its size.
@@ -123,13 +145,17 @@ class StreamReader:
             )
         if (version := stream.version) != (own := self.coders[kind].prior.version):
             raise UserError(f"damaged: it says format version {version}, and this model's streams are of {own}")
-        shape = quantizer_settings(stream, self.codec.config, self.codec.factor).shape
+        shape = self.coders[kind].settings(stream).shape
         check_size(stream.geometry.height, stream.geometry.width, max_pixels, self.codec.factor)
         return kind, shape
 
     def decompress(self, streams: Sequence[Stream]) -> list[torch.Tensor | UserError]:
         """Return the latents of streams for which `check` returned the same, or the error of each damaged one."""
         return self.coders[streams[0].prior].decompress(streams)
+
+    def trim(self, streams: Sequence[Stream], channels: int) -> list[bytes | UserError]:
+        """Return trimmed files of streams for which `check` returned the same, as `StreamCodec.trim` does."""
+        return self.coders[streams[0].prior].trim(streams, channels)
 
 
 def is_maker(codec: Codec, kind: PriorKind, stream_id: bytes) -> bool:

@@ -1,25 +1,16 @@
 """Define the command `latent-codec decode`."""
 
 import dataclasses
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
 from latent_codec.commands.options import ResumeOptions
-from latent_codec.errors import UserError
-from latent_codec.inference.load import load
-from latent_codec.inference.makers import load_makers
+from latent_codec.folders.makers import has_id, makes_streams, runners_for
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.program import say
-
-if TYPE_CHECKING:
-    from latent_codec.inference.runner import Runner
-    from latent_codec.model.codec import Codec
-    from latent_codec.prior.priors import PriorKind
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +27,8 @@ class Decode:
     """A folder of model files to find it in, beside the shipped models."""
     image_format: Literal["png", "webp", "jpg"] = "png"
     """Format of the images."""
+    channels: int | None = None
+    """Decode the first channels alone, a prefix of a model that has some; by default all that are stored."""
     tar: bool = False
     """Put the images into tar shards of about 128 images each, as WebDataset reads them."""
     sample: int | None = None
@@ -51,7 +44,8 @@ class Decode:
         """Decode, print the summary and return the exit code."""
         from latent_codec.folders.decode_images import DecodeOptions
         from latent_codec.folders.decode_latents import decode_latents
-        from latent_codec.folders.decode_lc import decode_lc, is_lc, makers_of
+        from latent_codec.folders.decode_lc import decode_lc
+        from latent_codec.folders.read_lc import is_lc, makers_of
         from latent_codec.images.sources import ListOptions
         from latent_codec.latents.format import INDEX, read_index
 
@@ -59,32 +53,19 @@ class Decode:
             image_format=self.image_format,
             sample=self.sample,
             max_pixels=self.max_pixels,
+            channels=self.channels,
             tar=self.tar,
             search=ListOptions(follow_links=self.follow_links),
         )
         resume = self.resume.resume()
         if is_lc(self.src):
-            runners = self._runners(lambda: makers_of(self.src, options.search.without(self.dst)), _makes_streams)
+            makers = partial(makers_of, self.src, options.search.without(self.dst))
+            runners = runners_for(self.model, self.models, makers, makes_streams, self.compute)
             summary = decode_lc(runners, self.src, self.dst, options, resume=resume)
         else:
-            (runner,) = self._runners(lambda: {read_index(self.src / INDEX)[0].model_id}, _has_id)
+            (runner,) = runners_for(
+                self.model, self.models, lambda: {read_index(self.src / INDEX)[0].model_id}, has_id, self.compute
+            )
             summary = decode_latents(runner, self.src, self.dst, options, resume=resume)
         say(summary)
         return 1 if summary.failures else 0
-
-    def _runners(self, wanted: "Callable[[], set[T]]", made_by: "Callable[[Codec, T], bool]") -> "list[Runner]":
-        if self.model is not None:
-            if self.models is not None:
-                raise UserError(f"--model {self.model} says which model it is; leave out --models {self.models}")
-            return [load(self.model, self.compute)]
-        return load_makers(wanted(), made_by, self.models, self.compute)
-
-
-def _makes_streams(codec: "Codec", maker: "tuple[PriorKind, bytes]") -> bool:
-    from latent_codec.bitstream.stream_codec import is_maker
-
-    return is_maker(codec, *maker)
-
-
-def _has_id(codec: "Codec", model_id: str) -> bool:
-    return codec.model_id == model_id

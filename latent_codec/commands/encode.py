@@ -16,7 +16,7 @@ from latent_codec.program import say
 _REFUSED = {
     "lc": (("store", "flips", "channels"), "for --format safetensors; a .lc file holds integers of one image"),
     "safetensors": (
-        ("step", "bpp", "psnr", "max_bytes", "refine", "sample", "prior", "tar"),
+        ("quality", "step", "bpp", "psnr", "max_bytes", "refine", "sample", "prior", "tar"),
         "for --format lc; latents in safetensors keep the whole posterior, in shards",
     ),
 }
@@ -35,6 +35,8 @@ class Encode:
     """Name of a shipped model, or a model file."""
     format: Literal["lc", "safetensors"] = "lc"
     """lc: one entropy-coded file per image. safetensors: shards of posterior means and log-variances to train on."""
+    quality: int | None = None
+    """lc: how much to keep, 1 to 100, where 50 is step 1 and 12.5 more halve the step; instead of --step."""
     step: float | None = None
     """lc: the quantiser step, by default 1; a larger step makes files smaller and images worse."""
     bpp: float | None = None
@@ -71,7 +73,7 @@ class Encode:
         flags, reason = _REFUSED[self.format]
         if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name) != getattr(Encode, name)]:
             raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")
-        from latent_codec.bitstream.rate_control import Rate
+        from latent_codec.bitstream.rate_control import Rate, step_of_quality
         from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
         from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
         from latent_codec.images.read import ReadOptions
@@ -80,7 +82,11 @@ class Encode:
         read = ReadOptions(background=self.background, max_pixels=self.max_pixels)
         search = ListOptions(follow_links=self.follow_links)
         if self.format == "lc":
-            rate = Rate(step=self.step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
+            others = [f"--{name}" for name in ("step", "bpp", "psnr") if getattr(self, name) is not None]
+            if self.quality is not None and others:
+                raise UserError(f"--quality {self.quality} and {' and '.join(others)} each decide; give one of them")
+            step = self.step if self.quality is None else step_of_quality(self.quality)
+            rate = Rate(step=step, bpp=self.bpp, psnr=self.psnr, max_bytes=self.max_bytes)
             options = EncodeOptions(
                 rate=rate,
                 refine=self.refine,

@@ -17,6 +17,7 @@ from latent_codec.images.sources import ListOptions
 from latent_codec.images.write import ImageFormat, image_bytes
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
+from latent_codec.model.checks import check_prefix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class DecodeOptions:
     """Seed of a draw from a stored posterior that depends on (sample, path) alone; None decodes the mode."""
     max_pixels: int = DEFAULT_MAX_PIXELS
     """`.lc` files of larger images are refused before anything is allocated for them."""
+    channels: int | None = None
+    """Decode the first channels alone, a prefix of the model's; None decodes all that are stored."""
     search: ListOptions = ListOptions()
     tar: bool = False
     """Put the images into tar shards."""
@@ -49,12 +52,15 @@ class Latent(NamedTuple):
 class ImageDecoder:
     """Decode latents to image files: half of a `Maker`."""
 
-    verb: Literal["encode", "decode"] = "decode"
+    verb: Literal["encode", "decode", "trim"] = "decode"
     kind: Kind = "images"
 
     def __init__(self, runners: Sequence[Runner], options: DecodeOptions) -> None:
         runner, self.runners = runners[0], runners
         self.runner, self.options, self.backoff = runner, options, OutOfMemoryBackoff()
+        if options.channels is not None:
+            for one in runners:
+                check_prefix(one.codec, options.channels)
         self.is_large = partial(runner.cuts, factor=runner.codec.factor)
 
     @property
@@ -62,7 +68,8 @@ class ImageDecoder:
         """Return what an image depends on beside its source, as JSON."""
         ids = [runner.model_id for runner in self.runners]
         model = ids[0] if len(ids) == 1 else sorted(ids)
-        return {"model_id": model, "format": self.options.image_format} | self.runner.settings
+        settings: dict[str, Any] = {"model_id": model, "format": self.options.image_format} | self.runner.settings
+        return settings | ({} if self.options.channels is None else {"channels": self.options.channels})
 
     def name(self, source: str) -> str:
         """Return the name of a source's image."""
@@ -80,4 +87,5 @@ class ImageDecoder:
     def _decode(self, batch: list[Input[Latent]]) -> Sequence[torch.Tensor]:
         runner = self.runners[batch[0].content.model]
         labels = runner.codec.class_numbers([item.job.source.label for item in batch])
-        return runner.decode_uint8([item.content.z for item in batch], labels).unbind()
+        z = [item.content.z[: self.options.channels] for item in batch]
+        return runner.decode_uint8(z, labels).unbind()

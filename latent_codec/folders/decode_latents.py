@@ -46,6 +46,8 @@ class _LatentsDecoder(ImageDecoder):
         self._latents = Latents(where, model_id=runner.model_id)
         if self._latents.header.channels is not None:
             check_prefix(runner.codec, self._latents.header.channels)
+            if (options.channels or 0) > self._latents.header.channels:
+                raise UserError(f"{where}: holds {self._latents.header.channels} channels, not {options.channels}")
         self._rows = {entry.path: index for index, entry in enumerate(self._latents.entries)}
 
     @property

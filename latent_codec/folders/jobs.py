@@ -144,7 +144,7 @@ class Work(NamedTuple):
 class Maker(Protocol[T, P_co]):
     """Read sources, and make products of them in batches."""
 
-    verb: Literal["encode", "decode"]
+    verb: Literal["encode", "decode", "trim"]
     kind: Kind
     runner: Runner
 

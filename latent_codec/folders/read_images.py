@@ -17,7 +17,7 @@ from latent_codec.inference.runner import Runner
 class ImageReader:
     """Read image files for a model: half of a `Maker`."""
 
-    verb: Literal["encode", "decode"] = "encode"
+    verb: Literal["encode", "decode", "trim"] = "encode"
 
     def __init__(self, runner: Runner, options: ReadOptions) -> None:
         self.runner, self._read_options, self.is_large = runner, options, runner.cuts

@@ -41,7 +41,8 @@ def run(listing: Listing, maker: Maker[T, P], writer: Writer[P], *, resume: Resu
         check_absent(folder / name for name in own)
     everything = units(sources, resume.unit_sizes)
     asked = resume.share.of(everything)
-    summary, images = Summary(f"{maker.verb}d"), sum(len(unit.sources) for unit in asked)
+    done = {"encode": "encoded", "decode": "decoded", "trim": "trimmed"}[maker.verb]
+    summary, images = Summary(done), sum(len(unit.sources) for unit in asked)
     summary.begin(listing, images)
     bar = tqdm(total=images, desc=maker.verb, unit="image", disable=quiet or None)
     with bar, Ledger(folder, writer.kind, maker.settings, everything if writer.has_index else ()) as ledger:

@@ -11,6 +11,7 @@ library's convolution may use a transform that is not exact. Devices other than 
 """
 
 import dataclasses
+import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +38,9 @@ UNIT = 32
 MAX_LEVELS = 6
 """Upper limit of how often a group's grid is coarsened."""
 
+MAX_NESTED_GROUPS = 15
+"""Upper limit of the groups of a nested prior, whose number a stream's header holds in four bits."""
+
 _SCALES, _STEEP, _FRACTIONS = 89, 56, 8
 """Scales are 2^(i/8 - 5) steps for i < _SCALES. Below i = _STEEP each eighth of a step of the location has a table."""
 
@@ -62,6 +66,8 @@ class ContextConfig:
     """Round latents to whole steps from the network's prediction instead of from 0."""
     levels: tuple[int, ...] = ()
     """Times that each group's grid is coarsened before its first pass, 0 to `MAX_LEVELS`; missing numbers are 0."""
+    nested: bool = False
+    """Let a stream hold the first few groups alone; the others' latents are 0. Channels are in the model's order."""
 
     def __post_init__(self) -> None:
         """Drop zeros at the end of `levels`, so that a prior has one configuration only."""
@@ -127,7 +133,12 @@ class ContextPrior:
     @property
     def version(self) -> int:
         """Return the format version of the streams coded under this prior."""
-        return 3 if self.config.levels else 2 if self.config.centred else 1
+        return 4 if self.config.nested else 3 if self.config.levels else 2 if self.config.centred else 1
+
+    @property
+    def ends(self) -> list[int]:
+        """Return the number of channels in the first groups, for each number of groups from none to all."""
+        return [0, *itertools.accumulate(self.config.groups)]
 
     def predict(self, number: int, known: np.ndarray, batch: BatchSettings, device: str) -> Prediction:
         """Predict the values of pass `number` for images of one shape from `known`, (b, z, h, w) int64, the fine values
@@ -211,6 +222,10 @@ def _check(prior: ContextPrior) -> None:
         raise ValueError(f"levels {levels} do not fit {len(groups)} groups; each must be 0 to {MAX_LEVELS}")
     if levels and not prior.config.centred:
         raise ValueError("a context prior with levels must be centred")
+    if prior.config.nested and not (prior.config.centred and len(groups) <= MAX_NESTED_GROUPS):
+        raise ValueError(f"a nested prior must be centred with up to {MAX_NESTED_GROUPS} groups, not {len(groups)}")
+    if prior.config.nested and prior.order.tolist() != list(range(z)):
+        raise ValueError("a nested prior's channels must be in the model's order")
     if prior.order.shape != (z,) or sorted(prior.order.tolist()) != list(range(z)):
         raise ValueError(f"the order of {z} channels cannot be {prior.order.tolist()}")
     if prior.gain.shape != (z,) or prior.gain.min() < 1 or prior.gain.max() > 2**15 or prior.width_offset.shape != (z,):

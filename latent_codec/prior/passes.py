@@ -13,7 +13,7 @@ from latent_codec.errors import UserError
 from latent_codec.prior.context import ContextPrior
 from latent_codec.prior.error_feedback import Feedback
 from latent_codec.prior.factorized import FactorizedPrior
-from latent_codec.prior.quantizer import FINE, Quantized, QuantizerSettings, Scaled, stack, to_integers
+from latent_codec.prior.quantizer import BITS_OF_ERROR, FINE, Quantized, QuantizerSettings, Scaled, stack, to_integers
 from latent_codec.prior.rans import Coder, Decoder, PassSymbols
 
 Prior = FactorizedPrior | ContextPrior
@@ -25,18 +25,39 @@ class QuantizedPasses(NamedTuple):
 
     quantized: Quantized
     passes: list[PassSymbols]  # in the order of decoding
+    groups: int | None = None
+    """Number of the first groups that are coded under a nested prior; None: all under any other."""
+
+
+def channels_in(prior: Prior, groups: int | None) -> int:
+    """Return the number of channels that a stream with the first few groups holds, all of them if None.
+    Raises `UserError` if the prior has fewer groups."""
+    if groups is None:
+        return prior.channels
+    assert isinstance(prior, ContextPrior)
+    if groups >= len(prior.ends):
+        raise UserError(f"damaged: it claims {groups} groups of channels, and its prior has {len(prior.ends) - 1}")
+    return prior.ends[groups]
 
 
 def quantize(
-    prior: Prior, images: Sequence[Scaled], device: str, feedback: Feedback | None = None
+    prior: Prior, images: Sequence[Scaled], device: str, feedback: Feedback | None = None, groups: int | None = None
 ) -> list[QuantizedPasses]:
     """Quantise images of one shape independently of each other. With `feedback`, rounding compensates for the errors of
-    earlier passes; dithered images are not affected, because the errors of a draw are independent."""
+    earlier passes; dithered images are not affected, because the errors of a draw are independent.
+
+    Under a nested prior an image keeps the first `groups`, or as many as are worth their bits; a draw keeps all.
+    """
+    nested, stop = isinstance(prior, ContextPrior) and prior.config.nested, prior.channels
+    if nested:
+        stop = channels_in(prior, groups) if groups is not None else max(map(_heard, images))
     latents, batch = np.stack([image.latents for image in images]), stack([image.settings for image in images])
     dithered = batch.dithered[:, None, None]
     fine, errors = np.zeros(latents.shape, np.int64), np.zeros(latents.shape)
     coded: list[list[PassSymbols]] = [[] for _ in images]
     for number, layout in enumerate(prior.layouts):
+        if layout.start >= stop:
+            break
         prediction = prior.predict(number, fine, batch, device)
         mean = target = layout.take(latents, prior.order)  # (b, g, n)
         if feedback is not None and layout.inputs and not dithered.all():
@@ -52,10 +73,49 @@ def quantize(
             passes.append((rest.reshape(-1), table.reshape(-1)))
         if feedback is not None:
             layout.put(errors, prior.order, decoded - np.rint(mean * FINE))
-    return [
+    codings = [
         QuantizedPasses(Quantized(own, image.step, image.seed), passes)
         for image, own, passes in zip(images, fine, coded, strict=True)
     ]
+    if isinstance(prior, ContextPrior) and nested:
+        return [_shortened(prior, *pair, groups) for pair in zip(images, codings, strict=True)]
+    return codings
+
+
+def _heard(image: Scaled) -> int:
+    """Return how many first channels hold something: all channels of a draw, or of a mean up to the last channel in
+    which a value would not round to 0."""
+    if image.seed is not None:
+        return len(image.latents)
+    (channels,) = np.nonzero(np.abs(image.latents).max((1, 2), initial=0) >= 0.5)
+    return int(channels.max(initial=-1)) + 1
+
+
+def _shortened(prior: ContextPrior, image: Scaled, coding: QuantizedPasses, groups: int | None) -> QuantizedPasses:
+    """Return an image's first groups alone: as many as given, all of a draw, or those worth their bits.
+
+    A squared error of one step is worth `BITS_OF_ERROR`; what is left out is an error as large as itself.
+    """
+    ends = prior.ends
+    if groups is None and image.seed is not None:
+        groups = len(ends) - 1
+    if groups is None:
+        lost = np.square(image.latents).sum((1, 2))  # (z,)
+        error = np.square(coding.quantized.fine / FINE - image.latents).sum((1, 2))
+        bits = dict.fromkeys(ends, 0.0)
+        for layout, (values, tables) in zip(prior.layouts, coding.passes, strict=False):  # those after are not coded
+            bits[layout.stop] += float(prior.tables.bits(values, tables).sum())
+        costs, spent = list[float](), 0.0
+        for end in ends:
+            spent += bits[end]
+            costs.append(spent + BITS_OF_ERROR * float(error[:end].sum() + lost[end:].sum()))
+            if end >= max((layout.stop for layout, _ in zip(prior.layouts, coding.passes, strict=False)), default=0):
+                break
+        groups = int(np.argmin(costs))
+    fine = coding.quantized.fine.copy()
+    fine[ends[groups] :] = 0
+    passes = [own for layout, own in zip(prior.layouts, coding.passes, strict=False) if layout.stop <= ends[groups]]
+    return QuantizedPasses(coding.quantized._replace(fine=fine), passes, groups)
 
 
 def _within_limits(values: np.ndarray, offset: np.ndarray, limits: tuple[int, int]) -> np.ndarray:
@@ -77,7 +137,7 @@ def neighbour_bits(prior: Prior, coding: QuantizedPasses) -> tuple[np.ndarray, n
     """Return the bits of each integer of an image, and of the integers one below and one above, (z, h, w) each.
     The neighbours are priced under the same tables."""
     found = np.zeros((3, *coding.quantized.fine.shape))
-    for layout, (values, tables) in zip(prior.layouts, coding.passes, strict=True):
+    for layout, (values, tables) in zip(prior.layouts, coding.passes, strict=coding.groups is None):
         bits = np.stack([prior.tables.bits(values + change, tables) for change in (0, -1, 1)])
         layout.put(found, prior.order, bits.reshape(3, layout.stop - layout.start, -1))
     return found[0], found[1], found[2]
@@ -86,11 +146,13 @@ def neighbour_bits(prior: Prior, coding: QuantizedPasses) -> tuple[np.ndarray, n
 def decode(
     prior: Prior, coder: Coder, payloads: Sequence[bytes], settings: Sequence[QuantizerSettings], device: str
 ) -> list[Quantized | UserError]:
-    """Decode the payloads of images of one shape; for a damaged one, return the error instead of its latents."""
+    """Decode the payloads of images of one shape; for a damaged one, return the error instead of its latents.
+    The settings' shapes have the channels that the streams hold, and results have all, with 0 for the others."""
     batch, decoders = stack(settings), [_attempt(Decoder, coder, payload) for payload in payloads]
     fine = np.zeros(batch.dithers.shape, np.int64)
+    held = settings[0].shape[0]
     for number, layout in enumerate(prior.layouts):
-        if all(isinstance(decoder, UserError) for decoder in decoders):
+        if layout.start >= held or all(isinstance(decoder, UserError) for decoder in decoders):
             break
         offset, centre, table = prior.predict(number, fine, batch, device)
         rest = np.zeros(table.shape, np.int64)
@@ -107,6 +169,7 @@ def decode(
 
     def finish(decoder: Decoder, fine: np.ndarray, settings: QuantizerSettings) -> Quantized:
         decoder.finish()
+        fine = np.pad(fine, ((0, prior.channels - held), (0, 0), (0, 0)))
         quantized, (low, high) = Quantized(fine, settings.step, settings.seed), prior.limits
         values = quantized.values
         if values.min(initial=low) < low or values.max(initial=high) > high:

@@ -29,6 +29,9 @@ than the added error. Only encoders use it."""
 STEP_OF_STD = math.sqrt(12)
 """Width of the uniform distribution with standard deviation 1."""
 
+BITS_OF_ERROR = 12 / (2 * math.log(2))
+"""Bits that a squared error of one step is worth: a uniform quantiser has dD / dR = -2 ln(2) D, and D = 1 / 12."""
+
 STEP_ONE = 1024
 """Steps are stored as whole multiples of 1 / 1024."""
 

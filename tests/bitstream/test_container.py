@@ -139,7 +139,7 @@ def test_checks_come_in_the_documented_order() -> None:
     sound = streams("context").compress([(image(64, 64), geometry(64, 64))])[0].data
     assert sound == crafted(sound)
     short = sound[:47] + b"abc\0" + sound[-4:]  # a payload of 4 bytes that are no sound end of one
-    fields: dict[str, Any] = {"version": 4, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
+    fields: dict[str, Any] = {"version": 5, "width": 2**20, "flags": 8 + 16, "orientation": 9, "stream_id": bytes(8)}
     broken, extra = 1, b"x"  # a bit of the payload's checksum, and a byte too many
 
     def file(**repaired: Any) -> bytes:
@@ -155,7 +155,7 @@ def test_checks_come_in_the_documented_order() -> None:
     assert_says("does not start like one", "magic", b"?" + file()[1:40])
     assert_says("cut off within its header", "cut header", file()[:40])
     assert_says("does not match its checksum", "header checksum", file()[:43] + bytes(4) + file()[47:])
-    assert_says("format version 4", "version", file())
+    assert_says("format version 5", "version", file())
     assert_says("exceed the limit", "pixels", file(version=1))
     assert_says("promises", "length", file(width=2**17))
     extra = b""
@@ -169,7 +169,7 @@ def test_checks_come_in_the_documented_order() -> None:
     assert_says("do not end as they should", "words", file(width=1))
 
 
-UNWRITTEN = {"step": (0, 15), "orientation": (0, 9, 255), "version": (0, 4, 255)}
+UNWRITTEN = {"step": (0, 15), "orientation": (0, 9, 255), "version": (0, 5, 255)}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate
+from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate, step_of_quality
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, step_code
 from tests.support.errors import refused
@@ -38,6 +38,13 @@ def subject(request: pytest.FixtureRequest, model_file: Path) -> Subject:
 )
 def test_a_rate_that_makes_no_sense_is_refused(options: dict[str, Any], reason: str) -> None:
     refused(reason, Rate, **options)
+
+
+def test_quality_is_another_scale_of_the_step() -> None:
+    steps = [step_of_quality(q) for q in (1, 50, 75, 100)]
+    assert steps == pytest.approx([15.14, 1, 0.25, 1 / 16], rel=1e-3) and step_code(steps[-1]) == STEP_ONE // 16
+    for quality in (0, 101):
+        refused(f"--quality {quality} is outside 1 to 100", step_of_quality, quality)
 
 
 def test_a_step_alone_is_taken_as_it_is(subject: Subject) -> None:

@@ -14,6 +14,7 @@ from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from tests.conftest import files_of
 from tests.support.networks import TINY_LITE, config_of, make_codec
+from tests.support.prior import context_prior
 from tests.test_cli import Do, Run
 from tests.test_cli import do as do  # the fixtures
 from tests.test_cli import run as run
@@ -24,7 +25,12 @@ def nested(do: Do, tmp_path: Path) -> Codec:
     """Write a model of four channels, of which two are a latent too, as nested.safetensors beside the photos."""
     path = tmp_path / "nested.safetensors"
     make_codec(dataclasses.replace(config_of(TINY_LITE), prefixes=(2, 4))).save(path)
-    return export(path, path, data=(tmp_path / "photos",), images=3, half=False)
+    made = export(path, path, data=(tmp_path / "photos",), images=3, half=False)
+    context = context_prior((1, 1, 2), 8, seed=1, centred=True, levels=(1,), nested=True)
+    assert made.priors is not None
+    made.priors = made.priors._replace(context=context)
+    made.save(path)
+    return made
 
 
 def encode(do: Do, channels: int, to: str) -> None:
@@ -79,10 +85,38 @@ def _psnr(do: Do) -> list[float]:
 
 
 @pytest.mark.usefixtures("nested")
+def test_a_file_is_decoded_or_trimmed_to_a_prefix(do: Do) -> None:
+    """Both give the same picture; the trimmed file is smaller, and trimming it again changes nothing."""
+    assert do("encode photos files --step 0.05 --model nested.safetensors").code == 0
+    assert do("decode files whole --model nested.safetensors").code == 0
+    assert do("decode files short --channels 2 --model nested.safetensors").code == 0
+    trimmed = do("trim files trimmed --channels 2 --model nested.safetensors")
+    assert (trimmed.code, trimmed.out.startswith("trimmed 3 of 3 images")) == (0, True)
+    assert do("decode trimmed from_trimmed --model nested.safetensors").code == 0
+    assert files_of(Path("from_trimmed")) == files_of(Path("short")) != files_of(Path("whole"))
+    before, after = files_of(Path("files")), files_of(Path("trimmed"))
+    assert before.keys() == after.keys() and all(len(after[name]) < len(before[name]) for name in before)
+    assert do("trim trimmed again --channels 2 --model nested.safetensors").code == 0
+    assert do("trim files all --channels 4 --model nested.safetensors").code == 0
+    assert files_of(Path("again")) == after and files_of(Path("all")) == before
+    assert "trimmed 0 of 3 images" in do("trim files trimmed --channels 2 --model nested.safetensors").out
+    (Path("files") / "a.png.lc").write_bytes(b"damaged")
+    damaged = do("trim files trimmed --channels 2 --model nested.safetensors")
+    assert damaged.code == 1 and "a.png.lc" in damaged.err and after.items() < files_of(Path("trimmed")).items()
+
+
+@pytest.mark.usefixtures("nested")
 def test_other_numbers_of_channels_are_refused(do: Do, run: Run) -> None:
+    assert do("encode photos files --model nested.safetensors").code == 0
+    assert do("encode photos plain --prior factorized --model nested.safetensors").code == 0
+    plain = do("trim plain none --channels 2 --model nested.safetensors")
+    assert plain.code == 1 and "under a factorized prior, whose streams cannot be trimmed" in plain.err
     for line, message in (
         ("encode photos out --format safetensors --model nested.safetensors --channels 3", "has latents of 2, 4"),
         ("encode photos out --format safetensors --channels 3", "3 channels are no latent"),
+        ("decode files out --channels 3 --model nested.safetensors", "has latents of 2, 4"),
+        ("trim files out --channels 3 --model nested.safetensors", "has latents of 2, 4"),
+        ("trim photos out --channels 2 --model nested.safetensors", "no .lc files there"),
         ("encode photos out --channels 2", "--channels is for --format safetensors"),
         ("evaluate nested.safetensors photos --channels 3 --lpips-net none", "has latents of 2, 4"),
         ("evaluate nested.safetensors photos --channels 2 --rd", "leave out --rd"),

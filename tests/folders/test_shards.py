@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from latent_codec.folders.decode_lc import find_lc
 from latent_codec.folders.jobs import OVERWRITE
+from latent_codec.folders.read_lc import find_lc
 from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec

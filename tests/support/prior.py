@@ -30,11 +30,12 @@ def _table(location: float, scale: float) -> tuple[int, np.ndarray]:
 
 
 def context_prior(
-    groups: tuple[int, ...], width: int, seed: int, *, centred: bool, levels: tuple[int, ...] = ()
+    groups: tuple[int, ...], width: int, seed: int, *, centred: bool, levels: tuple[int, ...] = (), nested: bool = False
 ) -> ContextPrior:
     """Return a prior with random weights over the whole range, and outputs of a few steps and of medium width."""
     rng = np.random.default_rng(seed)
-    config, channels = ContextConfig(groups=groups, width=width, centred=centred, levels=levels), sum(groups)
+    config = ContextConfig(groups=groups, width=width, centred=centred, levels=levels, nested=nested)
+    channels = sum(groups)
     networks = []
     for span in pass_layouts(config):
         outputs = span.stop - span.start
@@ -43,6 +44,7 @@ def context_prior(
         bias = np.r_[np.zeros(outputs), np.full(outputs, 50)]  # i = 40 is one step
         networks.append((first, second, third, _layer(rng, width, 2 * outputs, 40, 24, bias)))
     order, gain = rng.permutation(channels), 2 ** rng.integers(10, 13, channels) + rng.integers(0, 100, channels)
+    order = np.arange(channels) if nested else order
     return ContextPrior(config, order, gain, rng.integers(-8, 9, channels), networks, context_tables())
 
 

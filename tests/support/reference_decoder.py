@@ -74,7 +74,12 @@ class Model(NamedTuple):
     @property
     def version(self) -> int:
         """Return the format version of streams under the context prior."""
-        return 3 if any(self.levels) else 2 if self.centred else 1
+        return 4 if self.nested else 3 if any(self.levels) else 2 if self.centred else 1
+
+    @property
+    def nested(self) -> bool:
+        """Return whether a stream may hold the first groups alone."""
+        return self.priors["context"].get("nested", False)
 
     def tables(self, kind: str) -> "Tables":
         return Tables(*(self.tensors[f"prior.{kind}.{name}"] for name in ("counts", "sizes", "first")))
@@ -113,11 +118,14 @@ def read_stream(data: bytes, max_pixels: int = 2**27) -> tuple[Header, bytes]:
     _, version, stream_id, width, height, orientation, flags, background, step, seed, length = fields
     payload, crcs = data[47 : 47 + length], (data[43:47], data[47 + length :])
     refuse_if(crcs[0] != struct.pack("<I", zlib.crc32(data[:43])), "header checksum")
-    refuse_if(version not in (1, 2, 3), "version")
+    refuse_if(version not in (1, 2, 3, 4), "version")
     refuse_if(width * height > max_pixels, "pixels")
     refuse_if(len(data) != 51 + length, "length")
     refuse_if(crcs[1] != struct.pack("<I", zlib.crc32(payload)), "payload checksum")
-    refuse_if(flags > 15 or (seed and not flags & 4) or (any(background) and not flags & 2) or step < 16, "values")
+    refuse_if(
+        (flags > 15 and version < 4) or (seed and not flags & 4) or (any(background) and not flags & 2) or step < 16,
+        "values",
+    )
     refuse_if(not width or not height or not 1 <= orientation <= 8, "geometry")
     seed = seed if flags & 4 else None
     return Header(version, stream_id, width, height, orientation, flags, background, step, seed), payload
@@ -233,7 +241,11 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
     refuse_if(header.stream_id != model.stream_id(kind), "stream id")
     refuse_if(header.version != (model.version if kind == "context" else 1), "another version")
     refuse_if(model.codes is not None and (header.step != 1024 or header.seed is not None), "no step")
-    channels = model.config["latent_channels"] if model.codes is None else 1
+    channels = all_channels = model.config["latent_channels"] if model.codes is None else 1
+    if header.version == 4:
+        groups = model.priors["context"]["groups"]
+        refuse_if(header.flags >> 4 > len(groups), "groups")
+        channels = sum(groups[: header.flags >> 4])
     shape = channels, -(-header.height // model.factor), -(-header.width // model.factor)
     refuse_if(math.prod(shape) * -math.log2(1 - 2**-10) > 8 * len(payload), "too short")
     ans, tables = Ans(payload), model.tables(kind)
@@ -241,6 +253,7 @@ def decode(data: bytes, model: Model, max_pixels: int = 2**27) -> Decoded:
         return _indices(ans, tables, model, shape)
     fine = _context(ans, tables, model, header, shape) if kind == "context" else _factorized(ans, tables, header, shape)
     ans.finish()
+    fine = np.concatenate([fine, np.zeros((all_channels - channels, *shape[1:]), np.int64)])
     values = (fine + 2**16) // 2**17
     refuse_if(np.abs(values).max() > 16383, "magnitude")
     size = model.tensors["prior.base"].astype(np.float64) * header.step
@@ -269,7 +282,9 @@ def _factorized(ans: Ans, tables: Tables, header: Header, shape: tuple[int, int,
 
 def _context(ans: Ans, tables: Tables, model: Model, header: Header, shape: tuple[int, int, int]) -> Array:
     d, fine = dither(header.seed, shape), np.zeros(shape, np.int64)
-    for number in range(len(passes(model))):
+    for number, (group, _, _) in enumerate(passes(model)):
+        if sum(model.priors["context"]["groups"][:group]) >= len(fine):
+            break
         predicted = predict(model, number, fine, d, header.step, header.seed is not None)
         for p, rest in zip(predicted, tables.read(ans, [p.table for p in predicted]), strict=True):
             fine[p.place] = (p.centre + rest) * 2**17 + p.offset

@@ -15,15 +15,13 @@ from latent_codec.prior import context
 from latent_codec.prior.context import SIGNALS, TABLES, TOP, UNIT
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
 from latent_codec.prior.layout import PassLayout, Sites
-from latent_codec.prior.quantizer import LIMIT, STEP_OF_STD, STEP_ONE, Scaled, round_with_dead_zone
+from latent_codec.prior.quantizer import BITS_OF_ERROR, LIMIT, STEP_OF_STD, STEP_ONE, Scaled, round_with_dead_zone
 from latent_codec.prior.tables import Tables, join, normalize
 
 _HIDDEN = 16  # integers per unit of an activation
 _LOCATED, _WIDE = 8 * UNIT, 8  # integers per unit of the last layer's two outputs
 _RANGE = 4.0  # standard deviations of a channel that an input can represent
 _MOST_GAIN = 2**14
-_BITS_OF_ERROR = 12 / (2 * math.log(2))
-"""Bits that a squared error of one step is worth: a uniform quantiser has dD / dR = -2 ln(2) D, and D = 1 / 12."""
 _STEP, _DITHERED, _NOISE = range(3)  # numbers that a sample's key is folded with
 
 
@@ -143,7 +141,7 @@ class ContextNet(nn.Module):
                     distance = torch.where(dithered, found, own.float()) - located
                     read = ~dithered & ((found - located.detach()).abs() < 0.5)
                     error = torch.where(read, distance, 0).square().sum(2)
-                    learn = _logistic_bits(distance, width.detach()) + _BITS_OF_ERROR * error
+                    learn = _logistic_bits(distance, width.detach()) + BITS_OF_ERROR * error
                     costs.append(cost + learn - learn.detach())
                     errors[:, group] += scatter((found - meant).float().detach(), (h, w), layout)
             placed = scatter(found, (h, w), layout)

@@ -23,7 +23,8 @@ def prior_of(config: JointConfig, source: str) -> ContextNet:
     if model.priors is None or model.statistics is None:
         raise UserError(f"--start-from {source}: it has no quantiser yet; `latent-codec export` it with --data")
     groups, levels = context_layout(config.prior_groups, config.prior_levels, model.config.latent_channels)
-    wanted = ContextConfig(groups=groups, width=config.prior_width, centred=True, levels=levels)
+    nested = bool(model.config.prefixes)
+    wanted = ContextConfig(groups=groups, width=config.prior_width, centred=True, levels=levels, nested=nested)
     context = model.priors.context
     if config.decoder_alone and (context is None or context.config != wanted):
         found = "none" if context is None else context.config
@@ -31,7 +32,7 @@ def prior_of(config: JointConfig, source: str) -> ContextNet:
             f"--start-from {source}: its context prior is to stay and should be {wanted}, not {found}; give the "
             "model's --prior-groups, --prior-levels and --prior-width, or train one by train.prior first"
         )
-    if context is None or dataclasses.replace(context.config, centred=True) != wanted:
+    if context is None or dataclasses.replace(context.config, centred=True, nested=nested) != wanted:
         net = ContextNet(wanted, model.priors.channel_steps, model.statistics, order_of(model))
     else:
         net = ContextNet(wanted, model.priors.channel_steps, model.statistics, context.order)

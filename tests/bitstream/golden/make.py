@@ -1,7 +1,7 @@
 """Write the frozen streams of a format version or a shipped model: `python -m tests.bitstream.golden.make NAME`.
 
 It is run once for each: tests/bitstream/test_golden.py holds every later program to the files. Earlier forms of this
-script made versions 1 to 3.
+script made versions 1 to 3; this one makes version 4.
 
 The folder NAME has `tiny.safetensors`: 4 channels, the closed-form linear path of examples/photos, a random context
 prior; NAME.lc: a detail of a photograph; NAME.png: its pixels as decoded then; and golden.json: the SHA-256 of each
@@ -54,6 +54,9 @@ CASES = {
     "one-column": Case("context", geometry(5, 77), step=0.9),
     "coarsest": Case("context", geometry(48, 48), step=63.0, seed=0),
     "escapes": Case("factorized", geometry(24, 24), step=1 / 64),
+    "some-groups": Case("context", geometry(40, 48), step=10.0),
+    "fewer-groups": Case("context", geometry(40, 48), step=25.0),
+    "no-groups": Case("context", geometry(40, 48), step=63.0),
 }
 
 
@@ -62,11 +65,11 @@ OF_SHIPPED = ("factorized-mode", "context-mode", "context-dither", "grey", "odd-
 
 def tiny_codec() -> Codec:
     """Return a codec that sees real pictures well enough that a wrong latent shows."""
-    codec = make_codec(config_of(TINY_LITE))
+    codec = make_codec(config_of(TINY_LITE, prefixes=(1, 2, 4)))
     start_from_closed_form(codec, all_patch_moments(SOURCES, codec, quiet=True))
     calibrate(codec, SOURCES, "the example photographs", quiet=True)
     assert codec.priors is not None
-    context = context_prior((1, 3), 8, seed=1, centred=True, levels=(2, 1))
+    context = context_prior((1, 1, 2), 8, seed=1, centred=True, levels=(2, 1), nested=True)
     codec.priors = codec.priors._replace(context=context)
     codec.provenance = {"note": "made by tests/bitstream/golden/make.py"}
     return codec

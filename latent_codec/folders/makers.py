@@ -12,11 +12,39 @@ from latent_codec.model.shipped import newest, resolve, shipped_names
 if TYPE_CHECKING:
     from latent_codec.inference.runner import Runner
     from latent_codec.model.codec import Codec
+    from latent_codec.prior.priors import PriorKind
 
 DEFAULT = "photo"
 """The model that encodes unless another is given."""
 
 T = TypeVar("T")
+
+
+def runners_for(
+    model: str | None,
+    models: Path | None,
+    wanted: Callable[[], set[T]],
+    made_by: Callable[["Codec", T], bool],
+    options: ComputeOptions,
+) -> list["Runner"]:
+    """Load the model of --model, or else those that made files with the ids `wanted`, as `load_makers` does."""
+    if model is None:
+        return load_makers(wanted(), made_by, models, options)
+    if models is not None:
+        raise UserError(f"--model {model} says which model it is; leave out --models {models}")
+    return [load(model, options)]
+
+
+def makes_streams(codec: "Codec", maker: tuple["PriorKind", bytes]) -> bool:
+    """Return whether a codec writes streams of this kind of prior and stream id."""
+    from latent_codec.bitstream.stream_codec import is_maker
+
+    return is_maker(codec, *maker)
+
+
+def has_id(codec: "Codec", model_id: str) -> bool:
+    """Return whether a codec has this model id."""
+    return codec.model_id == model_id
 
 
 def load_makers(

@@ -51,10 +51,9 @@ class Codes(Posterior):
         """Return the same distance, (b,), with a gradient that reaches the codes alone."""
         return (self.outputs.detach() - self.vectors).square().flatten(1).sum(1)
 
-    @torch.no_grad()
     def use(self) -> torch.Tensor:
         """Return (K, 1 + z): each code's share of all positions, and the sum of its outputs over their number."""
-        outputs = rearrange(self.outputs, "b z h w -> (b h w) z")
+        outputs = rearrange(self.outputs.detach(), "b z h w -> (b h w) z")
         rows = torch.cat([torch.ones_like(outputs[:, :1]), outputs], 1) / len(outputs)  # (n, 1 + z)
         return rows.new_zeros(self.codes, rows.shape[1]).index_add_(0, self.indices.flatten(), rows)
 
@@ -104,6 +103,7 @@ class FiniteScalarQuantizer(nn.Module):
     3). A code's index has the channels' levels as digits, the first channel's the least significant."""
 
     features_per_latent = 1
+    _digits: torch.Tensor  # (2, z, 1, 1) int64: levels, and values of the digits
 
     def __init__(self, config: FiniteScalarConfig, latent_channels: int) -> None:
         super().__init__()
@@ -113,12 +113,14 @@ class FiniteScalarQuantizer(nn.Module):
                 f"fsq: levels {self.levels} must be {latent_channels} numbers of at least 2, one a channel"
             )
         _check_codes(self.codes, f"fsq: levels {self.levels}, {self.codes} codes")
-        self._places = tuple(math.prod(self.levels[:c]) for c in range(latent_channels))  # values of the digits
+        places = [math.prod(self.levels[:c]) for c in range(latent_channels)]
+        digits = torch.tensor([self.levels, places])[..., None, None]
+        self.register_buffer("_digits", digits, persistent=False)  # on the device: a step copies nothing there
 
     def forward(self, features: torch.Tensor) -> Codes:
         """Return the codes of features (b, z, h, w)."""
         with float32_island(features):
-            levels, places = self._per_channel(features.device)
+            levels, places = self._digits.to(features.device)  # tiles are put together on the CPU
             bounded = levels / 2 * (1 + torch.tanh(features.float())) - 0.5  # -1/2 to L - 1/2
             digits = torch.minimum(bounded.detach().round().clamp(min=0), levels - 1)
             indices = (digits.nan_to_num().long() * places).sum(1)
@@ -127,15 +129,10 @@ class FiniteScalarQuantizer(nn.Module):
 
     def look_up(self, indices: torch.Tensor) -> torch.Tensor:
         """Return latents (b, z, h, w) float32 of codes (b, h, w) int64."""
-        levels, places = self._per_channel(indices.device)
+        levels, places = self._digits.to(indices.device)
         digits = indices[:, None] // places % levels
         # Whole numbers below 2^24 and one division, correctly rounded: the same everywhere.
         return (2 * digits - (levels - 1)).float() / (levels - 1).float()
-
-    def _per_channel(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return levels and places, (z, 1, 1) int64 each."""
-        levels, places = (torch.tensor(t, device=device)[:, None, None] for t in (self.levels, self._places))
-        return levels, places
 
 
 def _check_codes(codes: int, what: str) -> None:

@@ -151,8 +151,8 @@ class Codec(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Have torch compile encoder and decoder on first use; results differ in their last bits.
 
-        Arguments are those of `torch.compile`. `encode` and `decode` are compiled too, where `torch.compile(codec)`
-        compiles calls of its result alone.
+        Arguments are those of `torch.compile`. This reaches `encode` and `decode`; of `torch.compile(codec)`, torch
+        compiles `forward` alone, and the `encode` and `decode` of its result run as they are.
         """
         self.backbone.encode = torch.compile(self.backbone.encode, *args, **kwargs)
         self.backbone.decode = torch.compile(self.backbone.decode, *args, **kwargs)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from latent_codec.model import config as configs
 from latent_codec.model.bottlenecks import BOTTLENECKS, DiagonalGaussianBottleneck, IdentityBottleneck
 from tests.support.networks import CLAMP, seeded
+from tests.support.operators import Operators
 
 IMPORTED = configs.DiagonalGaussianConfig(logvar_min=-30.0, logvar_max=20.0)
 FSQ = configs.FiniteScalarConfig(levels=(3, 2, 5, 2, 4))
@@ -38,6 +39,15 @@ def test_features_per_latent_times_z_channels_become_z(config: configs.Bottlenec
     assert posterior.sample(torch.zeros(2, z, 3, 4)).shape == (2, z, 3, 4)
     assert posterior.kl().shape == (2,) and (posterior.kl() >= 0).all()
     torch.testing.assert_close(posterior.kl(), posterior.kl_map().flatten(1).sum(1))
+
+
+@every_kind
+def test_no_constant_is_copied_to_the_device_in_a_step(config: configs.BottleneckConfig) -> None:
+    bottleneck = make(config)
+    features = torch.randn(2, bottleneck.features_per_latent * 5, 3, 4)
+    with Operators() as seen:
+        bottleneck(features)
+    assert seen.names and "lift_fresh" not in seen.names  # which is `torch.tensor` of numbers
 
 
 @every_kind

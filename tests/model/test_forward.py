@@ -67,6 +67,21 @@ def test_a_codec_is_called_compiled_and_exported_at_any_size(name: str) -> None:
     assert same(torch.export.load(file).module()(larger), codec(larger))
 
 
+@pytest.mark.parametrize("name", ["lite", "identity", "vq", "fsq"])
+def test_encode_and_decode_are_one_graph_each_for_every_bottleneck(name: str) -> None:
+    codec, x = made(name), pixels()
+    encode, decode = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (codec.encode, codec.decode))
+    posterior, wanted = encode(x), codec.encode(x)
+    found = decode(posterior.mode())
+    assert same(CodecOutput(posterior, found), CodecOutput(wanted, codec.decode(wanted.mode())))
+    (posterior.kl().sum() + found.square().sum()).backward()
+    assert all(p.grad is not None for p in codec.backbone.parameters())
+    if isinstance(posterior, Codes):
+        quantizer: Any = codec.bottleneck
+        look_up = torch.compile(quantizer.look_up, fullgraph=True, backend="aot_eager")
+        assert torch.equal(look_up(posterior.indices), quantizer.look_up(posterior.indices))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", PARTS)
 @torch.no_grad()
@@ -134,3 +149,6 @@ def test_compile_makes_encode_and_decode_compiled(monkeypatch: pytest.MonkeyPatc
     codec.compile(backend=lambda graph, _: seen.append(graph) or graph)
     found = codec.decode(codec.encode(pixels()).mode())
     assert len(seen) == 2 and torch.allclose(found, wanted, atol=1e-6)
+    calls: Any = torch.compile(made("lite"), backend=lambda graph, _: seen.append(graph) or graph)
+    calls.decode(calls.encode(pixels()).mode())  # as the docstring says, torch compiles calls of the module alone
+    assert len(seen) == 2 and calls(pixels()) and len(seen) == 3

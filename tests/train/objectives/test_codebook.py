@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from latent_codec.export import export
 from latent_codec.model.codebooks import VectorQuantizer
-from latent_codec.model.config import VectorQuantizerConfig
+from latent_codec.model.config import FiniteScalarConfig, VectorQuantizerConfig
 from tests.support.checkpoints import assert_same_tensors, log_lines, tensors
 from tests.support.networks import make_codec
 from tests.support.run import flags, run, run_ranks
@@ -174,6 +174,23 @@ def test_only_dead_codes_are_revived_and_only_when_it_is_time(codebook: str) -> 
             assert torch.equal(training.averages.use[dead, 0], torch.full((3,), 1 / 8))
         kept = [i for i in range(8) if i not in dead]
         torch.testing.assert_close(after[kept], before[kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "bottleneck", [VectorQuantizerConfig(codes=8), FiniteScalarConfig(levels=(3, 3, 2))], ids=lambda one: one.kind
+)
+def test_a_compiled_objective_is_one_graph(bottleneck: Any) -> None:
+    training, pixels = make()
+    codec = make_codec(dataclasses.replace(training.codec.config, bottleneck=bottleneck))
+    training = training.config if isinstance(bottleneck, VectorQuantizerConfig) else None
+    objective = ELBO(dataclasses.replace(vqvae().objective, codebook=training), codec, None)
+    arguments = pixels[0], torch.arange(2), torch.zeros(2, dtype=torch.int64), torch.tensor(1.0), True
+    expected = objective(*arguments)
+    objective.compile(backend="aot_eager", fullgraph=True)
+    found = objective(*arguments)
+    found.loss.backward()
+    torch.testing.assert_close((found.loss, *found.codes), (expected.loss, *expected.codes))
 
 
 def test_the_optimizer_leaves_an_averaged_codebook_alone() -> None:

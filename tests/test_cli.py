@@ -232,9 +232,13 @@ MISTAKES = {
     "encode photos file": "cannot be written into as a folder",
     **{f"encode photos out {flag} 0": f"{flag} 0" for flag in ("--batch-size", "--workers")},
     "encode photos out --tile 90": "give 88 or 96",
-    **{f"encode photos out --{flag}": "is for --format safetensors" for flag in ("flips", "store float32")},
     "encode photos out --quality 101": "--quality 101 is outside 1 to 100",
     "encode photos out --quality 60 --bpp 1 --step 2": "--quality 60 and --step and --bpp each decide",
+    **{
+        f"encode photos out --{flag}": "is for --format safetensors"
+        for flag in ("flips", "store float32", "crop", "resize 8", "buckets musubi")
+    },
+    f"encode photos out {LATENTS} --buckets sd": "--buckets sd is none of kohya-sdxl, kohya-sd, flux, musubi",
     "encode photos out --refine -1": "--refine -1 must not be negative",
     "encode photos out --refine 2 --sample 1": "leave out one of them",
     f"encode photos out --sample {2**64}": "no seed of 64 bits",

@@ -14,7 +14,10 @@ from latent_codec.inference.options import ComputeOptions
 from latent_codec.program import say
 
 _REFUSED = {
-    "lc": (("store", "flips", "channels"), "for --format safetensors; a .lc file holds integers of one image"),
+    "lc": (
+        ("store", "flips", "channels", "resize", "crop", "buckets"),
+        "for --format safetensors; a .lc file holds integers of one image in its own size",
+    ),
     "safetensors": (
         ("quality", "step", "bpp", "psnr", "max_bytes", "refine", "sample", "prior", "tar"),
         "for --format lc; latents in safetensors keep the whole posterior, in shards",
@@ -57,6 +60,13 @@ class Encode:
     """safetensors: store the posteriors of the images mirrored left to right as well."""
     channels: int | None = None
     """safetensors: store only the first channels, a prefix of a model that has some; by default all."""
+    resize: str | None = None
+    """safetensors: scale each image until its shorter side is N, or until it just covers WxH."""
+    crop: bool = False
+    """safetensors: cut the centre square, or WxH, out of the images that --resize scaled."""
+    buckets: str | None = None
+    """safetensors: scale and crop each image as a trainer does: kohya-sdxl, kohya-sd, flux, musubi, or the side N of a
+    square of that area."""
     tar: bool = False
     """lc: put the files into tar shards of about 128 files each, as WebDataset reads them."""
     background: str = "#ffffff"
@@ -76,10 +86,12 @@ class Encode:
         from latent_codec.bitstream.rate_control import Rate, step_of_quality
         from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
         from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
+        from latent_codec.images.buckets import resize_options
         from latent_codec.images.read import ReadOptions
         from latent_codec.images.sources import ListOptions
 
-        read = ReadOptions(background=self.background, max_pixels=self.max_pixels)
+        resize = resize_options(self.resize, self.crop, self.buckets)
+        read = ReadOptions(background=self.background, max_pixels=self.max_pixels, resize=resize)
         search = ListOptions(follow_links=self.follow_links)
         if self.format == "lc":
             others = [f"--{name}" for name in ("step", "bpp", "psnr") if getattr(self, name) is not None]

@@ -93,8 +93,9 @@ class _LatentsEncoder(ImageReader):
     @property
     def settings(self) -> dict[str, Any]:
         """Return what latents depend on beside their images, as JSON."""
-        background = self._options.read.background
-        return {"header": to_json(self.header), "background": background} | self.runner.settings
+        read = self._options.read
+        resize = {} if read.resize is None else {"resize": to_json(read.resize)}
+        return {"header": to_json(self.header), "background": read.background} | resize | self.runner.settings
 
     def name(self, source: str) -> str:
         return source

@@ -10,6 +10,22 @@ from latent_codec.images.colour import parse_colour
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Resized:
+    """Record how an image was resized and cropped when it was read; decoding does not undo it."""
+
+    original_size: tuple[int, ...]
+    """Width and height of the upright image before."""
+    crop_ltrb: tuple[int, ...]
+    """Left, top, right and bottom of what was kept of the resized image."""
+
+    def __post_init__(self) -> None:
+        if len(self.original_size) != 2 or min(self.original_size) < 1:
+            raise ValueError(f"original_size {list(self.original_size)} is no width and height")
+        if len(self.crop_ltrb) != 4 or min(self.crop_ltrb) < 0:
+            raise ValueError(f"crop_ltrb {list(self.crop_ltrb)} is no box")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
     """Record how a file's pixels became the model's input, so that decoding can undo it; stored as JSON."""
 
@@ -23,6 +39,20 @@ class Geometry:
     """Colour mode of the image, grey or colour; the decoded image has the same."""
     background: str | None
     """Colour `#rrggbb` under transparent pixels; None if the file had neither alpha nor a transparent colour."""
+    resized: Resized | None = None
+    """The resizing and cropping before the image was encoded; None if it kept its size."""
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """Return width and height of the upright image in its file."""
+        width, height = (self.width, self.height) if self.resized is None else self.resized.original_size
+        return width, height
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Return width and height as the file's header has them, which programs see that do not turn by EXIF."""
+        width, height = self.original_size
+        return (height, width) if self.orientation >= 5 else (width, height)
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:

@@ -24,9 +24,11 @@ from PIL import ExifTags, ImageFile, features
 from PIL import Image as PilImage
 
 from latent_codec.errors import UserError
+from latent_codec.images.buckets import ResizeOptions
 from latent_codec.images.colour import by_tags, composite, in_8_bits, in_srgb, opacity, parse_colour
 from latent_codec.images.containers import jpeg_damage, prepare
 from latent_codec.images.geometry import Geometry, Image
+from latent_codec.images.resize import resized
 from latent_codec.storage.files import open_regular
 
 _SUFFIXES = {
@@ -68,6 +70,8 @@ class ReadOptions:
     """Colour `#rrggbb` that transparent pixels are composited on."""
     max_pixels: int = DEFAULT_MAX_PIXELS
     """Largest width x height that is read, at least 1. The size in the header decides, before pixels are decoded."""
+    resize: ResizeOptions | None = None
+    """The size that upright images are brought to; None keeps their own."""
 
     def __post_init__(self) -> None:
         parse_colour(self.background)
@@ -83,6 +87,7 @@ def read_image(
     - Alpha, and the one colour that a PNG or GIF declares transparent, is composited on `options.background`.
     - 16-bit grey is divided by 257 with rounding; other 16-bit images are reduced to their upper 8 bits by Pillow.
     - An embedded ICC profile is applied; one that is broken or made for other channels is ignored, as in browsers.
+    - At last the image is resized, where `options.resize` says how.
 
     `name` names the source in messages; a path names itself. A stream is read from its start and stays open. Raises
     `UserError` with the name and the reason for whatever the module refuses.
@@ -113,7 +118,13 @@ def read_image(
         mode="L" if colour.mode == "L" else "RGB",
         background=None if alpha is None else options.background.lower(),
     )
-    return Image(torch.from_numpy(pixels), geometry)
+    image = Image(torch.from_numpy(pixels), geometry)
+    if options.resize is None:
+        return image
+    try:
+        return resized(image, options.resize, options.max_pixels)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 _limit = threading.Lock()

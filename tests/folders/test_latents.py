@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latent_codec.folders.jobs import OVERWRITE
+from latent_codec.images.buckets import ResizeOptions
+from latent_codec.images.geometry import Resized
 from latent_codec.images.sources import Source
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.latents.batches import BatchIndices, ShapeBatches
@@ -22,6 +25,7 @@ from latent_codec.model.codec import Codec
 from tests.conftest import Draw, files_of
 from tests.support.errors import refused
 from tests.support.folder import assert_told, black_and_grey, greatest_difference, images, make, small_units
+from tests.support.latents import geometry
 
 encode, decode = partial(make, "latents"), partial(make, "images of latents")
 ORIENTATION = 0x0112
@@ -54,6 +58,27 @@ def test_images_come_back_upright_in_their_exact_size_and_grey_or_rgb(codec: Cod
         image, stored = found[f"{name}.png"], geometry[name]
         assert (image.size, image.mode, stored.background, stored.orientation) == result
         assert image.getexif().get(ORIENTATION, 1) == 1  # not turned a second time
+
+
+def test_resized_images_are_made_again_by_other_sizes_and_only_they_say_so(
+    codec: Codec, tmp_path: Path, draw: Draw
+) -> None:
+    draw(tmp_path / "src" / "a" / "x.png", 90, 60)
+    with tarfile.open(tmp_path / "src.tar", "w") as archive:
+        archive.add(tmp_path / "src" / "a" / "x.png", "a/x.png")
+    plain = tmp_path / "plain"
+    assert encode(codec, tmp_path / "src", plain).done == 1
+    assert "resized" not in (plain / INDEX).read_text()
+    resize = ResizeOptions(size=(32, 32), crop=True)
+    resized = geometry(32, 32, resized=Resized(original_size=(90, 60), crop_ltrb=(8, 0, 40, 32)))
+    for name in ("src", "src.tar"):
+        first, second = (encode(codec, tmp_path / name, tmp_path / f"{name}.z", resize=resize) for _ in range(2))
+        assert (first.done, second.skipped) == (1, 1)
+        assert [entry.geometry for entry in Latents(tmp_path / f"{name}.z").entries] == [resized]
+    assert encode(codec, tmp_path / "src", plain, resize=ResizeOptions(buckets="64")).done == 1
+    assert Latents(plain).shapes == [(6, 10)]
+    decode(codec, plain, tmp_path / "out")
+    assert [image.size for image in images(tmp_path / "out").values()] == [(80, 48)]
 
 
 def test_what_is_stored_is_the_posterior_on_the_background(codec: Codec, tmp_path: Path, draw: Draw) -> None:

@@ -1,5 +1,6 @@
 """Write and read sd-scripts' cached latents: `{name}_{W}x{H}_sd.npz` beside the image, one draw in float32. It is raw
-for SD and SDXL, whose trainer scales it, and scaled for FLUX, where keys end in the latents' height and width."""
+for SD, SDXL and SD3, whose trainers scale it, and scaled for FLUX. For SD3 and FLUX keys end in the latents' height and
+width."""
 
 import posixpath
 import re
@@ -10,14 +11,18 @@ from typing import Any
 import numpy as np
 
 from latent_codec.errors import UserError
+from latent_codec.images.buckets import KOHYA_STEPS, kohya_crop_ltrb
 from latent_codec.interop.caches import cache, numpy_files
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.scaling import Scaling, prescribed_scaling
+from latent_codec.interop.caches.sizes import size_notes
 from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 
-ARCHITECTURES = ("sd", "sdxl", "flux")
+ARCHITECTURES = tuple(KOHYA_STEPS)
+_BUCKETS = {"sd": "kohya-sd", "sdxl": "kohya-sdxl", "sd3": "kohya-sdxl", "flux": "flux"}
+_SIZES_IN_KEYS = ("sd3", "flux")
 _FACTOR = 8  # the trainers' own
 _LATENTS = re.compile(r"latents(_\d+x\d+)?")
 
@@ -36,6 +41,8 @@ class Kohya(cache.ImageCacheWriter):
                 f"kohya's trainers take latents at 1/{_FACTOR} of each side, these are at 1/{latents.header.factor}; "
                 "encode with another model"
             )
+        arch = str(options.arch)
+        self.notes += size_notes(latents.entries, f"kohya's {arch}", KOHYA_STEPS[arch], _BUCKETS[arch])
 
     @classmethod
     def scaling_for(cls, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
@@ -44,17 +51,20 @@ class Kohya(cache.ImageCacheWriter):
         return prescribed_scaling(arch == "flux", options, statistics, f"kohya's {arch}")
 
     def name(self, entry: LatentsEntry) -> str:
-        size = f"{entry.geometry.width:04d}x{entry.geometry.height:04d}"
+        size = "{:04d}x{:04d}".format(*entry.geometry.original_size)
         return f"{posixpath.splitext(entry.path)[0]}_{size}_{self.options.arch}.npz"
 
     def data(self, item: cache.CacheEntry) -> bytes:
         geometry = item.entry.geometry
         z = self.scaling.scale(item.z)
-        end = f"_{z.shape[1]}x{z.shape[2]}" if self.options.arch == "flux" else ""
+        end = f"_{z.shape[1]}x{z.shape[2]}" if self.options.arch in _SIZES_IN_KEYS else ""
+        size, crop = geometry.original_size, (0, 0, geometry.width, geometry.height)  # nothing is cut off
+        if geometry.resized is not None:
+            crop = kohya_crop_ltrb(size, (geometry.width, geometry.height))
         found = {
             f"latents{end}": z.numpy(),
-            f"original_size{end}": np.array([geometry.width, geometry.height]),
-            f"crop_ltrb{end}": np.array([0, 0, geometry.width, geometry.height]),  # nothing is cut off
+            f"original_size{end}": np.array(size),
+            f"crop_ltrb{end}": np.array(crop),
         }
         if (flipped := item.z_flip) is not None:
             found[f"latents_flipped{end}"] = self.scaling.scale(flipped).numpy()

@@ -1,5 +1,6 @@
 """Write and read musubi-tuner's cached latents of images: one draw in `{name}_{W}x{H}_{architecture}.safetensors`, in
-one folder. The architecture decides the layout, and whether the trainer or the cache scales latents."""
+one folder. The architecture decides the layout, and whether the trainer or the cache scales latents. WxH is the size in
+the image file's header, because musubi-tuner does not turn images by EXIF."""
 
 import functools
 import posixpath
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from latent_codec.errors import UserError
+from latent_codec.images.buckets import MUSUBI_STEP
 from latent_codec.interop.caches import cache
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.safetensors_files import file_bytes, latents_in, origin_in
 from latent_codec.interop.caches.scaling import Scaling, prescribed_scaling
+from latent_codec.interop.caches.sizes import size_notes
+from latent_codec.latents.dataset import Latents
 from latent_codec.latents.format import LatentsEntry
 from latent_codec.model.file import LatentStatistics
 from latent_codec.storage.tensors import KEY, open_tensors
@@ -52,6 +56,10 @@ class Musubi(cache.ImageCacheWriter):
     options_used = frozenset({"arch", "scaling_factor", "shift_factor", "seed", "epoch"})
     flips = "left out"
 
+    def __init__(self, latents: Latents, options: CacheOptions) -> None:
+        super().__init__(latents, options)
+        self.notes += size_notes(latents.entries, self.program, MUSUBI_STEP, "musubi")
+
     @classmethod
     def scaling_for(cls, options: CacheOptions, statistics: LatentStatistics | None) -> Scaling:
         scaled = _architecture(options).scaled
@@ -59,15 +67,16 @@ class Musubi(cache.ImageCacheWriter):
 
     def name(self, entry: LatentsEntry) -> str:
         stem = posixpath.splitext(posixpath.basename(entry.path))[0]
-        return f"{stem}_{entry.geometry.width:04d}x{entry.geometry.height:04d}_{self.options.arch}.safetensors"
+        return "{}_{:04d}x{:04d}_{}.safetensors".format(stem, *entry.geometry.stored_size, self.options.arch)
 
     def data(self, item: cache.CacheEntry) -> bytes:
         z, architecture = self.scaling.scale(item.z), _architecture(self.options)  # (z, h, w)
         key = f"latents_{'1x' if architecture.frames_in_key else ''}{z.shape[1]}x{z.shape[2]}_float32"
+        width, height = item.entry.geometry.stored_size
         metadata = {
             "architecture": architecture.full_name,
-            "width": str(item.entry.geometry.width),
-            "height": str(item.entry.geometry.height),
+            "width": str(width),
+            "height": str(height),
             "format_version": "1.0.1",
             KEY: item.origin.text(),
         }

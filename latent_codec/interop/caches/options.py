@@ -13,7 +13,7 @@ class CacheOptions:
     """Choose what is written into a cache or read from one."""
 
     arch: str | None = None
-    """kohya: sd, sdxl or flux. musubi: hv, hv15, wan, qi, kr2, zi, f2d, f2k4b or f2k9b."""
+    """kohya: sd, sdxl, sd3 or flux. musubi: hv, hv15, wan, qi, kr2, zi, f2d, f2k4b or f2k9b."""
     scale: Literal["raw", "normalized"] | None = None
     """npy, webdataset: write latents as the model gives them, or normalized."""
     scaling_factor: float | None = None

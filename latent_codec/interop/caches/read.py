@@ -1,6 +1,7 @@
 """Read the cache of another program into a folder of latents."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from latent_codec.errors import FatalError, UserError
 from latent_codec.folders.resume.ledger import Ledger
 from latent_codec.folders.summary import Summary
+from latent_codec.images.buckets import cover, record
 from latent_codec.images.geometry import Geometry
 from latent_codec.interop.caches.cache import StoredImage
 from latent_codec.interop.caches.options import CacheOptions
@@ -150,6 +152,10 @@ class _LatentsWriter:
         else:
             size = stored.size or (width * self._codec.factor, height * self._codec.factor)
             geometry = Geometry(width=size[0], height=size[1], orientation=1, mode="RGB", background=None)
+            if latent_size(geometry, self._codec.factor) != (height, width):  # the program resized it to its bucket
+                bucket = width * self._codec.factor, height * self._codec.factor
+                resized = record(size, cover(size, bucket))
+                geometry = dataclasses.replace(geometry, width=bucket[0], height=bucket[1], resized=resized)
         if latent_size(geometry, self._codec.factor) != (height, width):
             raise ValueError(f"latents of {height}x{width} are not of {geometry.width}x{geometry.height} pixels")
         return geometry

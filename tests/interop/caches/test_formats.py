@@ -1,8 +1,10 @@
 """Check that each program, by its own way of reading, trains on what the latents say."""
 
+import dataclasses
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
@@ -14,30 +16,65 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.datasets import DatasetFolder
 
+from latent_codec.images.geometry import Resized
+from latent_codec.interop.caches.options import CacheOptions
+from latent_codec.interop.caches.read import read_cache
 from latent_codec.interop.caches.registry import CacheName
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
 from tests.support.caches import EVERY, PATHS, close, draws, flipped_draws, made, samples, scaled, store
+from tests.support.latents import geometry, row_of, write
 
 
 def test_every_registered_format_is_tested() -> None:
     assert set(EVERY) == set(get_args(CacheName))
 
 
-@pytest.mark.parametrize("arch", ["sd", "flux"])
+@pytest.mark.parametrize("arch", ["sd", "sd3", "flux"])
 def test_kohya_finds_its_file_by_the_images_name_and_size(mixed: Latents, tmp_path: Path, arch: str) -> None:
     z, flipped = draws(mixed), flipped_draws(mixed)
-    assert not made(mixed, "kohya", tmp_path / "out", arch=arch).notes
+    made(mixed, "kohya", tmp_path / "out", arch=arch)
     for entry in mixed.entries:
         width, height = entry.geometry.width, entry.geometry.height
         path = tmp_path / "out" / f"{PurePosixPath(entry.path).with_suffix('')}_{width:04d}x{height:04d}_{arch}.npz"
         with np.load(path) as npz:
-            end = f"_{z[entry.path].shape[1]}x{z[entry.path].shape[2]}" if arch == "flux" else ""
+            end = "" if arch == "sd" else f"_{z[entry.path].shape[1]}x{z[entry.path].shape[2]}"
             expected = [scaled(mixed, t) if arch == "flux" else t for t in (z[entry.path], flipped[entry.path])]
             for key, value in zip(("latents", "latents_flipped"), expected, strict=True):
                 assert npz[key + end].dtype == np.float32 and close(npz[key + end], value)
             assert npz["original_size" + end].tolist() == [width, height]
             assert npz["crop_ltrb" + end].tolist() == [0, 0, width, height]
+
+
+def test_a_resized_image_has_its_own_size_in_names_and_keys(shared_codec: Codec, tmp_path: Path) -> None:
+    """kohya's and musubi-tuner's loaders look for the size of the image file, and musubi-tuner's knows no EXIF."""
+    resized = Resized(original_size=(150, 200), crop_ltrb=(0, 10, 64, 74))
+    row = row_of("a.jpg", "float16", side=64)
+    shape = geometry(64, 64, orientation=6, resized=resized)
+    row = row._replace(entry=dataclasses.replace(row.entry, geometry=shape))
+    latents = write(tmp_path / "z", shared_codec, [row], "float16")
+    turned = r"1 image, a\.jpg \(64x64\), is turned by EXIF"
+    notes = made(latents, "kohya", tmp_path / "kohya", arch="sdxl").notes
+    notes += made(latents, "musubi", tmp_path / "musubi", arch="zi").notes
+    assert [bool(re.match(turned, note)) for note in notes] == [True, True]
+    with np.load(tmp_path / "kohya" / "a_0150x0200_sdxl.npz") as npz:
+        assert npz["original_size"].tolist() == [150, 200] and npz["crop_ltrb"].tolist() == [8, 0, 56, 64]
+    with safe_open(tmp_path / "musubi" / "a_0200x0150_zi.safetensors", framework="pt") as file:
+        assert [file.metadata()[side] for side in ("width", "height")] == ["200", "150"]
+    back = read_cache(tmp_path / "kohya", tmp_path / "back", "kohya", shared_codec, CacheOptions(arch="sdxl"))
+    assert not back.summary.failures and Latents(tmp_path / "back").entries[0].geometry == shape
+
+
+@pytest.mark.parametrize(
+    ("to", "arch", "side", "step"),
+    [("kohya", "sd", 96, 64), ("kohya", "sdxl", 80, 32), ("musubi", "zi", 24, 16), ("kohya", "sdxl", 96, None)],
+)
+def test_sizes_of_no_bucket_are_told_once(
+    shared_codec: Codec, tmp_path: Path, to: CacheName, arch: str, side: int, step: int | None
+) -> None:
+    notes = made(store(tmp_path / "z", shared_codec, side=side, flips=False), to, tmp_path / "out", arch=arch).notes
+    told = rf"4 images, such as cat/a\.jpg \({side}x{side}\), are of .* multiples of {step}: .* --buckets "
+    assert [bool(re.match(told, note)) for note in notes] == ([] if step is None else [True])
 
 
 def test_kohyas_flux_latents_take_a_scale_that_is_given(latents: Latents, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from latent_codec.errors import UserError
+from latent_codec.images.geometry import Resized
 from latent_codec.interop.caches import read as read_module
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.read import read_cache
@@ -100,9 +101,9 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / source / "sub").mkdir(parents=True)
     sizes = {"original_size_2x3": np.array([20, 13]), "crop_ltrb_2x3": np.array([0, 0, 20, 13])}
     np.savez(root / "kohya" / "sub" / "a_0020x0013_flux.npz", latents_2x3=SCALED.numpy(), **sizes)
-    metadata = {"architecture": "wan", "width": "20", "height": "13", "format_version": "1.0.1"}
+    metadata = {"architecture": "wan", "width": "60", "height": "45", "format_version": "1.0.1"}
     tensors = {"latents_1x2x3_bfloat16": SCALED[:, None].contiguous().bfloat16()}
-    save_file(tensors, root / "musubi" / "a_0020x0013_wan.safetensors", metadata)
+    save_file(tensors, root / "musubi" / "a_0060x0045_wan.safetensors", metadata)
     save_file({"varlen_t5_bfloat16": torch.zeros(1)}, root / "musubi" / "a_wan_te.safetensors", metadata)
     save_file({"latent_tensor": Z[None] * 0.18215}, root / "comfyui" / "a.latent")
     both = torch.stack([Z + 1, Z])
@@ -120,7 +121,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OTHERS: dict[CacheName, tuple[str, tuple[int, int], dict[str, Any]]] = {
     "kohya": ("sub/a", (20, 13), {"arch": "flux"}),
-    "musubi": ("a", (20, 13), {"arch": "wan"}),
+    "musubi": ("a", (24, 16), {"arch": "wan"}),
     "comfyui": ("a", (24, 16), {}),
     "lightningdit": ("00007/latents_rank00_shard000-000001", (24, 16), {}),
     "mar": ("sub/a.JPEG", (24, 16), {}),
@@ -139,6 +140,8 @@ def test_files_of_other_programs_are_read(shared_codec: Codec, others: Path, tmp
     found = Latents(tmp_path / "out")
     entry, posterior = found.entries[-1], found.posterior(len(found) - 1)
     assert (entry.path, entry.geometry.width, entry.geometry.height) == (path, *size)
+    if source == "musubi":  # resized to its bucket from the size in its name
+        assert entry.geometry.resized == Resized(original_size=(60, 45), crop_ltrb=(0, 1, 24, 17))
     tolerance = 2e-2 if source == "musubi" else 1e-5  # its own bfloat16
     assert torch.allclose(posterior.mean[0], Z, atol=tolerance)
     assert bool((posterior.logvar == (0.0 if source == "edm2" else -16.0)).all())  # -30 clamped as the model's are

@@ -138,8 +138,8 @@ def test_latents_that_a_program_cannot_take_are_refused(
 
 
 REFUSED: list[tuple[CacheName, dict[str, Any], str]] = [
-    ("kohya", {}, "give --arch sd, sdxl, flux"),
-    ("kohya", {"arch": "sd3"}, "give --arch sd, sdxl, flux"),
+    ("kohya", {}, "give --arch sd, sdxl, sd3, flux"),
+    ("kohya", {"arch": "sd9"}, "give --arch sd, sdxl, sd3, flux"),
     ("kohya", {"arch": "sd", "scaling_factor": 0.18215}, "kohya's sd files hold raw latents"),
     ("kohya", {"arch": "sd", "scale": "raw"}, "--scale is not for --to kohya"),
     ("musubi", {}, "give --arch hv, hv15, wan"),

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from latent_codec.precision import has_float64
+
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # the odd integer nearest 2^64 / phi, as int64
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _MASK = 2**64 - 1
@@ -61,8 +63,10 @@ def text_key(text: str) -> int:
 
 
 def uniform(keys: torch.Tensor) -> torch.Tensor:
-    """Return a float64 in [0, 1) for each int64 key, from the top 53 bits of its hash."""
-    return _shift(mix(keys), 11).double() * 2.0**-53
+    """Return a float64 in [0, 1) for each int64 key, from the top 53 bits of its hash; on a device without float64, a
+    float32 from the top 24 of them."""
+    bits = mix(keys)
+    return _shift(bits, 11).double() * 2.0**-53 if has_float64(keys.device) else _shift(bits, 40).float() * 2.0**-24
 
 
 def uniforms(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -73,6 +77,8 @@ def uniforms(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def below(limit: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return an int64 in [0, limit) for each key; `limit` is 1 to 2^53 and broadcasts to `keys`."""
+    if not has_float64(keys.device):
+        return below(limit.cpu(), keys.cpu()).to(keys.device)
     return (uniform(keys) * limit).long()  # 1 - 2^-53 times a limit never rounds up to it
 
 

@@ -5,6 +5,9 @@ import contextlib
 import torch
 from torch import nn
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Types of devices that have no float64."""
+
 
 def float32_island(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Switch autocast off on x's device; the caller converts its own inputs to float32."""
@@ -27,3 +30,13 @@ def layer_dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype:
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Return x, in float32 if its own type has fewer bits."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def has_float64(device: torch.device | str) -> bool:
+    """Return whether a device has float64."""
+    return torch.device(device).type not in WITHOUT_FLOAT64
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """Return x in float64, in the CPU's memory if its own device has none."""
+    return x.double() if has_float64(x.device) else x.cpu().double()

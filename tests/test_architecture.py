@@ -13,8 +13,8 @@ import pytest
 from tests.support.data import ROOT
 
 FLOORS = (
-    ("errors", "noise", "precision", "version"),
-    ("program",),
+    ("errors", "precision", "version"),
+    ("noise", "program"),
     ("storage",),
     ("images", "metrics", "prior"),
     ("model",),

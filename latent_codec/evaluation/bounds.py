@@ -8,6 +8,7 @@ import torch
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal
+from latent_codec.precision import in_float64
 
 _PIXELS = -1  # folded into the key to draw pixels; samples are numbered from 0
 
@@ -62,13 +63,13 @@ def bounds(
         many = DiagonalGaussian(*repeated)  # (n * b, z, h/f, w/f)
         params = codec.likelihood_params(many.sample(noise), None if labels is None else labels.repeat(n))
         found = codec.likelihood.log_prob(params, x)
-        log_likelihoods.append(found.double().cpu().view(n, b).t())
+        log_likelihoods.append(found.cpu().double().view(n, b).t())
         log_ratios.append(_log_ratio(many, noise).cpu().view(n, b).t())
     log_likelihood = torch.cat(log_likelihoods, 1)
-    return Bounds(log_likelihood, log_likelihood - torch.cat(log_ratios, 1), posterior.kl().double().cpu())
+    return Bounds(log_likelihood, log_likelihood - torch.cat(log_ratios, 1), posterior.kl().cpu().double())
 
 
 def _log_ratio(posterior: DiagonalGaussian, noise: torch.Tensor) -> torch.Tensor:
     """Return log q(z given x) - log p(z), (b,) float64 in nats, from z's noise: (z - mean) / std would lose digits."""
     z = posterior.sample(noise)
-    return 0.5 * (z.square() - noise.square() - posterior.logvar).flatten(1).sum(1, dtype=torch.float64)
+    return 0.5 * in_float64((z.square() - noise.square() - posterior.logvar).flatten(1)).sum(1)

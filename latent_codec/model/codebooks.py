@@ -10,7 +10,7 @@ from torch import nn
 
 from latent_codec.model.config import FiniteScalarConfig, VectorQuantizerConfig
 from latent_codec.model.posteriors import Posterior
-from latent_codec.precision import float32_island
+from latent_codec.precision import float32_island, in_float64
 
 MOST_CODES = 2**14
 """The largest codebook: a bitstream's integers reach this far."""
@@ -60,7 +60,8 @@ class Codes(Posterior):
 
 def perplexity(use: torch.Tensor) -> float:
     """Return exp(entropy) of the codes' shares (K,): the number of equally used codes that would be as uncertain."""
-    share = use.double() / use.double().sum()
+    use = in_float64(use)
+    share = use / use.sum()
     return math.exp(-torch.xlogy(share, share).sum().item())
 
 

@@ -7,7 +7,8 @@ frequency table.
 
 All arithmetic is exact. Weights and activations are integers up to 127, so sums of products stay below 2^24 and float32
 represents every one of them, whatever the order of addition. Convolutions are written as matrix products, because a
-library's convolution may use a transform that is not exact. Devices other than the CPU compute in float64.
+library's convolution may use a transform that is not exact. Devices other than the CPU compute in float64;
+where a device has none, the CPU computes.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from latent_codec.precision import float32_island
+from latent_codec.precision import float32_island, has_float64
 from latent_codec.prior.layout import PassLayout, Prediction, Sites, patches, strips
 from latent_codec.prior.quantizer import LIMIT, BatchSettings
 from latent_codec.prior.tables import Tables
@@ -182,6 +183,7 @@ class ContextPrior:
         layout = self.layouts[number]
         x = torch.from_numpy(self._inputs(layout, known, batch)).movedim(1, 3)  # (b, h, w, c)
         sites = torch.from_numpy(layout.mask(known.shape[2:])[:: layout.view, :: layout.view])
+        device = device if has_float64(device) else "cpu"
         dtype = self.dtype or (torch.float32 if device.split(":")[0] == "cpu" else torch.float64)
         layers = [
             _to_floats(layer, taps, device, dtype)

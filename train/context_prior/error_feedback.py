@@ -52,4 +52,4 @@ def _gram(codec: Codec, z: torch.Tensor, channel_steps: torch.Tensor) -> torch.T
         change = codec.decode(moved, labels) - pixels
         (rows,) = torch.autograd.grad(pixels, around, change.detach())  # J' (change of the pixels)
     near = slice(middle - REACH, middle + REACH + 1)
-    return (rows[:, :, near, near] * channel_steps[:, None, None]).double().cpu()
+    return (rows[:, :, near, near] * channel_steps[:, None, None]).cpu().double()

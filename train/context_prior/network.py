@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, logsigmoid, pad
 
 from latent_codec.model.file import LatentStatistics
 from latent_codec.noise import fold, hashes, uniform
-from latent_codec.precision import float32_island
+from latent_codec.precision import float32_island, has_float64
 from latent_codec.prior import context
 from latent_codec.prior.context import SIGNALS, TABLES, TOP, UNIT
 from latent_codec.prior.error_feedback import REACH, WEIGHT_BITS, Feedback
@@ -101,11 +101,11 @@ class ContextNet(nn.Module):
         with_dither = uniform(fold(keys, _DITHERED)) < dithered
         seeds = fold(keys, _NOISE)
         bits = self.reorder(hashes(fold(seeds), means[0].numel()).view(means.shape))  # as `quantizer.dither` has them
-        offset = (((bits >> 48) & 0xFFFF).double() + 0.5) / 2**16 - 0.5
+        wide = torch.float64 if has_float64(means.device) else torch.float32  # float64, as in a bitstream
+        offset = (((bits >> 48) & 0xFFFF).to(wide) + 0.5) / 2**16 - 0.5
         offset = offset * with_dither[:, None, None, None]
-        steps_of = self.channel_steps.double()[:, None, None]  # float64, as in a bitstream
-        size = steps_of * step[:, None, None, None] / STEP_ONE
-        return Drawn(self.reorder(means).double() / size, offset, step.long(), with_dither, seeds)
+        size = self.channel_steps.to(wide)[:, None, None] * step[:, None, None, None] / STEP_ONE
+        return Drawn(self.reorder(means).to(wide) / size, offset, step.long(), with_dither, seeds)
 
     def code(self, drawn: Drawn) -> Coded:
         """Quantise latents pass by pass as a bitstream does, and return their bits and values.

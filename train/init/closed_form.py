@@ -14,6 +14,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import Bernoulli, Gaussian
 from latent_codec.model.networks import LinearBackbone, LiteBackbone, MLPBackbone
 from latent_codec.model.networks.linear import PatchMoments
+from latent_codec.precision import in_float64
 from train.data.crops import Batches, SamplePlan, read_or_report
 
 _READERS = 4  # threads, which read ahead twice as many images
@@ -46,7 +47,7 @@ def _moments(batches: Iterable[torch.Tensor], codec: Codec) -> PatchMoments:
     total, outer, count = torch.zeros(()), torch.zeros(()), 0
     rows = (rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=p, q=p) for x in batches)
     for patches in _together(rows, channels * p * p):
-        patches = codec.likelihood.from_uint8(patches).double()  # (n, d)
+        patches = in_float64(codec.likelihood.from_uint8(patches))  # (n, d)
         total, outer = total + patches.sum(0), outer + patches.T @ patches
         count += len(patches)
     if count == 0:

@@ -8,6 +8,7 @@ from torch import nn
 from latent_codec.model.codec import Codec
 from latent_codec.model.posteriors import DiagonalGaussian
 from latent_codec.noise import fold, normal, uniform
+from latent_codec.precision import in_float64
 from train.config.vae import IWAEConfig
 from train.objectives.losses import CHOSEN, PIXELS, VAELosses, bound_of, mse_of
 
@@ -70,7 +71,8 @@ def resampled(log_weight: torch.Tensor, n: int, offset: torch.Tensor) -> torch.T
     `log_weight` (k, b) needs no common scale, and `offset` (b,) lies in [0, 1). A sample with a share w of the weight
     is drawn floor(n w) or ceil(n w) times.
     """
-    upto = torch.softmax(log_weight.double(), 0).cumsum(0).t().contiguous()  # (b, k)
+    upto = torch.softmax(in_float64(log_weight), 0).cumsum(0).t().contiguous()  # (b, k)
     upto = upto / upto[:, -1:]  # samples of zero weight own no part of (0, 1], exactly
-    at = (torch.arange(1, n + 1, device=upto.device) - offset[:, None]) / n  # (b, n) in (0, 1]
-    return torch.searchsorted(upto, at).clamp(max=len(log_weight) - 1).t()  # NaN weights may choose any
+    at = (torch.arange(1, n + 1, device=upto.device) - in_float64(offset)[:, None]) / n  # (b, n) in (0, 1]
+    chosen = torch.searchsorted(upto, at).clamp(max=len(log_weight) - 1).t()  # NaN weights may choose any
+    return chosen.to(log_weight.device)

@@ -31,7 +31,7 @@ from train.init.from_model import start_from_model
 from train.loop.claim import claim
 from train.loop.logs import RunLog
 from train.loop.program import main_of, run_of_preset
-from train.loop.run_setup import Run, check_run, describe_data, labelled, split
+from train.loop.run_setup import Run, check_run, describe_data, labelled, read_options, split
 from train.loop.session import Session, begin
 from train.loop.trainer import RATE, Task, TrainedModules, Trainer
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
@@ -84,7 +84,8 @@ def _train(run: Run, session: Session) -> int:
         parts.ema.load_state_dict(parts.codec.state_dict())
     trainer.prepare(described)
 
-    task = VAETask(run, parts, centre_crops(labelled(parts.codec, held_out), config.eval_crop), trainer.log)
+    validation = labelled(parts.codec, held_out, read_options(config))
+    task = VAETask(run, parts, centre_crops(validation, config.eval_crop), trainer.log)
     processes, micro = accelerator.num_processes, config.accumulation
     share = f"{processes} x {micro} x {config.batch_size // processes // micro}"
     batch = f"{config.batch_size} crops of {config.crop} per step = {share}"
@@ -160,7 +161,7 @@ def make_objective(run: Run, codec: Codec) -> ELBO | IWAE | Joint:
 
 
 def _open_images(run: Run, codec: Codec, sources: list[Source], accelerator: Accelerator) -> Batches:
-    images, quiet = labelled(codec, sources), not accelerator.is_main_process
+    images, quiet = labelled(codec, sources, read_options(run.config)), not accelerator.is_main_process
     if run.data_mode == "stream":
         return StreamedImages(images, run.workers, accelerator.device)
     return MemoryImages(images, run.config.crop, accelerator.device, quiet=quiet)
@@ -174,7 +175,7 @@ def _start(run: Run, parts: _Parts, images: Batches, trainer: Trainer, sources: 
         start_from_model(codec, run.start_from, images.batches(plan, 0, math.ceil(_START_CROPS / config.batch_size)))
     elif config.closed_form:
         if config.closed_form_crops is None:
-            moments = closed_form.all_patch_moments(sources, codec, quiet=quiet)
+            moments = closed_form.all_patch_moments(sources, codec, quiet=quiet, read=read_options(config))
         else:
             batches = math.ceil(config.closed_form_crops / config.batch_size)
             moments = closed_form.patch_moments(images, plan, codec, batches, quiet=quiet)

@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 
 from latent_codec.export import export
+from latent_codec.images.buckets import ResizeOptions
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import find_images
 from latent_codec.model.codec import Codec
 from tests.support import faults
@@ -103,6 +105,17 @@ def test_a_run_logs_every_step_and_evaluation_and_lowers_the_loss(straight: Path
         assert line["nelbo"] == pytest.approx(line["nll"] + line["kl"], rel=1e-4)
     for line in (last, later):
         assert line["kl_bpp"] == pytest.approx(line["kl"] / math.log(2) / 32**2, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_sees_resized_images(argv: list[str], data: Path, tmp_path: Path) -> None:
+    run([*argv, *flags("--resize 40 --steps 1 --eval-every 1")], tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["resize"] == 40
+    shown = np.array(Image.open(tmp_path / "run" / "grids" / "step-00000001.png"))[:32, :32]
+    sources, read = find_images(data), ReadOptions(resize=ResizeOptions(size=(40, 40)))
+    images = ImageSet(sources=sources, labels=torch.zeros(len(sources)), channels=3, read=read)
+    crops = centre_crops(images, 32).pixels.permute(0, 2, 3, 1).numpy()  # (n, h, w, c)
+    assert any(np.array_equal(shown, crop) for crop in crops)
 
 
 def test_the_grid_has_the_images_and_three_decodings_of_them(straight: Path, data: Path) -> None:
@@ -342,8 +355,9 @@ def test_bfloat16_trains_float32_weights_to_a_close_loss(argv: list[str], straig
 
 def test_runs_of_other_settings_or_images_are_refused_by_name(argv: list[str], finished: Path, tmp_path: Path) -> None:
     config = (finished / "config.json").read_text()
-    change = flags("--learning-rate 0.1 --latent-channels 5 --sigma 0.5 --beta 2 --seed 1 --no-flip")
-    names = "codec.latent_channels, codec.likelihood.sigma, flip, learning_rate, max_grad_norm, objective.beta, seed"
+    change = flags("--learning-rate 0.1 --latent-channels 5 --sigma 0.5 --beta 2 --seed 1 --no-flip --resize 40")
+    names = "codec.latent_channels, codec.likelihood.sigma, flip, learning_rate, max_grad_norm, objective.beta, "
+    names += "resize, seed"
     text = run([*argv, *change, "--max-grad-norm", "None"], finished, code=1)
     assert f"is a run with other settings ({names})" in text
     for other in ([str(write_images(tmp_path / "more", count=1))], flags("--val-images 3")):
@@ -372,6 +386,7 @@ def test_a_finished_run_is_left_as_it_is_until_steps_or_intervals_change(argv: l
         ("--accumulation 3", "cannot be split over 1 processes x 3 micro-batches; make it a multiple of 3"),
         ("--crop 36", "crop 36 is no multiple of 8, the model's factor"),
         ("--eval-crop 20", "eval_crop 20 is no multiple of 8, the model's factor"),
+        ("--resize 24", "resize 24 is below 32, the larger of crop and eval_crop"),
         ("--log-every 0", "log_every is 0; it must be at least 1"),
         ("--steps -1", "steps is -1; it must be at least 0"),
         ("--max-grad-norm inf", "config.max_grad_norm: expected a finite number, found inf"),

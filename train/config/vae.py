@@ -142,12 +142,16 @@ class TrainConfig(LoopConfig):
     """Store tensors in the channels-last memory format."""
     eval_crop: int
     """Side of the centre crops of the validation images in pixels."""
+    resize: int | None = None
+    """Resize images to this shorter side when they are read, as `encode --resize` does. None: they keep their sizes."""
 
 
 def check(config: TrainConfig) -> None:
     """Raise `UserError` for values that would only fail, or fail to resume, later."""
     check_numbers(config)
     objective = config.objective
+    if config.resize is not None and config.resize < (needed := max(config.crop, config.eval_crop)):
+        raise UserError(f"resize {config.resize} is below {needed}, the larger of crop and eval_crop; lower them too")
     if config.lr_schedule == "stages" and config.lr_warmup_steps:
         raise UserError(f"lr_warmup_steps is {config.lr_warmup_steps}; stages have no warm-up: set it to 0")
     if isinstance(objective, IWAEConfig):

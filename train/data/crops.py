@@ -26,6 +26,7 @@ from tqdm import tqdm
 from latent_codec.errors import UserError
 from latent_codec.images import idx
 from latent_codec.images.geometry import in_channels
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import Source
 from latent_codec.noise import below, fold, permutation, uniform
 from train.data.packed import Boxes, Packed, to_device
@@ -43,6 +44,7 @@ class ImageSet:
     labels: torch.Tensor
     """(n,) int64."""
     channels: int
+    read: ReadOptions = ReadOptions()
 
 
 class Batch(NamedTuple):
@@ -142,7 +144,7 @@ class MemoryImages:
         """Read the images; the crops of `ahead` micro-batches are drawn together on the CPU, which is faster."""
         count = len(images.sources)
         with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it decodes
-            found = pool.map(read_or_report, images.sources, repeat(images.channels))
+            found = pool.map(read_or_report, images.sources, repeat(images.channels), repeat(images.read))
             read = list(tqdm(found, "reading images", count, disable=quiet or None, unit="image"))
         good = torch.tensor([i for i, image in enumerate(read) if image is not None])
         kept = [at_least(image, min_side) for image in read if image is not None]
@@ -249,7 +251,7 @@ class _Crops(Dataset[Batch]):
         for number in (*range(image, count), *range(image)):
             source = self.images.sources[number]
             try:
-                return number, in_channels(source.read().pixels, self.images.channels)
+                return number, in_channels(source.read(self.images.read).pixels, self.images.channels)
             except UserError as error:
                 if source.name not in self.reported:  # once per worker, not once per epoch
                     log.warning("skipping %s", error)
@@ -261,10 +263,10 @@ def _none_readable(count: int, kind: str = "") -> UserError:
     return UserError(f"none of the {count} {kind}images could be read; the first reason stands above")
 
 
-def read_or_report(source: Source, channels: int) -> torch.Tensor | None:
+def read_or_report(source: Source, channels: int, read: ReadOptions) -> torch.Tensor | None:
     """Return an image's pixels (channels, h, w) uint8, or None after a warning that says why it cannot be read."""
     try:
-        return in_channels(source.read().pixels, channels)
+        return in_channels(source.read(read).pixels, channels)
     except UserError as error:
         log.warning("skipping %s", error)
         return None
@@ -282,7 +284,7 @@ def centre_crops(images: ImageSet, side: int) -> CentreCrops:
     """Cut the centre of each readable image, extending small ones; raises `UserError` if none can be read."""
     crops, names, kept = [], [], []
     for source, label in zip(images.sources, images.labels, strict=True):
-        image = read_or_report(source, images.channels)
+        image = read_or_report(source, images.channels, images.read)
         if image is None:
             continue
         pixels = at_least(image, side)

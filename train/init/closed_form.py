@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from latent_codec.errors import UserError
 from latent_codec.folders.workers import Threads
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import Source
 from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import Bernoulli, Gaussian
@@ -26,18 +27,20 @@ def patch_moments(images: Batches, plan: SamplePlan, codec: Codec, steps: int, *
     return _moments((batch.pixels.cpu() for batch in batches), codec)
 
 
-def all_patch_moments(sources: Sequence[Source], codec: Codec, *, quiet: bool) -> PatchMoments:
+def all_patch_moments(
+    sources: Sequence[Source], codec: Codec, *, quiet: bool, read: ReadOptions = ReadOptions()
+) -> PatchMoments:
     """Return the moments of the whole patches of all readable images, which are read one by one; partial patches on the
     right and at the bottom are ignored. Raises `UserError` if there is no patch."""
     p = codec.factor
 
     def whole(source: Source) -> torch.Tensor | None:
-        pixels = read_or_report(source, codec.config.image_channels)
+        pixels = read_or_report(source, codec.config.image_channels, read)
         return None if pixels is None else pixels[:, : pixels.shape[1] // p * p, : pixels.shape[2] // p * p]
 
     with Threads(_READERS) as threads:
-        read = (future.result() for _, future in threads.map(whole, sources))
-        images = (x[None] for x in tqdm(read, "patch moments", len(sources), disable=quiet or None) if x is not None)
+        found = (future.result() for _, future in threads.map(whole, sources))
+        images = (x[None] for x in tqdm(found, "patch moments", len(sources), disable=quiet or None) if x is not None)
         return _moments((x for x in images if x.numel()), codec)
 
 

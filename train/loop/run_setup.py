@@ -8,6 +8,8 @@ import tyro
 from accelerate import Accelerator
 
 from latent_codec.errors import UserError
+from latent_codec.images.buckets import ResizeOptions
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import ListOptions, Source, identity, list_all
 from latent_codec.model.codec import Codec
 from latent_codec.noise import text_key
@@ -98,7 +100,12 @@ def split(run: Run) -> Split:
     raise UserError(f"all {len(sources)} images are held out; lower --val-images or give --val")
 
 
-def labelled(codec: Codec, sources: list[Source]) -> ImageSet:
+def read_options(config: TrainConfig) -> ReadOptions:
+    """Return how the images of a run are read."""
+    return ReadOptions(resize=None if config.resize is None else ResizeOptions(size=(config.resize, config.resize)))
+
+
+def labelled(codec: Codec, sources: list[Source], read: ReadOptions = ReadOptions()) -> ImageSet:
     """Return the sources with the numbers of their classes; raises `UserError` for an image of no known class."""
     try:
         labels = codec.class_numbers([source.label for source in sources])
@@ -106,7 +113,7 @@ def labelled(codec: Codec, sources: list[Source]) -> ImageSet:
         known = codec.config.classes
         name = next(source.name for source in sources if source.label not in known)
         raise UserError(f"{name}: {error}, or name the folders with --classes") from error
-    return ImageSet(sources=sources, labels=labels, channels=codec.config.image_channels)
+    return ImageSet(sources=sources, labels=labels, channels=codec.config.image_channels, read=read)
 
 
 def describe_data(run: Run, sources: list[Source]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from latent_codec.images.buckets import ResizeOptions
+from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import Source, find_images
 from latent_codec.noise import fold, permutation
 from tests.support.errors import refused
@@ -56,8 +59,8 @@ def with_broken(sources: list[Source], tmp_path: Path) -> list[Source]:
     return [s if i != BROKEN else Source(s.name, cut, 0, cut.stat().st_size) for i, s in enumerate(sources)]
 
 
-def image_set(sources: list[Source]) -> ImageSet:
-    return ImageSet(sources=sources, labels=torch.arange(len(sources)), channels=3)
+def image_set(sources: list[Source], **options: Any) -> ImageSet:
+    return ImageSet(sources=sources, labels=torch.arange(len(sources)), channels=3, **options)
 
 
 def memory(sources: list[Source], ahead: int = 64) -> Batches:
@@ -205,6 +208,17 @@ def test_centre_crops_are_the_middle_of_readable_images(
     assert torch.equal(crops.pixels[-1][:, :9, :7], small)
     assert torch.equal(crops.pixels[-1][:, 9:, 7:], small[:, -1:, -1:].expand(3, 7, 9))
     refused("none of the 1 validation images could be read", centre_crops, image_set([with_broken[BROKEN]]), 16)
+
+
+def test_images_are_resized_when_they_are_read(sources: list[Source]) -> None:
+    images = image_set(sources, read=ReadOptions(resize=ResizeOptions(size=(48, 48))))
+    whole = [source.read(images.read).pixels for source in sources]
+    assert [min(pixels.shape[1:]) for pixels in whole] == [48] * len(SIZES)
+    middle = [p[:, (p.shape[1] - 48) // 2 :, (p.shape[2] - 48) // 2 :][:, :48, :48] for p in whole]
+    assert torch.equal(centre_crops(images, 48).pixels, torch.stack(middle))
+    in_memory = MemoryImages(images, PLAN.crop, CPU, quiet=True)
+    assert_same(collect(in_memory), collect(StreamedImages(images, 0, CPU)))
+    assert not torch.equal(pixels(in_memory), pixels(memory(sources)))
 
 
 def test_the_fingerprint_tells_names_sizes_and_order_but_not_places(sources: list[Source]) -> None:

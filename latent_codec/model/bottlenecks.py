@@ -16,10 +16,10 @@ from latent_codec.precision import float32_island
 
 
 class Bottleneck(Protocol):
-    """Describes a module that makes the posterior of features (b, features_per_latent * z, h, w)."""
+    """Describes a module that makes the posterior of features (b, features, h, w)."""
 
-    features_per_latent: int
-    """Channels of features for each of the z latent channels."""
+    features: int
+    """Channels that it takes."""
 
     def __init__(self, config: Any, latent_channels: int) -> None: ...
 
@@ -27,20 +27,26 @@ class Bottleneck(Protocol):
 
 
 class DiagonalGaussianBottleneck(nn.Module):
-    """Splits features (b, 2z, h, w) into mean and log-variance, and clamps the latter: the library's only clamp."""
-
-    features_per_latent = 2
+    """Splits features (b, 2z, h, w) into mean and log-variance, and clamps the latter: the library's only clamp.
+    With `logvar_channels` of n, features are (b, z + n, h, w), and `logvar` (z - n,) holds the other channels'."""
 
     def __init__(self, config: DiagonalGaussianConfig, latent_channels: int) -> None:
         super().__init__()
         if not config.logvar_min < config.logvar_max:
             raise ValueError(f"logvar_min {config.logvar_min} must be below logvar_max {config.logvar_max}")
-        self.config = config
+        n = latent_channels if config.logvar_channels is None else config.logvar_channels
+        if not 0 <= n <= latent_channels:
+            raise ValueError(f"logvar_channels {n} must be from 0 to the {latent_channels} latent channels")
+        self.config, self.features = config, latent_channels + n
+        self.logvar = nn.Parameter(torch.zeros(latent_channels - n)) if n < latent_channels else None
 
     def forward(self, features: torch.Tensor) -> DiagonalGaussian:
         """Return the posterior of features with the means first, as AutoencoderKL orders them."""
         with float32_island(features):
-            mean, raw = features.float().chunk(2, dim=1)  # (b, z, h, w) each
+            own = 0 if self.logvar is None else len(self.logvar)
+            mean, raw = features.float().tensor_split([(features.shape[1] + own) // 2], dim=1)  # (b, z or n, h, w)
+            if self.logvar is not None:
+                raw = torch.cat([raw, self.logvar.float()[:, None, None].expand(len(raw), -1, *raw.shape[2:])], 1)
             logvar = raw.clamp(self.config.logvar_min, self.config.logvar_max)
             return DiagonalGaussian(mean, logvar, (raw.detach() != logvar.detach()).float().mean())
 
@@ -48,10 +54,9 @@ class DiagonalGaussianBottleneck(nn.Module):
 class IdentityBottleneck(nn.Module):
     """Takes features (b, z, h, w) as the latents."""
 
-    features_per_latent = 1
-
     def __init__(self, config: IdentityConfig, latent_channels: int) -> None:
         super().__init__()
+        self.features = latent_channels
 
     def forward(self, features: torch.Tensor) -> Identity:
         return Identity(features.float())

@@ -68,10 +68,9 @@ def perplexity(use: torch.Tensor) -> float:
 class VectorQuantizer(nn.Module):
     """Takes the nearest of K learned vectors, by Euclidean distance over the channels (van den Oord et al. 2017)."""
 
-    features_per_latent = 1
-
     def __init__(self, config: VectorQuantizerConfig, latent_channels: int) -> None:
         super().__init__()
+        self.features = latent_channels
         _check_codes(config.codes, f"vq: codes {config.codes}")
         self.codebook = nn.Parameter(torch.randn(config.codes, latent_channels))  # (K, z)
 
@@ -103,11 +102,11 @@ class FiniteScalarQuantizer(nn.Module):
     """Rounds each channel, bounded by tanh, to one of L levels evenly spaced from -1 to 1 (Mentzer et al. 2024, section
     3). A code's index has the channels' levels as digits, the first channel's the least significant."""
 
-    features_per_latent = 1
     _digits: torch.Tensor  # (2, z, 1, 1) int64: levels, and values of the digits
 
     def __init__(self, config: FiniteScalarConfig, latent_channels: int) -> None:
         super().__init__()
+        self.features = latent_channels
         self.levels, self.codes = config.levels, math.prod(config.levels)
         if len(self.levels) != latent_channels or min(self.levels, default=0) < 2:
             raise ValueError(

@@ -77,7 +77,7 @@ class Codec(nn.Module):
         return posterior if (dtype := self._result_dtype(x)) == torch.float32 else posterior.to(dtype)
 
     def features(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the encoder's output, (b, features_per_latent * z, h/f, w/f); arguments as for `encode`."""
+        """Return the encoder's output, (b, features, h/f, w/f); arguments as for `encode`."""
         self.check_pixels(x)
         x = self.likelihood.from_uint8(x) if x.dtype == torch.uint8 else x
         return self.backbone.encode(self._with_labels(self._as_weights(x), labels))

@@ -82,6 +82,9 @@ class DiagonalGaussianConfig:
     """Lower clamp of the log-variance."""
     logvar_max: float
     """Upper clamp of the log-variance."""
+    logvar_channels: int | None = None
+    """Number of first channels whose log-variance the encoder predicts at each position; the others have a trained
+    number each, as the noise of weak channels is the same everywhere. None: all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

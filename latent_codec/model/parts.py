@@ -26,7 +26,7 @@ def build(config: CodecConfig) -> Parts:
     shape = BackboneShape(
         image_channels=config.image_channels,
         latent_channels=config.latent_channels,
-        features=bottleneck.features_per_latent * config.latent_channels,
+        features=bottleneck.features,
         params=likelihood.params_per_channel * config.image_channels,
         classes=len(config.classes),
     )

@@ -1,5 +1,7 @@
 """Bottlenecks: the shapes of their posteriors, the one clamp of log-variances, and float32 under autocast."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -32,9 +34,9 @@ def test_every_registered_bottleneck_is_tested_here() -> None:
 
 
 @every_kind
-def test_features_per_latent_times_z_channels_become_z(config: configs.BottleneckConfig) -> None:
+def test_its_features_become_z_channels(config: configs.BottleneckConfig) -> None:
     z, bottleneck = 5, make(config)
-    posterior = bottleneck(torch.randn(2, bottleneck.features_per_latent * z, 3, 4, generator=seeded(0)))
+    posterior = bottleneck(torch.randn(2, bottleneck.features, 3, 4, generator=seeded(0)))
     assert posterior.mode().shape == posterior.mean.shape == (2, z, 3, 4)
     assert posterior.sample(torch.zeros(2, z, 3, 4)).shape == (2, z, 3, 4)
     assert posterior.kl().shape == (2,) and (posterior.kl() >= 0).all()
@@ -54,7 +56,7 @@ def test_no_constant_is_copied_to_the_device_in_a_step(config: configs.Bottlenec
 @autocast_types
 def test_autocast_changes_nothing(config: configs.BottleneckConfig, dtype: torch.dtype) -> None:
     bottleneck = make(config)
-    features = torch.randn(2, bottleneck.features_per_latent * 5, 6, 5, generator=seeded(2))
+    features = torch.randn(2, bottleneck.features, 6, 5, generator=seeded(2))
     plain = bottleneck(features)
     with torch.autocast("cpu", dtype=dtype):
         cast = bottleneck(features)
@@ -109,6 +111,20 @@ def test_clamped_is_the_share_of_changed_log_variances(raw: list[float]) -> None
     posterior = DiagonalGaussianBottleneck(CLAMP, 4)(torch.cat([torch.full_like(logvar, 1e3), logvar], 1))
     assert posterior.clamped.shape == ()
     assert posterior.clamped.item() == pytest.approx(sum(not -16 <= v <= 11 for v in raw) / len(raw), abs=1e-6)
+
+
+def test_channels_beyond_those_predicted_have_a_trained_log_variance_each() -> None:
+    """It is clamped as the others are, and the encoder has no features for it."""
+    few = DiagonalGaussianBottleneck(dataclasses.replace(CLAMP, logvar_channels=2), 5)
+    assert few.features == 7 and few.logvar is not None
+    few.logvar.data = torch.tensor([-1.0, 50.0, 0.5])
+    features = torch.randn(2, 7, 3, 4, generator=seeded(0))
+    posterior = few(features)
+    rest = torch.tensor([-1.0, 11.0, 0.5])[:, None, None].expand(2, -1, 3, 4)
+    whole = DiagonalGaussianBottleneck(CLAMP, 5)(torch.cat([features, rest], 1))
+    assert torch.equal(posterior.mean, whole.mean) and torch.equal(posterior.logvar, whole.logvar)
+    posterior.kl().sum().backward()
+    assert few.logvar.grad is not None and few.logvar.grad.ne(0).tolist() == [True, False, True]
 
 
 def test_an_identity_gives_the_features_and_charges_nothing() -> None:

@@ -41,10 +41,9 @@ class MeanBackbone(Backbone):
 
 
 class SignBottleneck(nn.Module):
-    features_per_latent = 1
-
     def __init__(self, config: MineConfig, latent_channels: int) -> None:
         super().__init__()
+        self.features = latent_channels
 
     def forward(self, features: torch.Tensor) -> Identity:
         return Identity(features.sign())

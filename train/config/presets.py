@@ -85,7 +85,13 @@ def photo_joint() -> TrainConfig:
 def nested() -> TrainConfig:
     """Grow a codec of 192 channels, of which any prefix is a latent of its own, from `photo` in closed form."""
     backbone = replace(_PHOTO_LITE, decoder_depths=(3, 5))
-    codec = replace(_PHOTO_CODEC, latent_channels=192, backbone=backbone, prefixes=(4, 8, 16, 32, 64, 128, 192))
+    codec = replace(
+        _PHOTO_CODEC,
+        latent_channels=192,
+        backbone=backbone,
+        bottleneck=config.DiagonalGaussianConfig(logvar_min=-16.0, logvar_max=11.0, logvar_channels=32),
+        prefixes=(4, 8, 16, 32, 64, 128, 192),
+    )
     return replace(photo(), codec=codec, closed_form=False, steps=0)
 
 

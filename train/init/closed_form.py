@@ -11,6 +11,7 @@ from latent_codec.errors import UserError
 from latent_codec.folders.workers import Threads
 from latent_codec.images.read import ReadOptions
 from latent_codec.images.sources import Source
+from latent_codec.model.bottlenecks import DiagonalGaussianBottleneck
 from latent_codec.model.codec import Codec
 from latent_codec.model.likelihoods import Bernoulli, Gaussian
 from latent_codec.model.networks import LinearBackbone, LiteBackbone, MLPBackbone
@@ -118,4 +119,6 @@ def start_from_closed_form(codec: Codec, moments: PatchMoments) -> None:
     if codec.config.bottleneck.kind in ("identity", "vq"):  # no posterior that would scale latents
         path.start_from_components(moments)
     else:
-        path.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))
+        logvar = path.start_from_closed_form(moments, float(codec.likelihood.sigma.detach()))
+        if isinstance(codec.bottleneck, DiagonalGaussianBottleneck) and codec.bottleneck.logvar is not None:
+            codec.bottleneck.logvar.data = logvar[-len(codec.bottleneck.logvar) :].float()

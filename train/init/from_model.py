@@ -1,6 +1,7 @@
 """Initialise a codec with the weights of another model, which may have fewer channels or blocks, or less overlap."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ from torch.nn.functional import pad
 
 from latent_codec.errors import UserError
 from latent_codec.model.codec import Codec
-from latent_codec.model.config import LiteConfig
+from latent_codec.model.config import CodecConfig, DiagonalGaussianConfig, LiteConfig
 from latent_codec.model.likelihoods import Gaussian
+from latent_codec.model.posteriors import DiagonalGaussian, Posterior
 from latent_codec.storage.tensors import check_state
 from train.data.crops import Batch
 from train.init.closed_form import covariance_around
@@ -27,7 +29,8 @@ def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> Non
 
     A `lite` model may have less overlap or fewer blocks: what is added starts without effect. With a Gaussian posterior
     and likelihood it may also have fewer latent channels: new ones learn from the crops of `batches` what it misses.
-    If `codec` has prefixes, they follow the model's channels in the order of its context prior, strongest first.
+    If `codec` has prefixes, they follow the model's channels in the order of its context prior, strongest first. Where
+    `codec` predicts fewer log-variances, the others take their average over `batches`.
     """
     model = Codec.load(source)
     nested = codec.config.prefixes != model.config.prefixes
@@ -46,6 +49,8 @@ def start_from_model(codec: Codec, source: str, batches: Iterable[Batch]) -> Non
                 _reorder(model)
             state = _add_channels(model, more, batches, sigma, sigma * (_FINEST_STEP if nested else 1))
             more = 0
+        if can_grow and more == 0:
+            state = _fix_logvars(state, model, codec.config, batches)
         for name in ("backbone.linear.encoder.weight", "backbone.linear.decoder.weight"):
             state[name] = pad(state[name], (overlap - before.overlap,) * 4)
         if backbone == own:
@@ -144,6 +149,30 @@ def _add_channels(model: Codec, more: int, batches: Iterable[Batch], sigma: floa
     append(first, torch.zeros(more, *state[first].shape[1:]))
     state[first] = state[first].transpose(0, 1).contiguous()
     return state
+
+
+@torch.no_grad()
+def _fix_logvars(state: State, model: Codec, config: CodecConfig, batches: Iterable[Batch]) -> State:
+    """Return the state of a `lite` whose encoder predicts fewer log-variances than the model's, if `config` says so."""
+    own, before, z = config.bottleneck, model.config.bottleneck, config.latent_channels
+    assert isinstance(own, DiagonalGaussianConfig) and isinstance(before, DiagonalGaussianConfig)
+    n = own.logvar_channels
+    if n is None or before.logvar_channels is not None:
+        return state
+    logvar = state["backbone.linear.encoder.bias"][z:].clone()  # that of new channels, which nothing else predicts
+    found = [model.encode(batch.pixels.cpu(), batch.labels.cpu()) for batch in itertools.islice(batches, 16)]
+    if found:  # none are left where they were used to add channels
+        average = torch.stack([_logvar(posterior).mean((0, 2, 3)) for posterior in found]).mean(0)
+        logvar[: len(average)] = average
+    kept, last = dict(state), _last_layer(model)
+    for name in ("backbone.linear.encoder.weight", "backbone.linear.encoder.bias", f"{last}.weight", f"{last}.bias"):
+        kept[name] = state[name][: z + n]
+    return kept | {"bottleneck.logvar": logvar[n:]}
+
+
+def _logvar(posterior: Posterior) -> torch.Tensor:
+    assert isinstance(posterior, DiagonalGaussian)
+    return posterior.logvar
 
 
 class _Components(NamedTuple):

@@ -15,8 +15,8 @@ from train.data.crops import CentreCrops
 from train.objectives.losses import CHOSEN, PIXELS, STEP, VAELosses, bound_of, mse_of, signed
 from train.objectives.prefixes import drawn_prefixes, within
 
-_ENCODES = {"encoder", "quant_conv"}
-"""Parts of a backbone that make latents."""
+_ENCODES = {"encoder", "quant_conv", "bottleneck"}
+"""Parts of a codec that make latents."""
 
 _MOST_NOISE = 1.5
 """Standard deviation of a channel's noise, over that of what it holds, up to which the decoder is shown the channel."""

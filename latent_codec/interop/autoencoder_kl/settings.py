@@ -105,6 +105,9 @@ def check_exportable(config: CodecConfig) -> ConvConfig:
         raise UserError(f"AutoencoderKL takes no class, and this model needs one of {len(config.classes)}")
     if config.bottleneck.kind != "gaussian":
         raise UserError(f"AutoencoderKL has a diagonal Gaussian posterior, not a {config.bottleneck.kind} bottleneck")
+    assert isinstance(config.bottleneck, DiagonalGaussianConfig)
+    if (n := config.bottleneck.logvar_channels) is not None:
+        raise UserError(f"AutoencoderKL predicts all log-variances, this model {n}; in a pipeline use {_ADAPTER}")
     if config.likelihood.kind != "gaussian":
         raise UserError(
             f"the mean of a {config.likelihood.kind} likelihood is computed from the decoder's output, and "

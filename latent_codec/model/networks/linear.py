@@ -50,19 +50,22 @@ class LinearBackbone(Backbone):
             return self.decoder(z.to(layer_dtype(self.decoder, z)))  # (b, params * c, h, w)
 
     @torch.no_grad()
-    def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> None:
+    def start_from_closed_form(self, moments: PatchMoments, sigma: float) -> torch.Tensor:
         """Set the weights to the optimum of the linear VAE with noise `sigma`, in units of the pixels.
 
         The solution is probabilistic PCA (Tipping & Bishop 1999, eqs. 7-9) with fixed noise. Its posterior is Gaussian
         and diagonal in the principal basis, so it is also the linear VAE's optimum (Lucas et al. 2019). Components come
         strongest first. One weaker than the noise would get weight zero, a saddle that no gradient leaves; it keeps a
-        small weight instead. Raises `ValueError` if the moments are of another patch size.
+        small weight instead. Return the log-variances of all channels, (z,), also those that are not predicted.
+        Raises `ValueError` if the moments are of another patch size.
         """
         variance, basis = self._components(moments)
         variance = variance.clamp(min=1.05 * sigma**2)
         gain = torch.sqrt(variance - sigma**2)  # (z,) W = U (L - s^2 I)^(1/2)
         project = (gain / variance) * basis  # (d, z): M^-1 W' transposed, with M = L in this basis
-        self._set(moments, project, gain * basis, torch.log(sigma**2 / variance))  # s^2 M^-1
+        logvar = torch.log(sigma**2 / variance)  # s^2 M^-1
+        self._set(moments, project, gain * basis, logvar)
+        return logvar
 
     @torch.no_grad()
     def start_from_components(self, moments: PatchMoments) -> None:
@@ -84,7 +87,7 @@ class LinearBackbone(Backbone):
     def _set(
         self, moments: PatchMoments, project: torch.Tensor, back: torch.Tensor, logvar: torch.Tensor | None
     ) -> None:
-        """Set both convolutions from matrices (d, z) around the mean, and log-variances (z,) where there are any.
+        """Set both convolutions from matrices (d, z) around the mean, and log-variances (z,) where there are features.
         Pixels of the overlap get weight 0."""
         z, p, c = self.latent_channels, self.factor, self.image_channels
         own = slice(self.overlap, self.overlap + p)
@@ -92,8 +95,8 @@ class LinearBackbone(Backbone):
         bias = torch.zeros(weight.shape[0], dtype=torch.float64)
         weight[:z, :, own, own] = project.T.reshape(z, c, p, p)
         bias[:z] = -(moments.mean.repeat_interleave(p * p) @ project)
-        if weight.shape[0] == 2 * z and logvar is not None:
-            bias[z:] = logvar
+        if logvar is not None:
+            bias[z:] = logvar[: len(bias) - z]
         out = torch.zeros(self.decoder.weight.shape, dtype=torch.float64)  # (z, params * c, side, side)
         out[:, :c, own, own] = back.T.reshape(z, c, p, p)
         out_bias = torch.zeros(out.shape[1], dtype=torch.float64)

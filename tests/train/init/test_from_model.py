@@ -11,7 +11,7 @@ from latent_codec.model.codec import Codec
 from latent_codec.model.config import CodecConfig, GaussianConfig, IdentityConfig
 from tests.support.closed_form import LITE, PATCH, PLAN, SIGMA, STEPS, Z, elbo, smooth_images, started
 from tests.support.errors import refused
-from tests.support.networks import make_codec
+from tests.support.networks import CLAMP, make_codec
 from tests.support.prior import as_priors, context_prior
 from train.data.crops import Batches, SamplePlan
 from train.init.from_model import start_from_model
@@ -115,6 +115,22 @@ def test_channels_added_later_lower_the_error(images: Batches, tmp_path: Path, c
         before = (model.decode(own.mean, labels) - x)[inner].square().mean()
         after = (grown.decode(posterior.mean, labels) - x)[inner].square().mean()
     assert after < 0.9 * before
+
+
+def test_log_variances_that_are_no_longer_predicted_take_their_average(images: Batches, tmp_path: Path) -> None:
+    config = dataclasses.replace(LITE, bottleneck=dataclasses.replace(CLAMP, logvar_channels=2))
+    model = shaken(started(LITE, images))
+    fewer = grow(model, config, images, tmp_path)
+    x = torch.cat([batch.pixels for batch in images.batches(WHOLE, 0, 16)])
+    before, after = (codec.encode(x) for codec in (model, fewer))
+    torch.testing.assert_close(after.mean, before.mean)
+    logvar, found = (p.logvar for p in (before, after))  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(found[:, :2], logvar[:, :2])
+    average = logvar[:, 2:].mean((0, 2, 3), keepdim=True).expand_as(found[:, 2:])
+    torch.testing.assert_close(found[:, 2:], average, rtol=1e-4, atol=1e-4)
+    at_once = started(config, images)
+    expected = started(LITE, images).encode(x).logvar.mean((0, 2, 3))  # pyright: ignore[reportAttributeAccessIssue]
+    assert at_once.bottleneck.logvar.tolist() == pytest.approx(expected[2:].tolist(), abs=0.05)  # pyright: ignore
 
 
 PLAIN = dataclasses.replace(LITE, bottleneck=IdentityConfig())

@@ -122,12 +122,17 @@ def test_an_image_is_turned_then_enlarged_by_lanczos_and_cropped() -> None:
     assert (geometry.original_size, geometry.stored_size) == ((16, 24), (24, 16))
 
 
-def test_an_image_is_shrunk_by_about_its_mean_and_grey_stays_grey() -> None:
-    smooth = noise(8, 8).resize((64, 64), Image.Resampling.BICUBIC)
-    means = np.asarray(smooth, np.float64).reshape(16, 4, 16, 4, 3).mean((1, 3))  # (16, 16, 3)
-    options = ReadOptions(resize=ResizeOptions(size=(16, 16)))
+@pytest.mark.parametrize(("parts", "pixels"), [(4, 5), (2, 5)])
+def test_an_image_is_shrunk_by_the_filter_nearest_to_the_mean_of_areas(parts: int, pixels: int) -> None:
+    """OpenCV's INTER_AREA averages `pixels` parts of pixels, each of which has been divided into `parts`."""
+    side = 80 * parts // pixels
+    smooth = noise(20, 20).resize((80, 80), Image.Resampling.BICUBIC)
+    divided = np.asarray(smooth, np.float64).repeat(parts, 0).repeat(parts, 1)
+    means = divided.reshape(side, pixels, side, pixels, 3).mean((1, 3))  # (side, side, 3)
+    options = ReadOptions(resize=ResizeOptions(size=(side, side)))
     found = read_image(png(smooth), options).pixels.permute(1, 2, 0).numpy()
-    assert np.abs(found - means).mean() < 1
+    filters = [np.asarray(smooth.resize((side, side), kind)) for kind in Image.Resampling]
+    assert np.abs(found - means).mean() == min(np.abs(other - means).mean() for other in filters) < 2
     grey = read_image(png(smooth.convert("L")), options)
     assert grey.geometry.mode == "L" and bool((grey.pixels == grey.pixels[:1]).all())
 

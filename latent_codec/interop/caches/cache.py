@@ -149,7 +149,7 @@ class CacheWriter(abc.ABC):
             (one, path), (other, other_path) = list(first.items())[:2]
             raise UserError(
                 f"{self.latents.folder}: {self.program} takes latents of one size, and {path} has {one[0]}x{one[1]}, "
-                f"{other_path} {other[0]}x{other[1]} ({len(first)} sizes in all); encode images of one size"
+                f"{other_path} {other[0]}x{other[1]} ({len(first)} sizes in all); encode with --resize N --crop"
             )
 
 

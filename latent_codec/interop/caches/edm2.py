@@ -34,7 +34,9 @@ class Edm2(cache.ShardCacheWriter):
         super().__init__(latents, options)
         height, width = latents.shapes[0]
         if height != width:
-            raise UserError(f"{latents.folder}: EDM2 takes square images, and latents are {height}x{width}")
+            raise UserError(
+                f"{latents.folder}: EDM2 takes square images, and latents are {height}x{width}; encode with --resize N --crop"
+            )
         self._labelled = all(entry.label is not None for entry in latents.entries)
         if not self._labelled:
             self.notes.append("not every image has a class, so there are no labels")

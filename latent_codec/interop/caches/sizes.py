@@ -20,8 +20,8 @@ def size_notes(entries: Sequence[LatentsEntry], program: str, step: int, buckets
         )
     if turned:
         notes.append(
-            f"{turned} turned by EXIF, which {program} ignores: the trainer takes them for lying on their side, in "
-            "another bucket than that of these upright latents; turn the pixels of the files and encode again"
+            f"{turned} turned by EXIF, which {program} ignores: the trainer expects latents of the pixels as they are "
+            "stored, in another bucket than the upright latents; turn the pixels of the files and encode again"
         )
     return notes
 

@@ -46,7 +46,7 @@ def test_its_features_become_z_channels(config: configs.BottleneckConfig) -> Non
 @every_kind
 def test_no_constant_is_copied_to_the_device_in_a_step(config: configs.BottleneckConfig) -> None:
     bottleneck = make(config)
-    features = torch.randn(2, bottleneck.features_per_latent * 5, 3, 4)
+    features = torch.randn(2, bottleneck.features, 3, 4)
     with Operators() as seen:
         bottleneck(features)
     assert seen.names and "lift_fresh" not in seen.names  # which is `torch.tensor` of numbers

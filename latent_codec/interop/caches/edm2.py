@@ -35,7 +35,8 @@ class Edm2(cache.ShardCacheWriter):
         height, width = latents.shapes[0]
         if height != width:
             raise UserError(
-                f"{latents.folder}: EDM2 takes square images, and latents are {height}x{width}; encode with --resize N --crop"
+                f"{latents.folder}: EDM2 takes square images, and latents are {height}x{width}; encode with "
+                "--resize N --crop"
             )
         self._labelled = all(entry.label is not None for entry in latents.entries)
         if not self._labelled:

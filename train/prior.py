@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from safetensors import safe_open
 
 from latent_codec.errors import UserError
@@ -37,7 +37,7 @@ from train.loop.claim import check_processes, claim
 from train.loop.logs import RunLog
 from train.loop.program import RunOptions, main_of
 from train.loop.provenance import git_commit
-from train.loop.session import Session, begin
+from train.loop.session import Session, begin, once
 from train.loop.trainer import Task, TrainedModules, Trainer
 from train.objectives.prior import PriorLosses, PriorObjective
 
@@ -152,13 +152,13 @@ def _measure_feedback(
     codec: Codec, crops: LatentCrops, config: PriorConfig, accelerator: Accelerator
 ) -> Feedback | None:
     """Measure on the main process alone: a single rounding error would make another's result differ."""
-    found: list[Feedback | None] = [None]
-    if config.feedback and accelerator.is_main_process:
+
+    def found() -> Feedback | None:
         assert codec.priors is not None
         (places,) = (batch.means for batch in crops.batches(PLACES, PLACES, config.seed + 2))
-        found = [measure(codec, places, codec.priors.channel_steps)]
-    broadcast_object_list(found)
-    return found[0]
+        return measure(codec, places, codec.priors.channel_steps)
+
+    return once(accelerator, found) if config.feedback else None
 
 
 def _batches(crops: LatentCrops, trainer: Trainer) -> Iterator[MeanBatch]:

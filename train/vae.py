@@ -32,7 +32,7 @@ from train.loop.claim import claim
 from train.loop.logs import RunLog
 from train.loop.program import main_of, run_of_preset
 from train.loop.run_setup import Run, check_run, describe_data, labelled, read_options, split
-from train.loop.session import Session, begin
+from train.loop.session import Session, begin, once
 from train.loop.trainer import RATE, Task, TrainedModules, Trainer
 from train.objectives.codebook import CodebookAverages, CodebookTraining, averages_of
 from train.objectives.elbo import ELBO
@@ -62,10 +62,10 @@ def train(run: Run) -> int:
 def _train(run: Run, session: Session) -> int:
     config, (accelerator, interrupts, _) = run.config, session
     check_run(run, accelerator)
-    sources, held_out, notes = split(run)
+    sources, held_out, notes = once(accelerator, partial(split, run))  # to find images in tar shards takes minutes
     for note in notes if accelerator.is_main_process else ():
         say(printable(note), error=True)
-    described = describe_data(run, sources)
+    described = once(accelerator, partial(describe_data, run, sources))
     claim(run.out, config, described, session)
 
     torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest convolution pays

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from train.loop import checkpoints, interrupts, session, trainer
+from train.loop import checkpoints, interrupts, run_setup, session, trainer
 from train.loop.interrupts import Interrupts
 from train.objectives.elbo import ELBO
 from train.objectives.losses import VAELosses
@@ -92,3 +92,13 @@ def scaled_fp16() -> None:
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # pyright: ignore[reportPrivateImportUsage]
 
     session.Accelerator = Scaling
+
+
+def search_on(rank: int) -> None:
+    """Let no other process search for images or hash them."""
+
+    def search(*_: Any) -> Any:
+        raise AssertionError("only the main process reads folders and tar shards for all")
+
+    if not _is_rank(rank):
+        run_setup.list_all = run_setup.fingerprint = search

@@ -50,7 +50,7 @@ def argv(data: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def two_ranks(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks") / "run"
-    assert "2 process(es) on cpu" in run_ranks(argv, out, 2)
+    assert "2 process(es) on cpu" in run_ranks(argv, out, 2, patch=partial(faults.search_on, 0))
     return out
 
 
@@ -418,6 +418,7 @@ def test_float16_without_a_gpu_unknown_flags_and_a_file_as_folder_are_refused(ar
     [
         ("--batch-size 5", None, "batch_size 5 cannot be split over 2 processes x 1 micro-batches"),
         ("--seed 1", None, "is a run with other settings (seed)"),
+        ("--val nowhere", partial(faults.search_on, 0), "nowhere"),
         ("--steps 9", partial(faults.no_checkpoints, rank=1), "found checkpoints of steps [8, 0]"),
     ],
 )

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from latent_codec.errors import UserError
 from latent_codec.folders.resume.locks import try_lock
@@ -16,7 +15,7 @@ from latent_codec.version import __version__
 from train.config.common import LoopConfig, flat
 from train.loop.checkpoints import Progress
 from train.loop.provenance import git_commit
-from train.loop.session import Session
+from train.loop.session import Session, once
 
 LOCK = "run.lock"
 """File in a run's folder that the process which trains there holds locked."""
@@ -55,22 +54,18 @@ def claim(out: Path, config: Any, described: dict[str, Any], session: Session, *
     """Lock RUN and write RUN/config.json on the main process; raises `UserError` on all if the folder is in use or
     holds another run: the "data_sha256" in `described` and the values named by `same` must not change."""
     path = out / "config.json"
-    problem = [""]
-    if session.accelerator.is_main_process:
-        try:
-            make_folder(out)
-            if (held := try_lock(out / LOCK)) is None:
-                raise UserError(f"{out}: another process trains there; wait for its end, or give another --out")
-            session.held.callback(held.release)
-            if path.exists():
-                _check_same_run(path, config, described, same)
-            version = {"version": __version__, "git_commit": git_commit()}
-            write_text(path, json.dumps({"config": to_json(config)} | described | version, indent=1))
-        except UserError as error:  # the others must hear of it, or they would wait
-            problem = [str(error)]
-    broadcast_object_list(problem)
-    if problem[0]:
-        raise UserError(problem[0])
+
+    def write() -> None:
+        make_folder(out)
+        if (held := try_lock(out / LOCK)) is None:
+            raise UserError(f"{out}: another process trains there; wait for its end, or give another --out")
+        session.held.callback(held.release)
+        if path.exists():
+            _check_same_run(path, config, described, same)
+        version = {"version": __version__, "git_commit": git_commit()}
+        write_text(path, json.dumps({"config": to_json(config)} | described | version, indent=1))
+
+    once(session.accelerator, write)
 
 
 def _check_same_run(path: Path, config: Any, described: dict[str, Any], same: tuple[str, ...]) -> None:

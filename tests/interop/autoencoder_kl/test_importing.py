@@ -69,6 +69,19 @@ def test_a_folder_becomes_the_same_codec_and_back_again_the_same_folder(tmp_path
     kl.assert_same_model(codec, folded, config["shift_factor"] or 0.0, 1 / config["scaling_factor"])
 
 
+def test_training_moves_log_variances_within_the_range_and_tells_the_share_beyond(small: Saved, out: Path) -> None:
+    codec = import_model(small[1], out)
+    weights = dict(codec.backbone.named_parameters())
+    weight, bias = weights["quant_conv.weight"], weights["quant_conv.bias"]
+    with torch.no_grad():
+        weight[4:], bias[4:] = 0, torch.tensor([-31.0, -29.0, 19.0, 21.0])
+    posterior = codec.encode(kl.pixels())
+    posterior.kl().sum().backward()
+    assert bias.grad is not None and (bias.grad != 0).tolist() == [True] * 4 + [False, True, True, False]
+    assert bias.grad[5] < 0 < bias.grad[6]  # descent moves both towards the prior
+    assert posterior.clamped == 0.5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "prefix"), [*zip(kl.SHAPES, ("", "first_stage_model.", "vae."), strict=True), ("FLUX and SD3", "")]

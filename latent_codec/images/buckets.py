@@ -93,7 +93,8 @@ def bucket_sizes(name: str) -> tuple[Size, ...]:
 
 def kohya_buckets(side: int, *, least: int, most: int, step: int = 64) -> tuple[Size, ...]:
     """Return kohya's buckets of at most `side` squared pixels, whose sides are multiples of `step` in a range."""
-    found = {(side // step * step,) * 2}
+    square = side // step * step
+    found = {(square, square)}
     for width in range(least, most + 1, step):
         height = min(most, side * side // width // step * step)
         if height >= least:

@@ -16,13 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.datasets import DatasetFolder
 
+from latent_codec.images.buckets import ResizeOptions
 from latent_codec.images.geometry import Resized
 from latent_codec.interop.caches.options import CacheOptions
 from latent_codec.interop.caches.read import read_cache
 from latent_codec.interop.caches.registry import CacheName
 from latent_codec.latents.dataset import Latents
 from latent_codec.model.codec import Codec
+from tests.conftest import Draw
 from tests.support.caches import EVERY, PATHS, close, draws, flipped_draws, made, samples, scaled, store
+from tests.support.folder import make
 from tests.support.latents import geometry, row_of, write
 
 
@@ -63,6 +66,18 @@ def test_a_resized_image_has_its_own_size_in_names_and_keys(shared_codec: Codec,
         assert [file.metadata()[side] for side in ("width", "height")] == ["200", "150"]
     back = read_cache(tmp_path / "kohya", tmp_path / "back", "kohya", shared_codec, CacheOptions(arch="sdxl"))
     assert not back.summary.failures and Latents(tmp_path / "back").entries[0].geometry == shape
+
+
+def test_musubi_stacks_the_latents_of_its_buckets(shared_codec: Codec, tmp_path: Path, draw: Draw) -> None:
+    """Its loader takes the bucket from the size in a file's name, and these are `resolution = [64, 64]`'s."""
+    buckets = {(90, 60): (80, 48), (60, 90): (48, 80), (481, 321): (80, 48), (50, 50): (64, 64), (10, 100): (32, 128)}
+    for width, height in buckets:
+        draw(tmp_path / "photos" / f"{width}.png", width, height)
+    make("latents", shared_codec, tmp_path / "photos", tmp_path / "z", resize=ResizeOptions(buckets="64"))
+    assert not made(Latents(tmp_path / "z"), "musubi", tmp_path / "out", arch="zi").notes
+    for (width, height), (wide, tall) in buckets.items():
+        (latents,) = load_file(tmp_path / "out" / f"{width}_{width:04d}x{height:04d}_zi.safetensors").values()
+        assert latents.shape == (4, tall // 8, wide // 8)
 
 
 @pytest.mark.parametrize(

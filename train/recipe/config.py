@@ -39,7 +39,7 @@ class Recipe:
     latent_channels: int | None = None
     """Number of latent channels to grow to. None: as many as the model has."""
     batch_size: int | None = None
-    """Crops per step of the codec. None: 256 on a GPU of 16 GiB or more, 64 on a smaller one, 8 on a CPU."""
+    """Crops per step of the codec. None: by a GPU's memory, 256 of 128x128 on 16 GB; 8 on a CPU."""
     crop: int = 128
     """Side of the codec's training crops in pixels."""
     learning_rate: float | None = None
@@ -62,6 +62,19 @@ class Recipe:
     """Start a stage only if this many minutes of the call are left: some stages cannot be interrupted."""
     figure_images: int = 24
     """Validation images to compare the models on, those whose names hash lowest; 0 skips the comparison."""
+
+
+_CROP_BYTES = 48 * 2**20
+"""Memory for one crop of 128x128. The joint step of `photo` keeps 12 MiB a crop for its gradient; kernels, LPIPS and
+the images take the rest."""
+
+_FEWEST_CROPS, _MOST_CROPS = 8, 1024  # at about 800 the learning rate has grown to its limit of 0.001
+
+
+def gpu_batch(memory: int, crop: int) -> int:
+    """Return how many crops, of `crop` pixels a side, a step takes on a GPU with so many bytes: a power of two."""
+    fit = memory * 128**2 // (_CROP_BYTES * crop**2)
+    return min(max(2 ** (fit.bit_length() - 1) if fit else 0, _FEWEST_CROPS), _MOST_CROPS)
 
 
 def codec_config(recipe: Recipe, model: TrainConfig, batch_size: int, steps: int, on_gpu: bool) -> TrainConfig:

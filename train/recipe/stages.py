@@ -32,10 +32,10 @@ from train.config.vae import TrainConfig
 from train.loop.accelerate_state import accelerate_as
 from train.loop.run_setup import Run
 from train.recipe.comparison import compare
-from train.recipe.config import Recipe, codec_config, preset_of
+from train.recipe.config import Recipe, codec_config, gpu_batch, preset_of
 
 _EXPORT_IMAGES = 256
-_GPU_BATCH, _SMALL_GPU_BATCH, _LARGE_GPU = 256, 64, 16 * 2**30
+_GPU_BATCH = 256  # of the prior
 _LEAST_MINUTES = 1e-5  # a run of no time at all still takes one step
 
 
@@ -167,11 +167,14 @@ class Stages:
         if "codec" not in self.state.plans:
             batch_size = self.recipe.batch_size
             if batch_size is None:
-                batch_size = _gpu_batch(self.device) if self.on_gpu else self.preset.batch_size
+                batch_size = self._gpu_batch() if self.on_gpu else self.preset.batch_size
             self._plan("codec", 1 - self.recipe.prior_share, batch_size, self._run_codec)
         plan, out = self.state.plans["codec"], self.recipe.out / "codec"
         self._run_codec(plan, out)
         _check_done(out / "checkpoints" / f"step-{plan.steps:08d}")
+
+    def _gpu_batch(self) -> int:
+        return gpu_batch(torch.cuda.get_device_properties(self.device).total_memory, self.recipe.crop)
 
     def _run_codec(self, plan: TrainingPlan, out: Path) -> None:
         config = codec_config(self.recipe, self.preset, plan.batch_size, plan.steps, self.on_gpu)
@@ -280,11 +283,6 @@ class Stages:
             f"{name}: {plan.images_per_s:.1f} images/s in batches of {batch_size}, so {plan.steps} steps in "
             f"{seconds / 60:.1f} minutes"
         )
-
-
-def _gpu_batch(device: torch.device) -> int:
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return _GPU_BATCH if memory >= _LARGE_GPU else _SMALL_GPU_BATCH
 
 
 def _check_done(path: Path) -> None:

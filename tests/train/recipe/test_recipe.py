@@ -24,8 +24,27 @@ from tests.support.run import write_images
 from train.config.presets import conv
 from train.config.prior import PriorConfig
 from train.config.vae import JointConfig
-from train.recipe.config import Recipe, check, codec_config, preset_of
+from train.recipe.config import Recipe, check, codec_config, gpu_batch, preset_of
 from train.recipe.stages import Clock, State, TrainingPlan, advance
+
+
+@pytest.mark.parametrize(
+    ("gib", "crop", "batch"),
+    [
+        (7.6, 128, 128),  # what cards of 8, 16, 24, 40, 80 and 141 GB have
+        (14.6, 128, 256),
+        (15.7, 128, 256),
+        (23.5, 128, 256),
+        (39.4, 128, 512),
+        (79.1, 128, 1024),
+        (139.8, 128, 1024),
+        (15.7, 256, 64),
+        (139.8, 256, 512),
+        (0.5, 512, 8),
+    ],
+)
+def test_the_batch_fits_the_memory_of_a_gpu(gib: float, crop: int, batch: int) -> None:
+    assert gpu_batch(round(gib * 2**30), crop) == batch
 
 
 def pack(folder: Path, tar: Path) -> Path:

@@ -3,9 +3,7 @@
 import contextlib
 import errno
 from collections.abc import Iterator
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -13,11 +11,6 @@ from latent_codec.errors import UserError
 from latent_codec.storage.files import disk_errors
 
 _UNKNOWN_THERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-_STRICT: dict[str, Any] = (
-    {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock.__init__).parameters else {}
-)
-"""Options against a lock that the system does not release when its holder dies."""
 
 
 @contextlib.contextmanager
@@ -37,7 +30,7 @@ def try_lock(path: Path) -> FileLock | None:
 
 def lock(path: Path, timeout: float = -1) -> FileLock:
     """Return the lock held within `timeout` seconds, -1 for ever; raise `Timeout`, or `UserError` if none can be."""
-    found = FileLock(path, **_STRICT)
+    found = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a holder that is killed
     try:
         found.acquire(timeout=timeout)
     except Timeout:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from latent_codec.folders.resume import ledger
 from latent_codec.folders.resume.journal import Journal, lines
 from latent_codec.folders.resume.ledger import FAILURES, Claim, Ledger, Record, mtime_ns
+from latent_codec.folders.resume.locks import try_lock
 from latent_codec.folders.resume.units import Unit, UnitSizes, units
 from latent_codec.images.sources import Source, list_files
 from latent_codec.storage.files import DiskError, sha256, temporary_of
@@ -239,6 +240,8 @@ def test_a_folder_where_nothing_can_be_locked_is_refused(folder: Path, monkeypat
             refused(
                 "files there cannot be locked .*; give a folder on another", Ledger(folder, "streams", {}).__enter__
             )
+            refused("files there cannot be locked", try_lock, folder / "run.lock")
+            assert not list(folder.glob("run.lock?*"))  # nor is a marker left
     unlocked = NotImplementedError("no flock here"), OSError(errno.ENOLCK, "no locks")
     reasons = dict.fromkeys(unlocked, "files there cannot be locked .*; give a folder on another file system")
     for error, told in (reasons | {OSError(errno.EROFS, "read-only"): "cannot be written: read-only; solve"}).items():

@@ -141,6 +141,15 @@ def maker_of(path: Path, offset: int = 0) -> tuple[PriorKind, bytes]:
     return "context" if flags & _CONTEXT else "factorized", stream_id
 
 
+def is_stream(path: Path) -> bool:
+    """Return whether a file has the sound header of a stream."""
+    try:
+        maker_of(path)
+    except (OSError, UserError):
+        return False
+    return True
+
+
 def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
     """Return up to `size` bytes at `offset` of a file: at most one more than the stream's header promises."""
     with open_regular(path) as file:

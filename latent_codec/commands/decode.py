@@ -12,6 +12,9 @@ from latent_codec.folders.makers import has_id, makes_streams, runners_for
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.program import say
 
+_FORMATS: dict[str, Literal["png", "webp", "jpg"]] = {".png": "png", ".webp": "webp", ".jpg": "jpg", ".jpeg": "jpg"}
+"""Format of an image by the suffix of its name."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode:
@@ -20,7 +23,7 @@ class Decode:
     src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
     """Output of `encode`: a folder, a tar file, or one .lc file."""
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """Folder for the images."""
+    """Folder for the images. For one .lc file, also an image's name that ends in .png, .webp, .jpg or .jpeg."""
     model: str | None = None
     """The model that encoded them: a shipped model's name or a file; by default found by what the files say."""
     models: Path | None = None
@@ -46,11 +49,13 @@ class Decode:
         from latent_codec.folders.decode_latents import decode_latents
         from latent_codec.folders.decode_lc import decode_lc
         from latent_codec.folders.read_lc import is_lc, makers_of
+        from latent_codec.folders.single import is_single, make_single
         from latent_codec.images.sources import ListOptions
         from latent_codec.latents.format import INDEX, read_index
 
+        single = not self.tar and is_single(self.src, self.dst, _FORMATS)
         options = DecodeOptions(
-            image_format=self.image_format,
+            image_format=_FORMATS[self.dst.suffix.lower()] if single else self.image_format,
             sample=self.sample,
             max_pixels=self.max_pixels,
             channels=self.channels,
@@ -61,7 +66,12 @@ class Decode:
         if is_lc(self.src):
             makers = partial(makers_of, self.src, options.search.without(self.dst))
             runners = runners_for(self.model, self.models, makers, makes_streams, self.compute)
-            summary = decode_lc(runners, self.src, self.dst, options, resume=resume)
+            if single:
+                make = partial(decode_lc, runners, self.src, options=options, resume=resume)
+                suffix = f".{options.image_format}"
+                summary = make_single(make, self.dst, suffix, overwrite=resume.overwrite, is_ours=lambda _: False)
+            else:
+                summary = decode_lc(runners, self.src, self.dst, options, resume=resume)
         else:
             (runner,) = runners_for(
                 self.model, self.models, lambda: {read_index(self.src / INDEX)[0].model_id}, has_id, self.compute

@@ -33,7 +33,7 @@ class Encode:
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """An image, a folder (its tree is kept), a tar file, or a quoted glob."""
     dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """Folder for the outputs: a/b.jpg becomes a/b.jpg.lc."""
+    """Folder for the outputs: a/b.jpg becomes a/b.jpg.lc. For one image, also a file's name that ends in .lc."""
     model: str = "photo"
     """Name of a shipped model, or a model file."""
     format: Literal["lc", "safetensors"] = "lc"
@@ -83,9 +83,11 @@ class Encode:
         flags, reason = _REFUSED[self.format]
         if given := [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name) != getattr(Encode, name)]:
             raise UserError(f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} {reason}")
+        from latent_codec.bitstream.container import SUFFIX, is_stream
         from latent_codec.bitstream.rate_control import Rate, step_of_quality
         from latent_codec.folders.encode_latents import LatentsOptions, encode_latents
         from latent_codec.folders.encode_lc import EncodeOptions, encode_lc
+        from latent_codec.folders.single import is_single, make_single
         from latent_codec.images.buckets import resize_options
         from latent_codec.images.read import ReadOptions
         from latent_codec.images.sources import ListOptions
@@ -113,6 +115,12 @@ class Encode:
             store = self.store or "float16"
             options = LatentsOptions(store=store, flips=self.flips, channels=self.channels, read=read, search=search)
             encode = partial(encode_latents, options=options)
-        summary = encode(load(self.model, self.compute), self.src, self.dst, resume=self.resume.resume())
+        resume = self.resume.resume()
+        if self.format == "lc" and not self.tar and is_single(self.src, self.dst, (SUFFIX,)):
+            runner = load(self.model, self.compute)
+            make = partial(encode, runner, self.src, resume=resume)
+            summary = make_single(make, self.dst, SUFFIX, overwrite=resume.overwrite, is_ours=is_stream)
+        else:
+            summary = encode(load(self.model, self.compute), self.src, self.dst, resume=resume)
         say(summary)
         return 1 if summary.failures else 0

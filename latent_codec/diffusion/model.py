@@ -31,10 +31,14 @@ class Diffusion(nn.Module):
     """Predict the velocity noise - z of the straight path z_t = (1 - t) z + t noise from z_t, t and a label: rectified
     flow (Liu et al. 2023; Lipman et al. 2023) of normalised latents. Raises `UserError` without diffusers."""
 
+    scale: torch.Tensor  # (2, z, 1, 1): mean and standard deviation of the latents
+
     def __init__(self, config: TransformerConfig, latents: LatentSpace) -> None:
         super().__init__()
         self.config, self.latents = config, latents
         self.provenance: dict[str, Any] = {}
+        scale = torch.tensor([latents.mean, latents.std], dtype=torch.float32)[..., None, None]
+        self.register_buffer("scale", scale, persistent=False)  # to copy it in each step, the host would wait
         self.transformer = _transformer(config, latents)
 
     def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -53,18 +57,14 @@ class Diffusion(nn.Module):
 
     def normalize(self, z: torch.Tensor) -> torch.Tensor:
         """Scale raw latents (b, z, h, w) to mean 0 and standard deviation 1 per channel, in float32."""
-        mean, std = self._scale(z)
+        mean, std = self.scale
         with float32_island(z):
             return (z.float() - mean) / std
 
     def denormalize(self, z: torch.Tensor) -> torch.Tensor:
         """Invert `normalize`."""
-        mean, std = self._scale(z)
+        mean, std = self.scale
         return z.float() * std + mean
-
-    def _scale(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = (torch.tensor(v, device=z.device)[:, None, None] for v in (self.latents.mean, self.latents.std))
-        return mean, std  # (z, 1, 1) each
 
     @property
     def model_id(self) -> str:

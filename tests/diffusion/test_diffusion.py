@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from latent_codec.diffusion.config import LatentSpace, SampleOptions, TransformerConfig
 from latent_codec.diffusion.model import Diffusion
@@ -24,6 +25,7 @@ from latent_codec.noise import fold, normal
 from latent_codec.storage.tensors import save_tensors
 from tests.support.errors import refused, rejected
 from tests.support.networks import overflow_float16
+from tests.support.operators import Operators
 from train.config.diffusion import FlowConfig
 from train.objectives.flow import FlowMatching
 
@@ -287,6 +289,16 @@ def test_pixels_are_decoded_from_drawn_latents(codec: Codec, model: Diffusion, r
     write_grid(tmp_path / "grid.png", pixels, 2)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (64, 32) and grid.crop((32, 0, 64, 32)).getpixel((3, 5)) == tuple(pixels[1, :, 5, 3])
+
+
+def test_no_step_waits_for_the_device_or_copies_constants_to_it() -> None:
+    space = LatentSpace(codec_id="0" * 64, factor=8, mean=(0.0,) * 4, std=(1.0,) * 4, classes=("a", "b"))
+    with FakeTensorMode(), torch.device("cuda"):  # tensors without values: to wait for one is an error
+        flow = FlowMatching(FLOW, Diffusion(SMALL, space))
+        arguments = torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 4, 4), torch.zeros(2).long(), torch.arange(2)
+        with Operators() as seen:
+            assert flow(*arguments).loss.device.type == "cuda"
+    assert "lift_fresh" not in seen.names  # which is `torch.tensor` of numbers
 
 
 def test_samples_beyond_float16_fail_alone(codec: Codec, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,21 +21,25 @@ from latent_codec.storage.tensors import FORMAT_VERSION, open_tensors, read_head
 _FLIPS = ", and the same of the images mirrored left to right"
 
 
-def describe(where: str, model: str | None = None) -> str:
-    """Describe a file; `.lc` files are compared with `model`, by default with the shipped ones. Raises `UserError`."""
-    path = Path(where)
-    streams = find_lc(path) if path.is_dir() else []
+def describe(where: str, model: str | None = None, damaged: list[str] | None = None) -> str:
+    """Describe a file; `.lc` files are compared with `model`, by default with the shipped ones.
+
+    Damaged files of a folder are left out, and a sentence about each is appended to `damaged`. Raises `UserError` for
+    what cannot be described.
+    """
+    path, damaged = Path(where), [] if damaged is None else damaged
+    streams = find_lc(path) if path.is_dir() or path.suffix == ".tar" else []
     if streams or path.suffix == SUFFIX:
-        return _describe_streams(streams, model) if streams else _describe_stream(path, model)
+        return _describe_streams(streams, model, damaged) if streams else _describe_stream(path, model)
     if model is not None:
         raise UserError(f"{where}: only {SUFFIX} files are compared with a --model")
     if path.is_dir():
-        return _describe_latents(path / INDEX)
+        return _describe_latents(path / INDEX, damaged)
     if path.name == INDEX:
-        return _describe_latents(path)
+        return _describe_latents(path, damaged)
     path = resolve(where)
     if _is_shard(path):
-        return _describe_latents(path)
+        return _describe_latents(path, damaged)
     if "transformer" in read_header(path):
         return _describe_diffusion(path)
     return describe_model(Codec.load(path).contents(), path)
@@ -66,17 +70,17 @@ def _describe_diffusion(path: Path) -> str:
     return paragraph(lines)
 
 
-def _read_stream(path: Path) -> Stream:
-    try:
-        return container.read(path, max_pixels=2**64)  # no pixels are decoded
+def _read_stream(name: str, path: Path, offset: int = 0, size: int | None = None) -> Stream:
+    try:  # no pixels are decoded, so there is no limit
+        return container.unpack(container.read_bytes(path, offset, size), max_pixels=2**64)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def _describe_stream(path: Path, model: str | None) -> str:
-    stream = _read_stream(path)
+    stream = _read_stream(str(path), path)
     geometry, size = stream.geometry, container.OVERHEAD + len(stream.payload)
     image = [f"{geometry.width}x{geometry.height}", {"L": "grey", "RGB": "colour"}[geometry.mode]]
     if geometry.orientation != 1:
@@ -101,8 +105,15 @@ def _describe_stream(path: Path, model: str | None) -> str:
     )
 
 
-def _describe_streams(sources: list[Source], model: str | None) -> str:
-    found = [_read_stream(source.path) for source in sources]
+def _describe_streams(sources: list[Source], model: str | None, damaged: list[str]) -> str:
+    found: list[Stream] = []
+    for source in sources:
+        try:
+            found.append(_read_stream(source.name, source.path, source.offset, source.size))
+        except UserError as error:
+            damaged.append(str(error))
+    if not found:
+        raise UserError(f"all {len(damaged)} files are damaged, as the first: {damaged[0]}")
     size = sum(container.OVERHEAD + len(s.payload) for s in found)
     pixels = sum(s.geometry.width * s.geometry.height for s in found)
     kinds = {s.stream_id: s for s in found}
@@ -110,12 +121,16 @@ def _describe_streams(sources: list[Source], model: str | None) -> str:
     dithered = sum(s.seed is not None for s in found)
     return paragraph(
         [
-            f"streams     {len(found)} images, {size / 1e6:.2f} MB",
+            f"streams     {len(found)} images, {size / 1e6:.2f} MB{_and_damaged(damaged)}",
             *(f"model       {_model_of(s, model)[1]}, {s.prior} prior" for s in kinds.values()),
             f"latents     {len(found) - dithered} rounded, {dithered} dithered, step {steps[0]:.4g} to {steps[-1]:.4g}",
             f"on disk     {8 * size / pixels:.3f} bits per pixel",
         ]
     )
+
+
+def _and_damaged(damaged: list[str]) -> str:
+    return f"; {len(damaged)} damaged" if damaged else ""
 
 
 def _model_of(stream: Stream, model: str | None) -> tuple[Codec | None, str]:
@@ -128,7 +143,7 @@ def _model_of(stream: Stream, model: str | None) -> tuple[Codec | None, str]:
     return None, f"not {' or '.join(names)} ({text})" if names else text
 
 
-def _describe_latents(path: Path) -> str:
+def _describe_latents(path: Path, damaged: list[str]) -> str:
     header, entries = read_index(path)
     if not entries:
         raise UserError(f"{path}: an index without entries")
@@ -137,10 +152,16 @@ def _describe_latents(path: Path) -> str:
     shards = {path.parent / e.shard for e in entries} if path.name == INDEX else {path}
     if missing := sorted(shard.name for shard in shards if not shard.is_file()):
         raise UserError(f"{path}: {len(missing)} of its {len(shards)} shards are missing: {', '.join(missing[:5])}")
+    for shard in sorted(shards):
+        try:
+            with open_tensors(shard):
+                pass
+        except (SafetensorError, OSError) as error:
+            damaged.append(f"{shard}: damaged: {error}")
     size = sum(shard.stat().st_size for shard in shards)
     return paragraph(
         [
-            f"latents     {len(entries)} images in {len(shards)} shards, {size / 1e6:.2f} MB",
+            f"latents     {len(entries)} images in {len(shards)} shards, {size / 1e6:.2f} MB{_and_damaged(damaged)}",
             f"model       {header.model_id}{'' if header.channels is None else f', first {header.channels} channels'}",
             f"stored as   mean and {header.second_moment} in {header.dtype}, {header.scale_state}, 1/{header.factor} "
             f"of each side, from pixels in {list(header.pixel_range)}{_FLIPS if header.flips else ''}",

@@ -22,6 +22,9 @@ from tests.support.errors import refused
 from tests.support.folder import make
 from tests.support.networks import CONV
 from tests.support.prior import context_prior
+from tests.test_cli import Do, Run
+from tests.test_cli import do as do  # the fixtures
+from tests.test_cli import run as run
 from train.config.presets import photo
 
 
@@ -177,11 +180,31 @@ def test_a_folder_of_streams_is_counted_with_its_real_bytes(streams: Path, tmp_p
     assert assert_says(streams, *about, model=maker).count(f"model       {maker} (") == 2  # an id for each prior
 
 
+def test_streams_in_tar_shards_are_counted_as_those_in_a_folder(do: Do, run: Run) -> None:
+    assert do("encode photos files").code == do("encode photos shards --tar").code == 0
+    assert run("info", "shards").out == run("info", "files").out
+    (shard,) = Path("shards").glob("*.tar")
+    assert run("info", shard).out == run("info", "files").out
+
+
+def test_a_cut_shard_of_latents_is_named(do: Do) -> None:
+    assert do("encode photos latents --format safetensors").code == 0
+    (shard,) = Path("latents").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-8])
+    found = do("info latents")
+    assert found.code == 1 and "; 1 damaged" in found.out and f"{shard}: damaged" in found.err
+
+
 def test_damaged_streams_are_refused_by_name(streams: Path) -> None:
     path = streams / "plain.png.lc"
     path.write_bytes(path.read_bytes()[:-1])
-    for where in (path, streams):
-        refused(r"plain\.png\.lc: damaged", describe, str(where))
+    refused(r"plain\.png\.lc: damaged", describe, str(path))
+    damaged: list[str] = []
+    assert "1 images" in (text := describe(str(streams), None, damaged)) and "; 1 damaged" in text
+    assert len(damaged) == 1 and damaged[0].startswith("plain.png.lc: damaged")
+    for other in streams.glob("*.lc"):
+        other.write_bytes(b"x")
+    refused("all 2 files are damaged", describe, str(streams))
     refused(r"none\.lc: cannot be read", describe, str(streams / "none.lc"))
 
 

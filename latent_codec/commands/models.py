@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from latent_codec.errors import UserError
+from latent_codec.errors import UserError, printable
 from latent_codec.program import say
 
 
@@ -20,11 +20,14 @@ class Info:
     """.lc files: a model to tell whether it made them; by default the shipped models are tried."""
 
     def run(self) -> int:
-        """Print the description and return the exit code."""
+        """Print the description and what is damaged, and return the exit code."""
         from latent_codec.info import describe
 
-        say(describe(self.file, self.model))
-        return 0
+        damaged: list[str] = []
+        say(describe(self.file, self.model, damaged))
+        for reason in damaged:
+            say(printable(reason), error=True)
+        return 1 if damaged else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

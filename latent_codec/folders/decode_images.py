@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +14,7 @@ from latent_codec.folders.jobs import Input, Work
 from latent_codec.folders.outputs import Output
 from latent_codec.folders.resume.ledger import Kind
 from latent_codec.images.geometry import Geometry, crop
-from latent_codec.images.read import DEFAULT_MAX_PIXELS, ReadOptions
+from latent_codec.images.read import DEFAULT_MAX_PIXELS, EXTENSIONS, ReadOptions
 from latent_codec.images.sources import ListOptions
 from latent_codec.images.write import ImageFormat, image_bytes
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
@@ -55,6 +57,9 @@ class ImageDecoder:
     verb: Literal["encode", "decode", "trim"] = "decode"
     kind: Kind = "images"
 
+    whole: frozenset[str] = frozenset()
+    """Sources in tar files whose images keep the whole name, because another one would have the same short one."""
+
     def __init__(self, runners: Sequence[Runner], options: DecodeOptions) -> None:
         runner, self.runners = runners[0], runners
         self.runner, self.options, self.backoff = runner, options, OutOfMemoryBackoff()
@@ -69,11 +74,19 @@ class ImageDecoder:
         ids = [runner.model_id for runner in self.runners]
         model = ids[0] if len(ids) == 1 else sorted(ids)
         settings: dict[str, Any] = {"model_id": model, "format": self.options.image_format} | self.runner.settings
-        return settings | ({} if self.options.channels is None else {"channels": self.options.channels})
+        settings |= {} if self.options.channels is None else {"channels": self.options.channels}
+        return settings | ({"names": "short"} if self.options.tar else {})
 
     def name(self, source: str) -> str:
-        """Return the name of a source's image."""
-        return f"{source}.{self.options.image_format}"
+        """Return the name of a source's image: a.jpg becomes a.jpg.png, and in a tar file a.png, of the key a."""
+        short = self.options.tar and source not in self.whole
+        return f"{_short(source) if short else source}.{self.options.image_format}"
+
+    def shorten(self, sources: Iterable[str]) -> None:
+        """Set `whole` for these sources."""
+        names = list(sources)
+        count = Counter(map(_short, names))
+        self.whole = frozenset(name for name in names if count[_short(name)] > 1)
 
     def images(self, batch: list[Input[Latent]], work: Work) -> Iterator[Output]:
         """Yield the files of a batch of one model's latents; inputs that memory does not suffice for fail."""
@@ -89,3 +102,9 @@ class ImageDecoder:
         labels = runner.codec.class_numbers([item.job.source.label for item in batch])
         z = [item.content.z[: self.options.channels] for item in batch]
         return runner.decode_uint8(z, labels).unbind()
+
+
+def _short(source: str) -> str:
+    """Return a source's name without the suffix of an image."""
+    stem, suffix = posixpath.splitext(source)
+    return stem if suffix.lower() in EXTENSIONS else source

@@ -34,6 +34,7 @@ def decode_latents(
     check_channels(runner.codec)
     decoder = _LatentsDecoder(runner, where, options)
     listing = Listing(decoder.sources(), LeftOut(), {})
+    decoder.shorten(source.name for source in listing.sources)
     return make_outputs(listing, folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
 
 

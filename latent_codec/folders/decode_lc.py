@@ -38,6 +38,7 @@ def decode_lc(
             f"{where}: a .lc file's draw is decided when it is made; give --sample to encode, not to decode"
         )
     listing = list_lc(where, options.search.without(folder), some=True)
+    decoder.shorten(source.name.removesuffix(SUFFIX) for source in listing.sources)
     return make_outputs(listing, folder, decoder, tar=options.tar, resume=resume, quiet=quiet)
 
 

@@ -105,7 +105,7 @@ def estimate(options: NLLOptions) -> NLLEstimate:
 def _means(codec: Codec, pixels: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the posterior means (n, z) float64 of all images and positions."""
     x = codec.likelihood.observe(pixels, keys.to(pixels.device))
-    return rearrange(codec.encode(x, labels).mean, "b z h w -> (b h w) z").double().cpu()
+    return rearrange(codec.encode(x, labels).mean, "b z h w -> (b h w) z").cpu().double()
 
 
 if __name__ == "__main__":

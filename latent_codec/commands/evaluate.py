@@ -47,6 +47,8 @@ class Evaluate:
     """Images to measure on: a folder, a tar file, or a quoted glob."""
     channels: int | None = None
     """Measure the latents of the first channels, a prefix of a model that has some; by default of all."""
+    follow_links: bool = False
+    """Search linked folders too, each once."""
     out: Path | None = None
     """Folder for results.json, latents, reconstructions and the report; with --rd, for rd.json and rd.png."""
     rd: bool = False
@@ -105,23 +107,35 @@ class Evaluate:
         report = self._evaluate(runner)
         rd = self._rate_distortion(runner) if self.rd else None
         say(report.table())
-        evaluated = EvaluatedModel(runner, self.model, self.dir, report, rd, self.command_line)
+        evaluated = EvaluatedModel(runner, self.model, self.dir, report, rd, self.command_line, self._search)
         write_report(evaluated, self.out, options)
         say(f"wrote {self.out / 'report.html'}")
         return 1 if report.failures else 0
 
     def _evaluate(self, runner: "Runner"):
-        from latent_codec.evaluation.evaluate import evaluate
+        from latent_codec.evaluation.evaluate import Selection, evaluate
 
-        return evaluate(runner, self.dir, out=self.out, lpips=self._lpips, channels=self.channels)
+        select = Selection(channels=self.channels, search=self._search)
+        return evaluate(runner, self.dir, out=self.out, lpips=self._lpips, select=select)
 
     def _rate_distortion(self, runner: "Runner"):
         from latent_codec.evaluation.rate_distortion.measure import RateDistortionOptions, rate_distortion
 
         options = RateDistortionOptions(
-            steps=self.steps, refine=self.refine, sample=self.sample, lpips=self._lpips, command=self.command_line
+            steps=self.steps,
+            refine=self.refine,
+            sample=self.sample,
+            lpips=self._lpips,
+            command=self.command_line,
+            search=self._search,
         )
         return rate_distortion(runner, self.dir, options, out=self.out)
+
+    @property
+    def _search(self):
+        from latent_codec.images.sources import ListOptions
+
+        return ListOptions(follow_links=self.follow_links)
 
     @property
     def _lpips(self):

@@ -1,5 +1,6 @@
 """Measure a model on images: distortion of what was stored, and its rate and bytes on disk."""
 
+import dataclasses
 import json
 import math
 import platform
@@ -80,13 +81,22 @@ class EvaluationReport(NamedTuple):
         return "\n".join([*rows, *([f"left out: {left_out}"] if left_out else [])])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Choose what is evaluated of a model and a folder."""
+
+    channels: int | None = None
+    """Measure the latents of the first channels, a prefix of the model's; None measures all."""
+    search: ListOptions = ListOptions()
+
+
 def evaluate(
     runner: Runner,
     where: str | Path,
     *,
     out: Path | None = None,
     lpips: LPIPSOptions | None = None,
-    channels: int | None = None,
+    select: Selection = Selection(),
     quiet: bool = False,
 ) -> EvaluationReport:
     """Encode the images at `where` to disk, decode what was stored, and compare.
@@ -96,7 +106,7 @@ def evaluate(
     left out. Raises `UserError` if none can be, if LPIPS' weights, a prior or the prefix is missing, or if `out` holds
     latents that no evaluation put there.
     """
-    if channels is not None:
+    if (channels := select.channels) is not None:
         check_prefix(runner.codec, channels)
     if out is not None:
         _check_out(out)
@@ -104,7 +114,8 @@ def evaluate(
     network = None if lpips is None else lpips.load(runner.options.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (out or Path(temporary)) / (_POSTERIORS if gaussian else _STREAMS)
-        search = ListOptions() if out is None else ListOptions().without(out, *(out / name for name in _WRITTEN))
+        search = select.search
+        search = search if out is None else search.without(out, *(out / name for name in _WRITTEN))
         store = partial(_store_posteriors, channels=channels) if gaussian else _store_streams
         encoded, files, images = store(runner, where, folder, search, quiet)
         if not images:

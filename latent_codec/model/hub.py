@@ -97,6 +97,8 @@ def card(model: ModelFile, path: Path, name: str) -> str:
     """Return a model card: front matter for the hub, a snippet that uses the model, and its description.
     `path` is the model's file, of which the card gives name and size."""
     config, factor = model.config, factor_of(model.config)
+    description = describe_model(model, path)
+    fence = "`" * (1 + max(map(len, re.findall("`+", description)), default=2))  # no name in it ends the block
     return f"""---
 library_name: latent-codec
 tags:
@@ -121,9 +123,9 @@ image = codec.decode_uint8(posterior.mode())
 
 In a pipeline of diffusers: `vae=latent_codec.interop.autoencoder_kl.adapter.CodecAutoencoder.from_codec(codec)`.
 
-```
-{describe_model(model, path)}
-```
+{fence}
+{description}
+{fence}
 """
 
 

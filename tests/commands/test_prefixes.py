@@ -73,6 +73,14 @@ def test_info_and_evaluate_measure_prefixes(do: Do, nested: Codec) -> None:
     assert f"prefixes    2 channels {two} dB, 4 channels {four} dB: PSNR" in do("info nested.safetensors").out
 
 
+def test_evaluate_follows_links_if_asked_for(do: Do, nested: Codec) -> None:
+    Path("linked").mkdir()
+    Path("linked/in").symlink_to(Path("photos").absolute())
+    line = "evaluate nested.safetensors linked --lpips-net none"
+    assert do(line).code == 2
+    assert "linked: 3 images" in do(f"{line} --follow-links").out
+
+
 def _psnr(do: Do) -> list[float]:
     found = []
     for channels in (2, 4):

@@ -1,5 +1,6 @@
 """The hub: a small server in its place answers downloads, and a mock takes uploads."""
 
+import dataclasses
 import re
 import sys
 import threading
@@ -174,6 +175,15 @@ def api(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     api.upload_folder.side_effect = upload
     monkeypatch.setattr(huggingface_hub, "HfApi", api)
     return api
+
+
+def test_no_name_in_a_model_ends_the_cards_block(codec: Codec, tmp_path: Path) -> None:
+    assert codec.statistics is not None
+    codec.statistics = dataclasses.replace(codec.statistics, source="photos```\n# Not a heading")
+    codec.save_pretrained(tmp_path / "mine")
+    text = huggingface_hub.ModelCard.load(tmp_path / "mine" / CARD).text
+    block = text.split("\n````\n")[1]
+    assert "photos```" in block and "# Not a heading" in block
 
 
 @pytest.mark.parametrize("own_card", [False, True])

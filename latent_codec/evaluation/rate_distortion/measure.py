@@ -52,6 +52,7 @@ class RateDistortionOptions:
     """Codecs to compare with; those that Pillow was built without are left out with a note."""
     command: str = ""
     """Command that the report says it came from."""
+    search: ListOptions = ListOptions()
 
     def __post_init__(self) -> None:
         if not self.steps or len(set(self.steps)) != len(self.steps):
@@ -77,7 +78,7 @@ def rate_distortion(
     ours = _OwnFiles(runner, options)
     lpips = None if options.lpips is None else options.lpips.load(runner.options.device)
     anchors = anchor_codecs.available(options.anchors)
-    search = ListOptions() if out is None else ListOptions().without(out, out / PLOT)
+    search = options.search if out is None else options.search.without(out, out / PLOT)
     listing, summary = list_images(where, search), Summary("evaluated")
     sources = listing.sources
     summary.begin(listing, len(sources))

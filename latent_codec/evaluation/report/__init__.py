@@ -13,7 +13,7 @@ from latent_codec.evaluation.report import about, latent_space, likelihood, page
 from latent_codec.evaluation.report.baselines import BaselineComparison
 from latent_codec.evaluation.report.page import Section, left_out
 from latent_codec.evaluation.report.survey import survey
-from latent_codec.images.sources import Source, list_images
+from latent_codec.images.sources import ListOptions, Source, list_images
 from latent_codec.inference.runner import Runner
 from latent_codec.metrics.lpips import LPIPSOptions
 from latent_codec.storage.files import write_text
@@ -63,6 +63,7 @@ class EvaluatedModel(NamedTuple):
     evaluation: EvaluationReport
     rates: RateDistortionReport | None
     command: str
+    search: ListOptions = ListOptions()
 
 
 def check_report(out: Path) -> None:
@@ -72,7 +73,7 @@ def check_report(out: Path) -> None:
 
 def write_report(evaluated: EvaluatedModel, out: Path, options: ReportOptions, *, quiet: bool = False) -> None:
     """Write report.html and report.json into `out`; raises `UserError` for images, weights or data that are gone."""
-    found = {source.name: source for source in list_images(evaluated.where).sources}
+    found = {source.name: source for source in list_images(evaluated.where, evaluated.search).sources}
     names = [record["path"] for record in evaluated.evaluation.images]
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{missing[0]}: gone since it was evaluated; evaluate again")

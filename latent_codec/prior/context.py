@@ -5,10 +5,10 @@ Channels form groups, strongest first. A group is decoded in two passes, one per
 and predicts the location and scale of every latent it decodes, both on integer grids. Each grid point has a frozen
 frequency table.
 
-All arithmetic is exact. Weights and activations are integers up to 127, so sums of products stay below 2^24 and float32
-represents every one of them, whatever the order of addition. Convolutions are written as matrix products, because a
-library's convolution may use a transform that is not exact. Devices other than the CPU compute in float64;
-where a device has none, the CPU computes.
+All arithmetic is exact. Weights and activations are integers up to 127, multiplied as such where the device can. Where
+it cannot, float64 represents every sum of products, whatever the order of addition and the precision that is set for
+float32, and where a device has no float64, the CPU computes. Convolutions are written as matrix products, because a
+library's convolution may use a transform that is not exact.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import pad
 
 from latent_codec.precision import float32_island, has_float64
+from latent_codec.prior import integer_products
 from latent_codec.prior.layout import PassLayout, Prediction, Sites, patches, strips
 from latent_codec.prior.quantizer import LIMIT, BatchSettings
 from latent_codec.prior.tables import Tables
@@ -126,7 +127,8 @@ class ContextPrior:
         self.layouts = pass_layouts(config)
         self.channels = sum(config.groups)
         self.dtype: torch.dtype | None = None
-        """Floating point of the networks; None: float32 on the CPU and float64 elsewhere, which are exact."""
+        """Floating point of the networks; None: integers, or float64 where a device does not multiply them."""
+        self._layers: dict[tuple[int, str, torch.dtype | None], list[_Product]] = {}
         self.max_positions = 2**15
         """Positions that a network computes at once, which bounds its memory."""
         _check(self)
@@ -177,6 +179,16 @@ class ContextPrior:
         x[:, -1] = UNIT * batch.dithered[:, None, None]
         return np.clip(x, -TOP, TOP)
 
+    def _products(self, number: int, device: str) -> list["_Product"]:
+        """Return a pass' layers prepared for a device, once."""
+        dtype = self.dtype
+        if dtype is None and not integer_products.are_exact(device):
+            dtype = torch.float64  # which no setting makes less precise
+        if (key := (number, device, dtype)) not in self._layers:
+            layers = zip(self.networks[number], (9, 9, 1, 1), strict=True)
+            self._layers[key] = [_Product(layer, taps, device, dtype) for layer, taps in layers]
+        return self._layers[key]
+
     def _outputs(self, number: int, known: np.ndarray, batch: BatchSettings, device: str) -> np.ndarray:
         """Return the network's outputs (b, 2g, n) int64 at the pass' n positions, in strips of rows with their margins.
         Features lie last, so that a neighbourhood is nine runs of memory."""
@@ -184,36 +196,46 @@ class ContextPrior:
         x = torch.from_numpy(self._inputs(layout, known, batch)).movedim(1, 3)  # (b, h, w, c)
         sites = torch.from_numpy(layout.mask(known.shape[2:])[:: layout.view, :: layout.view])
         device = device if has_float64(device) else "cpu"
-        dtype = self.dtype or (torch.float32 if device.split(":")[0] == "cpu" else torch.float64)
-        layers = [
-            _to_floats(layer, taps, device, dtype)
-            for layer, taps in zip(self.networks[number], (9, 9, 1, 1), strict=True)
-        ]
+        layers = self._products(number, device)
         (b, h, w), outputs = x.shape[:3], []
-        x = pad(x.to(device, dtype), (0, 0, 1, 1, 1, 1))  # (b, h + 2, w + 2, c)
+        x = pad(x.to(device, layers[0].weight.dtype), (0, 0, 1, 1, 1, 1))  # (b, h + 2, w + 2, c)
         with float32_island(x), torch.inference_mode():
             for top, bottom in strips((b, h, w), self.max_positions):
                 first, last = max(top - 1, 0), min(bottom + 1, h)  # rows of layer 0 that layer 1 reads
-                y = _apply(layers[0], patches(x[:, first : last + 2])).clamp_(0, TOP)
+                y = layers[0].activate(patches(x[:, first : last + 2]))
                 y = pad(y.unflatten(1, (-1, w)), (0, 0, 1, 1, int(top == 0), int(bottom == h)))
-                y = _apply(layers[1], patches(y, sites[top:bottom])).clamp_(0, TOP)  # (b, n, width)
-                y = _apply(layers[2], y).clamp_(0, TOP)
-                outputs.append(_apply(layers[3], y).cpu().to(torch.int64))
+                y = layers[1].activate(patches(y, sites[top:bottom]))  # (b, n, width)
+                y = layers[2].activate(y)
+                outputs.append(layers[3](y).cpu().to(torch.int64))
         return torch.cat(outputs, 1).movedim(2, 1).numpy()
 
 
-def _to_floats(layer: Layer, taps: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return a layer's weights (taps * in, out), the offset of its sums and their divisor, both (out,).
-    The powers of two are computed as integers: a device's `exp2` need not be exact."""
-    weight = layer.weight.unflatten(1, (-1, taps)).permute(2, 1, 0).flatten(0, 1)
-    divisor = 2 ** layer.shift.to(torch.int64)
-    return [t.to(device, dtype) for t in (weight, layer.bias + divisor // 2, divisor)]
+class _Product:
+    """Applies a layer to (b, n, in) of its weights' type; every operation is exact."""
 
+    def __init__(self, layer: Layer, taps: int, device: str, dtype: torch.dtype | None) -> None:
+        """Prepare the weights for a device, in floating point or, with None, as integers."""
+        weight = layer.weight.unflatten(1, (-1, taps)).permute(2, 1, 0).flatten(0, 1)  # (taps * in, out)
+        self.out, self.is_integer = weight.shape[1], dtype is None
+        divisor = 2 ** layer.shift.to(torch.int64)  # as integers: a device's `exp2` need not be exact
+        offset = layer.bias + divisor // 2
+        if dtype is None:
+            self.weight = integer_products.padded(weight.to(device))
+            self._offset, self._last = offset.to(device, torch.int32), layer.shift.to(device, torch.int32)
+        else:
+            self.weight = weight.to(device, dtype)
+            self._offset, self._last = offset.to(device, dtype), divisor.to(device, dtype)
 
-def _apply(layer: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Apply a layer to (b, n, in), integers held in floats; every operation is exact."""
-    weight, offset, divisor = layer
-    return (x @ weight).add_(offset).div_(divisor).floor_()
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (b, n, out), as int32 or in floating point."""
+        if self.is_integer:
+            y = integer_products.multiply(x.flatten(0, 1), self.weight)[:, : self.out]
+            return ((y + self._offset) >> self._last).unflatten(0, x.shape[:2])
+        return (x @ self.weight).add_(self._offset).div_(self._last).floor_()
+
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs clipped to 0 .. 127, in the weights' type."""
+        return self(x).clamp_(0, TOP).to(self.weight.dtype)
 
 
 def _check(prior: ContextPrior) -> None:

@@ -120,7 +120,7 @@ def torch_setting(name: str, value: Any) -> Iterator[None]:
     ("around", "fields", "device"),
     [
         *((contextlib.nullcontext(), {"max_positions": n}, "cpu") for n in (1, 300, 1000)),
-        (contextlib.nullcontext(), {"dtype": torch.float64}, "cpu"),  # as on other devices
+        *((contextlib.nullcontext(), {"dtype": dtype}, "cpu") for dtype in (torch.float64, torch.float32)),
         *((torch_setting("num_threads", n), {}, "cpu") for n in (1, 2, 3)),
         *((torch_setting("float32_matmul_precision", p), {}, "cpu") for p in ("medium", "high")),
         *((torch.autocast("cpu", dtype), {}, "cpu") for dtype in (torch.bfloat16, torch.float16)),

@@ -23,8 +23,8 @@ def padded(weight: torch.Tensor) -> torch.Tensor:
 
 def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return x (m, k) int8 times a `padded` weight as int32, (m, n) with the padding of n."""
-    rows = len(x)
-    x = torch.nn.functional.pad(x, (0, weight.shape[0] - x.shape[1], 0, max(0, _LEAST_ROWS - rows)))
+    rows, more = len(x), (0, weight.shape[0] - x.shape[1], 0, max(0, _LEAST_ROWS - len(x)))
+    x = torch.nn.functional.pad(x, more) if any(more) else x  # padding by nothing would copy
     return torch._int_mm(x, weight)[:rows]  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -87,7 +87,8 @@ class Decoder:
 
 def _by_table(tables: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     """Return a stable order by table and its runs (table, start, stop), ascending; an empty pass has none."""
-    order = np.argsort(tables, kind="stable")
+    small = tables.astype(np.int16) if len(tables) and tables.max() < 2**15 else tables  # sorted by digits
+    order = np.argsort(small, kind="stable")
     ordered = tables[order]
     edges = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(tables)] if len(tables) else []
     return order, [(int(ordered[a]), a, b) for a, b in itertools.pairwise(edges)]

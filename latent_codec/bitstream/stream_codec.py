@@ -69,9 +69,10 @@ class StreamCodec:
         with torch.no_grad():
             return bottleneck.look_up(torch.from_numpy(quantized.values.astype(np.int64)))[0]
 
-    def compress(self, images: Sequence[tuple[Scaled, Geometry]]) -> list[CompressedImage]:
-        """Return a file for each image; their latents must share one shape."""
-        codings = quantize(self.prior, [image for image, _ in images], self.device, self.feedback)
+    def compress(self, images: Sequence[tuple[Scaled, Geometry]], groups: int | None = None) -> list[CompressedImage]:
+        """Return a file for each image; their latents must share one shape. Under a nested prior they hold the first
+        `groups`, or as many as are worth their bits."""
+        codings = quantize(self.prior, [image for image, _ in images], self.device, self.feedback, groups)
         return [self._file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
 
     def _file(self, coding: QuantizedPasses, geometry: Geometry) -> CompressedImage:

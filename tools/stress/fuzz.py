@@ -81,7 +81,7 @@ class Judge:
             return Verdict("WRONG", "decoded, although its checksums are those of something else")
         streams, geometry = self._reader.coders[stream.prior], stream.geometry
         try:
-            again = streams.compress([(result.scaled(), geometry)])[0].data
+            again = streams.compress([(result.scaled(), geometry)], stream.groups)[0].data
             pixels = crop(self._codec.decode_uint8(streams.dequantize(result)[None])[0], geometry)
         except Exception as error:
             return _crashed(error)

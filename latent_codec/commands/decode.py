@@ -18,7 +18,7 @@ _FORMATS: dict[str, Literal["png", "webp", "jpg"]] = {".png": "png", ".webp": "w
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode:
-    """Decode .lc files or latents to images; names are kept whole: a.jpg.lc becomes a.jpg.png."""
+    """Decode .lc files or latents to images: a.jpg.lc becomes a.jpg.png, or a.png in a tar file."""
 
     src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
     """Output of `encode`: a folder, a tar file, or one .lc file."""

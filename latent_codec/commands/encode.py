@@ -39,7 +39,7 @@ class Encode:
     format: Literal["lc", "safetensors"] = "lc"
     """lc: one entropy-coded file per image. safetensors: shards of posterior means and log-variances to train on."""
     quality: int | None = None
-    """lc: how much to keep, 1 to 100, where 50 is step 1 and 12.5 more halve the step; instead of --step."""
+    """lc: quality from 1 to 100 instead of --step: 50 is step 1, and 12.5 more halve the step."""
     step: float | None = None
     """lc: the quantiser step, by default 1; a larger step makes files smaller and images worse."""
     bpp: float | None = None
@@ -65,8 +65,7 @@ class Encode:
     crop: bool = False
     """safetensors: cut the centre square, or WxH, out of the images that --resize scaled."""
     buckets: str | None = None
-    """safetensors: scale and crop each image as a trainer does: kohya-sdxl, kohya-sd, flux, musubi, or the side N of a
-    square of that area."""
+    """safetensors: scale and crop as a trainer does: kohya-sdxl, kohya-sd, flux, musubi, or N for an area of NxN."""
     tar: bool = False
     """lc: put the files into tar shards of about 128 files each, as WebDataset reads them."""
     background: str = "#ffffff"

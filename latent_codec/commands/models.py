@@ -12,7 +12,7 @@ from latent_codec.program import say
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:
-    """Describe a model file, a .lc file, a folder of .lc files, or latents."""
+    """Describe a model file, a .lc file, a folder or tar file of them, or latents."""
 
     file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """A file or folder, or the name of a shipped model."""

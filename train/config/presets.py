@@ -99,7 +99,8 @@ def nested_joint() -> TrainConfig:
     """Train the codec of `nested` jointly with its context prior, at all rates and prefixes at once."""
     objective = JointConfig(
         noise_steps=(0.1, 5.6),
-        fine_weight=1.0,
+        fine_weight=1.5,
+        prefix_share=0.5,
         mode_weight=1.0,
         prior_groups=(1, 3, 8, 20, 32, 64),
         prior_levels=(3, 1, 1),

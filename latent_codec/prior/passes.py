@@ -106,11 +106,10 @@ def _shortened(prior: ContextPrior, image: Scaled, coding: QuantizedPasses, grou
         for layout, (values, tables) in zip(prior.layouts, coding.passes, strict=False):  # those after are not coded
             bits[layout.stop] += float(prior.tables.bits(values, tables).sum())
         costs, spent = list[float](), 0.0
-        for end in ends:
+        heard = _heard(image)  # the batch may have been coded further than this image needs
+        for end in ends[: 1 + next(number for number, end in enumerate(ends) if end >= heard)]:
             spent += bits[end]
             costs.append(spent + BITS_OF_ERROR * float(error[:end].sum() + lost[end:].sum()))
-            if end >= max((layout.stop for layout, _ in zip(prior.layouts, coding.passes, strict=False)), default=0):
-                break
         groups = int(np.argmin(costs))
     fine = coding.quantized.fine.copy()
     fine[ends[groups] :] = 0

@@ -61,7 +61,8 @@ def test_an_image_keeps_the_groups_that_are_worth_their_bits(scale: float) -> No
 
 
 def test_neither_other_images_nor_draws_change_what_an_image_keeps() -> None:
-    images = [image(2, scale=0.3), image(3, scale=4.0), image(4, scale=0.0), image(2, scale=0.3, drawn=7)]
+    quiet = [image(seed, scale=0.02 * seed) for seed in range(1, 30)]  # a loud neighbour has them coded further
+    images = [image(2, scale=0.3), image(3, scale=4.0), image(4, scale=0.0), *quiet, image(2, scale=0.3, drawn=7)]
     together = quantize(prior(), images, "cpu")
     for one, coding in zip(images, together, strict=True):
         (alone,) = quantize(prior(), [one], "cpu")

@@ -1,6 +1,7 @@
 """Choose the quantiser step at which one image's file keeps to a size or a quality."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,11 @@ from latent_codec.prior.quantizer import MAX_STEP, MIN_STEP, STEP_ONE, Scaled, s
 
 FINEST_FOR_PSNR = 1 / 16
 """The finest step that is tried to reach a PSNR; what is still lost there is lost by the networks."""
+
+CLOSE_PSNR = 0.04
+"""Decibels by which a file may exceed the PSNR that is asked for; a search to less takes many times as long."""
+
+_USUAL_SLOPE = 5.0  # decibels for an octave of the step
 
 _FINEST, _COARSEST = step_code(MIN_STEP), step_code(MAX_STEP)
 
@@ -71,20 +77,23 @@ def compress_at_rate(
 ) -> CompressedImage:
     """Compress one image, (3, height, width) uint8 pixels and the latents that `scale` returns, as `rate` asks.
 
-    Sizes are of the whole file, and PSNR of the image that `decode` writes with the same `tile`. The step is found to
-    within 1/512; as size is not strictly monotone in it, it is the finest that fits among those tried. Raises
-    `UserError`, with the best that is possible, if the image cannot be coded so.
+    Sizes are of the whole file, and PSNR of the image that `decode` writes with the same `tile`. The step for a size is
+    found to within 1/512; as size is not strictly monotone in it, it is the finest that fits among those tried. The
+    step for a PSNR is found to within `CLOSE_PSNR`. Raises `UserError`, with the best that is possible, if the image
+    cannot be coded so.
     """
     scale(_COARSEST)  # raises if no step can hold the latents
 
+    code = functools.cache(lambda step: codec.code(scale(step)))
+
     def quality(step: int) -> float:
-        z = codec.dequantize(codec.code(scale(step)).quantized)
+        z = codec.dequantize(code(step).quantized)
         with torch.inference_mode():
             decoded = crop(decode_uint8(codec.codec, z[None], tile)[0], geometry)
         return psnr(as_shown(decoded, geometry)[None], as_shown(pixels, geometry)[None]).item()
 
     def compress(step: int) -> CompressedImage:
-        return codec.compress([(scale(step), geometry)])[0]
+        return codec.file(code(step), geometry)
 
     if rate.psnr is not None:
         first = finest = _coarsest_of_quality(quality, rate.psnr)
@@ -107,23 +116,46 @@ def compress_at_rate(
 
 
 def _coarsest_of_quality(quality: Callable[[int], float], target: float) -> int:
-    """Return the coarsest step at which `quality` comes up to `target` dB; raise `UserError` if none does."""
+    """Return a step at which `quality` comes up to `target` dB, and to less than `CLOSE_PSNR` above it unless it jumps.
+    Raises `UserError` if no step does."""
     reached: dict[int, float] = {}
-
-    def excess(step: int) -> float:
+    step, finest = STEP_ONE, step_code(FINEST_FOR_PSNR)
+    while step not in reached:
         try:
             reached[step] = quality(step)
         except UserError:  # finer than a stream can hold
-            return math.inf
-        return reached[step] - target or math.ulp(target)  # reaching it exactly is enough: search on, coarser
-
-    finest = step_code(FINEST_FOR_PSNR)
-    _find_root(excess, STEP_ONE, finest, limit=finest)
-    good = [step for step, value in reached.items() if value >= target]
+            reached[step] = math.inf
+        if not 0 <= reached[step] - target < CLOSE_PSNR:
+            step = _next_step(reached, target, finest)
+    good = [step for step, value in reached.items() if target <= value < math.inf]
     if not good:
-        best = max(reached.values(), default=-math.inf)
+        best = max((value for value in reached.values() if value < math.inf), default=-math.inf)
         raise UserError(f"no step brings the decoded image to {target:g} dB; the best reached is {best:.2f} dB")
     return max(good)
+
+
+def _next_step(reached: dict[int, float], target: float, finest: int) -> int:
+    """Return the step to try next, or one that was tried if none is left: PSNR falls about evenly with log2(step).
+
+    Between a step that is good enough and one that is not, it lies on the line through both, but at least a tenth of
+    the way from either; with one side alone, on a line of the usual slope or of the slope that was found.
+    """
+    low = max((step for step, value in reached.items() if value >= target), default=None)
+    high = min((step for step, value in reached.items() if value < target), default=None)
+    wanted = target + CLOSE_PSNR / 2
+    if low is not None and high is not None:
+        if high - low <= max(1, low // 512):
+            return low
+        above, below = reached[low] - wanted, wanted - reached[high]
+        share = min(max(above / (above + below), 0.1), 0.9) if math.isfinite(above) else 0.5
+        return min(max(round(low * (high / low) ** share), low + 1), high - 1)
+    steps = sorted(reached)
+    slope, last = _USUAL_SLOPE, steps[-1] if high is None else steps[0]
+    if len(steps) > 1 and math.isfinite(sum(reached.values())):
+        near = steps[-2] if high is None else steps[1]
+        slope = max((reached[near] - reached[last]) / math.log2(last / near), 0.5)
+    octaves = 1.1 * (reached[last] - wanted) / slope  # a little too far, for a step on the other side
+    return min(max(round(last * 2.0 ** min(max(octaves, -3.0), 3.0)), finest), _COARSEST)
 
 
 def _finest_of_size(

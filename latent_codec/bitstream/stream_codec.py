@@ -73,9 +73,10 @@ class StreamCodec:
         """Return a file for each image; their latents must share one shape. Under a nested prior they hold the first
         `groups`, or as many as are worth their bits."""
         codings = quantize(self.prior, [image for image, _ in images], self.device, self.feedback, groups)
-        return [self._file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
+        return [self.file(coding, geometry) for coding, (_, geometry) in zip(codings, images, strict=True)]
 
-    def _file(self, coding: QuantizedPasses, geometry: Geometry) -> CompressedImage:
+    def file(self, coding: QuantizedPasses, geometry: Geometry) -> CompressedImage:
+        """Return the file of a coded image."""
         quantized, passes, groups = coding
         stream = Stream(
             version=self.prior.version,
@@ -115,7 +116,7 @@ class StreamCodec:
                 files.append(found if isinstance(found, UserError) else pack(stream))
             else:
                 (coding,) = quantize(prior, [found.scaled()], self.device, groups=groups)
-                files.append(self._file(coding, stream.geometry).data)
+                files.append(self.file(coding, stream.geometry).data)
         return files
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from latent_codec.bitstream.rate_control import FINEST_FOR_PSNR, Rate, step_of_quality
+from latent_codec.bitstream.rate_control import CLOSE_PSNR, FINEST_FOR_PSNR, Rate, step_of_quality
 from latent_codec.model.codec import Codec
 from latent_codec.prior.quantizer import LIMIT, MAX_STEP, MIN_STEP, STEP_ONE, step_code
 from tests.support.errors import refused
@@ -72,8 +72,8 @@ def test_the_quality_is_reached_at_no_finer_a_step_than_needed(subject: Subject,
     step = subject.compress(psnr=target).quantized.step
     assert subject.psnr(step) >= target
     coarser = bisect(GRID, (step + 1) / (1 - 1 / 500))
-    # The quality does not hold all the way to the next coarser step of the grid.
-    assert any(subject.psnr(s) < target for s in reversed(GRID[: coarser + 1]))
+    # The quality does not hold all the way to the next coarser step of the grid, or only just.
+    assert any(subject.psnr(s) < target + CLOSE_PSNR for s in reversed(GRID[: coarser + 1]))
 
 
 def test_the_quality_of_grey_is_that_of_the_grey_image(codec: Codec) -> None:

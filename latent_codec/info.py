@@ -90,6 +90,7 @@ def _describe_stream(path: Path, model: str | None) -> str:
     codec, called = _model_of(stream, model)
     drawn = "the mean, rounded" if stream.seed is None else f"a draw, dithered with seed {stream.seed}"
     latents = f"{drawn}, step {stream.step / STEP_ONE:.4g}"
+    latents += "" if stream.groups is None else f", the first {stream.groups} groups of channels"
     if codec is not None and codec.config.codes is not None:
         latents = f"indices of a codebook of {codec.config.codes}"
     return paragraph(

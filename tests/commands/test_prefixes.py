@@ -102,6 +102,7 @@ def test_a_file_is_decoded_or_trimmed_to_a_prefix(do: Do) -> None:
     assert (trimmed.code, trimmed.out.startswith("trimmed 3 of 3 images")) == (0, True)
     assert do("decode trimmed from_trimmed --model nested.safetensors").code == 0
     assert files_of(Path("from_trimmed")) == files_of(Path("short")) != files_of(Path("whole"))
+    assert "the first 2 groups of channels" in do("info trimmed/a.png.lc --model nested.safetensors").out
     before, after = files_of(Path("files")), files_of(Path("trimmed"))
     assert before.keys() == after.keys() and all(len(after[name]) < len(before[name]) for name in before)
     assert do("trim trimmed again --channels 2 --model nested.safetensors").code == 0

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,15 @@ from latent_codec.bitstream.rate_control import Rate, compress_at_rate
 from latent_codec.bitstream.refinement import Refiner
 from latent_codec.bitstream.stream_codec import CompressedImage, StreamCodec, dither_seed
 from latent_codec.errors import UserError
-from latent_codec.folders.jobs import Input, Resume, Work
+from latent_codec.folders.jobs import Input, Resume, Shape, Work
 from latent_codec.folders.outputs import Output, make_outputs
 from latent_codec.folders.read_images import ImageReader
 from latent_codec.folders.resume.ledger import Kind
 from latent_codec.folders.summary import Summary
+from latent_codec.folders.workers import Processes
 from latent_codec.images.geometry import Image, crop
 from latent_codec.images.read import ReadOptions
-from latent_codec.images.sources import ListOptions, list_images
+from latent_codec.images.sources import ListOptions, Source, list_images
 from latent_codec.inference.out_of_memory import OutOfMemoryBackoff
 from latent_codec.inference.runner import Runner
 from latent_codec.latents.format import stored_files
@@ -89,6 +92,10 @@ _EncodedImage = tuple[Input[Image], torch.Tensor | UserError]
 """An image and its posterior's mean (z, h, w) or a codebook's indices (1, h, w); or why it has none."""
 
 
+_LONGEST_NAME = 255 - len(".png")
+"""Bytes of a name, of the 255 that file systems allow, that a decoded image's name begins with."""
+
+
 class _LcEncoder(ImageReader):
     """Make `.lc` files of images: networks in this thread, entropy coding in another."""
 
@@ -116,6 +123,16 @@ class _LcEncoder(ImageReader):
 
     def name(self, source: str) -> str:
         return f"{source}{SUFFIX}"
+
+    def parse(self, source: Source, data: bytes, decoders: Processes) -> tuple[Shape, Image]:
+        """Raise `UserError` also for a name that leaves no room for that of the decoded image."""
+        size = len(os.fsencode(posixpath.basename(source.name)))
+        if not self._options.tar and size > _LONGEST_NAME:
+            raise UserError(
+                f"{source.name}: its name of {size} bytes leaves no room for the decoded image's .png; give it one of "
+                f"{_LONGEST_NAME} bytes or fewer, or encode with --tar"
+            )
+        return super().parse(source, data, decoders)
 
     def make(self, batches: Iterable[list[Input[Image]]], work: Work) -> Iterator[Output]:
         code = partial(self._code, work=work)

@@ -58,6 +58,16 @@ def test_members_are_a_folders_files_which_are_not_mixed_with_tars(places: Place
         assert files_of(places[there].folder) == places[there].files
 
 
+def test_a_name_that_leaves_no_room_for_the_decoded_images_is_refused_at_encoding(do: Do) -> None:
+    """A file system takes 255 bytes, and a name of 251 becomes one of 255 by .png."""
+    for name in ("a" * 247 + ".png", "b" * 247 + "é.png"):
+        shutil.copyfile("photos/a.png", f"photos/{name}")
+    encoded = do("encode photos files")
+    assert encoded.code == 1 and "its name of 253 bytes leaves no room" in encoded.err
+    assert do("decode files images").code == 0 and (Path("images") / ("a" * 247 + ".png.png")).is_file()
+    assert do("encode photos shards --tar").code == do("decode shards tars --tar").code == 0
+
+
 @pytest.mark.parametrize("options", ["", "--format safetensors"])
 def test_images_of_one_key_keep_their_whole_names_in_a_tar_file(do: Do, options: str) -> None:
     """There are a.jpg, a.png and sub/b.png."""

@@ -98,7 +98,7 @@ def card(model: ModelFile, path: Path, name: str) -> str:
     `path` is the model's file, of which the card gives name and size."""
     config, factor = model.config, factor_of(model.config)
     description = describe_model(model, path)
-    fence = "`" * (1 + max(map(len, re.findall("`+", description)), default=2))  # no name in it ends the block
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", description)), default=0))  # no name in it ends the block
     return f"""---
 library_name: latent-codec
 tags:

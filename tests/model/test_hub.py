@@ -177,13 +177,14 @@ def api(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
     return api
 
 
-def test_no_name_in_a_model_ends_the_cards_block(codec: Codec, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ticks", "fence"), [(0, 3), (1, 3), (2, 3), (3, 4), (5, 6)])
+def test_no_name_in_a_model_ends_the_cards_block(codec: Codec, tmp_path: Path, ticks: int, fence: int) -> None:
     assert codec.statistics is not None
-    codec.statistics = dataclasses.replace(codec.statistics, source="photos```\n# Not a heading")
+    codec.statistics = dataclasses.replace(codec.statistics, source=f"photos{'`' * ticks}\n# Not a heading")
     codec.save_pretrained(tmp_path / "mine")
     text = huggingface_hub.ModelCard.load(tmp_path / "mine" / CARD).text
-    block = text.split("\n````\n")[1]
-    assert "photos```" in block and "# Not a heading" in block
+    block = text.split(f"\n{'`' * fence}\n")[-2]
+    assert f"photos{'`' * ticks}" in block and "# Not a heading" in block
 
 
 @pytest.mark.parametrize("own_card", [False, True])

@@ -8,8 +8,8 @@ from latent_codec.bitstream import container
 from latent_codec.bitstream.container import SUFFIX, Stream
 from latent_codec.bitstream.stream_codec import is_maker
 from latent_codec.errors import UserError
-from latent_codec.folders.read_lc import find_lc
-from latent_codec.images.sources import Source
+from latent_codec.folders.read_lc import list_lc
+from latent_codec.images.sources import ListOptions, Source
 from latent_codec.latents.format import INDEX, moment_names, read_index
 from latent_codec.model.codec import Codec
 from latent_codec.model.describe import describe_model
@@ -28,7 +28,12 @@ def describe(where: str, model: str | None = None, damaged: list[str] | None = N
     what cannot be described.
     """
     path, damaged = Path(where), [] if damaged is None else damaged
-    streams = find_lc(path) if path.is_dir() or path.suffix == ".tar" else []
+    streams: list[Source] = []
+    if path.is_dir() or path.suffix == ".tar":
+        streams, _, unreadable = list_lc(path, ListOptions())
+        damaged += unreadable.values()
+        if unreadable and not streams and not (path / INDEX).is_file():
+            raise UserError(f"{damaged[0]}; nothing else is there")
     if streams or path.suffix == SUFFIX:
         return _describe_streams(streams, model, damaged) if streams else _describe_stream(path, model)
     if model is not None:

@@ -185,6 +185,13 @@ def test_streams_in_tar_shards_are_counted_as_those_in_a_folder(do: Do, run: Run
     assert run("info", "shards").out == run("info", "files").out
     (shard,) = Path("shards").glob("*.tar")
     assert run("info", shard).out == run("info", "files").out
+    Path("shards/cut.tar").write_bytes(b"x" * 100)
+    found = run("info", "shards")
+    assert found.code == 1 and "3 images" in found.out and "; 1 damaged" in found.out and "shards/cut.tar" in found.err
+    shard.unlink()
+    for where in ("shards", "shards/cut.tar"):
+        found = run("info", where)
+        assert found.code == 2 and "shards/cut.tar" in found.err and "safetensors" not in found.err
 
 
 def test_a_cut_shard_of_latents_is_named(do: Do) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from latent_codec.commands.options import ResumeOptions
+from latent_codec.errors import UserError
 from latent_codec.folders.makers import has_id, makes_streams, runners_for
 from latent_codec.inference.options import ComputeOptions
 from latent_codec.program import say
@@ -45,14 +46,21 @@ class Decode:
 
     def run(self) -> int:
         """Decode, print the summary and return the exit code."""
+        from latent_codec.bitstream.container import SUFFIX
         from latent_codec.folders.decode_images import DecodeOptions
         from latent_codec.folders.decode_latents import decode_latents
         from latent_codec.folders.decode_lc import decode_lc
         from latent_codec.folders.read_lc import is_lc, makers_of
         from latent_codec.folders.single import is_single, make_single
+        from latent_codec.images.read import EXTENSIONS
         from latent_codec.images.sources import ListOptions
         from latent_codec.latents.format import INDEX, read_index
 
+        suffix = self.dst.suffix.lower()
+        if self.src.suffix == SUFFIX and not self.dst.is_dir() and suffix in EXTENSIONS and suffix not in _FORMATS:
+            raise UserError(
+                f"{self.dst}: images are written as {', '.join(_FORMATS)}, not as {suffix}; give one of these"
+            )
         single = not self.tar and is_single(self.src, self.dst, _FORMATS)
         options = DecodeOptions(
             image_format=_FORMATS[self.dst.suffix.lower()] if single else self.image_format,

@@ -39,6 +39,15 @@ def test_a_repeated_command_replaces_what_it_made_and_nothing_else(do: Do) -> No
         assert do(f"{line} --overwrite").code == 0 and Path(path).read_bytes() != b"mine"
 
 
+def test_an_image_that_cannot_be_written_is_refused_by_its_suffix(do: Do) -> None:
+    assert do("encode photos/a.png a.lc").code == 0
+    refused = do("decode a.lc a.gif")
+    assert refused.code == 2 and "a.gif: images are written as .png, .webp, .jpg, .jpeg, not as .gif" in refused.err
+    assert not Path("a.gif").exists()
+    Path("a.gif").mkdir()
+    assert do("decode a.lc a.gif").code == 0 and "a.png" in files_of(Path("a.gif"))
+
+
 def test_what_may_be_several_files_needs_a_folder(do: Do) -> None:
     assert do("encode photos shards --tar").code == do("encode photos files").code == 0
     for line in ("encode photos a.lc", "encode photos/*.png a.lc", "decode files a.png", "decode shards a.png"):

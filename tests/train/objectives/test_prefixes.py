@@ -82,7 +82,7 @@ def test_without_shorter_prefixes_a_nested_model_trains_as_any_other(kind: str) 
 
 
 def test_noise_far_above_what_a_channel_holds_leaves_it_out() -> None:
-    """Of a standard deviation of 1, noise of 0.8 leaves 0.6; twice that noise is 2.7 times as large as what is left."""
+    """The last channel holds 0.6, and its noise is 0.8 at step 1, so 1.6 at step 2."""
     made = codec()
     losses(objective("joint", made, 0.0, noise_steps=(2.0, 2.0), mode_weight=0.0)).backward()
     back = made.backbone.get_submodule("decoder").weight.grad.flatten(1).any(1)  # pyright: ignore
